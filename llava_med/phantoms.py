@@ -9,20 +9,21 @@ __all__ = ['KINDS', 'MODALITIES', 'FINDINGS', 'ORGANS', 'SPLITS', 'QUADRANTS', '
            'ORGAN_WORDS', 'NAME_TO_KIND', 'NAMES', 'HISTORY', 'NEGATION', 'TURN', 'DENIED_AFTER', 'SPLIT', 'COUNT',
            'COUNTS', 'NORMAL', 'CANNOT', 'SHORT', 'ASK', 'TWINS', 'PRIOR', 'ROLES', 'JOURNALS', 'LICENCES',
            'SLAKE_MODALITY', 'CONTENT', 'Kind', 'Finding', 'Scene', 'scene_rng', 'jitter', 'grid', 'spline', 'smooth',
-           'soft', 'oval', 'smax', 'glyph', 'write_on', 'xray_lungs', 'ct_lungs', 'brain', 'ventricles', 'specimen',
-           'field_distance', 'air_and_fluid', 'lesion_room', 'place', 'pleural_finding', 'round_finding',
-           'choose_areas', 'sample_history', 'sample_kinds', 'sample_scene', 'edge', 'haze', 'mix', 'speckle',
-           'paint_gray', 'paint_tissue', 'paint_gross', 'draw_lesions', 'xray_bones', 'draw_xray', 'draw_pleura',
-           'xray_image', 'draw_ct', 'draw_spine', 'ct_image', 'draw_mri', 'mri_image', 'draw_gland', 'draw_stroma',
-           'histology_image', 'draw_cloth', 'draw_ruler', 'gross_image', 'render', 'Claims', 'scene_claims', 'plural',
-           'article', 'listing', 'pick', 'capital', 'say_finding', 'say_absent', 'say_what', 'fill', 'captions',
-           'mentions', 'best_word', 'denied', 'read_place', 'read_size', 'read_clause', 'read_sentence', 'add_claim',
-           'read_claims', 'word', 'item', 'ask_presence', 'ask_finding', 'claim_questions', 'questions', 'world_sample',
-           'jpeg', 'plot_picture', 'make_figure', 'jats_front', 'jats_fig', 'jats_article', 'article_files',
-           'claims_dict', 'save_article', 'spread', 'write_lines', 'write_articles', 'save_vqa_image', 'write_vqa']
+           'doubling', 'enlarge', 'soft', 'oval', 'smax', 'glyph', 'write_on', 'xray_lungs', 'ct_lungs', 'brain',
+           'ventricles', 'specimen', 'field_distance', 'air_and_fluid', 'lesion_room', 'place', 'pleural_finding',
+           'round_finding', 'choose_areas', 'sample_history', 'sample_kinds', 'sample_scene', 'edge', 'haze', 'mix',
+           'speckle', 'paint_gray', 'paint_tissue', 'paint_gross', 'draw_lesions', 'vessels', 'xray_bones', 'draw_xray',
+           'draw_pleura', 'xray_image', 'draw_ct', 'draw_spine', 'ct_image', 'draw_mri', 'mri_image', 'draw_gland',
+           'draw_stroma', 'histology_image', 'draw_cloth', 'draw_ruler', 'draw_flesh', 'gross_image', 'render',
+           'Claims', 'scene_claims', 'plural', 'article', 'listing', 'pick', 'capital', 'say_finding', 'say_absent',
+           'say_what', 'fill', 'captions', 'mentions', 'best_word', 'denied', 'read_place', 'read_size', 'read_clause',
+           'read_sentence', 'add_claim', 'read_claims', 'word', 'item', 'ask_presence', 'ask_finding',
+           'claim_questions', 'questions', 'world_sample', 'jpeg', 'plot_picture', 'make_figure', 'jats_front',
+           'jats_fig', 'jats_article', 'article_files', 'claims_dict', 'save_article', 'spread', 'write_lines',
+           'write_articles', 'save_vqa_image', 'write_vqa']
 
-# %% ../nbs/01_phantoms.ipynb #f3e46896
-import io, json, re, shutil, tarfile, gzip, os
+# %% ../nbs/01_phantoms.ipynb #6cffff30
+import io, json, math, re, shutil, tarfile, gzip, os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, asdict, replace
@@ -35,7 +36,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage as ndi
 
-# %% ../nbs/01_phantoms.ipynb #5fea5e19
+# %% ../nbs/01_phantoms.ipynb #39a60d47
 class Kind(NamedTuple):
     "A kind of finding and the attributes that all its lesions share."
     modality:str
@@ -47,26 +48,26 @@ class Kind(NamedTuple):
     names:tuple     # the standard name first, then synonyms
 
 KINDS = {
- 'nodule': Kind('chest_xray', 'round', 'bright', 'sharp', 4, .062, ('nodule', 'coin lesion')),
+ 'nodule': Kind('chest_xray', 'round', 'bright', 'sharp', 4, .056, ('nodule', 'coin lesion')),
  'consolidation': Kind('chest_xray', 'patchy', 'hazy', 'ill-defined', 1, .12,
                        ('consolidation', 'airspace opacity')),
  'pleural effusion': Kind('chest_xray', 'crescent-shaped', 'dense', 'sharp', 1, .10,
                           ('pleural effusion', 'effusion')),
  'pneumothorax': Kind('chest_xray', 'crescent-shaped', 'dark', 'sharp', 1, .10, ('pneumothorax',)),
- 'mass': Kind('ct_scan', 'lobulated', 'dense', 'sharp', 4, .062, ('mass', 'solid lesion')),
- 'cavity': Kind('ct_scan', 'ring-shaped', 'hollow', 'sharp', 4, .070, ('cavity', 'cavitary lesion')),
+ 'mass': Kind('ct_scan', 'lobulated', 'dense', 'sharp', 4, .058, ('mass', 'solid lesion')),
+ 'cavity': Kind('ct_scan', 'ring-shaped', 'hollow', 'sharp', 4, .062, ('cavity', 'cavitary lesion')),
  'ground-glass opacity': Kind('ct_scan', 'patchy', 'hazy', 'ill-defined', 1, .12,
                               ('ground-glass opacity', 'ground-glass area')),
- 'metastasis': Kind('mri', 'round', 'bright', 'sharp', 4, .065, ('metastasis', 'enhancing lesion')),
- 'abscess': Kind('mri', 'ring-shaped', 'hollow', 'sharp', 4, .075, ('abscess', 'ring-enhancing lesion')),
+ 'metastasis': Kind('mri', 'round', 'bright', 'sharp', 4, .060, ('metastasis', 'enhancing lesion')),
+ 'abscess': Kind('mri', 'ring-shaped', 'hollow', 'sharp', 4, .066, ('abscess', 'ring-enhancing lesion')),
  'infarct': Kind('mri', 'wedge-shaped', 'dark', 'ill-defined', 1, .12, ('infarct', 'infarction')),
  'lymphoid aggregate': Kind('histology', 'round', 'dark', 'ill-defined', 4, .085,
                             ('lymphoid aggregate', 'lymphoid follicle')),
  'granuloma': Kind('histology', 'round', 'pale', 'sharp', 4, .085, ('granuloma', 'histiocytic nodule')),
  'mucin pool': Kind('histology', 'irregular', 'clear', 'sharp', 4, .085, ('mucin pool', 'mucin lake')),
- 'tumor': Kind('gross', 'lobulated', 'pale', 'sharp', 4, .072, ('tumor', 'neoplasm')),
- 'cyst': Kind('gross', 'round', 'translucent', 'sharp', 4, .072, ('cyst', 'cystic lesion')),
- 'hemorrhage': Kind('gross', 'irregular', 'dark', 'ill-defined', 4, .078, ('hemorrhage', 'hematoma')),
+ 'tumor': Kind('gross', 'lobulated', 'pale', 'sharp', 4, .064, ('tumor', 'neoplasm')),
+ 'cyst': Kind('gross', 'round', 'translucent', 'sharp', 4, .064, ('cyst', 'cystic lesion')),
+ 'hemorrhage': Kind('gross', 'irregular', 'dark', 'ill-defined', 4, .070, ('hemorrhage', 'hematoma')),
 }
 
 # %% ../nbs/01_phantoms.ipynb #ca447cb8
@@ -142,7 +143,7 @@ def spline(
     for k in range(4): m[np.arange(size), i+k] = w[k]
     return m
 
-# %% ../nbs/01_phantoms.ipynb #84407183
+# %% ../nbs/01_phantoms.ipynb #d95ca773
 def smooth(
     rng,        # random generator
     size:int,   # pixels
@@ -152,6 +153,20 @@ def smooth(
     "Cloudy noise: a coarse random grid, upsampled."
     nx = nx or ny
     return 2.1*(spline(ny, size) @ rng.standard_normal((ny+3, nx+3), dtype='f4') @ spline(nx, size).T)
+
+@lru_cache(8)
+def doubling(n:int)->np.ndarray:
+    "Weights that interpolate n values at twice as many points."
+    t = np.clip((np.arange(2*n)+.5)/2-.5, 0, n-1); i = np.minimum(t.astype(int), n-2)
+    m = np.zeros((2*n, n), 'f4')
+    m[np.arange(2*n), i] = 1-(t-i); m[np.arange(2*n), i+1] = t-i
+    return m
+
+def enlarge(img:np.ndarray)->np.ndarray:
+    "Twice the size: what is smooth is drawn small, for speed."
+    m = doubling(img.shape[0])
+    if img.ndim == 2: return m @ img @ m.T
+    return np.stack([m @ img[..., c] @ m.T for c in range(3)], -1)
 
 def soft(
     d,            # signed distance to an edge, negative inside
@@ -205,7 +220,7 @@ def ct_lungs(u, v, j):
     heart = -oval(x, y, .045, -.075+.01*j[3], .135+.012*j[4], .125+.012*j[5])
     return smax(smax(cage, band), heart)
 
-# %% ../nbs/01_phantoms.ipynb #fad0e7e6
+# %% ../nbs/01_phantoms.ipynb #aca2743c
 def brain(u, v, j):
     "The brain inside the skull, axial."
     x, y = u-.5, v-.505
@@ -213,10 +228,10 @@ def brain(u, v, j):
 
 def ventricles(u, v, j):
     "The two lateral ventricles: crescents beside the midline."
-    s, y = np.abs(u-.5), v-.49
-    w = (.026+.008*j[2])*(1+.35*np.cos(y*9))
-    bow = .022+.9*y*y+.05*np.abs(y)
-    return np.maximum((np.abs(s-bow)-w)*1., np.abs(y)-.135-.015*j[3])
+    s, y = np.abs(u-.5), v-.48
+    tall = .135+.012*j[3]; t = np.clip(1-(y/tall)**2, 0, 1)
+    bow = .010+1.5*np.where(y < 0, .9, 1.5)*y*y
+    return np.abs(s-bow-.014)-(.016+.005*j[2])*np.sqrt(t)*(1+.25*np.cos(2*y/tall))+.03*(t <= 0)
 
 def specimen(u, v, j, organ):
     "Outline of the gross specimen: a liver slice or a kidney."
@@ -227,7 +242,7 @@ def specimen(u, v, j, organ):
     x = x*np.sign(j[2]); body = oval(x, y, .0, 0, .405+.01*j[4], .385+.01*j[5])
     return smax(body, -oval(x, y, .47, .02*j[3], .19, .12+.01*j[6]), .002)
 
-# %% ../nbs/01_phantoms.ipynb #f8d5c41d
+# %% ../nbs/01_phantoms.ipynb #83127cb1
 def field_distance(
     scene:Scene, # the patient
     u, v,        # coordinates
@@ -247,17 +262,16 @@ def air_and_fluid(
     u, v,        # coordinates
 ):               # negative inside
     "Where air or fluid lies in the pleural space of one side."
-    j = jitter(scene); d = xray_lungs(u, v, j); x = u-.5 if side == 'right' else .5-u
-    far = .03-x
+    j = jitter(scene); d = xray_lungs(u, v, j); sign = 1 if side == 'right' else -1
+    x = sign*(u-.5); far = .03-x
     if kind == 'pleural effusion':
-        level = {'small': .675, 'large': .555}[size]
-        return np.maximum.reduce([d, far, level-.55*np.clip(x-.18, 0, 1)-v])
-    k = {'small': .84, 'large': .66}[size]
-    uu, vv = .5+(u-.5-(.09 if side == 'right' else -.09))/k+(.09 if side == 'right' else -.09), .47+(v-.47)/k
-    inner = xray_lungs(uu, vv, j)
-    return np.maximum.reduce([d, far, .012-inner, v-.485])
+        level = {'small': .70, 'large': .60}[size]
+        return np.maximum.reduce([d-.012, far, level-2.6*np.clip(x-.13, 0, 1)**2-v, .505-v])
+    k = {'small': .83, 'large': .64}[size]
+    inner = xray_lungs(.5+sign*(.085+(x-.085)/k), .56+(v-.56)/k, j)
+    return np.maximum.reduce([d, far, .010-inner, v-.49])
 
-# %% ../nbs/01_phantoms.ipynb #bdc52d75
+# %% ../nbs/01_phantoms.ipynb #faae4c1b
 def lesion_room(
     scene:Scene, # the patient, findings not yet drawn
 )->tuple:        # u, v and the distance from the organ's edge at 64 x 64 points
@@ -284,10 +298,10 @@ def place(
             near = np.hypot(*(cand[:, None]-np.array(pts or [cand[0]])).T).min(0)
             i = int(near.argmin()) if attempt > 11 and pts else int(rng.integers(len(cand)))
             pts.append([float(x) for x in cand[i]])
-            cand = cand[np.hypot(*(cand-cand[i]).T) > 2.2*r+.012]
+            cand = cand[np.hypot(*(cand-cand[i]).T) > 2.1*r+.010]
         if len(pts) == n: return pts
 
-# %% ../nbs/01_phantoms.ipynb #5be142b4
+# %% ../nbs/01_phantoms.ipynb #54164fc7
 def pleural_finding(scene, kind, side, size):
     "A finding that fills part of the pleural space: its box is measured."
     u, v = grid(128)
@@ -298,10 +312,10 @@ def pleural_finding(scene, kind, side, size):
 
 def round_finding(rng, scene, room, kind, area):
     "A finding made of separate lesions; smaller if the area has no room."
-    k = KINDS[kind]; n = int(rng.integers(1, k.most+1)); size = 'large' if rng.random() < (.5 if n < 3 else .7) else 'small'
+    k = KINDS[kind]; n = int(rng.integers(1, k.most+1)); size = 'large' if rng.random() < (.5 if n < 3 else .75) else 'small'
     for size in (size, 'small'):
         r = k.small/2*(LARGE if size == 'large' else 1)*rng.uniform(.98, 1.02)
-        pts = place(rng, room, area, n, r, .9 if k.most > 1 else .5)
+        pts = place(rng, room, area, n, r, {'infarct': .6}.get(kind, .9 if k.most > 1 else .5))
         if pts: break
     while not pts: n -= 1; pts = place(rng, room, area, n, r)
     boxes = [[x-r, y-r, 2*r, 2*r] for x, y in pts]
@@ -383,7 +397,7 @@ def speckle(rng, shape, sigma):
     n = ndi.gaussian_filter(rng.standard_normal(shape, dtype='f4'), sigma)
     return n/(n.std()+1e-6)
 
-# %% ../nbs/01_phantoms.ipynb #22219135
+# %% ../nbs/01_phantoms.ipynb #f2ee94c6
 def paint_gray(kind, p, rho, dx, dy, rng):
     "Paint one lesion of a radiological kind onto its patch."
     if kind == 'nodule': return mix(p, .9*edge(rho, .2), .86)
@@ -391,11 +405,11 @@ def paint_gray(kind, p, rho, dx, dy, rng):
         return np.maximum(p, mix(p, .9*haze(rho)**.8*(.9+.1*speckle(rng, p.shape, 2.5)), .80))
     if kind == 'mass': return mix(p, edge(rho, .18), .80+.03*speckle(rng, p.shape, 1))
     if kind == 'cavity': return mix(mix(p, edge(rho, .15), .74), edge(rho/.62, .2), .02)
-    if kind == 'ground-glass opacity': return np.maximum(p, mix(p, .72*haze(rho)**.8*(.85+.15*speckle(rng, p.shape, 1.5)), .52))
+    if kind == 'ground-glass opacity': return np.maximum(p, mix(p, .9*haze(rho)**.7*(.88+.12*speckle(rng, p.shape, 1.5)), .52))
     if kind == 'metastasis': return mix(p, edge(rho, .2), .97)
     if kind == 'abscess': return mix(mix(p, edge(rho, .12), .97), edge(rho/.68, .2), .10)
     wedge = np.maximum(np.abs(dy)-.12-.36*(dx+1), np.hypot(dx, dy)-1)  # infarct: dx points outwards
-    return np.minimum(p, mix(p, soft(wedge+.12, .24), .16))
+    return np.minimum(p, mix(p, soft(wedge+.10, .16), .12))
 
 def paint_tissue(kind, p, rho, rng):
     "Paint one lesion onto a patch of stained tissue."
@@ -425,8 +439,8 @@ def paint_gross(kind, p, rho, dx, dy, rng):
     n = speckle(rng, rho.shape, 2)
     return mix(p, np.clip(2.2*haze(rho)*(1+.18*n), 0, 1)*(rho < 1), (.13, .01, .03))
 
-# %% ../nbs/01_phantoms.ipynb #7441713f
-LOBES = {'mass': (.13, 6), 'tumor': (.10, 7), 'mucin pool': (.16, 3), 'hemorrhage': (.22, 4),
+# %% ../nbs/01_phantoms.ipynb #ffb655ba
+LOBES = {'mass': (.09, 5), 'tumor': (.08, 6), 'mucin pool': (.10, 2), 'hemorrhage': (.16, 3),
          'consolidation': (.12, 3), 'ground-glass opacity': (.12, 3)}
 
 def draw_lesions(
@@ -442,16 +456,28 @@ def draw_lesions(
             ys = slice(max(0, int(y*n)), int(np.ceil((y+h)*n))); xs = slice(max(0, int(x*n)), int(np.ceil((x+w)*n)))
             u, v = grid(n); dx, dy = (u[ys, xs]-cx)/r, (v[ys, xs]-cy)/r
             amp, lobes = LOBES.get(f.kind, (.03, 2)); turn = rng.uniform(0, 6.28)
-            rho = np.hypot(dx, dy)/(1-amp+amp*np.sin(lobes*np.arctan2(dy, dx)+turn))
+            th = np.arctan2(dy, dx)+turn
+            if lobes > 4: wave = 2*np.abs(np.sin(lobes*th/2))-1
+            else: wave = .6*np.sin(lobes*th)+.4*np.sin((lobes+3)*th+2*turn)
+            rho = np.hypot(dx, dy)/(1-amp+amp*wave)
             if f.kind == 'infarct':
-                a = np.arctan2(cy-.5, cx-.5); dx, dy = dx*np.cos(a)+dy*np.sin(a), dy*np.cos(a)-dx*np.sin(a)
+                a = math.atan2(cy-.5, cx-.5)
+                dx, dy = dx*math.cos(a)+dy*math.sin(a), dy*math.cos(a)-dx*math.sin(a)
             p = img[ys, xs]
             if scene.modality == 'histology': p = paint_tissue(f.kind, p, rho, rng)
             elif scene.modality == 'gross': p = paint_gross(f.kind, p, rho, dx, dy, rng)
             else: p = paint_gray(f.kind, p, rho, dx, dy, rng)
             img[ys, xs] = p
 
-# %% ../nbs/01_phantoms.ipynb #25c802ca
+# %% ../nbs/01_phantoms.ipynb #69cf7e5c
+def vessels(x, y, rng, size, width):
+    "Vessels that branch out from the hilum of each lung, as brightness."
+    r, a = np.hypot(x, y)+1e-3, np.arctan2(y, x)
+    warp = a+.35*smooth(rng, size, 5)+.10*smooth(rng, size, 14)
+    near = np.clip(1.3-np.abs(np.sin(4*warp))*r/width, 0, 1)
+    far = np.clip(1.3-np.abs(np.sin(9*warp+1))*r/width*.8, 0, 1)*np.clip((r-.05)*20, 0, 1)
+    return np.maximum(near*np.clip(1-r/.20, 0, 1), .7*far*np.clip(1-r/.30, 0, 1))
+
 def xray_bones(x, v, j):
     "Ribs, collar bones and spine of a chest radiograph, as brightness."
     s = np.abs(x); cage = soft(oval(x, v, 0, .82, .405+.018*j[2], .73), .03)
@@ -474,34 +500,34 @@ def draw_xray(scene, size, rng):
     img = torso*(.60+.10*np.clip(v-.3, 0, .6)-.12*np.exp(-((s-.4)/.08)**2))+.03*smooth(rng, size, 5)*torso
     img = img-.47*lung*(1-.5*heart)+.10*np.exp(-(s/.075)**4)*torso+.14*heart*(1-.3*lung)+.10*knob
     hilum = np.exp(-((s-.11)**2+(v-.45)**2)/.022)
-    n = np.abs(smooth(rng, size, 20))
-    img = img+lung*(np.clip(.5-n, 0, 1)*(.05+.30*hilum)+.10*hilum)+xray_bones(x, v, j)*torso
+    tree = vessels(s-.075, v-.45, rng, size, .035)
+    img = img+lung*(.26*tree+.07*hilum)+xray_bones(x, v, j)*torso
     bubble = soft(oval(x, v, .17, .86, .07, .045), .03)
     return img-.16*bubble*(1-lung)
 
-# %% ../nbs/01_phantoms.ipynb #42db18c6
+# %% ../nbs/01_phantoms.ipynb #a73a4e96
 def draw_pleura(img, scene):
     "Pleural effusion and pneumothorax, drawn in place."
     u, v = grid(img.shape[0])
     for f in scene.findings:
         if f.kind not in ('pleural effusion', 'pneumothorax'): continue
         d = air_and_fluid(scene, f.kind, f.side, f.size, u, v)
-        if f.kind == 'pleural effusion': img += soft(d+.008, .014)*(.86-img)
+        if f.kind == 'pleural effusion': img += soft(d+.006, .012)*(.84-img)
         else:
-            img += soft(d+.004, .008)*(.05-img)
-            line = np.exp(-((d+.004)/.004)**2)*(xray_lungs(u, v, jitter(scene)) < -.014)*(v < .485)
-            img += .55*line*(d < 0)
+            img += soft(d+.004, .008)*(.03-img)
+            line = np.exp(-((d+.007)/.004)**2)*soft(xray_lungs(u, v, jitter(scene))+.02, .01)*(v < .47)
+            img += .8*line*(.75-img)
 
 def xray_image(scene, size):
     "A chest radiograph with grain and lead marker."
     rng = scene_rng(scene, 2)
-    img = draw_xray(scene, size, rng); draw_pleura(img, scene); draw_lesions(img, scene)
-    img = np.clip(img, 0, 1)**.92+rng.standard_normal((size, size), dtype='f4')*(.022-.008*img)
+    img = enlarge(draw_xray(scene, size//2, rng)); draw_pleura(img, scene); draw_lesions(img, scene)
+    img = np.clip(img, 0, 1)**(.94+.10*float(jitter(scene)[11]))+rng.standard_normal((size, size), dtype='f4')*(.022-.008*img)
     x = .90 if scene.marker == 'L' else .055
     write_on(img, scene.marker, x, .05, .065); write_on(img, 'AP ERECT', .79, .95, .034, .75)
     return img
 
-# %% ../nbs/01_phantoms.ipynb #97e4e253
+# %% ../nbs/01_phantoms.ipynb #5d9e0389
 def draw_ct(scene, size, rng):
     "An axial CT slice of the chest in a lung window."
     u, v = grid(size); j = jitter(scene); x, y = u-.5, v-.51
@@ -509,13 +535,12 @@ def draw_ct(scene, size, rng):
     lung = soft(ct_lungs(u, v, j), .012)
     img = soft(outer, .01)*(.40+.02*smooth(rng, size, 24)); img = mix(img, soft(wall+.004, .02), .60)
     a = np.arctan2(y/.345, x/.425)
-    rib = soft(np.abs(wall-.014)-.010, .008)*soft(np.abs(((a+.25*j[7])*15/np.pi/2) % 1-.5)-.27, .12)
+    rib = soft(np.abs(wall-.014)-.010, .008)*soft(np.abs(((a+.25*j[7]+.16*np.sin(2*a+3*j[8])+.1*np.sin(5*a+3*j[10]))*13/np.pi/2) % 1-.5)-.28, .12)
     img = mix(img, rib, .93)
     heart = soft(oval(x, y, .045, -.075+.01*j[3], .135+.012*j[4], .125+.012*j[5]), .02)
     img = mix(img, heart, .68+.012*smooth(rng, size, 10))
-    n = np.abs(smooth(rng, size, 26)); hil = np.exp(-((np.abs(x)-.07)**2/.02+(y-.02)**2/.03))
-    vessels = np.clip((.16+.30*hil-n)*6, 0, 1)*np.clip(.15+.9*hil, 0, 1)
-    img = mix(img, lung, .10+.02*smooth(rng, size, 7)+.60*vessels)
+    tree = vessels(np.abs(x)-.06, y-.06, rng, size, .026)
+    img = mix(img, lung, .09+.015*smooth(rng, size, 7)+.55*tree)
     aorta = soft(oval(x, y, .075, .155, .045+.004*j[8], .045+.004*j[8]), .01)
     img = mix(img, aorta, .72)
     return draw_spine(img, x, y, j)
@@ -542,20 +567,19 @@ def ct_image(scene, size):
     write_on(img, scene.marker, x, .48, .05, .95); write_on(img, 'CHEST  W1500 L-500', .02, .02, .034, .8)
     return img
 
-# %% ../nbs/01_phantoms.ipynb #e1fcb569
+# %% ../nbs/01_phantoms.ipynb #34084999
 def draw_mri(scene, size, rng):
     "An axial T1-weighted slice of the head."
     u, v = grid(size); j = jitter(scene); d = brain(u, v, j); x = u-.5
-    fold = smooth(rng, size, 13); fold2 = smooth(rng, size, 24)
-    img = .55*soft(d-.062, .012)*(1-soft(d-.040, .01))*(1+.15*fold2)+.05*soft(d-.045, .01)
-    img = mix(img, soft(d-.006, .008), .10)
-    depth = np.clip(-d/.085, 0, 1)
-    sulci = np.clip((.20-np.abs(fold))*5, 0, 1)*(1-depth)**.7
+    fold, fold2 = smooth(rng, size, 19), smooth(rng, size, 24)
+    img = .62*soft(d-.062, .012)*(1-soft(d-.036, .01))*(1+.10*fold2)+.05*soft(d-.045, .01)
+    img = mix(img, soft(d-.008, .008), .10)
     gray = soft(d+.004, .008)
-    white = soft(.058+.016*fold2+.030*fold+d, .02)
-    img = mix(img, gray, .43+.015*fold2)
-    img = mix(img, white, .64+.015*smooth(rng, size, 8))
-    img = mix(img, gray*sulci, .12)
+    sulci = np.clip((.22-np.abs(fold))*7, 0, 1)*np.clip((d+.080)/.045, 0, 1)
+    white = soft(d+.088-.058*np.clip(np.abs(fold)/.75, 0, 1), .014)
+    img = mix(img, gray, .44+.015*fold2)
+    img = mix(img, white, .66+.012*smooth(rng, size, 8))
+    img = mix(img, .85*gray*sulci, .20)
     ganglia = np.minimum(oval(np.abs(x), v, .105, .47, .035, .065), oval(np.abs(x), v, .055, .58, .04, .045))
     img = mix(img, .75*soft(ganglia, .02), .45)
     img = mix(img, soft(ventricles(u, v, j), .008), .11)
@@ -573,7 +597,7 @@ def mri_image(scene, size):
     write_on(img, 'TR 500 TE 15', .02, .945, .034, .7)
     return img
 
-# %% ../nbs/01_phantoms.ipynb #ed2f3dac
+# %% ../nbs/01_phantoms.ipynb #9f29efd2
 def draw_gland(img, cx, cy, r, rng):
     "One crypt: lumen, tall pale cells, a ring of dark nuclei."
     n = img.shape[0]; u, v = grid(n); q = r*1.25
@@ -581,7 +605,7 @@ def draw_gland(img, cx, cy, r, rng):
     dx, dy = (u[ys, xs]-cx)/r, (v[ys, xs]-cy)/r
     if not dx.size: return
     a, st = rng.uniform(0, 3.14), rng.uniform(.82, 1.18)
-    ex, ey = (dx*np.cos(a)+dy*np.sin(a))*st, (dy*np.cos(a)-dx*np.sin(a))/st
+    ex, ey = (dx*math.cos(a)+dy*math.sin(a))*st, (dy*math.cos(a)-dx*math.sin(a))/st
     th = np.arctan2(ey, ex); rho = np.hypot(ex, ey)*(1+.05*np.sin(3*th+a))
     p = mix(img[ys, xs], edge(rho, .08), (.83, .62, .78))
     cells = np.clip(.5+1.2*np.cos(th*15+a), 0, 1)*np.clip(1-((rho-.55)/.2)**2, 0, 1)
@@ -591,9 +615,9 @@ def draw_gland(img, cx, cy, r, rng):
 
 def draw_stroma(size, rng):
     "Pink fibres and the nuclei between the crypts."
-    warp = smooth(rng, size, 6); u, v = grid(size)
-    fibre = np.sin(60*(u*np.cos(1.)+v)+7*warp)*.5+.5*smooth(rng, size, 40)
-    f = fibre[..., None]; img = np.array((.91, .66, .76), 'f4')+f*np.array((.022, .050, .035), 'f4')
+    half = size//2; u, v = grid(half)
+    fibre = np.sin(60*(u*.54+v)+7*smooth(rng, half, 6))*.5+.5*smooth(rng, half, 40)
+    f = enlarge(fibre)[..., None]; img = np.array((.91, .66, .76), 'f4')+f*np.array((.022, .050, .035), 'f4')
     dots = np.zeros((2, size, size), 'f4'); k = 420
     dots[rng.integers(0, 2, k), rng.integers(0, size, k), rng.integers(0, size, k)] = rng.uniform(.7, 1.3, k)
     s = size/256
@@ -639,26 +663,30 @@ def draw_ruler(img, j):
         img[y0:y0+(6 if i % 5 == 0 else 3)*n//256+1, x:x+1] = .08
         if i % 10 == 0: write_on(img, str(i//10), x/n-.008, .928, .036, .08)
 
-# %% ../nbs/01_phantoms.ipynb #79d323a2
+# %% ../nbs/01_phantoms.ipynb #b89b6ccd
+def draw_flesh(scene, size, rng, j):
+    "The colours of the specimen, and its wet highlights."
+    u, v = grid(size); d = specimen(u, v, j, scene.organ); light, dark = FLESH[scene.organ]
+    relief, fine = smooth(rng, size, 9), smooth(rng, size, 34)
+    flesh = mix(np.broadcast_to(np.array(dark, 'f4'), (size, size, 3)), np.clip(.55+.16*relief+.10*fine, 0, 1), light)
+    if scene.organ == 'kidney':
+        x, y = (u-.5)*np.sign(j[2])-.22, v-.455; r, a = np.hypot(x, y), np.arctan2(y, -x)
+        cone = np.clip(.25+1.6*np.cos(9*a+.3*relief), 0, 1)*soft(d+.085+.01*fine, .02)*soft(.13-r, .05)
+        flesh = mix(flesh, .75*cone, np.stack([.42+.04*np.sin(90*a), .12+0*a, .15+0*a], -1))
+        flesh = mix(flesh, .8*soft(r-.115-.012*relief, .03), (.78, .60, .42))
+    else: flesh = mix(flesh, .5*np.clip((.10-np.abs(relief))*6, 0, 1), (.30, .08, .07))
+    slope = .45+.55*np.sqrt(np.clip(-d/.06, 0, 1))+.10*(1-u-v)
+    shine = np.clip(fine+.5*relief-2.5, 0, 1)*soft(d+.03, .02)*.5
+    return enlarge(mix(flesh*slope[..., None], shine, (1., .97, .94)))
+
 def gross_image(scene, size):
     "A photograph of a fresh specimen on cloth, with ruler."
-    rng = scene_rng(scene, 2); j = jitter(scene); u, v = grid(size)
-    img = draw_cloth(size, rng, j)
-    img *= (1-.55*soft(specimen(u-.018, v-.022, j, scene.organ)-.004, .05))[..., None]
-    d = specimen(u, v, j, scene.organ); light, dark = FLESH[scene.organ]
-    relief = smooth(rng, size, 9); fine = smooth(rng, size, 34)
-    tone = np.clip(.55+.16*relief+.10*fine, 0, 1)[..., None]
-    flesh = tone*np.array(light, 'f4')+(1-tone)*np.array(dark, 'f4')
-    if scene.organ == 'kidney':
-        flesh = mix(flesh, .55*soft(np.abs(d+.03)-.008+.006*fine, .02), (.74, .58, .40))
-        flesh = mix(flesh, .35*np.clip(fine-.6, 0, 1), (.80, .45, .40))
-    else: flesh = mix(flesh, .5*np.clip((.10-np.abs(relief))*6, 0, 1), (.30, .08, .07))
-    rim = np.clip(-d/.06, 0, 1); slope = .45+.55*np.sqrt(rim)+.10*np.clip(.5-u+.5-v, -1, 1)
-    img = mix(img, soft(d, .008), flesh*slope[..., None])
-    draw_lesions(img, scene)
-    shine = np.clip(relief+.6*fine-2.0, 0, 1)*soft(d+.03, .02)*.45
-    img = mix(img, shine, (1., .97, .94)); draw_ruler(img, j)
-    return img+.012*rng.standard_normal((size, size, 3), dtype='f4')
+    rng = scene_rng(scene, 2); j = jitter(scene); u, v = grid(size//2)
+    shadow = soft(specimen(u-.018, v-.022, j, scene.organ)-.004, .05)
+    img = enlarge(draw_cloth(size//2, rng, j)*(1-.55*shadow)[..., None])
+    img = mix(img, soft(specimen(*grid(size), j, scene.organ), .008), draw_flesh(scene, size//2, rng, j))
+    draw_lesions(img, scene); draw_ruler(img, j)
+    return img+.015*rng.standard_normal((size, size, 1), dtype='f4')
 
 # %% ../nbs/01_phantoms.ipynb #925b7abe
 def render(
