@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONDITIONS', 'KEY', 'DESCRIBE', 'chat', 'split_ids', 'image_features', 'read_prefixes', 'cache_rows', 'decode',
            'open_picture', 'end_ids', 'answer', 'item_patient', 'partners', 'condition_picture', 'weights_hash',
-           'prompt_hash', 'predict', 'caption_items', 'talk']
+           'prompt_hash', 'predict', 'caption_items', 'talk', 'reply_losses']
 
 # %% ../nbs/08_generation.ipynb #0877d176
 import copy, hashlib, json, os, time, zlib
@@ -57,7 +57,7 @@ def image_features(
         feats.append(torch.stack(list(getattr(out, 'pooler_output', out))))
     return torch.cat(feats)
 
-# %% ../nbs/08_generation.ipynb #68f81199
+# %% ../nbs/08_generation.ipynb #91325b34
 @torch.inference_mode()
 def read_prefixes(
     model,          # LlavaForConditionalGeneration
@@ -67,7 +67,8 @@ def read_prefixes(
     "Let the language model read prefixes of equal length."
     ids = torch.tensor(prefixes, device=model.device)
     x, fs = model.get_input_embeddings()(ids), [f for fs in feats for f in fs]
-    if fs: x = x.masked_scatter((ids == model.config.image_token_id)[..., None], torch.cat(fs).to(x))
+    slots = (ids == model.config.image_token_id)[..., None]
+    if fs: x = x.masked_scatter(slots, torch.cat(fs).to(x))
     return model.model.language_model(inputs_embeds=x, use_cache=True).past_key_values
 
 def cache_rows(
@@ -118,7 +119,7 @@ def _extend(answers, rows, new, ends):
         if not done: answers[r].append(None if t in ends else t)
     return [i for i, r in enumerate(rows) if answers[r][-1] is not None]
 
-# %% ../nbs/08_generation.ipynb #4c2b6418
+# %% ../nbs/08_generation.ipynb #995b36ff
 def open_picture(
     source, # path of a picture, or a PIL image
 )->Image.Image: # RGB
@@ -128,9 +129,10 @@ def open_picture(
         f'Image {source} is not there; check the folder of images and the names in the items.')
     try: return Image.open(source).convert('RGB')
     except (OSError, SyntaxError, ValueError) as e:
-        raise ValueError(f'Image {source} cannot be read ({e}); replace it or drop its items.') from e
+        raise ValueError(
+            f'Image {source} cannot be read ({e}); replace it or drop its items.') from e
 
-# %% ../nbs/08_generation.ipynb #d842d2e6
+# %% ../nbs/08_generation.ipynb #be9ba34e
 def end_ids(
     model,     # LlavaForConditionalGeneration
     tokenizer, # its tokenizer
@@ -139,6 +141,13 @@ def end_ids(
     e = getattr(model.generation_config, 'eos_token_id', None)
     e = tokenizer.eos_token_id if e is None else e
     return set(e) if isinstance(e, (list, tuple)) else {e}
+
+def _features_of(model, processor, distinct, batch_size):
+    "Features by key of the image, and how many patches an image has."
+    if not distinct: return {}, 0
+    pictures = [open_picture(o) for o in distinct.values()]
+    feats = image_features(model, processor, pictures, batch_size)
+    return dict(zip(distinct, feats)), feats.shape[1]
 
 def _as_refs(x):
     return () if x is None else tuple(x) if isinstance(x, (list, tuple)) else (x,)
@@ -152,7 +161,7 @@ def _prompt_ids(processor, prompts, refs, n_patches, image_id):
     ids = {t: split_ids(i, image_id, n_patches) for t, i in zip(unique, ids)}
     return [ids[t] for t in texts]
 
-# %% ../nbs/08_generation.ipynb #03bce9f6
+# %% ../nbs/08_generation.ipynb #d7dab63d
 def _batches(keys, lengths, batch_size):
     "Distinct prefixes of one length, with the rows that use each: lists of (key, rows)."
     users = defaultdict(list)
@@ -170,10 +179,11 @@ def _answer_group(model, group, split, feats_of, ends, max_new_tokens, batch_siz
     todo.sort(key=lambda o: (len(split[o[0]][1]), o[0]))
     for i in range(0, len(todo), batch_size):
         rows, places = zip(*todo[i:i+batch_size])
-        ids = decode(model, [split[r][1] for r in rows], cache_rows(cache, places), ends, max_new_tokens)
+        ids = decode(model, [split[r][1] for r in rows], cache_rows(cache, places), ends,
+                     max_new_tokens)
         yield from zip(rows, ids)
 
-# %% ../nbs/08_generation.ipynb #565fd4fc
+# %% ../nbs/08_generation.ipynb #415d5922
 @torch.inference_mode()
 def answer(
     model,                 # LlavaForConditionalGeneration
@@ -190,14 +200,14 @@ def answer(
     if not prompts: return []
     model.eval()
     distinct = {_key(r): r for rs in refs for r in rs}
-    feats = image_features(model, processor, [open_picture(o) for o in distinct.values()], batch_size) if distinct else []
-    feats, n = dict(zip(distinct, feats)), feats.shape[1] if distinct else 0
+    feats, n = _features_of(model, processor, distinct, batch_size)
     split = _prompt_ids(processor, prompts, refs, n, model.config.image_token_id)
     keys = [(s[0], tuple(map(_key, r))) for s, r in zip(split, refs)]
     texts, ends = [None]*len(prompts), end_ids(model, processor.tokenizer)
     for group in _batches(keys, [len(s[0]) for s in split], batch_size):
-        for r, ids in _answer_group(model, group, split, lambda r: [feats[_key(o)] for o in refs[r]],
-                                    ends, max_new_tokens, batch_size):
+        def feats_of(r): return [feats[_key(o)] for o in refs[r]]
+        for r, ids in _answer_group(model, group, split, feats_of, ends, max_new_tokens,
+                                    batch_size):
             texts[r] = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     model.train(was_training)
     return texts
@@ -299,7 +309,7 @@ def _blocks(items, size):
             block = []
     if block: yield block
 
-# %% ../nbs/08_generation.ipynb #1bfca999
+# %% ../nbs/08_generation.ipynb #f7047bef
 def predict(
     model,                # LlavaForConditionalGeneration
     processor,            # its processor
@@ -324,7 +334,8 @@ def predict(
     done, t0, errors = _done(out_fn), time.perf_counter(), 0
     todo = [o for o, r in zip(items, rows) if tuple(r[k] for k in KEY) not in done]
     by_id = {r['item']: r for r in rows}
-    shown = {n: condition_picture(n, condition, images_dir, swap, seed) for o in todo for n in o['images']}
+    shown = {n: condition_picture(n, condition, images_dir, swap, seed)
+             for o in todo for n in o['images']}
     for block in progress(list(_blocks(todo, 8*batch_size)), desc=f'{model_name}, {condition}',
                           unit='blocks'):
         t1 = time.perf_counter()
@@ -332,8 +343,8 @@ def predict(
                            [by_id[o['id']]['prompt'] for o in block],
                            max_new_tokens=max_new_tokens, batch_size=batch_size)
         each = round((time.perf_counter()-t1)/len(block), 6)
-        lines = [by_id[o['id']] | dict(text=t, seconds=each, error=e) for o, (t, e) in zip(block, got)]
-        _append(out_fn, lines)
+        _append(out_fn, [by_id[o['id']] | dict(text=t, seconds=each, error=e)
+                         for o, (t, e) in zip(block, got)])
         errors += sum(e is not None for _, e in got)
     return dict(head, asked=len(todo), before=len(items)-len(todo), errors=errors,
                 seconds=round(time.perf_counter()-t0, 2))
@@ -348,7 +359,7 @@ def _records(processor, items, head, model_hash, prompt_of):
                          prompt_hash=h, seconds=None, error=None))
     return rows
 
-# %% ../nbs/08_generation.ipynb #c1e6df22
+# %% ../nbs/08_generation.ipynb #44704b63
 DESCRIBE = 'Describe the image.'
 
 def caption_items(
@@ -358,10 +369,10 @@ def caption_items(
 )->list:                     # items with ids `caption:<image>`
     "One item for each image that asks for a description."
     names = list(names)
-    return [dict(id=f'caption:{n}', images=[n], question=question, answer='', answer_type='OPEN', tags=dict(t))
-            for n, t in zip(names, tags or [{}]*len(names))]
+    return [dict(id=f'caption:{n}', images=[n], question=question, answer='', answer_type='OPEN',
+                 tags=dict(t)) for n, t in zip(names, tags or [{}]*len(names))]
 
-# %% ../nbs/08_generation.ipynb #d66a5af5
+# %% ../nbs/08_generation.ipynb #f87959c0
 def talk(
     model,           # LlavaForConditionalGeneration
     processor,       # its processor
@@ -373,8 +384,28 @@ def talk(
     turns, pairs = [], []
     for q in questions:
         content = [{'type': 'text', 'text': q}]
-        turns.append({'role': 'user', 'content': content if turns else [{'type': 'image'}] + content})
+        if not turns: content = [{'type': 'image'}] + content
+        turns.append({'role': 'user', 'content': content})
         a = answer(model, processor, [image], [turns], max_new_tokens=max_new_tokens)[0]
         turns.append({'role': 'assistant', 'content': [{'type': 'text', 'text': a}]})
         pairs.append((q, a))
     return pairs
+
+# %% ../nbs/08_generation.ipynb #235e1933
+@torch.inference_mode()
+def reply_losses(
+    model,        # LlavaForConditionalGeneration
+    processor,    # its processor
+    talks:list,   # (prompt, reply) pairs without images
+)->list:          # for each talk the summed loss of the reply in nats, and its tokens
+    "How surprised a model is by replies to text prompts."
+    tok, out = processor.tokenizer, []
+    for prompt, reply in talks:
+        turns = [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': reply}]
+        ids = [tok(t, add_special_tokens=False)['input_ids'] for t in (
+            chat(processor, prompt, 0), processor.apply_chat_template(turns, tokenize=False))]
+        x, n = torch.tensor([ids[1]], device=model.device), len(ids[1])-len(ids[0])
+        logits = model(input_ids=x, logits_to_keep=n+1).logits[0, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits, x[0, -n:], reduction='sum')
+        out.append((loss.item(), n))
+    return out
