@@ -441,7 +441,7 @@ def ledger_row(
         if peak and device_s: row['mfu'] = round(flops/device_s/peak, 4)
     return row
 
-# %% ../nbs/00_runs.ipynb #92048fbc
+# %% ../nbs/00_runs.ipynb #f7aaf3c2
 class StepInputError(FileNotFoundError): "An input of a step is missing; the message says how to make it."
 
 def find_input(
@@ -452,8 +452,10 @@ def find_input(
     "An earlier step's result, or one sentence that says how to make it."
     for run in runs:
         if (run_dir(run)/step/name).exists(): return run_dir(run)/step/name
-    raise StepInputError(f'{run_dir(runs[0])/step/name} is missing: make it with '
-                         f'`llava-med run {runs[0]} --only {step}`, or run {step}.ipynb first.')
+    preset = read_run(runs[0])['preset'] or ('tiny' if runs[0] == 'scratch' else runs[0])
+    command = f'llava-med run {preset}' + (f' --name {runs[0]}' if preset != runs[0] else '')
+    raise StepInputError(f'{run_dir(runs[0])/step/name} is missing: make it with `{command} --only {step}`, '
+                         f'or run {step}.ipynb first.')
 
 def clear_folder(
     folder:Path, # a step's folder; made if missing
@@ -469,7 +471,7 @@ def clear_folder(
                           'LLAVA_MED_OUTPUTS to a folder that can be written.') from e
     return folder
 
-# %% ../nbs/00_runs.ipynb #b3356c44
+# %% ../nbs/00_runs.ipynb #6e6e5f9e
 class Step:
     "One step of a run: its folder, seed, device, inputs and costs."
     def __init__(self,
@@ -486,12 +488,13 @@ class Step:
         self.device, self.rng = pick_device(device), np.random.default_rng(seed)
         self.params = {'seed': seed, 'device': device, 'threads': threads, **(params or {})}
         self.by_hand = os.environ.get('LLAVA_MED_RUNNER') != run
-        if self.by_hand: hold(run_dir(run), run).release(force=True)  # refused while the runner works on the run
+        if self.by_hand: RunLock(run).__enter__().release()  # refused while the runner works on the run
         self.lock = RunLock(run, step=name).__enter__()
         self.dir = clear_folder(run_dir(run)/name)
         self.start, self.device_s, self.trainable, self.hashes = time.monotonic(), 0.0, 0, {}
         self.counts = {'samples': 0, 'tokens': 0, 'flops': 0.0}
-        if self.by_hand: update_run(run, name, state='running', parameters=self.params, started=now(), ended=None)
+        if self.by_hand: update_run(run, name, state='running', key=None, parameters=self.params,
+                                    started=now(), ended=None)
     def path(self,
         name:str, # a file in the step's folder
     )->Path:

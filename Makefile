@@ -1,0 +1,52 @@
+# Needs Python 3.11 or newer and make. Every target makes what it needs, .venv included.
+#   make demo PYTHON=python3.12                                  another Python
+#   make demo PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
+# On Linux, PyPI's torch is the CUDA build (several GB); the second line takes the small CPU build.
+PYTHON ?= python3
+PIP_FLAGS ?=
+BIN := $(CURDIR)/.venv/bin
+READY := .venv/.installed
+export PATH := $(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-all lab export refresh clean
+
+help:           ## show this list
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: $(READY)  ## run the whole pipeline on the tiny preset (minutes on 2 cores) and print the results
+	$(BIN)/llava-med run tiny
+
+test: $(READY)  ## run every chapter from top to bottom, and the quick tests
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2; chapters=$$?; \
+	$(BIN)/python -m pytest tests -q -m 'not slow'; quick=$$?; \
+	[ $$chapters -eq 0 ] || echo 'A chapter failed: see the first messages above.'; \
+	[ $$chapters -eq 0 ] && [ $$quick -eq 0 ]
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest tests -q -m slow
+
+test-all: test test-slow  ## the same, and the slow tests: the pipeline end to end
+
+lab: $(READY)   ## open the book in JupyterLab
+	-@$(BIN)/jupyter labextension disable '@jupyterlab/apputils-extension:announcements' 2>/dev/null
+	$(BIN)/jupyter lab --notebook-dir=nbs
+
+export: $(READY) ## write llava_med/ from the notebooks, after cleaning them
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+
+refresh: demo   ## bring the demo's outputs into nbs/pipeline/ and outputs/example/
+	$(BIN)/llava-med refresh tiny
+
+clean:          ## remove caches and the scratch run; runs and .venv stay
+	rm -rf outputs/scratch build _proc _docs .pytest_cache *.egg-info
+	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print | xargs rm -rf
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)'; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; echo 'The venv module is missing: install it (Debian, Ubuntu: apt install python3-venv).'; exit 1; }
+
+$(READY): settings.ini constraints.txt setup.py pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt torch==2.13.0 -e '.[dev]'
+	@touch $@
