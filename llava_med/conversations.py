@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['IMAGE', 'DOMAINS', 'CUT_WORDS', 'BRIEF', 'DETAILED', 'RANK', 'ABOUT', 'REPORT', 'UNSEEN', 'LEAD', 'POINTER',
-           'OVERALL', 'NAMED', 'RecordError', 'turns_of', 'fault', 'image_fault', 'parse_records', 'read_records',
+           'OVERALL', 'RecordError', 'turns_of', 'fault', 'image_fault', 'parse_records', 'read_records',
            'one_spelling', 'write_records', 'to_messages', 'record_id', 'rng_of', 'frame', 'alignment_record', 'Turn',
-           'facts_told', 'turn', 'leaks', 'without_leaks', 'compose', 'rarer_twin', 'short_turns', 'denied', 'describe',
-           'noun_phrase', 'report', 'sentences', 'visible', 'named_modalities', 'general_turns', 'TemplateGenerator',
-           'instruct_record', 'instruct_records']
+           'facts_told', 'turn', 'leaks', 'without_leaks', 'compose', 'rarer_twin', 'short_turns', 'denied', 'place_of',
+           'describe', 'noun_phrase', 'report', 'sentences', 'visible', 'named_modalities', 'general_turns',
+           'TemplateGenerator', 'instruct_record', 'instruct_records']
 
-# %% ../nbs/03_conversations.ipynb #483dfa7e
+# %% ../nbs/03_conversations.ipynb #127e42eb
 import json
 import re
 import zlib
@@ -21,14 +21,15 @@ from pathlib import Path
 
 import numpy as np
 
-from . import phantoms
+from . import articles, phantoms
 from .runs import replacing
 
-# %% ../nbs/03_conversations.ipynb #9241c935
+# %% ../nbs/03_conversations.ipynb #26b13b75
 IMAGE = '<image>'
 DOMAINS = ('chest_xray', 'mri', 'histology', 'gross', 'ct_scan')
 
-class RecordError(ValueError): "A conversation record that cannot be used; the message says which and why."
+class RecordError(ValueError):
+    "A conversation record that cannot be used; the message says which and why."
 
 def turns_of(
     record:dict, # a conversation record, in either spelling
@@ -36,7 +37,7 @@ def turns_of(
     "The turns of a record, whichever way its key is spelt."
     return record.get('conversations', record.get('conversatons'))
 
-# %% ../nbs/03_conversations.ipynb #405856ab
+# %% ../nbs/03_conversations.ipynb #04e6a666
 def fault(
     record, # anything that was found in a file
 )->str:     # what is wrong, or ''
@@ -49,7 +50,8 @@ def fault(
     for i, t in enumerate(turns):
         who, text = ('human', 'gpt')[i % 2], t.get('value') if isinstance(t, dict) else None
         if text is None or t.get('from') != who: return f"has no turn from '{who}' at place {i + 1}"
-        if not isinstance(text, str) or not text.replace(IMAGE, '').strip(): return f'is empty at turn {i + 1}'
+        if not isinstance(text, str) or not text.replace(IMAGE, '').strip():
+            return f'is empty at turn {i + 1}'
     return image_fault(record, [t['value'].count(IMAGE) for t in turns])
 
 def image_fault(
@@ -58,15 +60,16 @@ def image_fault(
 )->str:           # what is wrong, or ''
     "Say what is wrong with the image of a record and its place in the text."
     image = record.get('image')
-    if isinstance(image, list): return '' if len(image) == 1 and sum(counts) == counts[0] == 1 else (
-        f'lists {len(image)} images and says {IMAGE} {sum(counts)} times: one image a record is read')
-    if image is not None and not (isinstance(image, str) and image): return "has an 'image' that is no file name"
+    if isinstance(image, list) and len(image) != 1:
+        return f'lists {len(image)} images: one image a record is read'
+    image = image[0] if isinstance(image, list) else image
     if image is None: return '' if not sum(counts) else f"says {IMAGE} but names no 'image'"
-    if counts[0] != 1 or sum(counts) != 1:
-        return f'has {IMAGE} {counts[0]} times in its first question and {sum(counts[1:])} times later: once and never is right'
-    return ''
+    if not isinstance(image, str) or not image: return "has an 'image' that is no file name"
+    if counts[0] == 1 and sum(counts) == 1: return ''
+    return (f'has {IMAGE} {counts[0]} times in its first question and {sum(counts[1:])} times later: '
+            'once and never is right')
 
-# %% ../nbs/03_conversations.ipynb #ac16d734
+# %% ../nbs/03_conversations.ipynb #a8503788
 def parse_records(
     text:str, # the content of a file: a JSON list, or one JSON object a line
 )->list:      # what it holds
@@ -80,7 +83,8 @@ def read_records(
     "Read conversation records and refuse malformed ones."
     try: records = parse_records(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise RecordError(f'{path} does not exist.') from None
-    except ValueError as e: raise RecordError(f'{path} is neither JSON nor JSON Lines ({e}).') from None
+    except ValueError as e:
+        raise RecordError(f'{path} is neither JSON nor JSON Lines ({e}): make it again.') from None
     for i, r in enumerate(records):
         if why := fault(r):
             name = repr(r['id']) if isinstance(r, dict) and r.get('id') else 'without id'
@@ -110,7 +114,7 @@ def write_records(
         f.write('\n]\n' if n else '[]\n')
     return n
 
-# %% ../nbs/03_conversations.ipynb #a7651515
+# %% ../nbs/03_conversations.ipynb #7f981702
 def to_messages(
     record:dict, # a conversation record
 )->list:         # messages for processor.apply_chat_template
@@ -120,34 +124,39 @@ def to_messages(
         text, before = t['value'], t['value'].lstrip().startswith(IMAGE)
         content = [{'type': 'text', 'text': text.replace(IMAGE, '').strip()}]
         if IMAGE in text: content.insert(0 if before else 1, {'type': 'image'})
-        messages.append({'role': 'user' if t['from'] == 'human' else 'assistant', 'content': content})
+        role = 'user' if t['from'] == 'human' else 'assistant'
+        messages.append({'role': role, 'content': content})
     return messages
 
-# %% ../nbs/03_conversations.ipynb #7b25e48d
+# %% ../nbs/03_conversations.ipynb #6d07d9f7
 CUT_WORDS = 30
 BRIEF = ('Say in a few words what this image shows.', 'Give a short description of the picture.',
          'Summarise this image in one sentence.', 'What is in this picture, put briefly?',
          'Name the essentials of this image.', 'Provide a brief account of what is visible here.',
          'Write a short caption for this image.', 'Sum up the picture concisely.')
 DETAILED = ('Describe this image in detail.', 'Explain thoroughly what can be seen in the picture.',
-            'Give a full account of the image and its findings.', 'Walk me through everything that this picture shows.',
-            'Write a detailed report of what is visible here.', 'Characterise the image as completely as you can.',
-            'What does this picture show? Answer at length.', 'Describe the structures in this image and how they look.')
+            'Give a full account of the image and its findings.',
+            'Walk me through everything that this picture shows.',
+            'Write a detailed report of what is visible here.',
+            'Characterise the image as completely as you can.',
+            'What does this picture show? Answer at length.',
+            'Describe the structures in this image and how they look.')
 
 def record_id(
     figure:dict, # a figure record
-)->str:          # like LLaVA-Med's pair_id
-    "The id of a figure's record: its article and its figure id."
-    return f"{figure.get('pmid') or figure.get('pmcid') or 'unknown'}_{figure.get('fig_id') or 'fig'}"
+)->str:          # like LLaVA-Med's pair ids: article, underscore, figure
+    "The id of a figure's record: its own, or its article and its figure id."
+    article = figure.get('pmid') or figure.get('pmcid') or 'unknown'
+    return figure.get('id') or f"{article}_{figure.get('fig_id') or 'fig'}"
 
 def rng_of(
     figure:dict, # a figure record
     seed:int,    # the seed of the data set
 )->np.random.Generator: # the same for the same figure and seed, wherever it stands in the list
     "A random generator that belongs to one figure."
-    return np.random.default_rng([seed, zlib.crc32(f"{record_id(figure)} {figure.get('image')}".encode())])
+    return np.random.default_rng([seed, zlib.crc32(record_id(figure).encode())])
 
-# %% ../nbs/03_conversations.ipynb #84de2f44
+# %% ../nbs/03_conversations.ipynb #9c1aa577
 def frame(
     figure:dict,    # a figure record
     turns:list,     # question and answer in turn, as text
@@ -157,13 +166,15 @@ def frame(
 )->dict:            # a conversation record
     "Put turns about a figure into a conversation record."
     if not figure.get('image'):
-        raise RecordError(f"Figure {record_id(figure)} has no image file: leave it out or give its article's folder.")
+        raise RecordError(f"Figure {record_id(figure)} has no image file: leave it out, "
+                          "or give the folder that holds its article's images.")
     turns = [f'{IMAGE}\n{turns[0]}' if image_first else f'{turns[0]}\n{IMAGE}', *turns[1:]]
     domain = {d: bool((figure.get('modalities') or {}).get(d)) for d in DOMAINS}
-    return dict(id=record_id(figure), image=figure['image'], domain=domain,
-                conversations=[{'from': ('human', 'gpt')[i % 2], 'value': t} for i, t in enumerate(turns)],
-                lang=figure.get('lang') or 'en', tags=dict(modality=[d for d in DOMAINS if domain[d]], **tags),
-                regions=[], licence=figure.get('licence'), source=figure.get('source'), generator=generator)
+    said = [{'from': ('human', 'gpt')[i % 2], 'value': t} for i, t in enumerate(turns)]
+    return dict(id=record_id(figure), image=figure['image'], domain=domain, conversations=said,
+                lang=figure.get('lang') or 'en', regions=[], licence=figure.get('licence'),
+                tags=dict(modality=[d for d in DOMAINS if domain[d]], **tags),
+                source=figure.get('source'), generator=generator)
 
 def alignment_record(
     figure:dict,            # a figure record with an image
@@ -174,11 +185,12 @@ def alignment_record(
     caption, rng = ' '.join((figure.get('caption') or '').split()), rng_of(figure, seed)
     if not caption: raise RecordError(f'Figure {record_id(figure)} has no caption: leave it out.')
     n = len(caption.split())
-    question = rng.choice(DETAILED if n >= CUT_WORDS else BRIEF)
-    return frame(figure, [str(question), caption], dict(name='caption', version='1', saw=['caption']),
-                 bool(rng.random() < image_before), length='detailed' if n >= CUT_WORDS else 'brief', words=n)
+    length, options = ('detailed', DETAILED) if n >= CUT_WORDS else ('brief', BRIEF)
+    maker = dict(name='caption', version='1', saw=['caption'])
+    return frame(figure, [str(rng.choice(options)), caption], maker,
+                 bool(rng.random() < image_before), length=length, words=n)
 
-# %% ../nbs/03_conversations.ipynb #9c0cb858
+# %% ../nbs/03_conversations.ipynb #41dcdc86
 @dataclass(frozen=True)
 class Turn:
     "A question and its answer, the facts that it asks and those that it gives away."
@@ -202,10 +214,11 @@ def facts_told(
     if question_type in ('side', 'quadrant'): told |= {f'side {kind}', f'quadrant {kind}'}
     if question_type in ('side', 'quadrant', 'size') or denies: told.add(f'count {kind}')
     if question_type == 'finding' or denies and not kind:
-        told |= {f'presence {k}' for k in phantoms.KINDS} | {f'count {k}' for k in phantoms.KINDS if k != kind}
+        told |= {f'presence {k}' for k in phantoms.KINDS}
+        told |= {f'count {k}' for k in phantoms.KINDS if k != kind}
     return frozenset(told)
 
-# %% ../nbs/03_conversations.ipynb #4d8eb736
+# %% ../nbs/03_conversations.ipynb #91f50daf
 def turn(
     question:str, answer:str, # the texts
     question_type:str,        # question type
@@ -213,9 +226,12 @@ def turn(
     denies:bool=False,        # whether the truth is that it is absent
 )->Turn:                      # with its facts filled in
     "A short turn with what it asks and tells."
-    asks = {'unanswerable': (), 'finding': ('finding',)}.get(question_type, (f'{question_type} {kind}'.strip(),))
+    asks = (f'{question_type} {kind}'.strip(),)
+    if question_type == 'finding': asks = ('finding',)
     if question_type == 'presence' and not kind: asks = ('normal',)
-    return Turn(question, answer, question_type, kind, frozenset(asks), facts_told(question_type, kind, denies))
+    if question_type == 'unanswerable': asks = ()
+    told = facts_told(question_type, kind, denies)
+    return Turn(question, answer, question_type, kind, frozenset(asks), told)
 
 def leaks(
     turns:Iterable, # turns in the order of the conversation
@@ -227,8 +243,9 @@ def leaks(
         told |= t.tells
     return found
 
-# %% ../nbs/03_conversations.ipynb #33e3546e
-RANK = dict(modality=0, organ=0, finding=1, report=1, presence=2, count=3, quadrant=4, side=4, size=4, description=4)
+# %% ../nbs/03_conversations.ipynb #a46e9f30
+RANK = dict(modality=0, organ=0, finding=1, report=1, presence=2, count=3,
+            quadrant=4, side=4, size=4, description=4)
 
 def without_leaks(
     turns:list,              # turns in any order
@@ -257,32 +274,36 @@ def compose(
         if len(trial) > len(chosen): chosen = trial
     return chosen
 
-# %% ../nbs/03_conversations.ipynb #b459865b
+# %% ../nbs/03_conversations.ipynb #a3fb8aa9
 def rarer_twin(
     pair:list,     # two questions with opposite answers
     tally:Counter, # (question, answer) so far
     rng:np.random.Generator, # decides a tie
 )->dict:           # one of the two
     "The twin whose answer its wording has had less often."
-    other = {'yes': 'no', 'no': 'yes'}
-    score = [tally[q['question'], q['answer']] - tally[q['question'], other[q['answer']]] + .5*rng.random() for q in pair]
-    return pair[int(np.argmin(score))]
+    def excess(q):
+        n = {a: tally[q['question'], a] for a in ('yes', 'no')}
+        return 2*n[q['answer']] - sum(n.values())
+    return min(pair, key=lambda q: excess(q) + .5*rng.random())
 
 def short_turns(
     claims:phantoms.Claims,  # what the text says
     tally:Counter,           # yes and no so far
     rng:np.random.Generator, # draws wordings
     draws:int=3,             # how often the evaluation's questions are drawn
+    skew:float=0.,           # see `phantoms.claim_questions`
 )->list:                     # candidate turns
-    "Candidate turns with short answers, one for each fact and wording family."
+    "Candidate turns with short answers, one for each fact and form of question."
     found = {}
     for _ in range(draws):
-        questions = phantoms.claim_questions(claims, rng)
-        for twin in {q['twin'] for q in questions if q['twin'] is not None}:
+        questions = phantoms.claim_questions(claims, rng, skew)
+        for twin in sorted({q['twin'] for q in questions if q['twin'] is not None}):
             pair = [q for q in questions if q['twin'] == twin]
             questions = [q for q in questions if q['twin'] != twin] + [rarer_twin(pair, tally, rng)]
-        for q in questions: found.setdefault((q['question_type'], q['kind'], q['answer'] in ('yes', 'no')), q)
-    return [turn(q['question'], q['answer'], q['question_type'], q['kind'] or '', denied(q, claims)) for q in found.values()]
+        for q in questions:
+            found.setdefault((q['question_type'], q['kind'], q['answer'] in ('yes', 'no')), q)
+    return [turn(q['question'], q['answer'], q['question_type'], q['kind'] or '', denied(q, claims))
+            for q in found.values()]
 
 def denied(
     q:dict,                 # a question of `claim_questions`
@@ -291,10 +312,18 @@ def denied(
     "Whether a question is about something that is absent."
     return q['kind'] in claims.absent or (q['kind'] is None and claims.normal)
 
-# %% ../nbs/03_conversations.ipynb #0553975d
-ABOUT = ('describe the {}.', 'say more about the {}.', 'what can you say about the {}?', 'how large {} the {}, and where?')
-REPORT = ('what does this image show?', 'report your findings.', 'please describe what is abnormal here.',
-          'give a short report of this image.')
+# %% ../nbs/03_conversations.ipynb #0f671154
+ABOUT = ('describe the {name}.', 'say more about the {name}.', 'what can you say about the {name}?',
+         'how large {verb} the {name}, and where?')
+REPORT = ('what does this image show?', 'report your findings.', 'give a short report of this image.',
+          'please describe what is abnormal here.')
+
+def place_of(
+    claim:dict, # what is said about a finding
+)->str:         # " in the upper left quadrant", or '' if no place is given
+    "Where a finding lies, in words."
+    if claim['quadrant']: return f" in the {claim['quadrant']} quadrant"
+    return f" on the {claim['side']} side" if claim['side'] else ''
 
 def describe(
     kind:str,                # the finding
@@ -302,17 +331,15 @@ def describe(
     rng:np.random.Generator, # draws the wording
 )->Turn|None:                # None if there is too little to say
     "A longer turn about the size and the place of one finding."
-    place = claim['quadrant'] and f"in the {claim['quadrant']} quadrant" or claim['side'] and f"on the {claim['side']} side"
-    if not (place and claim['size']) or claim['count'] is None: return None
-    many = claim['count'] > 1
-    name, verb = phantoms.plural(kind, claim['count']), 'are' if many else 'is'
-    question = str(rng.choice(ABOUT))
-    question = question.format(verb, name) if question.count('{}') == 2 else question.format(name)
-    answer = f"{'these are' if many else 'this is a'} {claim['size']} {name} {place} of the image."
+    place, many = place_of(claim), (claim['count'] or 0) > 1
+    if not (place and claim['size'] and claim['count']): return None
+    name = phantoms.plural(kind, claim['count'])
+    question = str(rng.choice(ABOUT)).format(name=name, verb='are' if many else 'is')
+    answer = f"{'these are' if many else 'this is a'} {claim['size']} {name}{place} of the image."
     facts = frozenset(f'{q} {kind}' for q in ('size', 'side', 'quadrant'))
     return Turn(question, answer, 'description', kind, facts, facts | facts_told('quadrant', kind))
 
-# %% ../nbs/03_conversations.ipynb #55588fac
+# %% ../nbs/03_conversations.ipynb #91d28fe5
 def noun_phrase(
     kind:str,   # the finding
     claim:dict, # its count, side, quadrant and size; None where the text does not say
@@ -321,8 +348,7 @@ def noun_phrase(
     n = claim['count'] or 1
     words = ' '.join(w for w in (claim['size'], phantoms.plural(kind, n)) if w)
     words = phantoms.article(words) if n == 1 else f'{phantoms.NUMBERS[n]} {words}'
-    place = claim['quadrant'] and f" in the {claim['quadrant']} quadrant" or claim['side'] and f" on the {claim['side']} side"
-    return words + (place or '')
+    return words + place_of(claim)
 
 def report(
     claims:phantoms.Claims,  # what the text says
@@ -331,44 +357,50 @@ def report(
     "A longer turn about everything that the image shows."
     found = [noun_phrase(k, f) for k, f in claims.findings.items()]
     answer = f'the image shows {phantoms.listing(found)}.' if found else 'no abnormality is seen.'
-    asks = {f'{q} {k}' for k, f in claims.findings.items() for q in ('presence', *(a for a in f if f[a]))} or {'normal'}
-    tells = facts_told('presence', '', denies=True) | {f'{q} {k}' for k in claims.findings for q in ('side', 'quadrant', 'size')}
-    return Turn(str(rng.choice(REPORT)), answer, 'report', '', frozenset(asks), tells | asks | {'modality', 'organ'})
+    asks = {f'presence {k}' for k in claims.findings} or {'normal'}
+    asks |= {f'{q} {k}' for k, f in claims.findings.items() for q in f if f[q]}
+    tells = {f'{q} {k}' for k in claims.findings for q in ('side', 'quadrant', 'size')}
+    tells |= asks | facts_told('presence', '', denies=True) | {'modality', 'organ'}
+    return Turn(str(rng.choice(REPORT)), answer, 'report', '', frozenset(asks), frozenset(tells))
 
-# %% ../nbs/03_conversations.ipynb #3a19cb21
-UNSEEN = re.compile(r'\b(history|year|years?-old|aged?|ago|previous(ly)?|prior|present(ed|ing|ation)|complain\w*|follow(ed|ing|-up)?|'
-                    r'after|before|later|underwent|treat\w*|surgery|died|admi(ssion|tted)|diagnos\w+|known|smok\w+|patients?|'
-                    r'he|she|his|her|fever|cough|pain|months?|weeks?|days?|tables?|text|references?|see|courtesy|reproduced|'
-                    r'copyright|permission|observers?|p\s*[<=]|n\s*=)(?!\w)', re.I)
-LEAD = re.compile(r'^\W*((supplementary )?fig(ure|\.)?\s*\d+\w?\s*[.:–-]?\s*|panels?\s+\w\b[.:]?\s*|\(?[a-h]\)\s*|'
-                  r'(this|the) (figure|image|picture|panel)\s+|(shows?|showing|depicts?|illustrat\w+)\s+(that\s+)?)+', re.I)
-POINTER = re.compile(r'\s*[(\[][^)\]]*(arrow|asterisk|star|circle|line|box|fig|scale|panel|bar|\b[a-h]\b|\d)[^)\]]*[)\]]', re.I)
+# %% ../nbs/03_conversations.ipynb #6d381550
+UNSEEN = re.compile(
+    r'\b(history|year|years?-old|aged?|ago|previous(ly)?|prior|present(ed|ing|ation)|complain\w*|'
+    r'follow(ed|ing|-up)?|after|before|later|underwent|treat\w*|surgery|died|admi(ssion|tted)|'
+    r'diagnos\w+|known|smok\w+|patients?|he|she|his|her|fever|cough|pain|months?|weeks?|days?|tables?|'
+    r'text|references?|see|courtesy|reproduced|copyright|permission|observers?)\b', re.I)
+LEAD = re.compile(
+    r'^\W*((supplementary )?fig(ure|\.)?\s*\d+\w?\s*[.:–-]?\s*|panels?\s+\w\b[.:]?\s*|\(?[a-h]\)\s*|'
+    r'(this|the) (figure|image|picture|panel)\s+|(shows?|showing|depicts?|illustrat\w+)\s+(that\s+)?)+',
+    re.I)
+POINTER = re.compile(r'\s*[(\[][^)\]]*(arrow|asterisk|star|circle|line|box|fig|scale|panel|bar|'
+                     r'\b[a-h]\b|\d)[^)\]]*[)\]]', re.I)
 
 def sentences(
     text:str, # a paragraph
 )->list:      # its sentences
     "Split a text into sentences, roughly."
-    return [s.strip() for s in re.split(r'(?<=[.;!?])\s+(?=[A-Z(\[])', ' '.join(text.split())) if s.strip()]
+    parts = re.split(r'(?<=[.;!?])\s+(?=[A-Z(\[])', ' '.join(text.split()))
+    return [p for p in parts if p]
 
 def visible(
     sentence:str, # a sentence of a caption
 )->str:           # what it says about the picture, or '' if it speaks of something else
     "Clean a caption sentence of the page around it; drop it if it tells what cannot be seen."
     s = LEAD.sub('', POINTER.sub('', sentence)).strip(' .;:,')
-    if UNSEEN.search(s) or re.search(r'arrow|asterisk|\bfig|^[^\w]', s, re.I) or not 4 <= len(s.split()) <= 40: return ''
+    page = re.search(r'arrow|asterisk|\bfig|^\W|\b[pn]\s*[<=]', s, re.I)
+    if UNSEEN.search(s) or page or not 4 <= len(s.split()) <= 40: return ''
     return s[0].upper() + s[1:] + '.'
 
-# %% ../nbs/03_conversations.ipynb #8b14f77e
-OVERALL = ('What does this image show?', 'What can be seen here?', 'Please describe the picture.', 'What is visible in this image?')
-NAMED = {'chest_xray': r'chest (x-?ray|radiograph|film)\w*', 'ct_scan': r'\bct\b|computed tomograph\w*',
-         'mri': r'\bmri\b|\bmr imag\w+|magnetic resonance imag\w+', 'histology': r'histolog\w*|histopatholog\w*|ha?ematoxylin|\bh ?& ?e\b',
-         'gross': r'\bgross (specimen|photograph|patholog|appearance)\w*|macroscopic\w*'}
+# %% ../nbs/03_conversations.ipynb #2439e0fc
+OVERALL = ('What does this image show?', 'What can be seen here?', 'Please describe the picture.',
+           'What is visible in this image?')
 
 def named_modalities(
-    text:str, # caption and mentions
-)->list:      # the modalities that the words name
-    "The modalities that a text names; a doubtful word names none."
-    return [m for m, words in NAMED.items() if re.search(words, text, re.I)]
+    text:str, # a caption
+)->list:      # the modalities that its words name
+    "The modalities that a text names."
+    return [m for m, named in articles.guess_modalities(text).items() if named]
 
 def general_turns(
     caption:str,             # the caption
@@ -378,22 +410,27 @@ def general_turns(
     said = [s for s in map(visible, sentences(caption)) if s]
     turns, named = [], named_modalities(caption)
     if len(named) == 1:
-        turns.append(turn(str(rng.choice(phantoms.ASK['modality'])), phantoms.SHORT['modality'][named[0]], 'modality'))
+        question = str(rng.choice(phantoms.ASK['modality']))
+        turns.append(turn(question, phantoms.SHORT['modality'][named[0]], 'modality'))
         said = [s for s in said if not named_modalities(s)]
-    if said: turns.append(Turn(str(rng.choice(OVERALL)), ' '.join(said[:2]), 'report', '', frozenset({'caption'}), frozenset({'caption'})))
+    if said:
+        fact = frozenset({'caption'})
+        turns.append(Turn(str(rng.choice(OVERALL)), ' '.join(said[:2]), 'report', '', fact, fact))
     return turns
 
-# %% ../nbs/03_conversations.ipynb #e4ad93ca
+# %% ../nbs/03_conversations.ipynb #a7d2ba47
 class TemplateGenerator:
-    "Writes conversations from caption and mentions by templates; offline, and it never sees an image."
+    "Writes conversations from caption and mentions by templates; it never sees an image."
     name, version, saw = 'template', '1', ('caption', 'mentions')
 
     def __init__(self,
         n_turns:tuple=(5, 6),      # fewest and most turns that it aims at
         report:float=0.08,         # how often a conversation is built around a report
-        read_findings:bool=True,   # read claims about findings: for texts whose left is the left of the image
+        read_findings:bool=True,   # read claims: for texts whose left is the left of the image
+        skew:float=0.,             # see `phantoms.claim_questions`
     ):
-        self.n_turns, self.report, self.read_findings, self.tally = n_turns, report, read_findings, Counter()
+        self.n_turns, self.report, self.skew = n_turns, report, skew
+        self.read_findings, self.tally = read_findings, Counter()
 
     def __call__(self,
         caption:str,             # the caption
@@ -401,7 +438,8 @@ class TemplateGenerator:
         rng:np.random.Generator, # draws turns, wordings and order
     )->list:                     # turns without leaks; empty if the text says nothing visible
         "Write one conversation."
-        claims = phantoms.read_claims(' '.join([caption, *mentions])) if self.read_findings else phantoms.Claims()
+        text = ' '.join([caption, *mentions]) if self.read_findings else ''
+        claims = phantoms.read_claims(text)
         if not (claims.findings or claims.normal): return general_turns(caption, rng)
         turns = self.talk(claims, rng)
         self.tally.update((t.question, t.answer) for t in turns if t.answer in ('yes', 'no'))
@@ -413,7 +451,7 @@ class TemplateGenerator:
     )->list:                     # turns without leaks
         "A conversation about what the text claims."
         n = int(rng.integers(self.n_turns[0], self.n_turns[1] + 1))
-        turns = short_turns(claims, self.tally, rng)
+        turns = short_turns(claims, self.tally, rng, skew=self.skew)
         first = (report(claims, rng),) if rng.random() < self.report else ()
         longer = [describe(k, f, rng) for k, f in claims.findings.items()]
         turns += [t for t in longer if t]
@@ -425,17 +463,19 @@ class TemplateGenerator:
         rng:np.random.Generator, # draws wordings and order
     )->list:                     # with questions that no picture answers, where turns are too few
         "Add a question that cannot be answered, up to two in all, until there are enough turns."
-        more = [turn(str(q), phantoms.CANNOT, 'unanswerable') for q in rng.permutation(phantoms.ASK['unanswerable'])]
-        while len(chosen) < self.n_turns[0] and sum(t.type == 'unanswerable' for t in chosen) < 2:
-            asked = {t.question for t in chosen}
-            chosen = without_leaks([*chosen, next(t for t in more if t.question not in asked)], rng)
+        for q in rng.permutation(phantoms.ASK['unanswerable']):
+            n = sum(t.type == 'unanswerable' for t in chosen)
+            if len(chosen) >= self.n_turns[0] or n == 2: break
+            if str(q) not in {t.question for t in chosen}:
+                more = turn(str(q), phantoms.CANNOT, 'unanswerable')
+                chosen = without_leaks([*chosen, more], rng)
         return chosen
 
-# %% ../nbs/03_conversations.ipynb #7d89df2b
+# %% ../nbs/03_conversations.ipynb #326a28be
 def instruct_record(
     figure:dict,      # a figure record with an image
     seed:int=0,       # draws turns, wordings and order
-    generator=None,   # called with caption, mentions and a random generator; default: a new TemplateGenerator
+    generator=None,   # called with caption, mentions and rng; default: a new TemplateGenerator
     image_before:float=1.0, # how often the image comes before the first question
 )->dict|None:         # a conversation record, or None if the text says nothing visible
     "One figure as an instruction conversation."
@@ -451,7 +491,7 @@ def instruct_record(
 def instruct_records(
     figures:Iterable, # figure records with images
     seed:int=0,       # draws turns, wordings and order
-    generator=None,   # see `instruct_record`; one for all, so that yes and no are balanced over the data set
+    generator=None,   # see `instruct_record`; one for all, so that yes and no are balanced
 )->Iterator:          # conversation records
     "Conversations for all figures that say something visible."
     generator = generator or TemplateGenerator()
