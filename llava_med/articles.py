@@ -91,7 +91,7 @@ def _tex(s):
     m = re.search(r'\\begin\{document\}(.*?)\\end\{document\}', s, re.S)
     return (m.group(1) if m else s).strip().strip('$')
 
-# %% ../nbs/02_articles.ipynb #115659bc
+# %% ../nbs/02_articles.ipynb #cc352cd7
 def element_text(
     el,           # an element of the article, or None
     skip:set=frozenset(_SKIP), # elements whose content belongs to somebody else
@@ -104,7 +104,9 @@ def element_text(
         if part == '\ue000': open_at.append((len(out), len(links))); links.append(None)
         elif part == '\ue001':
             a, i = open_at.pop(); links[i] = (a, len(out), rids[i])
-        else: out += part.lstrip() if out.endswith(' ') else part
+        else:
+            glued = open_at and open_at[-1][0] == len(out) and out[-1:].islower() and part[:1].isupper()
+            out += ' ' * bool(glued) + (part.lstrip() if out.endswith(' ') else part)
     return out.strip(), links
 
 # %% ../nbs/02_articles.ipynb #b39c4a71
@@ -219,7 +221,7 @@ def find_mentions(
                 out[i].append(dict(text=text[a:b] or section, section=section, xref=x))
     return out
 
-# %% ../nbs/02_articles.ipynb #31bb3734
+# %% ../nbs/02_articles.ipynb #426bdd02
 def _href(el): return el.get(_XLINK) or el.get('xlink:href') or ''
 
 def _licence(permissions):
@@ -232,6 +234,9 @@ def _licence(permissions):
         m = re.search(r'creativecommons\.org/(?:licenses/([a-z-]+)|(publicdomain)/(zero|mark))/?(\d\.\d)?', s, re.I)
         if m and m.group(1): return f'CC {m.group(1).upper()} {m.group(4) or ""}'.strip()
         if m: return ('CC0 ' if m.group(3).lower() == 'zero' else 'public domain ') + (m.group(4) or '1.0')
+    if m := re.search(r'creative\s*commons\s+attribution((?:[ -]+(?:non-?commercial|share-?alike|no-?deriv\w+))*)', text, re.I):
+        parts = [k for k, v in (('NC', 'non'), ('SA', 'share'), ('ND', 'deriv')) if v in m.group(1).lower()]
+        return '-'.join(['CC BY', *parts])
     kind = next((e.get('license-type') for e in permissions.iter('{*}license')), None)
     return text[:200] or kind
 
@@ -560,7 +565,7 @@ def read_articles(
             for n in notes if on_error else (): on_error(str(path), n)
             yield from records
 
-# %% ../nbs/02_articles.ipynb #25728b5d
+# %% ../nbs/02_articles.ipynb #5ea93565
 MIN_SIDE, MIN_WORDS = 64, 3
 
 def count_gutters(
@@ -577,7 +582,7 @@ def count_gutters(
         edges = np.flatnonzero(np.diff(np.r_[True, paper, True].astype(int)))
         blocks = [(a, b) for a, b in zip(edges[::2], edges[1::2]) if b - a >= content * 256]
         n += sum(b1 - a0 >= least * 256 for (_, a0), (b1, _) in zip(blocks, blocks[1:]))
-    return n
+    return int(n)
 
 def image_hash(
     img:Image.Image, # RGB image
