@@ -37,7 +37,7 @@ def turns_of(
     "The turns of a record, whichever way its key is spelt."
     return record.get('conversations', record.get('conversatons'))
 
-# %% ../nbs/03_conversations.ipynb #04e6a666
+# %% ../nbs/03_conversations.ipynb #a0c116c5
 def fault(
     record, # anything that was found in a file
 )->str:     # what is wrong, or ''
@@ -66,8 +66,8 @@ def image_fault(
     if image is None: return '' if not sum(counts) else f"says {IMAGE} but names no 'image'"
     if not isinstance(image, str) or not image: return "has an 'image' that is no file name"
     if counts[0] == 1 and sum(counts) == 1: return ''
-    return (f'has {IMAGE} {counts[0]} times in its first question and {sum(counts[1:])} times later: '
-            'once and never is right')
+    return (f'has {IMAGE} {counts[0]} times in its first question and {sum(counts[1:])} times '
+            'later: once and never is right')
 
 # %% ../nbs/03_conversations.ipynb #a8503788
 def parse_records(
@@ -190,7 +190,7 @@ def alignment_record(
     return frame(figure, [str(rng.choice(options)), caption], maker,
                  bool(rng.random() < image_before), length=length, words=n)
 
-# %% ../nbs/03_conversations.ipynb #41dcdc86
+# %% ../nbs/03_conversations.ipynb #b3031f06
 @dataclass(frozen=True)
 class Turn:
     "A question and its answer, the facts that it asks and those that it gives away."
@@ -208,7 +208,7 @@ def facts_told(
 )->frozenset:           # names of facts
     "The facts that a turn gives away, including those that follow from it."
     if question_type == 'unanswerable': return frozenset()
-    if question_type in ('modality', 'organ'): return frozenset({'modality', 'organ'})
+    if question_type in ('modality', 'organ'): return frozenset({'modality', 'organ', 'finding'})
     told = {'finding', 'normal', f'{question_type} {kind}'}
     if kind: told |= {'modality', 'organ', f'presence {kind}'}
     if question_type in ('side', 'quadrant'): told |= {f'side {kind}', f'quadrant {kind}'}
@@ -243,7 +243,7 @@ def leaks(
         told |= t.tells
     return found
 
-# %% ../nbs/03_conversations.ipynb #a46e9f30
+# %% ../nbs/03_conversations.ipynb #8be3ab37
 RANK = dict(modality=0, organ=0, finding=1, report=1, presence=2, count=3,
             quadrant=4, side=4, size=4, description=4)
 
@@ -264,17 +264,18 @@ def compose(
     turns:list,              # candidates
     rng:np.random.Generator, # draws which are taken
     n:int=6,                 # how many to take at most
-    first:tuple=(),          # turns that must be among them
+    first:Iterable=(),       # turns that must be among them
 )->list:                     # a conversation without leaks
     "Take up to `n` turns that can stand in one conversation."
     chosen = list(first)
     for i in rng.permutation(len(turns)):
         if len(chosen) >= n: break
+        if turns[i] in chosen: continue
         trial = without_leaks([*chosen, turns[i]], rng)
         if len(trial) > len(chosen): chosen = trial
     return chosen
 
-# %% ../nbs/03_conversations.ipynb #a3fb8aa9
+# %% ../nbs/03_conversations.ipynb #39f5e4f7
 def rarer_twin(
     pair:list,     # two questions with opposite answers
     tally:Counter, # (question, answer) so far
@@ -290,7 +291,7 @@ def short_turns(
     claims:phantoms.Claims,  # what the text says
     tally:Counter,           # yes and no so far
     rng:np.random.Generator, # draws wordings
-    draws:int=3,             # how often the evaluation's questions are drawn
+    draws:int=4,             # how often the evaluation's questions are drawn
     skew:float=0.,           # see `phantoms.claim_questions`
 )->list:                     # candidate turns
     "Candidate turns with short answers, one for each fact and form of question."
@@ -312,11 +313,11 @@ def denied(
     "Whether a question is about something that is absent."
     return q['kind'] in claims.absent or (q['kind'] is None and claims.normal)
 
-# %% ../nbs/03_conversations.ipynb #0f671154
+# %% ../nbs/03_conversations.ipynb #31fabb0d
 ABOUT = ('describe the {name}.', 'say more about the {name}.', 'what can you say about the {name}?',
          'how large {verb} the {name}, and where?')
-REPORT = ('what does this image show?', 'report your findings.', 'give a short report of this image.',
-          'please describe what is abnormal here.')
+REPORT = ('what does this image show?', 'report your findings.',
+          'give a short report of this image.', 'please describe what is abnormal here.')
 
 def place_of(
     claim:dict, # what is said about a finding
@@ -363,16 +364,16 @@ def report(
     tells |= asks | facts_told('presence', '', denies=True) | {'modality', 'organ'}
     return Turn(str(rng.choice(REPORT)), answer, 'report', '', frozenset(asks), frozenset(tells))
 
-# %% ../nbs/03_conversations.ipynb #6d381550
+# %% ../nbs/03_conversations.ipynb #0cfa07cb
 UNSEEN = re.compile(
     r'\b(history|year|years?-old|aged?|ago|previous(ly)?|prior|present(ed|ing|ation)|complain\w*|'
     r'follow(ed|ing|-up)?|after|before|later|underwent|treat\w*|surgery|died|admi(ssion|tted)|'
-    r'diagnos\w+|known|smok\w+|patients?|he|she|his|her|fever|cough|pain|months?|weeks?|days?|tables?|'
-    r'text|references?|see|courtesy|reproduced|copyright|permission|observers?)\b', re.I)
+    r'diagnos\w+|known|smok\w+|patients?|he|she|his|her|fever|cough|pain|months?|weeks?|days?|'
+    r'tables?|text|references?|see|courtesy|reproduced|copyright|permission|observers?)\b', re.I)
 LEAD = re.compile(
-    r'^\W*((supplementary )?fig(ure|\.)?\s*\d+\w?\s*[.:–-]?\s*|panels?\s+\w\b[.:]?\s*|\(?[a-h]\)\s*|'
-    r'(this|the) (figure|image|picture|panel)\s+|(shows?|showing|depicts?|illustrat\w+)\s+(that\s+)?)+',
-    re.I)
+    r'^\W*((supplementary )?fig(ure|\.)?\s*\d+\w?\s*[.:–-]?\s*|panels?\s+\w\b[.:]?\s*|'
+    r'\(?[a-h]\)\s*|(this|the) (figure|image|picture|panel)\s+|'
+    r'(shows?|showing|depicts?|illustrat\w+)\s+(that\s+)?)+', re.I)
 POINTER = re.compile(r'\s*[(\[][^)\]]*(arrow|asterisk|star|circle|line|box|fig|scale|panel|bar|'
                      r'\b[a-h]\b|\d)[^)\]]*[)\]]', re.I)
 
@@ -418,7 +419,7 @@ def general_turns(
         turns.append(Turn(str(rng.choice(OVERALL)), ' '.join(said[:2]), 'report', '', fact, fact))
     return turns
 
-# %% ../nbs/03_conversations.ipynb #a7d2ba47
+# %% ../nbs/03_conversations.ipynb #26e69f10
 class TemplateGenerator:
     "Writes conversations from caption and mentions by templates; it never sees an image."
     name, version, saw = 'template', '1', ('caption', 'mentions')
@@ -452,20 +453,25 @@ class TemplateGenerator:
         "A conversation about what the text claims."
         n = int(rng.integers(self.n_turns[0], self.n_turns[1] + 1))
         turns = short_turns(claims, self.tally, rng, skew=self.skew)
-        first = (report(claims, rng),) if rng.random() < self.report else ()
         longer = [describe(k, f, rng) for k, f in claims.findings.items()]
-        turns += [t for t in longer if t]
+        turns = [t for t in (*turns, *longer) if t and t.type != 'unanswerable']
+        types = sorted({t.type for t in turns}) + ['finding', 'unanswerable']
+        start = str(rng.choice(types))
+        first = [t for t in turns if t.type == start][:1]
+        if rng.random() < self.report: first = [report(claims, rng)]
+        if start == 'unanswerable': first = self.fill([], rng, 1)
         chosen = max((compose(turns, rng, n, first) for _ in range(3)), key=len)
         return self.fill(chosen, rng)
 
     def fill(self,
         chosen:list,             # turns
         rng:np.random.Generator, # draws wordings and order
-    )->list:                     # with questions that no picture answers, where turns are too few
-        "Add a question that cannot be answered, up to two in all, until there are enough turns."
+        most:int=2,              # how many such questions at most
+    )->list:                     # with some that no picture answers, where turns are too few
+        "Add questions that cannot be answered until there are enough turns."
         for q in rng.permutation(phantoms.ASK['unanswerable']):
             n = sum(t.type == 'unanswerable' for t in chosen)
-            if len(chosen) >= self.n_turns[0] or n == 2: break
+            if len(chosen) >= self.n_turns[0] or n >= most: break
             if str(q) not in {t.question for t in chosen}:
                 more = turn(str(q), phantoms.CANNOT, 'unanswerable')
                 chosen = without_leaks([*chosen, more], rng)
