@@ -7,7 +7,7 @@ __all__ = ['CONDITIONS', 'KEY', 'DESCRIBE', 'chat', 'split_ids', 'image_features
            'open_picture', 'end_ids', 'answer', 'item_patient', 'partners', 'condition_picture', 'weights_hash',
            'prompt_hash', 'predict', 'caption_items', 'talk', 'reply_losses']
 
-# %% ../nbs/08_generation.ipynb #0877d176
+# %% ../nbs/08_generation.ipynb #5c8b6db0
 import copy, hashlib, json, os, time, zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from .articles import open_image
+from .conversations import DETAILED
 from .runs import progress, read_jsonl
 
 # %% ../nbs/08_generation.ipynb #ea52ece8
@@ -119,18 +121,12 @@ def _extend(answers, rows, new, ends):
         if not done: answers[r].append(None if t in ends else t)
     return [i for i, r in enumerate(rows) if answers[r][-1] is not None]
 
-# %% ../nbs/08_generation.ipynb #995b36ff
+# %% ../nbs/08_generation.ipynb #f5dc33ba
 def open_picture(
-    source, # path of a picture, or a PIL image
+    source,     # path of a picture, or a PIL image
 )->Image.Image: # RGB
-    "A picture as RGB, or an error that names it."
-    if isinstance(source, Image.Image): return source.convert('RGB')
-    if not Path(source).is_file(): raise FileNotFoundError(
-        f'Image {source} is not there; check the folder of images and the names in the items.')
-    try: return Image.open(source).convert('RGB')
-    except (OSError, SyntaxError, ValueError) as e:
-        raise ValueError(
-            f'Image {source} cannot be read ({e}); replace it or drop its items.') from e
+    "A picture as RGB, DICOM included, or an error that names it."
+    return source.convert('RGB') if isinstance(source, Image.Image) else open_image(source)
 
 # %% ../nbs/08_generation.ipynb #be9ba34e
 def end_ids(
@@ -359,8 +355,8 @@ def _records(processor, items, head, model_hash, prompt_of):
                          prompt_hash=h, seconds=None, error=None))
     return rows
 
-# %% ../nbs/08_generation.ipynb #44704b63
-DESCRIBE = 'Describe the image.'
+# %% ../nbs/08_generation.ipynb #65947611
+DESCRIBE = DETAILED[0]
 
 def caption_items(
     names:Iterable,          # image names
