@@ -7,10 +7,11 @@ __all__ = ['CONDITIONS', 'KEY', 'DESCRIBE', 'chat', 'split_ids', 'image_features
            'open_picture', 'end_ids', 'answer', 'item_patient', 'partners', 'condition_picture', 'weights_hash',
            'prompt_hash', 'predict', 'caption_items', 'talk', 'reply_losses']
 
-# %% ../nbs/08_generation.ipynb #5c8b6db0
+# %% ../nbs/08_generation.ipynb #b3e2ef3b
 import copy, hashlib, json, os, time, zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import torch
@@ -157,13 +158,13 @@ def _prompt_ids(processor, prompts, refs, n_patches, image_id):
     ids = {t: split_ids(i, image_id, n_patches) for t, i in zip(unique, ids)}
     return [ids[t] for t in texts]
 
-# %% ../nbs/08_generation.ipynb #d7dab63d
-def _batches(keys, lengths, batch_size):
+# %% ../nbs/08_generation.ipynb #047f368f
+def _batches(keys, rows, batch_size):
     "Distinct prefixes of one length, with the rows that use each: lists of (key, rows)."
     users = defaultdict(list)
-    for i, k in enumerate(keys): users[k].append(i)
+    for i in rows: users[keys[i]].append(i)
     by_length = defaultdict(list)
-    for k, rows in users.items(): by_length[lengths[rows[0]]].append((k, rows))
+    for k, rows in users.items(): by_length[len(k[0])].append((k, rows))
     for group in by_length.values():
         for i in range(0, len(group), batch_size): yield group[i:i+batch_size]
 
@@ -179,7 +180,7 @@ def _answer_group(model, group, split, feats_of, ends, max_new_tokens, batch_siz
                      max_new_tokens)
         yield from zip(rows, ids)
 
-# %% ../nbs/08_generation.ipynb #415d5922
+# %% ../nbs/08_generation.ipynb #1a3d0218
 @torch.inference_mode()
 def answer(
     model,                 # LlavaForConditionalGeneration
@@ -199,14 +200,16 @@ def answer(
     feats, n = _features_of(model, processor, distinct, batch_size)
     split = _prompt_ids(processor, prompts, refs, n, model.config.image_token_id)
     keys = [(s[0], tuple(map(_key, r))) for s, r in zip(split, refs)]
-    texts, ends = [None]*len(prompts), end_ids(model, processor.tokenizer)
-    for group in _batches(keys, [len(s[0]) for s in split], batch_size):
+    texts, ends = {}, end_ids(model, processor.tokenizer)
+    first = {}   # a question that was asked about this picture already is not asked again
+    for i, (k, s) in enumerate(zip(keys, split)): first.setdefault((k, tuple(s[1])), i)
+    for group in _batches(keys, first.values(), batch_size):
         def feats_of(r): return [feats[_key(o)] for o in refs[r]]
         for r, ids in _answer_group(model, group, split, feats_of, ends, max_new_tokens,
                                     batch_size):
             texts[r] = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     model.train(was_training)
-    return texts
+    return [texts[first[k, tuple(s[1])]] for k, s in zip(keys, split)]
 
 # %% ../nbs/08_generation.ipynb #e16b729c
 def item_patient(
@@ -230,8 +233,11 @@ def partners(
         'another patient\'s; add images of other patients.')
     return {n: names[(i+step) % len(names)] for i, n in enumerate(names)}
 
-# %% ../nbs/08_generation.ipynb #eee3f9f4
+# %% ../nbs/08_generation.ipynb #9bfcd45b
 CONDITIONS = ('image', 'blank', 'shuffled', 'noise')
+
+@lru_cache
+def _grey(): return Image.new('RGB', (96, 96), (128, 128, 128))  # one, so that it is read once
 
 def condition_picture(
     name:str,        # image name in the item
@@ -243,7 +249,7 @@ def condition_picture(
     "What is shown instead of an image under a condition."
     if condition == 'image': return Path(images_dir)/name
     if condition == 'shuffled': return Path(images_dir)/swap[name]
-    if condition == 'blank': return Image.new('RGB', (96, 96), (128, 128, 128))
+    if condition == 'blank': return _grey()
     if condition == 'noise':
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         return Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8))
