@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'METHODS', 'NEUTRAL', 'row_weights', 'rows_attention', 'language_model', 'capture_rows', 'view_window',
-           'Sample', 'encode', 'collate', 'Trace', 'trace', 'to_grid', 'token_shares', 'answer_maps', 'generate',
-           'neutral_sample', 'all_maps', 'overlay', 'plot_maps', 'cell_boxes', 'target_cells', 'pointing_game',
-           'random_rate', 'energy_lift', 'bootstrap', 'layer_rates', 'best_layer', 'static_map']
+           'Sample', 'encode', 'collate', 'Trace', 'image_vectors', 'trace', 'to_grid', 'token_shares', 'answer_maps',
+           'generate', 'neutral_sample', 'all_maps', 'overlay', 'plot_maps', 'cell_boxes', 'target_cells', 'item_boxes',
+           'hits', 'pointing_game', 'random_rate', 'box_cover', 'energy_lift', 'bootstrap', 'layer_rates', 'best_layer',
+           'static_map', 'untrained']
 
-# %% ../nbs/10_attention.ipynb #88098213
+# %% ../nbs/10_attention.ipynb #c161f1d8
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,11 +20,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# %% ../nbs/10_attention.ipynb #40e22ae5
+# %% ../nbs/10_attention.ipynb #5848766b
 def row_weights(
     query:torch.Tensor, # queries, (batch, heads, tokens, width)
     key:torch.Tensor,   # keys, (batch, key heads, tokens, width)
-    mask,               # None (causal), a boolean mask or an additive one, (batch, 1, tokens, tokens)
+    mask,               # None (causal), boolean or additive, (batch, 1, tokens, tokens)
     rows:torch.Tensor,  # positions of the rows that are wanted
     scaling:float=None, # factor of the scores; 1/sqrt(width) when None
 )->torch.Tensor:        # softmax rows, (batch, heads, rows, tokens), float32
@@ -208,21 +210,20 @@ def encode(
     return Sample(torch.cat([ids, torch.tensor(new)]), pixels, kinds, at, len(new), grid, window,
                   image.size, tok.decode(new), [tok.decode([o]) for o in new])
 
-# %% ../nbs/10_attention.ipynb #5689dc7d
+# %% ../nbs/10_attention.ipynb #57af3f22
 def collate(
     samples:list,  # of Sample
     pad_id:int=0,  # token id for padding; it is masked
-)->dict:           # input_ids, attention_mask, position_ids, pixel_values
+)->dict:           # input_ids, attention_mask, position_ids
     "Left-padded batch: every answer ends in the last column."
     n = max(len(o.ids) for o in samples)
     ids = torch.full((len(samples), n), pad_id)
     mask = torch.zeros(len(samples), n, dtype=torch.long)
     for i, o in enumerate(samples):
         ids[i, n - len(o.ids):], mask[i, n - len(o.ids):] = o.ids, 1
-    return dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                pixel_values=torch.stack([o.pixels for o in samples]))
+    return dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
 
-# %% ../nbs/10_attention.ipynb #47bc474e
+# %% ../nbs/10_attention.ipynb #1c5e127e
 METHODS = ('attention', 'relative', 'attention_gradient', 'gradient')  # in the order explained
 
 @dataclass
@@ -232,15 +233,25 @@ class Trace:
     row_grads: np.ndarray # gradient of the log-probability with respect to them, or None
     gradient: np.ndarray  # |input x gradient| at the patches, (layers, down, across), or None
     logprobs: np.ndarray  # of each answer token, natural logarithm
+    greedy: np.ndarray    # whether each answer token is the model's first choice
 
-# %% ../nbs/10_attention.ipynb #3f1bd884
-def _embed(model, batch):
-    "Input vectors with the picture's features in their places, detached from tower and projector."
-    with torch.no_grad():
-        image = model.get_image_features(batch['pixel_values'].to(model.dtype)).pooler_output
-        x = model.get_input_embeddings()(batch['input_ids'])
-        at = (batch['input_ids'] == model.config.image_token_id)[..., None].expand_as(x)
-        return x.masked_scatter(at, torch.cat(list(image)).to(x.dtype))
+# %% ../nbs/10_attention.ipynb #84641c20
+@torch.no_grad()
+def image_vectors(
+    model,        # a LLaVA model
+    samples:list, # of Sample
+)->torch.Tensor:  # (samples, image tokens, width of the language model)
+    "What the language model gets in place of the pictures."
+    base, _ = language_model(model)
+    pixels = torch.stack([o.pixels for o in samples]).to(base.device, base.dtype)
+    return torch.stack(list(base.get_image_features(pixels).pooler_output))
+
+@torch.no_grad()
+def _embed(model, ids, image):
+    "Input vectors with the picture's vectors in their places."
+    x = model.get_input_embeddings()(ids)
+    at = (ids == model.config.image_token_id)[..., None].expand_as(x)
+    return x.masked_scatter(at, image.to(x.dtype))
 
 def _row_grads(layers, grads, rows):
     "Gradient with respect to the attention weights of the rows, from that of the output."
@@ -251,8 +262,8 @@ def _row_grads(layers, grads, rows):
         out.append(g.transpose(1, 2)[:, :, rows] @ value.transpose(-1, -2))
     return torch.stack(out).float().cpu().numpy()
 
-# %% ../nbs/10_attention.ipynb #a3c89509
-def _split(samples, weights, row_grads, states, state_grads, logp):
+# %% ../nbs/10_attention.ipynb #33d20c48
+def _split(samples, weights, row_grads, states, state_grads, logp, first):
     "One Trace a sample, padding removed."
     out, n = [], weights.shape[-1]
     for i, o in enumerate(samples):
@@ -263,26 +274,30 @@ def _split(samples, weights, row_grads, states, state_grads, logp):
             grad = np.stack([(h[i, at]*g[i, at]).sum(-1).abs().float().cpu().numpy()
                              for h, g in zip(states, state_grads)]).reshape(-1, *o.grid)
         row_grad = None if row_grads is None else row_grads[:, i, :, -a:, pad:]
-        out.append(Trace(weights[:, i, :, -a:, pad:], row_grad, grad, logp[i, -a:]))
+        out.append(Trace(weights[:, i, :, -a:, pad:], row_grad, grad, logp[i, -a:], first[i, -a:]))
     return out
 
-# %% ../nbs/10_attention.ipynb #6cc644fb
+# %% ../nbs/10_attention.ipynb #8f068224
 def trace(
     model,               # a LLaVA in evaluation mode
     samples:list,        # of Sample; one batch
     gradients:bool=True, # whether to run the backward pass too
+    image:torch.Tensor=None, # from `image_vectors`, if it is at hand
 )->list:                 # of Trace, one a sample
     "Attention rows that predict the answers, and gradients, from one teacher-forced pass."
     base, decoder = language_model(model)
     batch = {k: v.to(base.device) for k, v in collate(samples).items()}
     longest, n = max(o.n_answer for o in samples), batch['input_ids'].shape[1]
     rows = torch.arange(n - 1 - longest, n - 1, device=base.device)
-    x = _embed(base, batch).requires_grad_(gradients)
+    image = image_vectors(base, samples) if image is None else image
+    x = _embed(base, batch['input_ids'], image).requires_grad_(gradients)
     with torch.set_grad_enabled(gradients), capture_rows(base, rows) as layers:
         out = decoder(inputs_embeds=x, attention_mask=batch['attention_mask'], use_cache=False,
                       position_ids=batch['position_ids'], output_hidden_states=gradients)
         logp = base.lm_head(out.last_hidden_state[:, rows]).float().log_softmax(-1)
-        logp = logp.gather(-1, batch['input_ids'][:, rows + 1, None])[..., 0]
+        answer = batch['input_ids'][:, rows + 1]
+        first = (logp.argmax(-1) == answer).cpu().numpy()
+        logp = logp.gather(-1, answer[..., None])[..., 0]
         weights = torch.stack([o.rows_kept['weights'] for o in layers]).cpu().numpy()
         states = grads = row_grads = None
         if gradients:
@@ -291,7 +306,8 @@ def trace(
             grads = torch.autograd.grad(used, [*states, *outs])
             row_grads = _row_grads(layers, grads[len(layers):], rows)
         states = states and [o.detach() for o in states]
-        return _split(samples, weights, row_grads, states, grads, logp.detach().cpu().numpy())
+        return _split(samples, weights, row_grads, states, grads,
+                      logp.detach().cpu().numpy(), first)
 
 # %% ../nbs/10_attention.ipynb #0db1579b
 def to_grid(
@@ -347,7 +363,7 @@ def generate(
     new = out[0, len(s.ids) - 1:].tolist()
     return [o for o in new if o not in set(tok.all_special_ids)]
 
-# %% ../nbs/10_attention.ipynb #017fada4
+# %% ../nbs/10_attention.ipynb #19a55563
 NEUTRAL = 'Describe the image.'  # the request whose attention counts as habit
 
 def neutral_sample(
@@ -361,20 +377,21 @@ def neutral_sample(
 def all_maps(
     model,            # a LLaVA in evaluation mode
     samples:list,     # of Sample, one a question
-    neutral:list,     # of Sample, the neutral request on each question's picture
+    neutral:list,     # of Sample, the neutral request on the same pictures in the same order
     batch_size:int=16,# questions at once
-)->dict:              # method -> (questions, layers, down, across); and shares, logprobs
+)->dict:              # method -> (questions, layers, down, across); shares, logprob, greedy
     "Maps of every method for many questions with the same grid, averaged over heads and tokens."
-    out = {k: [] for k in (*METHODS, 'shares', 'logprob')}
+    out = {k: [] for k in (*METHODS, 'shares', 'logprob', 'greedy')}
     for i in range(0, len(samples), batch_size):
-        part = samples[i:i+batch_size]
-        base = trace(model, neutral[i:i+batch_size], gradients=False)
-        for s, o, t, b in zip(part, neutral[i:i+batch_size], trace(model, part), base):
+        part, plain = samples[i:i+batch_size], neutral[i:i+batch_size]
+        image = image_vectors(model, part)
+        base = trace(model, plain, gradients=False, image=image)
+        for s, o, t, b in zip(part, plain, trace(model, part, image=image), base):
             seen = to_grid(t.rows, s).mean((1, 2))
             useful = (to_grid(t.rows, s)*to_grid(t.row_grads, s)).clip(min=0).mean((1, 2))
             habit = to_grid(b.rows, o).mean((1, 2))
             values = seen, seen - habit, useful, t.gradient, token_shares(t.rows, s).mean((1, 2))
-            for k, v in zip((*METHODS, 'shares', 'logprob'), (*values, t.logprobs.sum())):
+            for k, v in zip(out, (*values, t.logprobs.sum(), t.greedy.all())):
                 out[k].append(v)
     return {k: np.stack(v) for k, v in out.items()}
 
@@ -393,7 +410,7 @@ def overlay(
     out[inside] = grid_map[np.ix_(row[(row >= 0) & (row < h)], col[(col >= 0) & (col < w)])]
     return out
 
-# %% ../nbs/10_attention.ipynb #084ee2a9
+# %% ../nbs/10_attention.ipynb #82fc314a
 def plot_maps(
     image,           # a PIL picture
     maps:list,       # of (down, across) arrays; None leaves the bare picture
@@ -401,16 +418,17 @@ def plot_maps(
     titles:list,     # one a map
     boxes:list=(),   # (x, y, width, height) in fractions, drawn in
     axes=None,       # matplotlib axes, one a map; a new row of them when None
+    opacity:float=.6,# of the map; 1 hides the picture beneath
 ):                   # the figure
     "The picture under each of its maps, with known boxes."
     import matplotlib.pyplot as plt
     w, h = image.size
-    if axes is None: _, axes = plt.subplots(1, len(maps), figsize=(2*len(maps), 2.3), squeeze=False)
+    if axes is None: axes = plt.subplots(1, len(maps), figsize=(1.9*len(maps), 2.3))[1]
     extent = [window[0]*w, window[2]*w, window[3]*h, window[1]*h]
     axes = np.ravel(axes)
     for ax, m, title in zip(axes, maps, titles):
-        ax.imshow(image.convert('L'), cmap='gray', extent=(0, w, h, 0))
-        if m is not None: ax.imshow(m, cmap='inferno', alpha=.6, extent=extent)
+        ax.imshow(image.convert('L'), cmap='gray', vmin=0, vmax=255, extent=(0, w, h, 0))
+        if m is not None: ax.imshow(m, cmap='inferno', alpha=opacity, extent=extent)
         for x, y, bw, bh in boxes:
             ax.add_patch(plt.Rectangle((x*w, y*h), bw*w, bh*h, fill=False, color='cyan', lw=1.5))
         ax.set(xlim=(0, w), ylim=(h, 0), xticks=[], yticks=[])
@@ -440,15 +458,37 @@ def target_cells(
         out |= (x0 <= x + w/2) & (x + w/2 < x1) & (y0 <= y + h/2) & (y + h/2 < y1)
     return out
 
-# %% ../nbs/10_attention.ipynb #8ae59afe
+# %% ../nbs/10_attention.ipynb #f4753502
+def item_boxes(
+    item:dict,  # a VQA item; `regions` hold a `box` (x, y, width, height), pixels or fractions
+    size:tuple, # (width, height) of its picture
+)->list:        # (x, y, width, height) in fractions
+    "The known boxes of a question, in fractions of the picture."
+    out, scale = [], np.array([*size, *size], float)
+    for r in item.get('regions') or []:
+        box = np.array(r['box'] if isinstance(r, dict) else r, float)
+        if box.shape != (4,) or not np.isfinite(box).all() or (box[2:] < 0).any():
+            raise ValueError(f"Item {item.get('id')}: {box.tolist()} is no box (x, y, width, height).")
+        out.append(tuple(float(o) for o in (box if box.max() <= 1.5 else box/scale)))
+    return out
+
+# %% ../nbs/10_attention.ipynb #996af4ad
+def hits(
+    maps:np.ndarray,    # (..., down, across), higher means more important
+    targets:np.ndarray, # (..., down, across) bool, cells on target
+)->np.ndarray:          # (...): 1 hit, 0 miss; between if cells tie for the maximum
+    "Whether each map's highest cell is on target."
+    if not np.isfinite(maps).all(): raise ValueError('A map holds NaN or infinite values.')
+    peak = maps == maps.max((-1, -2), keepdims=True)
+    return (peak & targets).sum((-1, -2))/peak.sum((-1, -2))
+
 def pointing_game(
     grid_map:np.ndarray, # (down, across), higher means more important
     boxes:list,          # (x, y, width, height) in fractions of the picture
     window:tuple=(0, 0, 1, 1), # where the grid lies, in fractions of the picture
 )->float:                # 1 hit, 0 miss; between if cells tie for the maximum
-    "Whether the map's highest cell is on target."
-    if not np.isfinite(grid_map).all(): raise ValueError('The map holds NaN or infinite values.')
-    return float(target_cells(boxes, grid_map.shape, window)[grid_map == grid_map.max()].mean())
+    "Whether one map points into a box."
+    return float(hits(grid_map, target_cells(boxes, grid_map.shape, window)))
 
 def random_rate(
     boxes:list,   # (x, y, width, height) in fractions of the picture
@@ -458,23 +498,32 @@ def random_rate(
     "The pointing-game rate of a random map, by the same convention."
     return float(target_cells(boxes, grid, window).mean())
 
-def energy_lift(
-    grid_map:np.ndarray, # (down, across); negative values count as nothing
-    boxes:list,          # (x, y, width, height) in fractions of the picture
+# %% ../nbs/10_attention.ipynb #86445d5b
+def box_cover(
+    boxes:list,   # (x, y, width, height) in fractions of the picture
+    grid:tuple,   # cells (down, across)
     window:tuple=(0, 0, 1, 1), # where the grid lies, in fractions of the picture
-    fine:int=16,         # points a side on which a cell's overlap with the boxes is measured
-)->float:                # 1 means no better than an even map; NaN for an empty map or target
-    "Share of the map's mass inside the boxes, over the boxes' share of the area."
-    h, w = grid_map.shape
+    fine:int=16,  # points a side of a cell at which the overlap is measured
+)->np.ndarray:    # (down, across), from 0 to 1
+    "Share of each cell that the boxes cover."
+    h, w = grid
     x0, y0, x1, y1 = np.moveaxis(cell_boxes((h*fine, w*fine), window), -1, 0)
     cx, cy, inside = (x0 + x1)/2, (y0 + y1)/2, np.zeros((h*fine, w*fine), bool)
     for x, y, bw, bh in boxes: inside |= (x <= cx) & (cx < x + bw) & (y <= cy) & (cy < y + bh)
-    cover = inside.reshape(h, fine, w, fine).mean((1, 3))
-    mass = np.clip(grid_map, 0, None)
-    if mass.sum() == 0 or cover.sum() == 0: return float('nan')
-    return float((mass*cover).sum()/mass.sum()/cover.mean())
+    return inside.reshape(h, fine, w, fine).mean((1, 3))
 
-# %% ../nbs/10_attention.ipynb #e635aa81
+def energy_lift(
+    maps:np.ndarray,  # (..., down, across); negative values count as nothing
+    cover:np.ndarray, # (..., down, across), from `box_cover`
+)->np.ndarray:        # (...): 1 means no better than an even map; an empty map counts as even
+    "Share of a map's mass inside the boxes, over the boxes' share of the area."
+    mass = np.clip(maps, 0, None)
+    total, area = mass.sum((-1, -2)), cover.mean((-1, -2))
+    with np.errstate(divide='ignore', invalid='ignore'):
+        lift = (mass*cover).sum((-1, -2))/total/area
+    return np.where((total > 0) & (area > 0), lift, 1.)
+
+# %% ../nbs/10_attention.ipynb #02a6122e
 def bootstrap(
     values:np.ndarray, # (items,) or (items, columns)
     images:list,       # the picture of each item
@@ -487,12 +536,13 @@ def bootstrap(
     names, at = np.unique(images, return_inverse=True)
     top, low = np.zeros((len(names), *values.shape[1:])), np.zeros(len(names))
     np.add.at(top, at, values); np.add.at(low, at, np.asarray(over, float))
-    draws = np.random.default_rng(seed).multinomial(len(names), np.ones(len(names))/len(names), n_boot)
+    m = len(names)
+    draws = np.random.default_rng(seed).multinomial(m, np.ones(m)/m, n_boot)
     below = (draws@low).reshape(-1, *[1]*(values.ndim - 1))
     with np.errstate(divide='ignore', invalid='ignore'): got = (draws@top)/below
     return top.sum(0)/low.sum(), *np.nanquantile(got, (.025, .975), axis=0)
 
-# %% ../nbs/10_attention.ipynb #d924adc9
+# %% ../nbs/10_attention.ipynb #faee679b
 def layer_rates(
     maps:dict,     # method -> (items, layers, down, across)
     boxes:list,    # for each item its boxes, in fractions
@@ -501,21 +551,22 @@ def layer_rates(
     seed:int=0,    # of the bootstrap
 )->list:           # rows: method, layer, metric, baseline, value, low, high, n_items, n_images
     "Pointing-game rate, its ratio to random, and energy in the box, for each method and layer."
-    n, rows = dict(n_items=len(boxes), n_images=len(set(images))), []
-    def row(method, layer, metric, baseline, got):
-        rows.append(dict(method=method, layer=layer, metric=metric, baseline=baseline,
-                         value=float(got[0]), low=float(got[1]), high=float(got[2]), **n))
-    grid = next(iter(maps.values())).shape[-2:]
-    rand = [random_rate(b, grid, w) for b, w in zip(boxes, windows)]
-    row('random', '', 'pointing', '', bootstrap(rand, images, seed=seed))
+    n = dict(n_items=len(boxes), n_images=len(set(images)))
+    grid = next(iter(maps.values())).shape[2:]
+    targets = np.stack([target_cells(b, grid, w) for b, w in zip(boxes, windows)])
+    cover = np.stack([box_cover(b, grid, w) for b, w in zip(boxes, windows)])
+    rand = targets.mean((1, 2))
+    def rows(method, metric, baseline, values, over=None):
+        got = np.stack(bootstrap(values, images, over, seed=seed)).T
+        return [dict(method=method, layer=i if method != 'random' else '', metric=metric,
+                     baseline=baseline, **dict(zip(('value', 'low', 'high'), o.tolist())), **n)
+                for i, o in enumerate(got)]
+    out = rows('random', 'pointing', '', rand[:, None])
     for method, m in maps.items():
-        for layer in range(m.shape[1]):
-            hit = [pointing_game(o[layer], b, w) for o, b, w in zip(m, boxes, windows)]
-            lift = [energy_lift(o[layer], b, w) for o, b, w in zip(m, boxes, windows)]
-            row(method, layer, 'pointing', '', bootstrap(hit, images, seed=seed))
-            row(method, layer, 'pointing', 'random', bootstrap(hit, images, rand, seed=seed))
-            row(method, layer, 'energy_lift', '', bootstrap(np.nan_to_num(lift), images, seed=seed))
-    return rows
+        hit = hits(m, targets[:, None])
+        out += rows(method, 'pointing', '', hit) + rows(method, 'pointing', 'random', hit, rand)
+        out += rows(method, 'energy_lift', '', energy_lift(m, cover[:, None]))
+    return out
 
 def best_layer(
     rows:list, # from `layer_rates`, of the validation pictures
@@ -534,3 +585,15 @@ def static_map(
     mass = np.clip(maps, 0, None)
     mass = mass/np.maximum(mass.sum((-1, -2), keepdims=True), 1e-12)
     return np.broadcast_to(mass.mean(0), (n, 1, *maps.shape[1:]))
+
+# %% ../nbs/10_attention.ipynb #1fbdd6b2
+def untrained(
+    model,      # a LLaVA model
+    seed:int=0, # of the weights
+):              # the same architecture with random weights, in evaluation mode
+    "A model that has learned nothing, as a control."
+    base, _ = language_model(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new = type(base)(deepcopy(base.config))
+    return new.to(device=base.device, dtype=base.dtype).eval()
