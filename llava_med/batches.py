@@ -6,10 +6,11 @@
 __all__ = ['KINDS', 'GIVEN', 'MARK', 'EXAMPLE', 'RUN_HELP', 'UsageError', 'order', 'pipeline', 'is_optional', 'known_name',
            'Parameter', 'allowed', 'tagged_cell', 'comments', 'read_parameters', 'PresetLoader', 'read_yaml',
            'check_value', 'parse_value', 'from_here', 'presets', 'read_preset', 'choose_steps', 'split_set', 'targets',
-           'plan_run', 'path_mark', 'named_paths', 'notebook_mark', 'library_dir', 'step_inputs', 'step_key',
-           'files_mark', 'is_done', 'die_with_parent', 'Relay', 'in_words', 'child', 'child_env', 'run_notebook',
-           'stop', 'StepFailed', 'start_step', 'run_step', 'shown', 'run_pipeline', 'read_scores', 'cell',
-           'results_table', 'clean_output', 'with_outputs', 'refresh', 'make_parser', 'run_command', 'dispatch', 'main']
+           'plan_run', 'path_mark', 'named_paths', 'notebook_mark', 'library_dir', 'library_mark', 'step_inputs',
+           'step_key', 'files_mark', 'is_done', 'die_with_parent', 'Relay', 'in_words', 'child', 'child_env',
+           'run_notebook', 'stop', 'StepFailed', 'start_step', 'run_step', 'shown', 'run_pipeline', 'read_scores',
+           'cell', 'results_table', 'clean_output', 'with_outputs', 'refresh', 'make_parser', 'run_command', 'dispatch',
+           'main']
 
 # %% ../nbs/12_batches.ipynb #f1fa80f1
 import argparse
@@ -294,10 +295,14 @@ def notebook_mark(
     text = json.dumps([(c.cell_type, c.source, c.metadata.get('tags', [])) for c in cells])
     return hashlib.sha256(text.encode()).hexdigest()
 
-# %% ../nbs/12_batches.ipynb #a4c3d22c
+# %% ../nbs/12_batches.ipynb #c77c83c6
 def library_dir()->Path: # the folder of llava_med
     "Where the exported library lies."
     return Path(importlib.util.find_spec('llava_med').origin).parent
+
+def library_mark()->str: # a hash
+    "A fingerprint of the exported library."
+    return folder_hash(library_dir(), '*.py')
 
 def step_inputs(
     step:str,    # name of the step
@@ -310,7 +315,7 @@ def step_inputs(
     if base.is_dir() and not step.startswith('0_'): data.setdefault('data/base_tiny', path_mark(base))
     before = {s: r.get('key') or r.get('ended') for s, r in sorted(record['steps'].items())
               if order(s) < order(step)}
-    return {'notebook': notebook_mark(pipeline()[step]), 'library': folder_hash(library_dir(), '*.py'), 'data': data,
+    return {'notebook': notebook_mark(pipeline()[step]), 'library': library_mark(), 'data': data,
             'parameters': {k: v for k, v in values.items() if k not in GIVEN}, 'before': before}
 
 def step_key(

@@ -1,0 +1,93 @@
+"Shared by all tests: the repository, its notebooks, and small pipelines to break."
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: takes minutes; make test-all runs it')
+
+
+@pytest.fixture(autouse=True)
+def own_outputs(monkeypatch, tmp_path):
+    "No test writes into the repository's outputs/, whatever the environment says."
+    monkeypatch.setenv('LLAVA_MED_ROOT', str(REPO))
+    monkeypatch.setenv('LLAVA_MED_OUTPUTS', str(tmp_path/'outputs'))
+    monkeypatch.delenv('LLAVA_MED_RUNNER', raising=False)
+    monkeypatch.setenv('JUPYTER_PLATFORM_DIRS', '1')
+
+
+@pytest.fixture
+def repo(): return REPO
+
+
+def make_notebook(path, *sources, tags=('parameters',)):
+    "A notebook of these code cells; the first one gets the tags."
+    cells = [nbformat.v4.new_code_cell(s, id=f'cell{i}') for i, s in enumerate(sources)]
+    cells[0].metadata['tags'] = list(tags)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kernel = {'name': 'python3', 'display_name': 'python3', 'language': 'python'}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={'kernelspec': kernel}), path)
+    return path
+
+
+PARAMETERS = """run: str = 'scratch'  # the run to write
+inputs_from: str = 'tiny'  # the run to read
+seed: int = 0  # not used
+lr: float = 1e-3  # step size
+n: int = 1  # a number
+tag: str = 'a'  # a word
+files: list = []  # data to read
+"""
+HEAD = 'import os, sys, time\nfrom llava_med.runs import run_dir, read_json, write_json'
+
+
+class Toy:
+    "A repository with a pipeline of three notebooks, each of which notes its parameters and reads the one before."
+    steps = ('1_one', '2_two', '3_three')
+
+    def __init__(self, folder, monkeypatch):
+        self.root, self.outputs = folder, folder/'outputs'
+        monkeypatch.setenv('LLAVA_MED_ROOT', str(folder))
+        monkeypatch.setenv('LLAVA_MED_OUTPUTS', str(self.outputs))
+        monkeypatch.setattr('llava_med.batches.library_mark', lambda: 'the same library')
+        (folder/'nbs/pipeline/presets').mkdir(parents=True)
+        (folder/'settings.ini').write_text('[DEFAULT]\n')
+        for s in self.steps: self.step(s)
+        self.preset('toy', 'description: Three steps.\n')
+
+    def preset(self, name, text): (self.root/f'nbs/pipeline/presets/{name}.yaml').write_text(text)
+    def notebook(self, step): return self.root/f'nbs/pipeline/{step}.ipynb'
+
+    def step(self, name, work='', ledger=True, tags=('parameters',), parameters=PARAMETERS):
+        "A step that does `work` between its beginning and its end."
+        before = dict(zip(self.steps[1:], self.steps)).get(name)
+        read = f"read_json(run_dir(run)/'{before}'/'out.json')" if before else 'None'
+        end = f"write_json(run_dir(run)/'{name}'/'out.json', dict(lr=lr, n=n, tag=tag, files=files, python=sys.executable, before={read}))"
+        if ledger: end += f"\nwrite_json(run_dir(run)/'{name}'/'ledger.json', {{}})"
+        make_notebook(self.notebook(name), parameters, HEAD, work or 'print("working")', end, tags=tags)
+
+    def run(self, *words):
+        "The exit code of `llava-med run …`."
+        from llava_med.batches import main
+        return main(['run', *words])
+
+    def out(self, step, run='toy'):
+        from llava_med.runs import read_json
+        return read_json(self.outputs/run/step/'out.json')
+
+    def record(self, run='toy'):
+        from llava_med.runs import read_run
+        return read_run(run)['steps']
+
+    def ended(self, run='toy'): return {s: r.get('ended') for s, r in self.record(run).items()}
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch): return Toy(tmp_path, monkeypatch)

@@ -1,0 +1,367 @@
+"The rules of the repository: what is written in notebooks, and what may be committed."
+import ast
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tokenize
+from configparser import ConfigParser
+from io import StringIO
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+REPO = Path(__file__).resolve().parents[1]
+CHAPTERS = sorted(p for p in (REPO/'nbs').glob('*.ipynb') if not p.name.startswith('_'))
+PIPELINE = sorted((REPO/'nbs/pipeline').glob('[0-9]*.ipynb'))
+OTHERS = sorted(p for d in ('benchmarks', 'course') for p in (REPO/'nbs'/d).rglob('*.ipynb') if not p.name.startswith('_'))
+NOTEBOOKS = CHAPTERS + PIPELINE + OTHERS
+PRESETS = sorted((REPO/'nbs/pipeline/presets').glob('*.yaml'))
+MODULES = sorted(p for p in (REPO/'llava_med').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
+name = lambda p: p.relative_to(REPO).as_posix()
+each = lambda paths: pytest.mark.parametrize('path', paths, ids=name)
+
+
+# The rules, each a function of a notebook or a file that returns what is wrong
+
+def bad_cells(nb):
+    "Cells without id, execution counts, errors, widget state, and tags that papermill punishes."
+    found, ids = [], [c.get('id') for c in nb.cells]
+    if None in ids or nb.nbformat_minor < 5: found.append('a cell has no id')
+    if len(set(ids)) < len(ids): found.append('two cells have one id')
+    if 'widgets' in nb.metadata: found.append('widget state in the metadata')
+    for c in nb.cells:
+        at = f"cell {c.get('id')}"
+        if c.get('execution_count') is not None: found.append(f'{at}: execution count')
+        tags = c.metadata.get('tags', [])
+        if set(tags) - {'parameters'}: found.append(f'{at}: tag {tags}')
+        for o in c.get('outputs', []):
+            if o.get('execution_count') is not None: found.append(f'{at}: execution count of an output')
+            if o.output_type == 'error': found.append(f'{at}: {o.ename} in its output')
+            if any('widget' in k for k in o.get('data', {})): found.append(f'{at}: a widget in its output')
+    return found
+
+
+def raw(path):
+    "A notebook as it is in the file: nbformat.read would give ids to cells that have none."
+    return nbformat.from_dict(json.loads(path.read_text()))
+
+
+MACHINE = re.compile(r'''(?<![\w.:/])/(?:home|root|tmp|work|Users|workspace|mnt|private|var/folders)/[\w.-]+|[A-Z]:\\\\?Users''')
+
+
+def machine_paths(nb):
+    "Paths of somebody's machine, in sources and outputs."
+    texts = [c.source for c in nb.cells] + [json.dumps({k: v for k, v in o.items() if k != 'data'}) for c in nb.cells for o in c.get('outputs', [])]
+    texts += [str(v) for c in nb.cells for o in c.get('outputs', []) for k, v in o.get('data', {}).items() if not k.startswith('image/')]
+    return [m[0] for t in texts for m in MACHINE.finditer(t)]
+
+
+def large_images(nb, limit=50_000):
+    "Images larger than 50 kB."
+    return [f"cell {c.id}: {len(v)*3//4} bytes" for c in nb.cells for o in c.get('outputs', [])
+            for k, v in o.get('data', {}).items() if k.startswith('image/') and len(v)*3//4 > limit]
+
+
+def tagged(nb): return [c for c in nb.cells if 'parameters' in c.metadata.get('tags', [])]
+
+
+def bad_parameters(source):
+    "Lines that papermill's own parser would overlook or mangle, and that are not `name: type = literal  # comment`."
+    found = []
+    notes = {t.start[0]: t.string for t in tokenize.generate_tokens(StringIO(source).readline) if t.type == tokenize.COMMENT}
+    for node in ast.parse(source).body:
+        line = source.splitlines()[node.lineno - 1]
+        if not isinstance(node, ast.AnnAssign): found.append(f'{line!r} is not typed'); continue
+        try: value = ast.literal_eval(node.value)
+        except ValueError: found.append(f'{line!r} is not a literal'); continue
+        if node.end_lineno != node.lineno: found.append(f'{line!r} goes over several lines')
+        if not notes.get(node.lineno): found.append(f'{line!r} has no comment')
+        if '=' in notes.get(node.lineno, ''): found.append(f'{line!r} has = in its comment')
+        if ';' in line.split('#')[0]: found.append(f'{line!r} holds two statements')
+        if '#' in str(value): found.append(f'{line!r} has # in its value')
+    names = [n.target.id for n in ast.parse(source).body if isinstance(n, ast.AnnAssign)]
+    found += [f'{n} is missing' for n in ('run', 'inputs_from', 'seed', 'device', 'threads') if n not in names]
+    return found
+
+
+def imports_of(source):
+    "Names of llava_med's modules that a source imports, at any depth."
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            m = node.module or ''
+            if node.level or m == 'llava_med': found |= {m.split('.')[0]} if node.level and m else {a.name for a in node.names}
+            elif m.startswith('llava_med.'): found.add(m.split('.')[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split('.')[1] for a in node.names if a.name.startswith('llava_med.')}
+    return found
+
+
+def code_lines(source):
+    "Lines that are not blank and not nbdev's markers."
+    return [x for x in source.splitlines() if x.strip() and not re.match(r'# %% |# AUTO|__all__', x)]
+
+
+def chapter_numbers():
+    "Module → number of the chapter that it is exported from, from all notebooks."
+    found = {}
+    for p in CHAPTERS:
+        m = re.search(r'^#\s*\|\s*default_exp\s+(\w+)', '\n'.join(c.source for c in nbformat.read(p, 4).cells), re.M)
+        if m: found[m[1]] = int(re.match(r'\d+', p.name)[0])
+    return found
+
+
+# All notebooks
+
+@each(NOTEBOOKS)
+def test_cells(path): assert not bad_cells(raw(path))
+
+
+@each(NOTEBOOKS)
+def test_no_machine_paths(path): assert not machine_paths(nbformat.read(path, 4))
+
+
+@each(NOTEBOOKS)
+def test_size(path):
+    assert not large_images(nbformat.read(path, 4))
+    limit = 400_000 if path in PIPELINE else 200_000
+    if path not in OTHERS: assert path.stat().st_size <= limit
+
+
+@each(NOTEBOOKS)
+def test_kernel_is_python3(path): assert nbformat.read(path, 4).metadata.kernelspec.name == 'python3'
+
+
+@each(NOTEBOOKS)
+def test_no_export_cell_and_no_shell(path):
+    for c in nbformat.read(path, 4).cells:
+        if c.cell_type != 'code': continue
+        assert 'nbdev_export(' not in c.source
+        if re.match(r'#\s*\|\s*export', c.source): assert not re.search(r'^\s*[%!]', c.source, re.M)
+
+
+@each([p for p in CHAPTERS + PIPELINE if p.stem != 'index'])
+def test_opening_and_end(path):
+    cells = nbformat.read(path, 4).cells
+    assert re.match(r'# .+\n+> .+', cells[0].source), 'begins with a title and one line that says what one will have'
+    assert 'markdown' in (cells[1].cell_type, cells[2].cell_type), 'then says what goes in, what comes out, and how long it takes'
+    headings = [x for c in cells if c.cell_type == 'markdown' for x in c.source.splitlines() if x.startswith('## ')]
+    if path in CHAPTERS: assert '## What you have now' in headings and '## Try' in headings
+
+
+# Chapters and the library
+
+def exported(folder):
+    "Module → text, of the library exported into a copy of the repository's notebooks."
+    shutil.copy(REPO/'settings.ini', folder)
+    shutil.copytree(REPO/'nbs', folder/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints', '_*.ipynb', '*.tmp'))
+    for extra in ('README.md', 'pyproject.toml'):
+        if (REPO/extra).exists(): shutil.copy(REPO/extra, folder)
+    subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=folder, check=True,
+                   capture_output=True)
+    return library(folder)
+
+
+def library(folder):
+    "Module → text. The index of names is compared where the repository has it."
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in (folder/'llava_med').rglob('*.py')
+            if p.name != '_modidx.py' or (REPO/'llava_med/_modidx.py').exists()}
+
+
+def test_library_is_what_the_notebooks_say(tmp_path):
+    there, here = exported(tmp_path), library(REPO)
+    assert sorted(there) == sorted(here), 'make export; a module without notebook is deleted by hand'
+    differ = [m for m in there if there[m] != here[m]]
+    assert not differ, f'make export: {differ} differ from the notebooks'
+
+
+def test_one_number_one_chapter_one_module():
+    numbers = [re.match(r'\d+', p.name)[0] for p in CHAPTERS if p.stem != 'index']
+    assert len(set(numbers)) == len(numbers)
+    modules = [m[1] for p in CHAPTERS for c in nbformat.read(p, 4).cells if (m := re.match(r'#\s*\|\s*default_exp (\w+)', c.source))]
+    assert len(set(modules)) == len(modules) and set(modules) == {p.stem for p in MODULES}
+
+
+@each(MODULES)
+def test_imports_go_down(path):
+    numbers = chapter_numbers()
+    late = [m for m in imports_of(path.read_text()) if numbers[m] >= numbers[path.stem]]
+    assert not late, f'{path.name} (chapter {numbers[path.stem]}) imports from {late}'
+
+
+@each(MODULES)
+def test_module_can_be_read_at_one_sitting(path):
+    text = path.read_text()
+    assert len(code_lines(text)) <= 600
+    assert 'fastcore' not in ' '.join(x for x in text.splitlines() if 'import' in x), 'fastcore is a development tool only'
+    assert 'import *' not in text and 'os.getcwd' not in text
+
+
+@each(MODULES)
+def test_names_have_docstrings(path):
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_'):
+            assert ast.get_docstring(node), f'{node.name} has no docstring'
+
+
+# The pipeline
+
+@each(PIPELINE)
+def test_exactly_one_parameters_cell(path): assert len(tagged(nbformat.read(path, 4))) == 1
+
+
+@each(PIPELINE)
+def test_parameters_are_typed_literals(path):
+    cell, = tagged(nbformat.read(path, 4))
+    assert not bad_parameters(cell.source)
+    from llava_med.batches import read_parameters
+    known = read_parameters(path)
+    assert (known['run'].default, known['inputs_from'].default, known['device'].default) == ('scratch', 'tiny', 'auto')
+    assert (known['seed'].default, known['threads'].default) == (0, 2)
+
+
+@each(PIPELINE)
+def test_parameters_are_what_papermill_sees(path):
+    import papermill
+    from llava_med.batches import read_parameters
+    seen = papermill.inspect_notebook(str(path))
+    assert set(seen) == set(read_parameters(path))
+
+
+@each(PIPELINE)
+def test_pipeline_defines_nothing_for_others(path):
+    nb = nbformat.read(path, 4)
+    assert not any(re.match(r'#\s*\|\s*(export|default_exp)', c.source) for c in nb.cells)
+    text = '\n'.join(c.source for c in nb.cells if c.cell_type == 'code')
+    assert f"Step('{path.stem}'" in text or f'Step("{path.stem}"' in text
+    assert '.finish(' in text and 'getcwd' not in text
+
+
+@each(PRESETS)
+def test_presets_fit(path):
+    from llava_med.batches import plan_run, read_preset
+    preset = read_preset(path.stem)
+    assert preset['description'].endswith('.')
+    assert plan_run(preset, path.stem)
+
+
+def test_tiny_is_the_defaults():
+    from llava_med.batches import pipeline, plan_run, read_parameters, read_preset
+    plan = plan_run(read_preset('tiny'), 'tiny')
+    for step, values in plan.items():
+        defaults = {k: p.default for k, p in read_parameters(pipeline()[step]).items()}
+        assert values == {**defaults, 'run': 'tiny', 'inputs_from': 'tiny'}
+
+
+def test_folders_that_nbdev_does_not_test():
+    assert all((REPO/'nbs'/d/'.notest').exists() for d in ('pipeline', 'benchmarks', 'course'))
+
+
+# The house
+
+def test_settings():
+    c = ConfigParser(delimiters=['='])
+    c.read(REPO/'settings.ini')
+    c = c['DEFAULT']
+    assert c['allowed_cell_metadata_keys'] == 'tags', 'without it nbdev_clean strips the parameters tag'
+    assert c['update_pyproject'] == 'False' and 'clear_all' not in c
+    assert 'llava-med=llava_med.batches:main' in c['console_scripts'].replace(' ', '')
+    assert {'nbdev==2.4.14', 'execnb<0.2', 'fastcore<2'} <= set(c['dev_requirements'].split())
+
+
+def test_requirements_are_pinned():
+    c = ConfigParser(delimiters=['='])
+    c.read(REPO/'settings.ini')
+    plain = lambda s: re.match(r'[\w.-]+', s)[0].lower().replace('_', '-')
+    wanted = {plain(x) for k in ('requirements', 'dev_requirements') for x in c['DEFAULT'][k].split()}
+    lines = [x for x in (REPO/'constraints.txt').read_text().splitlines() if x and not x.startswith('#')]
+    assert all(re.fullmatch(r'[\w.-]+==[\w.]+', x) for x in lines), 'exact versions, without local tags'
+    assert wanted <= {plain(x) for x in lines}
+
+
+def test_what_modules_import_is_required():
+    c = ConfigParser(delimiters=['='])
+    c.read(REPO/'settings.ini')
+    wanted = {re.match(r'[\w.-]+', x)[0].lower() for x in c['DEFAULT']['requirements'].split()}
+    names = {'pil': 'pillow', 'yaml': 'pyyaml', 'ipython': 'ipykernel', 'cycler': 'matplotlib', 'mpl_toolkits': 'matplotlib',
+             'safetensors': 'transformers', 'tokenizers': 'transformers', 'huggingface_hub': 'transformers'}
+    used = set()
+    for p in MODULES:
+        for node in ast.walk(ast.parse(p.read_text())):
+            if isinstance(node, ast.ImportFrom) and not node.level: used.add(node.module.split('.')[0])
+            if isinstance(node, ast.Import): used |= {a.name.split('.')[0] for a in node.names}
+    used = {names.get(u.lower(), u.lower()) for u in used - set(sys.stdlib_module_names) - {'llava_med'}}
+    assert used <= wanted, f'settings.ini lacks {used - wanted}'
+
+
+def tracked():
+    "Files that git knows."
+    done = subprocess.run(['git', '-C', str(REPO), 'ls-files', '-z'], capture_output=True, text=True)
+    if done.returncode: pytest.skip('not a git checkout')
+    return [REPO/f for f in done.stdout.split('\0') if f and (REPO/f).is_file()]
+
+
+def test_size_of_the_repository():
+    files = tracked()
+    assert sum(p.stat().st_size for p in files) < 30e6
+    base = [p for p in files if name(p).startswith('data/base_tiny/')]
+    assert sum(p.stat().st_size for p in base) <= 8e6
+    large = [name(p) for p in files if p.stat().st_size > 500_000 and p not in base]
+    assert not large
+
+
+def test_no_run_is_committed():
+    stray = [name(p) for p in tracked() if re.match(r'(outputs|data)/', name(p))
+             and not re.match(r'(outputs/(README.md|example/)|data/(README.md|base_tiny/))', name(p))]
+    assert not stray
+
+
+def test_example_has_no_machine_paths():
+    for p in (REPO/'outputs/example').rglob('*'):
+        if p.suffix in ('.json', '.csv'): assert not MACHINE.search(p.read_text()), p
+
+
+# A rule that cannot fail is no rule
+
+def broken():
+    "A notebook with every fault."
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('1', id='a'), nbformat.v4.new_code_cell('2', id='a')])
+    nb.cells[1]['id'] = 'a'                             # nbformat gave it another
+    nb.cells[0].execution_count = 3
+    nb.cells[0].metadata['tags'] = ['raises-exception']
+    nb.cells[0].outputs = [nbformat.v4.new_output('error', ename='ValueError', evalue='x', traceback=[]),
+                           nbformat.v4.new_output('display_data', data={'application/vnd.jupyter.widget-view+json': {}, 'image/png': 'A'*80_000}),
+                           nbformat.v4.new_output('stream', text='saved to /home/' + 'someone/x.csv')]
+    nb.metadata['widgets'] = {}
+    return nb
+
+
+def test_the_rules_can_fail():
+    found = ' '.join(bad_cells(broken()))
+    for word in ('one id', 'execution count', 'raises-exception', 'ValueError', 'a widget', 'widget state'): assert word in found
+    assert machine_paths(broken()) == ['/home/' + 'someone']
+    assert large_images(broken())
+    nb = broken(); del nb.cells[0]['id']
+    assert 'a cell has no id' in bad_cells(nb)
+    for source in ('n = 1  # a', 'n: int = 1', 'n: int = 1+k  # a', 'n: int = 1  # a = b', 'n: int = 1; m: int = 2  # a',
+                   "s: str = 'a # b'  # a", 'n: list = [1,\n 2]  # a'):
+        assert [f for f in bad_parameters(source) if 'missing' not in f], source
+    assert 'seed is missing' in bad_parameters('n: int = 1  # a')
+    assert imports_of('from llava_med.runs import x\ndef f():\n    import llava_med.model\n    from .vqa import y') == {'runs', 'model', 'vqa'}
+    assert len(code_lines('# %% ../nbs/x.ipynb 3\n\na = 1\n')) == 1
+
+
+def test_the_sync_check_can_fail(tmp_path):
+    here = library(REPO)
+    key = 'llava_med/runs.py'
+    assert {**here, key: here[key] + '\nx = 1\n'} != here and 'x = 1' not in here[key]
+    first = exported(tmp_path)[key]
+    p = tmp_path/'nbs/00_runs.ipynb'
+    p.write_text(p.read_text().replace('The time, in UTC.', 'The time.'))
+    subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=tmp_path, check=True, capture_output=True)
+    assert library(tmp_path)[key] != first

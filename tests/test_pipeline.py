@@ -1,0 +1,168 @@
+"The whole pipeline on the smoke preset, through the command that people use."
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+STEPS = ['1_data_prep', '2_stage1_alignment', '3_stage2_tuning', '4_evaluation', '5_attention']
+LEDGER = {'wall_s', 'device', 'device_s', 'peak_memory_mib', 'trainable_params', 'samples', 'tokens', 'tokens_per_s', 'model_flops'}
+SCORES = 'model,dataset,split,condition,slice,metric,value,low,high,n_items,n_images'.split(',')
+
+
+def command(outputs, *words):
+    "Run `llava-med` and return the finished process and its seconds."
+    env = {**os.environ, 'LLAVA_MED_ROOT': str(REPO), 'LLAVA_MED_OUTPUTS': str(outputs), 'PYTHONPATH': str(REPO)}
+    env.pop('LLAVA_MED_RUNNER', None)
+    code = 'import sys; from llava_med.batches import main; sys.exit(main())'
+    began = time.time()
+    done = subprocess.run([sys.executable, '-c', code, *words], env=env, capture_output=True, text=True)
+    return done, time.time() - began
+
+
+@pytest.fixture(scope='module')
+def outputs(tmp_path_factory): return tmp_path_factory.mktemp('outputs')
+
+
+@pytest.fixture(scope='module')
+def smoke(outputs):
+    "The run folder of one smoke run."
+    done, took = command(outputs, 'run', 'smoke')
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return {'folder': outputs/'smoke', 'stdout': done.stdout, 'took': took}
+
+
+def rows(path):
+    with open(path, newline='') as f: return list(csv.DictReader(f))
+
+
+def test_smoke_ends_with_the_table(smoke):
+    assert 'strict accuracy' in smoke['stdout'] and 'stage2' in smoke['stdout']
+    assert '5 steps run, 0 kept' in smoke['stdout']
+
+
+@pytest.mark.parametrize('step', STEPS)
+def test_step_leaves_what_it_promises(smoke, step):
+    folder = smoke['folder']/step
+    nb = nbformat.read(folder/f'{step}.ipynb', 4)
+    assert not [o for c in nb.cells for o in c.get('outputs', []) if o.output_type == 'error']
+    ledger = json.loads((folder/'ledger.json').read_text())
+    assert LEDGER <= set(ledger) and ledger['wall_s'] > 0
+    assert ledger['peak_memory_mib'] < 4096
+    wanted = {'1_data_prep': 'figures.jsonl alignment.json instruct.json vqa/train.json vqa/val.json vqa/test.json images filters.csv dropped.jsonl',
+              '2_stage1_alignment': 'model/config.json model/model.safetensors losses.csv',
+              '3_stage2_tuning': 'model/config.json model/model.safetensors losses.csv',
+              '4_evaluation': 'predictions.jsonl scores.csv', '5_attention': 'maps.npz'}[step]
+    assert not [w for w in wanted.split() if not (folder/w).exists()]
+    assert not list(folder.glob('*.partial-*')) and not list(folder.rglob('*.tmp'))
+
+
+def test_record(smoke):
+    record = json.loads((smoke['folder']/'run.json').read_text())
+    assert record['preset'] == 'smoke' and record['seed'] == 0 and record['versions']['torch'] and record['machine']['cores']
+    assert {s: r['state'] for s, r in record['steps'].items()} == dict.fromkeys(STEPS, 'done')
+    assert all(r['key'] and r['parameters'] for r in record['steps'].values())
+    assert record['hashes']
+
+
+def test_contract_of_the_data(smoke):
+    d = smoke['folder']/'1_data_prep'
+    assert list(rows(d/'filters.csv')[0])[:3] == ['filter', 'kept', 'dropped']
+    for name in ('alignment', 'instruct'):
+        records = json.loads((d/f'{name}.json').read_text())
+        assert records and all({'id', 'image', 'conversations'} <= set(r) for r in records)
+        assert all((d/'images'/r['image']).is_file() for r in records)
+        assert all(t['from'] in ('human', 'gpt') for r in records for t in r['conversations'])
+    items = {s: json.loads((d/f'vqa/{s}.json').read_text()) for s in ('train', 'val', 'test')}
+    wanted = {'id', 'images', 'question', 'answer', 'answer_type', 'options', 'tags', 'split', 'regions', 'twin_of', 'source'}
+    assert all(wanted <= set(i) for part in items.values() for i in part)
+    images = {s: {x for i in part for x in i['images']} for s, part in items.items()}
+    assert not images['train'] & images['test'] and not images['val'] & images['test']
+    figure = json.loads((d/'figures.jsonl').read_text().splitlines()[0])
+    assert {'pmcid', 'fig_id', 'caption', 'mentions', 'image', 'modalities', 'licence', 'source'} <= set(figure)
+
+
+def test_contract_of_the_losses(smoke):
+    for step in STEPS[1:3]: assert list(rows(smoke['folder']/step/'losses.csv')[0]) == ['step', 'epoch', 'samples', 'loss', 'lr']
+
+
+def test_contract_of_the_scores(smoke):
+    table = rows(smoke['folder']/'4_evaluation/scores.csv')
+    assert list(table[0]) == SCORES
+    assert {'base', 'stage1', 'stage2', 'stage2-base'} <= {r['model'] for r in table}
+    assert {'image', 'blank', 'shuffled', 'image-blank'} <= {r['condition'] for r in table}
+    assert {'strict', 'strict_pairs', 'finding_recall', 'finding_precision'} <= {r['metric'] for r in table}
+    slices = {r['slice'].split('=')[0] for r in table}
+    assert {'all', 'question_type', 'modality', 'answer_type', 'combination'} <= slices
+    for r in table:
+        if r['metric'] == 'strict' and '-' not in r['condition'] + r['model'] and r['value']:
+            assert 0 <= float(r['low']) <= float(r['value']) <= float(r['high']) <= 1 and int(r['n_images']) > 0
+    line = json.loads((smoke['folder']/'4_evaluation/predictions.jsonl').read_text().splitlines()[0])
+    assert {'model', 'condition', 'item', 'prompt', 'text', 'error'} <= set(line)
+
+
+def test_checkpoints_need_no_library(smoke):
+    "A checkpoint loads with plain transformers, in a process that cannot import llava_med."
+    code = ("import sys; sys.modules['llava_med'] = None\n"
+            "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
+            "m = AutoModelForImageTextToText.from_pretrained(sys.argv[1]); p = AutoProcessor.from_pretrained(sys.argv[1])\n"
+            "print(type(m).__name__)")
+    done = subprocess.run([sys.executable, '-c', code, str(smoke['folder']/'3_stage2_tuning/model')], capture_output=True, text=True)
+    assert done.stdout.strip() == 'LlavaForConditionalGeneration', done.stderr[-1000:]
+
+
+def test_unchanged_run_is_quick(smoke, outputs):
+    done, took = command(outputs, 'run', 'smoke')
+    assert done.returncode == 0 and '0 steps run, 5 kept' in done.stdout
+    assert took < 15
+
+
+def test_misspelt_parameter(outputs, smoke):
+    before = (outputs/'smoke/run.json').read_text()
+    done, _ = command(outputs, 'run', 'smoke', '--set', '2_stage1_alignment.epoch=1')
+    assert done.returncode == 2 and 'Did you mean epochs?' in done.stderr and 'lr' in done.stderr
+    assert (outputs/'smoke/run.json').read_text() == before
+
+
+def test_a_notebook_by_itself(outputs, smoke):
+    "papermill alone: reads another run, writes to scratch."
+    import papermill
+    env = {'LLAVA_MED_OUTPUTS': str(outputs), 'LLAVA_MED_ROOT': str(REPO), 'PYTHONPATH': str(REPO)}
+    old = {k: os.environ.get(k) for k in env}
+    os.environ.update(env)
+    try:
+        papermill.execute_notebook(str(REPO/'nbs/pipeline/2_stage1_alignment.ipynb'), str(outputs/'out.ipynb'),
+            {'epochs': 1, 'inputs_from': 'smoke'}, kernel_name='python3', progress_bar=False)
+    finally:
+        for k, v in old.items(): os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
+    assert (outputs/'scratch/2_stage1_alignment/model/config.json').exists()
+    assert json.loads((outputs/'scratch/run.json').read_text())['steps']['2_stage1_alignment']['state'] == 'done'
+
+
+def test_missing_input_is_one_sentence(outputs, smoke):
+    done, _ = command(outputs, 'run', 'smoke', '--name', 'empty', '--only', '2')
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert '1_data_prep' in last and 'llava-med run smoke --name empty --only 1_data_prep' in last and 'Traceback' not in done.stderr
+
+
+@pytest.mark.slow
+def test_same_seed_same_scores(outputs, smoke):
+    done, _ = command(outputs, 'run', 'smoke', '--name', 'again')
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (outputs/r/'4_evaluation/scores.csv' for r in ('smoke', 'again'))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.slow
+def test_another_seed_other_scores(outputs, smoke):
+    done, _ = command(outputs, 'run', 'smoke', '--name', 'seed1', '--set', 'all.seed=1')
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (outputs/r/'4_evaluation/scores.csv' for r in ('smoke', 'seed1'))
+    assert first.read_bytes() != second.read_bytes()
