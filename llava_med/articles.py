@@ -9,15 +9,18 @@ __all__ = ['MAX_XML', 'MAX_PACKAGE', 'MAX_MEMBERS', 'MAX_PIXELS', 'MIN_SIDE', 'M
            'open_image', 'image_size', 'article_records', 'read_article', 'find_articles', 'read_articles',
            'count_gutters', 'image_hash', 'apply_filters', 'figures']
 
-# %% ../nbs/02_articles.ipynb #edbff4fe
-import hashlib, html, io, json, os, re, tarfile, warnings, zlib
+# %% ../nbs/02_articles.ipynb #70d897be
+import hashlib, html, io, itertools, os, re, tarfile, warnings, zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from lxml import etree
 from PIL import Image, ImageOps
 
-# %% ../nbs/02_articles.ipynb #fa041296
+from .runs import OutputError, replacing, write_jsonl
+
+# %% ../nbs/02_articles.ipynb #a1a40a1c
 MAX_XML = 64 * 2**20        # bytes of one article
 MAX_PACKAGE = 2 * 2**30     # bytes of one unpacked package
 MAX_MEMBERS = 5000          # files in one package
@@ -25,7 +28,7 @@ MAX_PIXELS = 100_000_000    # pixels of one image
 _NAMED = re.compile(rb'<!\[CDATA\[.*?\]\]>|<!--.*?-->|&([A-Za-z][A-Za-z0-9]*);', re.S)
 _XML_NAMES = {b'amp', b'lt', b'gt', b'quot', b'apos'}
 
-class ArticleError(ValueError): "An article, package or folder that cannot be read; the message is one sentence."
+class ArticleError(ValueError): "A source that cannot be read; the message is one sentence."
 class ImageError(ValueError): "An image that cannot be used; the message is one sentence."
 
 def _number_entity(m):
@@ -36,7 +39,7 @@ def _number_entity(m):
     if text == f'&{name.decode()};': return b'&amp;' + name + b';'
     return ''.join(f'&#{ord(c)};' for c in text).encode()
 
-# %% ../nbs/02_articles.ipynb #65205d93
+# %% ../nbs/02_articles.ipynb #03a9fc77
 def parse_jats(
     data:bytes,   # the file's bytes
     name:str,     # what to call it in messages
@@ -49,7 +52,8 @@ def parse_jats(
     start = re.search(rb'<[A-Za-z_]', data)
     prolog = data[:start.start()] if start else data
     if b'<!ENTITY' in prolog.upper():
-        raise ArticleError(f'{name}: declares entities of its own, which can hide a bomb; remove its DOCTYPE.')
+        raise ArticleError(f'{name}: declares entities of its own, which can hide a bomb; '
+                           'remove its DOCTYPE.')
     prolog = re.sub(rb'<!DOCTYPE[^>\[]*(\[.*?\]\s*)?>', b'', prolog, flags=re.S)
     data = _NAMED.sub(_number_entity, prolog + data[start.start():]) if start else b''
     parser = etree.XMLParser(recover=True, resolve_entities=False, no_network=True, load_dtd=False)
@@ -57,18 +61,21 @@ def parse_jats(
     except etree.XMLSyntaxError: root = None
     if root is None: raise ArticleError(f'{name}: not XML, and nothing could be recovered from it.')
     found = [root] if _tag(root) == 'article' else list(root.iter('{*}article'))
-    if not found: raise ArticleError(f'{name}: the root element is <{_tag(root)}>, not a JATS <article>.')
+    if not found:
+        raise ArticleError(f'{name}: the root element is <{_tag(root)}>, not a JATS <article>.')
     errors = [e for e in parser.error_log if e.level >= 2]
     if errors and notes is not None:
-        notes.append(f'{name}: malformed XML was recovered (line {errors[0].line}: {errors[0].message}).')
+        e = errors[0]
+        notes.append(f'{name}: malformed XML was recovered (line {e.line}: {e.message}).')
     return found
 
-def _tag(el): return etree.QName(el).localname if isinstance(el.tag, str) else ''
+def _tag(el): return el.tag.rsplit('}', 1)[-1] if isinstance(el.tag, str) else ''
 
-# %% ../nbs/02_articles.ipynb #5a1e1233
+# %% ../nbs/02_articles.ipynb #353e0c39
 _XLINK = '{http://www.w3.org/1999/xlink}href'
 _LANG = '{http://www.w3.org/XML/1998/namespace}lang'
-_SKIP = {'fig', 'fig-group', 'table-wrap', 'graphic', 'media', 'supplementary-material', 'list', 'object-id'}
+_SKIP = {'fig', 'fig-group', 'table-wrap', 'graphic', 'media', 'supplementary-material', 'list',
+         'object-id'}
 _MARKS = str.maketrans('', '', '\ue000\ue001')
 
 def _pieces(el, rids, skip):
@@ -91,7 +98,7 @@ def _tex(s):
     m = re.search(r'\\begin\{document\}(.*?)\\end\{document\}', s, re.S)
     return (m.group(1) if m else s).strip().strip('$')
 
-# %% ../nbs/02_articles.ipynb #cc352cd7
+# %% ../nbs/02_articles.ipynb #e44657ae
 def element_text(
     el,           # an element of the article, or None
     skip:set=frozenset(_SKIP), # elements whose content belongs to somebody else
@@ -105,15 +112,19 @@ def element_text(
         elif part == '\ue001':
             a, i = open_at.pop(); links[i] = (a, len(out), rids[i])
         else:
-            glued = open_at and open_at[-1][0] == len(out) and out[-1:].islower() and part[:1].isupper()
-            out += ' ' * bool(glued) + (part.lstrip() if out.endswith(' ') else part)
+            new = bool(open_at) and open_at[-1][0] == len(out)
+            glued = new and out[-1:].islower() and part[:1].isupper()
+            out += ' ' * glued + (part.lstrip() if out.endswith(' ') else part)
     return out.strip(), links
 
-# %% ../nbs/02_articles.ipynb #b39c4a71
+# %% ../nbs/02_articles.ipynb #da2f23d8
 _STOP = re.compile(r'[.!?][”"’\')\]]*\s+(?=[“"(\[‘]*[A-ZÀ-Ý0-9])')
-_NEVER = set('al e.g i.e cf vs dr prof mr mrs ms st approx ca viz resp sp spp subsp var ed eds inc ltd jr'.split())
-_BEFORE_NUMBER = set('fig figs figura figuras eq eqs ref refs no nos p pp vol tab sec suppl ch abb'.split())
-_STARTERS = re.compile(r'(?:The|This|These|In|We|However|It|A|An|Our|There|As|For|To|After|When|Both|All|No)\b')
+_NEVER = set('al e.g i.e cf vs dr prof mr mrs ms st approx ca viz resp sp spp subsp var ed eds '
+             'inc ltd jr'.split())
+_BEFORE_NUMBER = set('fig figs figura figuras eq eqs ref refs no nos p pp vol tab sec suppl ch '
+                     'abb'.split())
+_STARTERS = re.compile(r'(?:The|This|These|In|We|However|It|A|An|Our|There|As|For|To|After|When'
+                       r'|Both|All|No)\b')
 
 def _is_end(before, after):
     "Whether a full stop between these two texts ends a sentence."
@@ -130,11 +141,12 @@ def sentence_spans(
     "Where the sentences of a text begin and end."
     spans, start = [], 0
     for m in _STOP.finditer(text):
-        if m.group(0)[0] == '.' and not _is_end(text[:m.start()][-40:], text[m.end():][:40]): continue
+        if m.group(0)[0] == '.' and not _is_end(text[:m.start()][-40:], text[m.end():][:40]):
+            continue
         spans.append((start, m.end() - len(m.group(0)) + len(m.group(0).rstrip()))); start = m.end()
     return spans + ([(start, len(text))] if start < len(text) else [])
 
-# %% ../nbs/02_articles.ipynb #36edc1a8
+# %% ../nbs/02_articles.ipynb #dbd4511d
 _ITEM = r'(?:S?\d{1,3}(?!\d|\.\d)(?:\s?\(?[a-z](?![a-z])\)?)?|\(?[a-z](?![a-z])\)?)'
 _SEP = r'\s*(?:,\s*(?:and|&)?|and|&|or|to|through|[-–—])\s*'
 _REFS = re.compile(r'(?<![a-z])(?:figures?|figs?\.?|figuras?|abbildung(?:en)?|abb\.)\s*(?=S?\d)'
@@ -142,13 +154,15 @@ _REFS = re.compile(r'(?<![a-z])(?:figures?|figs?\.?|figuras?|abbildung(?:en)?|ab
 _TOKEN = re.compile(r'(S?\d+)|(to|through|[-–—])|([a-z](?![a-z]))', re.I)
 _NOT_OURS = re.compile(r'(?:supplement\w*|extended data|appendix \w+|online)[ —–-]*$', re.I)
 _NOT_HERE = re.compile(r'[\s—–-]*(?:figure supplement|source data|supplement)'
-                       r'|\s*(?:of|in|from)\s+(?:the\s+)?(?:\[|ref\w*\.?\s|[A-Z][a-z]+ et al)', re.I)
+                       r'|\s*(?:of|in|from)\s+(?:the\s+)?(?:\[|ref\w*\.?\s|[A-Z][a-z]+ et al)',
+                       re.I)
 
 def _expand(items):
     "Numbers of '1A-C, 3 to 5' in order; a range of numbers is filled."
     out, ranged = [], False
     for num, dash, letter in _TOKEN.findall(items):
-        if num and ranged and out and num.isdigit() and out[-1].isdigit() and 0 < int(num)-int(out[-1]) < 30:
+        whole = ranged and out and num.isdigit() and out[-1].isdigit()
+        if whole and 0 < int(num) - int(out[-1]) < 30:
             out += [str(i) for i in range(int(out[-1]) + 1, int(num))]
         if num: out.append(num.upper())
         ranged = bool(dash) and not letter
@@ -166,7 +180,7 @@ def figure_numbers(
         out += [(n, m.start(), m.end()) for n in nums]
     return out
 
-# %% ../nbs/02_articles.ipynb #91dcbe81
+# %% ../nbs/02_articles.ipynb #022fd606
 _LABEL = re.compile(r'(?:fig(?:ure|ura)?|abb(?:ildung)?)\.?\s*(S?\d{1,3})\.?', re.I)
 
 def _scope(el):
@@ -177,7 +191,8 @@ def _section(el):
     "Titles of the sections around an element, outermost first."
     titles = [element_text(a.find('{*}title'))[0] for a in el.iterancestors()
               if _tag(a) in ('sec', 'abstract', 'app', 'boxed-text', 'ack')]
-    if not any(titles) and any(_tag(a) == 'abstract' for a in el.iterancestors()): titles = ['Abstract']
+    if not any(titles) and any(_tag(a) == 'abstract' for a in el.iterancestors()):
+        titles = ['Abstract']
     return ' > '.join(t for t in titles[::-1] if t)
 
 def _targets(figs):
@@ -191,7 +206,7 @@ def _targets(figs):
         if m: numbers.setdefault((_scope(f), m.group(1).upper()), []).append(i)
     return ids, numbers
 
-# %% ../nbs/02_articles.ipynb #249f4828
+# %% ../nbs/02_articles.ipynb #d89ba889
 def _sentence_figures(text, a, b, links, scope, ids, numbers):
     "Figure index to whether a cross-reference (not words alone) names it, for one sentence."
     hits, linked = {}, []
@@ -212,7 +227,8 @@ def find_mentions(
     ids, numbers = _targets(figs)
     out = [[] for _ in figs]
     for p in article.iter('{*}p'):
-        if any(_tag(a) == 'caption' and _tag(a.getparent()) == 'fig' for a in p.iterancestors()): continue
+        if any(_tag(a) == 'caption' and _tag(a.getparent()) == 'fig' for a in p.iterancestors()):
+            continue
         text, links = element_text(p, _SKIP | {'p'})
         if not links and 'ig' not in text and 'bb' not in text: continue
         section = _section(p)
@@ -221,7 +237,12 @@ def find_mentions(
                 out[i].append(dict(text=text[a:b] or section, section=section, xref=x))
     return out
 
-# %% ../nbs/02_articles.ipynb #426bdd02
+# %% ../nbs/02_articles.ipynb #a937e9ce
+_CC_URL = re.compile(r'creativecommons\.org/(?:licenses/([a-z-]+)|publicdomain/(zero|mark))/?'
+                     r'(\d\.\d)?', re.I)
+_CC_WORDS = re.compile(r'creative\s*commons\s+attribution((?:[ -]+(?:non-?commercial|share-?alike'
+                       r'|no-?deriv\w+))*)', re.I)
+
 def _href(el): return el.get(_XLINK) or el.get('xlink:href') or ''
 
 def _licence(permissions):
@@ -231,12 +252,13 @@ def _licence(permissions):
     refs += [e.text or '' for e in permissions.iter('{*}license_ref')]
     text = element_text(permissions.find('{*}license'))[0] or element_text(permissions)[0]
     for s in [*refs, text]:
-        m = re.search(r'creativecommons\.org/(?:licenses/([a-z-]+)|(publicdomain)/(zero|mark))/?(\d\.\d)?', s, re.I)
-        if m and m.group(1): return f'CC {m.group(1).upper()} {m.group(4) or ""}'.strip()
-        if m: return ('CC0 ' if m.group(3).lower() == 'zero' else 'public domain ') + (m.group(4) or '1.0')
-    if m := re.search(r'creative\s*commons\s+attribution((?:[ -]+(?:non-?commercial|share-?alike|no-?deriv\w+))*)', text, re.I):
-        parts = [k for k, v in (('NC', 'non'), ('SA', 'share'), ('ND', 'deriv')) if v in m.group(1).lower()]
-        return '-'.join(['CC BY', *parts])
+        if m := _CC_URL.search(s):
+            if m.group(1): return f'CC {m.group(1).upper()} {m.group(3) or ""}'.strip()
+            kind = 'CC0' if m.group(2).lower() == 'zero' else 'public domain'
+            return f'{kind} {m.group(3) or "1.0"}'
+    if m := _CC_WORDS.search(text):
+        words = (('NC', 'non'), ('SA', 'share'), ('ND', 'deriv'))
+        return '-'.join(['CC BY', *(k for k, v in words if v in m.group(1).lower())])
     kind = next((e.get('license-type') for e in permissions.iter('{*}license')), None)
     return text[:200] or kind
 
@@ -268,7 +290,7 @@ def article_meta(
                 doi=ids.get('doi') or None, journal=element_text(title)[0] or None,
                 date=_date(meta), licence=_licence(meta.find('{*}permissions')))
 
-# %% ../nbs/02_articles.ipynb #ac19ef6c
+# %% ../nbs/02_articles.ipynb #23369400
 _FORMATS = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.webp', '.bmp', '.dcm', '', '.gif')
 
 def _stem(name):
@@ -287,12 +309,16 @@ def match_image(
     stem = _stem(base)[0]
     for want in dict.fromkeys([stem, stem.removeprefix('journal.')]):
         found = [n for n in names if _stem(n.split('/')[-1])[0] == want]
-        found = [n for n in found if not n.lower().endswith(('.xml', '.nxml', '.pdf', '.zip', '.json'))]
-        if found: return min(found, key=lambda n: (n.split('/')[-1] != base, _FORMATS.index(_stem(n)[1]), n))
+        found = [n for n in found
+                 if not n.lower().endswith(('.xml', '.nxml', '.pdf', '.zip', '.json'))]
+        if found:
+            return min(found,
+                       key=lambda n: (n.split('/')[-1] != base, _FORMATS.index(_stem(n)[1]), n))
 
-# %% ../nbs/02_articles.ipynb #dc50150b
+# %% ../nbs/02_articles.ipynb #b45b9bb5
 _GROUP = re.compile(r'\(([a-h](?:\s*(?:[-–,&]|and|to)\s*[a-h])*)\)', re.I)
-_LEAD = re.compile(r'(?:^|[.;:,]\s+)([a-h](?:\s*(?:[-–,&]|and)\s*[a-h])*)(?:[.:)]\s|\s+(?=[A-Z]))', re.I)
+_LEAD = re.compile(r'(?:^|[.;:,]\s+)([a-h](?:\s*(?:[-–,&]|and)\s*[a-h])*)(?:[.:)]\s|\s+(?=[A-Z]))',
+                   re.I)
 _PANEL = re.compile(r'\bpanels?\s+\(?([a-h])\b', re.I)
 _PANELS = re.compile(r'\b(?:(?:left|right|top|bottom|upper|lower|middle)\s+panels?|panels)\b', re.I)
 
@@ -304,21 +330,29 @@ def count_panels(
     for group in [*_GROUP.findall(caption), *_LEAD.findall(caption), *_PANEL.findall(caption)]:
         found = [(m.group(0).lower(), m.start()) for m in re.finditer(r'\b[a-h]\b', group, re.I)]
         for (x, i), (y, j) in zip(found, found[1:]):
-            if re.search('[-–]|to', group[i+1:j]): letters |= {chr(c) for c in range(ord(x), ord(y))}
+            if re.search('[-–]|to', group[i+1:j]):
+                letters |= {chr(c) for c in range(ord(x), ord(y))}
         letters |= {x for x, _ in found}
     n = next(i for i, c in enumerate('abcdefghi') if c not in letters)
     return max(n, 1 + bool(_PANELS.search(caption)), 1)
 
-# %% ../nbs/02_articles.ipynb #b7cf5ae5
-_MODALITY = {k: re.compile(v, re.I) for k, v in dict(
-    chest_xray=r'chest (?:x-?\s?ray|radiogra|film|roentgen)|(?:x-?\s?ray|radiogra\w+|film|roentgenogra\w+)s? '
-               r'(?:image )?of the (?:chest|thorax)|(?:chest|thora\w+)[\w ,]{0,30}\b(?:x-?\s?ray|radiograph)|\bCXR\b',
-    ct_scan=r'\b(?:HR|CE|MD|CB)?CT\b(?!-?PCR)|comput(?:eri[sz]ed|ed) tomogra|\bCAT scan',
-    mri=r'\bf?MRI\b|\bMR (?:imag|scan|angio)|magnetic resonance|\bT[12][- ]?(?:weighted|w\b)|\bFLAIR\b|\bDWI\b',
-    histology=r'histolog|histopatholog|hematoxylin|haematoxylin|\bH\s?(?:&|and)\s?E\b|photomicrogra|micrograph of'
-              r'|immunohistochem|biops\w+|stained section|\bPAS stain',
-    gross=r'\bgross(?:ly)?\b[\w ,-]{0,30}(?:specimen|patholog|photo|appearance|view|section|anatom|examination|image)'
-          r'|macroscop|(?:surgical|resected|resection|excised|cut|autopsy)[\w ]{0,20} (?:specimen|surface)').items()}
+# %% ../nbs/02_articles.ipynb #854f5f85
+_XRAY = r'(?:x-?\s?ray|radiogra(?:ph|m|phy)|film|roentgen\w*)s?(?: image)?'
+_LUNGS = r'(?:chest|thorax|thoracic|lungs?|mediastinum)'
+_STAINS = r'h(?:a?e)?matoxylin|\bH\s?(?:&|and)\s?E\b|\bPAS stain|giemsa|immunohistochem|immunostain'
+_SPECIMEN = r'(?:surgical|resected|resection|excised|excision|cut|autopsy|explanted)'
+_RULES_BY_MODALITY = dict(
+    chest_xray=rf'{_LUNGS}[\w ,]{{0,30}}\b{_XRAY}|{_XRAY} of the (?:\w+ )?{_LUNGS}|\bCXR\b',
+    ct_scan=r'\b(?:HR|CE|MD|CB|MS)?CT\b(?!-?PCR)|comput(?:eri[sz]ed|ed) tomogra|\bCAT scan',
+    mri=r'\bf?MRI\b|\bMR (?:imag|scan|angio)|magnetic resonance|\bT[12][- ]?(?:weighted|w\b)'
+        r'|\b(?:FLAIR|STIR|DWI)\b',
+    histology=rf'histolog|histopatholog|{_STAINS}|photomicrogra|stained section|light microscop'
+              r'|\bmicroscop(?:y|ic) (?:image|view|appear|section|finding|exam|field|aspect)'
+              r'|biopsy (?:show|reveal|specimen)',
+    gross=r'\bgross(?:ly)?\b[\w ,-]{0,30}(?:specimen|patholog|photo|appearance|view|section|anatom'
+          rf'|exam|image)|macroscop|{_SPECIMEN}[\w ]{{0,20}} (?:specimen|surface)'
+          rf'|photograph\w* of the {_SPECIMEN}')
+_MODALITY = {k: re.compile(v, re.I) for k, v in _RULES_BY_MODALITY.items()}
 
 def guess_modalities(
     text:str, # caption, or caption and mentions
@@ -326,7 +360,7 @@ def guess_modalities(
     "Which of the five modalities a text names."
     return {k: bool(rule.search(text or '')) for k, rule in _MODALITY.items()}
 
-# %% ../nbs/02_articles.ipynb #cb1310e7
+# %% ../nbs/02_articles.ipynb #4e7baa42
 def image_bytes(
     ref:str|Path, # a path, or 'package.tar.gz::member'
 )->bytes:         # the file's bytes
@@ -354,11 +388,13 @@ def _scale(x, low, high):
 
 def _check_size(w, h, name):
     if w * h > MAX_PIXELS:
-        raise ImageError(f'{name}: {w} x {h} pixels is more than {MAX_PIXELS // 10**6} million; refused.')
+        raise ImageError(f'{name}: {w} x {h} pixels is more than {MAX_PIXELS // 10**6} million; '
+                         'refused.')
     if w < 1 or h < 1: raise ImageError(f'{name}: the image is empty.')
 
-# %% ../nbs/02_articles.ipynb #b64d2e8a
-_SYNTAX = {(True, True): '1.2.840.10008.1.2', (False, True): '1.2.840.10008.1.2.1', # implicit?, little-endian?
+# %% ../nbs/02_articles.ipynb #c36b3a23
+_SYNTAX = {(True, True): '1.2.840.10008.1.2',
+           (False, True): '1.2.840.10008.1.2.1', # implicit?, little-endian?
            (False, False): '1.2.840.10008.1.2.2'}
 
 def _dicom(data, name):
@@ -383,7 +419,7 @@ def _dicom(data, name):
     x = _scale(x, x.min(), x.max())
     return Image.fromarray(255 - x if kind == 'MONOCHROME1' else x).convert('RGB')
 
-# %% ../nbs/02_articles.ipynb #b4794862
+# %% ../nbs/02_articles.ipynb #526b9a7c
 def open_image(
     ref:str|Path|bytes, # a path, 'package.tar.gz::member', or the bytes themselves
 )->Image.Image:         # RGB, 8 bit, upright
@@ -397,7 +433,8 @@ def open_image(
             _check_size(*img.size, name)
             return _to_rgb(ImageOps.exif_transpose(img))
     except ImageError: raise
-    except Image.DecompressionBombError: raise ImageError(f'{name}: too many pixels; refused.') from None
+    except Image.DecompressionBombError:
+        raise ImageError(f'{name}: too many pixels; refused.') from None
     except Exception as e:
         why = ' '.join(str(e).split())[:120] or type(e).__name__
         raise ImageError(f'{name}: not an image that can be read ({why}).') from None
@@ -406,19 +443,24 @@ def image_size(
     ref:str|Path|bytes, # as for `open_image`
 )->tuple:               # (width, height), or (None, None) when it cannot be known
     "Size of an image from its header, without decoding it."
-    data = ref if isinstance(ref, bytes) else None
     try:
-        data = image_bytes(ref) if data is None else data
-        with Image.open(io.BytesIO(data)) as img: return img.size
+        path = ref if isinstance(ref, Path) or isinstance(ref, str) and '::' not in ref else None
+        with Image.open(path or io.BytesIO(ref if isinstance(ref, bytes) else image_bytes(ref))) as img:
+            return img.size[::-1] if img.getexif().get(274, 1) >= 5 else img.size
     except Exception: pass
     try: return open_image(ref).size
     except ImageError: return None, None
 
-# %% ../nbs/02_articles.ipynb #828fb564
+# %% ../nbs/02_articles.ipynb #933da02b
 def _own(fig, tag):
     "Elements of one kind that belong to this figure and not to one nested in it."
     inside = lambda e: next(a for a in e.iterancestors() if _tag(a) == 'fig') is fig
     return [e for e in fig.iter('{*}' + tag) if inside(e)]
+
+def _modalities(caption, mentions):
+    "Modalities that the caption names, or if it names none, the mentions."
+    found = guess_modalities(caption)
+    return found if any(found.values()) else guess_modalities(' '.join(m['text'] for m in mentions))
 
 def _record(fig, mentions, meta, n, name):
     "Figure record without its image."
@@ -426,10 +468,12 @@ def _record(fig, mentions, meta, n, name):
     langs = [a.get(_LANG) for a in [fig, *fig.iterancestors()] if a.get(_LANG)]
     own = _licence(fig.find('{*}permissions'))
     fig_id = fig.get('id')
-    return dict(id=f'{meta["pmcid"] or name}_{fig_id or f"fig{n}"}', **meta | dict(licence=own or meta['licence']),
+    return dict(id=f'{meta["pmcid"] or name}_{fig_id or f"fig{n}"}',
+                **meta | dict(licence=own or meta['licence']),
                 lang=langs[0] if langs else 'en', fig_id=fig_id, label=label.rstrip('.') or None,
-                caption=caption, mentions=mentions, graphics=[_href(g) for g in fig.iter('{*}graphic') if _href(g)],
-                image=None, panels=count_panels(caption), modalities=guess_modalities(f'{label} {caption}'),
+                caption=caption, mentions=mentions,
+                graphics=[_href(g) for g in fig.iter('{*}graphic') if _href(g)],
+                image=None, panels=count_panels(caption), modalities=_modalities(caption, mentions),
                 width=None, height=None, sub_article=_tag(_scope(fig)) != 'article', source=None)
 
 def article_records(
@@ -452,28 +496,30 @@ def article_records(
             out.append(r)
     return out
 
-# %% ../nbs/02_articles.ipynb #72352bab
+# %% ../nbs/02_articles.ipynb #f6672c40
 def _members(tar, name):
     "Plain files of a package; anything unsafe refuses the whole package."
     total, out = 0, []
     for m in tar:
         parts = m.name.replace('\\', '/').split('/')
         if m.name.startswith(('/', '\\')) or '..' in parts or ':' in parts[0]:
-            raise ArticleError(f'{name}: member {m.name!r} would land outside its folder; package refused.')
+            raise ArticleError(f'{name}: member {m.name!r} would land outside its folder; '
+                               'package refused.')
         if m.isdir(): continue
-        if not m.isfile(): raise ArticleError(f'{name}: member {m.name!r} is a link or device; package refused.')
-        total += m.size; out.append(m)
+        if not m.isfile():
+            raise ArticleError(f'{name}: member {m.name!r} is a link or device; package refused.')
+        total += m.size
+        if not parts[-1].startswith('.'): out.append(m)
         if total > MAX_PACKAGE or len(out) > MAX_MEMBERS:
-            raise ArticleError(f'{name}: unpacks to more than {MAX_PACKAGE >> 30} GB or {MAX_MEMBERS} files; refused.')
+            raise ArticleError(f'{name}: unpacks to more than {MAX_PACKAGE >> 30} GB or '
+                               f'{MAX_MEMBERS} files; refused.')
     return out
 
 def _keep(data, folder, article, name):
     "Write an image's bytes into the given folder under a plain name; return its path."
-    folder = Path(folder) / re.sub(r'[^\w.-]', '_', article)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / re.sub(r'[^\w.-]', '_', name.split('/')[-1])
-    tmp = path.with_name(path.name + '.part')
-    tmp.write_bytes(data); os.replace(tmp, path)
+    plain = lambda text: re.sub(r'[^\w.-]', '_', text.split('/')[-1])
+    path = Path(folder) / plain(article) / plain(name)
+    with replacing(path) as part: part.write_bytes(data)
     return str(path)
 
 def _read_package(path, images_dir, notes):
@@ -481,21 +527,28 @@ def _read_package(path, images_dir, notes):
     try:
         with tarfile.open(path) as tar:
             members = _members(tar, path.name)
-            texts = [m for m in members if m.name.endswith('.nxml')] or [m for m in members if m.name.endswith('.xml')]
-            if not texts: raise ArticleError(f'{path.name}: the package holds no .nxml or .xml file.')
+            texts = [m for ext in ('.nxml', '.xml') for m in members if m.name.endswith(ext)]
+            if not texts:
+                raise ArticleError(f'{path.name}: the package holds no .nxml or .xml file.')
             files = {m.name: m for m in members}
-            if texts[0].size > MAX_XML: raise ArticleError(f'{path.name}: its XML is larger than {MAX_XML >> 20} MB; refused.')
+            if texts[0].size > MAX_XML:
+                raise ArticleError(f'{path.name}: its XML is larger than {MAX_XML >> 20} MB.')
             stem = re.sub(r'\.(tar\.gz|tgz|tar)$', '', path.name)
             records = article_records(tar.extractfile(texts[0]).read(), stem, list(files), notes)
-            for r in sorted((r for r in records if r['image']), key=lambda r: files[r['image']].offset):
-                data = tar.extractfile(files[r['image']]).read()
+            with_image = [r for r in records if r['image']]
+            for r in sorted(with_image, key=lambda r: files[r['image']].offset):
+                member = r['image']
+                data = tar.extractfile(files[member]).read()
                 r['width'], r['height'] = image_size(data)
-                r['image'] = _keep(data, images_dir, stem, r['image']) if images_dir else f'{path}::{r["image"]}'
+                r['image'] = f'{path}::{member}'
+                if images_dir: r['image'] = _keep(data, images_dir, stem, member)
+    except OutputError: raise
     except (tarfile.TarError, EOFError, zlib.error, OSError) as e:
-        raise ArticleError(f'{path}: the package cannot be read ({" ".join(str(e).split())[:100]}).') from None
+        why = ' '.join(str(e).split())[:100]
+        raise ArticleError(f'{path}: the package cannot be read ({why}).') from None
     return records
 
-# %% ../nbs/02_articles.ipynb #51bc0b61
+# %% ../nbs/02_articles.ipynb #f7099206
 def read_article(
     source:str|Path,      # an XML file, a package, or a folder with one article
     images_dir:str|Path|None=None, # where a package's images are written; None leaves them inside
@@ -503,7 +556,8 @@ def read_article(
 )->list:                  # figure records
     "Figure records of one article from any of its forms."
     path = find_articles([source])
-    if len(path) > 1: raise ArticleError(f'{source}: holds {len(path)} articles; use read_articles for a collection.')
+    if len(path) > 1:
+        raise ArticleError(f'{source}: holds {len(path)} articles; use read_articles for them.')
     path = path[0]
     if not path.name.endswith(('.nxml', '.xml')): records = _read_package(path, images_dir, notes)
     else:
@@ -518,7 +572,7 @@ def read_article(
     for r in records: r['source'] = str(path)
     return records
 
-# %% ../nbs/02_articles.ipynb #9bfd69d4
+# %% ../nbs/02_articles.ipynb #68226d9e
 _PACKAGES = ('.tar.gz', '.tgz', '.tar')
 _KINDS = ('.nxml', '.xml', *_PACKAGES)
 
@@ -526,7 +580,8 @@ def _one_folder(folder):
     "Articles directly in a folder."
     named = folder / f'{folder.name}.xml'
     if re.fullmatch(r'PMC\d+\.\d+', folder.name) and named.is_file(): return [named]
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(_KINDS))
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(_KINDS)
+                  and not p.name.startswith('.'))
 
 def find_articles(
     sources:list, # folders, packages and XML files
@@ -536,11 +591,13 @@ def find_articles(
     for s in map(Path, sources):
         if not s.exists(): raise ArticleError(f'{s}: there is no such file or folder.')
         if s.is_file() and not s.name.lower().endswith(_KINDS):
-            raise ArticleError(f'{s}: neither an article (.xml, .nxml) nor a package ({", ".join(_PACKAGES)}).')
+            raise ArticleError(f'{s}: neither an article (.xml, .nxml) nor a package (.tar.gz).')
         if s.is_file(): out.append(s); continue
-        folders = [s, *sorted(p for p in s.rglob('*') if p.is_dir())]
+        plain = lambda p: not any(x.startswith('.') for x in p.relative_to(s).parts)
+        folders = [s, *sorted(p for p in s.rglob('*') if p.is_dir() and plain(p))]
         found = [p for f in folders for p in _one_folder(f)]
-        if not found: raise ArticleError(f'{s}: no article (.xml, .nxml or package) in this folder.')
+        if not found:
+            raise ArticleError(f'{s}: no article (.xml, .nxml or package) in this folder.')
         out += found
     return list(dict.fromkeys(out))
 
@@ -558,9 +615,11 @@ def read_articles(
         for path in paths:
             notes = []
             try: records = read_article(path, images_dir, notes)
-            except ArticleError as e:
+            except OSError: raise  # the place to write to is at fault, not the article
+            except Exception as e:
                 if on_error is None: raise
-                on_error(str(path), str(e)); continue
+                why = e if isinstance(e, ArticleError) else f'{path}: {type(e).__name__} ({e}).'
+                on_error(str(path), str(why)); continue
             if not records: notes.append(f'{path}: the article has no figure.')
             for n in notes if on_error else (): on_error(str(path), n)
             yield from records
@@ -591,45 +650,53 @@ def image_hash(
     x = np.asarray(img.convert('L').resize((17, 16), Image.BILINEAR)).astype(int)
     return int.from_bytes(np.packbits(x[:, 1:] > x[:, :-1]).tobytes(), 'big')
 
-# %% ../nbs/02_articles.ipynb #f26e922b
+# %% ../nbs/02_articles.ipynb #5e186348
 NEAR_BITS, NEAR_GREY = 12, 4.0
 _WORD = re.compile(r'\w+')
 
 class _Seen:
     "Images met so far, for finding duplicates."
-    def __init__(self): self.exact, self.ids, self.hashes, self.thumbs = {}, [], np.zeros((0, 32), np.uint8), []
+    def __init__(self):
+        self.exact, self.ids, self.thumbs = {}, [], []
+        self.hashes = np.zeros((0, 32), np.uint8)
     def find(self, img, name):
         "Reason why this image is a duplicate, or None; then remember it."
         key = hashlib.sha256(repr(img.size).encode() + img.tobytes()).digest()
         if key in self.exact: return f'the same image as {self.exact[key]}'
         bits = np.frombuffer(image_hash(img).to_bytes(32, 'big'), np.uint8)
         thumb = np.asarray(img.convert('L').resize((48, 48), Image.BILINEAR)).astype(np.int16)
-        near = np.flatnonzero(np.bitwise_count(self.hashes[:len(self.ids)] ^ bits).sum(1) <= NEAR_BITS)
-        for i in near:
-            if np.abs(self.thumbs[i] - thumb).mean() < NEAR_GREY: return f'nearly the same image as {self.ids[i]}'
+        differ = np.bitwise_count(self.hashes[:len(self.ids)] ^ bits).sum(1)
+        for i in np.flatnonzero(differ <= NEAR_BITS):
+            if np.abs(self.thumbs[i] - thumb).mean() < NEAR_GREY:
+                return f'nearly the same image as {self.ids[i]}'
         if len(self.ids) == len(self.hashes):
-            self.hashes = np.concatenate([self.hashes, np.zeros((max(64, len(self.ids)), 32), np.uint8)])
+            room = np.zeros((max(64, len(self.ids)), 32), np.uint8)
+            self.hashes = np.concatenate([self.hashes, room])
         self.hashes[len(self.ids)] = bits
         self.exact[key] = name; self.ids.append(name); self.thumbs.append(thumb)
 
-# %% ../nbs/02_articles.ipynb #2ad7c931
+# %% ../nbs/02_articles.ipynb #1d46f87f
 def _image_present(r, img, seen):
-    if r['image'] is None: return f'no file for {", ".join(r["graphics"]) or "a figure without graphic"}'
+    if r['image'] is None:
+        return f'no file for {", ".join(r["graphics"]) or "a figure without graphic"}'
 def _large_enough(r, img, seen):
-    if min(img.size) < MIN_SIDE: return f'{img.size[0]} x {img.size[1]} pixels, at least {MIN_SIDE} needed'
+    if min(img.size) < MIN_SIDE:
+        return f'{img.size[0]} x {img.size[1]} pixels, at least {MIN_SIDE} needed'
 def _caption(r, img, seen):
     n = len(_WORD.findall(r['caption'] or ''))
     if n < MIN_WORDS: return f'{n} words, at least {MIN_WORDS} needed'
 def _modality(r, img, seen):
-    if not any(r['modalities'].values()): return 'the caption names none of the five modalities'
+    if not any(r['modalities'].values()):
+        return 'neither caption nor mentions name one of the five modalities'
 def _single_panel(r, img, seen):
     if r['panels'] > 1: return f'the caption speaks of {r["panels"]} panels'
     n = count_gutters(img) if img is not None else 0
     if n: return f'{n} white gutter{"s" * (n > 1)} through the image'
 def _duplicate(r, img, seen): return seen.find(img, r.get('id'))
 
-_RULES = dict(image_present=_image_present, image_readable=None, large_enough=_large_enough, caption=_caption,
-              modality=_modality, single_panel=_single_panel, duplicate=_duplicate)
+_RULES = dict(image_present=_image_present, image_readable=None, large_enough=_large_enough,
+              caption=_caption, modality=_modality, single_panel=_single_panel,
+              duplicate=_duplicate)
 FILTERS = tuple(_RULES)
 _NEED_IMAGE = {'image_readable', 'large_enough', 'single_panel', 'duplicate'}
 
@@ -645,12 +712,12 @@ def _first_reason(r, filters, seen):
         if why: return name, why
     return None, None
 
-# %% ../nbs/02_articles.ipynb #7a302ae0
+# %% ../nbs/02_articles.ipynb #47d39c44
 def apply_filters(
     records,         # figure records
     filters:tuple=FILTERS, # names of the filters, in order; leave one out to switch it off
     progress=None,   # wraps the records, as `runs.progress` does
-)->tuple:            # kept records, dropped [{record, filter, reason}], table [{filter, kept, dropped}]
+)->tuple:            # kept records, dropped [{record, filter, reason}], [{filter, kept, dropped}]
     "Run the filters over records; every dropped record gets one filter and one reason."
     unknown = [f for f in filters if f not in FILTERS]
     if unknown: raise ValueError(f'Unknown filter {unknown[0]!r}; known are {", ".join(FILTERS)}.')
@@ -666,37 +733,30 @@ def apply_filters(
         left -= n; table.append(dict(filter=name, kept=left, dropped=n))
     return kept, dropped, table
 
-# %% ../nbs/02_articles.ipynb #2aadce7c
+# %% ../nbs/02_articles.ipynb #8615ff3a
 def figures(
     sources:list, # folders, packages and XML files
     out:str|Path, # the JSON Lines file to write
     images_dir:str|Path|None=None, # where packages' images are written; None leaves them inside
 )->int:           # exit code: 0, or 1 when nothing usable came out
     "Read articles into figure records, print a summary, and return the exit code."
-    out, problems = Path(out), []
-    beside, tmp = Path(f'{out}.problems.jsonl'), Path(f'{out}.part')
+    n, articles, problems = Counter(), set(), []
     def on_error(source, why): print(why); problems.append(dict(source=source, problem=why))
-    n, articles = dict(figures=0, image=0, mentions=0), set()
+    def counted():
+        for r in read_articles(sources, on_error, images_dir):
+            articles.add(r['source'])
+            n.update(figures=1, image=r['image'] is not None, mentions=bool(r['mentions']))
+            yield r
+    rows, beside = counted(), Path(f'{out}.problems.jsonl')
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.is_dir(): raise IsADirectoryError(21, 'Is a directory')
-        with open(tmp, 'w', encoding='utf-8') as f:
-            for r in read_articles(sources, on_error, images_dir):
-                f.write(json.dumps(r, ensure_ascii=False) + '\n')
-                articles.add(r['source']); n['figures'] += 1
-                n['image'] += r['image'] is not None; n['mentions'] += bool(r['mentions'])
-        if n['figures']: os.replace(tmp, out)
-        _write_problems(beside, problems)
+        first = next(rows, None)
+        if first: write_jsonl(out, itertools.chain([first], rows))
+        if problems: write_jsonl(beside, problems)
+        else: beside.unlink(missing_ok=True)
     except OSError as e:
-        print(f'{out}: cannot be written ({e.strerror}); choose another --out.'); return 1
-    finally: tmp.unlink(missing_ok=True) if tmp.exists() else None
-    print(f'{len(articles)} articles, {n["figures"]} figures, {n["image"]} with image, {n["mentions"]} with mentions, '
-          f'{len(problems)} problems' + (f' -> {out}' if n['figures'] else '; nothing was written.'))
-    return 0 if n['figures'] else 1
-
-def _write_problems(path, rows):
-    "Problems beside the result; an old file goes when there are none."
-    if not rows: path.unlink(missing_ok=True); return
-    tmp = Path(f'{path}.part')
-    tmp.write_text(''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows), encoding='utf-8')
-    os.replace(tmp, path)
+        print(f'{out}: cannot be written ({e.strerror}); choose another --out.' if e.strerror else e)
+        return 1
+    end = f' -> {out}' if first else '; nothing was written.'
+    print(f'{len(articles)} articles, {n["figures"]} figures, {n["image"]} with image, '
+          f'{n["mentions"]} with mentions, {len(problems)} problems{end}')
+    return 0 if first else 1

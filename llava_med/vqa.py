@@ -15,8 +15,9 @@ from PIL import Image
 
 from .runs import read_json, read_jsonl, write_json
 
-# %% ../nbs/04_vqa.ipynb #2fa18a88
-ITEM_KEYS = ('id', 'images', 'question', 'answer', 'answer_type', 'options', 'tags', 'split', 'regions', 'twin_of', 'source')
+# %% ../nbs/04_vqa.ipynb #8308a4c9
+ITEM_KEYS = ('id', 'images', 'question', 'answer', 'answer_type', 'options', 'tags', 'split',
+             'regions', 'twin_of', 'source')
 
 def clean(
     value, # a question or answer as it stands in a file
@@ -43,8 +44,9 @@ def make_item(
                 tags=dict(modality=modality, organ=organ, question_type=question_type),
                 split=split, regions=list(regions), twin_of=twin_of, source=source, **extra)
 
-# %% ../nbs/04_vqa.ipynb #c28b385a
-_RAD_TYPES = dict(pres='presence', prse='presence', pos='position', abn='abnormality', attrib='attribute', atrib='attribute')
+# %% ../nbs/04_vqa.ipynb #d86c675f
+_RAD_TYPES = dict(pres='presence', prse='presence', pos='position', abn='abnormality',
+                  attrib='attribute', atrib='attribute')
 
 def read_vqa_rad(
     path:str|Path,        # 'VQA_RAD Dataset Public.json', 'trainset.json' or 'testset.json'
@@ -55,26 +57,33 @@ def read_vqa_rad(
     file_split = next((s for s in ('train', 'test') if s in path.stem.lower()), None)
     items = []
     for n, r in enumerate(_rows(path, 'image_name')):
-        part = file_split or ('test' if str(r.get('phrase_type', '')).startswith('test') else 'train')
+        part = file_split or ('test'
+                              if str(r.get('phrase_type', '')).startswith('test') else 'train')
         kind = re.split(r'[,\s]+', clean(r.get('question_type')).lower())[0]
-        items.append(make_item(f'vqa_rad-{part}-{n}', [clean(r['image_name'])], r['question'], r['answer'], r['answer_type'],
-            part, 'vqa_rad', organ={'abd': 'abdomen'}.get(o := clean(r.get('image_organ')).lower(), o) or None,
-            question_type=_RAD_TYPES.get(kind, kind) or None, qid=int(r['qid']), row=n, phrase_type=r.get('phrase_type')))
+        items.append(make_item(f'vqa_rad-{part}-{n}', [clean(r['image_name'])], r['question'],
+                               r['answer'], r['answer_type'],
+            part, 'vqa_rad',
+            organ={'abd': 'abdomen'}.get(o := clean(r.get('image_organ')).lower(), o) or None,
+            question_type=_RAD_TYPES.get(kind, kind) or None, qid=int(r['qid']), row=n,
+            phrase_type=r.get('phrase_type')))
     return [o for o in items if split in (None, o['split'])]
 
 def _rows(path, key):
     "Rows of a JSON list, each of which must have this key."
     rows = read_json(path)
-    if not isinstance(rows, list) or not rows: raise ValueError(f'{path}: holds no list of questions.')
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f'{path}: holds no list of questions.')
     for i, r in enumerate(rows):
         if not isinstance(r, dict) or key not in r or 'question' not in r or 'answer' not in r:
-            raise ValueError(f'{path}: row {i} lacks {key!r}, "question" or "answer"; is this the right file?')
+            raise ValueError(f'{path}: row {i} lacks {key!r}, "question" or "answer"; '
+                             'is this the right file?')
     return rows
 
-# %% ../nbs/04_vqa.ipynb #d97f58a6
+# %% ../nbs/04_vqa.ipynb #22375383
 _SLAKE_FILES = dict(train='train', val='validate', validate='validate', test='test')
 _SLAKE_TYPES = dict(quantity='count', kg='knowledge')
-_SLAKE_MODALITY = {'X-Ray': 'chest_xray', 'CT': 'ct_scan', 'MRI': 'mri', 'Histology': 'histology', 'Gross': 'gross'}
+_SLAKE_MODALITY = {'X-Ray': 'chest_xray', 'CT': 'ct_scan', 'MRI': 'mri', 'Histology': 'histology',
+                   'Gross': 'gross'}
 
 def slake_boxes(
     folder:str|Path, # the set's folder
@@ -95,7 +104,7 @@ def _named(name, text):
     if not (words & sides): return stems(name) - sides <= words
     return stems(name) <= words
 
-# %% ../nbs/04_vqa.ipynb #7d1b54fa
+# %% ../nbs/04_vqa.ipynb #c390122f
 def _slake_item(r, split, boxes):
     "Item of one SLAKE row; extra columns of the phantoms are used where they are."
     ours = 'scene_seed' in r
@@ -104,10 +113,15 @@ def _slake_item(r, split, boxes):
     if ours: regions = [dict(name=r.get('kind'), box=list(b)) for b in r.get('regions') or []]
     else: regions = [b for b in boxes(name) if _named(b['name'], f"{r['question']} {r['answer']}")]
     twin = r.get('twin_of')
-    extra = {k: r[k] for k in ('patient', 'combination', 'kind', 'scene_seed', 'base_type', 'q_lang') if k in r}
-    return make_item(f"{source}-{r['qid']}", [name], r['question'], r['answer'], r['answer_type'], split, source,
-                     modality=_SLAKE_MODALITY.get(r.get('modality'), clean(r.get('modality')).lower() or None),
-                     organ=clean(r.get('location')).lower().replace('_', ' ') or None, regions=regions,
+    extra = {k: r[k]
+             for k in ('patient', 'combination', 'kind', 'scene_seed', 'base_type', 'q_lang')
+             if k in r}
+    return make_item(f"{source}-{r['qid']}", [name], r['question'], r['answer'], r['answer_type'],
+                     split, source,
+                     modality=_SLAKE_MODALITY.get(r.get('modality'),
+                         clean(r.get('modality')).lower() or None),
+                     organ=clean(r.get('location')).lower().replace('_', ' ') or None,
+                     regions=regions,
                      question_type=r.get('question_type') or _SLAKE_TYPES.get(kind, kind) or None,
                      twin_of=None if twin is None else f'{source}-{twin}', **extra)
 
@@ -118,9 +132,11 @@ def read_slake(
 )->list:             # VQA items; images are named relative to imgs/
     "Read one split of SLAKE, or of phantoms in SLAKE's layout."
     folder = Path(folder)
-    if split not in _SLAKE_FILES: raise ValueError(f'Unknown split {split!r}; known are train, val, test.')
+    if split not in _SLAKE_FILES:
+        raise ValueError(f'Unknown split {split!r}; known are train, val, test.')
     path = folder/f'{_SLAKE_FILES[split]}.json'
-    if not path.is_file(): raise FileNotFoundError(f'{path}: no such file; SLAKE has train.json, validate.json and test.json.')
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: no such file; SLAKE has train, validate and test.json.')
     known = {}
     def boxes(name):
         if name not in known: known[name] = slake_boxes(folder, name)
@@ -128,7 +144,7 @@ def read_slake(
     return [_slake_item(r, 'val' if split == 'validate' else split, boxes)
             for r in _rows(path, 'img_name') if lang in (None, r.get('q_lang', 'en'))]
 
-# %% ../nbs/04_vqa.ipynb #441237e0
+# %% ../nbs/04_vqa.ipynb #15cc0ddc
 EXPECTED = {('slake', 'train'): 4919, ('slake', 'val'): 1053, ('slake', 'test'): 1061,
             ('vqa_rad', 'train'): 3064, ('vqa_rad', 'test'): 451}
 
@@ -143,21 +159,27 @@ def check_items(
     for o in items:
         lack = [k for k in ITEM_KEYS if k not in o]
         if lack: out.append(f'Item {o.get("id")!r} lacks {", ".join(lack)}.'); continue
-        if o['answer_type'] not in ('OPEN', 'CLOSED'): out.append(f'Item {o["id"]!r} has answer type {o["answer_type"]!r}.')
+        if o['answer_type'] not in ('OPEN', 'CLOSED'):
+            out.append(f'Item {o["id"]!r} has answer type {o["answer_type"]!r}.')
         for k in ('question', 'answer', 'images'):
             if not o[k]: out.append(f'Item {o["id"]!r} has an empty {k}.')
         if o['twin_of'] is not None and o['twin_of'] not in ids:
             out.append(f'Item {o["id"]!r} names the twin {o["twin_of"]!r}, which is not there.')
-        if any(not (len(r['box']) == 4 and all(-.01 <= v <= 1.01 for v in r['box'])) for r in o['regions'] if isinstance(r, dict)):
+        if any(not (len(r['box']) == 4 and all(-.01 <= v <= 1.01 for v in r['box']))
+               for r in o['regions'] if isinstance(r, dict)):
             out.append(f'Item {o["id"]!r} has a box outside its image.')
     names = {n for o in items for n in o.get('images', [])} if images_dir else ()
-    out += [f'Image {n} is not in {images_dir}.' for n in sorted(names) if not (Path(images_dir)/n).is_file()]
-    for (source, split), n in Counter((o.get('source'), o.get('split')) for o in items if published).items():
+    out += [f'Image {n} is not in {images_dir}.' for n in sorted(names)
+            if not (Path(images_dir)/n).is_file()]
+    for (source,
+         split), n in Counter((o.get('source'), o.get('split')) for o in items
+                              if published).items():
         want = EXPECTED.get((source, split))
-        if want not in (None, n): out.append(f'{source} {split} has {n} questions; {want} were published.')
+        if want not in (None, n):
+            out.append(f'{source} {split} has {n} questions; {want} were published.')
     return out
 
-# %% ../nbs/04_vqa.ipynb #98c7ceac
+# %% ../nbs/04_vqa.ipynb #d0abeaa2
 def write_items(
     path:str|Path, # a .json file
     items:list,    # VQA items
@@ -186,19 +208,25 @@ def _read_lxmert(path):
         for n, (q, a) in enumerate(zip(r['sentf']['pvqa'], r['labelf']['pvqa'])):
             answer = clean(max(a, key=a.get)) if a else ''
             out.append(make_item(f"pathvqa-{r['img_id']}-{n}", [r['img_id'] + '.jpg'], q, answer,
-                'CLOSED' if answer.lower() in ('yes', 'no') else 'OPEN', split, 'pathvqa', modality='histology'))
+                'CLOSED' if answer.lower() in ('yes', 'no') else 'OPEN', split, 'pathvqa',
+                modality='histology'))
     return out
 
-# %% ../nbs/04_vqa.ipynb #7324d125
+# %% ../nbs/04_vqa.ipynb #94c7d776
 def _read_folder(path, split, lang):
     "Items of a folder: SLAKE's layout or VQA-RAD's files."
     if (path/'train.json').is_file() or (path/'test.json').is_file():
-        splits = [split] if split else [s for s in ('train', 'val', 'test') if (path/f'{_SLAKE_FILES[s]}.json').is_file()]
+        splits = [split] if split else [s for s in ('train', 'val', 'test')
+                                        if (path/f'{_SLAKE_FILES[s]}.json').is_file()]
         first = read_json(path/f'{_SLAKE_FILES.get(splits[0], splits[0])}.json')[:1]
-        if first and 'img_name' in first[0]: return [o for s in splits for o in read_slake(path, s, lang)]
+        if first and 'img_name' in first[0]:
+            return [o for s in splits for o in read_slake(path, s, lang)]
         return [o for s in splits for o in read_vqa(path/f'{s}.json')]
-    files = [path/f'{s}set.json' for s in ('train', 'test') if split in (None, s) and (path/f'{s}set.json').is_file()]
-    if not files: raise FileNotFoundError(f'{path}: holds neither SLAKE (train.json, test.json) nor VQA-RAD (trainset.json, testset.json).')
+    files = [path/f'{s}set.json' for s in ('train', 'test')
+             if split in (None, s) and (path/f'{s}set.json').is_file()]
+    if not files:
+        raise FileNotFoundError(f'{path}: holds neither SLAKE (train.json, test.json) nor VQA-RAD '
+                                '(trainset.json, testset.json).')
     return [o for f in files for o in read_vqa_rad(f)]
 
 def read_vqa(
@@ -220,7 +248,7 @@ def read_vqa(
     else: raise ValueError(f'{path}: none of the known forms (SLAKE, VQA-RAD, PathVQA, our items).')
     return [o for o in items if split in (None, o['split'])]
 
-# %% ../nbs/04_vqa.ipynb #9f614eac
+# %% ../nbs/04_vqa.ipynb #c68d3735
 def same_question(
     text:str, # a question
 )->str:       # lower case, without punctuation and doubled spaces
@@ -234,11 +262,13 @@ def audit_splits(
     "What a test split shares with a training split."
     views = dict(images=lambda o: set(o['images']), patients=lambda o: {o.get('patient')} - {None},
                  questions=lambda o: {same_question(o['question'])},
-                 image_and_question=lambda o: {(n, same_question(o['question'])) for n in o['images']})
+                 image_and_question=lambda o: {(n, same_question(o['question']))
+                                               for n in o['images']})
     out = []
     for name, view in views.items():
         a, b = (set().union(*map(view, part)) if part else set() for part in (train, test))
         both = sorted(a & b, key=str)
-        out.append(dict(check=name, shared=len(both), of=len(b), share=round(len(both) / len(b), 4) if b else 0.,
+        out.append(dict(check=name, shared=len(both), of=len(b),
+                        share=round(len(both) / len(b), 4) if b else 0.,
                         example=str(both[0]) if both else ''))
     return out

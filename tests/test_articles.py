@@ -2,16 +2,19 @@
 import json, re, time
 from collections import Counter, defaultdict
 
+import pandas as pd
 import pytest
 
 from llava_med import articles as A
 from llava_med.runs import test_data as data_folder
 
 FOLDER = None if data_folder() is None else data_folder() / 'articles'
-pytestmark = pytest.mark.skipif(FOLDER is None or not FOLDER.is_dir(), reason='no LLAVA_MED_TESTDATA/articles')
+pytestmark = pytest.mark.skipif(FOLDER is None or not FOLDER.is_dir(),
+                                reason='no LLAVA_MED_TESTDATA/articles')
 
 # Captions of these articles contain source-data files with captions of their own; the key counts their words too.
-WITH_DATA = {'elife-46472-v3', 'elife-30274-v1', 'PMC7289599_elife-56337.nxml', 'elife_kitchen_sink.xml'}
+WITH_DATA = {'elife-46472-v3', 'elife-30274-v1', 'PMC7289599_elife-56337.nxml',
+             'elife_kitchen_sink.xml'}
 # This file binds no xlink prefix; its answer key holds no hrefs for these figures. We read them all the same.
 RECOVERED = 'encoda_fig_malformed.xml'
 
@@ -48,12 +51,15 @@ def test_figures_equal_the_answer_key(both):
             start = bare(want['caption_starts'])
             checks = dict(id=want['fig_id'] == got['fig_id'],
                           label=(want['label'] or '').rstrip('.') == (got['label'] or ''),
-                          caption=bare(got['caption']).startswith(start) and bool(start) == bool(got['caption']),
-                          words=0 <= want['caption_words'] - len(got['caption'].split()) + 3 <= (50 if name in WITH_DATA else 6),
+                          caption=bare(got['caption']).startswith(start)
+                          and bool(start) == bool(got['caption']),
+                          words=0 <= want['caption_words'] - len(got['caption'].split()) + 3 <= (50
+                              if name in WITH_DATA else 6),
                           graphics=want['graphics'] == got['graphics'] or name == RECOVERED,
                           mentions=bool(got['mentions']) or not want['xrefs'],
                           sub_article=want['sub_article'] == got['sub_article'])
-            wrong += [(name, want['fig_id'], k, want, got['caption'][:80]) for k, ok in checks.items() if not ok]
+            wrong += [(name, want['fig_id'], k, want, got['caption'][:80]) for k,
+                      ok in checks.items() if not ok]
     assert not wrong, wrong[:5]
 
 
@@ -64,7 +70,8 @@ def test_hrefs_survive_an_unbound_prefix(both):
 
 def test_images_are_found_where_they_are(both):
     found = {name: [r['image'] is not None for r in rows] for name, rows in both[1].items()}
-    want = {'elife-30274-v1': 5, 'elife-43154-v2': 3, 'elife-46472-v3': 8, 'plosone-0178565': 6, 'ijm-00202': 2,
+    want = {'elife-30274-v1': 5, 'elife-43154-v2': 3, 'elife-46472-v3': 8, 'plosone-0178565': 6,
+            'ijm-00202': 2,
             'biorxiv-2020.04.07.030213': 6}
     assert {k: sum(found[k]) for k in want} == want
     assert sum(map(sum, found.values())) == sum(want.values())
@@ -78,19 +85,25 @@ def test_contract_and_mentions(both):
                'width height sub_article source'.split())
     rows = [r for v in both[1].values() for r in v]
     assert all(keys <= set(r) for r in rows) and len({r['id'] for r in rows}) == len(rows)
-    assert all(set(m) == {'text', 'section', 'xref'} and m['text'] for r in rows for m in r['mentions'])
-    assert not any(re.search(r'(?:Fig|Figs|et al|e\.g)\.$', m['text']) for r in rows for m in r['mentions'])
+    assert all(set(m) == {'text', 'section', 'xref'} and m['text'] for r in rows
+               for m in r['mentions'])
+    assert not any(re.search(r'(?:Fig|Figs|et al|e\.g)\.$', m['text']) for r in rows
+                   for m in r['mentions'])
     supplement = next(r for r in both[1]['PMC7289599_elife-56337.nxml'] if r['fig_id'] == 'fig1')
     assert supplement['label'] == 'Figure 1' and supplement['graphics'][0] == 'elife-56337-fig1'
 
 
 def test_heads(both):
     def head(name, *keys): return tuple(both[1][name][0][k] for k in keys)
-    assert head('PMC5828200.nxml', 'pmcid', 'pmid', 'date', 'licence') == ('PMC5828200', '29535835', '2018-01-31', 'CC BY 3.0')
-    assert head('PMC2599765_ehp-116-1694.nxml', 'licence', 'date') == ('public domain 1.0', '2008-08-01')
+    assert head('PMC5828200.nxml', 'pmcid', 'pmid', 'date', 'licence') == ('PMC5828200', '29535835',
+        '2018-01-31', 'CC BY 3.0')
+    assert head('PMC2599765_ehp-116-1694.nxml', 'licence', 'date') == ('public domain 1.0',
+        '2008-08-01')
     assert head('elife-46472-v3', 'licence', 'doi') == ('CC0 1.0', '10.7554/eLife.46472')
-    assert Counter(r['lang'] for r in both[1]['scielo_figgroup_pt_noid.xml']) == {'pt': 14, 'en': 14}
-    assert Counter(r['lang'] for r in both[1]['scielo_subarticles_en_pt_es.xml']) == {'en': 4, 'pt': 4, 'es': 4}
+    assert Counter(r['lang'] for r in both[1]['scielo_figgroup_pt_noid.xml']) == {'pt': 14,
+        'en': 14}
+    assert Counter(r['lang'] for r in both[1]['scielo_subarticles_en_pt_es.xml']) == {'en': 4,
+        'pt': 4, 'es': 4}
 
 
 def test_named_entities_lose_no_text():
@@ -104,7 +117,8 @@ def test_the_command_on_everything(tmp_path, capsys):
     assert A.figures([FOLDER], tmp_path / 'figures.jsonl') == 0
     assert '257 figures' in capsys.readouterr().out
     assert len((tmp_path / 'figures.jsonl').read_text(encoding='utf-8').splitlines()) == 257
-    kinds = [json.loads(x)['source'] for x in (tmp_path / 'figures.jsonl.problems.jsonl').read_text().splitlines()]
+    kinds = [json.loads(x)['source']
+             for x in (tmp_path / 'figures.jsonl.problems.jsonl').read_text().splitlines()]
     assert [k.split('/')[-1] for k in kinds] == [RECOVERED, 'scielo_named_entities_es.xml']
 
 
@@ -116,3 +130,29 @@ def test_every_dicom_opens_or_says_why():
     assert all(im.mode == 'RGB' and im.getextrema() != ((0, 0),) * 3 for _, im in opened)
     assert len(opened) >= 20 and all('\n' not in why for why in refused.values())
     assert 'without pixels' in refused['rtplan.dcm']
+
+
+def test_modality_rules_on_real_radiology_captions():
+    """ROCOv2's manual concepts say what each of 100 images is."""
+    folder = data_folder() / 'rocov2'
+    rows = pd.read_csv(folder / 'sample_test_captions.csv').merge(
+        pd.read_csv(folder / 'sample_test_concepts_manual.csv'), on='ID')
+    is_ct, is_mri = (rows.CUIs.str.contains(c) for c in ('C0040405', 'C0024485'))
+    is_chest = rows.CUIs.str.contains('C1306645') & rows.CUIs.str.contains('C0817096')
+    for name, truth, recall in (('ct_scan', is_ct, .8), ('mri', is_mri, .8), ('chest_xray', is_chest, .9)):
+        got = rows.Caption.map(lambda t: A.guess_modalities(t)[name])
+        assert (got & truth).sum() >= .9 * got.sum(), name
+        assert (got & truth).sum() >= recall * truth.sum(), name
+    assert not any(A.guess_modalities(t)['gross'] for t in rows.Caption)
+
+
+def test_single_radiology_images_have_no_gutters():
+    images = sorted((data_folder() / 'rocov2' / 'images').rglob('*.jpg'))
+    assert len(images) == 34
+    assert [p.name for p in images if A.count_gutters(A.open_image(p))] == []
+
+
+def test_compound_figures_of_real_articles_are_dropped(both):
+    rows = [r for r in both[1]['elife-46472-v3'] if r['image']]
+    kept, dropped, _ = A.apply_filters(rows, ('image_present', 'image_readable', 'single_panel'))
+    assert kept == [] and len(dropped) == 8

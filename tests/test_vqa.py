@@ -8,7 +8,8 @@ from llava_med import vqa
 from llava_med.runs import test_data as data_folder
 
 DATA = data_folder()
-pytestmark = pytest.mark.skipif(DATA is None or not (DATA / 'slake').is_dir(), reason='no LLAVA_MED_TESTDATA')
+pytestmark = pytest.mark.skipif(DATA is None or not (DATA / 'slake').is_dir(),
+                                reason='no LLAVA_MED_TESTDATA')
 
 
 @pytest.fixture(scope='module')
@@ -16,14 +17,16 @@ def slake(): return {s: vqa.read_slake(DATA / 'slake', s) for s in ('train', 'va
 
 
 @pytest.fixture(scope='module')
-def rad(): return {s: vqa.read_vqa_rad(DATA / 'vqa_rad' / f'{s}set.json') for s in ('train', 'test')}
+def rad(): return {s: vqa.read_vqa_rad(DATA / 'vqa_rad' / f'{s}set.json')
+                   for s in ('train', 'test')}
 
 
 def test_slake_has_its_published_size(slake):
     assert {s: len(v) for s, v in slake.items()} == {'train': 4919, 'val': 1053, 'test': 1061}
     assert Counter(o['answer_type'] for o in slake['test']) == {'OPEN': 645, 'CLOSED': 416}
     assert vqa.check_items(slake['test'], published=True) == []
-    assert vqa.check_items(slake['train'], published=True) == ["Item 'slake-1622' has an empty answer."]
+    assert vqa.check_items(slake['train'],
+                           published=True) == ["Item 'slake-1622' has an empty answer."]
     both = vqa.read_slake(DATA / 'slake', 'test', lang=None)
     assert Counter(o['q_lang'] for o in both) == {'en': 1061, 'zh': 1033}
 
@@ -37,7 +40,8 @@ def test_slake_tags_and_regions(slake):
     assert [round(v * 256) for v in box] == [54, 106, 30, 31]
     marked = [o for v in slake.values() for o in v if o['regions']]
     assert len(marked) >= 20
-    for o in marked: assert all(vqa._named(r['name'], o['question'] + ' ' + o['answer']) for r in o['regions'])
+    for o in marked:
+        assert all(vqa._named(r['name'], o['question'] + ' ' + o['answer']) for r in o['regions'])
 
 
 def test_vqa_rad_test_is_179_open_and_272_closed(rad):
@@ -52,9 +56,12 @@ def test_vqa_rad_oddities(rad):
     assert len(public) == 2248 and public[0]['qid'] == 0
     assert Counter(o['split'] for o in public) == {'train': 1797, 'test': 451}
     for o in public + rad['train']:
-        assert isinstance(o['answer'], str) and '\ufffd' not in o['question'] and o['answer_type'] in ('OPEN', 'CLOSED')
+        assert isinstance(o['answer'],
+                          str) and '\ufffd' not in o['question'] and o['answer_type'] in ('OPEN',
+                              'CLOSED')
     assert any("it's the common bile duct" in o['question'] for o in public)
-    assert {'atrib', 'prse', 'pres', 'attrib'}.isdisjoint(o['tags']['question_type'] for o in public)
+    assert {'atrib', 'prse', 'pres',
+            'attrib'}.isdisjoint(o['tags']['question_type'] for o in public)
     raw = json.loads((DATA / 'vqa_rad' / 'testset.json').read_text(encoding='utf-8'))
     assert [o['question'] for o in rad['test']] == [vqa.clean(r['question']) for r in raw]
 
