@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'MODALITIES', 'FINDINGS', 'ORGANS', 'SPLITS', 'QUADRANTS', '
            'SEEN_NORMAL', 'CASE', 'MODALITY_WORDS', 'ORGAN_WORDS', 'NAME_TO_KIND', 'NAMES', 'HISTORY', 'NEGATION',
            'TURN', 'DENIED_AFTER', 'SPLIT', 'COUNT', 'COUNTS', 'NORMAL', 'CANNOT', 'SHORT', 'ASK', 'TWINS', 'PRIOR',
            'KEPT', 'ROLES', 'JOURNALS', 'LICENCES', 'FRONT', 'ARTICLE', 'FIG', 'FIELD_NAMES', 'SLAKE_MODALITY',
-           'CONTENT', 'Kind', 'Finding', 'Scene', 'scene_rng', 'jitter', 'grid', 'spline', 'smooth', 'doubling',
+           'CONTENT', 'Kind', 'Finding', 'Scene', 'scene_rng', 'jitter', 'grid', 'spline', 'upsample', 'smooth',
            'enlarge', 'soft', 'oval', 'smax', 'glyph', 'write_on', 'xray_lungs', 'ct_lungs', 'brain', 'ventricles',
            'specimen', 'field_distance', 'air_and_fluid', 'lesion_room', 'place', 'pleural_finding', 'round_finding',
            'choose_areas', 'sample_history', 'sample_kinds', 'sample_scene', 'edge', 'haze', 'mix', 'speckle',
@@ -138,21 +138,30 @@ def grid(
     t = (np.arange(size, dtype='f4')+.5)/size
     return tuple(np.broadcast_to(x, (size, size)) for x in np.meshgrid(t, t))
 
-# %% ../nbs/01_phantoms.ipynb #cb807907
+# %% ../nbs/01_phantoms.ipynb #a7a1f1fe
 @lru_cache(32)
 def spline(
     n:int,    # coarse cells
     size:int, # pixels
-)->np.ndarray:
+)->tuple:     # the first of the four coarse values for each pixel, and their weights
     "Cubic B-spline weights from n+3 coarse values to `size` pixels."
     t = (np.arange(size)+.5)/size*n
     i = np.floor(t).astype(int); f = t-i
     w = np.stack([(1-f)**3, 3*f**3-6*f**2+4, -3*f**3+3*f**2+3*f+1, f**3])/6
-    m = np.zeros((size, n+3), 'f4')
-    for k in range(4): m[np.arange(size), i+k] = w[k]
-    return m
+    return i, w[..., None].astype('f4')
 
-# %% ../nbs/01_phantoms.ipynb #4fc8d9ef
+# %% ../nbs/01_phantoms.ipynb #c1edad5b
+def upsample(
+    coarse:np.ndarray, # (ny+3, nx+3)
+    size:int,          # pixels
+)->np.ndarray:         # (size, size)
+    "A coarse grid as a smooth image, without any matrix library and its threads."
+    for _ in range(2):
+        i, w = spline(coarse.shape[0]-3, size)
+        coarse = sum(w[k]*coarse[i+k] for k in range(4)).T
+    return coarse
+
+# %% ../nbs/01_phantoms.ipynb #f3ab6d55
 def smooth(
     rng,        # random generator
     size:int,   # pixels
@@ -161,22 +170,17 @@ def smooth(
 )->np.ndarray:  # float image of about unit spread
     "Cloudy noise: a coarse random grid, upsampled."
     coarse = rng.standard_normal((ny+3, (nx or ny)+3), dtype='f4')
-    return 2.1*(spline(ny, size) @ coarse @ spline(nx or ny, size).T)
+    return 2.1*upsample(coarse, size)
 
-@lru_cache(8)
-def doubling(n:int)->np.ndarray:
-    "Weights that interpolate n values at twice as many points."
-    t = np.clip((np.arange(2*n)+.5)/2-.5, 0, n-1); i = np.minimum(t.astype(int), n-2)
-    m = np.zeros((2*n, n), 'f4')
-    m[np.arange(2*n), i] = 1-(t-i); m[np.arange(2*n), i+1] = t-i
-    return m
-
-# %% ../nbs/01_phantoms.ipynb #0f747187
+# %% ../nbs/01_phantoms.ipynb #7961e24d
 def enlarge(img:np.ndarray)->np.ndarray:
-    "Twice the size: what is smooth is drawn small, for speed."
-    m = doubling(img.shape[0])
-    if img.ndim == 2: return m @ img @ m.T
-    return np.stack([m @ img[..., c] @ m.T for c in range(3)], -1)
+    "Twice the size, by bilinear interpolation: what is smooth is drawn small, for speed."
+    for axis in range(2):
+        x = np.moveaxis(img, axis, 0)
+        pad = np.concatenate([x[:1], x, x[-1:]])
+        x = np.stack([.75*x+.25*pad[:-2], .75*x+.25*pad[2:]], 1).reshape(-1, *x.shape[1:])
+        img = np.moveaxis(x, 0, axis)
+    return np.ascontiguousarray(img)
 
 def soft(
     d,            # signed distance to an edge, negative inside
@@ -185,11 +189,11 @@ def soft(
     "1 inside, 0 outside, with a soft edge."
     return np.clip(.5-d/w, 0, 1)
 
+# %% ../nbs/01_phantoms.ipynb #b08c7b47
 def oval(u, v, cx, cy, rx, ry):
     "Signed distance to an ellipse, roughly, in fractions of the image."
     return (np.sqrt(((u-cx)/rx)**2+((v-cy)/ry)**2)-1)*min(rx, ry)
 
-# %% ../nbs/01_phantoms.ipynb #88afab37
 def smax(a, b, k:float=.0006):
     "The larger of two distances, with a rounded corner: the intersection of two shapes."
     return .5*(a+b+np.sqrt((a-b)**2+k))
@@ -215,44 +219,44 @@ def write_on(img, text, x, y, height=.05, value=1.):
     if img.ndim == 3: g = g[..., None]
     part += g*(np.asarray(value, 'f4')-part)
 
-# %% ../nbs/01_phantoms.ipynb #6fef7b68
+# %% ../nbs/01_phantoms.ipynb #b549f9bd
 def xray_lungs(u, v, j):
     "Both lungs of a chest radiograph as one signed distance."
-    x = u-.5-.008*j[0]; s = np.abs(x)
-    cage = oval(x, v, 0, .80+.02*j[1], .375+.018*j[2], .69+.02*j[3])
-    dome = v-(.735+.02*j[4]+.02*np.sign(x)*(1+.3*j[5])+.9*np.clip(s-.17, -.11, 1)**2*np.sign(s-.10))
-    heart = np.where(x > 0, .085, .02)*np.exp(-((v-.63)/.13)**2)*(1+.12*j[6])
+    x = u-.5-.012*j[0]; s = np.abs(x)
+    cage = oval(x, v, 0, .80+.02*j[1], .370+.030*j[2], .69+.035*j[3])
+    dome = v-(.735+.03*j[4]+.02*np.sign(x)*(1+.3*j[5])+.9*np.clip(s-.17, -.11, 1)**2*np.sign(s-.10))
+    heart = np.where(x > 0, .085, .02)*np.exp(-((v-.63)/.13)**2)*(1+.30*j[6])
     return smax(smax(cage, dome), .062+.012*j[7]+heart-s)
 
 def ct_lungs(u, v, j):
     "Both lungs of an axial CT slice."
     x, y = u-.5, v-.51
-    cage = oval(x, y, 0, 0, .405+.012*j[0], .325+.02*j[1])
+    cage = oval(x, y, 0, 0, .395+.022*j[0], .315+.032*j[1])
     band = .052+.006*j[2]+.05*np.exp(-((y+.33)/.13)**2)+.035*np.exp(-((y-.25)/.10)**2)-np.abs(x)
-    heart = -oval(x, y, .045, -.075+.01*j[3], .135+.012*j[4], .125+.012*j[5])
+    heart = -oval(x, y, .045+.01*j[11], -.075+.015*j[3], .130+.022*j[4], .120+.018*j[5])
     return smax(smax(cage, band), heart)
 
-# %% ../nbs/01_phantoms.ipynb #8b3c10c2
+# %% ../nbs/01_phantoms.ipynb #3e66e23f
 def brain(u, v, j):
     "The brain inside the skull, axial."
     x, y = u-.5, v-.505
-    return oval(x/(1-.16*y), y, 0, 0, .345+.014*j[0], .415+.014*j[1])
+    return oval(x/(1-(.16+.12*j[4])*y), y, 0, 0, .345+.026*j[0], .405+.022*j[1])
 
 def ventricles(u, v, j):
     "The two lateral ventricles: crescents beside the midline."
     s, y = np.abs(u-.5), v-.48
     tall = .135+.012*j[3]; t = np.clip(1-(y/tall)**2, 0, 1)
     bow = .010+1.5*np.where(y < 0, .9, 1.5)*y*y
-    return np.abs(s-bow-.014)-(.016+.005*j[2])*np.sqrt(t)*(1+.25*np.cos(2*y/tall))+.03*(t <= 0)
+    return np.abs(s-bow-.014)-(.017+.008*j[2])*np.sqrt(t)*(1+.25*np.cos(2*y/tall))+.03*(t <= 0)
 
-# %% ../nbs/01_phantoms.ipynb #5152c80a
+# %% ../nbs/01_phantoms.ipynb #e2e0d59e
 def specimen(u, v, j, organ):
     "Outline of the gross specimen: a liver slice or a kidney."
     x, y = u-.5-.01*j[0], v-.455-.008*j[1]
     if organ == 'liver':
-        t = 1+.16*np.sign(j[2])*x+.05*np.sin(9*x+3*j[3])
-        return oval(x, y/t, 0, 0, .435+.01*j[4], .365+.012*j[5])
-    x = x*np.sign(j[2]); body = oval(x, y, .0, 0, .405+.01*j[4], .385+.01*j[5])
+        t = 1+(.25+.25*j[6])*np.sign(j[2])*x+.06*np.sin(9*x+3*j[3])
+        return oval(x, y/t, 0, 0, .425+.022*j[4], .345+.025*j[5])
+    x = x*np.sign(j[2]); body = oval(x, y*(1+.25*j[3]*x), .0, 0, .40+.03*j[4], .370+.025*j[5])
     return smax(body, -oval(x, y, .47, .02*j[3], .19, .12+.01*j[6]), .002)
 
 # %% ../nbs/01_phantoms.ipynb #379de140
@@ -503,10 +507,10 @@ def vessels(x, y, rng, size, width):
     far = np.clip(1.3-np.abs(np.sin(9*warp+1))*r/width*.8, 0, 1)*np.clip((r-.05)*20, 0, 1)
     return np.maximum(near*np.clip(1-r/.20, 0, 1), .7*far*np.clip(1-r/.30, 0, 1))
 
-# %% ../nbs/01_phantoms.ipynb #5f021074
+# %% ../nbs/01_phantoms.ipynb #34768642
 def xray_bones(x, v, j):
     "Ribs, collar bones and spine of a chest radiograph, as brightness."
-    s = np.abs(x); cage = soft(oval(x, v, 0, .82, .405+.018*j[2], .73), .03)
+    s = np.abs(x); cage = soft(oval(x, v, 0, .82, .400+.030*j[2], .73), .03)
     gap = .074+.004*j[8]
     back = ((v-.10-.9*(s-.16)**2*3.0+.10*s)/gap) % 1-.5
     front = ((v-.16-.75*(s-.05))/(gap*1.25)) % 1-.5
@@ -517,14 +521,14 @@ def xray_bones(x, v, j):
     spine = np.exp(-(s/.038)**4)*(.06+.035*np.cos(v*2*np.pi/.055))
     return ribs*cage*np.clip((.86-v)*8, 0, 1)+clavicle+spine
 
-# %% ../nbs/01_phantoms.ipynb #b6e509b3
+# %% ../nbs/01_phantoms.ipynb #b5277444
 def draw_xray(scene, size, rng):
     "A frontal chest radiograph without focal lesions."
-    u, v = grid(size); j = jitter(scene); x = u-.5-.008*j[0]; s = np.abs(x)
+    u, v = grid(size); j = jitter(scene); x = u-.5-.012*j[0]; s = np.abs(x)
     half = .10+.36/(1+np.exp(-(v-.115)*38))+.02*np.sin(v*5)
     torso = soft(s-half, .05)
     lung = soft(xray_lungs(u, v, j), .022)
-    heart = soft(oval(x+.25*(v-.62), v, .055, .615, .135+.012*j[6], .135), .05)
+    heart = soft(oval(x+.25*(v-.62), v, .055, .615, .130+.028*j[6], .135), .05)
     knob = soft(oval(x, v, .058, .30+.01*j[10], .04, .045), .03)
     img = .60+.10*np.clip(v-.3, 0, .6)-.12*np.exp(-((s-.4)/.08)**2)+.03*smooth(rng, size, 5)
     img = img*torso
@@ -560,36 +564,38 @@ def xray_image(scene, size):
     write_on(img, scene.marker, x, .05, .065); write_on(img, 'AP ERECT', .79, .95, .034, .75)
     return img
 
-# %% ../nbs/01_phantoms.ipynb #71d427c6
+# %% ../nbs/01_phantoms.ipynb #75dcb220
 def draw_ct(scene, size, rng):
     "An axial CT slice of the chest in a lung window."
     u, v = grid(size); j = jitter(scene); x, y = u-.5, v-.51
-    outer = oval(x, y, 0, .005, .475+.012*j[6], .405+.02*j[1])
-    wall = oval(x, y, 0, 0, .425, .345+.02*j[1])
+    rx, ry = .415+.022*j[0], .335+.032*j[1]; fat = .052+.012*j[6]
+    outer = oval(x, y, 0, .005, rx+fat, ry+fat+.01); wall = oval(x, y, 0, 0, rx, ry)
     lung = soft(ct_lungs(u, v, j), .012)
     img = soft(outer, .01)*(.40+.02*smooth(rng, size, 24))
     img = mix(img, soft(wall+.004, .02), .60)
-    a = np.arctan2(y/.345, x/.425)
+    a = np.arctan2(y/ry, x/rx)
     a += .25*j[7]+.16*np.sin(2*a+3*j[8])+.1*np.sin(5*a+3*j[10])
     rib = soft(np.abs(wall-.014)-.010, .008)*soft(np.abs(a*13/6.2832 % 1-.5)-.28, .12)
     img = mix(img, rib, .93)
-    heart = soft(oval(x, y, .045, -.075+.01*j[3], .135+.012*j[4], .125+.012*j[5]), .02)
+    heart = oval(x, y, .045+.01*j[11], -.075+.015*j[3], .130+.022*j[4], .120+.018*j[5])
+    heart = soft(heart, .02)
     img = mix(img, heart, .68+.012*smooth(rng, size, 10))
-    tree = vessels(np.abs(x)-.06, y-.06, rng, size, .026)
+    x2, y2 = (t-c for t, c in zip(grid(size//2), (.5, .57)))
+    tree = enlarge(vessels(np.abs(x2)-.06, y2, rng, size//2, .026))
     img = mix(img, lung, .09+.015*smooth(rng, size, 7)+.55*tree)
     aorta = soft(oval(x, y, .075, .155, .045+.004*j[8], .045+.004*j[8]), .01)
     img = mix(img, aorta, .72)
     return draw_spine(img, x, y, j)
 
-# %% ../nbs/01_phantoms.ipynb #411a1ea4
+# %% ../nbs/01_phantoms.ipynb #7bbf3ba5
 def draw_spine(img, x, y, j):
     "Vertebra, spinal canal, processes, breastbone and airways of the CT slice."
-    body = oval(x, y, 0, .225, .075+.004*j[9], .058)
+    body = oval(x, y, 0, .222, .075+.004*j[9], .058)
     spine = np.minimum(body, oval(np.abs(x), y, .075+.3*(y-.30), .315, .05, .016))
     spine = np.minimum(spine, np.maximum(np.abs(x)-.014, np.abs(y-.335)-.045))
     img = mix(img, soft(spine, .012), .90); img = mix(img, soft(body+.014, .02), .78)
     img = mix(img, soft(oval(x, y, 0, .297, .025, .02), .008), .50)
-    img = mix(img, soft(oval(x, y, 0, -.352-.02*j[1], .055, .014), .008), .90)
+    img = mix(img, soft(oval(x, y, 0, -.342-.032*j[1], .055, .014), .008), .90)
     airway = np.minimum(oval(x, y, -.042, .075, .020, .017), oval(x, y, .042, .082, .018, .016))
     return mix(mix(img, soft(airway-.006, .008), .72), soft(airway, .006), .02)
 
