@@ -275,7 +275,7 @@ def compose(
         if len(trial) > len(chosen): chosen = trial
     return chosen
 
-# %% ../nbs/03_conversations.ipynb #39f5e4f7
+# %% ../nbs/03_conversations.ipynb #7ff8a91a
 def rarer_twin(
     pair:list,     # two questions with opposite answers
     tally:Counter, # (question, answer) so far
@@ -291,7 +291,7 @@ def short_turns(
     claims:phantoms.Claims,  # what the text says
     tally:Counter,           # yes and no so far
     rng:np.random.Generator, # draws wordings
-    draws:int=4,             # how often the evaluation's questions are drawn
+    draws:int=8,             # how often the evaluation's questions are drawn
     skew:float=0.,           # see `phantoms.claim_questions`
 )->list:                     # candidate turns
     "Candidate turns with short answers, one for each fact and form of question."
@@ -364,7 +364,7 @@ def report(
     tells |= asks | facts_told('presence', '', denies=True) | {'modality', 'organ'}
     return Turn(str(rng.choice(REPORT)), answer, 'report', '', frozenset(asks), frozenset(tells))
 
-# %% ../nbs/03_conversations.ipynb #0cfa07cb
+# %% ../nbs/03_conversations.ipynb #386804a4
 UNSEEN = re.compile(
     r'\b(history|year|years?-old|aged?|ago|previous(ly)?|prior|present(ed|ing|ation)|complain\w*|'
     r'follow(ed|ing|-up)?|after|before|later|underwent|treat\w*|surgery|died|admi(ssion|tted)|'
@@ -374,8 +374,8 @@ LEAD = re.compile(
     r'^\W*((supplementary )?fig(ure|\.)?\s*\d+\w?\s*[.:–-]?\s*|panels?\s+\w\b[.:]?\s*|'
     r'\(?[a-h]\)\s*|(this|the) (figure|image|picture|panel)\s+|'
     r'(shows?|showing|depicts?|illustrat\w+)\s+(that\s+)?)+', re.I)
-POINTER = re.compile(r'\s*[(\[][^)\]]*(arrow|asterisk|star|circle|line|box|fig|scale|panel|bar|'
-                     r'\b[a-h]\b|\d)[^)\]]*[)\]]', re.I)
+POINTER = re.compile(r'\s+[(\[][^)\]]*(arrow|asterisk|star|circle|line|box|fig|scale|panel|bar|'
+                     r'\b[a-h]\b|\d)[^)\]]*[)\]](?![\w-])', re.I)
 
 def sentences(
     text:str, # a paragraph
@@ -419,7 +419,7 @@ def general_turns(
         turns.append(Turn(str(rng.choice(OVERALL)), ' '.join(said[:2]), 'report', '', fact, fact))
     return turns
 
-# %% ../nbs/03_conversations.ipynb #26e69f10
+# %% ../nbs/03_conversations.ipynb #e5bfcc0f
 class TemplateGenerator:
     "Writes conversations from caption and mentions by templates; it never sees an image."
     name, version, saw = 'template', '1', ('caption', 'mentions')
@@ -455,7 +455,7 @@ class TemplateGenerator:
         turns = short_turns(claims, self.tally, rng, skew=self.skew)
         longer = [describe(k, f, rng) for k, f in claims.findings.items()]
         turns = [t for t in (*turns, *longer) if t and t.type != 'unanswerable']
-        types = sorted({t.type for t in turns}) + ['finding', 'unanswerable']
+        types = sorted({t.type for t in turns}) + ['unanswerable'] + ['finding']*4*bool(claims.findings)
         start = str(rng.choice(types))
         first = [t for t in turns if t.type == start][:1]
         if rng.random() < self.report: first = [report(claims, rng)]
