@@ -275,7 +275,7 @@ def compose(
         if len(trial) > len(chosen): chosen = trial
     return chosen
 
-# %% ../nbs/03_conversations.ipynb #7ff8a91a
+# %% ../nbs/03_conversations.ipynb #0ef9b53c
 def rarer_twin(
     pair:list,     # two questions with opposite answers
     tally:Counter, # (question, answer) so far
@@ -296,13 +296,15 @@ def short_turns(
 )->list:                     # candidate turns
     "Candidate turns with short answers, one for each fact and form of question."
     found = {}
-    for _ in range(draws):
+    for i in range(draws):
         questions = phantoms.claim_questions(claims, rng, skew)
         for twin in sorted({q['twin'] for q in questions if q['twin'] is not None}):
             pair = [q for q in questions if q['twin'] == twin]
             questions = [q for q in questions if q['twin'] != twin] + [rarer_twin(pair, tally, rng)]
         for q in questions:
-            found.setdefault((q['question_type'], q['kind'], q['answer'] in ('yes', 'no')), q)
+            if q['answer'] == '0' and i: continue  # as often as in the evaluation, not in every draw
+            form = i % 2 if q['question_type'] == 'quadrant' else q['answer'] in ('yes', 'no')
+            found.setdefault((q['question_type'], q['kind'], form), q)
     return [turn(q['question'], q['answer'], q['question_type'], q['kind'] or '', denied(q, claims))
             for q in found.values()]
 
