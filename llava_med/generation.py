@@ -291,13 +291,23 @@ def _append(out_fn, rows):
         f.flush()
         os.fsync(f.fileno())
 
-# %% ../nbs/08_generation.ipynb #e732e69c
+# %% ../nbs/08_generation.ipynb #e12c0ad4
 def _try_answers(model, processor, pictures, prompts, **kw):
     "Pairs of text and error; one of the two is None."
     try: return [(t, None) for t in answer(model, processor, pictures, prompts, **kw)]
     except Exception as e:
         if len(prompts) == 1: return [(None, f'{type(e).__name__}: {e}')]
     return [_try_answers(model, processor, [p], [q], **kw)[0] for p, q in zip(pictures, prompts)]
+
+def _records(processor, items, head, model_hash, prompt_of):
+    "Log lines without answers, in the order of the items."
+    rows = []
+    for o in items:
+        p = prompt_of(o) if prompt_of else o['question']
+        h = prompt_hash(chat(processor, p, len(o['images'])))
+        rows.append(dict(head, item=o['id'], prompt=p, text=None, model_hash=model_hash,
+                         prompt_hash=h, seconds=None, error=None))
+    return rows
 
 def _blocks(items, size):
     "Items in blocks of about `size` that hold the first image's items together."
@@ -311,7 +321,7 @@ def _blocks(items, size):
             block = []
     if block: yield block
 
-# %% ../nbs/08_generation.ipynb #f7047bef
+# %% ../nbs/08_generation.ipynb #6a2d17ac
 def predict(
     model,                # LlavaForConditionalGeneration
     processor,            # its processor
@@ -350,16 +360,6 @@ def predict(
         errors += sum(e is not None for _, e in got)
     return dict(head, asked=len(todo), before=len(items)-len(todo), errors=errors,
                 seconds=round(time.perf_counter()-t0, 2))
-
-def _records(processor, items, head, model_hash, prompt_of):
-    "Log lines without answers, in the order of the items."
-    rows = []
-    for o in items:
-        p = prompt_of(o) if prompt_of else o['question']
-        h = prompt_hash(chat(processor, p, len(o['images'])))
-        rows.append(dict(head, item=o['id'], prompt=p, text=None, model_hash=model_hash,
-                         prompt_hash=h, seconds=None, error=None))
-    return rows
 
 # %% ../nbs/08_generation.ipynb #65947611
 DESCRIBE = DETAILED[0]
