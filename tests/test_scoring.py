@@ -14,15 +14,14 @@ from llava_med.scoring import COLUMNS, HEAD, KEYS, marks, score_table, strict, s
 
 def study(rng, n_images=60, n_questions=8, gain=0.):
     "Marks of two models that read the same images; an image is easy or hard for both."
-    easy = rng.choice([.9, .35], n_images)
-    rows = []
+    easy, parts = rng.choice([.9, .35], n_images), []
+    image, question = (o.ravel() for o in np.indices((n_images, n_questions)))
     for model, p in (('base', easy), ('stage2', easy + gain)):
         mine = np.clip(p + rng.choice([-.15, .15], n_images), 0, 1)   # an image suits one model more than the other
-        for i in range(n_images):
-            for j, hit in enumerate(rng.random(n_questions) < mine[i]):
-                rows.append(dict(model=model, dataset='d', split='test', condition='image', item=f'{i}-{j}',
-                                 image=f'{i:03}', num=float(hit), den=1., **dict.fromkeys(KEYS, '')))
-    return pd.DataFrame(rows, columns=HEAD + ['item', 'image', 'num', 'den'] + KEYS)
+        parts.append(pd.DataFrame(dict(
+            model=model, dataset='d', split='test', condition='image', item=image*n_questions + question, image=image,
+            num=(rng.random(len(image)) < mine[image]).astype(float), den=1., **dict.fromkeys(KEYS, ''))))
+    return pd.concat(parts)[HEAD + ['item', 'image', 'num', 'den'] + KEYS]
 
 
 def difference(d, **kw):
