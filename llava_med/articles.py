@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from .runs import OutputError, replacing, write_jsonl
 
-# %% ../nbs/02_articles.ipynb #a1a40a1c
+# %% ../nbs/02_articles.ipynb #4bbe2084
 MAX_XML = 64 * 2**20        # bytes of one article
 MAX_PACKAGE = 2 * 2**30     # bytes of one unpacked package
 MAX_MEMBERS = 5000          # files in one package
@@ -31,15 +31,14 @@ _XML_NAMES = {b'amp', b'lt', b'gt', b'quot', b'apos'}
 class ArticleError(ValueError): "A source that cannot be read; the message is one sentence."
 class ImageError(ValueError): "An image that cannot be used; the message is one sentence."
 
-def _number_entity(m):
-    "Named entity to numbered one; comments, CDATA and XML's own names stay."
+def _number_entity(m): # named entity to numbered one; comments, CDATA and XML's own names stay
     name = m.group(1)
     if name is None or name in _XML_NAMES: return m.group(0)
     text = html.unescape(f'&{name.decode()};')
     if text == f'&{name.decode()};': return b'&amp;' + name + b';'
     return ''.join(f'&#{ord(c)};' for c in text).encode()
 
-# %% ../nbs/02_articles.ipynb #03a9fc77
+# %% ../nbs/02_articles.ipynb #bf741500
 def parse_jats(
     data:bytes,   # the file's bytes
     name:str,     # what to call it in messages
@@ -52,8 +51,7 @@ def parse_jats(
     start = re.search(rb'<[A-Za-z_]', data)
     prolog = data[:start.start()] if start else data
     if b'<!ENTITY' in prolog.upper():
-        raise ArticleError(f'{name}: declares entities of its own, which can hide a bomb; '
-                           'remove its DOCTYPE.')
+        raise ArticleError(f'{name}: declares entities of its own; remove its DOCTYPE.')
     prolog = re.sub(rb'<!DOCTYPE[^>\[]*(\[.*?\]\s*)?>', b'', prolog, flags=re.S)
     data = _NAMED.sub(_number_entity, prolog + data[start.start():]) if start else b''
     parser = etree.XMLParser(recover=True, resolve_entities=False, no_network=True, load_dtd=False)
@@ -61,21 +59,18 @@ def parse_jats(
     except etree.XMLSyntaxError: root = None
     if root is None: raise ArticleError(f'{name}: not XML, and nothing could be recovered from it.')
     found = [root] if _tag(root) == 'article' else list(root.iter('{*}article'))
-    if not found:
-        raise ArticleError(f'{name}: the root element is <{_tag(root)}>, not a JATS <article>.')
-    errors = [e for e in parser.error_log if e.level >= 2]
-    if errors and notes is not None:
-        e = errors[0]
+    if not found: raise ArticleError(f'{name}: <{_tag(root)}> is not a JATS <article>.')
+    e = next((e for e in parser.error_log if e.level >= 2), None)
+    if e and notes is not None:
         notes.append(f'{name}: malformed XML was recovered (line {e.line}: {e.message}).')
     return found
 
 def _tag(el): return el.tag.rsplit('}', 1)[-1] if isinstance(el.tag, str) else ''
 
-# %% ../nbs/02_articles.ipynb #353e0c39
+# %% ../nbs/02_articles.ipynb #d41da342
 _XLINK = '{http://www.w3.org/1999/xlink}href'
 _LANG = '{http://www.w3.org/XML/1998/namespace}lang'
-_SKIP = {'fig', 'fig-group', 'table-wrap', 'graphic', 'media', 'supplementary-material', 'list',
-         'object-id'}
+_SKIP = set('fig fig-group table-wrap graphic media supplementary-material list object-id'.split())
 _MARKS = str.maketrans('', '', '\ue000\ue001')
 
 def _pieces(el, rids, skip):
@@ -93,8 +88,7 @@ def _pieces(el, rids, skip):
         elif tag and tag not in skip: yield from _pieces(child, rids, skip)
         yield (child.tail or '').translate(_MARKS)
 
-def _tex(s):
-    "A formula without the LaTeX document around it."
+def _tex(s): # a formula without the LaTeX document around it
     m = re.search(r'\\begin\{document\}(.*?)\\end\{document\}', s, re.S)
     return (m.group(1) if m else s).strip().strip('$')
 
@@ -117,17 +111,13 @@ def element_text(
             out += ' ' * glued + (part.lstrip() if out.endswith(' ') else part)
     return out.strip(), links
 
-# %% ../nbs/02_articles.ipynb #da2f23d8
+# %% ../nbs/02_articles.ipynb #118fea07
 _STOP = re.compile(r'[.!?][”"’\')\]]*\s+(?=[“"(\[‘]*[A-ZÀ-Ý0-9])')
-_NEVER = set('al e.g i.e cf vs dr prof mr mrs ms st approx ca viz resp sp spp subsp var ed eds '
-             'inc ltd jr'.split())
-_BEFORE_NUMBER = set('fig figs figura figuras eq eqs ref refs no nos p pp vol tab sec suppl ch '
-                     'abb'.split())
-_STARTERS = re.compile(r'(?:The|This|These|In|We|However|It|A|An|Our|There|As|For|To|After|When'
-                       r'|Both|All|No)\b')
+_NEVER = set('al e.g i.e cf vs dr prof mr mrs ms st approx ca resp sp spp var eds'.split())
+_BEFORE_NUMBER = set('fig figs figura eq eqs ref refs no nos p pp vol tab sec suppl abb'.split())
+_STARTERS = re.compile(r'(?:The|This|These|In|We|However|It|A|An|Our|There|For|To|When|All|No)\b')
 
-def _is_end(before, after):
-    "Whether a full stop between these two texts ends a sentence."
+def _is_end(before, after): # whether a full stop between these two texts ends a sentence
     word = re.search(r'[\w.]*$', before).group(0)
     low = word.lower().strip('.')
     if low in _NEVER: return False
@@ -146,7 +136,7 @@ def sentence_spans(
         spans.append((start, m.end() - len(m.group(0)) + len(m.group(0).rstrip()))); start = m.end()
     return spans + ([(start, len(text))] if start < len(text) else [])
 
-# %% ../nbs/02_articles.ipynb #dbd4511d
+# %% ../nbs/02_articles.ipynb #e068ba26
 _ITEM = r'(?:S?\d{1,3}(?!\d|\.\d)(?:\s?\(?[a-z](?![a-z])\)?)?|\(?[a-z](?![a-z])\)?)'
 _SEP = r'\s*(?:,\s*(?:and|&)?|and|&|or|to|through|[-–—])\s*'
 _REFS = re.compile(r'(?<![a-z])(?:figures?|figs?\.?|figuras?|abbildung(?:en)?|abb\.)\s*(?=S?\d)'
@@ -157,8 +147,7 @@ _NOT_HERE = re.compile(r'[\s—–-]*(?:figure supplement|source data|supplement
                        r'|\s*(?:of|in|from)\s+(?:the\s+)?(?:\[|ref\w*\.?\s|[A-Z][a-z]+ et al)',
                        re.I)
 
-def _expand(items):
-    "Numbers of '1A-C, 3 to 5' in order; a range of numbers is filled."
+def _expand(items): # numbers of '1A-C, 3 to 5' in order; a range of numbers is filled
     out, ranged = [], False
     for num, dash, letter in _TOKEN.findall(items):
         whole = ranged and out and num.isdigit() and out[-1].isdigit()
@@ -180,23 +169,18 @@ def figure_numbers(
         out += [(n, m.start(), m.end()) for n in nums]
     return out
 
-# %% ../nbs/02_articles.ipynb #022fd606
+# %% ../nbs/02_articles.ipynb #51470aea
 _LABEL = re.compile(r'(?:fig(?:ure|ura)?|abb(?:ildung)?)\.?\s*(S?\d{1,3})\.?', re.I)
 
-def _scope(el):
-    "The article or sub-article that an element belongs to."
+def _scope(el): # the article or sub-article that an element belongs to
     return next(a for a in el.iterancestors() if _tag(a) in ('sub-article', 'response', 'article'))
 
-def _section(el):
-    "Titles of the sections around an element, outermost first."
-    titles = [element_text(a.find('{*}title'))[0] for a in el.iterancestors()
-              if _tag(a) in ('sec', 'abstract', 'app', 'boxed-text', 'ack')]
-    if not any(titles) and any(_tag(a) == 'abstract' for a in el.iterancestors()):
-        titles = ['Abstract']
+def _section(el): # titles of the sections around an element, outermost first
+    titles = [element_text(a.find('{*}title'))[0] or 'Abstract' * (_tag(a) == 'abstract')
+              for a in el.iterancestors() if _tag(a) in ('sec', 'abstract', 'app', 'boxed-text')]
     return ' > '.join(t for t in titles[::-1] if t)
 
-def _targets(figs):
-    "Two look-ups: id to figures, and (part of the article, number) to figures."
+def _targets(figs): # two look-ups: id to figures, and (part of the article, number) to figures
     ids, numbers = {}, {}
     for i, f in enumerate(figs):
         group = next((a for a in f.iterancestors() if _tag(a) == 'fig-group'), None)
@@ -237,7 +221,7 @@ def find_mentions(
                 out[i].append(dict(text=text[a:b] or section, section=section, xref=x))
     return out
 
-# %% ../nbs/02_articles.ipynb #a937e9ce
+# %% ../nbs/02_articles.ipynb #5910251f
 _CC_URL = re.compile(r'creativecommons\.org/(?:licenses/([a-z-]+)|publicdomain/(zero|mark))/?'
                      r'(\d\.\d)?', re.I)
 _CC_WORDS = re.compile(r'creative\s*commons\s+attribution((?:[ -]+(?:non-?commercial|share-?alike'
@@ -254,16 +238,13 @@ def _licence(permissions):
     for s in [*refs, text]:
         if m := _CC_URL.search(s):
             if m.group(1): return f'CC {m.group(1).upper()} {m.group(3) or ""}'.strip()
-            kind = 'CC0' if m.group(2).lower() == 'zero' else 'public domain'
-            return f'{kind} {m.group(3) or "1.0"}'
+            return 'CC0 1.0' if m.group(2).lower() == 'zero' else 'public domain'
     if m := _CC_WORDS.search(text):
         words = (('NC', 'non'), ('SA', 'share'), ('ND', 'deriv'))
         return '-'.join(['CC BY', *(k for k, v in words if v in m.group(1).lower())])
-    kind = next((e.get('license-type') for e in permissions.iter('{*}license')), None)
-    return text[:200] or kind
+    return text[:200] or None
 
-def _date(meta):
-    "Publication date as YYYY-MM-DD, as far as it is known; the electronic one first."
+def _date(meta): # publication date as YYYY-MM-DD, as far as it is known; the electronic one first
     found = {}
     for d in meta.iterfind('{*}pub-date'):
         kind = d.get('pub-type') or d.get('date-type') or d.get('publication-format')
@@ -273,7 +254,7 @@ def _date(meta):
     order = ('epub', 'pub', 'publication', 'epub-ppub', 'ppub', 'collection')
     return next((found[k] for k in order if k in found), next(iter(found.values()), None))
 
-# %% ../nbs/02_articles.ipynb #e559c1ba
+# %% ../nbs/02_articles.ipynb #8a65b0df
 def article_meta(
     article,     # one `article` element
     name:str='', # file or folder name, used for the PMC id when the XML has none
@@ -284,17 +265,16 @@ def article_meta(
     ids = {e.get('pub-id-type'): (e.text or '').strip() for e in meta.iterfind('{*}article-id')}
     pmc = next((ids[k] for k in ('pmc', 'pmcid', 'pmcaid') if ids.get(k)), '')
     m = re.search(r'(\d+)', pmc) or re.search(r'PMC(\d+)', name)
-    journal = article.find('{*}front/{*}journal-meta')
-    title = None if journal is None else next(journal.iter('{*}journal-title'), None)
+    title = article.find('{*}front/{*}journal-meta//{*}journal-title')
     return dict(pmcid=f'PMC{m.group(1)}' if m else None, pmid=ids.get('pmid') or None,
                 doi=ids.get('doi') or None, journal=element_text(title)[0] or None,
                 date=_date(meta), licence=_licence(meta.find('{*}permissions')))
 
-# %% ../nbs/02_articles.ipynb #23369400
+# %% ../nbs/02_articles.ipynb #e06dcf64
 _FORMATS = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.webp', '.bmp', '.dcm', '', '.gif')
+_OTHER = ('.xml', '.nxml', '.pdf', '.zip', '.json')
 
-def _stem(name):
-    "File name without an image extension, and that extension."
+def _stem(name): # file name without an image extension, and that extension
     low = name.lower()
     ext = next((e for e in _FORMATS if e and low.endswith(e)), '')
     return low[:len(low) - len(ext)], ext
@@ -306,19 +286,16 @@ def match_image(
     "Find a graphic's file by its stem, with any image extension or none."
     base = href.rstrip('/').split('/')[-1]
     if not base: return None
-    stem = _stem(base)[0]
+    stem, last = _stem(base)[0], lambda n: n.split('/')[-1]
     for want in dict.fromkeys([stem, stem.removeprefix('journal.')]):
-        found = [n for n in names if _stem(n.split('/')[-1])[0] == want]
-        found = [n for n in found
-                 if not n.lower().endswith(('.xml', '.nxml', '.pdf', '.zip', '.json'))]
-        if found:
-            return min(found,
-                       key=lambda n: (n.split('/')[-1] != base, _FORMATS.index(_stem(n)[1]), n))
+        found = [n for n in names if _stem(last(n))[0] == want and not n.lower().endswith(_OTHER)]
+        rank = lambda n: (last(n) != base, _FORMATS.index(_stem(n)[1]), n)
+        if found: return min(found, key=rank)
 
-# %% ../nbs/02_articles.ipynb #b45b9bb5
+# %% ../nbs/02_articles.ipynb #5996fc7a
 _GROUP = re.compile(r'\(([a-h](?:\s*(?:[-–,&]|and|to)\s*[a-h])*)\)', re.I)
-_LEAD = re.compile(r'(?:^|[.;:,]\s+)([a-h](?:\s*(?:[-–,&]|and)\s*[a-h])*)(?:[.:)]\s|\s+(?=[A-Z]))',
-                   re.I)
+_LEAD = re.compile(r'(?i)(?:^|[.;:,]\s+)([a-h](?:\s*(?:[-–,&]|and)\s*[a-h])*)'
+                   r'(?:[.:)]\s|\s+(?=(?-i:[A-Z])))')
 _PANEL = re.compile(r'\bpanels?\s+\(?([a-h])\b', re.I)
 _PANELS = re.compile(r'\b(?:(?:left|right|top|bottom|upper|lower|middle)\s+panels?|panels)\b', re.I)
 
@@ -330,18 +307,17 @@ def count_panels(
     for group in [*_GROUP.findall(caption), *_LEAD.findall(caption), *_PANEL.findall(caption)]:
         found = [(m.group(0).lower(), m.start()) for m in re.finditer(r'\b[a-h]\b', group, re.I)]
         for (x, i), (y, j) in zip(found, found[1:]):
-            if re.search('[-–]|to', group[i+1:j]):
-                letters |= {chr(c) for c in range(ord(x), ord(y))}
-        letters |= {x for x, _ in found}
+            if re.search('[-–]|to', group[i+1:j]): letters.update(map(chr, range(ord(x), ord(y))))
+        letters.update(x for x, _ in found)
     n = next(i for i, c in enumerate('abcdefghi') if c not in letters)
     return max(n, 1 + bool(_PANELS.search(caption)), 1)
 
-# %% ../nbs/02_articles.ipynb #854f5f85
+# %% ../nbs/02_articles.ipynb #47162608
 _XRAY = r'(?:x-?\s?ray|radiogra(?:ph|m|phy)|film|roentgen\w*)s?(?: image)?'
 _LUNGS = r'(?:chest|thorax|thoracic|lungs?|mediastinum)'
 _STAINS = r'h(?:a?e)?matoxylin|\bH\s?(?:&|and)\s?E\b|\bPAS stain|giemsa|immunohistochem|immunostain'
 _SPECIMEN = r'(?:surgical|resected|resection|excised|excision|cut|autopsy|explanted)'
-_RULES_BY_MODALITY = dict(
+_MODALITY = {k: re.compile(v, re.I) for k, v in dict(
     chest_xray=rf'{_LUNGS}[\w ,]{{0,30}}\b{_XRAY}|{_XRAY} of the (?:\w+ )?{_LUNGS}|\bCXR\b',
     ct_scan=r'\b(?:HR|CE|MD|CB|MS)?CT\b(?!-?PCR)|comput(?:eri[sz]ed|ed) tomogra|\bCAT scan',
     mri=r'\bf?MRI\b|\bMR (?:imag|scan|angio)|magnetic resonance|\bT[12][- ]?(?:weighted|w\b)'
@@ -351,8 +327,7 @@ _RULES_BY_MODALITY = dict(
               r'|biopsy (?:show|reveal|specimen)',
     gross=r'\bgross(?:ly)?\b[\w ,-]{0,30}(?:specimen|patholog|photo|appearance|view|section|anatom'
           rf'|exam|image)|macroscop|{_SPECIMEN}[\w ]{{0,20}} (?:specimen|surface)'
-          rf'|photograph\w* of the {_SPECIMEN}')
-_MODALITY = {k: re.compile(v, re.I) for k, v in _RULES_BY_MODALITY.items()}
+          rf'|photograph\w* of the {_SPECIMEN}').items()}
 
 def guess_modalities(
     text:str, # caption, or caption and mentions
@@ -360,7 +335,7 @@ def guess_modalities(
     "Which of the five modalities a text names."
     return {k: bool(rule.search(text or '')) for k, rule in _MODALITY.items()}
 
-# %% ../nbs/02_articles.ipynb #4e7baa42
+# %% ../nbs/02_articles.ipynb #f540b2b0
 def image_bytes(
     ref:str|Path, # a path, or 'package.tar.gz::member'
 )->bytes:         # the file's bytes
@@ -382,21 +357,15 @@ def _to_rgb(img):
         return Image.alpha_composite(Image.new('RGBA', img.size, 'white'), img).convert('RGB')
     return img.convert('RGB')
 
-def _scale(x, low, high):
-    "Numbers between low and high to bytes."
+def _scale(x, low, high): # numbers between low and high to bytes
     return (np.clip((x - low) / max(high - low, 1e-9), 0, 1) * 255).round().astype(np.uint8)
 
 def _check_size(w, h, name):
     if w * h > MAX_PIXELS:
-        raise ImageError(f'{name}: {w} x {h} pixels is more than {MAX_PIXELS // 10**6} million; '
-                         'refused.')
+        raise ImageError(f'{name}: {w} x {h} pixels are more than {MAX_PIXELS}; refused.')
     if w < 1 or h < 1: raise ImageError(f'{name}: the image is empty.')
 
-# %% ../nbs/02_articles.ipynb #c36b3a23
-_SYNTAX = {(True, True): '1.2.840.10008.1.2',
-           (False, True): '1.2.840.10008.1.2.1', # implicit?, little-endian?
-           (False, False): '1.2.840.10008.1.2.2'}
-
+# %% ../nbs/02_articles.ipynb #f8ed19ad
 def _dicom(data, name):
     "One frame of a DICOM file as RGB; no patient data is kept."
     import pydicom
@@ -407,9 +376,6 @@ def _dicom(data, name):
         if not any(k in ds for k in ('PixelData', 'FloatPixelData', 'DoubleFloatPixelData')):
             raise ImageError(f'{name}: a DICOM object without pixels.')
         _check_size(ds.get('Columns', 0), ds.get('Rows', 0), name)
-        if not getattr(ds, 'file_meta', None): ds.file_meta = pydicom.dataset.FileMetaDataset()
-        if 'TransferSyntaxUID' not in ds.file_meta:
-            ds.file_meta.TransferSyntaxUID = _SYNTAX[ds.original_encoding]
         x = pixel_array(ds, index=int(ds.get('NumberOfFrames') or 1) // 2)
         kind = ds.get('PhotometricInterpretation', 'MONOCHROME2')
         if kind == 'PALETTE COLOR': x = apply_color_lut(x, ds)
@@ -419,7 +385,7 @@ def _dicom(data, name):
     x = _scale(x, x.min(), x.max())
     return Image.fromarray(255 - x if kind == 'MONOCHROME1' else x).convert('RGB')
 
-# %% ../nbs/02_articles.ipynb #526b9a7c
+# %% ../nbs/02_articles.ipynb #2804d0ac
 def open_image(
     ref:str|Path|bytes, # a path, 'package.tar.gz::member', or the bytes themselves
 )->Image.Image:         # RGB, 8 bit, upright
@@ -433,8 +399,6 @@ def open_image(
             _check_size(*img.size, name)
             return _to_rgb(ImageOps.exif_transpose(img))
     except ImageError: raise
-    except Image.DecompressionBombError:
-        raise ImageError(f'{name}: too many pixels; refused.') from None
     except Exception as e:
         why = ' '.join(str(e).split())[:120] or type(e).__name__
         raise ImageError(f'{name}: not an image that can be read ({why}).') from None
@@ -444,36 +408,26 @@ def image_size(
 )->tuple:               # (width, height), or (None, None) when it cannot be known
     "Size of an image from its header, without decoding it."
     try:
-        path = ref if isinstance(ref, Path) or isinstance(ref, str) and '::' not in ref else None
-        with Image.open(path or io.BytesIO(ref if isinstance(ref, bytes) else image_bytes(ref))) as img:
+        with Image.open(io.BytesIO(ref if isinstance(ref, bytes) else image_bytes(ref))) as img:
             return img.size[::-1] if img.getexif().get(274, 1) >= 5 else img.size
     except Exception: pass
     try: return open_image(ref).size
     except ImageError: return None, None
 
-# %% ../nbs/02_articles.ipynb #933da02b
-def _own(fig, tag):
-    "Elements of one kind that belong to this figure and not to one nested in it."
-    inside = lambda e: next(a for a in e.iterancestors() if _tag(a) == 'fig') is fig
-    return [e for e in fig.iter('{*}' + tag) if inside(e)]
-
-def _modalities(caption, mentions):
-    "Modalities that the caption names, or if it names none, the mentions."
-    found = guess_modalities(caption)
-    return found if any(found.values()) else guess_modalities(' '.join(m['text'] for m in mentions))
-
+# %% ../nbs/02_articles.ipynb #dacaebc0
 def _record(fig, mentions, meta, n, name):
     "Figure record without its image."
     label, caption = element_text(fig.find('{*}label'))[0], element_text(fig.find('{*}caption'))[0]
     langs = [a.get(_LANG) for a in [fig, *fig.iterancestors()] if a.get(_LANG)]
-    own = _licence(fig.find('{*}permissions'))
-    fig_id = fig.get('id')
+    own, fig_id = _licence(fig.find('{*}permissions')), fig.get('id')
+    found = guess_modalities(caption)  # the mentions count only if the caption names none
+    if not any(found.values()): found = guess_modalities(' '.join(m['text'] for m in mentions))
     return dict(id=f'{meta["pmcid"] or name}_{fig_id or f"fig{n}"}',
                 **meta | dict(licence=own or meta['licence']),
                 lang=langs[0] if langs else 'en', fig_id=fig_id, label=label.rstrip('.') or None,
                 caption=caption, mentions=mentions,
                 graphics=[_href(g) for g in fig.iter('{*}graphic') if _href(g)],
-                image=None, panels=count_panels(caption), modalities=_modalities(caption, mentions),
+                image=None, panels=count_panels(caption), modalities=found,
                 width=None, height=None, sub_article=_tag(_scope(fig)) != 'article', source=None)
 
 def article_records(
@@ -491,32 +445,28 @@ def article_records(
             r = _record(fig, m, meta, n, re.sub(r'\W+', '-', re.sub(r'\.n?xml$', '', name)))
             seen[r['id']] = seen.get(r['id'], 0) + 1
             if seen[r['id']] > 1: r['id'] += f'-{seen[r["id"]]}'
-            hits = (match_image(_href(g), files) for g in _own(fig, 'graphic'))
+            own = [g for g in fig.iter('{*}graphic') if next(g.iterancestors('{*}fig')) is fig]
+            hits = (match_image(_href(g), files) for g in own)
             r['image'] = next((h for h in hits if h), None)
             out.append(r)
     return out
 
-# %% ../nbs/02_articles.ipynb #f6672c40
-def _members(tar, name):
-    "Plain files of a package; anything unsafe refuses the whole package."
+# %% ../nbs/02_articles.ipynb #b9dd2699
+def _members(tar, name): # plain files of a package; anything unsafe refuses the whole package
     total, out = 0, []
     for m in tar:
         parts = m.name.replace('\\', '/').split('/')
         if m.name.startswith(('/', '\\')) or '..' in parts or ':' in parts[0]:
-            raise ArticleError(f'{name}: member {m.name!r} would land outside its folder; '
-                               'package refused.')
+            raise ArticleError(f'{name}: {m.name!r} would land outside its folder; refused.')
         if m.isdir(): continue
-        if not m.isfile():
-            raise ArticleError(f'{name}: member {m.name!r} is a link or device; package refused.')
+        if not m.isfile(): raise ArticleError(f'{name}: {m.name!r} is a link or device; refused.')
         total += m.size
         if not parts[-1].startswith('.'): out.append(m)
         if total > MAX_PACKAGE or len(out) > MAX_MEMBERS:
-            raise ArticleError(f'{name}: unpacks to more than {MAX_PACKAGE >> 30} GB or '
-                               f'{MAX_MEMBERS} files; refused.')
+            raise ArticleError(f'{name}: more than {MAX_PACKAGE} bytes or {MAX_MEMBERS} files.')
     return out
 
-def _keep(data, folder, article, name):
-    "Write an image's bytes into the given folder under a plain name; return its path."
+def _keep(data, folder, article, name): # write an image under plain names; return its path
     plain = lambda text: re.sub(r'[^\w.-]', '_', text.split('/')[-1])
     path = Path(folder) / plain(article) / plain(name)
     with replacing(path) as part: part.write_bytes(data)
@@ -528,11 +478,9 @@ def _read_package(path, images_dir, notes):
         with tarfile.open(path) as tar:
             members = _members(tar, path.name)
             texts = [m for ext in ('.nxml', '.xml') for m in members if m.name.endswith(ext)]
-            if not texts:
-                raise ArticleError(f'{path.name}: the package holds no .nxml or .xml file.')
+            if not texts: raise ArticleError(f'{path}: the package holds no .nxml or .xml file.')
             files = {m.name: m for m in members}
-            if texts[0].size > MAX_XML:
-                raise ArticleError(f'{path.name}: its XML is larger than {MAX_XML >> 20} MB.')
+            if texts[0].size > MAX_XML: raise ArticleError(f'{path}: its XML is too large.')
             stem = re.sub(r'\.(tar\.gz|tgz|tar)$', '', path.name)
             records = article_records(tar.extractfile(texts[0]).read(), stem, list(files), notes)
             with_image = [r for r in records if r['image']]
@@ -548,17 +496,16 @@ def _read_package(path, images_dir, notes):
         raise ArticleError(f'{path}: the package cannot be read ({why}).') from None
     return records
 
-# %% ../nbs/02_articles.ipynb #f7099206
+# %% ../nbs/02_articles.ipynb #70490be9
 def read_article(
     source:str|Path,      # an XML file, a package, or a folder with one article
     images_dir:str|Path|None=None, # where a package's images are written; None leaves them inside
     notes:list|None=None, # what was repaired is added here
 )->list:                  # figure records
     "Figure records of one article from any of its forms."
-    path = find_articles([source])
-    if len(path) > 1:
-        raise ArticleError(f'{source}: holds {len(path)} articles; use read_articles for them.')
-    path = path[0]
+    paths = find_articles([source])
+    if len(paths) > 1: raise ArticleError(f'{source}: holds {len(paths)} articles, not one.')
+    path = paths[0]
     if not path.name.endswith(('.nxml', '.xml')): records = _read_package(path, images_dir, notes)
     else:
         files = [p.name for p in os.scandir(path.parent) if p.is_file()]
@@ -572,12 +519,11 @@ def read_article(
     for r in records: r['source'] = str(path)
     return records
 
-# %% ../nbs/02_articles.ipynb #68226d9e
+# %% ../nbs/02_articles.ipynb #e17856e3
 _PACKAGES = ('.tar.gz', '.tgz', '.tar')
 _KINDS = ('.nxml', '.xml', *_PACKAGES)
 
-def _one_folder(folder):
-    "Articles directly in a folder."
+def _one_folder(folder): # articles directly in a folder
     named = folder / f'{folder.name}.xml'
     if re.fullmatch(r'PMC\d+\.\d+', folder.name) and named.is_file(): return [named]
     return sorted(p for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(_KINDS)
@@ -596,8 +542,7 @@ def find_articles(
         plain = lambda p: not any(x.startswith('.') for x in p.relative_to(s).parts)
         folders = [s, *sorted(p for p in s.rglob('*') if p.is_dir() and plain(p))]
         found = [p for f in folders for p in _one_folder(f)]
-        if not found:
-            raise ArticleError(f'{s}: no article (.xml, .nxml or package) in this folder.')
+        if not found: raise ArticleError(f'{s}: no article (.xml, .nxml, .tar.gz) in this folder.')
         out += found
     return list(dict.fromkeys(out))
 
@@ -650,53 +595,42 @@ def image_hash(
     x = np.asarray(img.convert('L').resize((17, 16), Image.BILINEAR)).astype(int)
     return int.from_bytes(np.packbits(x[:, 1:] > x[:, :-1]).tobytes(), 'big')
 
-# %% ../nbs/02_articles.ipynb #5e186348
+# %% ../nbs/02_articles.ipynb #d3672687
 NEAR_BITS, NEAR_GREY = 12, 4.0
-_WORD = re.compile(r'\w+')
 
 class _Seen:
     "Images met so far, for finding duplicates."
-    def __init__(self):
-        self.exact, self.ids, self.thumbs = {}, [], []
-        self.hashes = np.zeros((0, 32), np.uint8)
+    def __init__(self): self.exact, self.ids, self.thumbs, self.hashes = {}, [], [], b''
     def find(self, img, name):
         "Reason why this image is a duplicate, or None; then remember it."
         key = hashlib.sha256(repr(img.size).encode() + img.tobytes()).digest()
         if key in self.exact: return f'the same image as {self.exact[key]}'
         bits = np.frombuffer(image_hash(img).to_bytes(32, 'big'), np.uint8)
         thumb = np.asarray(img.convert('L').resize((48, 48), Image.BILINEAR)).astype(np.int16)
-        differ = np.bitwise_count(self.hashes[:len(self.ids)] ^ bits).sum(1)
-        for i in np.flatnonzero(differ <= NEAR_BITS):
+        known = np.frombuffer(self.hashes, np.uint8).reshape(-1, 32)
+        for i in np.flatnonzero(np.bitwise_count(known ^ bits).sum(1) <= NEAR_BITS):
             if np.abs(self.thumbs[i] - thumb).mean() < NEAR_GREY:
                 return f'nearly the same image as {self.ids[i]}'
-        if len(self.ids) == len(self.hashes):
-            room = np.zeros((max(64, len(self.ids)), 32), np.uint8)
-            self.hashes = np.concatenate([self.hashes, room])
-        self.hashes[len(self.ids)] = bits
         self.exact[key] = name; self.ids.append(name); self.thumbs.append(thumb)
+        self.hashes += bits.tobytes()
 
-# %% ../nbs/02_articles.ipynb #1d46f87f
-def _image_present(r, img, seen):
-    if r['image'] is None:
-        return f'no file for {", ".join(r["graphics"]) or "a figure without graphic"}'
-def _large_enough(r, img, seen):
-    if min(img.size) < MIN_SIDE:
-        return f'{img.size[0]} x {img.size[1]} pixels, at least {MIN_SIDE} needed'
-def _caption(r, img, seen):
-    n = len(_WORD.findall(r['caption'] or ''))
-    if n < MIN_WORDS: return f'{n} words, at least {MIN_WORDS} needed'
-def _modality(r, img, seen):
-    if not any(r['modalities'].values()):
-        return 'neither caption nor mentions name one of the five modalities'
-def _single_panel(r, img, seen):
-    if r['panels'] > 1: return f'the caption speaks of {r["panels"]} panels'
-    n = count_gutters(img) if img is not None else 0
-    if n: return f'{n} white gutter{"s" * (n > 1)} through the image'
-def _duplicate(r, img, seen): return seen.find(img, r.get('id'))
+# %% ../nbs/02_articles.ipynb #3b9a0bd3
+def _gutters(img):
+    n = count_gutters(img)
+    return n and f'{n} white gutter{"s" * (n > 1)} through the image'
 
-_RULES = dict(image_present=_image_present, image_readable=None, large_enough=_large_enough,
-              caption=_caption, modality=_modality, single_panel=_single_panel,
-              duplicate=_duplicate)
+_RULES = dict( # name: record, image, images seen -> a reason to drop the record, or nothing
+    image_present=lambda r, img, seen: r['image'] is None and 'no file ' + ' '.join(r['graphics']),
+    image_readable=lambda r, img, seen: None,
+    large_enough=lambda r, img, seen: min(img.size) < MIN_SIDE and
+        f'{img.size[0]} x {img.size[1]} pixels, at least {MIN_SIDE} needed',
+    caption=lambda r, img, seen: len((r['caption'] or '').split()) < MIN_WORDS and
+        f'the caption {r["caption"]!r} has fewer than {MIN_WORDS} words',
+    modality=lambda r, img, seen: not any(r['modalities'].values()) and
+        'neither caption nor mentions name one of the five modalities',
+    single_panel=lambda r, img, seen: r['panels'] > 1 and
+        f'the caption speaks of {r["panels"]} panels' or _gutters(img),
+    duplicate=lambda r, img, seen: seen.find(img, r.get('id')))
 FILTERS = tuple(_RULES)
 _NEED_IMAGE = {'image_readable', 'large_enough', 'single_panel', 'duplicate'}
 
@@ -705,14 +639,14 @@ def _first_reason(r, filters, seen):
     img = None
     for name in filters:
         if name in _NEED_IMAGE and img is None:
-            if r['image'] is None: return 'image_present', _image_present(r, None, seen)
+            if r['image'] is None: return 'image_present', _RULES['image_present'](r, None, seen)
             try: img = open_image(r['image'])
             except ImageError as e: return 'image_readable', str(e)
-        why = _RULES[name](r, img, seen) if _RULES[name] else None
+        why = _RULES[name](r, img, seen)
         if why: return name, why
     return None, None
 
-# %% ../nbs/02_articles.ipynb #47d39c44
+# %% ../nbs/02_articles.ipynb #804e267d
 def apply_filters(
     records,         # figure records
     filters:tuple=FILTERS, # names of the filters, in order; leave one out to switch it off
@@ -721,19 +655,17 @@ def apply_filters(
     "Run the filters over records; every dropped record gets one filter and one reason."
     unknown = [f for f in filters if f not in FILTERS]
     if unknown: raise ValueError(f'Unknown filter {unknown[0]!r}; known are {", ".join(FILTERS)}.')
-    records, seen = list(records), _Seen()
-    kept, dropped = [], []
+    records, seen, kept, dropped = list(records), _Seen(), [], []
     for r in progress(records) if progress else records:
         name, why = _first_reason(r, filters, seen)
         if why is None: kept.append(r)
         else: dropped.append(dict(record=r.get('id'), filter=name, reason=why))
-    table, left = [], len(records)
-    for name in [f for f in FILTERS if f in filters or any(d['filter'] == f for d in dropped)]:
-        n = sum(d['filter'] == name for d in dropped)
-        left -= n; table.append(dict(filter=name, kept=left, dropped=n))
+    table, left, lost = [], len(records), Counter(d['filter'] for d in dropped)
+    for name in [f for f in FILTERS if f in filters or lost[f]]:
+        left -= lost[name]; table.append(dict(filter=name, kept=left, dropped=lost[name]))
     return kept, dropped, table
 
-# %% ../nbs/02_articles.ipynb #8615ff3a
+# %% ../nbs/02_articles.ipynb #17528cad
 def figures(
     sources:list, # folders, packages and XML files
     out:str|Path, # the JSON Lines file to write
@@ -754,8 +686,7 @@ def figures(
         if problems: write_jsonl(beside, problems)
         else: beside.unlink(missing_ok=True)
     except OSError as e:
-        print(f'{out}: cannot be written ({e.strerror}); choose another --out.' if e.strerror else e)
-        return 1
+        print(f'{out} cannot be written: {e.strerror or e}. Choose another --out.'); return 1
     end = f' -> {out}' if first else '; nothing was written.'
     print(f'{len(articles)} articles, {n["figures"]} figures, {n["image"]} with image, '
           f'{n["mentions"]} with mentions, {len(problems)} problems{end}')

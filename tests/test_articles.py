@@ -97,7 +97,7 @@ def test_heads(both):
     def head(name, *keys): return tuple(both[1][name][0][k] for k in keys)
     assert head('PMC5828200.nxml', 'pmcid', 'pmid', 'date', 'licence') == ('PMC5828200', '29535835',
         '2018-01-31', 'CC BY 3.0')
-    assert head('PMC2599765_ehp-116-1694.nxml', 'licence', 'date') == ('public domain 1.0',
+    assert head('PMC2599765_ehp-116-1694.nxml', 'licence', 'date') == ('public domain',
         '2008-08-01')
     assert head('elife-46472-v3', 'licence', 'doi') == ('CC0 1.0', '10.7554/eLife.46472')
     assert Counter(r['lang'] for r in both[1]['scielo_figgroup_pt_noid.xml']) == {'pt': 14,
