@@ -20,10 +20,10 @@ __all__ = ['KINDS', 'MODALITIES', 'FINDINGS', 'ORGANS', 'SPLITS', 'QUADRANTS', '
            'say_what', 'fill', 'captions', 'mentions', 'best_word', 'denied', 'read_place', 'read_size', 'read_clause',
            'read_sentence', 'add_claim', 'read_claims', 'word', 'item', 'ask_presence', 'ask_finding',
            'claim_questions', 'questions', 'world_sample', 'plot_picture', 'make_figure', 'jats_case', 'jats_article',
-           'article_files', 'claims_dict', 'pack', 'save_article', 'spread', 'write_lines', 'write_articles',
-           'save_vqa_image', 'write_vqa']
+           'article_files', 'claims_dict', 'pack', 'save_article', 'spread', 'write_articles', 'save_vqa_image',
+           'write_vqa']
 
-# %% ../nbs/01_phantoms.ipynb #6cffff30
+# %% ../nbs/01_phantoms.ipynb #f72e1121
 import io, json, math, re, shutil, tarfile, gzip, os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -36,6 +36,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage as ndi
+from .runs import read_jsonl, replacing, write_json, write_jsonl
 
 # %% ../nbs/01_phantoms.ipynb #b3c33728
 class Kind(NamedTuple):
@@ -48,10 +49,10 @@ class Kind(NamedTuple):
     small:float     # diameter of a small one as a fraction of the image; large ones are 1.95 times
     names:tuple     # the standard name first, then synonyms
 
-# %% ../nbs/01_phantoms.ipynb #d79dc4c9
+# %% ../nbs/01_phantoms.ipynb #9dda18cd
 KINDS = {
  'nodule': Kind('chest_xray', 'round', 'bright', 'sharp', 4, .056, ('nodule', 'coin lesion')),
- 'consolidation': Kind('chest_xray', 'patchy', 'hazy', 'ill-defined', 1, .12,
+ 'consolidation': Kind('chest_xray', 'patchy', 'hazy', 'ill-defined', 1, .13,
                        ('consolidation', 'airspace opacity')),
  'pleural effusion': Kind('chest_xray', 'crescent-shaped', 'dense', 'sharp', 1, .10,
                           ('pleural effusion', 'effusion')),
@@ -59,7 +60,7 @@ KINDS = {
  'mass': Kind('ct_scan', 'lobulated', 'dense', 'sharp', 4, .058, ('mass', 'solid lesion')),
  'cavity': Kind('ct_scan', 'ring-shaped', 'hollow', 'sharp', 4, .062,
                 ('cavity', 'cavitary lesion')),
- 'ground-glass opacity': Kind('ct_scan', 'patchy', 'hazy', 'ill-defined', 1, .12,
+ 'ground-glass opacity': Kind('ct_scan', 'patchy', 'hazy', 'ill-defined', 1, .13,
                               ('ground-glass opacity', 'ground-glass area')),
  'metastasis': Kind('mri', 'round', 'bright', 'sharp', 4, .060, ('metastasis', 'enhancing lesion')),
  'abscess': Kind('mri', 'ring-shaped', 'hollow', 'sharp', 4, .066,
@@ -329,14 +330,14 @@ def pleural_finding(scene, kind, side, size):
     quadrant = ('lower ' if kind == 'pleural effusion' else 'upper ')+side
     return Finding(kind, 1, side, quadrant, size, *KINDS[kind][1:4], [[float(x) for x in box]])
 
-# %% ../nbs/01_phantoms.ipynb #704928a4
+# %% ../nbs/01_phantoms.ipynb #2c45ba43
 def round_finding(rng, scene, room, kind, area):
     "A finding made of separate lesions; smaller if the area has no room."
     k = KINDS[kind]; n = int(rng.integers(1, k.most+1))
     size = 'large' if rng.random() < (.5 if n < 3 else .75) else 'small'
     for size in (size, 'small'):
         r = k.small/2*(LARGE if size == 'large' else 1)*rng.uniform(.98, 1.02)
-        pts = place(rng, room, area, n, r, {'infarct': .6}.get(kind, .9 if k.most > 1 else .5))
+        pts = place(rng, room, area, n, r, .9 if k.most > 1 else .65)
         if pts: break
     while not pts: n -= 1; pts = place(rng, room, area, n, r)
     boxes = [[x-r, y-r, 2*r, 2*r] for x, y in pts]
@@ -422,16 +423,16 @@ def speckle(rng, shape, sigma):
     n = ndi.gaussian_filter(rng.standard_normal(shape, dtype='f4'), sigma)
     return n/(n.std()+1e-6)
 
-# %% ../nbs/01_phantoms.ipynb #e8de0b8c
+# %% ../nbs/01_phantoms.ipynb #d3234dfe
 def paint_gray(kind, p, rho, dx, dy, rng):
     "Paint one lesion of a radiological kind onto its patch."
     if kind == 'nodule': return mix(p, .9*edge(rho, .2), .86)
     if kind == 'consolidation':
-        return np.maximum(p, mix(p, .9*haze(rho)**.8*(.9+.1*speckle(rng, p.shape, 2.5)), .80))
+        return np.maximum(p, mix(p, .95*haze(rho)**.6*(.9+.1*speckle(rng, p.shape, 2.5)), .82))
     if kind == 'mass': return mix(p, edge(rho, .18), .80+.03*speckle(rng, p.shape, 1))
     if kind == 'cavity': return mix(mix(p, edge(rho, .15), .74), edge(rho/.62, .2), .02)
     if kind == 'ground-glass opacity':
-        return np.maximum(p, mix(p, .9*haze(rho)**.7*(.88+.12*speckle(rng, p.shape, 1.5)), .52))
+        return np.maximum(p, mix(p, haze(rho)**.5*(.88+.12*speckle(rng, p.shape, 1.5)), .56))
     if kind == 'metastasis': return mix(p, edge(rho, .2), .97)
     if kind == 'abscess': return mix(mix(p, edge(rho, .12), .97), edge(rho/.68, .2), .10)
     wedge = np.maximum(np.abs(dy)-.12-.36*(dx+1), np.hypot(dx, dy)-1)  # infarct: dx points outwards
@@ -1101,7 +1102,7 @@ def read_claims(
     claims.normal = bool(NORMAL.search(text)) and not claims.findings
     return claims
 
-# %% ../nbs/01_phantoms.ipynb #9c418a44
+# %% ../nbs/01_phantoms.ipynb #f02b0b80
 CANNOT = 'cannot be determined from the image'
 SHORT = {'modality': {'chest_xray': 'chest x-ray', 'ct_scan': 'ct', 'mri': 'mri',
                       'histology': 'histology',
@@ -1145,7 +1146,7 @@ ASK = {
 TWINS = {  # wordings whose two forms must be answered with opposite words
  'absent': (('is {a} present?', 'is {a} absent?'),
             ('does the image show {a}?', 'is the image free of {findings}?'),
-            ('is there {a} in this image?', 'is there no {finding} in this image?')),
+            ('is there {a} in this image?', 'does this image lack {findings}?')),
  'normal': (('is any abnormality visible?', 'is this image normal?'),
             ('does the image show a lesion?', 'is the image free of lesions?'),
             ('is there an abnormal finding?', 'is everything normal here?')),
@@ -1376,7 +1377,7 @@ def article_files(index:int, seed:int, split:str, per_article:tuple)->tuple:
             for k, (f, h) in enumerate(zip(figs, hrefs), 1)]
     return pmcid, jats_article(pmcid, rng, figs, hrefs), files, rows
 
-# %% ../nbs/01_phantoms.ipynb #50cab828
+# %% ../nbs/01_phantoms.ipynb #44cd5df3
 def claims_dict(
     claims:Claims, # any claims
 )->dict:           # plain JSON
@@ -1390,8 +1391,7 @@ def pack(path:Path, folder:str, files:dict)->None:
         for name, data in files.items():
             info = tarfile.TarInfo(f'{folder}/{name}'); info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    tmp = path.with_suffix('.part')
-    tmp.write_bytes(gzip.compress(raw.getvalue(), 1, mtime=0)); os.replace(tmp, path)
+    with replacing(path) as part: part.write_bytes(gzip.compress(raw.getvalue(), 1, mtime=0))
 
 # %% ../nbs/01_phantoms.ipynb #bc80db2f
 def save_article(args:tuple)->tuple:
@@ -1411,7 +1411,7 @@ def save_article(args:tuple)->tuple:
         shutil.rmtree(path, ignore_errors=True); os.replace(tmp, path)
     return str(path), rows
 
-# %% ../nbs/01_phantoms.ipynb #57814713
+# %% ../nbs/01_phantoms.ipynb #b36d0094
 def spread(fn, jobs:list, n_workers:int)->list:
     "Do the jobs in order, in worker processes if there is more than one worker."
     if n_workers <= 1: return [fn(j) for j in jobs]
@@ -1424,12 +1424,7 @@ def spread(fn, jobs:list, n_workers:int)->list:
     finally:
         for k, v in old.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
 
-def write_lines(path:Path, rows:list)->None:
-    "JSON Lines, complete or not at all."
-    tmp = path.with_suffix('.part'); tmp.write_text(''.join(json.dumps(r)+'\n' for r in rows))
-    os.replace(tmp, path)
-
-# %% ../nbs/01_phantoms.ipynb #31d147d9
+# %% ../nbs/01_phantoms.ipynb #6a1f46a8
 def write_articles(
     out_dir,                  # a folder; made if missing
     n:int,                    # articles
@@ -1447,9 +1442,8 @@ def write_articles(
     done = spread(save_article, [(str(out_dir), layout, i, seed, split, tuple(per_article))
                                  for i in range(start, start+n)], n_workers)
     old = out_dir/'truth.jsonl'; names = {r['pmcid'] for _, rows in done for r in rows}
-    kept = [r for r in map(json.loads, old.read_text().splitlines())
-            if r['pmcid'] not in names] if old.exists() else []
-    write_lines(old, kept+[r for _, rows in done for r in rows])
+    kept = [r for r in (read_jsonl(old) if old.exists() else []) if r['pmcid'] not in names]
+    write_jsonl(old, kept+[r for _, rows in done for r in rows])
     return [Path(p) for p, _ in done]
 
 # %% ../nbs/01_phantoms.ipynb #48e802d0
@@ -1482,7 +1476,7 @@ def save_vqa_image(args:tuple)->list:
                  triple=['vhead', '_', '_'], twin_of=qid.get(q['twin_of']),
                  scene_seed=seed, scene_split=split) for q in qs]
 
-# %% ../nbs/01_phantoms.ipynb #b03a5152
+# %% ../nbs/01_phantoms.ipynb #14fff749
 def write_vqa(
     out_dir,         # a folder; made if missing
     n_train:int, n_val:int, n_test:int, # images
@@ -1500,8 +1494,7 @@ def write_vqa(
     rows = spread(save_vqa_image, jobs, n_workers); sizes = {}
     for split, file in (('train', 'train'), ('val', 'validate'), ('test', 'test')):
         part = [q for qs in rows for q in qs if q['scene_split'] == split]; sizes[split] = len(part)
-        tmp = out_dir/f'{file}.part'; tmp.write_text(json.dumps(part, indent=0))
-        os.replace(tmp, out_dir/f'{file}.json')
+        write_json(out_dir/f'{file}.json', part)
     lines = [f'{i}:{k}' for i, k in enumerate(WORLD_LABELS, 1)]
     (out_dir/'mask.txt').write_text('\n'.join(lines)+'\n')
     return sizes
