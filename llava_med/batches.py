@@ -7,10 +7,10 @@ __all__ = ['KINDS', 'GIVEN', 'MARK', 'EXAMPLE', 'RUN_HELP', 'UsageError', 'order
            'Parameter', 'allowed', 'tagged_cell', 'comments', 'read_parameters', 'PresetLoader', 'read_yaml',
            'check_value', 'parse_value', 'from_here', 'presets', 'read_preset', 'choose_steps', 'split_set', 'targets',
            'plan_run', 'path_mark', 'named_paths', 'notebook_mark', 'library_dir', 'library_mark', 'step_inputs',
-           'step_key', 'files_mark', 'is_done', 'die_with_parent', 'Relay', 'in_words', 'child', 'child_env',
-           'run_notebook', 'stop', 'StepFailed', 'start_step', 'run_step', 'shown', 'run_pipeline', 'read_scores',
-           'cell', 'results_table', 'clean_output', 'with_outputs', 'refresh', 'make_parser', 'run_command', 'dispatch',
-           'main']
+           'step_key', 'files_mark', 'is_done', 'die_with_parent', 'in_words', 'child', 'child_env', 'run_notebook',
+           'stop', 'StepFailed', 'start_step', 'run_step', 'shown', 'is_progress', 'run_pipeline', 'read_scores',
+           'cell', 'results_table', 'clean_output', 'with_outputs', 'small_png', 'refresh', 'make_parser',
+           'run_command', 'dispatch', 'main']
 
 # %% ../nbs/12_batches.ipynb #f1fa80f1
 import argparse
@@ -324,12 +324,13 @@ def step_key(
     "One hash over everything that a step depends on."
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/12_batches.ipynb #bc688c54
+# %% ../nbs/12_batches.ipynb #133c3cb6
 def files_mark(
     folder:Path, # a step's folder
 )->str:          # a hash over names and sizes of its files
     "A fingerprint of what a step left behind."
-    files = [p for p in folder.rglob('*') if p.is_file() and not p.name.startswith('.') and '.partial-' not in p.name]
+    hidden = lambda p: any(x.startswith('.') for x in p.relative_to(folder).parts)
+    files = [p for p in folder.rglob('*') if p.is_file() and not hidden(p) and '.partial-' not in p.name]
     text = json.dumps(sorted((p.relative_to(folder).as_posix(), p.stat().st_size) for p in files))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -342,7 +343,7 @@ def is_done(
     r = record['steps'].get(step, {})
     return r.get('state') == 'done' and r.get('key') == key and r.get('files') == files_mark(run_dir(run)/step)
 
-# %% ../nbs/12_batches.ipynb #cef6203b
+# %% ../nbs/12_batches.ipynb #8b767343
 def die_with_parent()->None:
     "End this process and its kernel as soon as the parent is gone (its pipe to our input closes)."
     def wait():
@@ -352,18 +353,7 @@ def die_with_parent()->None:
         os._exit(3)
     threading.Thread(target=wait, daemon=True).start()
 
-class Relay(io.TextIOBase):
-    "What the notebook prints, passed to the parent whole lines at a time."
-    def __init__(self): self.rest = ''
-    def write(self,
-        text:str, # a piece of output
-    )->int:
-        "Pass on whole lines."
-        *whole, self.rest = (self.rest + text.replace('\r', '\n')).split('\n')
-        for line in whole: print(line, flush=True)
-        return len(text)
-
-# %% ../nbs/12_batches.ipynb #4c59ef23
+# %% ../nbs/12_batches.ipynb #7b0cae28
 MARK = '\x1e'  # stands before the one line that is not the notebook's
 
 def in_words(
@@ -389,14 +379,14 @@ def child()->None:
     import papermill
     try:
         papermill.execute_notebook(job['notebook'], job['partial'], job['parameters'], kernel_name='python3',
-            cwd=str(Path(job['notebook']).parent), progress_bar=False, stdout_file=Relay(), autosave_cell_every=5,
+            cwd=str(Path(job['notebook']).parent), progress_bar=False, stdout_file=sys.stdout, autosave_cell_every=5,
             extra_arguments=['--IPKernelApp.log_level=40'])
         outcome = {'ok': True}
     except Exception as e: outcome = {'ok': False, 'error': in_words(e)}
-    print(MARK + json.dumps(outcome), flush=True)
+    print('\n' + MARK + json.dumps(outcome), flush=True)
     os._exit(0)
 
-# %% ../nbs/12_batches.ipynb #9842cbf9
+# %% ../nbs/12_batches.ipynb #57f1e877
 def child_env(
     run:str, # name of the run
 )->dict:     # environment of the child
@@ -424,7 +414,7 @@ def run_notebook(
             p.stdin.write(json.dumps(job) + '\n'); p.stdin.flush()
             for line in p.stdout:
                 if line.startswith(MARK): outcome = json.loads(line[1:])
-                else: say(line.rstrip())
+                elif line.strip(): say(line.rstrip())
             p.wait()
         finally: stop(p)
         if p.returncode == 1 and not outcome['ok']:
@@ -490,13 +480,20 @@ def shown(
     try: return str(Path(path).resolve().relative_to(Path.cwd()))
     except ValueError: return str(path)
 
-# %% ../nbs/12_batches.ipynb #aff9f211
+# %% ../nbs/12_batches.ipynb #f9250d17
+def is_progress(
+    line:str, # what a notebook printed
+)->bool:      # True for lines such as `maps: 3 of 6 items (50%), 8 s` and `step 100: loss 0.9`
+    "Whether a line says how far a notebook is."
+    return bool(re.search(r'(\(\d+%\), .*|, [\d.]+ (s|min|h))$|^step \d+\b', line.strip()))
+
 def run_pipeline(
     preset:str,        # name or path of a recipe
     name:str|None=None,# name of the run; default: the preset's
     only:list=(),      # steps to run; empty: the usual ones
     sets:list=(),      # NOTEBOOK.PARAM=VALUE texts
     say=print,         # gets each line of the report
+    verbose:bool=False,# everything that the notebooks print, not only how far they are
 )->dict:               # step → 'kept' or seconds
     "Run the pipeline: check everything, keep what is unchanged, run the rest in order."
     recipe = read_preset(preset)
@@ -513,7 +510,8 @@ def run_pipeline(
                 outcome[step] = 'kept'
                 continue
             say(f'[{i}/{len(plan)}] {step}: running')
-            outcome[step] = run_step(run, step, values, lambda line: say(f'      {line}'))
+            relay = lambda line: say(f'      {line}') if verbose or is_progress(line) else None
+            outcome[step] = run_step(run, step, values, relay)
             say(f'[{i}/{len(plan)}] {step}: done in {clock(outcome[step])}')
     return outcome
 
@@ -580,12 +578,25 @@ def with_outputs(
     source.metadata.pop('widgets', None)
     return source
 
-# %% ../nbs/12_batches.ipynb #c595d58d
+# %% ../nbs/12_batches.ipynb #28c58ee6
+def small_png(
+    path:Path, # a figure
+    limit:int, # bytes
+)->bytes:      # a PNG of at most so many bytes
+    "A figure with fewer colours and, if need be, fewer dots."
+    from PIL import Image
+    data, im = path.read_bytes(), Image.open(path).convert('RGB')
+    while len(data) > limit:
+        buf = io.BytesIO()
+        im.quantize(128).save(buf, 'png', optimize=True)
+        data, im = buf.getvalue(), im.resize((round(im.width*0.85), round(im.height*0.85)))
+    return data
+
 EXAMPLE = ('*.csv', 'ledger.json', '*.png')  # what outputs/example keeps of a step, if it is small
 
 def refresh(
     run:str='tiny',       # whose results to show
-    largest:int=150_000,  # bytes of one example file
+    largest:int=100_000,  # bytes of one example file; figures are made smaller
 )->list:                  # the notebooks that were rewritten
     "Bring a run's outputs into nbs/pipeline/ and its small files into outputs/example/."
     steps = [s for s in pipeline() if (run_dir(run)/s/f'{s}.ipynb').exists()]
@@ -598,16 +609,17 @@ def refresh(
         part.write_text(text, encoding='utf-8')
         os.replace(part, pipeline()[s])
         for p in sorted(p for pattern in EXAMPLE for p in (run_dir(run)/s).glob(pattern)):
-            if p.stat().st_size > largest: continue
+            data = small_png(p, largest) if p.suffix == '.png' else p.read_bytes()
+            if len(data) > largest: continue
             (target/s).mkdir(parents=True, exist_ok=True)
-            (target/s/p.name).write_bytes(p.read_bytes())
+            (target/s/p.name).write_bytes(data)
     record = json.dumps(read_run(run)).replace(str(outputs_dir()), 'outputs').replace(str(root()), '.')
     record = json.loads(record)
     record['machine'].pop('host', None)
     write_json(target/'run.json', record)
     return steps
 
-# %% ../nbs/12_batches.ipynb #a6055153
+# %% ../nbs/12_batches.ipynb #b207f6ee
 RUN_HELP = '''Runs the notebooks of nbs/pipeline/ in order, each in its own process, and keeps in outputs/RUN/
 the executed notebooks, their results and a record (run.json). A finished step whose notebook,
 parameters and inputs are unchanged is kept; a changed one runs again, and so do those after it.
@@ -633,6 +645,7 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument('--name', metavar='RUN', help="name of the run, a folder in outputs/ (default: the preset's name)")
     p.add_argument('--only', nargs='+', action='extend', default=[], metavar='STEP', help='run only these steps')
     p.add_argument('--set', nargs='+', action='extend', default=[], metavar='NOTEBOOK.PARAM=VALUE', help='change a parameter')
+    p.add_argument('-v', '--verbose', action='store_true', help='show everything that the notebooks print')
     p = sub.add_parser('figures', help='article packages → figure records', formatter_class=raw,
         description='Reads articles (folders, .tar.gz packages, .xml or .nxml files) and writes one record per figure.\n\n'
                     'example:\n  llava-med figures PMC13900.1/ more/*.tar.gz --out figures.jsonl')
@@ -643,13 +656,13 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument('run', nargs='?', default='tiny', metavar='RUN', help='whose results to show (default: tiny)')
     return parser
 
-# %% ../nbs/12_batches.ipynb #0d553266
+# %% ../nbs/12_batches.ipynb #5e41978c
 def run_command(
     args:argparse.Namespace, # what was typed
 )->int:                      # exit code
     "Run the pipeline and show what came out."
     start = time.monotonic()
-    outcome = run_pipeline(args.preset, args.name, args.only, args.set, lambda s: print(s, flush=True))
+    outcome = run_pipeline(args.preset, args.name, args.only, args.set, lambda s: print(s, flush=True), args.verbose)
     folder = run_dir(args.name or read_preset(args.preset)['name'])
     scores = folder/'4_evaluation/scores.csv'
     if scores.exists(): print('\n' + results_table(read_scores(scores)))

@@ -381,6 +381,15 @@ def test_refresh_brings_outputs_only(toy):
     with pytest.raises(UsageError, match='has changed since it was run'): refresh('toy')
 
 
+def test_the_terminal_shows_how_far_it_is(toy, capsys):
+    toy.step('1_one', "print('a table')\nfrom llava_med.runs import progress\nfor x in progress(range(3), 'drawing'): pass")
+    assert toy.run('toy', '--only', '1') == 0
+    out = capsys.readouterr().out
+    assert 'drawing: 3 of 3 items (100%)' in out and 'a table' not in out
+    assert toy.run('toy', '--only', '1', '--name', 'loud', '-v') == 0
+    assert 'a table' in capsys.readouterr().out
+
+
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as e: main(['run', '--help'])
     text = capsys.readouterr().out
