@@ -173,7 +173,7 @@ def smooth(
     coarse = rng.standard_normal((ny+3, (nx or ny)+3), dtype='f4')
     return 2.1*upsample(coarse, size)
 
-# %% ../nbs/01_phantoms.ipynb #7961e24d
+# %% ../nbs/01_phantoms.ipynb #a8aa80c3
 def enlarge(img:np.ndarray)->np.ndarray:
     "Twice the size, by bilinear interpolation: what is smooth is drawn small, for speed."
     for axis in range(2):
@@ -183,6 +183,7 @@ def enlarge(img:np.ndarray)->np.ndarray:
         img = np.moveaxis(x, 0, axis)
     return np.ascontiguousarray(img)
 
+# %% ../nbs/01_phantoms.ipynb #522d5d09
 def soft(
     d,            # signed distance to an edge, negative inside
     w:float=.01,  # width of the edge
@@ -190,7 +191,6 @@ def soft(
     "1 inside, 0 outside, with a soft edge."
     return np.clip(.5-d/w, 0, 1)
 
-# %% ../nbs/01_phantoms.ipynb #b08c7b47
 def oval(u, v, cx, cy, rx, ry):
     "Signed distance to an ellipse, roughly, in fractions of the image."
     return (np.sqrt(((u-cx)/rx)**2+((v-cy)/ry)**2)-1)*min(rx, ry)
@@ -695,10 +695,9 @@ def histology_image(scene, size):
     write_on(img, '100 um', .815, .905, .036, .05)
     return img
 
-# %% ../nbs/01_phantoms.ipynb #acce33a7
+# %% ../nbs/01_phantoms.ipynb #7be60888
 FLESH = {'liver': ((.47, .20, .14), (.34, .12, .09)), 'kidney': ((.62, .27, .24), (.45, .15, .15))}
 
-# %% ../nbs/01_phantoms.ipynb #861bda9c
 def draw_cloth(size, rng, j):
     "Blue or green surgical cloth with folds and weave."
     u, v = grid(size)
@@ -707,6 +706,7 @@ def draw_cloth(size, rng, j):
     weave = .02*np.sin(u*size*1.9)*np.sin(v*size*1.9)
     return base*(1+.10*fold+weave)[..., None]
 
+# %% ../nbs/01_phantoms.ipynb #2483eb42
 def draw_ruler(img, j):
     "A paper ruler in centimetres along the lower edge."
     n = img.shape[0]; y0, y1 = int(.895*n), int(.975*n); x0, x1 = int(.06*n), int(.94*n)
