@@ -275,7 +275,7 @@ def compose(
         if len(trial) > len(chosen): chosen = trial
     return chosen
 
-# %% ../nbs/03_conversations.ipynb #0ef9b53c
+# %% ../nbs/03_conversations.ipynb #49863804
 def rarer_twin(
     pair:list,     # two questions with opposite answers
     tally:Counter, # (question, answer) so far
@@ -291,7 +291,7 @@ def short_turns(
     claims:phantoms.Claims,  # what the text says
     tally:Counter,           # yes and no so far
     rng:np.random.Generator, # draws wordings
-    draws:int=8,             # how often the evaluation's questions are drawn
+    draws:int=6,             # how often the evaluation's questions are drawn
     skew:float=0.,           # see `phantoms.claim_questions`
 )->list:                     # candidate turns
     "Candidate turns with short answers, one for each fact and form of question."
