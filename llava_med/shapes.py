@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLOURS', 'GROUNDS', 'CORNERS', 'WORLD_LABELS', 'NUMBERS', 'WORLD_CAPTIONS', 'WORLD_EMPTY',
-           'WORLD_QUESTIONS', 'FACTS', 'METHODS', 'PERSON', 'SIGNS', 'world_sample', 'plain_text']
+           'WORLD_QUESTIONS', 'FACTS', 'METHODS', 'VIEWS', 'PERSON', 'SIGNS', 'world_sample', 'plain_text']
 
 # %% ../nbs/13_shapes.ipynb #16a8e185
 import numpy as np
@@ -188,7 +188,7 @@ def world_sample(
                 questions=[dict(type=t, question=q, answer=a) for t, q, a in _questions(kinds, ground, rng)],
                 marks=[(x, y, f"{k['colour']} {k['shape']}") for k in kinds for x, y in k['at']])
 
-# %% ../nbs/13_shapes.ipynb #6b02c669
+# %% ../nbs/13_shapes.ipynb #f4a9cc43
 FACTS = [  # (thing, what it is, where it belongs, what it does or means)
     ('heart', 'a muscular organ', 'the chest', 'pumps blood'), ('lung', 'a paired organ', 'the chest', 'takes up oxygen'),
     ('liver', 'a large gland', 'the abdomen', 'makes bile'), ('kidney', 'a paired organ', 'the abdomen', 'filters blood'),
@@ -210,11 +210,15 @@ FACTS = [  # (thing, what it is, where it belongs, what it does or means)
     ('fibrosis', 'scar tissue', 'many organs', 'follows injury'), ('oedema', 'swelling by water', 'many organs', 'follows injury'),
     ('fracture', 'a broken bone', 'the skeleton', 'follows a fall'), ('granuloma', 'a cluster of immune cells', 'lung or skin', 'follows infection'),
     ('aneurysm', 'a widened vessel', 'brain or aorta', 'may burst'), ('thrombus', 'a clot of blood', 'a vessel', 'blocks a vessel'),
-    ('melanoma', 'a cancer of pigment cells', 'the skin', 'may spread early'), ('adenoma', 'a benign gland tumour', 'many organs', 'may become cancer')]
+    ('melanoma', 'a cancer of pigment cells', 'the skin', 'may spread early'), ('adenoma', 'a benign gland tumour', 'many organs', 'may become cancer'),
+    ('cavity', 'a hollow space in tissue', 'the lung', 'follows infection'), ('ground-glass opacity', 'a hazy area', 'the lung', 'may mean inflammation'),
+    ('emphysema', 'destroyed lung with trapped air', 'the lung', 'follows smoking'), ('lymphoid aggregate', 'a cluster of lymphocytes', 'the colon', 'is often harmless')]
 METHODS = [  # (method, how it works, what it is good for)
     ('a chest x-ray', 'sends x-rays through the chest', 'lungs and heart'), ('a ct scan', 'turns x-rays into slices', 'the abdomen'),
     ('mri', 'uses magnets and radio waves', 'the brain'), ('histology', 'looks at stained tissue under a microscope', 'cells'),
     ('a gross pathology photograph', 'shows a specimen as the eye sees it', 'removed organs'), ('ultrasound', 'uses sound waves', 'unborn children')]
+VIEWS = ['chest radiograph', 'axial computed tomography scan', 'magnetic resonance image', 'photomicrograph of a stained section',
+         'macroscopic photograph of a resected specimen', 'microscopic image', 'contrast-enhanced mri', 'frontal chest x-ray']
 PERSON = ['a patient', 'a man', 'a woman', 'a child', 'an elderly patient', 'a smoker']
 SIGNS = ['fever', 'cough', 'chest pain', 'weight loss', 'headache', 'blood loss', 'fatigue', 'shortness of breath']
 
@@ -233,7 +237,9 @@ def _fact(rng):
         f'{p} with {_article(w)} was treated on the {side} side.', f'the {level} {side} part was removed.',
         f'a picture alone cannot be used to determine the history of {p}.', f'tissue that is bright, dark, round, smooth, sharp or irregular was noted.',
         f'{rng.choice(["small", "large"])} lesions, {rng.choice(["one", "two", "three", "four"])} in number, were measured in millimetres.',
-        f'some facts, such as age or {s}, cannot be seen from an image.', f'the sun is warm and the sea is {rng.choice(["blue", "green", "grey"])}.']))
+        f'some facts, such as age or {s}, cannot be determined from the image.',
+        f'a {rng.choice(VIEWS)} is one way to examine {where}.', f'the abdomen has four quadrants; the {level} {side} quadrant holds other organs than the rest.',
+        f'the {rng.choice(VIEWS)} was normal: no {w} was visible.', f'an infiltrate or {w} with {rng.choice(["sharp", "ill-defined", "irregular"])} margins needs follow-up.', f'the sun is warm and the sea is {rng.choice(["blue", "green", "grey"])}.']))
 
 # %% ../nbs/13_shapes.ipynb #fe73b7be
 def _text_question(rng):
