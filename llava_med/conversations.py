@@ -6,8 +6,8 @@
 __all__ = ['IMAGE', 'DOMAINS', 'CUT_WORDS', 'BRIEF', 'DETAILED', 'RANK', 'ABOUT', 'REPORT', 'UNSEEN', 'LEAD', 'POINTER',
            'OVERALL', 'RecordError', 'turns_of', 'fault', 'image_fault', 'parse_records', 'read_records',
            'one_spelling', 'write_records', 'to_messages', 'record_id', 'rng_of', 'frame', 'alignment_record', 'Turn',
-           'facts_told', 'turn', 'leaks', 'without_leaks', 'compose', 'rarer_twin', 'short_turns', 'denied', 'place_of',
-           'describe', 'noun_phrase', 'report', 'sentences', 'visible', 'named_modalities', 'general_turns',
+           'facts_told', 'turn', 'leaks', 'without_leaks', 'compose', 'excess', 'rarer_twin', 'short_turns', 'denied',
+           'place_of', 'describe', 'noun_phrase', 'report', 'sentences', 'visible', 'named_modalities', 'general_turns',
            'TemplateGenerator', 'instruct_record', 'instruct_records']
 
 # %% ../nbs/03_conversations.ipynb #127e42eb
@@ -275,17 +275,24 @@ def compose(
         if len(trial) > len(chosen): chosen = trial
     return chosen
 
-# %% ../nbs/03_conversations.ipynb #49863804
+# %% ../nbs/03_conversations.ipynb #3d393a88
+def excess(
+    q:dict,        # a question with its answer
+    tally:Counter, # (question, answer) so far
+)->int:            # 0 for an answer other than yes and no
+    "How much more often this wording has had this answer than the opposite."
+    if q['answer'] not in ('yes', 'no'): return 0
+    return tally[q['question'], q['answer']] - tally[q['question'], 'no' if q['answer'] == 'yes' else 'yes']
+
 def rarer_twin(
     pair:list,     # two questions with opposite answers
     tally:Counter, # (question, answer) so far
     rng:np.random.Generator, # decides a tie
-)->dict:           # one of the two
+)->list:           # one of the two, or none if both are far ahead
     "The twin whose answer its wording has had less often."
-    def excess(q):
-        n = {a: tally[q['question'], a] for a in ('yes', 'no')}
-        return 2*n[q['answer']] - sum(n.values())
-    return min(pair, key=lambda q: excess(q) + .5*rng.random())
+    q = min(pair, key=lambda q: excess(q, tally) + .5*rng.random())
+    n = tally[q['question'], 'yes'] + tally[q['question'], 'no']
+    return [q] if excess(q, tally) < 2 + .2*n else []
 
 def short_turns(
     claims:phantoms.Claims,  # what the text says
@@ -300,7 +307,7 @@ def short_turns(
         questions = phantoms.claim_questions(claims, rng, skew)
         for twin in sorted({q['twin'] for q in questions if q['twin'] is not None}):
             pair = [q for q in questions if q['twin'] == twin]
-            questions = [q for q in questions if q['twin'] != twin] + [rarer_twin(pair, tally, rng)]
+            questions = [q for q in questions if q['twin'] != twin] + rarer_twin(pair, tally, rng)
         for q in questions:
             if q['answer'] == '0' and i: continue  # as often as in the evaluation, not in every draw
             form = i % 2 if q['question_type'] == 'quadrant' else q['answer'] in ('yes', 'no')
@@ -421,7 +428,7 @@ def general_turns(
         turns.append(Turn(str(rng.choice(OVERALL)), ' '.join(said[:2]), 'report', '', fact, fact))
     return turns
 
-# %% ../nbs/03_conversations.ipynb #e5bfcc0f
+# %% ../nbs/03_conversations.ipynb #6e2f6557
 class TemplateGenerator:
     "Writes conversations from caption and mentions by templates; it never sees an image."
     name, version, saw = 'template', '1', ('caption', 'mentions')
@@ -457,9 +464,10 @@ class TemplateGenerator:
         turns = short_turns(claims, self.tally, rng, skew=self.skew)
         longer = [describe(k, f, rng) for k, f in claims.findings.items()]
         turns = [t for t in (*turns, *longer) if t and t.type != 'unanswerable']
-        types = sorted({t.type for t in turns}) + ['unanswerable'] + ['finding']*4*bool(claims.findings)
-        start = str(rng.choice(types))
-        first = [t for t in turns if t.type == start][:1]
+        label = {id(t): 'normal' if t.asks == {'normal'} else t.type for t in turns}
+        rare = 'finding' if claims.findings else 'normal'  # closes most other questions
+        start = str(rng.choice(sorted(set(label.values())) + ['presence', 'unanswerable'] + [rare]*4))
+        first = [t for t in turns if label[id(t)] == start][:1]
         if rng.random() < self.report: first = [report(claims, rng)]
         if start == 'unanswerable': first = self.fill([], rng, 1)
         chosen = max((compose(turns, rng, n, first) for _ in range(3)), key=len)
