@@ -12,7 +12,7 @@ __all__ = ['KINDS', 'GIVEN', 'MARK', 'EXAMPLE', 'RUN_HELP', 'UsageError', 'order
            'cell', 'results_table', 'clean_output', 'with_outputs', 'small_png', 'refresh', 'make_parser',
            'run_command', 'dispatch', 'main']
 
-# %% ../nbs/12_batches.ipynb #f1fa80f1
+# %% ../nbs/12_batches.ipynb #0b8780fa
 import argparse
 import ast
 import contextlib
@@ -38,19 +38,17 @@ import nbformat
 import psutil
 import yaml
 
-from .runs import (FULL, OutputError, RunLock, RunLocked, clock, file_hash, folder_hash, git_state,
-                            machine, now, outputs_dir, read_json, read_run, root, run_dir, update_run,
-                            versions, write_json)
+from .runs import (FULL, RunLock, RunLocked, clock, file_hash, folder_hash, git_state, machine, now,
+                            outputs_dir, read_run, root, run_dir, update_run, versions, write_json, writing)
 
-# %% ../nbs/12_batches.ipynb #8cdae3a5
+# %% ../nbs/12_batches.ipynb #f65474ab
 class UsageError(ValueError): "The command asks for something that does not exist; nothing has run."
 
 def order(
     step:str, # name of a step
 )->tuple:     # 3_tune before 3b_more before 10_last
     "Where a step stands in the pipeline."
-    number = re.match(r'\d*', step)[0]
-    return int(number or 0), step[len(number):]
+    return int(re.match(r'\d*', step)[0] or 0), step.lstrip('0123456789')
 
 def pipeline()->dict: # step name → its notebook, in order
     "The notebooks of the pipeline."
@@ -71,8 +69,7 @@ def known_name(
     prefix:bool=False, # whether the beginning of a name is enough
 )->str:          # the name
     "The name that is meant, or one sentence that lists the known ones."
-    names = list(names)
-    if name in names: return name
+    if name in (names := list(names)): return name
     starts = [n for n in names if prefix and name and n.startswith(name)]
     if len(starts) == 1: return starts[0]
     near = difflib.get_close_matches(name, names, 1, 0.5)
@@ -431,7 +428,7 @@ def stop(
     except subprocess.TimeoutExpired: p.kill(); p.wait()
     p.stdout.close()
 
-# %% ../nbs/12_batches.ipynb #28c0bc4a
+# %% ../nbs/12_batches.ipynb #e8b3fa8d
 class StepFailed(RuntimeError): "A notebook did not finish; the message says which, why, and where to look."
 
 def start_step(
@@ -443,11 +440,10 @@ def start_step(
     folder = run_dir(run)/step
     update_run(run, step, state='running', key=None, files=None, error=None, partial=None, ended=None,
                parameters={k: v for k, v in values.items() if k not in GIVEN}, inputs=inputs, started=now())
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for old in [*folder.glob('*.partial-*.ipynb'), folder/f'{step}.ipynb', folder/'ledger.json']: old.unlink(missing_ok=True)
-    except OSError as e:
-        raise OutputError(f'Cannot write into {folder} ({e.strerror}): free some space, or set LLAVA_MED_OUTPUTS.') from e
+        for p in folder.iterdir():
+            if '.partial-' in p.name or p.name in (f'{step}.ipynb', 'ledger.json'): p.unlink()
     return folder/f'{step}.partial-{os.getpid()}-{time.time_ns() % 10**9}.ipynb'
 
 def run_step(
@@ -515,7 +511,7 @@ def run_pipeline(
             say(f'[{i}/{len(plan)}] {step}: done in {clock(outcome[step])}')
     return outcome
 
-# %% ../nbs/12_batches.ipynb #f9f2afcc
+# %% ../nbs/12_batches.ipynb #2ae2ec20
 def read_scores(
     path:Path, # scores.csv
 )->list:       # rows with numbers in value, low, high
@@ -537,8 +533,7 @@ def results_table(
     strict = [r for r in rows if r['metric'] == 'strict']
     by = {(r['model'], r['condition'], r['slice']): r for r in reversed(strict)}
     plain = [r for r in strict if r['slice'] == 'all' and r['condition'] in ('image', 'blank', 'shuffled', 'noise')]
-    models = list(dict.fromkeys(r['model'] for r in plain if '-' not in r['model']))
-    conditions = list(dict.fromkeys(r['condition'] for r in plain))
+    models, conditions = (list(dict.fromkeys(r[k] for r in plain if '-' not in r[k])) for k in ('model', 'condition'))
     if not models: return 'No strict accuracy in scores.csv.'
     grid = [['strict accuracy', *conditions]] + [[m, *(cell(by.get((m, c, 'all'))) for c in conditions)] for m in models]
     last = 'stage2' if 'stage2' in models else models[-1]
@@ -578,7 +573,7 @@ def with_outputs(
     source.metadata.pop('widgets', None)
     return source
 
-# %% ../nbs/12_batches.ipynb #28c58ee6
+# %% ../nbs/12_batches.ipynb #7bf5228f
 def small_png(
     path:Path, # a figure
     limit:int, # bytes
@@ -613,8 +608,7 @@ def refresh(
             if len(data) > largest: continue
             (target/s).mkdir(parents=True, exist_ok=True)
             (target/s/p.name).write_bytes(data)
-    record = json.dumps(read_run(run)).replace(str(outputs_dir()), 'outputs').replace(str(root()), '.')
-    record = json.loads(record)
+    record = json.loads(json.dumps(read_run(run)).replace(str(outputs_dir()), 'outputs').replace(str(root()), '.'))
     record['machine'].pop('host', None)
     write_json(target/'run.json', record)
     return steps
