@@ -97,7 +97,7 @@ def test_contract_of_the_scores(smoke):
     assert list(table[0]) == SCORES
     assert {'base', 'stage1', 'stage2', 'stage2-base'} <= {r['model'] for r in table}
     assert {'image', 'blank', 'shuffled', 'image-blank'} <= {r['condition'] for r in table}
-    assert {'strict', 'strict_pairs', 'finding_recall', 'finding_precision'} <= {r['metric'] for r in table}
+    assert {'strict', 'strict_pairs', 'finding_recall'} <= {r['metric'] for r in table}  # precision needs a model that claims something
     slices = {r['slice'].split('=')[0] for r in table}
     assert {'all', 'question_type', 'modality', 'answer_type', 'combination'} <= slices
     for r in table:
