@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLOURS', 'GROUNDS', 'CORNERS', 'WORLD_LABELS', 'NUMBERS', 'WORLD_CAPTIONS', 'WORLD_EMPTY',
-           'WORLD_QUESTIONS', 'FACTS', 'METHODS', 'VIEWS', 'PERSON', 'SIGNS', 'world_sample', 'plain_text']
+           'WORLD_QUESTIONS', 'FACTS', 'METHODS', 'VIEWS', 'PERSON', 'SIGNS', 'STUDIES', 'COUNTS', 'ODD_PLURALS',
+           'world_sample', 'plain_text', 'report_text']
 
 # %% ../nbs/13_shapes.ipynb #16a8e185
 import numpy as np
@@ -262,3 +263,63 @@ def plain_text(
     if rng.random() < .5: return [('user', 'go on'), ('assistant', f'{_fact(rng)} {_fact(rng)}')]
     q, a = _text_question(rng)
     return [('user', q), ('assistant', a)]
+
+# %% ../nbs/13_shapes.ipynb #96da129e
+STUDIES = {'chest x-ray': ('lung', ('nodule', 'consolidation', 'effusion', 'pneumothorax', 'opacity', 'infiltrate')),
+           'ct scan': ('lung', ('mass', 'cavity', 'ground-glass opacity', 'nodule', 'embolus', 'emphysema')),
+           'mri': ('brain', ('metastasis', 'abscess', 'infarct', 'tumour', 'aneurysm', 'oedema')),
+           'histology': ('colon', ('lymphoid aggregate', 'granuloma', 'mucin pool', 'mitosis', 'gland', 'necrosis')),
+           'gross photograph': ('liver', ('tumor', 'cyst', 'hemorrhage', 'ulcer', 'calcification', 'stone'))}
+COUNTS = ('one', 'two', 'three', 'four')
+ODD_PLURALS = {'metastasis': 'metastases', 'mass': 'masses', 'cavity': 'cavities', 'abscess': 'abscesses', 'mitosis': 'mitoses',
+               'ground-glass opacity': 'ground-glass opacities', 'opacity': 'opacities', 'embolus': 'emboli', 'pneumothorax': 'pneumothoraces'}
+
+def _notes(rng):
+    "Made-up notes: study, organ, findings as (word, number, size, where), a denied finding, the patient."
+    study = str(rng.choice(list(STUDIES))); organ, words = STUDIES[study]
+    words = [str(w) for w in rng.permutation(words)]
+    organ = str(rng.choice(['liver', 'kidney'])) if study == 'gross photograph' else organ
+    found = [(w, int(rng.integers(1, 5)), str(rng.choice(['small', 'large'])),
+              str(rng.choice(['left', 'right', 'upper left', 'upper right', 'lower left', 'lower right'])))
+             for w in words[:rng.choice(3, p=(.2, .5, .3))]]
+    return dict(study=study, organ=organ, found=found, absent=words[3], person=str(rng.choice(PERSON)), sign=str(rng.choice(SIGNS)))
+
+def _amount(rng, f, size=True):
+    "Such as *two small nodules*."
+    w, n, s, where = f
+    word = w if n == 1 else ODD_PLURALS.get(w, w + 's')
+    number = (_article(w).split()[0] if rng.random() < .4 else 'one') if n == 1 else COUNTS[n - 1] if rng.random() < .7 else str(n)
+    return f'{number} {s} {word}' if size else f'{number} {word}'
+
+def _written(rng, o):
+    "Sentences that say what the notes say."
+    pick, out = lambda *x: str(rng.choice(x)), []
+    for f in o['found']:
+        w = f[3]
+        out.append(pick(f"{_amount(rng, f)} lie in the {w} of this {o['study']}.", f"dictated from the {o['study']}: {_amount(rng, f)}, {w}.",
+                        f"the {o['organ']} contains {_amount(rng, f)} towards the {w}.", f"one sees {_amount(rng, f)} {w} in the {o['organ']}.",
+                        f"{w} {o['organ']} with {_amount(rng, f)}.", f"this {o['study']} reveals {_amount(rng, f)}, situated {w}."))
+    if not out: out.append(pick(f"this {o['study']} of the {o['organ']} is normal.", f"nothing abnormal in the {o['organ']}.", f"normal {o['organ']}, dictated from the {o['study']}."))
+    if rng.random() < .5: out.append(pick(f"there is no {o['absent']}.", f"{_article(o['absent'])} was ruled out.", f"neither {o['absent']} nor fracture."))
+    if rng.random() < .25: out.insert(0, pick(f"{o['person']} with {o['sign']}.", f"referred because of {o['sign']}: {o['person']}."))
+    return ' '.join(out)
+
+def _noted(rng, o):
+    "The same as terse notes."
+    parts = [o['study'], o['organ'], *(' '.join(str(x) for x in rng.permutation([w, COUNTS[n - 1], s, where])) for w, n, s, where in o['found'])]
+    parts += [f"no {o['absent']}"] if o['found'] else ['normal', f"no {o['absent']}"]
+    return ', '.join(str(x) for x in rng.permutation(parts))
+
+def report_text(
+    seed:int,  # number of the report
+)->list:       # chat turns [(role, text), ...]
+    "Notes and the report that says the same, or a report and a question about it; without any image."
+    rng = np.random.default_rng((9, seed))
+    o = _notes(rng); text = _written(rng, o)
+    ask = str(rng.choice(['describe', 'write it out', 'a report please', 'describe in detail', 'in sentences', 'tell me what it shows']))
+    if rng.random() < .65 or not o['found']: return [('user', f'{_noted(rng, o)} {ask}'), ('assistant', text)]
+    w, n, s, where = o['found'][rng.integers(len(o['found']))]
+    pairs = [(f'how many of {w}?', str(n)), (f'where is the {w}?', where), (f'is the {w} small or large?', s), (f'which study?', o['study']),
+             (f'which organ?', o['organ']), (f'any {w}?', 'yes'), (f"any {o['absent']}?", 'no')]
+    q, a = pairs[rng.integers(len(pairs))]
+    return [('user', f'{text if rng.random() < .5 else _noted(rng, o)} {q}'), ('assistant', a)]

@@ -168,7 +168,7 @@ class LookingLoss:
         self.parts = dict(picture=picture.item()/n, text=text.item()/m, patch=seen.item())
         return picture/n + self.text*text/m + self.patch*seen, 1
 
-# %% ../nbs/07_training.ipynb #984371a4
+# %% ../nbs/07_training.ipynb #adab0df8
 class WorldSet:
     "Pictures of a world as rows of one length, with patch targets and plain text beside them."
     def __init__(
@@ -187,8 +187,18 @@ class WorldSet:
         self.pixels = torch.from_numpy(np.stack([s['image'] for s in scenes])).permute(0, 3, 1, 2)
         self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in (size.image_mean, size.image_std))
         self.patches = torch.from_numpy(np.stack([patch_targets(s['marks'], labels, self.grid) for s in scenes]))
-        self.texts = [encode(tok, [dict(role=r, content=c) for r, c in t]) for t in texts]
-        self.text_len, self.rng = max(len(t['input_ids']) for t in self.texts), rng
+        self.rng = rng
+        self.read(texts, tok)
+
+    def read(
+        self,
+        texts:list,       # chats without images: [(role, text), ...] each
+        tokenizer,        # of the model
+        share:float=.25,  # rows of text for each row with a picture
+    ):
+        "Take these texts from now on."
+        self.texts = [encode(tokenizer, [dict(role=r, content=c) for r, c in t]) for t in texts]
+        self.text_len, self.share = max(len(t['input_ids']) for t in self.texts), share
 
     def _row(self, tok, scene, rng):
         "A caption and questions in random order, as many as fit."
@@ -202,12 +212,12 @@ class WorldSet:
         self,
         samples:list, # of `self.rows`
     )->dict:          # a batch for `LookingLoss`; all batches have one shape
-        "Rows, pixels, patch targets and a quarter as many rows of plain text."
+        "Rows, pixels, patch targets and rows of plain text."
         def fill(rows, n): return [{k: v + [f]*(n - len(v)) for k, v, f in
             ((k, r[k], dict(input_ids=self.collate.pad_id, labels=IGNORE, segments=-1, positions=0)[k])
              for k in r if k != 'number')} for r in rows]
         n = torch.tensor([s['number'] for s in samples])
-        text = self.collate(fill([self.texts[i] for i in self.rng.integers(0, len(self.texts), len(samples)//4)], self.text_len))
+        text = self.collate(fill([self.texts[i] for i in self.rng.integers(0, len(self.texts), int(len(samples)*self.share))], self.text_len))
         return {**self.collate(fill(samples, self.row)), 'pixels': self.view(n), 'patches': self.patches[n], 'text': text}
 
 # %% ../nbs/07_training.ipynb #5964d93b
