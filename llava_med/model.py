@@ -6,7 +6,8 @@
 __all__ = ['SPECIAL', 'TURNS', 'CHAT_TEMPLATE', 'PARTS', 'train_tokenizer', 'make_processor', 'assemble', 'tiny_model', 'save',
            'load', 'part_of', 'set_trainable', 'part_table', 'vision_features']
 
-# %% ../nbs/05_model.ipynb #ea9d7630
+# %% ../nbs/05_model.ipynb #dd4dff99
+import contextlib
 import os
 import shutil
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlamaConfig,
                           LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
                           PreTrainedTokenizerFast)
+from transformers.utils import logging as hf_logging
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 # %% ../nbs/05_model.ipynb #73457b53
@@ -117,7 +119,16 @@ def tiny_model(
                        vocab_size=len(processor.tokenizer), max_position_embeddings=2048)
     return assemble(vision, text, processor, connector, seed), processor
 
-# %% ../nbs/05_model.ipynb #76da9bbc
+# %% ../nbs/05_model.ipynb #d384ecb3
+@contextlib.contextmanager
+def _no_bars():
+    "Load and save without progress bars, which notebooks would keep as widgets."
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: hf_logging.enable_progress_bar()
+
 def save(
     model:LlavaForConditionalGeneration, # to be written
     processor:LlavaProcessor,            # travels with it, chat template included
@@ -127,7 +138,7 @@ def save(
     "Write a standard Hugging Face folder."
     path = Path(path); tmp = path.with_name(f'.{path.name}.{os.getpid()}')
     state = {k: v.to(getattr(torch, dtype)) for k, v in model.state_dict().items()} if dtype else None
-    model.save_pretrained(tmp, state_dict=state)
+    with _no_bars(): model.save_pretrained(tmp, state_dict=state)
     processor.save_pretrained(tmp)
     if path.exists(): shutil.rmtree(path)
     os.replace(tmp, path)
@@ -144,7 +155,8 @@ def load(
         raise FileNotFoundError(f"No model in '{path}': it holds no config.json. For the shipped base model "
                                 'restore data/base_tiny from the repository or run `llava-med run tiny --only '
                                 '0_base_model`; for a stage, run that stage first.')
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype))
+    with _no_bars():
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype))
     return model.to(device).eval(), AutoProcessor.from_pretrained(path)
 
 # %% ../nbs/05_model.ipynb #c86158f0

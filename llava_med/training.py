@@ -51,7 +51,7 @@ def lr_factor(
     if step < rise: return (step + 1)/rise
     return .5*(1 + math.cos(math.pi*min(1., (step - rise)/max(1, total - rise))))
 
-# %% ../nbs/07_training.ipynb #77fd750e
+# %% ../nbs/07_training.ipynb #27276386
 def _steps(lengths, stage, seed):
     "All batches of a stage in order: (epoch, sample numbers)."
     for e in range(stage.epochs):
@@ -60,7 +60,7 @@ def _steps(lengths, stage, seed):
 def _save_state(acc, path, done, rows, fingerprint):
     "Write a checkpoint under a temporary name, then take the final one."
     tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    acc.save_state(str(tmp))
+    acc.save_state(str(tmp), safe_serialization=False)   # tied weights are written once
     (tmp/'progress.json').write_text(json.dumps(dict(done=done, rows=rows, fingerprint=fingerprint)))
     if path.exists(): shutil.rmtree(path)
     os.replace(tmp, path)
