@@ -17,14 +17,14 @@ from .conversations import to_messages
 from .model import vision_features
 from .runs import progress
 
-# %% ../nbs/06_batching.ipynb #488f44ea
+# %% ../nbs/06_batching.ipynb #cd4151bf
 IGNORE = -100   # label that the loss skips
 
 def encode(
     tokenizer,       # with a chat template that marks `generation`
     messages:list,   # chat messages; content is text or a list of image and text parts
     image_tokens:int=64, # patches of one picture
-    max_len:int=None,    # longest sequence, image included
+    max_len:int=None,    # the end of a longer sequence is cut off; the image never is
 )->dict:             # input_ids and labels, lists of equal length
     "Token ids and labels of one conversation; raises ValueError when nothing can be learned."
     enc = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True,
@@ -33,12 +33,13 @@ def encode(
     for i, said in zip(enc['input_ids'], enc['assistant_masks']):
         n = image_tokens if i == image else 1
         ids += [i]*n; labels += [i if said else IGNORE]*n
+    if max_len and image in ids[max_len:]:
+        raise ValueError(f'The image does not fit into max_len = {max_len} tokens; raise it: {str(messages)[:120]}')
+    ids, labels = ids[:max_len], labels[:max_len]
     if all(l == IGNORE for l in labels):
-        raise ValueError('No token of this conversation is scored; it has no answer, or the chat template does '
-                         'not mark the assistant with {% generation %}: ' + str(messages)[:120])
-    if max_len and len(ids) > max_len:
-        raise ValueError(f'The conversation has {len(ids)} tokens, the limit is {max_len}; shorten it or raise '
-                         f'max_len: {str(messages)[:120]}')
+        raise ValueError('No token of this conversation is scored; it has no answer, its answer lies beyond '
+                         'max_len, or the chat template does not mark the assistant with {% generation %}: '
+                         + str(messages)[:120])
     return dict(input_ids=ids, labels=labels)
 
 # %% ../nbs/06_batching.ipynb #47a3be48
@@ -158,20 +159,22 @@ def scored_hits(
     guess = model.lm_head(_hidden(model, batch)[:, :-1]).argmax(-1)
     return (guess == labels) | (labels == IGNORE)
 
-# %% ../nbs/06_batching.ipynb #1abde962
+# %% ../nbs/06_batching.ipynb #e855a4ce
 def record_samples(
     records:list,        # LLaVA-Med records: image, conversations
     tokenizer,           # with a chat template
     image_tokens:int=64, # patches of a picture
-    max_len:int=2048,    # longest conversation in tokens, image included
+    max_len:int=2048,    # the end of a longer conversation is cut off, and said so
 )->tuple:                # (encoded samples with the number of their picture, picture names by number)
     "Encode conversation records; a record that cannot be used is named in the ValueError."
-    names, samples = {}, []
+    names, samples, cut = {}, [], 0
     for r in records:
         try: e = encode(tokenizer, to_messages(r), image_tokens, max_len)
         except ValueError as err: raise ValueError(f"Record '{r.get('id')}': {err}") from None
         image = names.setdefault(r['image'], len(names)) if r.get('image') else None
         samples.append(dict(e, image=image))
+        cut += len(e['input_ids']) == max_len
+    if cut: print(f'{cut} of {len(records)} conversations were cut at {max_len} tokens (max_len).')
     return samples, list(names)
 
 def file_features(

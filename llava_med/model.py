@@ -119,7 +119,7 @@ def tiny_model(
                        vocab_size=len(processor.tokenizer), max_position_embeddings=2048)
     return assemble(vision, text, processor, connector, seed), processor
 
-# %% ../nbs/05_model.ipynb #d384ecb3
+# %% ../nbs/05_model.ipynb #012c09f0
 @contextlib.contextmanager
 def _no_bars():
     "Load and save without progress bars, which notebooks would keep as widgets."
@@ -137,6 +137,8 @@ def save(
 )->Path:                                 # the folder
     "Write a standard Hugging Face folder."
     path = Path(path); tmp = path.with_name(f'.{path.name}.{os.getpid()}')
+    if path.exists() and any(path.iterdir()) and not (path/'config.json').exists():
+        raise FileExistsError(f"'{path}' holds something else than a model; choose another folder.")
     state = {k: v.to(getattr(torch, dtype)) for k, v in model.state_dict().items()} if dtype else None
     with _no_bars(): model.save_pretrained(tmp, state_dict=state)
     processor.save_pretrained(tmp)
@@ -153,8 +155,9 @@ def load(
     path = Path(path)
     if not (path/'config.json').exists():
         raise FileNotFoundError(f"No model in '{path}': it holds no config.json. For the shipped base model "
-                                'restore data/base_tiny from the repository or run `llava-med run tiny --only '
-                                '0_base_model`; for a stage, run that stage first.')
+                                'restore data/base_tiny from the repository, or rebuild it with `llava-med run tiny '
+                                '--only 0_base_model --set 0_base_model.publish=data/base_tiny`; for a stage, run '
+                                'that stage first.')
     with _no_bars():
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype))
     return model.to(device).eval(), AutoProcessor.from_pretrained(path)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SHAPES', 'COLOURS', 'GROUNDS', 'CORNERS', 'WORLD_LABELS', 'NUMBERS', 'WORLD_CAPTIONS', 'WORLD_EMPTY',
            'WORLD_QUESTIONS', 'FACTS', 'METHODS', 'VIEWS', 'PERSON', 'SIGNS', 'STUDIES', 'COUNTS', 'ODD_PLURALS',
-           'world_sample', 'plain_text', 'report_text']
+           'PLACES', 'SEEN', 'PICTURES', 'LOOKS', 'NORMAL', 'RULED_OUT', 'ASIDE', 'world_sample', 'plain_text',
+           'report_text']
 
 # %% ../nbs/13_shapes.ipynb #16a8e185
 import numpy as np
@@ -264,7 +265,7 @@ def plain_text(
     q, a = _text_question(rng)
     return [('user', q), ('assistant', a)]
 
-# %% ../nbs/13_shapes.ipynb #96da129e
+# %% ../nbs/13_shapes.ipynb #34c0a6aa
 STUDIES = {'chest x-ray': ('lung', ('nodule', 'consolidation', 'effusion', 'pneumothorax', 'opacity', 'infiltrate')),
            'ct scan': ('lung', ('mass', 'cavity', 'ground-glass opacity', 'nodule', 'embolus', 'emphysema')),
            'mri': ('brain', ('metastasis', 'abscess', 'infarct', 'tumour', 'aneurysm', 'oedema')),
@@ -282,7 +283,7 @@ def _notes(rng):
     found = [(w, int(rng.integers(1, 5)), str(rng.choice(['small', 'large'])),
               str(rng.choice(['left', 'right', 'upper left', 'upper right', 'lower left', 'lower right'])))
              for w in words[:rng.choice(3, p=(.2, .5, .3))]]
-    return dict(study=study, organ=organ, found=found, absent=words[3], person=str(rng.choice(PERSON)), sign=str(rng.choice(SIGNS)))
+    return dict(study=study, organ=organ, found=found, absent=words[3], other=words[4], person=str(rng.choice(PERSON)), sign=str(rng.choice(SIGNS)))
 
 def _amount(rng, f, size=True):
     "Such as *two small nodules*."
@@ -291,18 +292,37 @@ def _amount(rng, f, size=True):
     number = (_article(w).split()[0] if rng.random() < .4 else 'one') if n == 1 else COUNTS[n - 1] if rng.random() < .7 else str(n)
     return f'{number} {s} {word}' if size else f'{number} {word}'
 
+PLACES = ('to the {w}', '{w}', 'towards the {w}', 'lying {w}', 'in its {w} portion', 'over the {w} area', 'situated {w}', 'at its {w} aspect')
+SEEN = ('reveals', 'displays', 'brings out', 'contains', 'documents', 'indicates', 'presents', 'makes visible', 'is notable for', 'was read as')
+PICTURES = {'chest x-ray': ('chest radiograph', 'chest film', 'frontal x-ray', 'chest x-ray', 'radiograph of the chest'),
+            'ct scan': ('ct', 'ct study', 'computed tomography', 'axial ct slice', 'chest ct scan'),
+            'mri': ('mri', 'mr study', 'axial mri slice', 'magnetic resonance scan', 'brain mri scan'),
+            'histology': ('section', 'stained slide', 'biopsy slide', 'photomicrograph', 'microscopic field', 'h&e slide'),
+            'gross photograph': ('specimen', 'gross photograph', 'macroscopic photograph', 'resected specimen', 'cut surface')}
+LOOKS = ('rounded', 'irregular', 'dense', 'pale', 'dark', 'bright', 'sharply marginated', 'ill-defined', 'hazy', 'well-circumscribed', 'ring-shaped', 'wedge-like')
+NORMAL = ('{pic}: {organ} without abnormality.', 'unremarkable {organ}.', 'this {pic} is normal.', 'the {organ} looks normal, nothing focal.', 'healthy {organ} in this {pic}.')
+RULED_OUT = ('there is no {a}.', '{a} was ruled out.', 'neither {a} nor {b}.', 'free of {a} and of {b}.', '{a} is not seen, nor is {b}.', 'no sign of {a}, no evidence of {b}.', 'without {a}.')
+ASIDE = ('the image was obtained before treatment.', 'the remaining {organ} is unremarkable.', 'a marker is displayed at the edge.', 'a ruler in centimetres lies beside it.', 'quality is adequate.',
+         'surrounding structures appear preserved.', 'the great vessels and the airways are normal.', 'heart size is within limits.', 'background tissue shows the usual staining.')
+
+def _statement(rng, o, f):
+    "One sentence about one finding."
+    pick = lambda x: str(rng.choice(x))
+    pic, place = pick(PICTURES[o['study']]), pick(PLACES).format(w=f[3])
+    amount = _amount(rng, f)
+    if rng.random() < .4: amount = amount.replace(f' {f[2]} ', f' {f[2]} {pick(LOOKS)} ')
+    return pick([f"{amount}, {place}, on this {pic}.", f"on {pic} one sees {amount} {place}.", f"the {o['organ']} {pick(['has', 'bears', 'holds'])} {amount} {place}.",
+                 f"{pic} of the {o['organ']} {pick(SEEN)} {amount} {place}.", f"a {pic} {pick(SEEN)} {amount} {place} of the {o['organ']}.", f"{place}: {amount}.",
+                 f"impression: {amount} {place}.", f"{amount} {pick(['were', 'are being'])} noted {place} in this {pic}."])
+
 def _written(rng, o):
     "Sentences that say what the notes say."
-    pick, out = lambda *x: str(rng.choice(x)), []
-    for f in o['found']:
-        w = f[3]
-        out.append(pick(f"{_amount(rng, f)} lie in the {w} of this {o['study']}.", f"dictated from the {o['study']}: {_amount(rng, f)}, {w}.",
-                        f"the {o['organ']} contains {_amount(rng, f)} towards the {w}.", f"one sees {_amount(rng, f)} {w} in the {o['organ']}.",
-                        f"{w} {o['organ']} with {_amount(rng, f)}.", f"this {o['study']} reveals {_amount(rng, f)}, situated {w}."))
-    if not out: out.append(pick(f"this {o['study']} of the {o['organ']} is normal.", f"nothing abnormal in the {o['organ']}.", f"normal {o['organ']}, dictated from the {o['study']}."))
-    if rng.random() < .5: out.append(pick(f"there is no {o['absent']}.", f"{_article(o['absent'])} was ruled out.", f"neither {o['absent']} nor fracture."))
-    if rng.random() < .25: out.insert(0, pick(f"{o['person']} with {o['sign']}.", f"referred because of {o['sign']}: {o['person']}."))
-    return ' '.join(out)
+    pick = lambda x: str(rng.choice(x))
+    out = [_statement(rng, o, f) for f in o['found']] or [pick(NORMAL).format(pic=pick(PICTURES[o['study']]), organ=o['organ'])]
+    if rng.random() < .5: out.append(pick(RULED_OUT).format(a=o['absent'], b=o['other']))
+    if rng.random() < .4: out.append(pick(ASIDE).format(organ=o['organ']))
+    if rng.random() < .25: out.insert(0, pick([f"{o['person']} with {o['sign']}.", f"referred because of {o['sign']}: {o['person']}."]))
+    return ' '.join(t[0].upper() + t[1:] for t in out) if rng.random() < .85 else ' '.join(out)
 
 def _noted(rng, o):
     "The same as terse notes."
@@ -316,7 +336,7 @@ def report_text(
     "Notes and the report that says the same, or a report and a question about it; without any image."
     rng = np.random.default_rng((9, seed))
     o = _notes(rng); text = _written(rng, o)
-    ask = str(rng.choice(['describe', 'write it out', 'a report please', 'describe in detail', 'in sentences', 'tell me what it shows']))
+    ask = str(rng.choice(['describe', 'Write it out.', 'A report, please.', 'Put this in sentences.', 'in sentences', 'Tell me what it shows.', 'Describe it.', 'What is seen here?', 'A short text, please.', 'Explain the picture.']))
     if rng.random() < .65 or not o['found']: return [('user', f'{_noted(rng, o)} {ask}'), ('assistant', text)]
     w, n, s, where = o['found'][rng.integers(len(o['found']))]
     pairs = [(f'how many of {w}?', str(n)), (f'where is the {w}?', where), (f'is the {w} small or large?', s), (f'which study?', o['study']),

@@ -6,7 +6,8 @@
 __all__ = ['STAGES', 'Stage', 'lr_factor', 'TrainingError', 'fit', 'train_flops', 'patch_targets', 'LookingLoss', 'WorldSet',
            'world_scores']
 
-# %% ../nbs/07_training.ipynb #901306ed
+# %% ../nbs/07_training.ipynb #d24d7492
+import hashlib
 import json
 import math
 import os
@@ -51,19 +52,28 @@ def lr_factor(
     if step < rise: return (step + 1)/rise
     return .5*(1 + math.cos(math.pi*min(1., (step - rise)/max(1, total - rise))))
 
-# %% ../nbs/07_training.ipynb #27276386
+# %% ../nbs/07_training.ipynb #494da3a3
 def _steps(lengths, stage, seed):
     "All batches of a stage in order: (epoch, sample numbers)."
     for e in range(stage.epochs):
         for b in length_batches(lengths, stage.batch_size, np.random.default_rng((seed, e))): yield e, b
+
+def _fingerprint(model, samples, *what):
+    "What a checkpoint belongs to: stage, seed, the weights at the start and every sample."
+    h = hashlib.sha256(json.dumps(what).encode())
+    for n, p in model.state_dict().items(): h.update(n.encode() + p.detach().cpu().float().numpy().tobytes())
+    for s in samples: h.update(repr([s['input_ids'], s['labels'], s.get('image')]).encode())
+    return h.hexdigest()
 
 def _save_state(acc, path, done, rows, fingerprint):
     "Write a checkpoint under a temporary name, then take the final one."
     tmp = path.with_name(f'.{path.name}.{os.getpid()}')
     acc.save_state(str(tmp), safe_serialization=False)   # tied weights are written once
     (tmp/'progress.json').write_text(json.dumps(dict(done=done, rows=rows, fingerprint=fingerprint)))
-    if path.exists(): shutil.rmtree(path)
+    old = path.with_name(f'.{path.name}.old')
+    if path.exists(): os.replace(path, old)   # at every moment one whole checkpoint is there
     os.replace(tmp, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 def _load_state(acc, path, fingerprint):
     "Read a checkpoint that belongs to this very stage and data; otherwise start afresh."
@@ -73,7 +83,7 @@ def _load_state(acc, path, fingerprint):
     acc.load_state(str(path))
     return p['done'], p['rows']
 
-# %% ../nbs/07_training.ipynb #9a85dfac
+# %% ../nbs/07_training.ipynb #e0db6e66
 class TrainingError(RuntimeError): "The loss is no longer a number."
 
 def fit(
@@ -92,7 +102,7 @@ def fit(
     whole:bool=False,    # leave out an incomplete last batch, so that all have one shape
 )->list:                 # rows step, epoch, samples, loss, lr
     "Train one stage; raises TrainingError when the loss is not finite."
-    trainable = set_trainable(model, stage.parts)
+    set_trainable(model, stage.parts)
     params = [p for m in (model, *extra) for p in m.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=stage.lr, weight_decay=stage.weight_decay)
     lengths = [len(s['input_ids']) for s in samples]
@@ -100,7 +110,7 @@ def fit(
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: lr_factor(i, len(plan), stage.warmup))
     acc = Accelerator(cpu=cpu)
     model, opt, sched, *_ = acc.prepare(model, opt, sched, *extra)
-    fingerprint = json.dumps([asdict(stage), seed, len(samples), int(np.sum(lengths)), trainable])
+    fingerprint = _fingerprint(acc.unwrap_model(model), samples, asdict(stage), seed)
     done, rows = _load_state(acc, Path(checkpoint), fingerprint) if checkpoint else (0, [])
     seen, saved = sum(len(b) for _, b in plan[:done]), time.monotonic()
     model.train()
@@ -135,7 +145,7 @@ def train_flops(
     moving = sum(p.numel() for p in lm if p.requires_grad)
     return int(tokens*(4*frozen + 6*moving))
 
-# %% ../nbs/07_training.ipynb #c64edc66
+# %% ../nbs/07_training.ipynb #fb4adc16
 def patch_targets(
     marks:list,   # (x, y, label) with fractions of the picture
     labels:list,  # all labels of the world
@@ -157,14 +167,15 @@ class LookingLoss:
         empty:float=.05, # weight of patches where nothing is
     ):
         self.head, self.patch, self.text = head, patch, text
-        self.weight = torch.ones(head.out_features); self.weight[0] = empty
+        self.weight = torch.ones(head.out_features); self.weight[0] = empty   # on the CPU until used
 
     def __call__(self, model, batch):
         "Summed loss and 1: the parts are means already."
         feats = model.model.vision_tower(batch['pixels']).last_hidden_state[:, 1:]
         picture, n = batch_loss(model, {**batch, 'features': feats})
         text, m = batch_loss(model, batch['text'])
-        seen = F.cross_entropy(self.head(feats).flatten(0, 1), batch['patches'].flatten(), self.weight)
+        seen = F.cross_entropy(self.head(feats).flatten(0, 1), batch['patches'].flatten(),
+                               self.weight.to(feats.device))
         self.parts = dict(picture=picture.item()/n, text=text.item()/m, patch=seen.item())
         return picture/n + self.text*text/m + self.patch*seen, 1
 
