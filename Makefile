@@ -9,7 +9,7 @@ READY := .venv/.installed
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all lab export refresh clean
+.PHONY: help demo test test-slow test-all lab export refresh readme clean
 
 help:           ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,14 +30,18 @@ test-all: test test-slow  ## the same, and the slow tests: the pipeline end to e
 
 lab: $(READY)   ## open the book in JupyterLab
 	-@$(BIN)/jupyter labextension disable '@jupyterlab/apputils-extension:announcements' 2>/dev/null
-	$(BIN)/jupyter lab --notebook-dir=nbs
+	$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb
 
 export: $(READY) ## write llava_med/ from the notebooks, after cleaning them
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 
-refresh: demo   ## bring the demo's outputs into nbs/pipeline/ and outputs/example/
+refresh: demo   ## bring the demo's results into nbs/pipeline/, outputs/example/, the home page and README.md
 	$(BIN)/llava-med refresh tiny
+	$(BIN)/llava-med readme
+
+readme: $(READY) ## run nbs/index.ipynb and make README.md of it
+	$(BIN)/llava-med readme
 
 clean:          ## remove caches and the scratch run; runs and .venv stay
 	rm -rf outputs/scratch build _proc _docs .pytest_cache *.egg-info

@@ -1,5 +1,6 @@
 "Reads everything from settings.ini."
 from configparser import ConfigParser
+from pathlib import Path
 
 from setuptools import setup
 
@@ -13,6 +14,8 @@ def lines(key): return [x.strip() for x in c.get(key, '').splitlines() if x.stri
 
 setup(
     name=c['lib_name'].replace('_', '-'), version=c['version'], description=c['description'],
+    long_description=Path('README.md').read_text(encoding='utf-8') if Path('README.md').exists() else '',
+    long_description_content_type='text/markdown',
     author=c['author'], author_email=c['author_email'], license='Apache-2.0',
     packages=[c['lib_path']], python_requires=f">={c['min_python']}",
     install_requires=lines('requirements'), extras_require={'dev': lines('dev_requirements')},

@@ -154,6 +154,52 @@ def test_opening_and_end(path):
     if path in CHAPTERS: assert '## What you have now' in headings and '## Try' in headings
 
 
+def links(text):
+    "Relative targets of the links and pictures in a Markdown text, without anchors; code is not prose."
+    prose = re.sub(r'(?s)```.*?```|`[^`\n]*`', '', text)
+    found = re.findall(r'\]\(([^)\s]+)', prose) + re.findall(r'(?:href|src)=["\']([^"\']+)', prose)
+    return [x.split('#')[0] for x in found if not re.match(r'[a-z]+:|#', x)]
+
+
+def markdown_of(nb):
+    "Prose and Markdown outputs of a notebook."
+    outputs = [o.get('data', {}).get('text/markdown', '') for c in nb.cells for o in c.get('outputs', [])]
+    return '\n\n'.join([c.source for c in nb.cells if c.cell_type == 'markdown'] + outputs)
+
+
+def dead_links(text, folder):
+    "Relative links that lead nowhere."
+    return [x for x in links(text) if not (folder/x).resolve().exists() or x.startswith('/')]
+
+
+@each(NOTEBOOKS)
+def test_links_of_notebooks(path): assert not dead_links(markdown_of(nbformat.read(path, 4)), path.parent)
+
+
+@each([REPO/f for f in ('README.md', 'outputs/README.md', 'data/README.md')])
+def test_links_of_pages(path): assert not dead_links(path.read_text(), path.parent)
+
+
+# The home page
+
+def test_readme_is_made_from_the_index():
+    from llava_med.publishing import as_readme
+    index = nbformat.read(REPO/'nbs/index.ipynb', 4)
+    assert (REPO/'README.md').read_text() == as_readme(index), 'make readme'
+
+
+def test_index_shows_the_example_results():
+    from llava_med.publishing import example_tables
+    shown = markdown_of(nbformat.read(REPO/'nbs/index.ipynb', 4))
+    assert example_tables() in shown, 'make readme'
+
+
+def test_index_names_every_chapter_and_step():
+    found = set(links(markdown_of(nbformat.read(REPO/'nbs/index.ipynb', 4))))
+    wanted = {p.name for p in CHAPTERS if p.stem != 'index'} | {f'pipeline/{p.name}' for p in PIPELINE}
+    assert not wanted - found
+
+
 # Chapters and the library
 
 def exported(folder):
@@ -354,6 +400,7 @@ def test_the_rules_can_fail():
     assert 'seed is missing' in bad_parameters('n: int = 1  # a')
     assert imports_of('from llava_med.runs import x\ndef f():\n    import llava_med.model\n    from .vqa import y') == {'runs', 'model', 'vqa'}
     assert len(code_lines('# %% ../nbs/x.ipynb 3\n\na = 1\n')) == 1
+    assert dead_links('[a](none.ipynb#x) ![b](https://x.org/y.png) [c](#here) `d[0](e)` [f](settings.ini)', REPO) == ['none.ipynb']
 
 
 def test_the_sync_check_can_fail(tmp_path):

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from conftest import PARAMETERS, make_notebook
-from llava_med.batches import main, plan_run, read_preset, refresh
+from llava_med.batches import main, plan_run, read_preset
+from llava_med.publishing import refresh
 from llava_med.runs import RunLocked, Step, StepInputError, read_run, run_dir, update_run
 
 REPO = Path(__file__).resolve().parents[1]
@@ -363,6 +364,7 @@ def test_refresh_brings_outputs_only(toy):
     again = ['toy', '--only', '1', '--set', '1_one.n=9']
     assert toy.run(*again) == 0
     assert refresh('toy') == ['1_one']
+    assert main(['refresh', 'toy']) == 0
     nb = nbformat.read(toy.notebook('1_one'), 4)
     assert [c.id for c in nb.cells] == ['cell0', 'cell1', 'cell2', 'cell3']
     assert nb.cells[0].metadata.tags == ['parameters'] and nb.cells[0].source == PARAMETERS
@@ -379,6 +381,7 @@ def test_refresh_brings_outputs_only(toy):
     nbformat.write(nb, toy.notebook('1_one'))
     from llava_med.batches import UsageError
     with pytest.raises(UsageError, match='has changed since it was run'): refresh('toy')
+    assert main(['refresh', 'toy']) == 2 and main(['refresh', 'none']) == 1 and main(['readme']) == 1
 
 
 def test_the_terminal_shows_how_far_it_is(toy, capsys):
