@@ -382,7 +382,7 @@ def child()->None:
     print('\n' + MARK + json.dumps(outcome), flush=True)
     os._exit(0)
 
-# %% ../nbs/12_batches.ipynb #57f1e877
+# %% ../nbs/12_batches.ipynb #2f6f9d78
 def child_env(
     run:str, # name of the run
 )->dict:     # environment of the child
@@ -390,6 +390,7 @@ def child_env(
     path = os.pathsep.join(filter(None, [str(library_dir().parent), os.environ.get('PYTHONPATH')]))
     return {**os.environ, 'LLAVA_MED_RUNNER': run, 'LLAVA_MED_PLAIN': '1', 'LLAVA_MED_ROOT': str(root()),
             'LLAVA_MED_OUTPUTS': str(outputs_dir()), 'JUPYTER_PREFER_ENV_PATH': '1', 'PYTHONPATH': path,
+            'OMP_WAIT_POLICY': 'PASSIVE', 'GOMP_SPINCOUNT': '0',   # threads that wait leave the core to others
             'PYTHONUNBUFFERED': '1', 'PYTHONIOENCODING': 'utf-8', 'PYDEVD_DISABLE_FILE_VALIDATION': '1'}
 
 def run_notebook(

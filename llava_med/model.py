@@ -6,7 +6,7 @@
 __all__ = ['SPECIAL', 'TURNS', 'CHAT_TEMPLATE', 'PARTS', 'train_tokenizer', 'make_processor', 'assemble', 'tiny_model', 'save',
            'load', 'part_of', 'set_trainable', 'part_table', 'vision_features']
 
-# %% ../nbs/05_model.ipynb #dd4dff99
+# %% ../nbs/05_model.ipynb #014f1dfc
 import contextlib
 import os
 import shutil
@@ -19,6 +19,7 @@ from transformers import (AutoModelForImageTextToText, AutoProcessor, CLIPVision
                           LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
                           PreTrainedTokenizerFast)
 from transformers.utils import logging as hf_logging
+from .runs import BASE_REMEDY, writing
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 # %% ../nbs/05_model.ipynb #73457b53
@@ -119,7 +120,7 @@ def tiny_model(
                        vocab_size=len(processor.tokenizer), max_position_embeddings=2048)
     return assemble(vision, text, processor, connector, seed), processor
 
-# %% ../nbs/05_model.ipynb #012c09f0
+# %% ../nbs/05_model.ipynb #b5806c8a
 @contextlib.contextmanager
 def _no_bars():
     "Load and save without progress bars, which notebooks would keep as widgets."
@@ -140,10 +141,13 @@ def save(
     if path.exists() and any(path.iterdir()) and not (path/'config.json').exists():
         raise FileExistsError(f"'{path}' holds something else than a model; choose another folder.")
     state = {k: v.to(getattr(torch, dtype)) for k, v in model.state_dict().items()} if dtype else None
-    with _no_bars(): model.save_pretrained(tmp, state_dict=state)
-    processor.save_pretrained(tmp)
-    if path.exists(): shutil.rmtree(path)
-    os.replace(tmp, path)
+    try:
+        with writing(path), _no_bars():
+            model.save_pretrained(tmp, state_dict=state)
+            processor.save_pretrained(tmp)
+            if path.exists(): shutil.rmtree(path)
+            os.replace(tmp, path)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
     return path
 
 def load(
@@ -154,10 +158,8 @@ def load(
     "Read a LLaVA; raises FileNotFoundError with the remedy when the folder is no model."
     path = Path(path)
     if not (path/'config.json').exists():
-        raise FileNotFoundError(f"No model in '{path}': it holds no config.json. For the shipped base model "
-                                'restore data/base_tiny from the repository, or rebuild it with `llava-med run tiny '
-                                '--only 0_base_model --set 0_base_model.publish=data/base_tiny`; for a stage, run '
-                                'that stage first.')
+        raise FileNotFoundError(f"No model in '{path}': it holds no config.json. For the shipped base model: "
+                                f'{BASE_REMEDY} For a stage, run that stage first.')
     with _no_bars():
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype))
     return model.to(device).eval(), AutoProcessor.from_pretrained(path)
