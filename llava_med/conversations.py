@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import articles, phantoms
+from . import articles, phantom_words, phantoms
 from .runs import replacing
 
 # %% ../nbs/03_conversations.ipynb #26b13b75
@@ -295,16 +295,16 @@ def rarer_twin(
     return [q] if excess(q, tally) < 2 + .2*n else []
 
 def short_turns(
-    claims:phantoms.Claims,  # what the text says
+    claims:phantom_words.Claims,  # what the text says
     tally:Counter,           # yes and no so far
     rng:np.random.Generator, # draws wordings
     draws:int=6,             # how often the evaluation's questions are drawn
-    skew:float=0.,           # see `phantoms.claim_questions`
+    skew:float=0.,           # see `phantom_words.claim_questions`
 )->list:                     # candidate turns
     "Candidate turns with short answers, one for each fact and form of question."
     found = {}
     for i in range(draws):
-        questions = phantoms.claim_questions(claims, rng, skew)
+        questions = phantom_words.claim_questions(claims, rng, skew)
         for twin in sorted({q['twin'] for q in questions if q['twin'] is not None}):
             pair = [q for q in questions if q['twin'] == twin]
             questions = [q for q in questions if q['twin'] != twin] + rarer_twin(pair, tally, rng)
@@ -317,7 +317,7 @@ def short_turns(
 
 def denied(
     q:dict,                 # a question of `claim_questions`
-    claims:phantoms.Claims, # what the text says
+    claims:phantom_words.Claims, # what the text says
 )->bool:                    # whether its truth is an absence
     "Whether a question is about something that is absent."
     return q['kind'] in claims.absent or (q['kind'] is None and claims.normal)
@@ -343,7 +343,7 @@ def describe(
     "A longer turn about the size and the place of one finding."
     place, many = place_of(claim), (claim['count'] or 0) > 1
     if not (place and claim['size'] and claim['count']): return None
-    name = phantoms.plural(kind, claim['count'])
+    name = phantom_words.plural(kind, claim['count'])
     question = str(rng.choice(ABOUT)).format(name=name, verb='are' if many else 'is')
     answer = f"{'these are' if many else 'this is a'} {claim['size']} {name}{place} of the image."
     facts = frozenset(f'{q} {kind}' for q in ('size', 'side', 'quadrant'))
@@ -356,17 +356,18 @@ def noun_phrase(
 )->str:         # "two small nodules in the upper left quadrant"
     "A finding in words, with nothing that was not stated."
     n = claim['count'] or 1
-    words = ' '.join(w for w in (claim['size'], phantoms.plural(kind, n)) if w)
-    words = phantoms.article(words) if n == 1 else f'{phantoms.NUMBERS[n]} {words}'
+    words = ' '.join(w for w in (claim['size'], phantom_words.plural(kind, n)) if w)
+    words = phantom_words.article(words) if n == 1 else f'{phantom_words.NUMBERS[n]} {words}'
     return words + place_of(claim)
 
 def report(
-    claims:phantoms.Claims,  # what the text says
+    claims:phantom_words.Claims,  # what the text says
     rng:np.random.Generator, # draws the wording
 )->Turn:                     # a turn that gives every finding away
     "A longer turn about everything that the image shows."
     found = [noun_phrase(k, f) for k, f in claims.findings.items()]
-    answer = f'the image shows {phantoms.listing(found)}.' if found else 'no abnormality is seen.'
+    answer = 'no abnormality is seen.'
+    if found: answer = f'the image shows {phantom_words.listing(found)}.'
     asks = {f'presence {k}' for k in claims.findings} or {'normal'}
     asks |= {f'{q} {k}' for k, f in claims.findings.items() for q in f if f[q]}
     tells = {f'{q} {k}' for k in claims.findings for q in ('side', 'quadrant', 'size')}
@@ -420,8 +421,8 @@ def general_turns(
     said = [s for s in map(visible, sentences(caption)) if s]
     turns, named = [], named_modalities(caption)
     if len(named) == 1:
-        question = str(rng.choice(phantoms.ASK['modality']))
-        turns.append(turn(question, phantoms.SHORT['modality'][named[0]], 'modality'))
+        question = str(rng.choice(phantom_words.ASK['modality']))
+        turns.append(turn(question, phantom_words.SHORT['modality'][named[0]], 'modality'))
         said = [s for s in said if not named_modalities(s)]
     if said:
         fact = frozenset({'caption'})
@@ -437,7 +438,7 @@ class TemplateGenerator:
         n_turns:tuple=(5, 6),      # fewest and most turns that it aims at
         report:float=0.08,         # how often a conversation is built around a report
         read_findings:bool=True,   # read claims: for texts whose left is the left of the image
-        skew:float=0.,             # see `phantoms.claim_questions`
+        skew:float=0.,             # see `phantom_words.claim_questions`
     ):
         self.n_turns, self.report, self.skew = n_turns, report, skew
         self.read_findings, self.tally = read_findings, Counter()
@@ -449,14 +450,14 @@ class TemplateGenerator:
     )->list:                     # turns without leaks; empty if the text says nothing visible
         "Write one conversation."
         text = ' '.join([caption, *mentions]) if self.read_findings else ''
-        claims = phantoms.read_claims(text)
+        claims = phantom_words.read_claims(text)
         if not (claims.findings or claims.normal): return general_turns(caption, rng)
         turns = self.talk(claims, rng)
         self.tally.update((t.question, t.answer) for t in turns if t.answer in ('yes', 'no'))
         return turns
 
     def talk(self,
-        claims:phantoms.Claims,  # what the text says
+        claims:phantom_words.Claims,  # what the text says
         rng:np.random.Generator, # draws turns, wordings and order
     )->list:                     # turns without leaks
         "A conversation about what the text claims."
@@ -479,11 +480,11 @@ class TemplateGenerator:
         most:int=2,              # how many such questions at most
     )->list:                     # with some that no picture answers, where turns are too few
         "Add questions that cannot be answered until there are enough turns."
-        for q in rng.permutation(phantoms.ASK['unanswerable']):
+        for q in rng.permutation(phantom_words.ASK['unanswerable']):
             n = sum(t.type == 'unanswerable' for t in chosen)
             if len(chosen) >= self.n_turns[0] or n >= most: break
             if str(q) not in {t.question for t in chosen}:
-                more = turn(str(q), phantoms.CANNOT, 'unanswerable')
+                more = turn(str(q), phantom_words.CANNOT, 'unanswerable')
                 chosen = without_leaks([*chosen, more], rng)
         return chosen
 

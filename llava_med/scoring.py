@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 import numpy as np
 import pandas as pd
-from .phantoms import read_claims
+from .phantom_words import read_claims
 
 # %% ../nbs/09_scoring.ipynb #f110f36e
 NUMBERS = {w: str(i) for i, w in enumerate(

@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 
-from llava_med import articles, phantoms, runs
+from llava_med import articles, phantom_words, phantoms, runs
 from llava_med.conversations import (BRIEF, DETAILED, IMAGE, RecordError, TemplateGenerator, alignment_record,
                                      fault, instruct_record, leaks, read_records, to_messages, write_records)
 
@@ -14,7 +14,7 @@ N = 500
 
 def texts(seed, split='train'):
     scene = phantoms.sample_scene(seed, split)
-    return scene, phantoms.captions(scene, ('brief', 'detailed')[seed % 2]), phantoms.mentions(scene)
+    return scene, phantom_words.captions(scene, ('brief', 'detailed')[seed % 2]), phantom_words.mentions(scene)
 
 @pytest.fixture(scope='module')
 def talks():
@@ -22,10 +22,10 @@ def talks():
     return [(scene, generator(caption, said, np.random.default_rng([1, s])))
             for s in range(N) for scene, caption, said in [texts(s)]]
 
-def short(turns): return [t for t in turns if t.type in phantoms.ASK]
+def short(turns): return [t for t in turns if t.type in phantom_words.ASK]
 
 def names(kind):
-    return re.compile('|'.join(rf'\b{re.escape(n)}\b' for name in phantoms.KINDS[kind].names for n in (phantoms.plural(name), name)))
+    return re.compile('|'.join(rf'\b{re.escape(n)}\b' for name in phantoms.KINDS[kind].names for n in (phantom_words.plural(name), name)))
 
 def test_no_fact_is_told_before_it_is_asked(talks):
     assert sum(len(turns) for _, turns in talks) > 4*N
@@ -47,16 +47,16 @@ def test_no_answer_is_told_in_words(talks):
 
 def test_answers_are_true_and_in_the_vocabulary(talks):
     for scene, turns in talks:
-        truth = phantoms.scene_claims(scene)
+        truth = phantom_words.scene_claims(scene)
         for t in short(turns):
             if t.type == 'count':
                 assert t.answer == str(truth.findings.get(t.kind, {'count': 0})['count'])
             if t.type in ('side', 'quadrant', 'size') and t.answer not in ('yes', 'no'):
                 assert t.answer == truth.findings[t.kind][t.type]
-            if t.type == 'modality': assert t.answer == phantoms.SHORT['modality'][scene.modality]
+            if t.type == 'modality': assert t.answer == phantom_words.SHORT['modality'][scene.modality]
             if t.type == 'organ': assert t.answer == scene.organ
             if t.type == 'finding': assert t.answer in (*truth.findings, 'none') and (t.answer == 'none') == (not truth.findings)
-            if t.type == 'unanswerable': assert t.answer == phantoms.CANNOT
+            if t.type == 'unanswerable': assert t.answer == phantom_words.CANNOT
 
 def test_presence_is_balanced_and_about_stated_kinds(talks):
     answers = [t.answer for _, turns in talks for t in turns if t.type == 'presence']
@@ -66,7 +66,7 @@ def test_presence_is_balanced_and_about_stated_kinds(talks):
             if t.kind: assert phantoms.KINDS[t.kind].modality == scene.modality
 
 def test_every_type_occurs_and_history_never(talks):
-    assert {t.type for _, turns in talks for t in turns} == {*phantoms.ASK, 'description', 'report'}
+    assert {t.type for _, turns in talks for t in turns} == {*phantom_words.ASK, 'description', 'report'}
     for scene, turns in talks:
         assert scene.history not in ' '.join(t.answer for t in turns)
 

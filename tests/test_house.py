@@ -107,12 +107,15 @@ def code_lines(source):
     return [x for x in source.splitlines() if x.strip() and not re.match(r'# %% |# AUTO|__all__', x)]
 
 
+NUMBER = re.compile(r'\d\d[a-z]?(?=_)')  # of a chapter: two digits, and a letter where one subject takes several
+
+
 def chapter_numbers():
-    "Module → number of the chapter that it is exported from, from all notebooks."
+    "Module → number of the chapter that it is exported from, such as 01 or 01a, from all notebooks."
     found = {}
     for p in CHAPTERS:
         m = re.search(r'^#\s*\|\s*default_exp\s+(\w+)', '\n'.join(c.source for c in nbformat.read(p, 4).cells), re.M)
-        if m: found[m[1]] = int(re.match(r'\d+', p.name)[0])
+        if m: found[m[1]] = NUMBER.match(p.name)[0]
     return found
 
 
@@ -227,7 +230,10 @@ def test_library_is_what_the_notebooks_say(tmp_path):
 
 
 def test_one_number_one_chapter_one_module():
-    numbers = [re.match(r'\d+', p.name)[0] for p in CHAPTERS if p.stem != 'index']
+    bad = [p.name for p in CHAPTERS if p.stem != 'index' and not NUMBER.match(p.name)]
+    assert not bad, f'{bad}: a chapter is named 01_noun, or 01a_noun'
+    numbers = [NUMBER.match(p.name)[0] for p in CHAPTERS if p.stem != 'index']
+    assert all(n[:2] in numbers for n in numbers), 'a lettered chapter follows one without letter'
     assert len(set(numbers)) == len(numbers)
     modules = [m[1] for p in CHAPTERS for c in nbformat.read(p, 4).cells if (m := re.match(r'#\s*\|\s*default_exp (\w+)', c.source))]
     assert len(set(modules)) == len(modules) and set(modules) == {p.stem for p in MODULES}
@@ -401,6 +407,8 @@ def test_the_rules_can_fail():
     assert imports_of('from llava_med.runs import x\ndef f():\n    import llava_med.model\n    from .vqa import y') == {'runs', 'model', 'vqa'}
     assert len(code_lines('# %% ../nbs/x.ipynb 3\n\na = 1\n')) == 1
     assert dead_links('[a](none.ipynb#x) ![b](https://x.org/y.png) [c](#here) `d[0](e)` [f](settings.ini)', REPO) == ['none.ipynb']
+    assert [m and m[0] for m in map(NUMBER.match, ('01_a.ipynb', '01b_a.ipynb', '1_a.ipynb', '01B_a.ipynb', '01ab_a.ipynb'))] == ['01', '01b', None, None, None]
+    assert sorted(['02', '01b', '01', '01a', '10']) == ['01', '01a', '01b', '02', '10']
 
 
 def test_the_sync_check_can_fail(tmp_path):

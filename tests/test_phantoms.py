@@ -1,30 +1,33 @@
-"What a cell of 01_phantoms cannot say: many scenes, both layouts, worker processes, real captions."
+"What a cell of 01_phantoms to 01c_phantom_sets cannot say: many scenes, both layouts, worker processes, real captions."
 import csv, json, tarfile
 from collections import Counter
 import numpy as np, pytest
 from lxml import etree
 from PIL import Image
-from llava_med import phantoms as ph
+from llava_med import phantom_drawing as drawing
+from llava_med import phantom_sets as sets
+from llava_med import phantom_words as words
+from llava_med import phantoms
 from llava_med.runs import test_data as real_data
 
 N = 240
-ALL = [ph.sample_scene(i, split) for split in ph.SPLITS for i in range(N)]
+ALL = [phantoms.sample_scene(i, split) for split in phantoms.SPLITS for i in range(N)]
 
 def test_scenes_are_deterministic_and_patients_disjoint():
-    assert ph.sample_scene(17, 'val') == ph.sample_scene(17, 'val')
-    people = [{s.patient for s in ALL if s.split == split} for split in ph.SPLITS]
+    assert phantoms.sample_scene(17, 'val') == phantoms.sample_scene(17, 'val')
+    people = [{s.patient for s in ALL if s.split == split} for split in phantoms.SPLITS]
     assert [len(p) for p in people] == [N]*3 and not people[0] & people[1] and not people[2] & (people[0] | people[1])
-    a, b = ph.sample_scene(17, 'train'), ph.sample_scene(17, 'test')
-    assert (ph.jitter(a) != ph.jitter(b)).any()
+    a, b = phantoms.sample_scene(17, 'train'), phantoms.sample_scene(17, 'test')
+    assert (phantoms.jitter(a) != phantoms.jitter(b)).any()
 
-@pytest.mark.parametrize('modality', ph.MODALITIES)
+@pytest.mark.parametrize('modality', phantoms.MODALITIES)
 def test_pictures_are_deterministic_varied_and_not_saturated(modality):
-    imgs = [ph.render(ph.sample_scene(i, 'train', modality)) for i in range(4)]
-    again = ph.render(ph.sample_scene(2, 'train', modality))
+    imgs = [drawing.render(phantoms.sample_scene(i, 'train', modality)) for i in range(4)]
+    again = drawing.render(phantoms.sample_scene(2, 'train', modality))
     assert (imgs[2] == again).all() and again.shape == (256, 256, 3) and again.dtype == np.uint8
     for i in range(3): assert np.abs(imgs[i].astype(int)-imgs[3]).mean() > 3
     assert all(((im > 4) & (im < 251)).mean() > .4 for im in imgs)
-    assert ph.render(ph.sample_scene(2, 'train', modality), 96).shape == (96, 96, 3)
+    assert drawing.render(phantoms.sample_scene(2, 'train', modality), 96).shape == (96, 96, 3)
 
 def test_boxes_are_inside_apart_and_on_the_side_that_is_said():
     for s in ALL:
@@ -32,8 +35,8 @@ def test_boxes_are_inside_apart_and_on_the_side_that_is_said():
         for f, (x, y, w, h) in boxes:
             assert 0 <= x < x+w <= 1 and 0 <= y < y+h <= 1
             assert (x+w/2 < .5) == (f.side == 'left')
-            assert f.kind in ph.WORLD_LABELS and len(f.boxes) == f.count <= ph.KINDS[f.kind].most
-            if ph.KINDS[f.kind].most > 1 and f.quadrant:
+            assert f.kind in words.WORLD_LABELS and len(f.boxes) == f.count <= phantoms.KINDS[f.kind].most
+            if phantoms.KINDS[f.kind].most > 1 and f.quadrant:
                 assert (y+h < .5) == f.quadrant.startswith('upper') and (y > .5) == f.quadrant.startswith('lower')
         for i, (f, (x, y, w, h)) in enumerate(boxes):
             for g, (x2, y2, w2, h2) in boxes[:i]:
@@ -52,25 +55,25 @@ def test_large_is_clearly_larger_than_small():
         assert min(sizes[kind, 'small'])*96 > 5
 
 def test_unseen_combinations_occur_in_test_only():
-    def rare(split): return np.mean([any((f.kind, f.side) in ph.UNSEEN for f in s.findings)
+    def rare(split): return np.mean([any((f.kind, f.side) in phantoms.UNSEEN for f in s.findings)
                                      for s in ALL if s.split == split])
     assert rare('train') == rare('val') == 0 and .1 < rare('test') < .3
-    items = [q for s in ALL for q in ph.questions(s)]
+    items = [q for s in ALL for q in words.questions(s)]
     assert Counter(q['combination'] for q in items if q['split'] != 'test') == {'seen': sum(q['split'] != 'test' for q in items)}
     assert any(q['combination'] == 'unseen' and q['question_type'] == 'side' for q in items)
 
 def test_texts_are_read_back_exactly():
     for s in ALL:
-        truth = ph.scene_claims(s)
+        truth = words.scene_claims(s)
         for style in ('brief', 'detailed'):
             for draw in range(2):
-                caption = ph.captions(s, style, draw)
+                caption = words.captions(s, style, draw)
                 assert (len(caption.split()) < 30) == (style == 'brief')
-                read = ph.read_claims(' '.join([caption, *ph.mentions(s, 'Figure 12')]))
+                read = words.read_claims(' '.join([caption, *words.mentions(s, 'Figure 12')]))
                 for k in ('modality', 'organ', 'findings', 'absent', 'normal'):
                     assert getattr(read, k) == getattr(truth, k), (k, caption)
                 assert read.history in (None, s.history)
-                alone = ph.read_claims(caption)
+                alone = words.read_claims(caption)
                 assert set(alone.findings) == set(truth.findings) and alone.absent <= truth.absent
                 for kind, f in alone.findings.items():
                     assert all(v in (None, truth.findings[kind][k]) for k, v in f.items()), caption
@@ -84,7 +87,7 @@ def test_texts_are_read_back_exactly():
     ('Multiple cysts in the uterine cavity', {'cyst'}, set()),
     ('Survival curves of both groups (p < 0.05).', {}, set())])
 def test_denials(text, present, absent):
-    c = ph.read_claims(text)
+    c = words.read_claims(text)
     assert (set(c.findings), c.absent) == (set(present), absent)
 
 def test_real_captions_never_break_the_reader():
@@ -92,12 +95,12 @@ def test_real_captions_never_break_the_reader():
     if data is None or not (data/'rocov2').exists(): pytest.skip('no real captions: set LLAVA_MED_TESTDATA')
     with open(data/'rocov2'/'sample_test_captions.csv', newline='', encoding='utf-8') as f:
         captions = [r['Caption'] for r in csv.DictReader(f)]
-    claims = [ph.read_claims(c) for c in captions]
+    claims = [words.read_claims(c) for c in captions]
     assert len(claims) >= 30 and any(c.modality == 'ct_scan' for c in claims)
-    for t in ('', 'no', 'a '*2000+'nodule', '((', 'Fig. 1A) Ω\u00a0nodule'): ph.read_claims(t)
+    for t in ('', 'no', 'a '*2000+'nodule', '((', 'Fig. 1A) Ω\u00a0nodule'): words.read_claims(t)
 
 def test_questions_have_one_right_short_answer():
-    items = [q for s in ALL for q in ph.questions(s)]
+    items = [q for s in ALL for q in words.questions(s)]
     by_id = {q['id']: q for q in items}; assert len(by_id) == len(items)
     for q in items:
         assert q['answer'] == q['answer'].lower() and '{' not in q['question']
@@ -110,17 +113,17 @@ def test_questions_have_one_right_short_answer():
         else: assert q['twin_of'] is None
     answers = {}
     for q in items: assert answers.setdefault((q['patient'], q['question']), q['answer']) == q['answer']
-    assert {q['question_type'] for q in items} == set(ph.ASK) == {
+    assert {q['question_type'] for q in items} == set(words.ASK) == {
         'presence', 'modality', 'organ', 'finding', 'side', 'quadrant', 'count', 'size', 'unanswerable'}
 
 def test_answers_are_balanced_and_skew_is_a_switch():
     scenes = [s for s in ALL if s.split == 'train']
     def share(skew, type_, answer):
-        qs = [q['answer'] for s in scenes for q in ph.questions(s, skew) if q['question_type'] == type_]
+        qs = [q['answer'] for s in scenes for q in words.questions(s, skew) if q['question_type'] == type_]
         return qs.count(answer)/len(qs)
     assert share(0, 'presence', 'yes') == .5 and share(.8, 'presence', 'yes') > .7
     assert max(share(0, 'count', str(i)) for i in range(5)) < .35
-    assert max(share(0, 'quadrant', q) for q in ph.QUADRANTS) < .35
+    assert max(share(0, 'quadrant', q) for q in phantoms.QUADRANTS) < .35
 
 def read_article(path):
     "XML tree and names of figure files of an article in either layout."
@@ -131,7 +134,7 @@ def read_article(path):
 
 @pytest.mark.parametrize('layout', ['pmc', 'oa_package'])
 def test_articles_hold_what_the_truth_says(tmp_path, layout):
-    paths = ph.write_articles(tmp_path, 12, seed=3, layout=layout)
+    paths = sets.write_articles(tmp_path, 12, seed=3, layout=layout)
     truth = [json.loads(l) for l in (tmp_path/'truth.jsonl').read_text().splitlines()]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([p.name for p in paths]+['truth.jsonl'])
     roles = Counter(r['role'] for r in truth); assert roles['image'] > .85*len(truth)
@@ -145,20 +148,20 @@ def test_articles_hold_what_the_truth_says(tmp_path, layout):
             assert (fig.get('id'), href) == (row['fig_id'], row['file']) and (href in files) == (row['role'] != 'missing')
             assert tree.findall(f'.//xref[@rid="{fig.get("id")}"]')
             if row['role'] == 'image':
-                claims = ph.Claims(**{**row['claims'], 'absent': set(row['claims']['absent'])})
+                claims = words.Claims(**{**row['claims'], 'absent': set(row['claims']['absent'])})
                 text = ' '.join(' '.join(p.itertext()) for p in fig.getparent().iter('p'))
-                assert ph.read_claims(text).findings == claims.findings
+                assert words.read_claims(text).findings == claims.findings
 
 def test_workers_do_not_change_the_files(tmp_path):
-    one = ph.write_articles(tmp_path/'one', 4, seed=1); two = ph.write_articles(tmp_path/'two', 4, seed=1, n_workers=2)
+    one = sets.write_articles(tmp_path/'one', 4, seed=1); two = sets.write_articles(tmp_path/'two', 4, seed=1, n_workers=2)
     def bytes_of(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
     assert [p.name for p in one] == [p.name for p in two]
     assert bytes_of(tmp_path/'one') == bytes_of(tmp_path/'two')
-    ph.write_articles(tmp_path/'one', 4, seed=1)  # again: replaced, not doubled
+    sets.write_articles(tmp_path/'one', 4, seed=1)  # again: replaced, not doubled
     assert bytes_of(tmp_path/'one') == bytes_of(tmp_path/'two')
 
 def test_vqa_set_is_slake_with_disjoint_patients(tmp_path):
-    sizes = ph.write_vqa(tmp_path, 12, 4, 6, seed=2, skew=.5)
+    sizes = sets.write_vqa(tmp_path, 12, 4, 6, seed=2, skew=.5)
     rows = {s: json.loads((tmp_path/f'{f}.json').read_text()) for s, f in
             (('train', 'train'), ('val', 'validate'), ('test', 'test'))}
     assert {s: len(r) for s, r in rows.items()} == sizes
@@ -170,13 +173,13 @@ def test_vqa_set_is_slake_with_disjoint_patients(tmp_path):
     assert len(qids) == sum(sizes.values())
     for q in [q for r in rows.values() for q in r]:
         folder = (tmp_path/'imgs'/q['img_name']).parent
-        scene = ph.sample_scene(q['scene_seed'], q['scene_split'])
+        scene = phantoms.sample_scene(q['scene_seed'], q['scene_split'])
         assert keys <= set(q) and q['twin_of'] in qids | {None}
         assert Image.open(folder/'source.jpg').size == Image.open(folder/'mask.png').size == (256, 256)
         boxes = json.loads((folder/'detection.json').read_text())
         assert [next(iter(b)) for b in boxes] == [f.kind for f in scene.findings for _ in f.boxes]
 
 def test_bad_arguments_are_named():
-    for call, word in ((lambda: ph.sample_scene(1, 'dev'), 'dev'), (lambda: ph.sample_scene(1, modality='pet'), 'pet'),
-                       (lambda: ph.write_articles('x', 1, layout='zip'), 'zip'), (lambda: ph.captions(ALL[0], 'long'), 'long')):
+    for call, word in ((lambda: phantoms.sample_scene(1, 'dev'), 'dev'), (lambda: phantoms.sample_scene(1, modality='pet'), 'pet'),
+                       (lambda: sets.write_articles('x', 1, layout='zip'), 'zip'), (lambda: words.captions(ALL[0], 'long'), 'long')):
         with pytest.raises(ValueError, match=word): call()
