@@ -1,0 +1,55 @@
+"The general world of the base and the phantoms have nothing in common but words."
+import inspect
+import re
+
+import numpy as np
+
+from llava_med import phantom_drawing, phantom_words, phantoms, shapes
+from llava_med.phantoms import FINDINGS, sample_scene
+
+WORDS = r'\w+(?:-\w+)*'
+
+
+def masked(text, vocabulary):
+    "A sentence with its medical and spatial words taken out: what is left is the template."
+    text = re.sub(r'\s+', ' ', text.lower())
+    for w in sorted(vocabulary, key=len, reverse=True): text = re.sub(rf'\b{re.escape(w)}(?:s|es)?\b', '*', text)
+    return re.sub(r'[\d]+', '*', text).strip(' .')
+
+
+def vocabulary():
+    kinds = {n for group in FINDINGS.values() for names in group.values() for n in names}
+    kinds |= {n for group in FINDINGS.values() for n in group} | {f[0] for f in shapes.FACTS}
+    kinds |= set(phantom_words.PLURALS.values()) | set(shapes.ODD_PLURALS.values())
+    return kinds | {'one', 'two', 'three', 'four', 'small', 'large', 'left', 'right', 'upper', 'lower'}
+
+
+def sentences(texts): return {s for t in texts for s in re.split(r'(?<=[.;:])\s+', t)}
+
+
+def test_no_caption_template_is_shared():
+    words = vocabulary()
+    theirs = [phantom_words.captions(sample_scene(i), style) for i in range(400) for style in ('brief', 'detailed')]
+    ours = [c for i in range(400) for c in shapes.world_sample(i)['captions']]
+    ours += [t for i in range(800) for role, t in shapes.report_text(i) + shapes.plain_text(i) if role == 'assistant' and len(t.split()) > 4]
+    theirs, ours = ({masked(s, words) for s in sentences(x)} for x in (theirs, ours))
+    shared = {s for s in theirs & ours if len(re.findall(WORDS, s.replace('*', ''))) > 3}
+    assert not shared, sorted(shared)[:10]
+
+
+def test_the_template_check_can_fail():
+    words = vocabulary()
+    assert masked('Two small nodules were painted over the wall.', words) == masked('One large cyst were painted over the wall.', words)
+
+
+def test_no_drawing_routine_is_shared():
+    def functions(m): return {inspect.getsource(f) for f in vars(m).values() if inspect.isfunction(f) and f.__module__ == m.__name__}
+    assert not functions(shapes) & (functions(phantom_drawing) | functions(phantoms))
+    assert 'phantom' not in inspect.getsource(shapes)
+    assert 'shapes' not in re.findall(r'import.*', inspect.getsource(phantom_drawing) + inspect.getsource(phantoms))
+
+
+def test_pictures_are_of_other_places():
+    "A phantom and a picture of the general world never agree pixel by pixel."
+    a, b = shapes.world_sample(0)['image'], phantom_drawing.render(sample_scene(0), 96)
+    assert np.abs(a.astype(int) - b).mean() > 10
