@@ -8,7 +8,7 @@ import pytest
 
 from llava_med import articles, phantom_words, phantoms, runs
 from llava_med.conversations import (BRIEF, DETAILED, IMAGE, RecordError, TemplateGenerator, alignment_record,
-                                     fault, instruct_record, leaks, read_records, to_messages, write_records)
+                                     fault, instruct_record, instruct_records, leaks, read_records, to_messages, write_records)
 
 N = 500
 
@@ -153,3 +153,31 @@ def test_real_articles():
                 assert not re.search(r'year-old|\bfig|arrow', a['value'], re.I)
     made = [instruct_record(r, generator=TemplateGenerator(read_findings=False)) for r in with_caption]
     assert sum(m is not None for m in made) > 50
+
+def prepared():
+    "What the cell of the data preparation that checks the generator defines."
+    nb = json.loads((runs.root()/'nbs/pipeline/1_data_prep.ipynb').read_text(encoding='utf-8'))
+    cell = [s for c in nb['cells'] if 'class Checked(' in (s := ''.join(c['source']))]
+    assert len(cell) == 1
+    space = dict(TemplateGenerator=TemplateGenerator, leaks=leaks)
+    exec(cell[0], space)
+    return space['Checked']
+
+def scene_figure(seed):
+    _, caption, said = texts(seed)
+    return {**FIGURE, 'id': f'PMC{seed}_f1', 'caption': caption, 'mentions': [dict(text=t) for t in said]}
+
+def test_data_preparation_checks_what_it_writes():
+    "The checked generator writes the same records as the plain one, and has checked each of them."
+    figures, checked = [scene_figure(s) for s in range(40)], prepared()()
+    records = list(instruct_records(figures, 0, checked))
+    assert records == list(instruct_records(figures, 0, TemplateGenerator()))
+    assert checked.checked == len(records) > 30
+
+def test_data_preparation_refuses_a_leak(monkeypatch):
+    talk = TemplateGenerator.talk
+    def backwards(self, claims, rng): return talk(self, claims, rng)[::-1]
+    monkeypatch.setattr(TemplateGenerator, 'talk', backwards)
+    with pytest.raises(ValueError, match='given away') as e:
+        list(instruct_records([scene_figure(s) for s in range(40)], 0, prepared()()))
+    assert '\n' not in str(e.value) and str(e.value).endswith('mend the generator.')
