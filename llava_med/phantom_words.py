@@ -521,18 +521,19 @@ def questions(
             a['combination'] = b['combination'] = 'unseen'
     return out
 
-# %% ../nbs/01b_phantom_words.ipynb #ea8fb2fa
+# %% ../nbs/01b_phantom_words.ipynb #d09ca0b5
 WORLD_LABELS = list(KINDS)
 
 def world_sample(
     seed:int,            # which scene
     split:str='train',
-    size:int=256,        # pixels
-)->dict:                 # image, captions, questions, marks
+    size:int=96,         # pixels, as the tiny tower sees
+)->dict:                 # image, captions, questions [{type, question, answer}], marks
     "One scene in the form that the base model's training reads."
     scene = sample_scene(seed, split)
     marks = [(x+w/2, y+h/2, f.kind) for f in scene.findings for x, y, w, h in f.boxes]
-    qs = [dict(question=q['question'], answer=q['answer']) for q in questions(scene)]
+    qs = [dict(type=q['question_type'] if 'question_type' in q else q['tags']['question_type'],
+               question=q['question'], answer=q['answer']) for q in questions(scene)]
     return dict(image=render(scene, size),
                 captions=[captions(scene, s) for s in ('brief', 'detailed')],
                 questions=qs, marks=marks)
