@@ -22,10 +22,12 @@ COMMAND = [sys.executable, '-c', SAME + 'sys.exit(b.main())', 'run']
 
 
 def start(*words):
-    "The command in a process of its own, in a process group of its own."
-    env = {**os.environ, 'PYTHONPATH': str(REPO)}
-    return subprocess.Popen([*COMMAND, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True)
+    "The command in a process of its own, in a process group of its own; Ctrl-C works even if the tests ignore it."
+    env, ours = {**os.environ, 'PYTHONPATH': str(REPO)}, signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a background job starts with SIGINT ignored
+    try: return subprocess.Popen([*COMMAND, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                 start_new_session=True)
+    finally: signal.signal(signal.SIGINT, ours)
 
 
 def wait_for(what, seconds=60):
