@@ -6,10 +6,10 @@
 __all__ = ['KINDS', 'METHODS', 'NEUTRAL', 'row_weights', 'rows_attention', 'language_model', 'capture_rows', 'view_window',
            'Sample', 'encode', 'collate', 'Trace', 'image_vectors', 'trace', 'to_grid', 'token_shares', 'answer_maps',
            'generate', 'neutral_sample', 'all_maps', 'overlay', 'plot_maps', 'cell_boxes', 'target_cells', 'item_boxes',
-           'hits', 'pointing_game', 'random_rate', 'box_cover', 'energy_lift', 'bootstrap', 'layer_rates', 'best_layer',
-           'static_map', 'untrained']
+           'hits', 'pointing_game', 'random_rate', 'box_cover', 'energy_lift', 'over_pictures', 'layer_rates',
+           'best_layer', 'static_map', 'untrained']
 
-# %% ../nbs/10_attention.ipynb #c161f1d8
+# %% ../nbs/10_attention.ipynb #02f3482b
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -19,6 +19,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from .batching import splice
+from .scoring import bootstrap, limits
 
 # %% ../nbs/10_attention.ipynb #5848766b
 def row_weights(
@@ -235,7 +237,7 @@ class Trace:
     logprobs: np.ndarray  # of each answer token, natural logarithm
     greedy: np.ndarray    # whether each answer token is the model's first choice
 
-# %% ../nbs/10_attention.ipynb #84641c20
+# %% ../nbs/10_attention.ipynb #db71e896
 @torch.no_grad()
 def image_vectors(
     model,        # a LLaVA model
@@ -245,13 +247,6 @@ def image_vectors(
     base, _ = language_model(model)
     pixels = torch.stack([o.pixels for o in samples]).to(base.device, base.dtype)
     return torch.stack(list(base.get_image_features(pixels).pooler_output))
-
-@torch.no_grad()
-def _embed(model, ids, image):
-    "Input vectors with the picture's vectors in their places."
-    x = model.get_input_embeddings()(ids)
-    at = (ids == model.config.image_token_id)[..., None].expand_as(x)
-    return x.masked_scatter(at, image.to(x.dtype))
 
 def _row_grads(layers, grads, rows):
     "Gradient with respect to the attention weights of the rows, from that of the output."
@@ -277,7 +272,7 @@ def _split(samples, weights, row_grads, states, state_grads, logp, first):
         out.append(Trace(weights[:, i, :, -a:, pad:], row_grad, grad, logp[i, -a:], first[i, -a:]))
     return out
 
-# %% ../nbs/10_attention.ipynb #8f068224
+# %% ../nbs/10_attention.ipynb #e18727d8
 def trace(
     model,               # a LLaVA in evaluation mode
     samples:list,        # of Sample; one batch
@@ -290,7 +285,8 @@ def trace(
     longest, n = max(o.n_answer for o in samples), batch['input_ids'].shape[1]
     rows = torch.arange(n - 1 - longest, n - 1, device=base.device)
     image = image_vectors(base, samples) if image is None else image
-    x = _embed(base, batch['input_ids'], image).requires_grad_(gradients)
+    with torch.no_grad(): x = splice(base, batch['input_ids'], image)
+    x.requires_grad_(gradients)
     with torch.set_grad_enabled(gradients), capture_rows(base, rows) as layers:
         out = decoder(inputs_embeds=x, attention_mask=batch['attention_mask'], use_cache=False,
                       position_ids=batch['position_ids'], output_hidden_states=gradients)
@@ -523,26 +519,22 @@ def energy_lift(
         lift = (mass*cover).sum((-1, -2))/total/area
     return np.where((total > 0) & (area > 0), lift, 1.)
 
-# %% ../nbs/10_attention.ipynb #02a6122e
-def bootstrap(
+# %% ../nbs/10_attention.ipynb #b031dd56
+def over_pictures(
     values:np.ndarray, # (items,) or (items, columns)
     images:list,       # the picture of each item
     over=None,         # denominators, (items,); ones give a mean
-    n_boot:int=1000,   # draws
+    n_draws:int=1000,  # bootstrap draws
     seed:int=0,        # of the draws
 )->tuple:              # estimate, low, high: sum of values over sum of denominators; 95 %
     "A mean or ratio with its 95 % interval from a bootstrap over pictures."
-    values, over = np.asarray(values, float), np.ones(len(values)) if over is None else over
-    names, at = np.unique(images, return_inverse=True)
+    values, (names, at) = np.asarray(values, float), np.unique(images, return_inverse=True)
     top, low = np.zeros((len(names), *values.shape[1:])), np.zeros(len(names))
-    np.add.at(top, at, values); np.add.at(low, at, np.asarray(over, float))
-    m = len(names)
-    draws = np.random.default_rng(seed).multinomial(m, np.ones(m)/m, n_boot)
-    below = (draws@low).reshape(-1, *[1]*(values.ndim - 1))
-    with np.errstate(divide='ignore', invalid='ignore'): got = (draws@top)/below
-    return top.sum(0)/low.sum(), *np.nanquantile(got, (.025, .975), axis=0)
+    np.add.at(top, at, values); np.add.at(low, at, np.ones(len(values)) if over is None else np.asarray(over, float))
+    estimate, draws = bootstrap(top.reshape(len(names), -1), low[:, None], n_draws, seed)
+    return tuple(x.reshape(values.shape[1:]) for x in (estimate, *limits(draws)))
 
-# %% ../nbs/10_attention.ipynb #faee679b
+# %% ../nbs/10_attention.ipynb #6f6fb738
 def layer_rates(
     maps:dict,     # method -> (items, layers, down, across)
     boxes:list,    # for each item its boxes, in fractions
@@ -557,7 +549,7 @@ def layer_rates(
     cover = np.stack([box_cover(b, grid, w) for b, w in zip(boxes, windows)])
     rand = targets.mean((1, 2))
     def rows(method, metric, baseline, values, over=None):
-        got = np.stack(bootstrap(values, images, over, seed=seed)).T
+        got = np.stack(over_pictures(values, images, over, seed=seed)).T
         return [dict(method=method, layer=i if method != 'random' else '', metric=metric,
                      baseline=baseline, **dict(zip(('value', 'low', 'high'), o.tolist())), **n)
                 for i, o in enumerate(got)]

@@ -291,7 +291,7 @@ def notebook_mark(
     text = json.dumps([(c.cell_type, c.source, c.metadata.get('tags', [])) for c in cells])
     return hashlib.sha256(text.encode()).hexdigest()
 
-# %% ../nbs/12_batches.ipynb #c77c83c6
+# %% ../nbs/12_batches.ipynb #2561ade2
 def library_dir()->Path: # the folder of llava_med
     "Where the exported library lies."
     return Path(importlib.util.find_spec('llava_med').origin).parent
@@ -310,7 +310,7 @@ def step_inputs(
     base = root()/'data/base_tiny'
     if base.is_dir() and not step.startswith('0_'): data.setdefault('data/base_tiny', path_mark(base))
     before = {s: r.get('key') or r.get('ended') for s, r in sorted(record['steps'].items())
-              if order(s) < order(step)}
+              if order(s) < order(step) and not s.startswith('0_')}  # the base counts as data, above
     return {'notebook': notebook_mark(pipeline()[step]), 'library': library_mark(), 'data': data,
             'parameters': {k: v for k, v in values.items() if k not in GIVEN}, 'before': before}
 

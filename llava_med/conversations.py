@@ -243,7 +243,7 @@ def leaks(
         told |= t.tells
     return found
 
-# %% ../nbs/03_conversations.ipynb #8be3ab37
+# %% ../nbs/03_conversations.ipynb #4b2d29aa
 RANK = dict(modality=0, organ=0, finding=1, report=1, presence=2, count=3,
             quadrant=4, side=4, size=4, description=4)
 
@@ -265,10 +265,11 @@ def compose(
     rng:np.random.Generator, # draws which are taken
     n:int=6,                 # how many to take at most
     first:Iterable=(),       # turns that must be among them
+    weights:list=None,       # how likely each turn is drawn; default: all alike
 )->list:                     # a conversation without leaks
     "Take up to `n` turns that can stand in one conversation."
-    chosen = list(first)
-    for i in rng.permutation(len(turns)):
+    chosen, p = list(first), None if weights is None else np.array(weights)/sum(weights)
+    for i in rng.choice(len(turns), len(turns), replace=False, p=p) if turns else ():
         if len(chosen) >= n: break
         if turns[i] in chosen: continue
         trial = without_leaks([*chosen, turns[i]], rng)
@@ -429,18 +430,20 @@ def general_turns(
         turns.append(Turn(str(rng.choice(OVERALL)), ' '.join(said[:2]), 'report', '', fact, fact))
     return turns
 
-# %% ../nbs/03_conversations.ipynb #6e2f6557
+# %% ../nbs/03_conversations.ipynb #1dd1001d
 class TemplateGenerator:
     "Writes conversations from caption and mentions by templates; it never sees an image."
     name, version, saw = 'template', '1', ('caption', 'mentions')
 
     def __init__(self,
         n_turns:tuple=(5, 6),      # fewest and most turns that it aims at
+        weights:dict=None,         # how often each question type is drawn, 1 if not named; `rare`: what closes most others; `sided`: yes or no to a side
         report:float=0.08,         # how often a conversation is built around a report
         read_findings:bool=True,   # read claims: for texts whose left is the left of the image
         skew:float=0.,             # see `phantom_words.claim_questions`
     ):
         self.n_turns, self.report, self.skew = n_turns, report, skew
+        self.weights = dict(presence=2, rare=5) if weights is None else weights
         self.read_findings, self.tally = read_findings, Counter()
 
     def __call__(self,
@@ -449,10 +452,33 @@ class TemplateGenerator:
         rng:np.random.Generator, # draws turns, wordings and order
     )->list:                     # turns without leaks; empty if the text says nothing visible
         "Write one conversation."
-        text = ' '.join([caption, *mentions]) if self.read_findings else ''
-        claims = phantom_words.read_claims(text)
-        if not (claims.findings or claims.normal): return general_turns(caption, rng)
-        turns = self.talk(claims, rng)
+        claims = self.claims(caption, mentions)
+        if claims is None: return general_turns(caption, rng)
+        return self.noted(self.talk(claims, rng))
+
+    def questions(self,
+        caption:str,             # the caption
+        mentions:list,           # sentences of the article that mention the figure
+        rng:np.random.Generator, # draws questions and wordings
+        n:int=10,                # how many at most
+    )->list:                     # turns that know nothing of each other; empty if no claims can be read
+        "Single questions about one picture, each of them a conversation of its own."
+        claims, turns = self.claims(caption, mentions), {}
+        for _ in range(2 if claims else 0):
+            turns.update({t.question: t for t in self.noted(short_turns(claims, self.tally, rng, 3, self.skew))})
+        turns = list(turns.values())
+        name = lambda t: 'sided' if t.type == 'side' and t.answer in ('yes', 'no') else t.type
+        weight = np.array([self.weights.get(name(t), 1) for t in turns], float)
+        return [turns[i] for i in rng.choice(len(turns), min(n, len(turns)), replace=False, p=weight/weight.sum())] if turns else []
+
+    def claims(self, caption, mentions):
+        "What the text says of findings, or None."
+        if not self.read_findings: return None
+        claims = phantom_words.read_claims(' '.join([caption, *mentions]))
+        return claims if claims.findings or claims.normal else None
+
+    def noted(self, turns):
+        "Count yes and no of these turns, so that later ones balance them."
         self.tally.update((t.question, t.answer) for t in turns if t.answer in ('yes', 'no'))
         return turns
 
@@ -465,13 +491,15 @@ class TemplateGenerator:
         turns = short_turns(claims, self.tally, rng, skew=self.skew)
         longer = [describe(k, f, rng) for k, f in claims.findings.items()]
         turns = [t for t in (*turns, *longer) if t and t.type != 'unanswerable']
-        label = {id(t): 'normal' if t.asks == {'normal'} else t.type for t in turns}
         rare = 'finding' if claims.findings else 'normal'  # closes most other questions
-        start = str(rng.choice(sorted(set(label.values())) + ['presence', 'unanswerable'] + [rare]*4))
+        label = {id(t): 'normal' if t.asks == {'normal'} else t.type for t in turns}
+        weight = {t: self.weights.get('rare' if t == rare else t, 1) for t in sorted({*label.values(), 'unanswerable'})}
+        start = str(rng.choice(list(weight), p=np.array(list(weight.values()))/sum(weight.values())))
         first = [t for t in turns if label[id(t)] == start][:1]
         if rng.random() < self.report: first = [report(claims, rng)]
         if start == 'unanswerable': first = self.fill([], rng, 1)
-        chosen = max((compose(turns, rng, n, first) for _ in range(3)), key=len)
+        drawn = [weight[label[id(t)]] for t in turns]
+        chosen = max((compose(turns, rng, n, first, drawn) for _ in range(3)), key=len)
         return self.fill(chosen, rng)
 
     def fill(self,
@@ -488,7 +516,7 @@ class TemplateGenerator:
                 chosen = without_leaks([*chosen, more], rng)
         return chosen
 
-# %% ../nbs/03_conversations.ipynb #326a28be
+# %% ../nbs/03_conversations.ipynb #6176c71c
 def instruct_record(
     figure:dict,      # a figure record with an image
     seed:int=0,       # draws turns, wordings and order
@@ -509,8 +537,16 @@ def instruct_records(
     figures:Iterable, # figure records with images
     seed:int=0,       # draws turns, wordings and order
     generator=None,   # see `instruct_record`; one for all, so that yes and no are balanced
+    singles:int=0,    # further conversations of a single question about each figure, at most
+    asker=None,       # the generator whose `questions` those are; default: the same
 )->Iterator:          # conversation records
-    "Conversations for all figures that say something visible."
+    "Conversations for all figures that say something visible; further ones have `-2`, `-3` … after their id."
     generator = generator or TemplateGenerator()
     for f in figures:
-        if (r := instruct_record(f, seed, generator)) is not None: yield r
+        if (r := instruct_record(f, seed, generator)) is None: continue
+        yield r
+        if not singles: continue
+        text = ' '.join((f.get('caption') or '').split()), [m['text'] for m in f.get('mentions') or []]
+        for k, t in enumerate((asker or generator).questions(*text, rng_of(f, seed + 1), singles), 2):
+            said = [{'from': 'human', 'value': f'{IMAGE}\n{t.question}'}, {'from': 'gpt', 'value': t.answer}]
+            yield dict(r, id=f"{r['id']}-{k}", conversations=said, tags=dict(r['tags'], question_types=[t.type]))

@@ -7,7 +7,7 @@ __all__ = ['CONDITIONS', 'KEY', 'DESCRIBE', 'chat', 'split_ids', 'image_features
            'open_picture', 'end_ids', 'answer', 'item_patient', 'partners', 'condition_picture', 'weights_hash',
            'prompt_hash', 'predict', 'caption_items', 'talk', 'reply_losses']
 
-# %% ../nbs/08_generation.ipynb #b3e2ef3b
+# %% ../nbs/08_generation.ipynb #b3eaf1ef
 import copy, hashlib, json, os, time, zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 from .articles import open_image
+from .batching import splice
 from .conversations import DETAILED
-from .runs import progress, read_jsonl
+from .runs import progress, read_jsonl, writing
 
 # %% ../nbs/08_generation.ipynb #ea52ece8
 def chat(
@@ -60,7 +61,7 @@ def image_features(
         feats.append(torch.stack(list(getattr(out, 'pooler_output', out))))
     return torch.cat(feats)
 
-# %% ../nbs/08_generation.ipynb #91325b34
+# %% ../nbs/08_generation.ipynb #129a6ddd
 @torch.inference_mode()
 def read_prefixes(
     model,          # LlavaForConditionalGeneration
@@ -69,9 +70,8 @@ def read_prefixes(
 ):                  # cache of keys and values, one row a prefix
     "Let the language model read prefixes of equal length."
     ids = torch.tensor(prefixes, device=model.device)
-    x, fs = model.get_input_embeddings()(ids), [f for fs in feats for f in fs]
-    slots = (ids == model.config.image_token_id)[..., None]
-    if fs: x = x.masked_scatter(slots, torch.cat(fs).to(x))
+    fs = [f for fs in feats for f in fs]
+    x = splice(model, ids, torch.cat(fs)) if fs else model.get_input_embeddings()(ids)
     return model.model.language_model(inputs_embeds=x, use_cache=True).past_key_values
 
 def cache_rows(
@@ -272,7 +272,7 @@ def prompt_hash(
     "Hash of a prompt."
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../nbs/08_generation.ipynb #54527cfa
+# %% ../nbs/08_generation.ipynb #b11efa2c
 KEY = ('model', 'dataset', 'split', 'condition', 'item', 'model_hash', 'prompt_hash')
 
 def _done(out_fn):
@@ -286,7 +286,7 @@ def _done(out_fn):
     return {tuple(r[k] for k in KEY) for r in read_jsonl(out_fn) if not r['error']}
 
 def _append(out_fn, rows):
-    with open(out_fn, 'a', encoding='utf-8') as f:
+    with writing(Path(out_fn)), open(out_fn, 'a', encoding='utf-8') as f:
         f.write(''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows))
         f.flush()
         os.fsync(f.fileno())

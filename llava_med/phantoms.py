@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage as ndi
 
-# %% ../nbs/01_phantoms.ipynb #b3c33728
+# %% ../nbs/01_phantoms.ipynb #a5199e2b
 class Kind(NamedTuple):
     "A kind of finding and the attributes that all its lesions share."
     modality:str
@@ -23,39 +23,39 @@ class Kind(NamedTuple):
     density:str
     border:str
     most:int        # how many of them one image can hold; 1 means that it is not counted
-    small:float     # diameter of a small one as a fraction of the image; large ones are 1.95 times
+    small:float     # diameter of a small one as a fraction of the image; large ones are 1.75 times
     names:tuple     # the standard name first, then synonyms
 
-# %% ../nbs/01_phantoms.ipynb #9dda18cd
+# %% ../nbs/01_phantoms.ipynb #fb2dee23
 KINDS = {
- 'nodule': Kind('chest_xray', 'round', 'bright', 'sharp', 4, .056, ('nodule', 'coin lesion')),
- 'consolidation': Kind('chest_xray', 'patchy', 'hazy', 'ill-defined', 1, .13,
+ 'nodule': Kind('chest_xray', 'round', 'bright', 'sharp', 4, .072, ('nodule', 'coin lesion')),
+ 'consolidation': Kind('chest_xray', 'patchy', 'hazy', 'ill-defined', 1, .150,
                        ('consolidation', 'airspace opacity')),
  'pleural effusion': Kind('chest_xray', 'crescent-shaped', 'dense', 'sharp', 1, .10,
                           ('pleural effusion', 'effusion')),
  'pneumothorax': Kind('chest_xray', 'crescent-shaped', 'dark', 'sharp', 1, .10, ('pneumothorax',)),
- 'mass': Kind('ct_scan', 'lobulated', 'dense', 'sharp', 4, .058, ('mass', 'solid lesion')),
- 'cavity': Kind('ct_scan', 'ring-shaped', 'hollow', 'sharp', 4, .062,
+ 'mass': Kind('ct_scan', 'lobulated', 'dense', 'sharp', 4, .072, ('mass', 'solid lesion')),
+ 'cavity': Kind('ct_scan', 'ring-shaped', 'hollow', 'sharp', 4, .078,
                 ('cavity', 'cavitary lesion')),
- 'ground-glass opacity': Kind('ct_scan', 'patchy', 'hazy', 'ill-defined', 1, .13,
+ 'ground-glass opacity': Kind('ct_scan', 'patchy', 'hazy', 'ill-defined', 1, .150,
                               ('ground-glass opacity', 'ground-glass area')),
- 'metastasis': Kind('mri', 'round', 'bright', 'sharp', 4, .060, ('metastasis', 'enhancing lesion')),
- 'abscess': Kind('mri', 'ring-shaped', 'hollow', 'sharp', 4, .066,
+ 'metastasis': Kind('mri', 'round', 'bright', 'sharp', 4, .074, ('metastasis', 'enhancing lesion')),
+ 'abscess': Kind('mri', 'ring-shaped', 'hollow', 'sharp', 4, .080,
                  ('abscess', 'ring-enhancing lesion')),
- 'infarct': Kind('mri', 'wedge-shaped', 'dark', 'ill-defined', 1, .12, ('infarct', 'infarction')),
- 'lymphoid aggregate': Kind('histology', 'round', 'dark', 'ill-defined', 4, .085,
+ 'infarct': Kind('mri', 'wedge-shaped', 'dark', 'ill-defined', 1, .140, ('infarct', 'infarction')),
+ 'lymphoid aggregate': Kind('histology', 'round', 'dark', 'ill-defined', 4, .092,
                             ('lymphoid aggregate', 'lymphoid follicle')),
- 'granuloma': Kind('histology', 'round', 'pale', 'sharp', 4, .085,
+ 'granuloma': Kind('histology', 'round', 'pale', 'sharp', 4, .092,
                    ('granuloma', 'histiocytic nodule')),
- 'mucin pool': Kind('histology', 'irregular', 'clear', 'sharp', 4, .085,
+ 'mucin pool': Kind('histology', 'irregular', 'clear', 'sharp', 4, .092,
                     ('mucin pool', 'mucin lake')),
- 'tumor': Kind('gross', 'lobulated', 'pale', 'sharp', 4, .064, ('tumor', 'neoplasm')),
- 'cyst': Kind('gross', 'round', 'translucent', 'sharp', 4, .064, ('cyst', 'cystic lesion')),
- 'hemorrhage': Kind('gross', 'irregular', 'dark', 'ill-defined', 4, .070,
+ 'tumor': Kind('gross', 'lobulated', 'pale', 'sharp', 4, .080, ('tumor', 'neoplasm')),
+ 'cyst': Kind('gross', 'round', 'translucent', 'sharp', 4, .080, ('cyst', 'cystic lesion')),
+ 'hemorrhage': Kind('gross', 'irregular', 'dark', 'ill-defined', 4, .084,
                     ('hemorrhage', 'hematoma')),
 }
 
-# %% ../nbs/01_phantoms.ipynb #b53b1396
+# %% ../nbs/01_phantoms.ipynb #a28a5b02
 MODALITIES = ('chest_xray', 'ct_scan', 'mri', 'histology', 'gross')
 FINDINGS = {m: {k: v.names for k, v in KINDS.items() if v.modality == m} for m in MODALITIES}
 ORGANS = {'chest_xray': ('lung',), 'ct_scan': ('lung',), 'mri': ('brain',), 'histology': ('colon',),
@@ -63,7 +63,7 @@ ORGANS = {'chest_xray': ('lung',), 'ct_scan': ('lung',), 'mri': ('brain',), 'his
 SPLITS = ('train', 'val', 'test')
 QUADRANTS = ('upper left', 'upper right', 'lower left', 'lower right')
 UNSEEN = {('consolidation', 'left'), ('abscess', 'right'), ('cyst', 'left')}
-LARGE = 1.95   # diameter of a large lesion over that of a small one
+LARGE = 1.75   # diameter of a large lesion over that of a small one
 
 # %% ../nbs/01_phantoms.ipynb #1841d511
 @dataclass
@@ -203,7 +203,7 @@ def lesion_room(
     inside = np.pad(field_distance(scene, u, v) < 0, 1)
     return u, v, (ndi.distance_transform_edt(inside)/64)[1:-1, 1:-1]-.004
 
-# %% ../nbs/01_phantoms.ipynb #f410c1b8
+# %% ../nbs/01_phantoms.ipynb #d05a80de
 def place(
     rng, room:tuple, # from `lesion_room`
     area:str,        # a quadrant, or a side
@@ -222,7 +222,7 @@ def place(
             near = np.hypot(*(cand[:, None]-np.array(pts or [cand[0]])).T).min(0)
             i = int(near.argmin()) if attempt > 11 and pts else int(rng.integers(len(cand)))
             pts.append([float(x) for x in cand[i]])
-            cand = cand[np.hypot(*(cand-cand[i]).T) > 2.1*r+.010]
+            cand = cand[np.hypot(*(cand-cand[i]).T) > 2.1*r+.016]
         if len(pts) == n: return pts
 
 # %% ../nbs/01_phantoms.ipynb #de10e40f
@@ -274,13 +274,13 @@ def sample_history(rng)->str:
     age, who, why = rng.integers(19, 90), rng.choice(WHO), rng.choice(WHY)
     return f'{age}-year-old {who} with {why}'
 
-# %% ../nbs/01_phantoms.ipynb #b352f8ca
+# %% ../nbs/01_phantoms.ipynb #a55c3c35
 def sample_kinds(rng, modality, split):
     "Which kinds of finding the image shows, and the one in an unseen combination, if any."
     n = rng.choice(3, p=(.22, .45, .33))
     kinds = list(rng.permutation(list(FINDINGS[modality])))[:n]
     rare = [k for k, _ in sorted(UNSEEN) if KINDS[k].modality == modality]
-    unseen = rare[0] if split == 'test' and rare and rng.random() < .33 else None
+    unseen = rare[0] if split == 'test' and rare and rng.random() < .12 else None
     if unseen: kinds = [unseen]+[k for k in kinds if k != unseen][:max(0, n-1)]
     return [str(k) for k in kinds], unseen
 

@@ -12,7 +12,7 @@ __all__ = ['SHAPES', 'COLOURS', 'GROUNDS', 'CORNERS', 'WORLD_LABELS', 'NUMBERS',
 import numpy as np
 from scipy.ndimage import gaussian_filter, zoom
 
-# %% ../nbs/13_shapes.ipynb #acd533ac
+# %% ../nbs/13_shapes.ipynb #ee46aeb0
 def _polygon(x, y, n, turn=0.):
     "Distance outside of a regular polygon with `n` sides and circumradius 1."
     a = np.arctan2(y, x) + turn
@@ -28,23 +28,48 @@ SHAPES = {
     'star':     lambda x, y: np.hypot(x, y) - .68 - .32*np.cos(5*np.arctan2(y, x) + np.pi/2),
     'bar':      lambda x, y: np.maximum(abs(x), abs(y)*2.6) - 1,
     'moon':     lambda x, y: np.maximum(np.hypot(x, y) - 1, .8 - np.hypot(x - .55, y)),
+    'blob':     lambda x, y: np.hypot(x, y) - .82 - .12*np.cos(3*np.arctan2(y, x) + 1) - .1*np.cos(5*np.arctan2(y, x)),
 }
 
-# %% ../nbs/13_shapes.ipynb #99bd9580
+# %% ../nbs/13_shapes.ipynb #e7df1bfb
 COLOURS = {'red': (214, 48, 49), 'green': (46, 160, 67), 'blue': (41, 98, 214), 'yellow': (241, 196, 15),
            'purple': (142, 68, 173), 'orange': (230, 120, 20), 'white': (240, 240, 240), 'black': (18, 18, 18)}
 GROUNDS = {'grey': (128, 128, 128), 'brown': (122, 84, 54), 'teal': (40, 120, 120),
            'pink': (228, 178, 190), 'navy': (40, 48, 92)}
-CORNERS = {('left', 'upper'): 'top left', ('right', 'upper'): 'top right',
-           ('left', 'lower'): 'bottom left', ('right', 'lower'): 'bottom right'}
+CORNERS = {('left', 'upper'): 'upper left', ('right', 'upper'): 'upper right',
+           ('left', 'lower'): 'lower left', ('right', 'lower'): 'lower right'}
 WORLD_LABELS = [f'{c} {s}' for c in COLOURS for s in SHAPES]
+
+def _regions(
+    rng:np.random.Generator, # source of chance
+    size:int,                # side of the picture in pixels
+)->np.ndarray:               # (size, size) floats, brightness to be added
+    "Large soft regions, a mirrored pair of them, a rim, or specks: what a picture shows besides its shapes."
+    y, x = (np.mgrid[:size, :size] + .5)/size
+    kind, out = rng.choice(['ovals', 'pair', 'rim', 'specks']), np.zeros((size, size))
+    if kind == 'specks':
+        specks = (rng.random((size, size)) < rng.uniform(.01, .06)).astype(float)
+        return gaussian_filter(specks, rng.uniform(.5, 1.1))*rng.uniform(60, 200)*rng.choice([-1, 1])
+    for _ in range(int(rng.integers(1, 4)) if kind == 'ovals' else 1):
+        cx, cy, a = rng.uniform(.2, .8, 2).tolist() + [rng.uniform(-.6, .6)]
+        if kind == 'rim': cx, cy, a = .5, .5, a/3
+        if kind == 'pair': cx = rng.uniform(.24, .30)
+        rx, ry = rng.uniform(.1, .2, 2) + (.22 if kind == 'rim' else .06*(kind == 'ovals'))
+        centres = [(cx, a), (1 - cx, -a)] if kind == 'pair' else [(cx, a)]
+        shade = rng.uniform(18, 55)*rng.choice([-1, 1])
+        for c, t in centres:
+            u, v = (x - c)*np.cos(t) + (y - cy)*np.sin(t), (y - cy)*np.cos(t) - (x - c)*np.sin(t)
+            d = np.hypot(u/rx, v/ry) - 1 + .06*np.cos(3*np.arctan2(v, u) + 9*rx)
+            edge = np.abs(d) - .07 if kind == 'rim' else d
+            out += shade*np.clip(.5 - edge/rng.uniform(.05, .3), 0, 1)
+    return out
 
 def _ground(
     rng:np.random.Generator, # source of chance
     colour:str,              # one of `GROUNDS`
     size:int,                # side of the picture in pixels
 )->np.ndarray:               # (size, size, 3) floats from 0 to 255
-    "A textured ground: smooth clouds, stripes or grain over a base colour."
+    "A textured ground: smooth clouds, stripes or grain over a base colour, often with large regions."
     kind, field = rng.integers(4), np.zeros((size, size))
     if kind < 2:
         n = int(rng.integers(3, 9))
@@ -53,11 +78,11 @@ def _ground(
         y, x = np.mgrid[:size, :size]/size
         a, f = rng.uniform(0, np.pi), rng.uniform(3, 12)
         field = np.sin(2*np.pi*f*(x*np.cos(a) + y*np.sin(a)))
-    grain = rng.standard_normal((size, size))*rng.uniform(1, 9)
-    bright = rng.uniform(.6, 1.15)
-    return np.array(GROUNDS[colour])*bright + (field*rng.uniform(4, 20) + grain)[..., None]
+    field = field*rng.uniform(4, 20) + rng.standard_normal((size, size))*rng.uniform(1, 9)
+    if rng.random() < .6: field = field + _regions(rng, size)
+    return np.array(GROUNDS[colour])*rng.uniform(.6, 1.15) + field[..., None]
 
-# %% ../nbs/13_shapes.ipynb #794934a6
+# %% ../nbs/13_shapes.ipynb #0d4dcbf5
 def _place(
     rng:np.random.Generator, # source of chance
     n:int,        # how many centres
@@ -77,28 +102,28 @@ def _place(
             out.append((x, y)); taken.append((x, y, r))
     return out
 
-def _paint(img, x, y, r, shape, colour, soft, angle):
-    "Blend one shape into `img` in place."
+def _paint(img, x, y, r, shape, colour, soft, angle, solid=1.):
+    "Blend one shape into `img` in place; `solid` 1 hides what lies behind it."
     size = len(img)
     yy, xx = (np.mgrid[:size, :size] + .5)/size
     u, v = (xx - x)/r, (yy - y)/r
     u, v = u*np.cos(angle) + v*np.sin(angle), v*np.cos(angle) - u*np.sin(angle)
     edge = .45 if soft else 1.5/(r*size)
-    alpha = np.clip(.5 - SHAPES[shape](u, v)/edge, 0, 1)[..., None]
+    alpha = solid*np.clip(.5 - SHAPES[shape](u, v)/edge, 0, 1)[..., None]
     img += alpha*(np.array(COLOURS[colour], float) - img)
 
-# %% ../nbs/13_shapes.ipynb #029656b8
+# %% ../nbs/13_shapes.ipynb #33149903
 def _kinds(
     rng:np.random.Generator, # source of chance
     grey:bool,   # only black and white shapes
-)->list:         # dicts with colour, shape, n, size, side, level, soft, at
+)->list:         # dicts with colour, shape, n, size, r, side, level, soft, solid, at
     "The kinds of shape in one picture, already placed."
     taken, kinds = [], []
     shapes = rng.permutation(list(SHAPES))
     colours = rng.permutation(['white', 'black'] if grey else list(COLOURS))
     for i in range(rng.choice([0, 1, 2, 2, 2])):
         size, n = rng.choice(['small', 'large']), int(rng.integers(1, 5))
-        r = rng.uniform(.035, .055) if size == 'small' else rng.uniform(.085, .12)
+        r = rng.uniform(.028, .045) if size == 'small' else rng.uniform(.065, .11)
         side, level = rng.choice(['left', 'right']), rng.choice(['upper', 'lower', 'any'], p=[.42, .42, .16])
         if size == 'large' and n > 2 and level != 'any': n = int(rng.integers(1, 3)) if rng.random() < .5 else n
         at = _place(rng, n, r, side, level, taken)
@@ -108,10 +133,10 @@ def _kinds(
         elif all(y > .5 for _, y in at): level = 'lower'
         else: level = 'any'
         kinds.append(dict(colour=str(colours[i % len(colours)]), shape=str(shapes[i]), n=len(at), size=str(size), r=r,
-                          side=str(side), level=str(level), soft=bool(rng.random() < .35), at=at))
+                          side=str(side), level=str(level), soft=bool(rng.random() < .35), solid=rng.uniform(.55, 1), at=at))
     return kinds
 
-# %% ../nbs/13_shapes.ipynb #4a92a24f
+# %% ../nbs/13_shapes.ipynb #82795002
 NUMBERS = ['0', '1', '2', '3', '4']
 
 def _name(k, many=None):
@@ -119,6 +144,8 @@ def _name(k, many=None):
     many = k['n'] > 1 if many is None else many
     s = k['shape'] + ('es' if k['shape'].endswith('s') else 's') if many else k['shape']
     return f"{k['colour']} {s}"
+
+def _article(w): return ('an ' if w[0] in 'aeiou' else 'a ') + w
 
 def _where(k): return CORNERS.get((k['side'], k['level']), k['side'])
 
@@ -139,58 +166,70 @@ def _captions(kinds, ground, rng):
         things=' and '.join(thing(k) for k in (kinds if rng.random() < .5 else kinds[::-1])), ground=ground)
         for _ in range(2)]
 
-# %% ../nbs/13_shapes.ipynb #18edfc10
+# %% ../nbs/13_shapes.ipynb #5b982fa1
 WORLD_QUESTIONS = {
-    'count': ('count the {many}', 'number of {many}?', 'what is the number of {many}?'),
-    'side': ('are the {many} left or right?', '{many}: left half or right half?', 'in which half are the {many}?'),
-    'level': ('are the {many} high up or low down?', '{many}: upper or lower?'),
-    'corner': ('in which corner are the {many}?', 'corner of the {many}?'),
-    'size': ('are the {many} big or little?', 'how big are the {many}?'),
-    'edge': ('are the {many} sharp or blurred?', 'edges of the {many}?'),
+    'count': ('what number of {many} is there?', 'say how many {many} you find', 'number of {many}?', 'how many {many}?'),
+    'side': ('{be} the {name} left or right?', '{name}: left half or right half?', 'on which side {be} the {name}?',
+             'which half has the {name}?'),
+    'level': ('{be} the {name} high up or low down?', '{name}: upper or lower?'),
+    'corner': ('in which corner {be} the {name}?', 'corner of the {name}?', 'which quarter has the {name}?',
+               'where in the picture {be} the {name}?', 'name the quadrant of the {name}'),
+    'size': ('{be} the {name} big or little?', 'how big {be} the {name}?', 'size of the {name}, small or large?'),
+    'edge': ('{be} the {name} sharp or blurred?', 'edges of the {name}?'),
     'colour': ('colour of the {shapes}?', 'which colour have the {shapes}?'),
     'shape': ('which shape is {colour}?', 'name the {colour} shape'),
-    'there': ('do you see {many} here?', 'any {many} in the picture?', 'can you find {many}?'),
+    'there': ('do you see {a} here?', 'any {many} in the picture?', 'can you find {a}?', '{a} in view?'),
+    'missing': ('{be_many} {many} missing?', 'is {a} not to be found?', 'no {many} in the picture?'),
+    'half': ('any {many} in the {side} half?', 'do you see {a} to the {side}?', '{a} at the {side} side?'),
+    'empty': ('is the picture empty?', 'nothing to be seen?'), 'full': ('are there shapes?', 'anything to be seen?'),
     'ground': ('colour of the ground?', 'what colour lies behind?'),
 }
 def _questions(kinds, ground, rng):
     "Every question that this picture can answer, as (type, question, answer)."
     out = []
-    def ask(t, answer, k=None):
-        f = dict(many=_name(k, True), shapes=_name(k, True).split()[1], colour=k['colour']) if k else {}
-        out.append((t, str(rng.choice(WORLD_QUESTIONS[t])).format(**f), answer))
+    def ask(t, answer, k=None, **more):
+        f = dict(many=_name(k, True), shapes=_name(k, True).split()[1], colour=k['colour'], name=_name(k), a=_article(_name(k, False)),
+                 be='are' if k['n'] > 1 else 'is', be_many='are') if k else {}
+        out.append((t, str(rng.choice(WORLD_QUESTIONS[t])).format(**f, **more), answer))
     for k in kinds:
         ask('count', NUMBERS[k['n']], k); ask('side', k['side'], k); ask('size', k['size'], k)
         ask('shape', k['shape'], k) if [j['colour'] for j in kinds].count(k['colour']) == 1 else None
-        ask('colour', k['colour'], k); ask('edge', 'blurred' if k['soft'] else 'sharp', k)
-        if k['level'] != 'any': ask('level', k['level'], k); ask('corner', _where(k), k)
-    absent = [dict(colour=c, shape=s) for c in COLOURS for s in SHAPES if not any((k['colour'], k['shape']) == (c, s) for k in kinds)]
-    near = [a for a in absent if any(k['shape'] == a['shape'] for k in kinds)]   # right shape, other colour
+        if rng.random() < .4: ask('colour', k['colour'], k); ask('edge', 'blurred' if k['soft'] else 'sharp', k)
+        for side in ('left', 'right'): ask('half', 'yes' if side == k['side'] else 'no', k, side=side)
+        if k['level'] != 'any':
+            ask('corner', _where(k), k)
+            if rng.random() < .5: ask('level', k['level'], k)
+    absent = [dict(colour=c, shape=s, n=1) for c in COLOURS for s in SHAPES if not any((k['colour'], k['shape']) == (c, s) for k in kinds)]
+    near = [a for a in absent if any((k['shape'] == a['shape']) != (k['colour'] == a['colour']) for k in kinds)]   # one word of two is right
     pick = lambda pool: pool[rng.integers(len(pool))]
-    for k in kinds: ask('there', 'yes', k); ask('there', 'no', pick(near if near and rng.random() < .4 else absent))
-    if not kinds: ask('there', 'no', pick(absent))
-    if rng.random() < .3: ask('count', '0', pick(absent))
-    ask('ground', ground)
+    other = lambda: pick(near if near and rng.random() < .6 else absent)
+    for k in kinds or [None]:
+        if k: ask('there', 'yes', k); ask('missing', 'no', k)
+        ask('there', 'no', other()); ask('missing', 'yes', other())
+    if rng.random() < .3: ask('count', '0', other())
+    if not kinds or rng.random() < .25: ask('empty', 'no' if kinds else 'yes'); ask('full', 'yes' if kinds else 'no')
+    if rng.random() < .3: ask('ground', ground)
     return out
 
-# %% ../nbs/13_shapes.ipynb #1fcdd706
+# %% ../nbs/13_shapes.ipynb #209d737d
 def world_sample(
     seed:int,     # picture number; the same seed gives the same picture
     size:int=96,  # side in pixels
 )->dict:          # image (size, size, 3) uint8; captions; questions [{type, question, answer}]; marks [(x, y, label)]
     "One picture of the general world with everything that can be said of it."
     rng = np.random.default_rng((7, seed))
-    ground, grey = str(rng.choice(list(GROUNDS))), rng.random() < .3
+    ground, grey = str(rng.choice(list(GROUNDS))), rng.random() < .4
     if grey: ground = 'grey'
     img, kinds = _ground(rng, ground, size), _kinds(rng, grey)
     for k in kinds:
-        for x, y in k['at']: _paint(img, x, y, k['r'], k['shape'], k['colour'], k['soft'], rng.uniform(-.25, .25))
+        for x, y in k['at']: _paint(img, x, y, k['r'], k['shape'], k['colour'], k['soft'], rng.uniform(-.25, .25), k['solid'])
     if rng.random() < .3: img = gaussian_filter(img, (rng.uniform(.3, .8),)*2 + (0,))
     if rng.random() < .5: img = 128 + (img - 128)*rng.uniform(.55, 1.1) + rng.uniform(-25, 25)
     return dict(image=img.clip(0, 255).astype(np.uint8), captions=_captions(kinds, ground, rng),
                 questions=[dict(type=t, question=q, answer=a) for t, q, a in _questions(kinds, ground, rng)],
                 marks=[(x, y, f"{k['colour']} {k['shape']}") for k in kinds for x, y in k['at']])
 
-# %% ../nbs/13_shapes.ipynb #f4a9cc43
+# %% ../nbs/13_shapes.ipynb #691863cf
 FACTS = [  # (thing, what it is, where it belongs, what it does or means)
     ('heart', 'a muscular organ', 'the chest', 'pumps blood'), ('lung', 'a paired organ', 'the chest', 'takes up oxygen'),
     ('liver', 'a large gland', 'the abdomen', 'makes bile'), ('kidney', 'a paired organ', 'the abdomen', 'filters blood'),
@@ -223,8 +262,6 @@ VIEWS = ['chest radiograph', 'axial computed tomography scan', 'magnetic resonan
          'macroscopic photograph of a resected specimen', 'microscopic image', 'contrast-enhanced mri', 'frontal chest x-ray']
 PERSON = ['a patient', 'a man', 'a woman', 'a child', 'an elderly patient', 'a smoker']
 SIGNS = ['fever', 'cough', 'chest pain', 'weight loss', 'headache', 'blood loss', 'fatigue', 'shortness of breath']
-
-def _article(w): return ('an ' if w[0] in 'aeiou' else 'a ') + w
 
 def _fact(rng):
     "One general sentence about a medical thing, a method, a patient or everyday life."

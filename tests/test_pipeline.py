@@ -166,3 +166,19 @@ def test_another_seed_other_scores(outputs, smoke):
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = (outputs/r/'4_evaluation/scores.csv' for r in ('smoke', 'seed1'))
     assert first.read_bytes() != second.read_bytes()
+
+
+@pytest.mark.slow
+def test_real_articles_go_through_both_stages(outputs, data):
+    "Figures of real articles whose images are present stand in both training sets and are trained on."
+    if data is None: pytest.skip('no real articles: set LLAVA_MED_TESTDATA')
+    done, _ = command(outputs, 'run', 'smoke', '--name', 'real', '--only', '1', '2', '3', '--set', f'1_data_prep.articles=[{data/"articles"}]')
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    d = outputs/'real/1_data_prep'
+    real = {f['id'] for f in map(json.loads, (d/'figures.jsonl').open(encoding='utf-8')) if not f['source'].startswith('phantoms/')}
+    assert len(real) > 10
+    for name in ('alignment', 'instruct'):
+        records = json.loads((d/f'{name}.json').read_text())
+        images = {r['image'] for r in records if r['id'] in real}
+        assert len(images) > (10 if name == 'alignment' else 3) and all((d/'images'/i).is_file() for i in images)
+    assert (outputs/'real/3_stage2_tuning/model/model.safetensors').exists()
