@@ -51,13 +51,13 @@ def test_large_is_clearly_larger_than_small():
             if f.kind not in ('pleural effusion', 'pneumothorax'):
                 sizes.setdefault((f.kind, f.size), []).extend(b[2] for b in f.boxes)
     for kind in {k for k, _ in sizes}:
-        assert min(sizes[kind, 'large']) >= 1.8*max(sizes[kind, 'small'])
+        assert min(sizes[kind, 'large']) >= 1.65*max(sizes[kind, 'small'])
         assert min(sizes[kind, 'small'])*96 > 5
 
 def test_unseen_combinations_occur_in_test_only():
     def rare(split): return np.mean([any((f.kind, f.side) in phantoms.UNSEEN for f in s.findings)
                                      for s in ALL if s.split == split])
-    assert rare('train') == rare('val') == 0 and .1 < rare('test') < .3
+    assert rare('train') == rare('val') == 0 and .03 < rare('test') < .15
     items = [q for s in ALL for q in words.questions(s)]
     assert Counter(q['combination'] for q in items if q['split'] != 'test') == {'seen': sum(q['split'] != 'test' for q in items)}
     assert any(q['combination'] == 'unseen' and q['question_type'] == 'side' for q in items)
