@@ -419,7 +419,7 @@ def peak_memory_mib(
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
 
-# %% ../nbs/00_runs.ipynb #2e3ae524
+# %% ../nbs/00_runs.ipynb #ee2e9a33
 PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
               'RTX 4090': 165e12, 'V100': 125e12, 'T4': 65e12}  # dense 16-bit, from the makers' data sheets
 
@@ -431,7 +431,7 @@ def ledger_row(
     trainable:int=0,      # parameters that were trained
 )->dict:                  # the fields of ledger.json
     "The costs of a step."
-    row = {'wall_s': round(wall_s, 3), 'device': str(device), 'device_s': round(device_s, 3),
+    row = {'wall_s': float(f'{wall_s:.6g}'), 'device': str(device), 'device_s': round(device_s, 3),
            'peak_memory_mib': round(peak_memory_mib(device), 1), 'trainable_params': int(trainable),
            'samples': int(samples), 'tokens': int(tokens),
            'tokens_per_s': round(tokens/device_s, 1) if device_s else 0.0, 'model_flops': float(flops)}

@@ -166,7 +166,7 @@ def _captions(kinds, ground, rng):
         things=' and '.join(thing(k) for k in (kinds if rng.random() < .5 else kinds[::-1])), ground=ground)
         for _ in range(2)]
 
-# %% ../nbs/13_shapes.ipynb #5b982fa1
+# %% ../nbs/13_shapes.ipynb #ab4d9fc9
 WORLD_QUESTIONS = {
     'count': ('what number of {many} is there?', 'say how many {many} you find', 'number of {many}?', 'how many {many}?'),
     'side': ('{be} the {name} left or right?', '{name}: left half or right half?', 'on which side {be} the {name}?',
@@ -179,7 +179,7 @@ WORLD_QUESTIONS = {
     'colour': ('colour of the {shapes}?', 'which colour have the {shapes}?'),
     'shape': ('which shape is {colour}?', 'name the {colour} shape'),
     'there': ('do you see {a} here?', 'any {many} in the picture?', 'can you find {a}?', '{a} in view?'),
-    'missing': ('{be_many} {many} missing?', 'is {a} not to be found?', 'no {many} in the picture?'),
+    'missing': ('are {many} missing?', 'is {a} not to be found?', 'no {many} in the picture?'),
     'half': ('any {many} in the {side} half?', 'do you see {a} to the {side}?', '{a} at the {side} side?'),
     'empty': ('is the picture empty?', 'nothing to be seen?'), 'full': ('are there shapes?', 'anything to be seen?'),
     'ground': ('colour of the ground?', 'what colour lies behind?'),
@@ -189,7 +189,7 @@ def _questions(kinds, ground, rng):
     out = []
     def ask(t, answer, k=None, **more):
         f = dict(many=_name(k, True), shapes=_name(k, True).split()[1], colour=k['colour'], name=_name(k), a=_article(_name(k, False)),
-                 be='are' if k['n'] > 1 else 'is', be_many='are') if k else {}
+                 be='are' if k['n'] > 1 else 'is') if k else {}
         out.append((t, str(rng.choice(WORLD_QUESTIONS[t])).format(**f, **more), answer))
     for k in kinds:
         ask('count', NUMBERS[k['n']], k); ask('side', k['side'], k); ask('size', k['size'], k)

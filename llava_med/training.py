@@ -6,7 +6,8 @@
 __all__ = ['STAGES', 'Stage', 'lr_factor', 'has_bf16', 'TrainingError', 'fit', 'say_every', 'loss_figure', 'train_flops',
            'patch_targets', 'LookingLoss', 'WorldSet', 'world_scores']
 
-# %% ../nbs/07_training.ipynb #870669f4
+# %% ../nbs/07_training.ipynb #3c6d7f59
+import contextlib
 import hashlib
 import json
 import math
@@ -84,7 +85,7 @@ def _load_state(acc, path, fingerprint):
     acc.load_state(str(path))
     return p['done'], p['rows']
 
-# %% ../nbs/07_training.ipynb #f7196e42
+# %% ../nbs/07_training.ipynb #f08604fb
 def has_bf16(
     device:torch.device, # where the model computes
 )->bool:                 # False where bfloat16 would only be imitated
@@ -92,6 +93,15 @@ def has_bf16(
     if torch.device(device).type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     known = getattr(torch.cpu, 'get_capabilities', dict)()
     return bool(known.get('avx512_bf16') or known.get('amx_bf16'))
+
+@contextlib.contextmanager
+def _quick_attention(model, cpu_bf16):
+    "Eager attention for a while, where sdpa's backward pass in bfloat16 is slow."
+    was = model.config.text_config._attn_implementation
+    if cpu_bf16: model.set_attn_implementation({'text_config': 'eager'})
+    try: yield
+    finally:
+        if cpu_bf16: model.set_attn_implementation({'text_config': was})
 
 class TrainingError(RuntimeError): "The loss is no longer a number."
 
@@ -121,27 +131,25 @@ def fit(
     model, opt, sched, *_ = acc.prepare(model, opt, sched, *extra)
     fingerprint = _fingerprint(acc.unwrap_model(model), samples, asdict(stage), seed, bf16)
     done, rows = _load_state(acc, Path(checkpoint), fingerprint) if checkpoint else (0, [])
-    attention = acc.unwrap_model(model).config.text_config._attn_implementation
-    if bf16 and acc.device.type == 'cpu': acc.unwrap_model(model).set_attn_implementation({'text_config': 'eager'})  # sdpa is slow there
     seen, saved = sum(len(b) for _, b in plan[:done]), time.monotonic()
     model.train()
-    for i, (epoch, numbers) in enumerate(plan[done:], done):
-        batch = send_to_device(collate([samples[j] for j in numbers]), acc.device)
-        with torch.autocast(acc.device.type, torch.bfloat16, enabled=bf16): total, n = loss(model, batch)
-        value = total.item()/n
-        if not np.isfinite(value):
-            raise TrainingError(f'{stage.name}: the loss of step {i} is {value}; lower lr (now {stage.lr}) '
-                                'or look at the samples of this batch. The last checkpoint is intact.')
-        acc.backward(total/n)
-        acc.clip_grad_norm_(params, stage.clip)
-        opt.step(); sched.step(); opt.zero_grad()
-        seen += len(numbers)
-        rows.append(dict(step=i, epoch=epoch, samples=seen, loss=round(value, 5),
-                         lr=float(f'{stage.lr*lr_factor(i, len(plan), stage.warmup):.4g}')))
-        if report: report(rows[-1])
-        if checkpoint and time.monotonic() - saved > save_s:
-            _save_state(acc, Path(checkpoint), i + 1, rows, fingerprint); saved = time.monotonic()
-    acc.unwrap_model(model).set_attn_implementation({'text_config': attention})
+    with _quick_attention(acc.unwrap_model(model), bf16 and acc.device.type == 'cpu'):
+        for i, (epoch, numbers) in enumerate(plan[done:], done):
+            batch = send_to_device(collate([samples[j] for j in numbers]), acc.device)
+            with torch.autocast(acc.device.type, torch.bfloat16, enabled=bf16): total, n = loss(model, batch)
+            value = total.item()/n
+            if not np.isfinite(value):
+                raise TrainingError(f'{stage.name}: the loss of step {i} is {value}; lower lr (now {stage.lr}) '
+                                    'or look at the samples of this batch. The last checkpoint is intact.')
+            acc.backward(total/n)
+            acc.clip_grad_norm_(params, stage.clip)
+            opt.step(); sched.step(); opt.zero_grad()
+            seen += len(numbers)
+            rows.append(dict(step=i, epoch=epoch, samples=seen, loss=round(value, 5),
+                             lr=float(f'{stage.lr*lr_factor(i, len(plan), stage.warmup):.4g}')))
+            if report: report(rows[-1])
+            if checkpoint and time.monotonic() - saved > save_s:
+                _save_state(acc, Path(checkpoint), i + 1, rows, fingerprint); saved = time.monotonic()
     acc.unwrap_model(model).eval()
     if checkpoint and Path(checkpoint).exists(): shutil.rmtree(checkpoint)
     return rows

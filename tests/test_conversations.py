@@ -2,6 +2,7 @@
 import json
 import re
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -181,3 +182,20 @@ def test_data_preparation_refuses_a_leak(monkeypatch):
     with pytest.raises(ValueError, match='given away') as e:
         list(instruct_records([scene_figure(s) for s in range(40)], 0, prepared()()))
     assert '\n' not in str(e.value) and str(e.value).endswith('mend the generator.')
+
+
+def test_single_questions_are_true_balanced_and_bounded():
+    "Each is one turn, its answer never differs from the scene's own questions, and yes and no stay even for each wording."
+    generator, tally, seen = TemplateGenerator(weights=dict(sided=6)), Counter(), Counter()
+    for s in range(150):
+        claims = phantom_words.scene_claims(texts(s)[0])
+        single = list(instruct_records([scene_figure(s)], 0, generator, 10))[1:]
+        assert len(single) <= 10 and len({r['id'] for r in single}) == len(single)
+        truth = {(q['question'], q['answer']) for k in range(40) for q in phantom_words.claim_questions(claims, np.random.default_rng(k))}
+        for r in single:
+            assert len(r['conversations']) == 2 and len(r['tags']['question_types']) == 1
+            question, answer = r['conversations'][0]['value'].replace(IMAGE, '').strip(), r['conversations'][1]['value']
+            assert not any(q == question and a != answer for q, a in truth), (question, answer)
+            tally[answer] += 1; seen[r['tags']['question_types'][0], answer in ('yes', 'no')] += 1
+    assert abs(tally['yes'] - tally['no']) < .1*(tally['yes'] + tally['no'])
+    assert seen['side', True] > 40 and seen['quadrant', False] > 100

@@ -334,7 +334,7 @@ def test_step_clears_its_folder_but_not_the_running_notebook(toy):
     record = toy.record()['1_one']
     assert record['state'] == 'done' and record['results'] == {'score': 0.5} and record['key']
     ledger = json.loads((toy.outputs/'toy/1_one/ledger.json').read_text())
-    assert 0 <= ledger['wall_s'] < 60 and ledger['peak_memory_mib'] > 10
+    assert ledger['wall_s'] > 0 and ledger['peak_memory_mib'] > 10
 
 
 def test_a_step_by_hand_makes_the_runner_run_it_again(toy):
