@@ -201,6 +201,8 @@ def read_preset(
     if not isinstance(got, dict): raise UsageError(f'{path} must hold `description:` and `parameters:`.')
     for k in got: known_name(k, ('description', 'parameters'), f'key of a preset ({path.name})')
     parts = got.get('parameters') or {}
+    if not isinstance(parts, dict): raise UsageError(f'{path}: `parameters:` must hold one line per step, such as `all: {{seed: 1}}`.')
+    parts = {str(step): values for step, values in parts.items()}   # YAML reads 4: as a number
     for step, values in parts.items():
         if not isinstance(values or {}, dict): raise UsageError(f'{path}: {step} must hold `name: value` lines.')
     return {'name': path.stem, 'owner': path.stem if shipped else str(path.resolve()),
@@ -591,7 +593,7 @@ def run_command(
     outcome = run_pipeline(args.preset, args.name, args.only, args.set, lambda s: print(s, flush=True), args.verbose)
     folder = run_dir(args.name or read_preset(args.preset)['name'])
     scores = folder/'4_evaluation/scores.csv'
-    if scores.exists(): print('\n' + results_table(read_scores(scores)))
+    if '4_evaluation' in outcome and scores.exists(): print('\n' + results_table(read_scores(scores)))
     kept = sum(v == 'kept' for v in outcome.values())
     print(f"\n{len(outcome) - kept} steps run, {kept} kept, {clock(time.monotonic() - start)} in all.\n"
           f"Notebooks and results: {shown(folder)}")

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'encode', 'length_batches', 'encode_questions', 'share_pictures', 'segment_mask', 'Collator', 'splice',
-           'embed', 'batch_loss', 'scored_hits', 'record_samples', 'file_features']
+           'embed', 'plain_attention', 'batch_loss', 'scored_hits', 'record_samples', 'file_features']
 
-# %% ../nbs/06_batching.ipynb #e74dc40d
+# %% ../nbs/06_batching.ipynb #f86d22e4
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 from .articles import open_image
 from .conversations import to_messages
 from .model import vision_features
@@ -83,6 +85,7 @@ def encode_questions(
 def share_pictures(
     samples:list, # encoded samples with the number of their picture
     image_id:int, # the token that stands for a patch
+    max_len:int=None, # a row that would become longer is closed, and another begun
 )->list:          # rows with segments and positions, one for each picture; text-only samples stay alone
     "Join the samples of each picture to one row in which they cannot see each other."
     rows, at = [], {}
@@ -90,7 +93,7 @@ def share_pictures(
         ids = s['input_ids']
         n = len(ids) - ids[::-1].index(image_id) if image_id in ids else 0
         key = (s.get('image'), tuple(ids[:n])) if n else i
-        if key not in at:
+        if key not in at or max_len and len(rows[at[key]]['input_ids']) + len(ids) - n > max_len:
             at[key] = len(rows)
             rows.append(dict(input_ids=ids[:n], labels=s['labels'][:n], positions=list(range(n)),
                              segments=[0]*n, image=s.get('image')))
@@ -137,7 +140,7 @@ class Collator:
             batch['features'] = self.features[torch.tensor(images)]
         return batch
 
-# %% ../nbs/06_batching.ipynb #bf59394a
+# %% ../nbs/06_batching.ipynb #78a0ab6b
 def splice(
     model,      # a LlavaForConditionalGeneration
     ids:torch.Tensor,     # (rows, length) token ids
@@ -160,11 +163,30 @@ def embed(
     if batch.get('features') is None: return model.get_input_embeddings()(ids)
     return splice(model, ids, model.model.multi_modal_projector(batch['features'].to(model.dtype)))
 
+def plain_attention(
+    module,              # attention layer of the language model
+    query, key, value,   # (rows, heads, length, width of a head)
+    attention_mask:torch.Tensor, # (rows, 1, length, length), added to the scores; None hides nothing
+    scaling:float,       # of the scores
+    dropout:float=0.,    # share of weights that are dropped
+    **ignored,           # what other implementations need
+)->tuple:                # (rows, length, heads, width), None
+    "Attention in two products, in the number format of its inputs: transformers' eager one without copies in float32."
+    groups = query.shape[1]//key.shape[1]
+    key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
+    scores = (query*scaling) @ key.transpose(-1, -2)
+    if attention_mask is not None: scores = scores + attention_mask.to(scores.dtype)
+    weights = F.dropout(scores.softmax(-1), dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+AttentionInterface.register('plain', plain_attention)
+AttentionMaskInterface.register('plain', eager_mask)
+
 def _hidden(model, batch):
     "Last hidden states of the language model over projected patches and words."
     mask = batch['attention_mask']
-    if mask.dtype == torch.bool and model.config.text_config._attn_implementation == 'eager':
-        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e9)  # eager adds its mask
+    if mask.dtype == torch.bool and model.config.text_config._attn_implementation in ('eager', 'plain'):
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e9)  # these add their mask
     return model.model.language_model(
         inputs_embeds=embed(model, batch), attention_mask=mask, position_ids=batch.get('positions'),
         use_cache=False).last_hidden_state

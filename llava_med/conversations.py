@@ -471,13 +471,18 @@ class TemplateGenerator:
         weight = np.array([self.weights.get(name(t), 1) for t in turns], float)
         return [turns[i] for i in rng.choice(len(turns), min(n, len(turns)), replace=False, p=weight/weight.sum())] if turns else []
 
-    def claims(self, caption, mentions):
-        "What the text says of findings, or None."
+    def claims(self,
+        caption:str,             # the caption
+        mentions:list,           # sentences of the article that mention the figure
+    )->phantom_words.Claims|None: # None if no findings are read, or the text says nothing of them
+        "What the text says of findings."
         if not self.read_findings: return None
         claims = phantom_words.read_claims(' '.join([caption, *mentions]))
         return claims if claims.findings or claims.normal else None
 
-    def noted(self, turns):
+    def noted(self,
+        turns:list,              # turns that will be used
+    )->list:                     # the same turns
         "Count yes and no of these turns, so that later ones balance them."
         self.tally.update((t.question, t.answer) for t in turns if t.answer in ('yes', 'no'))
         return turns

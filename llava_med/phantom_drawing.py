@@ -52,7 +52,9 @@ def smooth(
     return 2.1*upsample(coarse, size)
 
 # %% ../nbs/01a_phantom_drawing.ipynb #0cb87611
-def enlarge(img:np.ndarray)->np.ndarray:
+def enlarge(
+    img:np.ndarray, # (h, w) or (h, w, 3)
+)->np.ndarray:      # (2h, 2w) or (2h, 2w, 3)
     "Twice the size, by bilinear interpolation: what is smooth is drawn small, for speed."
     for axis in range(2):
         x = np.moveaxis(img, axis, 0)
@@ -71,7 +73,10 @@ def soft(
 
 # %% ../nbs/01a_phantom_drawing.ipynb #4ed72129
 @lru_cache(256)
-def glyph(text, height):
+def glyph(
+    text:str,   # one line
+    height:int, # size of the font, pixels
+)->np.ndarray:  # (h, w), 0 to 1
     "Text as a small mask."
     font = ImageFont.load_default(height)
     x0, y0, x1, y1 = font.getbbox(text)
@@ -80,7 +85,13 @@ def glyph(text, height):
     return np.asarray(im, 'f4')/255
 
 # %% ../nbs/01a_phantom_drawing.ipynb #74fd8440
-def write_on(img, text, x, y, height=.05, value=1.):
+def write_on(
+    img:np.ndarray, # (n, n) or (n, n, 3), changed in place
+    text:str,       # one line
+    x, y,           # upper left corner, fractions of the image
+    height=.05,     # size of the font, fraction of the image
+    value=1.,       # brightness or colour
+):
     "Burn text into a float image with its upper left corner at (x, y)."
     n = img.shape[0]
     g = glyph(text, max(6, round(height*n)))
@@ -91,41 +102,65 @@ def write_on(img, text, x, y, height=.05, value=1.):
     part += g*(np.asarray(value, 'f4')-part)
 
 # %% ../nbs/01a_phantom_drawing.ipynb #aedf19ae
-def edge(rho, w:float=.15):
+def edge(
+    rho,         # distance from the centre, 1 on the border
+    w:float=.15, # width of the soft rim, fraction of the radius
+):               # 0 to 1
     "1 inside a lesion, 0 from its border on."
     return np.clip((1-rho)/w, 0, 1)
 
-def haze(rho):
+def haze(
+    rho, # distance from the centre, 1 on the border
+):       # 1 in the centre, 0 from the border on
     "A lesion without a border: fades out smoothly."
     return np.clip(1-rho**2, 0, 1)**1.2
 
-def mix(p, m, value):
+def mix(
+    p:np.ndarray, # (h, w) or (h, w, 3)
+    m:np.ndarray, # (h, w), 0 to 1: how much paint
+    value,        # brightness or colour, for all pixels or for each
+)->np.ndarray:    # of the shape of p
     "Paint a value (or colour) over a patch where the mask says so."
     if p.ndim == 3: m = m[..., None]
     return p+m*(np.asarray(value, 'f4')-p)
 
-def speckle(rng, shape, sigma):
+def speckle(
+    rng,         # random generator
+    shape:tuple, # (h, w)
+    sigma:float, # standard deviation of the blur, pixels
+)->np.ndarray:   # (h, w)
     "Small-grained noise of unit spread for one lesion."
     n = ndi.gaussian_filter(rng.standard_normal(shape, dtype='f4'), sigma)
     return n/(n.std()+1e-6)
 
 # %% ../nbs/01a_phantom_drawing.ipynb #9a119ab5
-def paint_gray(kind, p, rho, dx, dy, rng):
+def paint_gray(
+    kind:str,       # a kind of chest_xray, ct_scan or mri
+    p:np.ndarray,   # (h, w), brightness
+    rho:np.ndarray, # distance from the centre, 1 on the border
+    dx, dy,         # offset from the centre, in radii; for an infarct dx points outwards
+    rng,            # random generator
+)->np.ndarray:      # the painted patch
     "Paint one lesion of a radiological kind onto its patch."
     if kind == 'nodule': return mix(p, .9*edge(rho, .2), .86)
     if kind == 'consolidation':
-        return np.maximum(p, mix(p, .95*haze(rho)**.6*(.9+.1*speckle(rng, p.shape, 2.5)), .82))
+        return np.maximum(p, mix(p, np.clip(haze(rho)**.45*(.95+.08*speckle(rng, p.shape, 2.5)), 0, 1), .90))
     if kind == 'mass': return mix(p, edge(rho, .18), .80+.03*speckle(rng, p.shape, 1))
     if kind == 'cavity': return mix(mix(p, edge(rho, .15), .74), edge(rho/.62, .2), .02)
     if kind == 'ground-glass opacity':
-        return np.maximum(p, mix(p, haze(rho)**.5*(.88+.12*speckle(rng, p.shape, 1.5)), .56))
+        return np.maximum(p, mix(p, np.clip(haze(rho)**.35*(.9+.1*speckle(rng, p.shape, 1.5)), 0, 1), .62))
     if kind == 'metastasis': return mix(p, edge(rho, .2), .97)
     if kind == 'abscess': return mix(mix(p, edge(rho, .12), .97), edge(rho/.68, .2), .10)
-    wedge = np.maximum(np.abs(dy)-.12-.36*(dx+1), np.hypot(dx, dy)-1)  # infarct: dx points outwards
-    return np.minimum(p, mix(p, soft(wedge+.10, .16), .12))
+    wedge = np.maximum(np.abs(dy)-.14-.42*(dx+1), np.hypot(dx, dy)-1)  # infarct: dx points outwards
+    return np.minimum(p, mix(p, soft(wedge+.08, .16), .06))
 
 # %% ../nbs/01a_phantom_drawing.ipynb #9a49569c
-def paint_tissue(kind, p, rho, rng):
+def paint_tissue(
+    kind:str,       # a kind of histology
+    p:np.ndarray,   # (h, w, 3), colours
+    rho:np.ndarray, # distance from the centre, 1 on the border
+    rng,            # random generator
+)->np.ndarray:      # the painted patch
     "Paint one lesion onto a patch of stained tissue."
     n = speckle(rng, rho.shape, 1.1)
     if kind == 'lymphoid aggregate':
@@ -135,11 +170,17 @@ def paint_tissue(kind, p, rho, rng):
         rim = edge(rho, .1)*(1-edge(rho/.80, .12))
         p = mix(p, edge(rho, .12), np.stack([.97+.02*n, .80+.03*n, .72+.03*n], -1))
         return mix(p, rim*np.clip(n+.9, 0, 1), (.45, .22, .50))
-    p = mix(p, edge(rho, .10), np.stack([.80+.015*n, .90+.01*n, .96+0*n], -1))
+    p = mix(p, edge(rho, .10), np.stack([.70+.015*n, .86+.01*n, .97+0*n], -1))
     return mix(p, .35*edge(rho, .1)*np.clip(speckle(rng, rho.shape, 3)-.9, 0, 1), (.62, .70, .85))
 
 # %% ../nbs/01a_phantom_drawing.ipynb #c5e0992d
-def paint_gross(kind, p, rho, dx, dy, rng):
+def paint_gross(
+    kind:str,       # a kind of gross
+    p:np.ndarray,   # (h, w, 3), colours
+    rho:np.ndarray, # distance from the centre, 1 on the border
+    dx, dy,         # offset from the centre, in radii
+    rng,            # random generator
+)->np.ndarray:      # the painted patch
     "Paint one lesion onto a patch of a photographed specimen."
     light = np.clip(.5-.45*(dx+dy), 0, 1)
     if kind == 'tumor':
@@ -186,7 +227,12 @@ def draw_lesions(
             img[ys, xs] = p
 
 # %% ../nbs/01a_phantom_drawing.ipynb #053fe5c1
-def vessels(x, y, rng, size, width):
+def vessels(
+    x, y,        # (size, size) offsets from the hilum, fractions of the image
+    rng,         # random generator
+    size:int,    # pixels
+    width:float, # width of the vessels, fraction of the image
+)->np.ndarray:   # (size, size), 0 to 1
     "Vessels that branch out from the hilum of each lung, as brightness."
     r, a = np.hypot(x, y)+1e-3, np.arctan2(y, x)
     warp = a+.35*smooth(rng, size, 5)+.10*smooth(rng, size, 14)
@@ -195,7 +241,10 @@ def vessels(x, y, rng, size, width):
     return np.maximum(near*np.clip(1-r/.20, 0, 1), .7*far*np.clip(1-r/.30, 0, 1))
 
 # %% ../nbs/01a_phantom_drawing.ipynb #24800b24
-def xray_bones(x, v, j):
+def xray_bones(
+    x, v,      # coordinates from the midline and from the top, fractions of the image
+    j,         # build of the patient, from `jitter`
+)->np.ndarray: # brightness to add
     "Ribs, collar bones and spine of a chest radiograph, as brightness."
     s = np.abs(x); cage = soft(oval(x, v, 0, .82, .400+.030*j[2], .73), .03)
     gap = .074+.004*j[8]
@@ -209,7 +258,11 @@ def xray_bones(x, v, j):
     return ribs*cage*np.clip((.86-v)*8, 0, 1)+clavicle+spine
 
 # %% ../nbs/01a_phantom_drawing.ipynb #b5035569
-def draw_xray(scene, size, rng):
+def draw_xray(
+    scene:Scene, # the latent variables
+    size:int,    # pixels
+    rng,         # random generator
+)->np.ndarray:   # (size, size), brightness: about 0 to 1
     "A frontal chest radiograph without focal lesions."
     u, v = grid(size); j = jitter(scene); x = u-.5-.012*j[0]; s = np.abs(x)
     half = .10+.36/(1+np.exp(-(v-.115)*38))+.02*np.sin(v*5)
@@ -227,13 +280,16 @@ def draw_xray(scene, size, rng):
     return img-.16*bubble*(1-lung)
 
 # %% ../nbs/01a_phantom_drawing.ipynb #9aeb0469
-def draw_pleura(img, scene):
+def draw_pleura(
+    img:np.ndarray, # (size, size), changed in place
+    scene:Scene,    # whose findings to draw
+):
     "Pleural effusion and pneumothorax, drawn in place."
     u, v = grid(img.shape[0])
     for f in scene.findings:
         if f.kind not in ('pleural effusion', 'pneumothorax'): continue
         d = air_and_fluid(scene, f.kind, f.side, f.size, u, v)
-        if f.kind == 'pleural effusion': img += soft(d+.006, .012)*(.84-img)
+        if f.kind == 'pleural effusion': img += soft(d+.006, .012)*(.90-img)
         else:
             img += soft(d+.004, .008)*(.03-img)
             inside = soft(xray_lungs(u, v, jitter(scene))+.02, .01)*(v < .47)
@@ -241,7 +297,10 @@ def draw_pleura(img, scene):
             img += .8*line*(d < 0)*(.75-img)
 
 # %% ../nbs/01a_phantom_drawing.ipynb #5817094d
-def xray_image(scene, size):
+def xray_image(
+    scene:Scene, # the latent variables
+    size:int,    # pixels, an even number
+)->np.ndarray:   # (size, size), brightness: about 0 to 1
     "A chest radiograph with grain and lead marker."
     rng = scene_rng(scene, 2)
     img = enlarge(draw_xray(scene, size//2, rng)); draw_pleura(img, scene); draw_lesions(img, scene)
@@ -252,7 +311,11 @@ def xray_image(scene, size):
     return img
 
 # %% ../nbs/01a_phantom_drawing.ipynb #fbd3ca28
-def draw_ct(scene, size, rng):
+def draw_ct(
+    scene:Scene, # the latent variables
+    size:int,    # pixels, an even number
+    rng,         # random generator
+)->np.ndarray:   # (size, size), brightness: about 0 to 1
     "An axial CT slice of the chest in a lung window."
     u, v = grid(size); j = jitter(scene); x, y = u-.5, v-.51
     rx, ry = .415+.022*j[0], .335+.032*j[1]; fat = .052+.012*j[6]
@@ -275,7 +338,11 @@ def draw_ct(scene, size, rng):
     return draw_spine(img, x, y, j)
 
 # %% ../nbs/01a_phantom_drawing.ipynb #ab3b0e1e
-def draw_spine(img, x, y, j):
+def draw_spine(
+    img:np.ndarray, # (size, size), brightness
+    x, y,           # (size, size) offsets from the middle of the chest, fractions of the image
+    j,              # build of the patient, from `jitter`
+)->np.ndarray:      # a new image
     "Vertebra, spinal canal, processes, breastbone and airways of the CT slice."
     body = oval(x, y, 0, .222, .075+.004*j[9], .058)
     spine = np.minimum(body, oval(np.abs(x), y, .075+.3*(y-.30), .315, .05, .016))
@@ -287,7 +354,10 @@ def draw_spine(img, x, y, j):
     return mix(mix(img, soft(airway-.006, .008), .72), soft(airway, .006), .02)
 
 # %% ../nbs/01a_phantom_drawing.ipynb #9896e24a
-def ct_image(scene, size):
+def ct_image(
+    scene:Scene, # the latent variables
+    size:int,    # pixels, an even number
+)->np.ndarray:   # (size, size), brightness: about 0 to 1
     "An axial CT slice with its correlated noise, table and labels."
     rng = scene_rng(scene, 2); u, v = grid(size)
     img = draw_ct(scene, size, rng); draw_lesions(img, scene)
@@ -299,7 +369,11 @@ def ct_image(scene, size):
     return img
 
 # %% ../nbs/01a_phantom_drawing.ipynb #9f714f0a
-def draw_mri(scene, size, rng):
+def draw_mri(
+    scene:Scene, # the latent variables
+    size:int,    # pixels
+    rng,         # random generator
+)->np.ndarray:   # (size, size), brightness: about 0 to 1
     "An axial T1-weighted slice of the head."
     u, v = grid(size); j = jitter(scene); d = brain(u, v, j); x = u-.5
     fold, fold2 = smooth(rng, size, 19), smooth(rng, size, 24)
@@ -319,7 +393,10 @@ def draw_mri(scene, size, rng):
     return mix(img, .8*falx, .12)*(1+.05*smooth(rng, size, 2))
 
 # %% ../nbs/01a_phantom_drawing.ipynb #73ae2611
-def mri_image(scene, size):
+def mri_image(
+    scene:Scene, # the latent variables
+    size:int,    # pixels
+)->np.ndarray:   # (size, size), brightness: about 0 to 1
     "A head MRI with noise in magnitude, as a scanner forms it."
     rng = scene_rng(scene, 2)
     img = draw_mri(scene, size, rng); draw_lesions(img, scene)
@@ -331,7 +408,12 @@ def mri_image(scene, size):
     return img
 
 # %% ../nbs/01a_phantom_drawing.ipynb #b940617a
-def draw_gland(img, cx, cy, r, rng):
+def draw_gland(
+    img:np.ndarray, # (size, size, 3), changed in place
+    cx, cy,         # centre, fractions of the image
+    r:float,        # radius, fraction of the image
+    rng,            # random generator
+):
     "One crypt: lumen, tall pale cells, a ring of dark nuclei."
     n = img.shape[0]; u, v = grid(n); q = r*1.25
     ys = slice(max(0, int((cy-q)*n)), max(0, int((cy+q)*n)))
@@ -349,7 +431,10 @@ def draw_gland(img, cx, cy, r, rng):
     img[ys, xs] = mix(p, edge(rho/.26, .3), (.97, .93, .96))
 
 # %% ../nbs/01a_phantom_drawing.ipynb #7ca2d3a0
-def draw_stroma(size, rng):
+def draw_stroma(
+    size:int, # pixels, an even number
+    rng,      # random generator
+)->tuple:     # colours (size, size, 3) and a mask of nuclei (size, size), 0 to 1
     "Pink fibres and the nuclei between the crypts."
     half = size//2; u, v = grid(half)
     fibre = np.sin(60*(u*.54+v)+7*smooth(rng, half, 6))*.5+.5*smooth(rng, half, 40)
@@ -362,7 +447,10 @@ def draw_stroma(size, rng):
     return img, np.clip(nuc*40*s*s-.55, 0, 1)
 
 # %% ../nbs/01a_phantom_drawing.ipynb #1b17a19d
-def histology_image(scene, size):
+def histology_image(
+    scene:Scene, # the latent variables
+    size:int,    # pixels, an even number
+)->np.ndarray:   # (size, size, 3), colours: about 0 to 1
     "A stained section of colon, with scale bar."
     rng = scene_rng(scene, 2); j = jitter(scene)
     img, nuclei = draw_stroma(size, rng)
@@ -384,7 +472,11 @@ def histology_image(scene, size):
 # %% ../nbs/01a_phantom_drawing.ipynb #c6baccea
 FLESH = {'liver': ((.47, .20, .14), (.34, .12, .09)), 'kidney': ((.62, .27, .24), (.45, .15, .15))}
 
-def draw_cloth(size, rng, j):
+def draw_cloth(
+    size:int,  # pixels
+    rng,       # random generator
+    j,         # build of the patient, from `jitter`
+)->np.ndarray: # (size, size, 3), colours: about 0 to 1
     "Blue or green surgical cloth with folds and weave."
     u, v = grid(size)
     base = np.array((.16, .36, .62) if j[7] > 0 else (.14, .46, .40), 'f4')
@@ -393,7 +485,9 @@ def draw_cloth(size, rng, j):
     return base*(1+.10*fold+weave)[..., None]
 
 # %% ../nbs/01a_phantom_drawing.ipynb #1eb164ee
-def draw_ruler(img, j):
+def draw_ruler(
+    img:np.ndarray, # (size, size, 3), changed in place
+):
     "A paper ruler in centimetres along the lower edge."
     n = img.shape[0]; y0, y1 = int(.895*n), int(.975*n); x0, x1 = int(.06*n), int(.94*n)
     img[y0:y1, x0:x1] = (.93, .92, .86)
@@ -403,7 +497,12 @@ def draw_ruler(img, j):
         if i % 10 == 0: write_on(img, str(i//10), x/n-.008, .928, .036, .08)
 
 # %% ../nbs/01a_phantom_drawing.ipynb #12267200
-def draw_flesh(scene, size, rng, j):
+def draw_flesh(
+    scene:Scene, # the latent variables
+    size:int,    # pixels before enlarging
+    rng,         # random generator
+    j,           # build of the patient, from `jitter`
+)->np.ndarray:   # (2 size, 2 size, 3), colours: about 0 to 1
     "The colours of the specimen, and its wet highlights."
     u, v = grid(size); d = specimen(u, v, j, scene.organ); light, dark = FLESH[scene.organ]
     relief, fine = smooth(rng, size, 9), smooth(rng, size, 34)
@@ -421,14 +520,17 @@ def draw_flesh(scene, size, rng, j):
     return enlarge(mix(flesh*slope[..., None], shine, (1., .97, .94)))
 
 # %% ../nbs/01a_phantom_drawing.ipynb #5744458d
-def gross_image(scene, size):
+def gross_image(
+    scene:Scene, # the latent variables
+    size:int,    # pixels, an even number
+)->np.ndarray:   # (size, size, 3), colours: about 0 to 1
     "A photograph of a fresh specimen on cloth, with ruler."
     rng = scene_rng(scene, 2); j = jitter(scene); u, v = grid(size//2)
     shadow = soft(specimen(u-.018, v-.022, j, scene.organ)-.004, .05)
     img = enlarge(draw_cloth(size//2, rng, j)*(1-.55*shadow)[..., None])
     img = mix(img, soft(specimen(*grid(size), j, scene.organ), .008),
               draw_flesh(scene, size//2, rng, j))
-    draw_lesions(img, scene); draw_ruler(img, j)
+    draw_lesions(img, scene); draw_ruler(img)
     return img+.015*rng.standard_normal((size, size, 1), dtype='f4')
 
 # %% ../nbs/01a_phantom_drawing.ipynb #f4d68d12
@@ -443,7 +545,10 @@ def render(
     return np.stack([img]*3, -1) if img.ndim == 2 else img
 
 # %% ../nbs/01a_phantom_drawing.ipynb #ce6028a3
-def jpeg(img:np.ndarray, quality:int=90)->bytes:
+def jpeg(
+    img:np.ndarray, # uint8, (h, w, 3)
+    quality:int=90, # 1 to 95, as Pillow counts it
+)->bytes:           # a JPEG file
     "An image as JPEG bytes."
     b = io.BytesIO(); Image.fromarray(img).save(b, 'JPEG', quality=quality)
     return b.getvalue()

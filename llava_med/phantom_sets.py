@@ -34,7 +34,12 @@ def plot_picture(rng)->np.ndarray:
 
 # %% ../nbs/01c_phantom_sets.ipynb #536fb857
 ROLES = ('image', 'compound', 'plot', 'missing')
-def make_figure(seed:int, split:str, modality:str|None, fig:int)->dict:
+def make_figure(
+    seed:int,          # which scene
+    split:str,         # train, val or test
+    modality:str|None, # one of `MODALITIES`, drawn if None
+    fig:int,           # number of the figure, from 1
+)->dict:               # role, scene, caption, mentions, label; img (uint8) unless it is missing
     "One figure of an article; a few are not what they should be."
     scene = sample_scene(seed, split, modality); rng = scene_rng(scene, 600)
     label = f'Figure {fig}'
@@ -93,14 +98,23 @@ FIELD_NAMES = {'chest_xray': 'radiography', 'ct_scan': 'CT', 'mri': 'MRI',
                'histology': 'histology', 'gross': 'gross pathology'}
 
 # %% ../nbs/01c_phantom_sets.ipynb #77b4806f
-def jats_case(i:int, fig:dict, href:str)->str:
+def jats_case(
+    i:int,    # number of the case, from 1
+    fig:dict, # from `make_figure`
+    href:str, # file name of the image
+)->str:       # a <sec> element
     "One case: its paragraphs, with the reference to the figure, and the figure."
     label = fig['label']; ref = f'<xref ref-type="fig" rid="f{i}">{label}</xref>'
     text = '\n'.join(f'<p>{escape(t).replace(label, ref)}</p>' for t in fig['mentions'])
     figure = FIG.format(i=i, label=label, caption=escape(fig['caption']), href=href)
     return f'<sec><title>Case {i}</title>\n{text}\n{figure}</sec>\n'
 
-def jats_article(pmcid:str, rng, figs:list, hrefs:list)->str:
+def jats_article(
+    pmcid:str,  # 'PMC' and digits
+    rng,        # random generator
+    figs:list,  # dicts from `make_figure`
+    hrefs:list, # file name of the image of each figure
+)->str:         # XML
     "A whole article in JATS."
     fields = listing(sorted({FIELD_NAMES[f['scene'].modality] for f in figs}))
     licence, url = pick(rng, LICENCES)
@@ -112,8 +126,13 @@ def jats_article(pmcid:str, rng, figs:list, hrefs:list)->str:
     return ARTICLE.format(front=front, n=len(figs), cases=cases)
 
 # %% ../nbs/01c_phantom_sets.ipynb #7c1f1db9
-def article_files(index:int, seed:int, split:str, per_article:tuple)->tuple:
-    "One article: PMC id, XML text, {file name: JPEG bytes} and the rows of its truth."
+def article_files(
+    index:int,         # number of the article
+    seed:int,          # of the set
+    split:str,         # train, val or test
+    per_article:tuple, # fewest and most figures
+)->tuple:              # PMC id, XML text, {file name: JPEG bytes} and the rows of its truth
+    "One article, its images and its truth."
     base = seed*1_000_000+index*10+{'train': 0, 'val': 3, 'test': 6}[split]*100_000_000
     rng = np.random.default_rng([seed, index, SPLITS.index(split), 7])
     pmcid = f'PMC{90_000_000+(base % 900_000_000)//10}'
@@ -129,7 +148,11 @@ def article_files(index:int, seed:int, split:str, per_article:tuple)->tuple:
     return pmcid, jats_article(pmcid, rng, figs, hrefs), files, rows
 
 # %% ../nbs/01c_phantom_sets.ipynb #cb6987ee
-def pack(path:Path, folder:str, files:dict)->None:
+def pack(
+    path:Path,  # the package to write
+    folder:str, # name of the folder inside it
+    files:dict, # file name -> bytes
+)->None:
     "A .tar.gz package with the same bytes for the same files."
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode='w') as tar:
@@ -139,7 +162,9 @@ def pack(path:Path, folder:str, files:dict)->None:
     with replacing(path) as part: part.write_bytes(gzip.compress(raw.getvalue(), 1, mtime=0))
 
 # %% ../nbs/01c_phantom_sets.ipynb #83171649
-def save_article(args:tuple)->tuple:
+def save_article(
+    args:tuple, # out_dir, layout, index, seed, split, per_article; see `write_articles`
+)->tuple:       # path of the article and the rows of its truth
     "Write one article in one of PMC's layouts (top level, so that worker processes can call it)."
     out_dir, layout, index, seed, split, per_article = args
     pmcid, xml, files, rows = article_files(index, seed, split, per_article)
@@ -157,7 +182,11 @@ def save_article(args:tuple)->tuple:
     return str(path), rows
 
 # %% ../nbs/01c_phantom_sets.ipynb #bfa10dfe
-def spread(fn, jobs:list, n_workers:int)->list:
+def spread(
+    fn,            # a function of one job, at the top level of a module
+    jobs:list,     # what it is called with
+    n_workers:int, # processes
+)->list:           # its results, in the order of the jobs
     "Do the jobs in order, in worker processes if there is more than one worker."
     if n_workers <= 1: return [fn(j) for j in jobs]
     names = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
@@ -173,7 +202,7 @@ def spread(fn, jobs:list, n_workers:int)->list:
 def write_articles(
     out_dir,                  # a folder; made if missing
     n:int,                    # articles
-    seed:int=0,
+    seed:int=0,               # of the set: another seed, other patients
     split:str='train',        # which patients
     layout:str='pmc',         # 'pmc': folders PMC<id>.<version>/; 'oa_package': PMC<id>.tar.gz
     per_article:tuple=(3, 6), # fewest and most figures
@@ -199,8 +228,10 @@ CONTENT = {'presence': 'Abnormality', 'finding': 'Abnormality', 'modality': 'Mod
            'quadrant': 'Position', 'count': 'Quantity', 'size': 'Size', 'unanswerable': 'KG'}
 
 # %% ../nbs/01c_phantom_sets.ipynb #66945175
-def save_vqa_image(args:tuple)->list:
-    "Write one image folder of a SLAKE-like set; returns its rows."
+def save_vqa_image(
+    args:tuple, # out_dir, number of the image, seed, split, skew; see `write_vqa`
+)->list:        # of dicts, one for each question
+    "Write one image folder of a SLAKE-like set (top level, so that worker processes can call it)."
     out_dir, number, seed, split, skew = args
     scene = sample_scene(seed, split); name = f'xmlab{number}'; folder = Path(out_dir)/'imgs'/name
     folder.mkdir(parents=True, exist_ok=True)
@@ -225,7 +256,7 @@ def save_vqa_image(args:tuple)->list:
 def write_vqa(
     out_dir,         # a folder; made if missing
     n_train:int, n_val:int, n_test:int, # images
-    seed:int=0,
+    seed:int=0,      # of the set: another seed, other patients
     skew:float=0.,   # of the training questions' answers; the other splits stay balanced
     n_workers:int=1, # processes
 )->dict:             # split -> number of questions

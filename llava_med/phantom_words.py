@@ -77,24 +77,37 @@ PLURALS = {'metastasis': 'metastases', 'mass': 'masses', 'cavity': 'cavities',
 # %% ../nbs/01b_phantom_words.ipynb #82f0263d
 BORDERS = {'sharp': 'sharply marginated', 'ill-defined': 'ill-defined'}
 
-def plural(name:str, n:int=2)->str:
+def plural(
+    name:str, # in the singular
+    n:int=2,  # how many
+)->str:       # the singular if n is 1
     "A finding's name for n of them."
     return name if n == 1 else PLURALS.get(name, name+'s')
 
-def article(name:str)->str:
+def article(
+    name:str, # a noun phrase in lower case
+)->str:       # with a or an before it
     "The name with its a or an."
     return ('an ' if re.match('[aeiou]|8|11-|18-', name) else 'a ')+name
 
-def listing(words:list, last:str='and')->str:
+def listing(
+    words:list,     # one or more
+    last:str='and', # the word before the last one
+)->str:             # 'a', 'a and b' or 'a, b and c'
     "a, b and c."
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
 
-def pick(rng, options):
+def pick(
+    rng,     # random generator
+    options, # a list or tuple
+):           # all are equally likely
     "One of the options."
     return options[int(rng.integers(len(options)))]
 
 # %% ../nbs/01b_phantom_words.ipynb #f977628c
-def capital(text:str)->str:
+def capital(
+    text:str, # not empty
+)->str:       # the rest as it was
     "First letter upper case."
     return text[0].upper()+text[1:]
 
@@ -120,7 +133,10 @@ def say_finding(
 DENIALS = ('There is no {or}.', 'No {or} is seen.', 'There is no evidence of {or}.',
            'No sign of {or} was found.',
            '{And} are absent.', 'The image is free of {or}.', 'No {or}.', 'It does not show {or}.')
-def say_absent(rng, kinds)->str:
+def say_absent(
+    rng,   # random generator
+    kinds, # one or more keys of `KINDS`
+)->str:    # one sentence
     "A sentence that denies every one of some kinds."
     names = [str(k) for k in rng.permutation(sorted(kinds))]
     t = pick(rng, DENIALS[:-1]) if len(names) > 1 else pick(rng, DENIALS[:4])
@@ -168,11 +184,20 @@ EXTRAS = {
 # %% ../nbs/01b_phantom_words.ipynb #c689240c
 PADDING = 'No annotation was added and the image was not changed before it was reproduced here.'
 
-def say_what(rng, scene)->str:
+def say_what(
+    rng,         # random generator
+    scene:Scene, # the latent variables
+)->str:          # a noun phrase without article
     "The kind of image and the organ."
     return pick(rng, WHAT[scene.modality]).format(organ=scene.organ)
 
-def fill(rng, scene, templates, full, rich=False)->str:
+def fill(
+    rng,             # random generator
+    scene:Scene,     # the latent variables
+    templates:tuple, # with {what} and {finds}, or {What} and {Finds} for a capital
+    full:bool,       # see `say_finding`
+    rich:bool=False, # see `say_finding`
+)->str:              # one or two sentences
     "One template with what, and all findings, filled in."
     what = say_what(rng, scene)
     finds = listing([say_finding(rng, f, full, rich) for f in scene.findings] or ['nothing'])
@@ -280,13 +305,19 @@ NORMAL = re.compile(r'\b(normal (?!size)\w+|unremarkable|within normal limits|(?
                     r'(?:abnormality|abnormalities|abnormal findings?|lesions?))\b')
 
 # %% ../nbs/01b_phantom_words.ipynb #d989f8f4
-def best_word(text:str, words:dict)->str|None:
+def best_word(
+    text:str,   # in lower case
+    words:dict, # entry -> regular expression
+)->str|None:    # an entry, None if no word occurs
     "The entry whose words occur most often, the earliest on a tie."
     hits = {k: [m.start() for m in re.finditer(p, text)] for k, p in words.items()}
     hits = {k: v for k, v in hits.items() if v}
     return max(hits, key=lambda k: (len(hits[k]), -hits[k][0])) if hits else None
 
-def denied(sentence:str, start:int, end:int)->bool:
+def denied(
+    sentence:str,       # in lower case
+    start:int, end:int, # where the name begins and ends, characters
+)->bool:                # True if denied
     "Whether the words around a name deny it."
     before, after = sentence[:start], sentence[end:]
     turns = [m.end() for m in TURN.finditer(before)]
@@ -294,20 +325,27 @@ def denied(sentence:str, start:int, end:int)->bool:
     return bool(DENIED_AFTER.match(after))
 
 # %% ../nbs/01b_phantom_words.ipynb #0cb08e1e
-def read_place(clause:str)->dict:
+def read_place(
+    clause:str, # in lower case
+)->dict:        # quadrant and side, side alone, or empty
     "Quadrant and side named in a clause."
     q = re.search(r'\b(upper|lower)[- ](left|right)\b', clause)
     if q: return dict(quadrant=f'{q[1]} {q[2]}', side=q[2])
     sides = set(re.findall(r'\b(left|right)\b', clause))
     return dict(side=sides.pop()) if len(sides) == 1 else {}
 
-def read_size(clause:str)->dict:
+def read_size(
+    clause:str, # in lower case
+)->dict:        # size: 'small' or 'large', or empty
     "Size named in a clause."
     s = re.search(r'\b(small|large|tiny|big)\b', clause)
     return dict(size={'tiny': 'small', 'big': 'large'}.get(s[1], s[1])) if s else {}
 
 # %% ../nbs/01b_phantom_words.ipynb #5fa8d09c
-def read_clause(clause:str, m)->dict:
+def read_clause(
+    clause:str, # in lower case
+    m:re.Match, # where `NAMES` matches in it
+)->dict:        # count, size, quadrant and side, as far as given
     "Count, size and place that a clause gives for the finding named in it."
     head, tail = clause[:m.start()], clause[m.end():]
     nums = [COUNTS[x[1]] for x in COUNT.finditer(head)]
@@ -317,7 +355,11 @@ def read_clause(clause:str, m)->dict:
     return {**got, **read_size(head), **(read_place(tail) or read_place(head))}
 
 # %% ../nbs/01b_phantom_words.ipynb #5617fa4c
-def read_sentence(sentence:str, claims:Claims, last:str|None)->str|None:
+def read_sentence(
+    sentence:str,  # in lower case
+    claims:Claims, # what is known so far, changed in place
+    last:str|None, # the finding that was named last
+)->str|None:       # the finding named last now
     "Add one sentence's statements; returns the finding that a following 'they' would mean."
     marks, start, pending = list(NAMES.finditer(sentence)), 0, {}
     yes = [m for m in marks if not denied(sentence, m.start(), m.end())]
@@ -341,7 +383,11 @@ def read_sentence(sentence:str, claims:Claims, last:str|None)->str|None:
     return last
 
 # %% ../nbs/01b_phantom_words.ipynb #4a97e0d0
-def add_claim(claims, kind, got):
+def add_claim(
+    claims:Claims, # changed in place
+    kind:str,      # a key of `KINDS`
+    got:dict,      # any of count, side, quadrant and size
+):
     "Keep what is new about a kind."
     f = claims.findings.setdefault(kind, dict(count=None, side=None, quadrant=None, size=None))
     for k, v in got.items():
@@ -421,20 +467,33 @@ TWINS = {  # wordings whose two forms must be answered with opposite words
 PRIOR = {'presence': 'yes', 'side': 'left', 'quadrant': 'upper left', 'count': '1', 'size': 'large'}
 
 # %% ../nbs/01b_phantom_words.ipynb #2b55514c
-def word(template:str, kind:str='', many:bool=False)->str:
+def word(
+    template:str,    # with {a}, {finding}, {findings} or {is}
+    kind:str='',     # a key of `KINDS`, or empty if the template names none
+    many:bool=False, # whether there is more than one
+)->str:              # the question
     "A question about a kind of finding, in the right number."
     return template.format(a=article(kind) if kind else '', finding=plural(kind, 2 if many else 1),
                            findings=plural(kind), **{'is': 'are' if many else 'is'})
 
 # %% ../nbs/01b_phantom_words.ipynb #843b0452
-def item(type_, question, answer, kind=None, twin=None)->dict:
-    "One question with its answer; `twin` numbers the pair that a yes/no question belongs to."
+def item(
+    type_:str,                # a key of `ASK`
+    question:str, answer:str, # as they are asked and answered
+    kind:str|None=None,       # the finding that it is about
+    twin:int|None=None,       # number of the pair of a yes/no question
+)->dict:                      # question, answer, question_type, kind, twin, answer_type
+    "One question with its answer."
     closed = answer in ('yes', 'no', 'left', 'right', 'small', 'large')
     return dict(question=question, answer=answer, question_type=type_, kind=kind, twin=twin,
                 answer_type='CLOSED' if closed else 'OPEN')
 
 # %% ../nbs/01b_phantom_words.ipynb #fc672219
-def ask_presence(rng, claims:Claims, twin:int)->list:
+def ask_presence(
+    rng,           # random generator
+    claims:Claims, # with findings or absent kinds
+    twin:int,      # number of the pair
+)->list:           # of two dicts from `item`
     "Two yes/no questions with opposite answers."
     have, lack = list(claims.findings), sorted(claims.absent)
     form = rng.choice(['kind', 'absent', 'normal', 'sided'],
@@ -454,7 +513,11 @@ def ask_presence(rng, claims:Claims, twin:int)->list:
     return [item('presence', word(t, k or ''), a, k, twin) for t, a in zip(pair, answers)]
 
 # %% ../nbs/01b_phantom_words.ipynb #19ecf1b4
-def ask_finding(rng, claims:Claims, kind:str)->list:
+def ask_finding(
+    rng,           # random generator
+    claims:Claims, # with this finding
+    kind:str,      # a key of `claims.findings`
+)->list:           # of dicts from `item`
     "Side, quadrant, count and size of one finding, as far as they are stated."
     f = claims.findings[kind]; many = (f['count'] or 1) > 1; out = []
     for type_ in ('side', 'quadrant', 'count', 'size'):
@@ -525,10 +588,10 @@ def questions(
 WORLD_LABELS = list(KINDS)
 
 def world_sample(
-    seed:int,            # which scene
-    split:str='train',
-    size:int=96,         # pixels, as the tiny tower sees
-)->dict:                 # image, captions, questions [{type, question, answer}], marks
+    seed:int,          # which scene
+    split:str='train', # train, val or test
+    size:int=96,       # pixels, as the tiny tower sees
+)->dict:               # image, captions, questions [{type, question, answer}], marks [(x, y, label)]
     "One scene in the form that the base model's training reads."
     scene = sample_scene(seed, split)
     marks = [(x+w/2, y+h/2, f.kind) for f in scene.findings for x, y, w, h in f.boxes]

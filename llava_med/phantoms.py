@@ -28,7 +28,7 @@ class Kind(NamedTuple):
 
 # %% ../nbs/01_phantoms.ipynb #fb2dee23
 KINDS = {
- 'nodule': Kind('chest_xray', 'round', 'bright', 'sharp', 4, .072, ('nodule', 'coin lesion')),
+ 'nodule': Kind('chest_xray', 'round', 'bright', 'sharp', 4, .074, ('nodule', 'coin lesion')),
  'consolidation': Kind('chest_xray', 'patchy', 'hazy', 'ill-defined', 1, .150,
                        ('consolidation', 'airspace opacity')),
  'pleural effusion': Kind('chest_xray', 'crescent-shaped', 'dense', 'sharp', 1, .10,
@@ -37,12 +37,12 @@ KINDS = {
  'mass': Kind('ct_scan', 'lobulated', 'dense', 'sharp', 4, .072, ('mass', 'solid lesion')),
  'cavity': Kind('ct_scan', 'ring-shaped', 'hollow', 'sharp', 4, .078,
                 ('cavity', 'cavitary lesion')),
- 'ground-glass opacity': Kind('ct_scan', 'patchy', 'hazy', 'ill-defined', 1, .150,
+ 'ground-glass opacity': Kind('ct_scan', 'patchy', 'hazy', 'ill-defined', 1, .158,
                               ('ground-glass opacity', 'ground-glass area')),
  'metastasis': Kind('mri', 'round', 'bright', 'sharp', 4, .074, ('metastasis', 'enhancing lesion')),
  'abscess': Kind('mri', 'ring-shaped', 'hollow', 'sharp', 4, .080,
                  ('abscess', 'ring-enhancing lesion')),
- 'infarct': Kind('mri', 'wedge-shaped', 'dark', 'ill-defined', 1, .140, ('infarct', 'infarction')),
+ 'infarct': Kind('mri', 'wedge-shaped', 'dark', 'ill-defined', 1, .150, ('infarct', 'infarction')),
  'lymphoid aggregate': Kind('histology', 'round', 'dark', 'ill-defined', 4, .092,
                             ('lymphoid aggregate', 'lymphoid follicle')),
  'granuloma': Kind('histology', 'round', 'pale', 'sharp', 4, .092,
@@ -116,16 +116,26 @@ def grid(
     return tuple(np.broadcast_to(x, (size, size)) for x in np.meshgrid(t, t))
 
 # %% ../nbs/01_phantoms.ipynb #b08c7b47
-def oval(u, v, cx, cy, rx, ry):
+def oval(
+    u, v,   # coordinates of the pixels, fractions of the image
+    cx, cy, # centre, in the same coordinates
+    rx, ry, # half the width and half the height
+):          # negative inside, 0 on the outline
     "Signed distance to an ellipse, roughly, in fractions of the image."
     return (np.sqrt(((u-cx)/rx)**2+((v-cy)/ry)**2)-1)*min(rx, ry)
 
-def smax(a, b, k:float=.0006):
+def smax(
+    a, b,          # signed distances, negative inside
+    k:float=.0006, # square of the width of the rounding; 0 gives a sharp corner
+):                 # negative inside both
     "The larger of two distances, with a rounded corner: the intersection of two shapes."
     return .5*(a+b+np.sqrt((a-b)**2+k))
 
 # %% ../nbs/01_phantoms.ipynb #b549f9bd
-def xray_lungs(u, v, j):
+def xray_lungs(
+    u, v, # coordinates of the pixels, fractions of the image
+    j,    # build of the patient, from `jitter`
+):        # negative inside either lung
     "Both lungs of a chest radiograph as one signed distance."
     x = u-.5-.012*j[0]; s = np.abs(x)
     cage = oval(x, v, 0, .80+.02*j[1], .370+.030*j[2], .69+.035*j[3])
@@ -133,8 +143,11 @@ def xray_lungs(u, v, j):
     heart = np.where(x > 0, .085, .02)*np.exp(-((v-.63)/.13)**2)*(1+.30*j[6])
     return smax(smax(cage, dome), .062+.012*j[7]+heart-s)
 
-def ct_lungs(u, v, j):
-    "Both lungs of an axial CT slice."
+def ct_lungs(
+    u, v, # coordinates of the pixels, fractions of the image
+    j,    # build of the patient, from `jitter`
+):        # negative inside either lung
+    "Both lungs of an axial CT slice as one signed distance."
     x, y = u-.5, v-.51
     cage = oval(x, y, 0, 0, .395+.022*j[0], .315+.032*j[1])
     band = .052+.006*j[2]+.05*np.exp(-((y+.33)/.13)**2)+.035*np.exp(-((y-.25)/.10)**2)-np.abs(x)
@@ -142,21 +155,31 @@ def ct_lungs(u, v, j):
     return smax(smax(cage, band), heart)
 
 # %% ../nbs/01_phantoms.ipynb #3e66e23f
-def brain(u, v, j):
-    "The brain inside the skull, axial."
+def brain(
+    u, v, # coordinates of the pixels, fractions of the image
+    j,    # build of the patient, from `jitter`
+):        # negative inside
+    "The brain inside the skull as a signed distance, axial."
     x, y = u-.5, v-.505
     return oval(x/(1-(.16+.12*j[4])*y), y, 0, 0, .345+.026*j[0], .405+.022*j[1])
 
-def ventricles(u, v, j):
-    "The two lateral ventricles: crescents beside the midline."
+def ventricles(
+    u, v, # coordinates of the pixels, fractions of the image
+    j,    # build of the patient, from `jitter`
+):        # negative inside either ventricle
+    "The two lateral ventricles as one signed distance: crescents beside the midline."
     s, y = np.abs(u-.5), v-.48
     tall = .135+.012*j[3]; t = np.clip(1-(y/tall)**2, 0, 1)
     bow = .010+1.5*np.where(y < 0, .9, 1.5)*y*y
     return np.abs(s-bow-.014)-(.017+.008*j[2])*np.sqrt(t)*(1+.25*np.cos(2*y/tall))+.03*(t <= 0)
 
 # %% ../nbs/01_phantoms.ipynb #e2e0d59e
-def specimen(u, v, j, organ):
-    "Outline of the gross specimen: a liver slice or a kidney."
+def specimen(
+    u, v,      # coordinates of the pixels, fractions of the image
+    j,         # build of the patient, from `jitter`
+    organ:str, # 'liver' or 'kidney'
+):             # negative inside
+    "Outline of the gross specimen, a liver slice or a kidney, as a signed distance."
     x, y = u-.5-.01*j[0], v-.455-.008*j[1]
     if organ == 'liver':
         t = 1+(.25+.25*j[6])*np.sign(j[2])*x+.06*np.sin(9*x+3*j[3])
@@ -167,7 +190,7 @@ def specimen(u, v, j, organ):
 # %% ../nbs/01_phantoms.ipynb #379de140
 def field_distance(
     scene:Scene, # the patient
-    u, v,        # coordinates
+    u, v,        # coordinates of the pixels, fractions of the image
 ):               # negative where lesions may lie
     "Signed distance to the organ that carries the findings."
     j = jitter(scene)
@@ -181,8 +204,9 @@ def field_distance(
 def air_and_fluid(
     scene:Scene, # a chest radiograph
     kind:str,    # 'pneumothorax' or 'pleural effusion'
-    side:str, size:str,
-    u, v,        # coordinates
+    side:str,    # 'left' or 'right' of the image
+    size:str,    # 'small' or 'large'
+    u, v,        # coordinates of the pixels, fractions of the image
 ):               # negative inside
     "Where air or fluid lies in the pleural space of one side."
     j = jitter(scene); d = xray_lungs(u, v, j); sign = 1 if side == 'right' else -1
@@ -220,13 +244,18 @@ def place(
         pts, cand = [], spots
         while len(cand) and len(pts) < n:
             near = np.hypot(*(cand[:, None]-np.array(pts or [cand[0]])).T).min(0)
-            i = int(near.argmin()) if attempt > 11 and pts else int(rng.integers(len(cand)))
+            i = int(near.argmin()) if attempt % 8 > 3 and pts else int(rng.integers(len(cand)))
             pts.append([float(x) for x in cand[i]])
-            cand = cand[np.hypot(*(cand-cand[i]).T) > 2.1*r+.016]
+            cand = cand[np.hypot(*(cand-cand[i]).T) > 2*r+(.05 if attempt < 8 else .03 if attempt < 16 else .02)]
         if len(pts) == n: return pts
 
 # %% ../nbs/01_phantoms.ipynb #de10e40f
-def pleural_finding(scene, kind, side, size):
+def pleural_finding(
+    scene:Scene, # a chest radiograph
+    kind:str,    # 'pneumothorax' or 'pleural effusion'
+    side:str,    # 'left' or 'right' of the image
+    size:str,    # 'small' or 'large'
+)->Finding:      # with one box
     "A finding that fills part of the pleural space: its box is measured."
     u, v = grid(256)
     i, k = np.nonzero(air_and_fluid(scene, kind, side, size, u, v) < 0)
@@ -235,7 +264,12 @@ def pleural_finding(scene, kind, side, size):
     return Finding(kind, 1, side, quadrant, size, *KINDS[kind][1:4], [[float(x) for x in box]])
 
 # %% ../nbs/01_phantoms.ipynb #2c45ba43
-def round_finding(rng, scene, room, kind, area):
+def round_finding(
+    rng,         # random generator
+    room:tuple,  # from `lesion_room`
+    kind:str,    # a key of `KINDS`
+    area:str,    # a quadrant, or a side
+)->Finding:      # with one box for each lesion
     "A finding made of separate lesions; smaller if the area has no room."
     k = KINDS[kind]; n = int(rng.integers(1, k.most+1))
     size = 'large' if rng.random() < (.5 if n < 3 else .75) else 'small'
@@ -248,7 +282,11 @@ def round_finding(rng, scene, room, kind, area):
     return Finding(kind, n, area.split()[-1], area if ' ' in area else None, size, *k[1:4], boxes)
 
 # %% ../nbs/01_phantoms.ipynb #f813e5a8
-def choose_areas(rng, kinds, split, unseen):
+def choose_areas(
+    rng,             # random generator
+    kinds:list,      # keys of `KINDS`
+    unseen:str|None, # the kind that must lie where `UNSEEN` says; no other may
+)->dict:             # kind -> area, without the kinds that find no room
     "A quadrant (or a whole side) for each kind, never shared."
     out, free = {}, list(QUADRANTS)
     for kind in sorted(kinds, key=lambda k: k not in ('pleural effusion', 'pneumothorax')):
@@ -275,7 +313,11 @@ def sample_history(rng)->str:
     return f'{age}-year-old {who} with {why}'
 
 # %% ../nbs/01_phantoms.ipynb #a55c3c35
-def sample_kinds(rng, modality, split):
+def sample_kinds(
+    rng,          # random generator
+    modality:str, # one of `MODALITIES`
+    split:str,    # only test has unseen combinations
+)->tuple:         # list of kinds, at most 2, and one of them or None
     "Which kinds of finding the image shows, and the one in an unseen combination, if any."
     n = rng.choice(3, p=(.22, .45, .33))
     kinds = list(rng.permutation(list(FINDINGS[modality])))[:n]
@@ -301,9 +343,9 @@ def sample_scene(
     scene.history, scene.marker = sample_history(rng), 'LR'[rng.integers(2)]
     kinds, unseen = sample_kinds(rng, scene.modality, split)
     room = lesion_room(scene) if kinds else None
-    for kind, area in choose_areas(rng, kinds, split, unseen).items():
+    for kind, area in choose_areas(rng, kinds, unseen).items():
         f = (pleural_finding(scene, kind, area.split()[-1], ('small', 'large')[rng.integers(2)])
              if kind in ('pleural effusion', 'pneumothorax')
-             else round_finding(rng, scene, room, kind, area))
+             else round_finding(rng, room, kind, area))
         scene.findings.append(f)
     return scene

@@ -395,7 +395,8 @@ def hold(
     "Take a folder's lock, or say in one sentence who has it."
     with writing(folder): folder.mkdir(parents=True, exist_ok=True)
     lock, note = filelock.FileLock(folder/'.lock', is_singleton=True), folder/'.owner.json'
-    try: lock.acquire(timeout=0)
+    try:
+        with writing(folder): lock.acquire(timeout=0)
     except filelock.Timeout:
         who = read_json(note) if note.exists() else {}
         raise RunLocked(f"The run '{run}' is in use by process {who.get('pid', '?')} on {who.get('host', '?')} "
@@ -461,7 +462,7 @@ def find_input(
     raise StepInputError(f'{run_dir(runs[0])/step/name} is missing: make it with `{command} --only {step}`, '
                          f'or run {step}.ipynb first.')
 
-STAYS = ('.lock', '.owner.json', '.checkpoint', '.pictures')  # the lock, and work that can be resumed
+STAYS = ('.lock', '.owner.json', '.checkpoint', '..checkpoint.old', '.pictures')  # the lock, and work that can be resumed
 BASE_REMEDY = ('Restore it from the repository (`git checkout data/base_tiny`), or rebuild it with `llava-med run tiny '
                '--only 0_base_model --set 0_base_model.publish=data/base_tiny`.')
 
@@ -558,5 +559,6 @@ class Step:
         write_json(self.path('ledger.json'), row)
         state = {'state': 'done', 'parameters': self.params, 'ended': now()} if self.by_hand else {}
         update_run(self.run, self.name, results=results, git=git_state(), hashes=self.hashes, **state)
+        shutil.rmtree(self.dir/'.checkpoint', ignore_errors=True)   # the result is safe
         self.lock.release()
         return row

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from .batching import (IGNORE, Collator, batch_loss, encode, encode_questions,
                                 length_batches, scored_hits)
 from .model import set_trainable, vision_features
-from .runs import figure_style
+from .runs import figure_style, writing
 
 # %% ../nbs/07_training.ipynb #11ee0c10
 @dataclass
@@ -60,32 +60,36 @@ def _steps(lengths, stage, seed):
     for e in range(stage.epochs):
         for b in length_batches(lengths, stage.batch_size, np.random.default_rng((seed, e))): yield e, b
 
-def _fingerprint(model, samples, *what):
-    "What a checkpoint belongs to: stage, seed, the weights at the start and every sample."
+def _fingerprint(model, samples, features, *what):
+    "What a checkpoint belongs to: stage, seed, the weights at the start, every sample and its pictures."
     h = hashlib.sha256(json.dumps(what).encode())
     for n, p in model.state_dict().items(): h.update(n.encode() + p.detach().cpu().float().numpy().tobytes())
     for s in samples: h.update(repr([s['input_ids'], s['labels'], s.get('image')]).encode())
+    if features is not None: h.update(repr(features.sum(dtype=torch.float64).item()).encode())
     return h.hexdigest()
 
 def _save_state(acc, path, done, rows, fingerprint):
     "Write a checkpoint under a temporary name, then take the final one."
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    acc.save_state(str(tmp), safe_serialization=False)   # tied weights are written once
-    (tmp/'progress.json').write_text(json.dumps(dict(done=done, rows=rows, fingerprint=fingerprint)))
-    old = path.with_name(f'.{path.name}.old')
-    if path.exists(): os.replace(path, old)   # at every moment one whole checkpoint is there
-    os.replace(tmp, path)
+    tmp, old = path.with_name(f'.{path.name}.{os.getpid()}'), path.with_name(f'.{path.name}.old')
+    try:
+        with writing(path):
+            acc.save_state(str(tmp), safe_serialization=False)   # tied weights are written once
+            (tmp/'progress.json').write_text(json.dumps(dict(done=done, rows=rows, fingerprint=fingerprint)))
+            if path.exists(): os.replace(path, old)   # at every moment one whole checkpoint is there
+            os.replace(tmp, path)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 def _load_state(acc, path, fingerprint):
     "Read a checkpoint that belongs to this very stage and data; otherwise start afresh."
+    if not path.exists(): path = path.with_name(f'.{path.name}.old')   # stopped between two renames
     if not (path/'progress.json').exists(): return 0, []
     p = json.loads((path/'progress.json').read_text())
     if p['fingerprint'] != fingerprint: return 0, []
     acc.load_state(str(path))
     return p['done'], p['rows']
 
-# %% ../nbs/07_training.ipynb #f08604fb
+# %% ../nbs/07_training.ipynb #b5d469c4
 def has_bf16(
     device:torch.device, # where the model computes
 )->bool:                 # False where bfloat16 would only be imitated
@@ -96,9 +100,9 @@ def has_bf16(
 
 @contextlib.contextmanager
 def _quick_attention(model, cpu_bf16):
-    "Eager attention for a while, where sdpa's backward pass in bfloat16 is slow."
+    "`plain_attention` for a while, where the backward pass of sdpa in bfloat16 is slow."
     was = model.config.text_config._attn_implementation
-    if cpu_bf16: model.set_attn_implementation({'text_config': 'eager'})
+    if cpu_bf16: model.set_attn_implementation({'text_config': 'plain'})
     try: yield
     finally:
         if cpu_bf16: model.set_attn_implementation({'text_config': was})
@@ -111,7 +115,7 @@ def fit(
     collate:Callable,    # list of samples -> batch of tensors
     stage:Stage,         # what to train and how
     seed:int=0,          # decides the order of samples
-    checkpoint:Path=None, # folder that holds the state of an unfinished run; None keeps none
+    checkpoint:Path=None, # folder that holds the state, to be removed when the model is saved; None keeps none
     save_s:float=60.,    # seconds between checkpoints
     loss:Callable=batch_loss, # (model, batch) -> (summed loss, scored tokens)
     report:Callable=None, # called with each row of losses
@@ -129,7 +133,7 @@ def fit(
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: lr_factor(i, len(plan), stage.warmup))
     acc = Accelerator(cpu=cpu)
     model, opt, sched, *_ = acc.prepare(model, opt, sched, *extra)
-    fingerprint = _fingerprint(acc.unwrap_model(model), samples, asdict(stage), seed, bf16)
+    fingerprint = _fingerprint(acc.unwrap_model(model), samples, getattr(collate, 'features', None), asdict(stage), seed, bf16)
     done, rows = _load_state(acc, Path(checkpoint), fingerprint) if checkpoint else (0, [])
     seen, saved = sum(len(b) for _, b in plan[:done]), time.monotonic()
     model.train()
@@ -140,7 +144,7 @@ def fit(
             value = total.item()/n
             if not np.isfinite(value):
                 raise TrainingError(f'{stage.name}: the loss of step {i} is {value}; lower lr (now {stage.lr}) '
-                                    'or look at the samples of this batch. The last checkpoint is intact.')
+                                    'or look at the samples of this batch.' + ' The last checkpoint is intact.'*bool(checkpoint))
             acc.backward(total/n)
             acc.clip_grad_norm_(params, stage.clip)
             opt.step(); sched.step(); opt.zero_grad()
@@ -150,8 +154,8 @@ def fit(
             if report: report(rows[-1])
             if checkpoint and time.monotonic() - saved > save_s:
                 _save_state(acc, Path(checkpoint), i + 1, rows, fingerprint); saved = time.monotonic()
+    if checkpoint and done < len(plan): _save_state(acc, Path(checkpoint), len(plan), rows, fingerprint)
     acc.unwrap_model(model).eval()
-    if checkpoint and Path(checkpoint).exists(): shutil.rmtree(checkpoint)
     return rows
 
 # %% ../nbs/07_training.ipynb #482ab5b7
@@ -214,8 +218,12 @@ class LookingLoss:
         self.head, self.patch, self.text = head, patch, text
         self.weight = torch.ones(head.out_features); self.weight[0] = empty   # on the CPU until used
 
-    def __call__(self, model, batch):
-        "Summed loss and 1: the parts are means already."
+    def __call__(
+        self,
+        model,      # a LlavaForConditionalGeneration
+        batch:dict, # from a `WorldSet`
+    )->tuple:       # (loss, 1): the parts are means already
+        "Loss of the picture rows, the text rows and the patches, each with its weight."
         feats = model.model.vision_tower(batch['pixels']).last_hidden_state[:, 1:]
         picture, n = batch_loss(model, {**batch, 'features': feats})
         text, m = batch_loss(model, batch['text'])
@@ -257,12 +265,18 @@ class WorldSet:
         self.text_len, self.share = max(len(t['input_ids']) for t in self.texts), share
 
     def _row(self, tok, scene, rng):
-        "A caption and questions in random order, as many as fit."
+        "A caption and questions, as many as fit: first how many, which is learned last, then the others in random order."
         pairs = [('describe the picture', str(rng.choice(scene['captions'])))]
-        pairs += [(q['question'], q['answer']) for q in rng.permutation(scene['questions'])]
+        asked = sorted(rng.permutation(scene['questions']), key=lambda q: q['type'] != 'count')
+        pairs += [(q['question'], q['answer']) for q in asked]
         return encode_questions(tok, pairs[:12], self.grid**2, self.row)
 
-    def view(self, numbers): return (self.pixels[numbers]/255 - self.mean)/self.std
+    def view(
+        self,
+        numbers,      # of the scenes: an index or a tensor of them
+    )->torch.Tensor:  # pixels as the tower reads them, (3, h, w) each
+        "Pictures, scaled with the tower's mean and standard deviation."
+        return (self.pixels[numbers]/255 - self.mean)/self.std
 
     def __call__(
         self,

@@ -79,6 +79,8 @@ def test_wrong_command_runs_nothing(toy, capsys, words, says):
     ('paramters: {}', 'Did you mean parameters?'),
     ('parameters: {2_two: {n: 1}, 2_two: {n: 2}}', 'stands twice'),
     ('parameters: {2_two: [n]}', 'must hold'),
+    ('parameters: [n]', 'one line per step'),
+    ('parameters: {4: {n: 1}}', 'Known: 1_one, 2_two, 3_three'),
     ('parameters: {2_two: {n: 1', 'not valid YAML'),
     ('- a list', 'must hold'),
 ])
@@ -300,6 +302,14 @@ def test_unwritable_outputs(toy, capsys, monkeypatch):
     assert 'Cannot' in err and 'LLAVA_MED_OUTPUTS' in err and len(err.strip().splitlines()) == 1
 
 
+def test_lock_that_cannot_be_written(toy, capsys, monkeypatch):
+    def refuse(*a, **k): raise PermissionError(13, 'Permission denied', str(toy.outputs/'toy/.lock'))
+    monkeypatch.setattr('llava_med.runs.filelock.FileLock.acquire', refuse)
+    assert toy.run('toy') == 1
+    err = capsys.readouterr().err
+    assert 'LLAVA_MED_OUTPUTS' in err and len(err.strip().splitlines()) == 1
+
+
 def test_full_disk(toy, capsys, monkeypatch):
     disk = toy.root/'disk'
     disk.mkdir()
@@ -363,8 +373,14 @@ def test_refresh_brings_outputs_only(toy):
     toy.step('1_one', "print('seen', run_dir(run))\nprint('warn', file=sys.stderr)\n"
              "from IPython.display import display\ndisplay({'application/vnd.jupyter.widget-view+json': {}}, raw=True)")
     (toy.outputs/'toy/1_one').mkdir(parents=True)
-    again = ['toy', '--only', '1', '--set', '1_one.n=9']
+    from llava_med.batches import UsageError
+    again = ['toy', '--only', '1']
+    assert toy.run(*again, '--set', '1_one.n=9') == 0
+    with pytest.raises(UsageError, match='another n than its notebook shows'): refresh('toy')
     assert toy.run(*again) == 0
+    update_run('toy', '1_one', state='running')
+    with pytest.raises(UsageError, match='is running, not done'): refresh('toy')
+    update_run('toy', '1_one', state='done')
     assert refresh('toy') == ['1_one']
     assert main(['refresh', 'toy']) == 0
     nb = nbformat.read(toy.notebook('1_one'), 4)
@@ -381,7 +397,6 @@ def test_refresh_brings_outputs_only(toy):
     assert toy.run(*again) == 0 and toy.ended() == first, 'refreshing is no reason to run again'
     nb.cells[2].source = 'print("newer")'
     nbformat.write(nb, toy.notebook('1_one'))
-    from llava_med.batches import UsageError
     with pytest.raises(UsageError, match='has changed since it was run'): refresh('toy')
     assert main(['refresh', 'toy']) == 2 and main(['refresh', 'none']) == 1 and main(['readme']) == 1
 
