@@ -132,7 +132,10 @@ def read_parameters(
 # %% ../nbs/12_batches.ipynb #3fa1e6c4
 class PresetLoader(yaml.SafeLoader):
     "YAML in which 2e-5 is a float and no key stands twice."
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self,
+        node, deep=False, # a YAML mapping, and whether its values are made at once
+    )->dict:
+        "A mapping whose keys stand once; raises YAMLError otherwise."
         keys = [k.value for k, _ in node.value]
         twice = next((k for k in keys if keys.count(k) > 1), None)
         if twice is not None: raise yaml.YAMLError(f"the key '{twice}' stands twice")

@@ -254,128 +254,20 @@ def test_module_can_be_read_at_one_sitting(path):
     assert 'import *' not in text and 'os.getcwd' not in text
 
 
+def undocumented(text):
+    "Public functions and methods without a docstring, or with a parameter that has no comment on its line."
+    notes = {t.start[0] for t in tokenize.generate_tokens(StringIO(text).readline) if t.type == tokenize.COMMENT}
+    tops = [n for n in ast.parse(text).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    inner = [k for n in tops if isinstance(n, ast.ClassDef) and not n.name.startswith('_') for k in n.body if isinstance(k, ast.FunctionDef)]
+    found = [n.name for n in tops if not n.name.startswith('_') and not ast.get_docstring(n)]
+    for f in [n for n in tops + inner if isinstance(n, ast.FunctionDef) and (n.name == '__init__' or not n.name.startswith('_'))]:
+        found += [f'{f.name}({a.arg})' for a in f.args.posonlyargs + f.args.args + f.args.kwonlyargs
+                  if a.arg not in ('self', 'cls', 'rng') and a.lineno not in notes]
+    return found
+
+
 @each(MODULES)
-def test_names_have_docstrings(path):
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_'):
-            assert ast.get_docstring(node), f'{node.name} has no docstring'
-
-
-# The pipeline
-
-@each(PIPELINE)
-def test_exactly_one_parameters_cell(path): assert len(tagged(nbformat.read(path, 4))) == 1
-
-
-@each(PIPELINE)
-def test_parameters_are_typed_literals(path):
-    cell, = tagged(nbformat.read(path, 4))
-    assert not bad_parameters(cell.source)
-    from llava_med.batches import read_parameters
-    known = read_parameters(path)
-    assert (known['run'].default, known['inputs_from'].default, known['device'].default) == ('scratch', 'tiny', 'auto')
-    assert (known['seed'].default, known['threads'].default) == (0, 2)
-
-
-@each(PIPELINE)
-def test_parameters_are_what_papermill_sees(path):
-    import papermill
-    from llava_med.batches import read_parameters
-    seen = papermill.inspect_notebook(str(path))
-    assert set(seen) == set(read_parameters(path))
-
-
-@each(PIPELINE)
-def test_pipeline_defines_nothing_for_others(path):
-    nb = nbformat.read(path, 4)
-    assert not any(re.match(r'#\s*\|\s*(export|default_exp)', c.source) for c in nb.cells)
-    text = '\n'.join(c.source for c in nb.cells if c.cell_type == 'code')
-    assert f"Step('{path.stem}'" in text or f'Step("{path.stem}"' in text
-    assert '.finish(' in text and 'getcwd' not in text
-
-
-@each(PRESETS)
-def test_presets_fit(path):
-    from llava_med.batches import plan_run, read_preset
-    preset = read_preset(path.stem)
-    assert preset['description'].endswith('.')
-    assert plan_run(preset, path.stem)
-
-
-def test_tiny_is_the_defaults():
-    from llava_med.batches import pipeline, plan_run, read_parameters, read_preset
-    plan = plan_run(read_preset('tiny'), 'tiny')
-    for step, values in plan.items():
-        defaults = {k: p.default for k, p in read_parameters(pipeline()[step]).items()}
-        assert values == {**defaults, 'run': 'tiny', 'inputs_from': 'tiny'}
-
-
-def test_folders_that_nbdev_does_not_test():
-    assert all((REPO/'nbs'/d/'.notest').exists() for d in ('pipeline', 'benchmarks', 'course'))
-
-
-# The house
-
-def test_settings():
-    c = ConfigParser(delimiters=['='])
-    c.read(REPO/'settings.ini')
-    c = c['DEFAULT']
-    assert c['allowed_cell_metadata_keys'] == 'tags', 'without it nbdev_clean strips the parameters tag'
-    assert c['update_pyproject'] == 'False' and 'clear_all' not in c
-    assert 'llava-med=llava_med.batches:main' in c['console_scripts'].replace(' ', '')
-    assert {'nbdev==2.4.14', 'execnb<0.2', 'fastcore<2'} <= set(c['dev_requirements'].split())
-
-
-def test_requirements_are_pinned():
-    c = ConfigParser(delimiters=['='])
-    c.read(REPO/'settings.ini')
-    plain = lambda s: re.match(r'[\w.-]+', s)[0].lower().replace('_', '-')
-    wanted = {plain(x) for k in ('requirements', 'dev_requirements') for x in c['DEFAULT'][k].split()}
-    lines = [x for x in (REPO/'constraints.txt').read_text().splitlines() if x and not x.startswith('#')]
-    assert all(re.fullmatch(r'[\w.-]+==[\w.]+', x) for x in lines), 'exact versions, without local tags'
-    assert wanted <= {plain(x) for x in lines}
-
-
-def test_what_modules_import_is_required():
-    c = ConfigParser(delimiters=['='])
-    c.read(REPO/'settings.ini')
-    wanted = {re.match(r'[\w.-]+', x)[0].lower() for x in c['DEFAULT']['requirements'].split()}
-    names = {'pil': 'pillow', 'yaml': 'pyyaml', 'ipython': 'ipykernel', 'cycler': 'matplotlib', 'mpl_toolkits': 'matplotlib',
-             'safetensors': 'transformers', 'tokenizers': 'transformers', 'huggingface_hub': 'transformers'}
-    used = set()
-    for p in MODULES:
-        for node in ast.walk(ast.parse(p.read_text())):
-            if isinstance(node, ast.ImportFrom) and not node.level: used.add(node.module.split('.')[0])
-            if isinstance(node, ast.Import): used |= {a.name.split('.')[0] for a in node.names}
-    used = {names.get(u.lower(), u.lower()) for u in used - set(sys.stdlib_module_names) - {'llava_med'}}
-    assert used <= wanted, f'settings.ini lacks {used - wanted}'
-
-
-def tracked():
-    "Files that git knows."
-    done = subprocess.run(['git', '-C', str(REPO), 'ls-files', '-z'], capture_output=True, text=True)
-    if done.returncode: pytest.skip('not a git checkout')
-    return [REPO/f for f in done.stdout.split('\0') if f and (REPO/f).is_file()]
-
-
-def test_size_of_the_repository():
-    files = tracked()
-    assert sum(p.stat().st_size for p in files) < 30e6
-    base = [p for p in files if name(p).startswith('data/base_tiny/')]
-    assert sum(p.stat().st_size for p in base) <= 8e6
-    large = [name(p) for p in files if p.stat().st_size > 500_000 and p not in base]
-    assert not large
-
-
-def test_no_run_is_committed():
-    stray = [name(p) for p in tracked() if re.match(r'(outputs|data)/', name(p))
-             and not re.match(r'(outputs/(README.md|example/)|data/(README.md|base_tiny/))', name(p))]
-    assert not stray
-
-
-def test_example_has_no_machine_paths():
-    for p in (REPO/'outputs/example').rglob('*'):
-        if p.suffix in ('.json', '.csv'): assert not MACHINE.search(p.read_text()), p
+def test_names_and_parameters_are_documented(path): assert not undocumented(path.read_text())
 
 
 # A rule that cannot fail is no rule
@@ -404,6 +296,7 @@ def test_the_rules_can_fail():
                    "s: str = 'a # b'  # a", 'n: list = [1,\n 2]  # a'):
         assert [f for f in bad_parameters(source) if 'missing' not in f], source
     assert 'seed is missing' in bad_parameters('n: int = 1  # a')
+    assert undocumented('def f(a): ...\ndef g(\n    b, # a length\n): "That."\nclass K:\n    "Those."\n    def h(self, c): ...') == ['f', 'f(a)', 'h(c)']
     assert imports_of('from llava_med.runs import x\ndef f():\n    import llava_med.model\n    from .vqa import y') == {'runs', 'model', 'vqa'}
     assert len(code_lines('# %% ../nbs/x.ipynb 3\n\na = 1\n')) == 1
     assert dead_links('[a](none.ipynb#x) ![b](https://x.org/y.png) [c](#here) `d[0](e)` [f](settings.ini)', REPO) == ['none.ipynb']
