@@ -28,8 +28,6 @@ SHAPES = {
     'star':     lambda x, y: np.hypot(x, y) - .68 - .32*np.cos(5*np.arctan2(y, x) + np.pi/2),
     'bar':      lambda x, y: np.maximum(abs(x), abs(y)*2.6) - 1,
     'moon':     lambda x, y: np.maximum(np.hypot(x, y) - 1, .8 - np.hypot(x - .55, y)),
-    'wedge':    lambda x, y: np.maximum(np.hypot(x, y + .35) - 1.2, abs(x) - .55*(y + .35)),
-    'cloud':    lambda x, y: (np.hypot(x, y) - .75 - .06*np.cos(3*np.arctan2(y, x) + 2))/2,   # fades out
     'blob':     lambda x, y: np.hypot(x, y) - .82 - .12*np.cos(3*np.arctan2(y, x) + 1) - .1*np.cos(5*np.arctan2(y, x)),
 }
 
@@ -48,7 +46,7 @@ def _regions(
 )->np.ndarray:               # (size, size) floats, brightness to be added
     "Large soft regions, a mirrored pair of them, a rim, or specks: what a picture shows besides its shapes."
     y, x = (np.mgrid[:size, :size] + .5)/size
-    kind, out = rng.choice(['ovals', 'pair', 'rim', 'specks'], p=[.1, .3, .3, .3]), np.zeros((size, size))
+    kind, out = rng.choice(['ovals', 'pair', 'rim', 'specks']), np.zeros((size, size))
     if kind == 'specks':
         specks = (rng.random((size, size)) < rng.uniform(.01, .06)).astype(float)
         return gaussian_filter(specks, rng.uniform(.5, 1.1))*rng.uniform(60, 200)*rng.choice([-1, 1])
@@ -126,7 +124,6 @@ def _kinds(
     for i in range(rng.choice([0, 1, 2, 2, 2])):
         size, n = rng.choice(['small', 'large']), int(rng.integers(1, 5))
         r = rng.uniform(.028, .045) if size == 'small' else rng.uniform(.065, .11)
-        if shapes[i] == 'cloud': n, r = 1, 1.7*r   # a large soft area is a thing, too
         side, level = rng.choice(['left', 'right']), rng.choice(['upper', 'lower', 'any'], p=[.42, .42, .16])
         if size == 'large' and n > 2 and level != 'any': n = int(rng.integers(1, 3)) if rng.random() < .5 else n
         at = _place(rng, n, r, side, level, taken)
@@ -136,8 +133,7 @@ def _kinds(
         elif all(y > .5 for _, y in at): level = 'lower'
         else: level = 'any'
         kinds.append(dict(colour=str(colours[i % len(colours)]), shape=str(shapes[i]), n=len(at), size=str(size), r=r,
-                          side=str(side), level=str(level), soft=bool(rng.random() < .35 or shapes[i] == 'cloud'),
-                          solid=rng.uniform(*((.35, .8) if shapes[i] == 'cloud' else (.55, 1))), at=at))
+                          side=str(side), level=str(level), soft=bool(rng.random() < .35), solid=rng.uniform(.55, 1), at=at))
     return kinds
 
 # %% ../nbs/13_shapes.ipynb #82795002

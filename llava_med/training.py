@@ -265,10 +265,9 @@ class WorldSet:
         self.text_len, self.share = max(len(t['input_ids']) for t in self.texts), share
 
     def _row(self, tok, scene, rng):
-        "A caption and questions, as many as fit: first how many, which is learned last, then the others in random order."
+        "A caption and questions in random order, as many as fit."
         pairs = [('describe the picture', str(rng.choice(scene['captions'])))]
-        asked = sorted(rng.permutation(scene['questions']), key=lambda q: q['type'] != 'count')
-        pairs += [(q['question'], q['answer']) for q in asked]
+        pairs += [(q['question'], q['answer']) for q in rng.permutation(scene['questions'])]
         return encode_questions(tok, pairs[:12], self.grid**2, self.row)
 
     def view(
