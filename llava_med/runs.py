@@ -559,6 +559,6 @@ class Step:
         write_json(self.path('ledger.json'), row)
         state = {'state': 'done', 'parameters': self.params, 'ended': now()} if self.by_hand else {}
         update_run(self.run, self.name, results=results, git=git_state(), hashes=self.hashes, **state)
-        shutil.rmtree(self.dir/'.checkpoint', ignore_errors=True)   # the result is safe
+        for name in ('.checkpoint', '..checkpoint.old'): shutil.rmtree(self.dir/name, ignore_errors=True)   # the result is safe
         self.lock.release()
         return row

@@ -144,7 +144,7 @@ def fit(
             value = total.item()/n
             if not np.isfinite(value):
                 raise TrainingError(f'{stage.name}: the loss of step {i} is {value}; lower lr (now {stage.lr}) '
-                                    'or look at the samples of this batch.' + ' The last checkpoint is intact.'*bool(checkpoint))
+                                    'or look at the samples of this batch.' + ' The last checkpoint is intact.'*bool(checkpoint and Path(checkpoint).exists()))
             acc.backward(total/n)
             acc.clip_grad_norm_(params, stage.clip)
             opt.step(); sched.step(); opt.zero_grad()

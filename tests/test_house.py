@@ -301,13 +301,11 @@ def test_the_rules_can_fail():
     assert len(code_lines('# %% ../nbs/x.ipynb 3\n\na = 1\n')) == 1
     assert dead_links('[a](none.ipynb#x) ![b](https://x.org/y.png) [c](#here) `d[0](e)` [f](settings.ini)', REPO) == ['none.ipynb']
     assert [m and m[0] for m in map(NUMBER.match, ('01_a.ipynb', '01b_a.ipynb', '1_a.ipynb', '01B_a.ipynb', '01ab_a.ipynb'))] == ['01', '01b', None, None, None]
-    assert sorted(['02', '01b', '01', '01a', '10']) == ['01', '01a', '01b', '02', '10']
 
 
 def test_the_sync_check_can_fail(tmp_path):
     here = library(REPO)
     key = 'llava_med/runs.py'
-    assert {**here, key: here[key] + '\nx = 1\n'} != here and 'x = 1' not in here[key]
     first = exported(tmp_path)[key]
     p = tmp_path/'nbs/00_runs.ipynb'
     p.write_text(p.read_text().replace('The time, in UTC.', 'The time.'))
