@@ -4,20 +4,27 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'encode', 'length_batches', 'encode_questions', 'share_pictures', 'segment_mask', 'Collator', 'splice',
-           'embed', 'plain_attention', 'batch_loss', 'scored_hits', 'record_samples', 'file_features']
+           'embed', 'plain_attention', 'batch_loss', 'scored_hits', 'record_samples', 'file_features',
+           'cached_features']
 
-# %% ../nbs/06_batching.ipynb #f86d22e4
+# %% ../nbs/06_batching.ipynb #9f303328
+import hashlib
+import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from .articles import open_image
 from .conversations import to_messages
 from .model import vision_features
-from .runs import progress
+from .runs import progress, replacing
 
 # %% ../nbs/06_batching.ipynb #cd4151bf
 IGNORE = -100   # label that the loss skips
@@ -242,3 +249,38 @@ def file_features(
         for i in progress(range(0, len(paths), batch_size), 'tower', unit='batches'):
             out.append(vision_features(model, torch.cat(list(pool.map(one, paths[i:i + batch_size])))).cpu())
     return torch.cat(out) if out else torch.empty(0, 0, 0)
+
+# %% ../nbs/06_batching.ipynb #21af1d39
+def _tower_key(model, processor):
+    "What patch vectors depend on, apart from the picture."
+    c = model.config
+    h = hashlib.sha256(repr([c.vision_feature_layer, c.vision_feature_select_strategy, str(processor.image_processor)]).encode())
+    for n, p in model.model.vision_tower.state_dict().items(): h.update(n.encode() + p.detach().cpu().float().numpy().tobytes())
+    return h.hexdigest()[:16]
+
+def _file_mark(path):
+    "A picture file's size and time of change; None where it is missing."
+    try: s = os.stat(path)
+    except OSError: return None
+    return [s.st_size, s.st_mtime_ns]
+
+def cached_features(
+    model,              # its frozen tower is used
+    processor,          # its processor
+    paths:list,         # picture files
+    cache:str|Path,     # folder that keeps patch vectors from call to call
+    **kw,               # further arguments of `file_features`
+)->torch.Tensor:        # (pictures, patches, width of the tower), on the CPU, rounded to half precision
+    "`file_features`, where only new and changed files are opened."
+    file = Path(cache)/f'{_tower_key(model, processor)}.safetensors'
+    try:
+        with safe_open(file, 'pt') as f: marks, stored = json.loads(f.metadata()['marks']), f.get_tensor('features')
+    except (OSError, SafetensorError): marks, stored = {}, torch.empty(0)   # none yet, or a damaged one
+    names = [str(Path(p).resolve()) for p in paths]
+    row = {n: i for i, (n, m) in enumerate(marks.items()) if m == _file_mark(n)}
+    if new := [n for n in dict.fromkeys(names) if n not in row]:
+        made = file_features(model, processor, new, **kw).half()
+        stored = torch.cat([stored[list(row.values())], made]) if row else made
+        row = {n: i for i, n in enumerate([*row, *new])}
+        with replacing(file) as part: save_file({'features': stored}, part, {'marks': json.dumps({n: _file_mark(n) for n in row})})
+    return stored[[row[n] for n in names]].float()

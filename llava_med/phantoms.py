@@ -240,13 +240,13 @@ def place(
     ok &= (u < .5) == ('left' in area)
     if ' ' in area: ok &= (np.abs(v-.5) > r+.012) & ((v < .5) == ('upper' in area))
     spots = np.stack([u[ok], v[ok]], 1).astype(float)
-    for attempt in range(24):
-        pts, cand = [], spots
+    for attempt in range(32):
+        gap, pts, cand = (.1, .07, .045, .02)[attempt//8], [], spots
         while len(cand) and len(pts) < n:
             near = np.hypot(*(cand[:, None]-np.array(pts or [cand[0]])).T).min(0)
             i = int(near.argmin()) if attempt % 8 > 3 and pts else int(rng.integers(len(cand)))
             pts.append([float(x) for x in cand[i]])
-            cand = cand[np.hypot(*(cand-cand[i]).T) > 2*r+(.05 if attempt < 8 else .03 if attempt < 16 else .02)]
+            cand = cand[np.hypot(*(cand-cand[i]).T) > 2*r+gap]
         if len(pts) == n: return pts
 
 # %% ../nbs/01_phantoms.ipynb #de10e40f

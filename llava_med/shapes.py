@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SHAPES', 'COLOURS', 'GROUNDS', 'CORNERS', 'WORLD_LABELS', 'NUMBERS', 'WORLD_CAPTIONS', 'WORLD_EMPTY',
            'WORLD_QUESTIONS', 'FACTS', 'METHODS', 'VIEWS', 'PERSON', 'SIGNS', 'STUDIES', 'COUNTS', 'ODD_PLURALS',
-           'PLACES', 'SEEN', 'PICTURES', 'LOOKS', 'NORMAL', 'RULED_OUT', 'ASIDE', 'world_sample', 'plain_text',
-           'report_text']
+           'PLACES', 'SEEN', 'PICTURES', 'LOOKS', 'NORMAL', 'RULED_OUT', 'ASIDE', 'ORGAN_PARTS', 'ADVERBS', 'STATES',
+           'FOUND', 'SHOWN', 'TAKEN', 'WHEN', 'IMAGES', 'AREAS', 'world_sample', 'plain_text', 'report_text',
+           'prose_text']
 
 # %% ../nbs/13_shapes.ipynb #16a8e185
 import numpy as np
@@ -29,6 +30,8 @@ SHAPES = {
     'bar':      lambda x, y: np.maximum(abs(x), abs(y)*2.6) - 1,
     'moon':     lambda x, y: np.maximum(np.hypot(x, y) - 1, .8 - np.hypot(x - .55, y)),
     'blob':     lambda x, y: np.hypot(x, y) - .82 - .12*np.cos(3*np.arctan2(y, x) + 1) - .1*np.cos(5*np.arctan2(y, x)),
+    'wedge':    lambda x, y: np.maximum(np.hypot(x, y + .35) - 1.2, abs(x) - .55*(y + .35)),
+    'cloud':    lambda x, y: (np.hypot(x, y) - .75 - .06*np.cos(3*np.arctan2(y, x) + 2))/2,
 }
 
 # %% ../nbs/13_shapes.ipynb #e7df1bfb
@@ -46,7 +49,7 @@ def _regions(
 )->np.ndarray:               # (size, size) floats, brightness to be added
     "Large soft regions, a mirrored pair of them, a rim, or specks: what a picture shows besides its shapes."
     y, x = (np.mgrid[:size, :size] + .5)/size
-    kind, out = rng.choice(['ovals', 'pair', 'rim', 'specks']), np.zeros((size, size))
+    kind, out = rng.choice(['ovals', 'pair', 'rim', 'specks'], p=[.1, .3, .3, .3]), np.zeros((size, size))
     if kind == 'specks':
         specks = (rng.random((size, size)) < rng.uniform(.01, .06)).astype(float)
         return gaussian_filter(specks, rng.uniform(.5, 1.1))*rng.uniform(60, 200)*rng.choice([-1, 1])
@@ -121,9 +124,10 @@ def _kinds(
     taken, kinds = [], []
     shapes = rng.permutation(list(SHAPES))
     colours = rng.permutation(['white', 'black'] if grey else list(COLOURS))
-    for i in range(rng.choice([0, 1, 2, 2, 2])):
+    for i in range(rng.choice([0, 1, 2, 2, 2, 2, 2, 2])):
         size, n = rng.choice(['small', 'large']), int(rng.integers(1, 5))
         r = rng.uniform(.028, .045) if size == 'small' else rng.uniform(.065, .11)
+        if cloud := shapes[i] == 'cloud': n, r = 1, r*1.7
         side, level = rng.choice(['left', 'right']), rng.choice(['upper', 'lower', 'any'], p=[.42, .42, .16])
         if size == 'large' and n > 2 and level != 'any': n = int(rng.integers(1, 3)) if rng.random() < .5 else n
         at = _place(rng, n, r, side, level, taken)
@@ -133,7 +137,8 @@ def _kinds(
         elif all(y > .5 for _, y in at): level = 'lower'
         else: level = 'any'
         kinds.append(dict(colour=str(colours[i % len(colours)]), shape=str(shapes[i]), n=len(at), size=str(size), r=r,
-                          side=str(side), level=str(level), soft=bool(rng.random() < .35), solid=rng.uniform(.55, 1), at=at))
+                          side=str(side), level=str(level), soft=cloud or bool(rng.random() < .35),
+                          solid=rng.uniform(*((.35, .8) if cloud else (.55, 1))), at=at))
     return kinds
 
 # %% ../nbs/13_shapes.ipynb #82795002
@@ -145,7 +150,7 @@ def _name(k, many=None):
     s = k['shape'] + ('es' if k['shape'].endswith('s') else 's') if many else k['shape']
     return f"{k['colour']} {s}"
 
-def _article(w): return ('an ' if w[0] in 'aeiou' else 'a ') + w
+def _article(w): return ('an ' if w[0] in 'aeiou' or w[0] == '8' else 'a ') + w
 
 def _where(k): return CORNERS.get((k['side'], k['level']), k['side'])
 
@@ -310,7 +315,7 @@ STUDIES = {'chest x-ray': ('lung', ('nodule', 'consolidation', 'effusion', 'pneu
            'gross photograph': ('liver', ('tumor', 'cyst', 'hemorrhage', 'ulcer', 'calcification', 'stone'))}
 COUNTS = ('one', 'two', 'three', 'four')
 ODD_PLURALS = {'metastasis': 'metastases', 'mass': 'masses', 'cavity': 'cavities', 'abscess': 'abscesses', 'mitosis': 'mitoses',
-               'ground-glass opacity': 'ground-glass opacities', 'opacity': 'opacities', 'embolus': 'emboli', 'pneumothorax': 'pneumothoraces'}
+               'ground-glass opacity': 'ground-glass opacities', 'opacity': 'opacities', 'embolus': 'emboli', 'pneumothorax': 'pneumothoraces', 'necrosis': 'necroses', 'emphysema': 'areas of emphysema'}
 
 def _notes(rng):
     "Made-up notes: study, organ, findings as (word, number, size, where), a denied finding, the patient."
@@ -380,3 +385,51 @@ def report_text(
              (f'which organ?', o['organ']), (f'any {w}?', 'yes'), (f"any {o['absent']}?", 'no')]
     q, a = pairs[rng.integers(len(pairs))]
     return [('user', f'{text if rng.random() < .5 else _noted(rng, o)} {q}'), ('assistant', a)]
+
+# %% ../nbs/13_shapes.ipynb #709b152c
+ORGAN_PARTS = {'lung': ('lobe', 'airway', 'rib', 'collar bone', 'heart', 'diaphragm', 'pleura', 'chest wall'), 'brain': ('ventricle', 'skull', 'hemisphere', 'cortex', 'midline'),
+               'colon': ('crypt', 'goblet cell', 'mucosa', 'gland', 'wall'), 'liver': ('capsule', 'surface', 'lobe', 'vessel', 'margin'), 'kidney': ('capsule', 'cortex', 'surface', 'margin', 'vessel')}
+ADVERBS = ('partly', 'clearly', 'hardly', 'still', 'again', 'now', 'largely', 'no longer')
+STATES = ('normal', 'intact', 'regular', 'smooth', 'moist', 'pale', 'unremarkable', 'abnormal', 'irregular', 'of normal size', 'within normal limits', 'enlarged', 'displaced', 'thickened', 'spared', 'lined by cells', 'full', 'upright')
+FOUND = ('seen', 'found', 'identified', 'noted', 'observed', 'visible', 'evident', 'detected', 'demonstrated', 'shown', 'present', 'measured')
+SHOWN = ('shows', 'demonstrates', 'reveals', 'showed', 'demonstrated', 'revealed', 'discloses', 'includes', 'with', 'showing', 'contains', 'suggests')
+TAKEN = ('obtained', 'taken', 'acquired', 'displayed', 'reproduced', 'photographed', 'read by two observers', 'examined', 'stained', 'changed', 'added', 'injected', 'placed')
+WHEN = ('at presentation', 'at first examination', 'at follow-up', 'after injection of contrast medium', 'before treatment', 'on admission', 'in the upright position', 'at full inspiration', 'in a lung window', 'at standard settings', 'with hematoxylin and eosin',
+        'on cloth', 'below the specimen', 'beside a ruler in centimeters', 'with a scale bar of 100 micrometers', 'in the case series', 'as a representative image', 'without annotation')
+IMAGES = {'chest x-ray': ('chest x-ray', 'chest radiograph', 'frontal radiograph', 'plain film'), 'ct scan': ('chest ct', 'axial ct', 'ct scan', 'computed tomography image'), 'mri': ('brain mri', 'axial mri', 'magnetic resonance image', 't1-weighted mri', 'mr image'),
+          'histology': ('histology', 'stained section', 'photomicrograph', 'microscopic image', 'h&e section'), 'gross photograph': ('gross specimen', 'gross photograph', 'macroscopic view', 'cut surface', 'resected specimen')}
+AREAS = ('{w} quadrant', '{w} side', '{w} half', '{w} part', '{w} portion', '{w} {part}', '{w} {organ}', '{organ}', '{part}')
+
+def _passage(rng):
+    "Sentences about one study; words and parts of sentences are freely combined, and nothing ties one sentence to the next."
+    pick = lambda x: str(x[rng.integers(len(x))])
+    study = pick(list(STUDIES)); organ, words = STUDIES[study]
+    organ = pick(('liver', 'kidney')) if study == 'gross photograph' else organ
+    def finding(n):
+        adjectives = rng.permutation([pick(('small', 'large')), *rng.choice(LOOKS, 2, replace=False)])[:rng.integers(0, 3)]
+        w = pick(words)
+        phrase = ' '.join([*(str(a) for a in adjectives), w if n == 1 else ODD_PLURALS.get(w, w + 's')])
+        return (_article(phrase) if rng.random() < .6 else f'one {phrase}') if n == 1 else f'{COUNTS[n - 1] if rng.random() < .7 else n} {phrase}'
+    def image(): return f"{pick(('the', 'this', 'a', 'one', 'our'))} {pick(IMAGES[study])}" + f' of the {organ}'*(rng.random() < .4)
+    def area(): return f"{pick(('in', 'at', 'within', 'on', 'near', 'along', 'of'))} the " + pick(AREAS).format(w=pick(('left', 'right', 'upper', 'lower', 'upper left', 'upper right', 'lower left', 'lower right')), part=pick(ORGAN_PARTS[organ]), organ=organ)
+    def sentence():
+        n = int(rng.integers(1, 5)); be, part = ('was' if n == 1 else 'were') if rng.random() < .5 else ('is' if n == 1 else 'are'), pick(ORGAN_PARTS[organ])
+        found, where, maybe = finding(n), area(), lambda x: f' {x}'*(rng.random() < .5)
+        return pick((f"{image()}{maybe(pick(ADVERBS))} {pick(SHOWN)} {found} {where}{maybe(area())}", f"{found} {be}{maybe(pick(ADVERBS))} {pick(FOUND)} {where}", f"{where} {found} {be}{maybe(pick(ADVERBS))} {pick(FOUND)}",
+                     f"{where}{maybe(area())}: {found}", f"{found} {where} and {finding(1)} {area()}", f"note {found}{maybe(where)} beside the {part}", f"{found} ({pick(IMAGES[study])}){maybe(where)}",
+                     f"there {be}{maybe(pick(ADVERBS))} {found} {where} of {image()}", f"{pick(('no', 'no focal', 'hardly any', 'no further'))} {pick(words)} or {pick(words)} is {pick(FOUND)} {where}", f"{image()}{maybe(pick(ADVERBS))} shows no {pick(words)} {where}",
+                     f"neither the {part} nor the {pick(ORGAN_PARTS[organ])} shows evidence of {_article(pick(words))}", f"the {part} and the {pick(ORGAN_PARTS[organ])} are{maybe(pick(ADVERBS))} {pick(STATES)}", f"the {part} is{maybe(pick(ADVERBS))} {pick(STATES)} {where}",
+                     f"{image()} was {pick(TAKEN)} {pick(WHEN)}", f"{pick(WHEN)}, {image()} was{maybe(pick(ADVERBS))} {pick(TAKEN)}", f"{image()} {pick(WHEN)}: normal appearance of the {part}", f"{image()}{maybe(pick(WHEN))} is {pick(STATES)}, and no abnormality or lesion is {pick(FOUND)}",
+                     f"{_article(f'{rng.integers(19, 90)}-year-old')} {pick(PERSON).split()[-1]} came with {pick(SIGNS)} and had {image()}", f"the patient, {rng.integers(19, 90)}, had {pick(SIGNS)} and {found}"))
+    return [sentence() for _ in range(int(rng.integers(2, 5)))]
+
+# %% ../nbs/13_shapes.ipynb #2ca5faa6
+def prose_text(
+    seed:int,  # number of the passage
+)->list:       # chat turns [(role, text), ...]
+    "Loose biomedical prose without any image, put together by a small grammar: its sentences could be true of someone."
+    rng = np.random.default_rng((10, seed))
+    said = _passage(rng)
+    text = ' '.join(t[0].upper() + t[1:] + '.' for t in said) if rng.random() < .9 else '. '.join(said)
+    ask = ('describe', 'Describe it.', 'go on', 'What is seen here?', 'Explain the picture.', 'in sentences', 'Tell me what it shows.', 'A short text, please.')
+    return [('user', str(rng.choice(ask))), ('assistant', text)]

@@ -6,12 +6,13 @@
 __all__ = ['STAGES', 'Stage', 'lr_factor', 'has_bf16', 'TrainingError', 'fit', 'say_every', 'loss_figure', 'train_flops',
            'patch_targets', 'LookingLoss', 'WorldSet', 'world_scores']
 
-# %% ../nbs/07_training.ipynb #3c6d7f59
+# %% ../nbs/07_training.ipynb #04add12a
 import contextlib
 import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -89,7 +90,7 @@ def _load_state(acc, path, fingerprint):
     acc.load_state(str(path))
     return p['done'], p['rows']
 
-# %% ../nbs/07_training.ipynb #b5d469c4
+# %% ../nbs/07_training.ipynb #774404e9
 def has_bf16(
     device:torch.device, # where the model computes
 )->bool:                 # False where bfloat16 would only be imitated
@@ -107,8 +108,70 @@ def _quick_attention(model, cpu_bf16):
     finally:
         if cpu_bf16: model.set_attn_implementation({'text_config': was})
 
-class TrainingError(RuntimeError): "The loss is no longer a number."
+class TrainingError(RuntimeError): "The loss is no longer a number, or a helper is gone."
 
+# %% ../nbs/07_training.ipynb #fc5b8fe5
+def _lay_out(flat, params):
+    "Views of one flat tensor in the shapes of the parameters."
+    return [f.view_as(p) for f, p in zip(flat.split([p.numel() for p in params]), params)]
+
+def _help(conn, model, flat, job):
+    "A helper's life: take sample numbers, leave the gradient of their summed loss in `flat`, answer with loss and count."
+    torch.set_num_threads(1)
+    stage, samples, collate, loss, bf16 = pickle.loads(job)
+    set_trainable(model, stage.parts)
+    params = [p for p in model.parameters() if p.requires_grad]
+    for p, g in zip(params, _lay_out(flat, params)): p.grad = g   # backward adds to it in place
+    model.train()
+    with contextlib.suppress(EOFError, KeyboardInterrupt), _quick_attention(model, bf16):
+        while (numbers := conn.recv()) is not None:
+            flat.zero_()
+            try:
+                batch = collate([samples[j] for j in numbers])
+                with torch.autocast('cpu', torch.bfloat16, enabled=bf16): total, n = loss(model, batch)
+                total.backward()
+                conn.send((total.item(), n))
+            except Exception as e: conn.send(e)
+
+class _Helpers:
+    "Processes beside this one; use it in a `with` block."
+    def __init__(self, n, model, params, *job):
+        self.params, self.helpers = params, []
+        if not n: return
+        ctx, job = torch.multiprocessing.get_context('spawn'), pickle.dumps(job)   # by value; only weights and gradients are shared
+        model.share_memory()
+        for _ in range(n):
+            (here, there), flat = ctx.Pipe(), torch.zeros(sum(p.numel() for p in params)).share_memory_()
+            p = ctx.Process(target=_help, args=(there, model, flat, job), daemon=True)
+            p.start(); there.close()
+            self.helpers.append((p, here, _lay_out(flat, params)))
+
+    def ask(self, shares):
+        "Give each helper its sample numbers; those without any rest."
+        self.asked = [h for h, s in zip(self.helpers, shares) if len(s)]
+        for (_, conn, _), s in zip(self.helpers, shares):
+            if len(s): conn.send(s)
+
+    def add(self, value, n):
+        "Add the helpers' gradients to this process's; returns summed loss and count of the whole batch."
+        for p, conn, grads in self.asked:
+            try: got = conn.recv()
+            except (EOFError, ConnectionError): raise TrainingError('A helper process ended by itself, perhaps for want of memory; run again with threads=1.') from None
+            if isinstance(got, Exception): raise got
+            for w, g in zip(self.params, grads): w.grad = g.clone() if w.grad is None else w.grad.add_(g)
+            value, n = value + got[0], n + got[1]
+        return value, n
+
+    def __enter__(self):
+        self.threads = torch.get_num_threads()
+        if self.helpers: torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, *_):
+        torch.set_num_threads(self.threads)
+        for p, conn, _ in self.helpers: conn.close(); p.terminate(); p.join()
+
+# %% ../nbs/07_training.ipynb #9b915986
 def fit(
     model,               # changed in place; ends in evaluation mode
     samples:list,        # encoded samples, see `llava_med.batching`
@@ -123,29 +186,37 @@ def fit(
     extra:tuple=(),      # further modules that learn, such as a head that is thrown away
     bf16:bool=False,     # multiply in bfloat16; weights and sums stay in float32
     whole:bool=False,    # leave out an incomplete last batch, so that all have one shape
+    workers:int=1,       # processes that share each batch on a CPU, one thread each; 1 is this process alone
 )->list:                 # rows step, epoch, samples, loss, lr
     "Train one stage; raises TrainingError when the loss is not finite."
     set_trainable(model, stage.parts)
     params = [p for m in (model, *extra) for p in m.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=stage.lr, weight_decay=stage.weight_decay)
+    opt = torch.optim.AdamW(params, lr=stage.lr, weight_decay=stage.weight_decay, fused=True)
     lengths = [len(s['input_ids']) for s in samples]
     plan = [s for s in _steps(lengths, stage, seed) if not whole or len(s[1]) == stage.batch_size]
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: lr_factor(i, len(plan), stage.warmup))
     acc = Accelerator(cpu=cpu)
+    workers = max(1, min(workers, stage.batch_size)) if acc.device.type == 'cpu' and not extra and all(p.dtype == torch.float32 for p in params) else 1
+    helpers = _Helpers(workers - 1, model, params, stage, samples, collate, loss, bf16)
     model, opt, sched, *_ = acc.prepare(model, opt, sched, *extra)
     fingerprint = _fingerprint(acc.unwrap_model(model), samples, getattr(collate, 'features', None), asdict(stage), seed, bf16)
     done, rows = _load_state(acc, Path(checkpoint), fingerprint) if checkpoint else (0, [])
     seen, saved = sum(len(b) for _, b in plan[:done]), time.monotonic()
     model.train()
-    with _quick_attention(acc.unwrap_model(model), bf16 and acc.device.type == 'cpu'):
+    with helpers, _quick_attention(acc.unwrap_model(model), bf16 and acc.device.type == 'cpu'):
         for i, (epoch, numbers) in enumerate(plan[done:], done):
-            batch = send_to_device(collate([samples[j] for j in numbers]), acc.device)
+            mine, *theirs = [numbers[k::workers] for k in range(workers)]
+            helpers.ask(theirs)
+            batch = send_to_device(collate([samples[j] for j in mine]), acc.device)
             with torch.autocast(acc.device.type, torch.bfloat16, enabled=bf16): total, n = loss(model, batch)
-            value = total.item()/n
+            acc.backward(total)
+            total, n = helpers.add(total.item(), n)
+            value = total/n
             if not np.isfinite(value):
                 raise TrainingError(f'{stage.name}: the loss of step {i} is {value}; lower lr (now {stage.lr}) '
                                     'or look at the samples of this batch.' + ' The last checkpoint is intact.'*bool(checkpoint and Path(checkpoint).exists()))
-            acc.backward(total/n)
+            for p in params:
+                if p.grad is not None: p.grad.div_(n)
             acc.clip_grad_norm_(params, stage.clip)
             opt.step(); sched.step(); opt.zero_grad()
             seen += len(numbers)
@@ -199,24 +270,26 @@ def patch_targets(
     marks:list,   # (x, y, label) with fractions of the picture
     labels:list,  # all labels of the world
     grid:int=8,   # patches a side
-)->np.ndarray:    # (grid*grid,) integers: 0 nothing, else 1 + index of the label
-    "Which thing has its centre in which patch."
-    out = np.zeros((grid, grid), int)
-    for x, y, label in marks:
-        out[min(int(y*grid), grid - 1), min(int(x*grid), grid - 1)] = 1 + labels.index(label)
-    return out.ravel()
+    cells:int=2,  # cells a side of each patch
+)->np.ndarray:    # (grid*grid, cells*cells) integers: 0 nothing, else 1 + index of the label
+    "Which thing has its centre in which cell of which patch."
+    n = grid*cells
+    out = np.zeros((n, n), int)
+    for x, y, label in marks: out[min(int(y*n), n - 1), min(int(x*n), n - 1)] = 1 + labels.index(label)
+    return out.reshape(grid, cells, grid, cells).transpose(0, 2, 1, 3).reshape(grid*grid, -1)
 
 class LookingLoss:
     "Language loss of picture rows and text rows plus the patch lesson; for training a base model."
     def __init__(
         self,
-        head:torch.nn.Linear, # tower width -> 1 + number of labels
+        head:torch.nn.Linear, # tower width -> cells of a patch * (1 + number of labels)
+        cells:int=4,     # cells of a patch
         patch:float=1.,  # weight of the patch lesson
         text:float=.3,   # weight of the text rows
-        empty:float=.05, # weight of patches where nothing is
+        empty:float=.02, # weight of cells where nothing is
     ):
         self.head, self.patch, self.text = head, patch, text
-        self.weight = torch.ones(head.out_features); self.weight[0] = empty   # on the CPU until used
+        self.weight = torch.ones(head.out_features//cells); self.weight[0] = empty   # on the CPU until used
 
     def __call__(
         self,
@@ -227,7 +300,7 @@ class LookingLoss:
         feats = model.model.vision_tower(batch['pixels']).last_hidden_state[:, 1:]
         picture, n = batch_loss(model, {**batch, 'features': feats})
         text, m = batch_loss(model, batch['text'])
-        seen = F.cross_entropy(self.head(feats).flatten(0, 1), batch['patches'].flatten(),
+        seen = F.cross_entropy(self.head(feats).float().view(-1, len(self.weight)), batch['patches'].flatten(),
                                self.weight.to(feats.device))
         self.parts = dict(picture=picture.item()/n, text=text.item()/m, patch=seen.item())
         return picture/n + self.text*text/m + self.patch*seen, 1
@@ -247,7 +320,7 @@ class WorldSet:
         tok, size = processor.tokenizer, processor.image_processor
         self.grid = size.crop_size['height']//processor.patch_size
         self.row, self.collate, rng = row, Collator(tok.pad_token_id), np.random.default_rng(seed)
-        self.rows = [dict(self._row(tok, s, rng), number=i) for i, s in enumerate(scenes)]
+        self.rows = [dict(self._fill(self._row(tok, s, rng), row), number=i) for i, s in enumerate(scenes)]
         self.pixels = torch.from_numpy(np.stack([s['image'] for s in scenes])).permute(0, 3, 1, 2)
         self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in (size.image_mean, size.image_std))
         self.patches = torch.from_numpy(np.stack([patch_targets(s['marks'], labels, self.grid) for s in scenes]))
@@ -263,6 +336,11 @@ class WorldSet:
         "Take these texts from now on."
         self.texts = [encode(tokenizer, [dict(role=r, content=c) for r, c in t]) for t in texts]
         self.text_len, self.share = max(len(t['input_ids']) for t in self.texts), share
+
+    def _fill(self, sample, n):
+        "A sample of n tokens."
+        blank = dict(input_ids=self.collate.pad_id, labels=IGNORE, segments=-1, positions=0)
+        return {k: v + [blank[k]]*(n - len(v)) for k, v in sample.items()}
 
     def _row(self, tok, scene, rng):
         "A caption and questions in random order, as many as fit."
@@ -282,12 +360,10 @@ class WorldSet:
         samples:list, # of `self.rows`
     )->dict:          # a batch for `LookingLoss`; all batches have one shape
         "Rows, pixels, patch targets and rows of plain text."
-        def fill(rows, n): return [{k: v + [f]*(n - len(v)) for k, v, f in
-            ((k, r[k], dict(input_ids=self.collate.pad_id, labels=IGNORE, segments=-1, positions=0)[k])
-             for k in r if k != 'number')} for r in rows]
         n = torch.tensor([s['number'] for s in samples])
-        text = self.collate(fill([self.texts[i] for i in self.rng.integers(0, len(self.texts), int(len(samples)*self.share))], self.text_len))
-        return {**self.collate(fill(samples, self.row)), 'pixels': self.view(n), 'patches': self.patches[n], 'text': text}
+        some = self.rng.integers(0, len(self.texts), int(len(samples)*self.share))
+        text = self.collate([self._fill(self.texts[i], self.text_len) for i in some])
+        return {**self.collate(samples), 'pixels': self.view(n), 'patches': self.patches[n], 'text': text}
 
 # %% ../nbs/07_training.ipynb #5964d93b
 @torch.no_grad()
