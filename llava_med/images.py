@@ -190,13 +190,14 @@ def _picture(data, name, frame):
             img.load()
             return _to_rgb(ImageOps.exif_transpose(img))
 
-# %% ../nbs/01d_images.ipynb #0bae9c7a
+# %% ../nbs/01d_images.ipynb #53e61162
 _VALUES = ('RescaleSlope', 'RescaleIntercept', 'ModalityLUTSequence', 'WindowCenter', 'WindowWidth',
            'VOILUTFunction', 'VOILUTSequence')
 
 def _frame_values(ds, frame): # what turns stored numbers into grey values, from wherever the file keeps it
     import pydicom
     places, out = [ds], pydicom.Dataset()
+    out.set_original_encoding(*ds.original_encoding)
     for groups, i in ((ds.get('SharedFunctionalGroupsSequence'), 0), (ds.get('PerFrameFunctionalGroupsSequence'), frame)):
         if groups and i < len(groups):
             places += [s for k in ('PixelValueTransformationSequence', 'FrameVOILUTSequence') for s in groups[i].get(k) or []]
@@ -222,7 +223,7 @@ def _windowed(x, v): # bytes by the window or table that the file asks for, or N
     low, high = (c - w/2, c + w/2) if how == 'LINEAR_EXACT' else (c - .5 - (w-1)/2, c - .5 + (w-1)/2)
     return _scale(x, low, high)
 
-# %% ../nbs/01d_images.ipynb #a9197027
+# %% ../nbs/01d_images.ipynb #3ca8ed75
 def is_dicom(
     data:bytes,   # a file's first bytes
     name:str='',  # its name; the ending counts when the mark of DICOM is missing
@@ -250,7 +251,11 @@ def _dicom(data, name, frame):
         _check_size(ds.get('Columns') or 0, ds.get('Rows') or 0, name)
         n = max(int(ds.get('NumberOfFrames') or 1), 1)
         i = _choose(frame, n, n // 2, name)
-        x = pixel_array(ds, index=i)
+        try: x = pixel_array(ds, index=i)
+        except RuntimeError as e:
+            if 'plugin' not in str(e): raise
+            raise ImageError(f'{name}: its compression ({ds.file_meta.TransferSyntaxUID.name[:60]}) needs a decoder'
+                             ' that is not here; install pylibjpeg[all].') from None
         kind, values = ds.get('PhotometricInterpretation', 'MONOCHROME2'), _frame_values(ds, i)
         if kind == 'PALETTE COLOR': x = apply_color_lut(x, ds)
         if x.ndim == 3:

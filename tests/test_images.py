@@ -223,12 +223,15 @@ def test_dicom_without_a_window_that_helps(tags):
     assert (y.min(), y.max()) == (0, 255)
 
 
-def test_dicom_table_of_grey_values():
-    table = Dataset(); table.LUTDescriptor = [256, 0, 8]; table.LUTData = bytes(255 - i for i in range(256))
-    table['LUTDescriptor'].VR = 'US'; table.add_new('LUTData', 'OW', bytes(255 - i for i in range(256)))
+@pytest.mark.parametrize('key', ['VOILUTSequence', 'ModalityLUTSequence'])
+@pytest.mark.parametrize('bits', [8, 16])
+def test_dicom_tables_of_grey_values(key, bits):
+    table = Dataset(); table.add_new('LUTDescriptor', 'US', [256, 0, bits])
+    turned = (255 - np.arange(256)) * (257 if bits == 16 else 1)
+    table.add_new('LUTData', 'OW', turned.astype('<u2').tobytes())
+    if key[0] == 'M': table.ModalityLUTType = 'US'
     x = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    y = grey(dicom(x, VOILUTSequence=[table]))
-    assert close(y, 255 - x, 1) or (y.min(), y.max()) == (0, 255)
+    assert close(grey(dicom(x, **{key: [table]})), 255 - x, 1)
 
 
 def test_dicom_monochrome1_is_turned():
@@ -298,6 +301,14 @@ def test_no_patient_leaves_a_dicom(tmp_path):
     kept = [p for p in (tmp_path/'out').rglob('*') if p.is_file()]
     assert [p.suffix for p in kept] == ['.png'] and r['image'] == str(kept[0]) and (r['width'], r['height']) == (64, 64)
     assert b'SECRET7' not in kept[0].read_bytes() and b'Doe' not in kept[0].read_bytes()
+
+
+def test_dicom_compression_without_decoder():
+    "pydicom brings a scan in JPEG-LS; its decoder is no requirement, and the message names it."
+    from pydicom.data import get_testdata_file
+    path = get_testdata_file('MR_small_jpeg_ls_lossless.dcm', download=False)
+    try: assert open_image(path).size == (64, 64)
+    except ImageError as e: assert 'JPEG-LS' in str(e) and 'install pylibjpeg' in str(e)
 
 
 # Packages
