@@ -126,11 +126,12 @@ def find_mentions(
                 out[i].append(dict(text=text[a:b] or section, section=section, xref=x))
     return out
 
-# %% ../nbs/02_articles.ipynb #5910251f
+# %% ../nbs/02_articles.ipynb #4727620a
 _CC_URL = re.compile(r'creativecommons\.org/(?:licenses/([a-z-]+)|publicdomain/(zero|mark))/?'
                      r'(\d\.\d)?', re.I)
-_CC_WORDS = re.compile(r'creative\s*commons\s+attribution((?:[ -]+(?:non-?commercial|share-?alike'
-                       r'|no-?deriv\w+))*)', re.I)
+_CC_WORDS = re.compile(r'creative\s*commons\s+attribution((?:[ -]+(?:non[- ]?commercial|share[- ]?alike'
+                       r'|no[- ]?deriv\w+))*)', re.I)
+_CC_CODE = re.compile(r'\bCC(?:[ -](BY(?:-(?:NC|SA|ND))*)\b(?:[ -](\d\.\d))?|0\b)', re.I)
 
 def _href(el): return el.get(_XLINK) or el.get('xlink:href') or ''
 
@@ -144,6 +145,9 @@ def _licence(permissions):
         if m := _CC_URL.search(s):
             if m.group(1): return f'CC {m.group(1).upper()} {m.group(3) or ""}'.strip()
             return 'CC0 1.0' if m.group(2).lower() == 'zero' else 'public domain'
+    kinds = ' '.join(e.get('license-type') or '' for e in permissions.iter('{*}license'))
+    if m := _CC_CODE.search(f'{text} {kinds}'):
+        return f'CC {m.group(1).upper()} {m.group(2) or ""}'.strip() if m.group(1) else 'CC0 1.0'
     if m := _CC_WORDS.search(text):
         words = (('NC', 'non'), ('SA', 'share'), ('ND', 'deriv'))
         return '-'.join(['CC BY', *(k for k, v in words if v in m.group(1).lower())])
@@ -159,7 +163,7 @@ def _date(meta): # publication date as YYYY-MM-DD, as far as it is known; the el
     order = ('epub', 'pub', 'publication', 'epub-ppub', 'ppub', 'collection')
     return next((found[k] for k in order if k in found), next(iter(found.values()), None))
 
-# %% ../nbs/02_articles.ipynb #8a65b0df
+# %% ../nbs/02_articles.ipynb #a795400f
 def article_meta(
     article,     # one `article` element
     name:str='', # file or folder name, used for the PMC id when the XML has none
@@ -171,9 +175,10 @@ def article_meta(
     pmc = next((ids[k] for k in ('pmc', 'pmcid', 'pmcaid') if ids.get(k)), '')
     m = re.search(r'(\d+)', pmc) or re.search(r'PMC(\d+)', name)
     title = article.find('{*}front/{*}journal-meta//{*}journal-title')
+    said = (_licence(meta.find('{*}' + k)) for k in ('permissions', 'license', 'copyright-statement')) # old and new places
     return dict(pmcid=f'PMC{m.group(1)}' if m else None, pmid=ids.get('pmid') or None,
                 doi=ids.get('doi') or None, journal=element_text(title)[0] or None,
-                date=_date(meta), licence=_licence(meta.find('{*}permissions')))
+                date=_date(meta), licence=next(filter(None, said), None))
 
 # %% ../nbs/02_articles.ipynb #e06dcf64
 _FORMATS = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.webp', '.bmp', '.dcm', '', '.gif')

@@ -6,12 +6,12 @@
 __all__ = ['MAX_PACKAGE', 'MAX_MEMBERS', 'MAX_FILE', 'MAX_PIXELS', 'PACKAGES', 'PackageError', 'ImageError', 'Package',
            'image_bytes', 'is_dicom', 'open_image', 'image_size']
 
-# %% ../nbs/01d_images.ipynb #6a8138f3
+# %% ../nbs/01d_images.ipynb #4856f238
 import bz2, gzip, io, lzma, re, stat, tarfile, warnings, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # %% ../nbs/01d_images.ipynb #c335bdf9
 MAX_PACKAGE = 2 * 2**30     # bytes of one unpacked package
@@ -271,7 +271,7 @@ def _dicom(data, name, frame):
     if hidden is not None and not hidden.all(): grey[hidden] = 0
     return Image.fromarray(grey).convert('RGB')
 
-# %% ../nbs/01d_images.ipynb #ec256453
+# %% ../nbs/01d_images.ipynb #08c8052b
 def open_image(
     ref:str|Path|bytes, # a path, 'package.tar.gz::member', or the bytes themselves
     frame:int|None=None, # which frame or page, from 0; None takes DICOM's middle one, of other files the first full one
@@ -280,6 +280,7 @@ def open_image(
     data, name = (ref, 'image') if isinstance(ref, bytes) else (image_bytes(ref), str(ref))
     try: return _dicom(data, name, frame) if is_dicom(data, name) else _picture(data, name, frame)
     except ImageError: raise
+    except UnidentifiedImageError: raise ImageError(f'{name}: not an image of a known format.') from None
     except Exception as e:
         why = ' '.join(str(e).split())[:120] or type(e).__name__
         raise ImageError(f'{name}: not an image that can be read ({why}).') from None

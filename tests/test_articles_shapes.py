@@ -295,6 +295,19 @@ def test_head_of_an_article():
     assert b['licence'] == 'CC0 1.0' and a['id'] == 'PMC99_F1'
 
 
+@pytest.mark.parametrize('said, want', [
+    ('<copyright-statement>Roe et al. Distributed under the terms of the Creative Commons Attribution License.</copyright-statement>', 'CC BY'),
+    ('<license xlink:href="http://creativecommons.org/licenses/by-nc-nd/3.0/"><p>Open.</p></license>', 'CC BY-NC-ND 3.0'),
+    ('<permissions><license><license-p>Creative Commons Attribution Non-Commercial Share Alike</license-p></license></permissions>', 'CC BY-NC-SA'),
+    ('<permissions><ali:license_ref xmlns:ali="http://www.niso.org/schemas/ali/1.0/">https://creativecommons.org/licenses/by/4.0/</ali:license_ref></permissions>', 'CC BY 4.0'),
+    ('<permissions><license license-type="cc-by-nc"><p>Open.</p></license></permissions>', 'CC BY-NC'), ('<permissions><license><p>This is under CC0.</p></license></permissions>', 'CC0 1.0'),
+    ('<permissions><license><p>Under a CC BY-NC-ND 4.0 licence.</p></license></permissions>', 'CC BY-NC-ND 4.0'),
+    ('<permissions><copyright-statement>All rights reserved.</copyright-statement></permissions>', 'All rights reserved.'), ('', None)])
+def test_licences_in_old_and_new_places(said, want):
+    r, = A.article_records(f'<article {XLINK}><front><article-meta>{said}</article-meta></front><body>{fig()}</body></article>'.encode(), 'toy.xml')
+    assert r['licence'] == want
+
+
 # Unfriendly XML
 
 BOMB = ''.join(f'<!ENTITY l{i} "{f"&l{i-1};"*10}">' for i in range(1, 10))

@@ -131,7 +131,7 @@ def test_metadata_does_not_travel():
 def test_cut_files_are_refused(fmt, share):
     kw = dict(progressive=True) if fmt.startswith('prog') else dict(compression='tiff_lzw') if fmt.startswith('comp') else {}
     data = saved(NOISE, fmt.split()[-1], **kw)
-    with pytest.raises(ImageError, match='^image: not an image that can be read') as e: open_image(data[:int(len(data) * share)])
+    with pytest.raises(ImageError, match='^image: not an image (that can be read|of a known)') as e: open_image(data[:int(len(data) * share)])
     assert '\n' not in str(e.value)
 
 
