@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# %% ../nbs/01d_images.ipynb #c335bdf9
+# %% ../nbs/01d_images.ipynb #f8877838
 MAX_PACKAGE = 2 * 2**30     # bytes of one unpacked package
 MAX_MEMBERS = 5000          # entries of one package
 MAX_FILE = 256 * 2**20      # bytes of one file that is read into memory
@@ -29,6 +29,7 @@ def _check_name(name, archive):
     if name.startswith(('/', '\\')) or '..' in parts or ':' in parts[0] or '\0' in name:
         raise PackageError(f'{archive}: {name!r} would land outside its folder; refused.')
 
+# %% ../nbs/01d_images.ipynb #4576e0da
 class _Counted:
     "A stream for `tarfile` that hands out small pieces only, and says so if more is asked of it."
     def __init__(self, stream, name): self.stream, self.name, self.limit = stream, name, 2**20
@@ -39,54 +40,56 @@ class _Counted:
     def tell(self): return self.stream.tell()
     def close(self): self.stream.close()
 
-# %% ../nbs/01d_images.ipynb #29718a1c
+# %% ../nbs/01d_images.ipynb #63056086
 _PACKED = {b'\x1f\x8b': gzip.open, b'BZ': bz2.open, b'\xfd7': lzma.open}
 
+def _open_archive(path): # a zip or tar file object, and for tar the stream below it
+    with open(path, 'rb') as f: magic = f.read(2)
+    if magic == b'PK': return zipfile.ZipFile(path), None
+    stream = _Counted(_PACKED.get(magic, open)(path, 'rb'), path)
+    try: return tarfile.open(fileobj=stream, mode='r:'), stream
+    except BaseException: stream.close(); raise
+
+def _entries(archive, path): # (entry, name, bytes, kind) of everything in an archive
+    if isinstance(archive, tarfile.TarFile):
+        for m in archive: yield m, m.name, m.size, 'folder' if m.isdir() else 'file' if m.isfile() else 'link or device'
+        return
+    for m in archive.infolist():
+        _check_name(m.orig_filename, path)
+        plain = stat.S_IFMT(m.external_attr >> 16) in (0, stat.S_IFREG)
+        kind = 'folder' if m.is_dir() else 'file' if plain else 'link or device'
+        yield m, m.filename, m.file_size, 'file behind a password' if m.flag_bits & 1 else kind
+
+def _listed(archive, path): # name to (entry, bytes) of the files, once all entries are known to be harmless
+    total, out = 0, {}
+    for i, (entry, name, size, kind) in enumerate(_entries(archive, path)):
+        total += size
+        if i >= MAX_MEMBERS or size < 0 or total > MAX_PACKAGE:
+            raise PackageError(f'{path}: more than {MAX_PACKAGE} bytes or {MAX_MEMBERS} files; refused.')
+        _check_name(name, path)
+        if kind not in ('file', 'folder'): raise PackageError(f'{path}: {name!r} is a {kind}; refused.')
+        if kind == 'file': out[name] = (entry, size)
+    return out
+
+# %% ../nbs/01d_images.ipynb #3a21539e
 class Package:
     "A .tar, .tar.gz or .zip archive, read member by member and never unpacked."
     def __init__(self,
-        path:str|Path, # the archive; what it is is read from its first bytes, not from its name
+        path:str|Path, # the archive
     ):
-        self.path, self.members, self.total = Path(path), {}, 0
-        self._tar = self._zip = self._raw = None
+        self.path, self._archive, self._stream = Path(path), None, None
         try:
-            with open(path, 'rb') as f: magic = f.read(2)
-            if magic == b'PK': self._list_zip()
-            else: self._list_tar(_PACKED.get(magic, open))
-        except BaseException as e:
+            self._archive, self._stream = _open_archive(path)
+            self.members = _listed(self._archive, path)
+        except Exception as e:
             self.close()
-            if isinstance(e, PackageError) or not isinstance(e, Exception): raise
             raise self._broken(e) from None
+        if self._stream: self._stream.limit = MAX_FILE
 
     def _broken(self, e):
+        if isinstance(e, PackageError): return e
         why = ' '.join(str(e).split())[:100] or type(e).__name__
         return PackageError(f'{self.path}: the package cannot be read ({why}).')
-
-    def _add(self, i, entry, name, size, kind):
-        self.total += size
-        if i >= MAX_MEMBERS or size < 0 or self.total > MAX_PACKAGE:
-            raise PackageError(f'{self.path}: more than {MAX_PACKAGE} bytes or {MAX_MEMBERS} files; refused.')
-        _check_name(name, self.path)
-        if kind == 'folder': return
-        if kind != 'file': raise PackageError(f'{self.path}: {name!r} is a {kind}; refused.')
-        self.members[name] = (entry, size)
-
-    def _list_tar(self, opener):
-        self._raw = _Counted(opener(self.path, 'rb'), self.path)
-        self._tar = tarfile.open(fileobj=self._raw, mode='r:')
-        for i, m in enumerate(self._tar):
-            kind = 'folder' if m.isdir() else 'file' if m.isfile() else 'link or device'
-            self._add(i, m, m.name, m.size, kind)
-        self._raw.limit = MAX_FILE
-
-    def _list_zip(self):
-        self._zip = zipfile.ZipFile(self.path)
-        for i, m in enumerate(self._zip.infolist()):
-            mode = stat.S_IFMT(m.external_attr >> 16)
-            kind = 'folder' if m.is_dir() else 'file' if mode in (0, stat.S_IFREG) else 'link or device'
-            if m.flag_bits & 1: kind = 'file behind a password'
-            _check_name(m.orig_filename, self.path)
-            self._add(i, m, m.filename, m.file_size, kind)
 
     @property
     def names(self):
@@ -101,16 +104,16 @@ class Package:
         if name not in self.members: raise PackageError(f'{self.path}: there is no {name!r} inside.')
         entry, size = self.members[name]
         if size > MAX_FILE: raise PackageError(f'{self.path}: {name!r} has {size} bytes, at most {MAX_FILE} are read.')
+        opener = self._archive.extractfile if self._stream else self._archive.open
         try:
-            with self._zip.open(entry) if self._zip else self._tar.extractfile(entry) as f: data = f.read(size)
-        except PackageError: raise
+            with opener(entry) as f: data = f.read(size)
         except Exception as e: raise self._broken(e) from None
         if len(data) != size: raise PackageError(f'{self.path}: {name!r} is cut off.')
         return data
 
     def close(self):
         "Close the archive."
-        for f in (self._tar, self._raw, self._zip):
+        for f in (self._archive, self._stream):
             if f: f.close()
 
     def __enter__(self): return self
