@@ -253,12 +253,13 @@ def guess_modalities(
     low = (text or '').lower()
     return {k: any(c in low for c in _CUES[k]) and bool(rule.search(text)) for k, rule in _MODALITY.items()}
 
-# %% ../nbs/02_articles.ipynb #8b67c33b
+# %% ../nbs/02_articles.ipynb #f4c20379
 def _record(fig, mentions, meta, n, name):
     "Figure record without its image."
     around = [fig, *_groups(fig)]  # what a figure lacks, its group may have
     first = lambda tag: next((t for g in around if (t := element_text(g.find('{*}' + tag), SKIPPED - {'list'})[0])), '')
     label, caption, own = first('label'), first('caption'), fig.find('{*}caption')
+    if not caption: caption = ' '.join(element_text(c)[0] for c in fig.iterfind('.//{*}graphic/{*}caption'))
     langs = [a.get(_LANG) for a in [*([] if own is None else [own]), fig, *fig.iterancestors()] if a.get(_LANG)]
     own, fig_id = _licence(fig.find('{*}permissions')), fig.get('id')
     found = guess_modalities(caption)  # the mentions count only if the caption names none

@@ -173,11 +173,12 @@ def _choose(frame, n, usual, name): # the number of the frame to show
     if not 0 <= frame < n: raise ImageError(f'{name}: has {n} frame{"s" * (n > 1)}, so there is no frame {frame}; the first is 0.')
     return frame
 
-# %% ../nbs/01d_images.ipynb #616516c8
+# %% ../nbs/01d_images.ipynb #a079159b
 def _full_page(img): # number of the first page that is not a reduced copy of another
     if img.format != 'TIFF': return 0
-    for i in range(min(img.n_frames, 32)):
-        img.seek(i)
+    for i in range(32):
+        try: img.seek(i)
+        except EOFError: return 0
         if not img.tag_v2.get(254, 0) & 1: return i
     return 0
 

@@ -131,10 +131,13 @@ def test_sub_captions():
     assert r['caption'] == 'Two scans. (A) Axial. Panels: (B) Coronal. (C) Gross.' and r['panels'] == 3
 
 
-def test_captions_of_single_graphics_stay_out_of_the_caption():
+def test_captions_of_single_graphics():
+    "They count only where the figure has no caption of its own."
     inside = '<graphic xlink:href="a"><label>a</label><caption><p>Axial.</p></caption></graphic>'
     r, = article(floats=fig(inside=inside))
     assert r['caption'] == 'A lesion.'
+    r, = article(floats=fig(caption=None, inside=inside + inside.replace('Axial', 'Coronal')))
+    assert r['caption'] == 'Axial. Coronal.'
 
 
 def test_source_data_in_a_caption_is_not_caption():

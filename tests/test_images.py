@@ -498,6 +498,24 @@ def test_what_is_in_a_package(tmp_path):
     assert [r['image'].split('::')[1] for r in two] == ['p/g1.jpg', 'q/g1.jpg']
 
 
+def test_the_command_among_hostile_sources(tmp_path, capsys):
+    "One good package among bad ones: exit code 0, one row for every problem, and nothing outside the folders that were named."
+    source = tmp_path/'in'; source.mkdir()
+    tarred(source/'PMC9.tar.gz', FILES)
+    for i, evil in enumerate(EVIL):
+        tarred(source/f'evil{i}.tar.gz', {'a.nxml': XML, evil: b'owned'}); zipped(source/f'evil{i}.zip', {'a.nxml': XML, evil: b'owned'})
+    tarred(source/'link.tar', {'a.nxml': b''}, 'w', type=tarfile.SYMTYPE, linkname='/etc/passwd')
+    (source/'bomb.xml').write_text('<!DOCTYPE a [<!ENTITY x "ha"><!ENTITY y "&x;&x;">]><article>&y;</article>')
+    (source/'cut.tgz').write_bytes((source/'PMC9.tar.gz').read_bytes()[:300]); (source/'no.zip').write_bytes(b'PK\3\4 no zip')
+    before = {p for p in tmp_path.rglob('*')}
+    assert articles.figures([source], tmp_path/'out.jsonl', tmp_path/'images') == 0
+    written = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob('*') if p.is_file() and p not in before}
+    assert written == {'out.jsonl', 'out.jsonl.problems.jsonl', 'images/PMC9/g1.jpg'}
+    n = 2 * len(EVIL) + 4
+    assert len((tmp_path/'out.jsonl.problems.jsonl').read_text().splitlines()) == n and f'{n} problems' in capsys.readouterr().out
+    assert articles.figures([source/'link.tar'], tmp_path/'none.jsonl') == 1 and not (tmp_path/'none.jsonl').exists()
+
+
 def test_references_into_packages(tmp_path):
     folder = tmp_path/'odd::name'; folder.mkdir()
     (folder/'a.png').write_bytes(b'1')
