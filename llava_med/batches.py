@@ -576,7 +576,7 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument('--set', nargs='+', action='extend', default=[], metavar='NOTEBOOK.PARAM=VALUE', help='change a parameter')
     p.add_argument('-v', '--verbose', action='store_true', help='show everything that the notebooks print')
     p = sub.add_parser('figures', help='article packages → figure records', formatter_class=raw,
-        description='Reads articles (folders, .tar.gz packages, .xml or .nxml files) and writes one record per figure.\n\n'
+        description='Reads articles (folders, .tar.gz or .zip packages, .xml or .nxml files) and writes one record per figure.\n\n'
                     'example:\n  llava-med figures PMC13900.1/ more/*.tar.gz --out figures.jsonl')
     p.add_argument('sources', nargs='+', metavar='SOURCE', help='article folder, package or JATS file')
     p.add_argument('--out', required=True, metavar='FILE', help='JSON Lines file to write')
