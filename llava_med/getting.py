@@ -8,8 +8,8 @@ __all__ = ['AGENT', 'PASSING', 'MAX_FILE', 'MAX_TEXT', 'PMC', 'ENTREZ', 'MOST', 
            'search_pmc', 'get_inventory', 'read_inventory', 'why_not', 'article_media', 'get_article', 'read_manifest',
            'get_articles', 'selection', 'get_pmc', 'pairs']
 
-# %% ../nbs/02a_getting.ipynb #711a7e46
-import contextlib, csv, gzip, hashlib, itertools, json, os, re, shutil, threading, time
+# %% ../nbs/02a_getting.ipynb #c7d4182e
+import contextlib, copy, csv, gzip, hashlib, itertools, json, os, re, shutil, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from datetime import date, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import filelock, requests, tenacity
 from lxml import etree
-from urllib3.exceptions import InvalidHeader
+from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
 from .articles import ArticleError, article_records, match_image
@@ -122,7 +122,7 @@ def _serve(bucket, h): # answer one request, well or badly
         h.wfile.write(data[i:i+2048])
     with bucket.lock: bucket.served[path] += fault is None and status in (200, 206)
 
-# %% ../nbs/02a_getting.ipynb #48e37211
+# %% ../nbs/02a_getting.ipynb #de62c02b
 AGENT = 'llava-med-lab/0.1 (teaching and research)'
 PASSING = (408, 425, 429, 500, 502, 503, 504)   # answers that may change
 MAX_FILE = 2**30                                # bytes of one figure
@@ -183,16 +183,17 @@ class Web:
                 if r.status_code in PASSING:
                     try: after = Retry().get_retry_after(r.raw) or 0
                     except InvalidHeader: after = 0
-                    self.hold(min(after, self.longest))
+                    if after > self.longest: raise NoAnswer(f'{name} answers {r.status_code} and wants to be left alone for {after:.0f} s.')
+                    self.hold(after)
                     raise _Again(f'{name} answers {r.status_code}', after)
                 if r.status_code in (404, 410): raise Gone(f'{name} does not exist.')
                 if r.status_code not in (200, 206, 416): raise WebError(f'{name} answers {r.status_code} ({r.reason}).')
                 yield r
-                for x in r.iter_content(2**16) if r.status_code != 416 else ():
+                while r.status_code != 416 and (x := r.raw.read1(2**16)):   # what has come so far, however little
                     if self.stop.is_set(): raise Stopped
                     if time.monotonic() - start > self.deadline: raise _Again(f'{name} took longer than {self.deadline} s')
                     yield x
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
+        except (requests.ConnectionError, requests.Timeout, HTTPError) as e:
             raise _Again(f'{name} broke off ({type(e).__name__})') from None
         except requests.RequestException as e: raise WebError(f'{name} cannot be fetched ({type(e).__name__}).') from None
     def get(self,
@@ -203,12 +204,12 @@ class Web:
     ):                         # what `read` returns
         "A small answer as a whole."
         def once():
-            body, got = self.chunks(url, params), b''
+            body, got = self.chunks(url, params), bytearray()
             next(body)
             for x in body:
                 got += x
                 if len(got) > limit: raise WebError(f'{url} is larger than {limit} bytes; refused.')
-            try: return read(got)
+            try: return read(bytes(got))
             except (ValueError, etree.XMLSyntaxError): raise _Again(f'{url} answers with something unreadable') from None
         return self.again(once)
     def save(self,
@@ -289,14 +290,15 @@ def read_image_urls(
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f'{path}, line {i}: needs pmc_tar_url, image_file_path with a PMC id, and pair_id.') from None
 
-# %% ../nbs/02a_getting.ipynb #9a8a5d99
+# %% ../nbs/02a_getting.ipynb #6e77ea66
 PMC = 'https://pmc-oa-opendata.s3.amazonaws.com'
 ENTREZ = 'https://eutils.ncbi.nlm.nih.gov/entrez/eutils/esearch.fcgi'
 MOST = 9999   # ids in one answer of Entrez
 LICENCES = ('CC0', 'CC BY', 'CC BY-SA', 'CC BY-ND', 'CC BY-NC', 'CC BY-NC-SA', 'CC BY-NC-ND')
 
 def _day(text, last): # Entrez's way to write a day, a month or a year, as an end or a beginning
-    if not re.fullmatch(r'\d{4}(-\d\d?(-\d\d?)?)?', text or '3000'): raise ValueError(f'{text!r} is not a date: write 2020, 2020-03 or 2020-03-31.')
+    if not re.fullmatch(r'\d{4}(-\d\d?(-\d\d?)?)?', text or '3000'):
+        raise ValueError(f'{text!r} is not a date: write 2020, 2020-03 or 2020-03-31.')
     return text.replace('-', '/') if text else '3000' if last else '1000'
 
 def entrez_term(
@@ -390,7 +392,7 @@ def why_not(
     code = page.get('license_code') or 'none'
     if licences and code not in licences: return 'left_out', f'its licence is {code}'
 
-# %% ../nbs/02a_getting.ipynb #4eb18f8d
+# %% ../nbs/02a_getting.ipynb #6421ecae
 _NAME = re.compile(r'[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,199}')
 
 def article_media(
@@ -457,7 +459,8 @@ def _get_version(version, page, out, web, base, only):
     with writing(part): part.mkdir(parents=True, exist_ok=True)
     _take(xml, *files[xml], part, final, base, web)
     names = [n for n in files if n != xml]
-    hrefs = only if only is not None else [g for r in article_records((part/xml).read_bytes(), version, names) for g in r['graphics']]
+    hrefs = only
+    if only is None: hrefs = [g for r in article_records((part/xml).read_bytes(), version, names) for g in r['graphics']]
     wanted = sorted({m for h in hrefs if (m := match_image(h, names))})
     for name in wanted:
         try: _take(name, *files[name], part, final, base, web)
@@ -473,7 +476,7 @@ def _get_version(version, page, out, web, base, only):
                 reason=f'not in the bucket: {", ".join(absent)}' if absent else '',
                 bytes=sum(p.stat().st_size for p in final.iterdir()))
 
-# %% ../nbs/02a_getting.ipynb #8b7dcd81
+# %% ../nbs/02a_getting.ipynb #254d36c3
 GIVE_UP = 20   # articles in a row without an answer
 
 def read_manifest(
@@ -520,6 +523,7 @@ def get_articles(
             for row in progress(_each(pool, one, todo, 4*workers), 'articles', len(todo), 'articles') if todo else ():
                 silent = silent + 1 if row.pop('offline', False) else 0
                 old, rows[row['pmcid']] = rows.get(row['pmcid'], {}), row
+                if old.get('status') == 'done' and row['status'] == 'missing': row |= dict(status='withdrawn', reason='no longer in the bucket')
                 f.write(json.dumps(row, ensure_ascii=False) + '\n'); f.flush()
                 gone = old.get('version') if old.get('version') != row['version'] or row['status'] == 'withdrawn' else None
                 if gone and row['status'] in ('done', 'withdrawn'): shutil.rmtree(out/gone, ignore_errors=True)
@@ -531,7 +535,7 @@ def get_articles(
         web.stop.clear()
         _sorted_manifest(out, rows)
         lock.release()
-    return rows
+    return read_manifest(out)
 
 def _each(pool, fn, jobs, ahead): # results as they come, with a bounded number of jobs waiting
     waiting, jobs = set(), iter(jobs)
@@ -541,7 +545,7 @@ def _each(pool, fn, jobs, ahead): # results as they come, with a bounded number 
         done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
         yield from (d.result() for d in done)
 
-# %% ../nbs/02a_getting.ipynb #3956e7a4
+# %% ../nbs/02a_getting.ipynb #c5124b08
 def _select(asked, out, web, base, entrez, say): # PMC id → versions or None, for what was asked
     if asked['image_urls']: return {r['pmcid']: None for r in read_image_urls(asked['image_urls'])}
     jobs = {}
@@ -554,7 +558,8 @@ def _select(asked, out, web, base, entrez, say): # PMC id → versions or None, 
         return found | dict.fromkeys(wanted - set(found), ())
     if asked['query']:
         term = entrez_term(asked['query'], asked['licences'], asked['journal'], asked['since'], asked['until'])
-        polite = Web(10 if os.environ.get('NCBI_API_KEY') else 3, web.tries, timeout=web.timeout)
+        polite = copy.copy(web)
+        polite.gap = max(web.gap, 1/10 if os.environ.get('NCBI_API_KEY') else 1/3)
         jobs |= dict.fromkeys(search_pmc(term, polite, asked['limit'], entrez, say))
     return jobs
 
@@ -573,7 +578,9 @@ def selection(
             raise ValueError(f'{out} was begun with another question ({note.name} says which): choose another folder, or add --refresh.')
         jobs = (line.split() for line in kept.read_text().splitlines())
         return {j[0]: None if j[1:] == ['?'] else j[1:] for j in jobs}
-    jobs = dict(itertools.islice(_select(asked, out, web, base, entrez, say).items(), asked['limit']))
+    found = {}
+    for i, v in _select(asked, out, web, base, entrez, say).items(): found.setdefault(i.split('.')[0], (i, v))
+    jobs = dict(itertools.islice(found.values(), asked['limit']))
     if not jobs: raise ValueError('No article was found: widen the search, or check the ids.')
     lines = [' '.join([i, *(['?'] if v is None else v)]) + '\n' for i, v in jobs.items()]
     with replacing(kept) as p: p.write_text(''.join(lines))
@@ -603,6 +610,7 @@ def get_pmc(
     "Choose articles, fetch them, and print a summary."
     out, web, base = Path(out), web or Web(per_second), base.rstrip('/')
     if not (query or ids or inventory or image_urls): raise ValueError('Say which articles: a QUERY, --ids, --inventory or --image-urls.')
+    if image_urls and (query or ids or inventory): raise ValueError('--image-urls names its articles itself: leave the others away.')
     unknown = [x for x in licences if x not in LICENCES]
     if unknown: raise ValueError(f'The licence {unknown[0]!r} is unknown; known are {", ".join(LICENCES)}.')
     with writing(out): out.mkdir(parents=True, exist_ok=True)

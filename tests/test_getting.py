@@ -1,0 +1,343 @@
+"The downloader against a bucket on this machine that drops, refuses, truncates and lies; and killed at random points."
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from llava_med import getting
+from llava_med.articles import read_articles
+from llava_med.getting import (LocalBucket, NoAnswer, Web, WebError, get_articles, get_pmc, pairs, read_manifest,
+                               search_pmc)
+from llava_med.phantom_sets import write_articles
+from llava_med.runs import OutputError, read_jsonl
+
+N = 8
+
+
+@pytest.fixture(scope='module')
+def phantoms(tmp_path_factory):
+    "Articles in PubMed Central's layout."
+    folder = tmp_path_factory.mktemp('phantoms')
+    write_articles(folder, N, per_article=(2, 3))
+    (folder/'truth.jsonl').unlink()
+    return folder
+
+
+@pytest.fixture
+def bucket(phantoms):
+    with LocalBucket(phantoms) as b: yield b
+
+
+@pytest.fixture
+def web(): return Web(per_second=2000, tries=4, backoff=.02, timeout=(2, .5))
+
+
+quiet = dict(say=lambda s: None)
+ids = lambda phantoms: [p.name[:-2] for p in sorted(phantoms.iterdir())]
+md5 = lambda data: hashlib.md5(data).hexdigest()
+
+
+def tree(folder):
+    "Name → md5 of all files that a run leaves, but for the note of when it began and its lock."
+    return {p.relative_to(folder).as_posix(): md5(p.read_bytes()) for p in folder.rglob('*')
+            if p.is_file() and p.name not in ('selection.json', '.lock')}
+
+
+@pytest.fixture
+def calm(phantoms, bucket, web, tmp_path):
+    "What an undisturbed run leaves."
+    get_articles(dict.fromkeys(ids(phantoms)), tmp_path/'calm', web, base=bucket.url)
+    bucket.asked.clear(); bucket.served.clear()
+    return tree(tmp_path/'calm')
+
+
+def test_the_folder_is_read_as_articles(phantoms, bucket, web, tmp_path):
+    rows = get_articles(dict.fromkeys(ids(phantoms)), tmp_path/'out', web, base=bucket.url)
+    ours, theirs = (list(read_articles([d])) for d in (tmp_path/'out', phantoms))
+    same = lambda rs: [{k: v for k, v in r.items() if k not in ('source', 'image')} for r in rs]
+    assert same(ours) == same(theirs) and {r['status'] for r in rows.values()} == {'done'}
+    assert sum(r['image'] is not None for r in ours) == sum(r['figures'] for r in rows.values())
+
+
+@pytest.mark.parametrize('fault', ['drop', 'short', 'wrong', 429, 500, 503])
+def test_a_passing_fault_leaves_no_trace(fault, phantoms, bucket, web, tmp_path, calm):
+    for key in list(bucket.objects): bucket.faults[key] = [fault]
+    bucket.faults[''] = [fault]
+    get_articles(dict.fromkeys(ids(phantoms)), tmp_path/'out', web, base=bucket.url)
+    assert tree(tmp_path/'out') == calm
+    assert not any(v for k, v in bucket.faults.items() if k in calm), 'every fault was met'
+
+
+def test_a_fault_that_stays_is_a_row_and_the_next_run_mends_it(phantoms, bucket, web, tmp_path, calm):
+    a, b, c, d = ids(phantoms)[:4]
+    image = next(k for k in bucket.objects if k.startswith(f'{b}.1/') and k.endswith('.jpg'))
+    bucket.faults = {f'{a}.1/{a}.1.xml': ['wrong']*4, image: ['short', 'drop', 503, 'drop'],
+                     f'metadata/{c}.1.json': [429]*4, f'metadata/{d}.1.json': ['wrong']*4}
+    rows = get_articles(dict.fromkeys(ids(phantoms)), tmp_path/'out', web, base=bucket.url)
+    assert [rows[i]['status'] for i in (a, b, c, d)] == ['failed']*4
+    assert Counter(r['status'] for r in rows.values()) == {'failed': 4, 'done': N - 4}
+    for i, word in ((a, 'md5'), (b, 'tries'), (c, '429'), (d, 'unreadable')): assert word in rows[i]['reason']
+    assert not any((tmp_path/'out'/f'{i}.1').exists() for i in (a, b, c, d))
+    bucket.asked.clear()
+    get_articles(dict.fromkeys(ids(phantoms)), tmp_path/'out', web, base=bucket.url, **quiet)
+    assert tree(tmp_path/'out') == calm
+    settled = [r['version'] for r in rows.values() if r['status'] == 'done']
+    assert not any(k.startswith(tuple(settled)) for k in bucket.asked), 'what is done is not asked for again'
+    assert bucket.asked[f'{b}.1/{b}.1.xml'] == 0, 'nor is what is whole of an article in flight'
+
+
+def test_missing_withdrawn_left_out(phantoms, bucket, web, tmp_path):
+    a, b, c, d, e, f, g, h = ids(phantoms)
+    bucket.change(f'{a}.1', is_retracted=True)
+    bucket.change(f'{b}.1', is_historical_ocr=True)
+    bucket.change(f'{c}.1', license_code='CC BY-NC-ND')
+    bucket.change(f'{d}.1', is_pmc_openaccess=False)
+    del bucket.objects[f'metadata/{e}.1.json']
+    del bucket.objects[f'{f}.1/{f}.1.xml']
+    image = next(k for k in bucket.objects if k.startswith(f'{g}.1/') and k.endswith('.jpg'))
+    del bucket.objects[image]
+    bucket.change(f'{h}.1', media_urls=[])
+    rows = get_articles(dict.fromkeys([*ids(phantoms), 'PMC12']), tmp_path/'out', web, base=bucket.url, licences=('CC BY', 'CC0'))
+    assert [rows[i]['status'] for i in (a, b, c, d, e, f, g, h, 'PMC12')] == \
+        ['withdrawn', 'left_out', 'left_out', 'left_out', 'missing', 'missing', 'done', 'done', 'missing']
+    assert 'CC BY-NC-ND' in rows[c]['reason'] and rows[g]['absent'] == [image.split('/')[1]] and rows[h]['figures'] == 0
+    assert [r['pmcid'] for r in read_jsonl(tmp_path/'out/manifest.jsonl')] == ['PMC12', *ids(phantoms)]
+
+
+def test_the_newest_version_that_may_be_taken(phantoms, bucket, web, tmp_path):
+    a = ids(phantoms)[0]
+    for v in (2, 10):
+        for k in [k for k in bucket.objects if k.startswith(f'{a}.1/')]: bucket.objects[k.replace(f'{a}.1', f'{a}.{v}')] = bucket.objects[k]
+        moved = json.loads(json.dumps(bucket.page(f'{a}.1')).replace(f'{a}.1', f'{a}.{v}'))
+        bucket.change(f'{a}.{v}', **moved | {'is_manuscript': v == 10})
+    one = lambda i, out, **how: get_articles({i: None}, tmp_path/out, web, base=bucket.url, **how)[a]
+    assert one(a, 'newest')['version'] == f'{a}.2'
+    assert one(a, 'manuscript', manuscripts=True)['version'] == f'{a}.10'
+    assert one(f'{a}.1', 'named')['version'] == f'{a}.1'
+    assert one(a, 'named', refresh=True)['version'] == f'{a}.2' and not (tmp_path/f'named/{a}.1').exists()
+    bucket.change(f'{a}.2', is_retracted=True)
+    assert one(a, 'named', refresh=True)['status'] == 'withdrawn' and not (tmp_path/f'named/{a}.2').exists()
+
+
+def test_supplements_and_what_no_figure_uses_stay_in_the_bucket(phantoms, bucket, web, tmp_path):
+    a = ids(phantoms)[0]
+    more = {'film.mp4': b'x', 'table.xlsx': b'y', 'e001.gif': b'z', f'{a}.1.pdf': b'p'}
+    urls = [f's3://pmc-oa-opendata/{a}.1/{k}?md5={md5(v)}' for k, v in more.items()]
+    bucket.objects |= {f'{a}.1/{k}': v for k, v in more.items()}
+    bucket.change(f'{a}.1', media_urls=bucket.page(f'{a}.1')['media_urls'] + urls)
+    get_articles({a: None}, tmp_path/'out', web, base=bucket.url)
+    assert not any(bucket.asked[f'{a}.1/{k}'] for k in more)
+
+
+def test_a_name_cannot_leave_its_folder(phantoms, bucket, web, tmp_path):
+    a = ids(phantoms)[0]
+    name = bucket.page(f'{a}.1')['media_urls'][0].split('/')[-1].split('?')[0]
+    bucket.change(f'{a}.1', media_urls=[f's3://b/{a}.1/../../{name}', f's3://b/{a}.1/x/{name}', f's3://b/{a}.1/..\\{name}', f's3://b/other/{name}'])
+    get_articles({a: None}, tmp_path/'in/out', web, base=bucket.url)
+    assert {p.relative_to(tmp_path/'in').parts[0] for p in (tmp_path/'in').rglob('*')} == {'out'}
+    assert sorted(p.name for p in (tmp_path/f'in/out/{a}.1').iterdir()) == [f'{a}.1.json', f'{a}.1.xml']
+
+
+def test_a_broken_transfer_goes_on_where_it_was(phantoms, bucket, web, tmp_path):
+    key = max(bucket.objects, key=lambda k: len(bucket.objects[k]))
+    bucket.faults[key] = ['short', 'short']
+    seen = []
+    chunks = Web.chunks
+    def spy(self, url, params=None, headers=None): seen.append((headers or {}).get('Range')); return chunks(self, url, params, headers)
+    web.chunks = spy.__get__(web)
+    web.save(f'{bucket.url}/{key}', tmp_path/'x', md5=md5(bucket.objects[key]))
+    half = len(bucket.objects[key])//2
+    assert seen[0] is None and seen[1] == f'bytes={half}-' and len(seen) == 3
+    # a file that was replaced meanwhile is not glued to the half of its predecessor
+    part, tag = tmp_path/'.y.part', tmp_path/'.y.tag'
+    part.write_bytes(b'old bytes'); tag.write_text('"other"')
+    web.tries = 1
+    with pytest.raises(NoAnswer): web.save(f'{bucket.url}/{key}', tmp_path/'y', md5=md5(bucket.objects[key]))
+    assert not part.exists() and not tag.exists()
+
+
+def test_time_outs_and_endless_answers(phantoms, bucket, tmp_path):
+    key = max(bucket.objects, key=lambda k: len(bucket.objects[k]))
+    with pytest.raises(WebError, match='larger than'): Web(1000).save(f'{bucket.url}/{key}', tmp_path/'x', limit=1000)
+    bucket.faults[key] = ['slow']*2
+    start = time.monotonic()
+    with pytest.raises(NoAnswer, match='took longer'): Web(1000, 2, .01, deadline=.3).get(f'{bucket.url}/{key}')
+    bucket.delay = 1
+    with pytest.raises(NoAnswer, match='broke off'): Web(1000, 2, .01, timeout=(1, .1)).get(f'{bucket.url}/{key}')
+    assert time.monotonic() - start < 10
+
+
+def test_the_rate_is_kept_over_all_threads_and_a_wish_to_wait_is_respected(phantoms, bucket, tmp_path):
+    start = time.monotonic()
+    get_articles(dict.fromkeys(ids(phantoms)[:3]), tmp_path/'out', Web(per_second=20), base=bucket.url, workers=8)
+    took = time.monotonic() - start
+    assert took >= (sum(bucket.asked.values()) - 1)/20
+    w = Web(1000)
+    w.hold(.4)
+    start = time.monotonic()
+    w.get(f'{bucket.url}/metadata/{ids(phantoms)[0]}.1.json')
+    assert time.monotonic() - start >= .4
+
+
+def test_a_dead_network_stops_the_run(phantoms, web, tmp_path, monkeypatch):
+    monkeypatch.setattr(getting, 'GIVE_UP', 3)
+    web.tries = 1
+    with pytest.raises(NoAnswer, match='goes on'): get_articles(dict.fromkeys(f'PMC{i}' for i in range(50)), tmp_path/'out', web, base='http://127.0.0.1:9')
+    assert 3 <= len(read_manifest(tmp_path/'out')) < 50
+
+
+def test_a_full_disk_is_one_sentence(phantoms, bucket, web, tmp_path, monkeypatch):
+    replace = os.replace
+    def full(a, b):
+        if str(a).endswith('.part'): raise OSError(28, 'No space left on device')
+        return replace(a, b)
+    monkeypatch.setattr(os, 'replace', full)
+    with pytest.raises(OutputError, match='No space left'): get_articles(dict.fromkeys(ids(phantoms)), tmp_path/'out', web, base=bucket.url)
+    monkeypatch.undo()
+    assert {r['status'] for r in get_articles(dict.fromkeys(ids(phantoms)), tmp_path/'out', web, base=bucket.url, **quiet).values()} == {'done'}
+
+
+def test_a_cut_line_of_the_manifest_is_looked_at_again(phantoms, bucket, web, tmp_path, calm):
+    out = tmp_path/'out'
+    get_articles(dict.fromkeys(ids(phantoms)), out, web, base=bucket.url)
+    text = (out/'manifest.jsonl').read_text()
+    (out/'manifest.jsonl').write_text(text[:-40])
+    bucket.asked.clear()
+    get_articles(dict.fromkeys(ids(phantoms)), out, web, base=bucket.url, **quiet)
+    assert tree(out) == calm and not [k for k in bucket.asked if k.startswith('PMC')], 'metadata only'
+    (out/'manifest.jsonl').write_text('{"pmcid"\n' + text)
+    with pytest.raises(ValueError, match='line 1'): get_articles({}, out, web)
+
+
+def test_two_processes_do_not_share_a_folder(phantoms, bucket, web, tmp_path):
+    import filelock
+    (tmp_path/'out').mkdir()
+    with filelock.FileLock(tmp_path/'out/.lock', is_singleton=False):
+        with pytest.raises(ValueError, match='in use'): get_articles({}, tmp_path/'out', web)
+
+
+# Choosing
+
+class Entrez(LocalBucket):
+    "A search of 25,000 articles, a hundred for each of 250 days, that refuses to hand out more than 9,999."
+    def search(self, query):
+        self.headers.append(query)
+        import re
+        from datetime import date
+        m = re.search(r'(\d{4})/(\d\d)/(\d\d):(\d{4})/(\d\d)/(\d\d)\[pmcrdat\]', query['term'])
+        days = range(250)
+        if m:
+            low, high = (date(*map(int, m.groups()[i:i+3])) for i in (0, 3))
+            days = [k for k in days if low <= date.fromordinal(date(2021, 1, 1).toordinal() + k) <= high]
+        found = [100*k + j + 1 for k in days for j in range(100)]
+        return json.dumps({'esearchresult': {'count': str(len(found)), 'idlist': [str(i) for i in found[:int(query['retmax'])]],
+                                             'warninglist': {'quotedphrasesnotfound': ['"x y"']}}}).encode()
+
+
+def test_a_large_search_is_cut_by_date(phantoms, web):
+    said = []
+    with Entrez(phantoms) as b:
+        found = search_pmc('x', web, url=f'{b.url}/esearch.fcgi', say=said.append)
+        assert sorted(found, key=lambda i: int(i[3:])) == [f'PMC{i}' for i in range(1, 25_001)] and len(b.headers) < 60
+        assert len(search_pmc('x', web, 12_345, f'{b.url}/esearch.fcgi', say=said.append)) == 12_345
+        assert search_pmc('x', web, 3, f'{b.url}/esearch.fcgi', say=said.append) == ['PMC1', 'PMC2', 'PMC3']
+    assert '"x y"' in said[0]
+
+
+def test_the_key_is_sent_and_not_kept(phantoms, bucket, web, tmp_path, monkeypatch):
+    monkeypatch.setenv('NCBI_API_KEY', 'secret-key')
+    get_pmc('lung', tmp_path/'out', web=web, base=bucket.url, entrez=f'{bucket.url}/esearch.fcgi', **quiet)
+    assert bucket.headers[0]['api_key'] == 'secret-key'
+    assert not any(b'secret-key' in p.read_bytes() for p in (tmp_path/'out').rglob('*') if p.is_file())
+
+
+def test_the_selection_is_found_once(phantoms, bucket, web, tmp_path):
+    how = dict(web=web, base=bucket.url, entrez=f'{bucket.url}/esearch.fcgi', **quiet)
+    assert get_pmc('lung', tmp_path/'out', since='2020', limit=3, **how) == 0
+    assert get_pmc('lung', tmp_path/'out', since='2020', limit=3, **how) == 0 and len(bucket.headers) == 1
+    with pytest.raises(ValueError, match='another question'): get_pmc('lung', tmp_path/'out', since='2021', limit=3, **how)
+    assert get_pmc('lung', tmp_path/'out', since='2021', limit=5, refresh=True, **how) == 0
+    assert len(read_manifest(tmp_path/'out')) == 5
+
+
+def test_an_inventory_is_kept_and_hashed_and_saves_the_listings(phantoms, bucket, web, tmp_path):
+    bucket.inventory()
+    how = dict(web=web, base=bucket.url, **quiet)
+    assert get_pmc(out=tmp_path/'out', inventory='latest', **how) == 0
+    listings = bucket.asked['']
+    kept = tmp_path/'out/inventory/all.csv.gz'
+    note = json.loads((tmp_path/'out/selection.json').read_text())
+    assert note['inventory_sha256']['all.csv.gz'] == hashlib.sha256(kept.read_bytes()).hexdigest()
+    assert listings == 1 and len(read_manifest(tmp_path/'out')) == N
+    some = ids(phantoms)[:2]
+    assert get_pmc(out=tmp_path/'two', inventory=str(kept), ids=[*some, 'PMC3'], **how) == 0
+    assert {i: r['status'] for i, r in read_manifest(tmp_path/'two').items()} == {some[0]: 'done', some[1]: 'done', 'PMC3': 'missing'}
+    assert bucket.asked[''] == listings
+
+
+def test_llava_meds_list_of_images(phantoms, bucket, web, tmp_path):
+    a, b = ids(phantoms)[:2]
+    name = lambda i, k: f'phantom-{i[3:]}-g00{k}.jpg'
+    rows = [dict(pmc_tar_url=f'https://ftp.example.org/pub/pmc/oa_package/aa/bb/{i}.tar.gz', image_file_path=f'{i}/{n}', pair_id=p)
+            for i, n, p in ((a, name(a, 1), '1_F1'), (a, name(a, 2), '1_F2'), (b, 'nowhere.jpg', '2_F1'), ('PMC5', 'x.jpg', '3_F1'))]
+    urls = tmp_path/'image_urls.jsonl'
+    urls.write_text('\n'.join(map(json.dumps, rows)))
+    assert get_pmc(out=tmp_path/'out', image_urls=urls, web=web, base=bucket.url, **quiet) == 0
+    found = read_jsonl(tmp_path/'out/pairs.jsonl')
+    assert [f['image'] for f in found] == [f'{a}.1/{name(a, 1)}', f'{a}.1/{name(a, 2)}', None, None]
+    assert 'no such file' in found[2]['reason'] and 'no version' in found[3]['reason']
+    assert (tmp_path/'out'/found[0]['image']).is_file() and bucket.asked[f'{a}.1/{name(a, 3)}'] == 0
+    assert [f['reason'] for f in pairs(urls, tmp_path/'nothing')] == ['not asked for yet']*4
+
+
+def test_the_official_list_is_understood():
+    from llava_med.runs import test_data as data_folder
+    path = data_folder() and data_folder()/'llava_med/llava_med_image_urls_eval_2v.jsonl'
+    if not path or not path.exists(): pytest.skip('needs LLAVA_MED_TESTDATA')
+    rows = list(getting.read_image_urls(path))
+    assert len(rows) == 50 and rows[0] == dict(pair_id='21139713_F0003', pmcid='PMC2988167', file='LI-27-196-g003.jpg')
+
+
+# Killed
+
+FETCH = '''
+import sys
+from llava_med.getting import Web, get_pmc
+print('ready', flush=True)
+sys.exit(get_pmc(out=sys.argv[1], ids=[sys.argv[2]], workers=3, base=sys.argv[3], web=Web(per_second=400, backoff=.05)))
+'''
+
+
+def test_killed_ten_times_it_leaves_what_an_undisturbed_run_leaves(phantoms, bucket, web, tmp_path, calm):
+    bucket.delay = .04
+    (tmp_path/'ids.txt').write_text('\n'.join(ids(phantoms)))
+    (tmp_path/'fetch.py').write_text(FETCH)
+    def start():
+        env = {**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path), 'LLAVA_MED_PLAIN': '1'}
+        p = subprocess.Popen([sys.executable, tmp_path/'fetch.py', tmp_path/'out', tmp_path/'ids.txt', bucket.url], env=env,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert p.stdout.readline() == 'ready\n', p.stderr.read()
+        return p
+    rng, in_work = random.Random(0), 0
+    for _ in range(10):
+        p = start()
+        time.sleep(rng.uniform(.02, .25))
+        in_work += p.poll() is None
+        p.send_signal(signal.SIGKILL)
+        p.communicate()
+        for d in (tmp_path/'out').glob('PMC*'): assert {k: v for k, v in calm.items() if k.startswith(d.name)} == \
+            {f'{d.name}/{k}': v for k, v in tree(d).items()}, 'a folder with the name of an article is whole'
+    p = start()
+    p.communicate()
+    assert p.returncode == 0 and in_work >= 8
+    left = {k: v for k, v in tree(tmp_path/'out').items() if k != 'ids.txt'}
+    assert left == calm
+    files = [k for k in calm if k.endswith(('.xml', '.jpg'))]
+    assert sum(bucket.served[k] for k in files) <= len(files) + 10*3, 'only files in flight are asked for again'
