@@ -25,9 +25,7 @@ from urllib3.util import Retry
 from .articles import ArticleError, article_records, match_image
 from .runs import now, progress, read_json, read_jsonl, replacing, write_json, write_jsonl, writing
 
-# %% ../nbs/02a_getting.ipynb #39c98ef2
-_FAULTS = ('drop', 'short', 'wrong', 'slow')   # besides numbers, which are HTTP answers
-
+# %% ../nbs/02a_getting.ipynb #288b68ae
 def _page(folder): # the metadata of a version, as the bucket shows it
     url = lambda p: f's3://pmc-oa-opendata/{folder.name}/{p.name}?md5={hashlib.md5(p.read_bytes()).hexdigest()}'
     pmcid, version = folder.name.split('.')
@@ -545,7 +543,7 @@ def _each(pool, fn, jobs, ahead): # results as they come, with a bounded number 
         done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
         yield from (d.result() for d in done)
 
-# %% ../nbs/02a_getting.ipynb #c5124b08
+# %% ../nbs/02a_getting.ipynb #d6c70608
 def _select(asked, out, web, base, entrez, say): # PMC id → versions or None, for what was asked
     if asked['image_urls']: return {r['pmcid']: None for r in read_image_urls(asked['image_urls'])}
     jobs = {}
@@ -608,11 +606,12 @@ def get_pmc(
     say=print,          # gets messages
 )->int:                 # exit code: 0, or 1 when nothing usable came out
     "Choose articles, fetch them, and print a summary."
+    if min(workers, per_second, 1 if limit is None else limit) <= 0:
+        raise ValueError('--workers, --per-second and --limit must be greater than 0.')
     out, web, base = Path(out), web or Web(per_second), base.rstrip('/')
     if not (query or ids or inventory or image_urls): raise ValueError('Say which articles: a QUERY, --ids, --inventory or --image-urls.')
     if image_urls and (query or ids or inventory): raise ValueError('--image-urls names its articles itself: leave the others away.')
-    unknown = [x for x in licences if x not in LICENCES]
-    if unknown: raise ValueError(f'The licence {unknown[0]!r} is unknown; known are {", ".join(LICENCES)}.')
+    entrez_term('', licences, since=since, until=until)   # refuses unknown licences and dates that are none
     with writing(out): out.mkdir(parents=True, exist_ok=True)
     asked = dict(query=query, ids=list(ids), inventory=inventory, image_urls=image_urls and str(image_urls), licences=list(licences),
                  journal=journal, since=since, until=until, limit=limit, manuscripts=manuscripts)

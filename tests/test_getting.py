@@ -6,8 +6,11 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -303,6 +306,94 @@ def test_the_official_list_is_understood():
     if not path or not path.exists(): pytest.skip('needs LLAVA_MED_TESTDATA')
     rows = list(getting.read_image_urls(path))
     assert len(rows) == 50 and rows[0] == dict(pair_id='21139713_F0003', pmcid='PMC2988167', file='LI-27-196-g003.jpg')
+
+
+# The commands and the catalogue
+
+@pytest.fixture
+def addresses(monkeypatch, bucket):
+    "The real addresses stand for the bucket on this machine."
+    return ['--base', bucket.url, '--entrez', f'{bucket.url}/esearch.fcgi', '--per-second', '1000']
+
+
+def test_the_command_fetches_what_the_reader_reads(phantoms, bucket, tmp_path, addresses, capsys):
+    from llava_med.batches import main
+    out = str(tmp_path/'pmc')
+    assert main(['get', 'pmc', 'lung', 'radiograph', '--licence', 'CC BY', 'CC0', '--limit', '4', '--out', out, *addresses]) == 0
+    assert bucket.headers[0]['term'].startswith('(lung radiograph) AND open_access[filter]')
+    assert '4 done, 0 missing' in capsys.readouterr().out
+    assert main(['figures', out, '--out', str(tmp_path/'figures.jsonl')]) == 0
+    assert {r['pmcid'] for r in read_jsonl(tmp_path/'figures.jsonl')} == set(ids(phantoms)[:4])
+    assert main(['get', '--ids', *ids(phantoms)[:2], '--out', str(tmp_path/'two'), *addresses]) == 0
+    assert main(['get', '--ids', 'PMC1', '--out', str(tmp_path/'none'), *addresses]) == 1
+
+
+@pytest.mark.parametrize('words, said, code', [
+    (['pmc'], 'Say which articles', 1), (['nonsense'], 'Known: vqa_rad', 2), (['pmc', 'x', '--licence', 'MIT'], 'known are CC0', 1),
+    (['pmc', 'x', '--since', 'May'], 'is not a date', 1), (['--ids', '10.1/x'], 'is not a PMC id', 1),
+    (['pmc', 'x', '--image-urls', 'y'], 'leave the others away', 1), (['pmc', 'x', '--per-second', '0'], 'greater than 0', 1),
+    (['--inventory', 'nowhere.csv'], 'nowhere.csv', 1)])
+def test_a_wrong_command_is_one_sentence(words, said, code, tmp_path, capsys):
+    from llava_med.batches import main
+    assert main(['get', *words, '--out', str(tmp_path/'out')]) == code
+    err = capsys.readouterr().err
+    assert said in err and len(err.strip().splitlines()) == 1
+
+
+def test_an_entry_goes_on_and_refuses_what_has_another_hash(phantoms, bucket, web, tmp_path):
+    from llava_med.catalogue import Entry, File, get_entry
+    data = bytes(range(256))*400
+    bucket.objects['big.bin'] = data
+    make = lambda sha: Entry('toy', 'a toy', '1 kB', 'CC0', 'none', 'https://example.org', (File('big.bin', f'{bucket.url}/big.bin', len(data), sha),))
+    web.tries = 1
+    bucket.faults['big.bin'] = ['short']
+    with pytest.raises(NoAnswer): get_entry(make(hashlib.sha256(data).hexdigest()), tmp_path/'toy', web, **quiet)
+    assert 0 < (tmp_path/'toy/.big.bin.part').stat().st_size < len(data)
+    get_entry(make(hashlib.sha256(data).hexdigest()), tmp_path/'toy', web, **quiet)
+    assert (tmp_path/'toy/big.bin').read_bytes() == data and bucket.asked['big.bin'] == 2
+    assert json.loads((tmp_path/'toy/source.json').read_text())['files']['big.bin']['bytes'] == len(data)
+    with pytest.raises(WebError, match='sha256'): get_entry(make('0'*64), tmp_path/'other', web, **quiet)
+    assert not (tmp_path/'other/big.bin').exists()
+
+
+class Hub(BaseHTTPRequestHandler):
+    "The little of the hub that a snapshot needs: the files of one repository, as a list and one by one."
+    files = {'config.json': b'{}', 'model.safetensors': b'weights'*1000, 'model.bin': b'the same again'}
+    log_message = lambda *a: None
+
+    def do_GET(self):
+        path, found = urlsplit(self.path).path, None
+        if path.startswith('/api/models/lab/toy/tree/'):
+            found = json.dumps([dict(type='file', path=k, size=len(v), oid=md5(v)) for k, v in self.files.items()]).encode()
+        elif path.startswith('/api/models/lab/toy'):
+            found = json.dumps(dict(id='lab/toy', sha='a'*40, siblings=[{'rfilename': f} for f in self.files])).encode()
+        elif path.startswith('/lab/toy/resolve/'): found = self.files.get(path.split('/')[-1])
+        self.send_response(200 if found is not None else 404)
+        for k, v in {'Content-Length': len(found or b''), 'ETag': f'"{md5(found or b"")}"', 'X-Repo-Commit': 'a'*40,
+                     **({} if found is not None else {'X-Error-Code': 'RepoNotFound'})}.items(): self.send_header(k, str(v))
+        self.end_headers()
+        if self.command == 'GET': self.wfile.write(found or b'')
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(.05,), daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_repository_comes_from_the_hub(hub, tmp_path):
+    from llava_med.catalogue import Entry, get_entry
+    entry = lambda repo: Entry('toy', 'a toy', '7 kB', 'MIT', 'none', 'https://example.org', repo=repo, patterns=('*.json', '*.safetensors'))
+    get_entry(entry('lab/toy'), tmp_path/'toy', endpoint=hub, **quiet)
+    assert {p.name for p in (tmp_path/'toy').iterdir() if p.is_file()} == {'config.json', 'model.safetensors', 'source.json'}
+    assert (tmp_path/'toy/model.safetensors').read_bytes() == Hub.files['model.safetensors']
+    with pytest.raises(WebError, match='does not exist on the hub'): get_entry(entry('lab/none'), tmp_path/'none', endpoint=hub, **quiet)
+    with pytest.raises(WebError, match='cannot be fetched'): get_entry(entry('lab/toy'), tmp_path/'off', endpoint='http://127.0.0.1:9', **quiet)
 
 
 # Killed
