@@ -8,7 +8,7 @@ __all__ = ['AGENT', 'PASSING', 'MAX_FILE', 'MAX_TEXT', 'PMC', 'ENTREZ', 'MOST', 
            'search_pmc', 'get_inventory', 'read_inventory', 'why_not', 'article_media', 'get_article', 'read_manifest',
            'get_articles', 'selection', 'get_pmc', 'pairs']
 
-# %% ../nbs/02a_getting.ipynb #c7d4182e
+# %% ../nbs/02a_getting.ipynb #f0440cc7
 import contextlib, copy, csv, gzip, hashlib, itertools, json, os, re, shutil, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from datetime import date, timedelta
@@ -23,7 +23,7 @@ from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
 from .articles import ArticleError, article_records, match_image
-from .runs import now, progress, read_json, read_jsonl, replacing, write_json, write_jsonl, writing
+from .runs import file_hash, now, progress, read_json, read_jsonl, replacing, write_json, write_jsonl, writing
 
 # %% ../nbs/02a_getting.ipynb #288b68ae
 def _page(folder): # the metadata of a version, as the bucket shows it
@@ -120,7 +120,7 @@ def _serve(bucket, h): # answer one request, well or badly
         h.wfile.write(data[i:i+2048])
     with bucket.lock: bucket.served[path] += fault is None and status in (200, 206)
 
-# %% ../nbs/02a_getting.ipynb #de62c02b
+# %% ../nbs/02a_getting.ipynb #440536e0
 AGENT = 'llava-med-lab/0.1 (teaching and research)'
 PASSING = (408, 425, 429, 500, 502, 503, 504)   # answers that may change
 MAX_FILE = 2**30                                # bytes of one figure
@@ -208,7 +208,7 @@ class Web:
                 got += x
                 if len(got) > limit: raise WebError(f'{url} is larger than {limit} bytes; refused.')
             try: return read(bytes(got))
-            except (ValueError, etree.XMLSyntaxError): raise _Again(f'{url} answers with something unreadable') from None
+            except (ValueError, KeyError, TypeError, etree.XMLSyntaxError): raise _Again(f'{url} answers with something unreadable') from None
         return self.again(once)
     def save(self,
         url:str,        # of a file
@@ -374,7 +374,7 @@ def read_inventory(
                 m = re.fullmatch(r'metadata/(PMC\d+\.\d+)\.json', row[1] if len(row) > 1 else '')
                 if m: yield m[1]
 
-# %% ../nbs/02a_getting.ipynb #cdf4d341
+# %% ../nbs/02a_getting.ipynb #eef34f21
 _yes = lambda x: str(x).lower() in ('true', 'yes', '1')
 
 def why_not(
@@ -387,10 +387,10 @@ def why_not(
     if _yes(page.get('is_historical_ocr')): return 'left_out', 'scanned from paper'
     if not _yes(page.get('is_pmc_openaccess', True)): return 'left_out', 'not in the open-access subset'
     if _yes(page.get('is_manuscript')) and not manuscripts: return 'left_out', "an author's manuscript"
-    code = page.get('license_code') or 'none'
+    code = re.sub(r' \d\.\d$', '', (page.get('license_code') or 'none').upper())
     if licences and code not in licences: return 'left_out', f'its licence is {code}'
 
-# %% ../nbs/02a_getting.ipynb #6421ecae
+# %% ../nbs/02a_getting.ipynb #dce191a7
 _NAME = re.compile(r'[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,199}')
 
 def article_media(
@@ -400,9 +400,9 @@ def article_media(
     "The files of a version; names that could leave its folder are refused."
     out = {}
     for url in [page.get('xml_url'), *(page.get('media_urls') or [])]:
-        key, _, md5 = re.sub(r'^(s3|https?)://[^/]+/', '', url or '').partition('?md5=')
-        prefix, _, name = key.partition('/')
-        if prefix == version and _NAME.fullmatch(name): out[name] = key, md5.split('&')[0]
+        m = re.fullmatch(r'(?:s3|https?)://[^/]+/(.+?)(?:\?(?:[^?]*&)?md5=([0-9a-fA-F]{32}).*)?', url or '')
+        prefix, _, name = m[1].partition('/') if m else ('', '', '')
+        if prefix == version and _NAME.fullmatch(name): out[name] = m[1], m[2] or ''
     return out
 
 def _take(name, key, md5, part, final, base, web): # one file into `part`; True if the bucket was asked
@@ -470,11 +470,12 @@ def _get_version(version, page, out, web, base, only):
             if p.name not in kept: p.unlink()
         if final.exists(): shutil.rmtree(final)
         os.replace(part, final)
-    return dict(status='done', figures=len(wanted) - len(absent), files=len(kept), absent=absent,
-                reason=f'not in the bucket: {", ".join(absent)}' if absent else '',
+    blind = [n for n in (xml, *wanted) if not files[n][1]]
+    notes = [f'{what}: {", ".join(names)}' for what, names in (('not in the bucket', absent), ('without an md5', blind)) if names]
+    return dict(status='done', figures=len(wanted) - len(absent), files=len(kept), absent=absent, reason='; '.join(notes),
                 bytes=sum(p.stat().st_size for p in final.iterdir()))
 
-# %% ../nbs/02a_getting.ipynb #254d36c3
+# %% ../nbs/02a_getting.ipynb #2f5122aa
 GIVE_UP = 20   # articles in a row without an answer
 
 def read_manifest(
@@ -527,6 +528,8 @@ def get_articles(
                 if gone and row['status'] in ('done', 'withdrawn'): shutil.rmtree(out/gone, ignore_errors=True)
                 if silent >= GIVE_UP: raise NoAnswer(f'{silent} articles in a row got no answer, the last because {row["reason"]} '
                                                      'Nothing is lost: the same command goes on.')
+        for p in out.glob('.PMC*.part'):   # of articles that are settled otherwise by now
+            if rows.get(p.name.split('.')[1], {}).get('status') != 'failed': shutil.rmtree(p)
     finally:
         web.stop.set()
         pool.shutdown(cancel_futures=True)
@@ -543,23 +546,22 @@ def _each(pool, fn, jobs, ahead): # results as they come, with a bounded number 
         done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
         yield from (d.result() for d in done)
 
-# %% ../nbs/02a_getting.ipynb #d6c70608
+# %% ../nbs/02a_getting.ipynb #87325fc9
 def _select(asked, out, web, base, entrez, say): # PMC id → versions or None, for what was asked
     if asked['image_urls']: return {r['pmcid']: None for r in read_image_urls(asked['image_urls'])}
     jobs = {}
     for x in asked['ids']: jobs |= dict.fromkeys(read_ids(x) if Path(x).is_file() else [pmc_id(x)])
-    if asked['inventory']:
-        paths = get_inventory(out/'inventory', web, base) if asked['inventory'] == 'latest' else [Path(asked['inventory'])]
-        wanted, found = {i.split('.')[0] for i in jobs}, {}
-        for v in read_inventory(paths):
-            if not wanted or v.split('.')[0] in wanted: found.setdefault(v.split('.')[0], []).append(v)
-        return found | dict.fromkeys(wanted - set(found), ())
-    if asked['query']:
-        term = entrez_term(asked['query'], asked['licences'], asked['journal'], asked['since'], asked['until'])
+    filters = [asked[k] for k in ('query', 'journal', 'since', 'until')]
+    if any(filters):
         polite = copy.copy(web)
         polite.gap = max(web.gap, 1/10 if os.environ.get('NCBI_API_KEY') else 1/3)
-        jobs |= dict.fromkeys(search_pmc(term, polite, asked['limit'], entrez, say))
-    return jobs
+        jobs |= dict.fromkeys(search_pmc(entrez_term(filters[0], asked['licences'], *filters[1:]), polite, asked['limit'], entrez, say))
+    if not asked['inventory']: return jobs
+    paths = get_inventory(out/'inventory', web, base) if asked['inventory'] == 'latest' else [Path(asked['inventory'])]
+    found = {i: [] for i in jobs if '.' not in i}
+    for v in read_inventory(paths):
+        if not jobs or v.split('.')[0] in found: found.setdefault(v.split('.')[0], []).append(v)
+    return {i: None for i in jobs if '.' in i} | found
 
 def selection(
     asked:dict,      # query, ids, inventory, image_urls, licences, journal, since, until, limit, manuscripts
@@ -584,9 +586,9 @@ def selection(
     with replacing(kept) as p: p.write_text(''.join(lines))
     inventory = Path(asked['inventory']) if asked['inventory'] not in (None, 'latest') else out/'inventory'
     hashed = sorted(inventory.iterdir()) if inventory.is_dir() else [inventory]
-    marks = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in hashed if asked['inventory'] and not p.name.startswith('.')}
+    marks = {p.name: file_hash(p) for p in hashed if asked['inventory'] and not p.name.startswith('.')}
     write_json(note, dict(asked=asked, begun=now(), bucket=base, articles=len(jobs), inventory_sha256=marks,
-                          ids_sha256=hashlib.sha256(kept.read_bytes()).hexdigest()))
+                          ids_sha256=file_hash(kept)))
     return jobs
 
 def get_pmc(
@@ -609,7 +611,9 @@ def get_pmc(
     if min(workers, per_second, 1 if limit is None else limit) <= 0:
         raise ValueError('--workers, --per-second and --limit must be greater than 0.')
     out, web, base = Path(out), web or Web(per_second), base.rstrip('/')
-    if not (query or ids or inventory or image_urls): raise ValueError('Say which articles: a QUERY, --ids, --inventory or --image-urls.')
+    named, filters = ids or inventory or image_urls, journal or since or until
+    if not (query or filters or named): raise ValueError('Say which articles: a QUERY, --ids, --inventory or --image-urls.')
+    if filters and named and not query: raise ValueError('--journal, --since and --until are filters of a QUERY: give one, or leave them away.')
     if image_urls and (query or ids or inventory): raise ValueError('--image-urls names its articles itself: leave the others away.')
     entrez_term('', licences, since=since, until=until)   # refuses unknown licences and dates that are none
     with writing(out): out.mkdir(parents=True, exist_ok=True)

@@ -88,6 +88,7 @@ def test_a_fault_that_stays_is_a_row_and_the_next_run_mends_it(phantoms, bucket,
     assert Counter(r['status'] for r in rows.values()) == {'failed': 4, 'done': N - 4}
     for i, word in ((a, 'md5'), (b, 'tries'), (c, '429'), (d, 'unreadable')): assert word in rows[i]['reason']
     assert not any((tmp_path/'out'/f'{i}.1').exists() for i in (a, b, c, d))
+    assert sorted(p.name for p in (tmp_path/'out').glob('.PMC*')) == [f'.{a}.1.part', f'.{b}.1.part']
     bucket.asked.clear()
     get_articles(dict.fromkeys(ids(phantoms)), tmp_path/'out', web, base=bucket.url, **quiet)
     assert tree(tmp_path/'out') == calm
@@ -254,6 +255,13 @@ def test_a_large_search_is_cut_by_date(phantoms, web):
     assert '"x y"' in said[0]
 
 
+def test_entrez_may_answer_nonsense(phantoms, bucket, web):
+    bucket.search = lambda q: json.dumps({'error': 'API rate limit exceeded'}).encode()
+    with pytest.raises(NoAnswer, match='unreadable'): search_pmc('x', web, url=f'{bucket.url}/esearch.fcgi')
+    bucket.search = lambda q: json.dumps({'esearchresult': {'ERROR': 'Search Backend failed'}}).encode()
+    with pytest.raises(WebError, match='Backend'): search_pmc('x', web, url=f'{bucket.url}/esearch.fcgi')
+
+
 def test_the_key_is_sent_and_not_kept(phantoms, bucket, web, tmp_path, monkeypatch):
     monkeypatch.setenv('NCBI_API_KEY', 'secret-key')
     get_pmc('lung', tmp_path/'out', web=web, base=bucket.url, entrez=f'{bucket.url}/esearch.fcgi', **quiet)
@@ -282,7 +290,8 @@ def test_an_inventory_is_kept_and_hashed_and_saves_the_listings(phantoms, bucket
     some = ids(phantoms)[:2]
     assert get_pmc(out=tmp_path/'two', inventory=str(kept), ids=[*some, 'PMC3'], **how) == 0
     assert {i: r['status'] for i, r in read_manifest(tmp_path/'two').items()} == {some[0]: 'done', some[1]: 'done', 'PMC3': 'missing'}
-    assert bucket.asked[''] == listings
+    assert get_pmc('lung', tmp_path/'query', inventory=str(kept), ids=[f'{some[0]}.1'], entrez=f'{bucket.url}/esearch.fcgi', **how) == 0
+    assert len(read_manifest(tmp_path/'query')) == N and bucket.asked[''] == listings
 
 
 def test_llava_meds_list_of_images(phantoms, bucket, web, tmp_path):
@@ -331,7 +340,8 @@ def test_the_command_fetches_what_the_reader_reads(phantoms, bucket, tmp_path, a
 @pytest.mark.parametrize('words, said, code', [
     (['pmc'], 'Say which articles', 1), (['nonsense'], 'Known: vqa_rad', 2), (['pmc', 'x', '--licence', 'MIT'], 'known are CC0', 1),
     (['pmc', 'x', '--since', 'May'], 'is not a date', 1), (['--ids', '10.1/x'], 'is not a PMC id', 1),
-    (['pmc', 'x', '--image-urls', 'y'], 'leave the others away', 1), (['pmc', 'x', '--per-second', '0'], 'greater than 0', 1),
+    (['pmc', 'x', '--image-urls', 'y'], 'leave the others away', 1),
+    (['--ids', 'PMC1', '--journal', 'x'], 'filters of a QUERY', 1), (['pmc', 'x', '--per-second', '0'], 'greater than 0', 1),
     (['--inventory', 'nowhere.csv'], 'nowhere.csv', 1)])
 def test_a_wrong_command_is_one_sentence(words, said, code, tmp_path, capsys):
     from llava_med.batches import main
@@ -432,3 +442,20 @@ def test_killed_ten_times_it_leaves_what_an_undisturbed_run_leaves(phantoms, buc
     assert left == calm
     files = [k for k in calm if k.endswith(('.xml', '.jpg'))]
     assert sum(bucket.served[k] for k in files) <= len(files) + 10*3, 'only files in flight are asked for again'
+
+
+def test_interrupted_it_says_so_and_goes_on(phantoms, bucket, tmp_path):
+    bucket.delay = .05
+    out, code = tmp_path/'out', 'import sys; from llava_med.batches import main; print("ready", flush=True); sys.exit(main(sys.argv[1:]))'
+    words = ['get', '--ids', *ids(phantoms), '--out', str(out), '--base', bucket.url, '--workers', '2']
+    start = lambda: subprocess.Popen([sys.executable, '-c', code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                     env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path), 'LLAVA_MED_PLAIN': '1'})
+    p = start()
+    p.stdout.readline()
+    while p.poll() is None and not list(out.glob('PMC*')): time.sleep(.02)
+    p.send_signal(signal.SIGINT)
+    said = p.communicate()[1]
+    assert p.returncode == 130 and 'goes on where it was' in said and 'Traceback' not in said
+    assert 0 < len(list(out.glob('PMC*'))) < N
+    p = start()
+    assert f'{N} done' in p.communicate()[0] and p.returncode == 0
