@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AGENT', 'PASSING', 'MAX_FILE', 'MAX_TEXT', 'PMC', 'ENTREZ', 'MOST', 'LICENCES', 'GIVE_UP', 'LocalBucket', 'WebError',
            'Gone', 'NoAnswer', 'Stopped', 'Web', 'differs', 'pmc_id', 'read_ids', 'read_image_urls', 'entrez_term',
-           'search_pmc', 'get_inventory', 'read_inventory', 'why_not', 'article_media', 'get_article', 'read_manifest',
-           'get_articles', 'selection', 'get_pmc', 'pairs']
+           'search_pmc', 'get_inventory', 'read_inventory', 'why_not', 'article_media', 'get_article', 'manifest_rows',
+           'read_manifest', 'get_articles', 'selection', 'get_pmc', 'pairs']
 
 # %% ../nbs/02a_getting.ipynb #f0440cc7
 import contextlib, copy, csv, gzip, hashlib, itertools, json, os, re, shutil, threading, time
@@ -25,7 +25,7 @@ from urllib3.util import Retry
 from .articles import ArticleError, article_records, match_image
 from .runs import file_hash, now, progress, read_json, read_jsonl, replacing, write_json, write_jsonl, writing
 
-# %% ../nbs/02a_getting.ipynb #288b68ae
+# %% ../nbs/02a_getting.ipynb #2f07d50a
 def _page(folder): # the metadata of a version, as the bucket shows it
     url = lambda p: f's3://pmc-oa-opendata/{folder.name}/{p.name}?md5={hashlib.md5(p.read_bytes()).hexdigest()}'
     pmcid, version = folder.name.split('.')
@@ -61,11 +61,10 @@ class LocalBucket:
         "Put today's inventory of all metadata pages into the bucket."
         rows = [('pmc-oa-opendata', k, '2026-01-08T11:47:59.000Z', hashlib.md5(v).hexdigest())
                 for k, v in sorted(self.objects.items()) if k.startswith('metadata/')]
-        text = ''.join(','.join(f'"{x}"' for x in r) + '\n' for r in rows)
-        data = gzip.compress(text.encode(), mtime=0)
+        data = gzip.compress(''.join(','.join(f'"{x}"' for x in r) + '\n' for r in rows).encode(), mtime=0)
         key, top = f'{_INVENTORY}data/all.csv.gz', f'{_INVENTORY}2026-01-18T01-00Z/'
-        page = dict(files=[dict(key=key, size=len(data), MD5checksum=hashlib.md5(data).hexdigest())])
-        self.objects |= {key: data, f'{top}manifest.json': json.dumps(page).encode()}
+        files = [dict(key=key, size=len(data), MD5checksum=hashlib.md5(data).hexdigest())]
+        self.objects |= {key: data, f'{top}manifest.json': json.dumps(dict(files=files)).encode()}
     def answer(self,
         path:str, query:dict, # what was asked for
     )->bytes|None:
@@ -120,11 +119,10 @@ def _serve(bucket, h): # answer one request, well or badly
         h.wfile.write(data[i:i+2048])
     with bucket.lock: bucket.served[path] += fault is None and status in (200, 206)
 
-# %% ../nbs/02a_getting.ipynb #440536e0
+# %% ../nbs/02a_getting.ipynb #3a387095
 AGENT = 'llava-med-lab/0.1 (teaching and research)'
 PASSING = (408, 425, 429, 500, 502, 503, 504)   # answers that may change
-MAX_FILE = 2**30                                # bytes of one figure
-MAX_TEXT = 2**26                                # bytes of XML or metadata
+MAX_FILE, MAX_TEXT = 2**30, 2**26               # bytes of one figure, and of XML or metadata
 
 class WebError(ValueError): "An address that cannot be fetched; the message is one sentence."
 class Gone(WebError): "An address that does not exist (any more)."
@@ -227,9 +225,8 @@ class Web:
             body = self.chunks(url, None, ask)
             r, n = next(body), begun
             if r.status_code == 200: n = 0
-            mark = r.headers.get('ETag', '')
             with writing(part), open(part, 'ab' if n else 'wb') as f:
-                tag.write_text(mark) if mark.startswith('"') else tag.unlink(missing_ok=True)
+                tag.write_text(r.headers['ETag']) if r.headers.get('ETag', '').startswith('"') else tag.unlink(missing_ok=True)
                 for x in body:
                     n += len(x)
                     if n > limit: raise WebError(f'{url} is larger than {limit} bytes; refused.')
@@ -248,8 +245,7 @@ def differs(
 )->str:                 # what is wrong, or nothing
     "Whether a file is what it should be."
     if size is not None and path.stat().st_size != size: return f'{path.stat().st_size} bytes instead of {size}'
-    for kind, want in (('md5', md5), ('sha256', sha256)):
-        if not want: continue
+    for kind, want in [x for x in (('md5', md5), ('sha256', sha256)) if x[1]]:
         with open(path, 'rb') as f: got = hashlib.file_digest(f, kind).hexdigest()
         if got != want.lower(): return f'its {kind} is {got}, not {want}'
     return ''
@@ -475,25 +471,36 @@ def _get_version(version, page, out, web, base, only):
     return dict(status='done', figures=len(wanted) - len(absent), files=len(kept), absent=absent, reason='; '.join(notes),
                 bytes=sum(p.stat().st_size for p in final.iterdir()))
 
-# %% ../nbs/02a_getting.ipynb #2f5122aa
+# %% ../nbs/02a_getting.ipynb #649b9b40
 GIVE_UP = 20   # articles in a row without an answer
+_STATUS = ('done', 'missing', 'withdrawn', 'left_out', 'failed')
+
+def manifest_rows(
+    out:Path, # folder of the articles
+):            # yields the place of a row in the file, and the row
+    "The rows so far; a line that was cut off by a crash is passed over, and its article is looked at again."
+    path, at = Path(out)/'manifest.jsonl', 0
+    with open(path, 'rb') if path.exists() else contextlib.nullcontext(()) as f:
+        for i, line in enumerate(f, 1):
+            try: row = json.loads(line) if line.endswith(b'\n') and line.strip() else None
+            except ValueError:
+                raise ValueError(f'{path}, line {i}: not valid JSON. Remove that line; its article will be looked at again.') from None
+            if row: yield at, row
+            at += len(line)
 
 def read_manifest(
     out:Path, # folder of the articles
 )->dict:      # PMC id → row
-    "The rows so far; a line that was cut off by a crash is dropped, and its article is looked at again."
-    path, rows = Path(out)/'manifest.jsonl', {}
-    if not path.exists(): return rows
-    lines = path.read_text(encoding='utf-8').split('\n')
-    for i, line in enumerate(lines):
-        try: row = json.loads(line) if line.strip() else None
-        except ValueError:
-            if i == len(lines) - 1: break
-            raise ValueError(f'{path}, line {i+1}: not valid JSON. Remove that line; its article will be looked at again.') from None
-        if row: rows[row['pmcid']] = row
-    return rows
+    "The manifest; of several rows of an article the last one counts."
+    return {row['pmcid']: row for _, row in manifest_rows(out)}
 
-def _sorted_manifest(out, rows): write_jsonl(out/'manifest.jsonl', sorted(rows.values(), key=lambda r: int(r['pmcid'][3:])))
+def _settle(out): # sort the manifest; (status, version) by number, which is all that is kept in memory of a million articles
+    path, index = out/'manifest.jsonl', {}
+    for at, r in manifest_rows(out):
+        index[int(r['pmcid'][3:])] = at, _STATUS.index(r['status']), int((r['version'] or '.0').split('.')[1])
+    with replacing(path) as part, open(part, 'wb') as g, open(path, 'rb') if path.exists() else contextlib.nullcontext() as f:
+        for k in sorted(index): f.seek(index[k][0]); g.write(f.readline())
+    return {k: v[1:] for k, v in index.items()}
 
 def get_articles(
     jobs:dict,           # PMC id → its versions, or None where they are not known
@@ -504,16 +511,17 @@ def get_articles(
     only:dict|None=None, # PMC id → names of the figure files that are wanted
     say=print,           # gets messages
     **how,               # base, licences, manuscripts: as for `get_article`
-)->dict:                 # PMC id → row of the manifest
-    "Fetch articles; may be killed at any moment and called again."
+)->None:
+    "Fetch articles into the folder and its manifest; may be killed at any moment and called again."
     out = Path(out)
     with writing(out): out.mkdir(parents=True, exist_ok=True)
     try: lock = filelock.FileLock(out/'.lock', is_singleton=False); lock.acquire(timeout=0)
     except filelock.Timeout: raise ValueError(f'{out} is in use by another process: wait for it, or choose another folder.') from None
-    rows, silent = read_manifest(out), 0
-    _sorted_manifest(out, rows)
-    final = lambda r: r and (r['status'] not in ('done', 'failed') or r['status'] == 'done' and (out/r['version']).is_dir())
-    todo = [(i, v) for i, v in jobs.items() if refresh or not final(rows.get(i.split('.')[0]))]
+    known, silent, number = _settle(out), 0, lambda i: int(i.split('.')[0][3:])
+    def settled(n):
+        status, v = known.get(n, (4, 0))
+        return status < 4 and (status or (out/f'PMC{n}.{v}').is_dir())
+    todo = [(i, v) for i, v in jobs.items() if refresh or not settled(number(i))]
     if len(todo) < len(jobs): say(f'{len(jobs) - len(todo)} of {len(jobs)} articles are settled already')
     one = lambda i, v: get_article(i, out, web, versions=v, only=None if only is None else only.get(i.split('.')[0], set()), **how)
     pool = ThreadPoolExecutor(workers, thread_name_prefix='get')
@@ -521,22 +529,22 @@ def get_articles(
         with writing(out), open(out/'manifest.jsonl', 'a', encoding='utf-8') as f:
             for row in progress(_each(pool, one, todo, 4*workers), 'articles', len(todo), 'articles') if todo else ():
                 silent = silent + 1 if row.pop('offline', False) else 0
-                old, rows[row['pmcid']] = rows.get(row['pmcid'], {}), row
-                if old.get('status') == 'done' and row['status'] == 'missing': row |= dict(status='withdrawn', reason='no longer in the bucket')
+                n, done = number(row['pmcid']), row['status'] == 'done'
+                before, v = known.get(n, (4, 0))
+                if before == 0 and row['status'] == 'missing': row |= dict(status='withdrawn', reason='no longer in the bucket')
                 f.write(json.dumps(row, ensure_ascii=False) + '\n'); f.flush()
-                gone = old.get('version') if old.get('version') != row['version'] or row['status'] == 'withdrawn' else None
-                if gone and row['status'] in ('done', 'withdrawn'): shutil.rmtree(out/gone, ignore_errors=True)
+                other = done and row['version'] != f'PMC{n}.{v}' or row['status'] == 'withdrawn'
+                if v and other: shutil.rmtree(out/f'PMC{n}.{v}', ignore_errors=True)
                 if silent >= GIVE_UP: raise NoAnswer(f'{silent} articles in a row got no answer, the last because {row["reason"]} '
                                                      'Nothing is lost: the same command goes on.')
+        known = _settle(out)
         for p in out.glob('.PMC*.part'):   # of articles that are settled otherwise by now
-            if rows.get(p.name.split('.')[1], {}).get('status') != 'failed': shutil.rmtree(p)
+            if known.get(number(p.name[1:]), (0, 0))[0] < 4: shutil.rmtree(p)
     finally:
         web.stop.set()
         pool.shutdown(cancel_futures=True)
         web.stop.clear()
-        _sorted_manifest(out, rows)
         lock.release()
-    return read_manifest(out)
 
 def _each(pool, fn, jobs, ahead): # results as they come, with a bounded number of jobs waiting
     waiting, jobs = set(), iter(jobs)
@@ -546,7 +554,7 @@ def _each(pool, fn, jobs, ahead): # results as they come, with a bounded number 
         done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
         yield from (d.result() for d in done)
 
-# %% ../nbs/02a_getting.ipynb #87325fc9
+# %% ../nbs/02a_getting.ipynb #5de90c23
 def _select(asked, out, web, base, entrez, say): # PMC id → versions or None, for what was asked
     if asked['image_urls']: return {r['pmcid']: None for r in read_image_urls(asked['image_urls'])}
     jobs = {}
@@ -582,8 +590,7 @@ def selection(
     for i, v in _select(asked, out, web, base, entrez, say).items(): found.setdefault(i.split('.')[0], (i, v))
     jobs = dict(itertools.islice(found.values(), asked['limit']))
     if not jobs: raise ValueError('No article was found: widen the search, or check the ids.')
-    lines = [' '.join([i, *(['?'] if v is None else v)]) + '\n' for i, v in jobs.items()]
-    with replacing(kept) as p: p.write_text(''.join(lines))
+    with replacing(kept) as p: p.write_text(''.join(' '.join([i, *(['?'] if v is None else v)]) + '\n' for i, v in jobs.items()))
     inventory = Path(asked['inventory']) if asked['inventory'] not in (None, 'latest') else out/'inventory'
     hashed = sorted(inventory.iterdir()) if inventory.is_dir() else [inventory]
     marks = {p.name: file_hash(p) for p in hashed if asked['inventory'] and not p.name.startswith('.')}
@@ -623,14 +630,16 @@ def get_pmc(
     if image_urls:
         only = {}
         for r in read_image_urls(image_urls): only.setdefault(r['pmcid'], set()).add(r['file'])
-    rows = get_articles(jobs, out, web, workers, refresh, only, say, base=base, licences=tuple(licences), manuscripts=manuscripts)
-    rows = [rows[i.split('.')[0]] for i in jobs]
+    get_articles(jobs, out, web, workers, refresh, only, say, base=base, licences=tuple(licences), manuscripts=manuscripts)
     if image_urls: write_jsonl(out/'pairs.jsonl', pairs(image_urls, out))
-    n = Counter(r['status'] for r in rows)
-    why = Counter(re.sub(r'https?://\S+|PMC[\d.]+:? ?', '', r['reason']).strip() for r in rows if r['status'] != 'done')
+    n, why, asked_for = Counter(), Counter(), {i.split('.')[0] for i in jobs}
+    for _, r in manifest_rows(out):
+        if r['pmcid'] not in asked_for: continue
+        n.update({r['status']: 1, 'figures': r['figures'], 'bytes': r['bytes']})
+        if r['status'] != 'done': why[re.sub(r'https?://\S+|PMC[\d.]+:? ?', '', r['reason']).strip()] += 1
     for reason, k in why.most_common(5): say(f'{k:>8}  {reason}')
-    say(', '.join(f'{n[s]} {s.replace("_", " ")}' for s in ('done', 'missing', 'withdrawn', 'left_out', 'failed')) +
-        f'; {sum(r["figures"] for r in rows)} figure files, {sum(r["bytes"] for r in rows)/2**20:.1f} MiB -> {out} (manifest.jsonl says why)')
+    say(', '.join(f'{n[s]} {s.replace("_", " ")}' for s in _STATUS) +
+        f'; {n["figures"]} figure files, {n["bytes"]/2**20:.1f} MiB -> {out} (manifest.jsonl says why)')
     return 0 if n['done'] else 1
 
 def pairs(

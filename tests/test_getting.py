@@ -43,6 +43,14 @@ def web(): return Web(per_second=2000, tries=4, backoff=.02, timeout=(2, .5))
 
 
 quiet = dict(say=lambda s: None)
+
+
+def fetch(jobs, out, *args, **how):
+    "The rows of a run."
+    get_articles(jobs, out, *args, **how)
+    return read_manifest(out)
+
+
 ids = lambda phantoms: [p.name[:-2] for p in sorted(phantoms.iterdir())]
 md5 = lambda data: hashlib.md5(data).hexdigest()
 
@@ -62,7 +70,7 @@ def calm(phantoms, bucket, web, tmp_path):
 
 
 def test_the_folder_is_read_as_articles(phantoms, bucket, web, tmp_path):
-    rows = get_articles(dict.fromkeys(ids(phantoms)), tmp_path/'out', web, base=bucket.url)
+    rows = fetch(dict.fromkeys(ids(phantoms)), tmp_path/'out', web, base=bucket.url)
     ours, theirs = (list(read_articles([d])) for d in (tmp_path/'out', phantoms))
     same = lambda rs: [{k: v for k, v in r.items() if k not in ('source', 'image')} for r in rs]
     assert same(ours) == same(theirs) and {r['status'] for r in rows.values()} == {'done'}
@@ -83,7 +91,7 @@ def test_a_fault_that_stays_is_a_row_and_the_next_run_mends_it(phantoms, bucket,
     image = next(k for k in bucket.objects if k.startswith(f'{b}.1/') and k.endswith('.jpg'))
     bucket.faults = {f'{a}.1/{a}.1.xml': ['wrong']*4, image: ['short', 'drop', 503, 'drop'],
                      f'metadata/{c}.1.json': [429]*4, f'metadata/{d}.1.json': ['wrong']*4}
-    rows = get_articles(dict.fromkeys(ids(phantoms)), tmp_path/'out', web, base=bucket.url)
+    rows = fetch(dict.fromkeys(ids(phantoms)), tmp_path/'out', web, base=bucket.url)
     assert [rows[i]['status'] for i in (a, b, c, d)] == ['failed']*4
     assert Counter(r['status'] for r in rows.values()) == {'failed': 4, 'done': N - 4}
     for i, word in ((a, 'md5'), (b, 'tries'), (c, '429'), (d, 'unreadable')): assert word in rows[i]['reason']
@@ -108,7 +116,7 @@ def test_missing_withdrawn_left_out(phantoms, bucket, web, tmp_path):
     image = next(k for k in bucket.objects if k.startswith(f'{g}.1/') and k.endswith('.jpg'))
     del bucket.objects[image]
     bucket.change(f'{h}.1', media_urls=[])
-    rows = get_articles(dict.fromkeys([*ids(phantoms), 'PMC12']), tmp_path/'out', web, base=bucket.url, licences=('CC BY', 'CC0'))
+    rows = fetch(dict.fromkeys([*ids(phantoms), 'PMC12']), tmp_path/'out', web, base=bucket.url, licences=('CC BY', 'CC0'))
     assert [rows[i]['status'] for i in (a, b, c, d, e, f, g, h, 'PMC12')] == \
         ['withdrawn', 'left_out', 'left_out', 'left_out', 'missing', 'missing', 'done', 'done', 'missing']
     assert 'CC BY-NC-ND' in rows[c]['reason'] and rows[g]['absent'] == [image.split('/')[1]] and rows[h]['figures'] == 0
@@ -121,7 +129,7 @@ def test_the_newest_version_that_may_be_taken(phantoms, bucket, web, tmp_path):
         for k in [k for k in bucket.objects if k.startswith(f'{a}.1/')]: bucket.objects[k.replace(f'{a}.1', f'{a}.{v}')] = bucket.objects[k]
         moved = json.loads(json.dumps(bucket.page(f'{a}.1')).replace(f'{a}.1', f'{a}.{v}'))
         bucket.change(f'{a}.{v}', **moved | {'is_manuscript': v == 10})
-    one = lambda i, out, **how: get_articles({i: None}, tmp_path/out, web, base=bucket.url, **how)[a]
+    one = lambda i, out, **how: fetch({i: None}, tmp_path/out, web, base=bucket.url, **how)[a]
     assert one(a, 'newest')['version'] == f'{a}.2'
     assert one(a, 'manuscript', manuscripts=True)['version'] == f'{a}.10'
     assert one(f'{a}.1', 'named')['version'] == f'{a}.1'
@@ -205,7 +213,7 @@ def test_a_full_disk_is_one_sentence(phantoms, bucket, web, tmp_path, monkeypatc
     monkeypatch.setattr(os, 'replace', full)
     with pytest.raises(OutputError, match='No space left'): get_articles(dict.fromkeys(ids(phantoms)), tmp_path/'out', web, base=bucket.url)
     monkeypatch.undo()
-    assert {r['status'] for r in get_articles(dict.fromkeys(ids(phantoms)), tmp_path/'out', web, base=bucket.url, **quiet).values()} == {'done'}
+    assert {r['status'] for r in fetch(dict.fromkeys(ids(phantoms)), tmp_path/'out', web, base=bucket.url, **quiet).values()} == {'done'}
 
 
 def test_a_cut_line_of_the_manifest_is_looked_at_again(phantoms, bucket, web, tmp_path, calm):
