@@ -148,6 +148,22 @@ def test_supplements_and_what_no_figure_uses_stay_in_the_bucket(phantoms, bucket
     assert not any(bucket.asked[f'{a}.1/{k}'] for k in more)
 
 
+def test_real_articles_get_the_figures_that_the_reader_finds(web, tmp_path):
+    from llava_med.runs import test_data as data_folder
+    packages = sorted((data_folder()/'articles/packages').iterdir()) if data_folder() else []
+    if not packages: pytest.skip('needs LLAVA_MED_TESTDATA')
+    for i, folder in enumerate(packages, 1):
+        new = tmp_path/f'bucket/PMC{i}.1'
+        new.mkdir(parents=True)
+        for p in folder.iterdir(): (new/(f'PMC{i}.1.xml' if p.suffix == '.xml' else p.name)).write_bytes(p.read_bytes())
+    with LocalBucket(tmp_path/'bucket') as b: rows = fetch(dict.fromkeys(f'PMC{i+1}' for i in range(len(packages))), tmp_path/'out', web, base=b.url)
+    assert {r['status'] for r in rows.values()} == {'done'}
+    found = [[(r['fig_id'], r['image'] and os.path.basename(r['image'])) for r in read_articles([tmp_path/d])] for d in ('bucket', 'out')]
+    assert found[0] == found[1] and sum(image is not None for _, image in found[0]) >= 20
+    taken = {p.name for p in (tmp_path/'out').rglob('*') if p.is_file()}
+    assert not taken & {'e001.png', 't003.png'}, 'equations and tables stay in the bucket'
+
+
 def test_a_name_cannot_leave_its_folder(phantoms, bucket, web, tmp_path):
     a = ids(phantoms)[0]
     name = bucket.page(f'{a}.1')['media_urls'][0].split('/')[-1].split('?')[0]
@@ -173,6 +189,30 @@ def test_a_broken_transfer_goes_on_where_it_was(phantoms, bucket, web, tmp_path)
     web.tries = 1
     with pytest.raises(NoAnswer): web.save(f'{bucket.url}/{key}', tmp_path/'y', md5=md5(bucket.objects[key]))
     assert not part.exists() and not tag.exists()
+
+
+class Chunks(BaseHTTPRequestHandler):
+    "An answer without a length, as of archives that are packed on the way; twice it breaks off."
+    protocol_version, log_message, asked, data = 'HTTP/1.1', lambda *a: None, 0, bytes(range(256))*400
+
+    def do_GET(self):
+        Chunks.asked += 1
+        self.send_response(200)
+        self.send_header('Transfer-Encoding', 'chunked')
+        self.end_headers()
+        for i in range(0, len(self.data), 10_000):
+            c = self.data[i:i+10_000]
+            self.wfile.write(f'{len(c):x}\r\n'.encode() + c + b'\r\n')
+            if Chunks.asked < 3 and i > 50_000: self.close_connection = True; return
+        self.wfile.write(b'0\r\n\r\n')
+
+
+def test_an_answer_without_a_length_is_whole_or_not_there(web, tmp_path):
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Chunks)
+    threading.Thread(target=server.serve_forever, args=(.05,), daemon=True).start()
+    try: assert web.save(f'http://127.0.0.1:{server.server_port}/x', tmp_path/'x') == len(Chunks.data)
+    finally: server.shutdown(); server.server_close()
+    assert Chunks.asked == 3 and (tmp_path/'x').read_bytes() == Chunks.data
 
 
 def test_time_outs_and_endless_answers(phantoms, bucket, tmp_path):
