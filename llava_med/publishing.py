@@ -20,6 +20,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from .batches import GIVEN, StepFailed, UsageError, child_env, in_words, pipeline, read_parameters, read_scores
+from .catalogue import write_data_page
 from .runs import outputs_dir, read_run, replacing, root, run_dir, write_json
 
 # %% ../nbs/14_publishing.ipynb #aca8382d
@@ -240,7 +241,7 @@ def refresh_command(
 def readme_command(
     args:argparse.Namespace, # what was typed
 )->int:                      # exit code
-    "Run the home page, make the README of it and say so."
+    "Run the home page, make the README of it, and the page of data/ of the catalogue, and say so."
     fill_index()
-    print(f'nbs/index.ipynb was run, and {readme().name} is made from it')
+    print(f'nbs/index.ipynb was run, and {readme().name} is made from it; {write_data_page().parent.name}/README.md from the catalogue')
     return 0

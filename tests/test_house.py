@@ -197,6 +197,11 @@ def test_index_shows_the_example_results():
     assert example_tables() in shown, 'make readme'
 
 
+def test_the_page_of_data_is_made_from_the_catalogue():
+    from llava_med.catalogue import data_page
+    assert (REPO/'data/README.md').read_text(encoding='utf-8') == data_page(), 'make readme'
+
+
 def test_index_names_every_chapter_and_step():
     found = set(links(markdown_of(nbformat.read(REPO/'nbs/index.ipynb', 4))))
     wanted = {p.name for p in CHAPTERS if p.stem != 'index'} | {f'pipeline/{p.name}' for p in PIPELINE}
