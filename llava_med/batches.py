@@ -586,7 +586,8 @@ def make_parser()->argparse.ArgumentParser:
                     'example:\n  llava-med score vqa_rad/testset.json answers.jsonl --scorer llavamed_v1 --out scores.csv')
     p.add_argument('items', metavar='ITEMS', help='VQA-RAD, SLAKE or PathVQA as published, or our items')
     p.add_argument('predictions', metavar='PREDICTIONS', help='JSON or JSON Lines with "prompt" and "text"')
-    p.add_argument('--scorer', metavar='NAME', help='llavamed_v1, medevalkit, lmms_slake or strict (default: all)')
+    p.add_argument('--scorer', choices=('llavamed_v1', 'medevalkit', 'lmms_slake', 'strict'), metavar='NAME',
+                   help='%(choices)s (default: all)')
     p.add_argument('--out', metavar='FILE', help='CSV file to write')
     p = sub.add_parser('refresh', help="bring a run's outputs into the committed notebooks", formatter_class=raw,
         description='Copies the outputs of a finished run into nbs/pipeline/ and its small files into outputs/example/.')

@@ -205,7 +205,7 @@ def strict_scores(
 
 SCORERS = dict(llavamed_v1=llavamed_v1, medevalkit=medevalkit, lmms_slake=lmms_slake, strict=strict_scores)
 
-# %% ../nbs/09a_scorers.ipynb #1e743c71
+# %% ../nbs/09a_scorers.ipynb #73aa735e
 def read_answers(
     path:str|Path, # JSON or JSON Lines, whatever the ending
 )->list:           # one dictionary a line
@@ -213,7 +213,7 @@ def read_answers(
     try: text = Path(path).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError: raise ScoreError(f'{path}: is not UTF-8 text; save it as UTF-8.') from None
     whole = text.lstrip().startswith('[')
-    parts = [(None, text)] if whole else [(i, l) for i, l in enumerate(text.splitlines(), 1) if l.strip()]
+    parts = [(None, text)] if whole else [(i, l) for i, l in enumerate(text.split('\n'), 1) if l.strip()]
     rows = []
     for i, part in parts:
         where = f'{path}' if whole else f'{path}, line {i}'
@@ -288,7 +288,7 @@ def _by_question(items, rows, n):
         found |= {o['id']: r for o, r in zip(os, rs)}
     return found
 
-# %% ../nbs/09a_scorers.ipynb #6a7a9821
+# %% ../nbs/09a_scorers.ipynb #13df6f80
 def align(
     items:list, # VQA items
     rows:list,  # answers of one model under one condition
@@ -314,8 +314,10 @@ def answer_text(
     "The text of an answer, whatever it is; each oddity is counted."
     t = row.get('text')
     if row.get('error'): n['error'] += 1; return ''
-    if t is None: n['null'] += 1; return ''
-    if isinstance(t, (int, float)) and not isinstance(t, bool): n['number'] += 1; return f'{t:g}'
+    if t is None or t != t: n['null'] += 1; return ''         # NaN is not equal to itself
+    if isinstance(t, (int, float)) and not isinstance(t, bool):
+        n['number'] += 1
+        return str(int(t) if float(t).is_integer() else t)
     if not isinstance(t, str): n['not_text'] += 1; return ''
     n['empty'] += not t.strip()
     n['html'] += bool(_HTML.search(t))
@@ -365,7 +367,7 @@ def _draws(num, den, n_draws, seed):
             out[i:i+512] = s[:, a]/s[:, b]
         return num.sum(0)/den.sum(0), out
 
-# %% ../nbs/09a_scorers.ipynb #060335b0
+# %% ../nbs/09a_scorers.ipynb #ead0593d
 def _said(n): return '; '.join(f'{n[k]} {what}' for k, what in CASES.items() if n[k])
 
 def _common(items, key):
@@ -378,11 +380,19 @@ def _part(h, n, of):
     return h if n == of else (h[0], h[1], f'{h[2]} ({n} of {of})', h[3])
 
 def _align_split(items, rows):
-    "The split of the items that the answers fit best, or all items, and what `align` says of it."
-    splits = sorted({str(o.get('split')) for o in items})      # test before train and val
-    parts = [items] + [[o for o in items if str(o.get('split')) == s] for s in splits if len(splits) > 1]
-    tried = [(part, *align(part, rows)) for part in parts]
+    "The split and language of the items that the answers fit best, or all items, and what `align` says of them."
+    parts = {tuple(o['id'] for o in items): items}
+    for keys in (['split'], ['q_lang'], ['split', 'q_lang']):
+        groups = defaultdict(list)
+        for o in items: groups[tuple(str(o.get(k)) for k in keys)].append(o)
+        parts |= {tuple(o['id'] for o in groups[g]): groups[g] for g in sorted(groups)}      # test before train and val
+    tried = [(part, *align(part, rows)) for part in parts.values()]
     return min(tried, key=lambda t: sum(t[3][k] for k in ('missing', 'extra', 'ambiguous')))
+
+def _split_of(items):
+    "Name of the split, with the languages where there is not only English."
+    langs = sorted({str(o['q_lang']) for o in items if o.get('q_lang')})
+    return _common(items, 'split') + (f' {"+".join(langs)}' if langs not in ([], ['en']) else '')
 
 def credit_rows(
     head:tuple,          # values of HEAD
@@ -425,14 +435,14 @@ def score_answers(
     for p in predictions: groups[tuple(str(p.get(h) or '') for h in HEAD)].append(p)
     for h, group in groups.items():
         asked, found, rule, n = _align_split(items, group)
-        if not found and n['caption'] == len(group): continue
+        if n['caption'] == len(group): notes.append(f'{h[0] or model}, {h[3]}: {_said(n)}; not scored'); continue
         lost, of = n['extra'] + n['ambiguous'] + n['no_prompt'], len(group) - n['caption']
         if 2*lost > of or not found: raise ScoreError(
             f'{h[0] or model}: {lost} of its {of} answers cannot be paired with the {len(items)} questions ({_said(n)}); '
             'give the items that it was asked.')
         texts = {k: answer_text(r, n) for k, r in found.items()}
         n['empty_key'] = sum(not str(o['answer']).strip() for o in asked)
-        h = tuple(a or b for a, b in zip(h, (model, _common(asked, 'source'), _common(asked, 'split'), 'image')))
+        h = tuple(a or b for a, b in zip(h, (model, _common(asked, 'source'), _split_of(asked), 'image')))
         tables[h], head = credits(asked, texts, scorers), _part(h, len(found), len(asked))
         rows += credit_rows(head, [tables[h]], n_draws, seed)
         rows += [dict(zip(COLUMNS, [*head, 'all', f'answers.{k}', n[k], '', '', len(asked), tables[h].image.nunique()]))
@@ -444,7 +454,7 @@ def score_answers(
         if len(both[0]): rows += credit_rows(_part(h, len(both[0]), max(len(tables[a]), len(tables[b]))), both, n_draws, seed)
     return rows, notes
 
-# %% ../nbs/09a_scorers.ipynb #18dffc87
+# %% ../nbs/09a_scorers.ipynb #5dffb085
 def score_files(
     items:str|Path,       # any VQA set that chapter 04 reads
     predictions:str|Path, # answers of ours or LLaVA-Med's
@@ -455,8 +465,8 @@ def score_files(
     "Score an answer file, print the summary, and return the exit code."
     if scorer not in (None, *SCORERS): raise ScoreError(f'No scorer {scorer!r}; known are {", ".join(SCORERS)}.')
     if not Path(predictions).is_file(): raise FileNotFoundError(f'{predictions}: there is no such file.')
-    rows, notes = score_answers(read_vqa(items), read_answers(predictions), [scorer] if scorer else tuple(SCORERS),
-                                Path(predictions).stem, **kw)
+    rows, notes = score_answers(read_vqa(items, lang=None), read_answers(predictions),
+                                [scorer] if scorer else tuple(SCORERS), Path(predictions).stem, **kw)
     if not rows: raise ScoreError(f'{predictions}: holds captions only, no answers to questions.')
     for line in notes: print(line)
     _show(rows)

@@ -8,7 +8,7 @@ import pytest
 
 from llava_med.batches import main
 from llava_med.runs import read_jsonl, test_data as data_folder, write_jsonl
-from llava_med.scorers import SCORERS, ScoreError, align, judge_rows, read_answers, score_answers
+from llava_med.scorers import SCORERS, ScoreError, align, judge_rows, read_answers, score_answers, score_files
 from llava_med.scoring import COLUMNS, score_table
 from llava_med.vqa import read_vqa, same_question
 
@@ -181,8 +181,11 @@ def test_other_questions_and_unknown_rules_are_refused(tmp_path, capsys):
     (tmp_path/'a.json').write_text('\ufeff' + json.dumps([dict(prompt='Other?', text='yes')]), encoding='utf-8')
     assert main(['score', str(tmp_path/'items.jsonl'), str(tmp_path/'a.json')]) == 1
     assert '1 of its 1 answers cannot be paired' in capsys.readouterr().err
-    assert main(['score', str(tmp_path/'items.jsonl'), str(tmp_path/'a.json'), '--scorer', 'best']) == 1
-    assert 'known are llavamed_v1' in capsys.readouterr().err
+    with pytest.raises(SystemExit) as e: main(['score', str(tmp_path/'items.jsonl'), str(tmp_path/'a.json'), '--scorer', 'best'])
+    assert e.value.code == 2
+    said = capsys.readouterr().err
+    assert all(repr(s) in said or s in said for s in SCORERS)
+    with pytest.raises(ScoreError, match='known are llavamed_v1'): score_files(tmp_path/'items.jsonl', tmp_path/'a.json', 'best')
     (tmp_path/'b.json').write_bytes(b'\xff\xfe\x00')
     assert main(['score', str(tmp_path/'items.jsonl'), str(tmp_path/'b.json')]) == 1
     assert 'is not UTF-8' in capsys.readouterr().err
@@ -207,3 +210,29 @@ def test_strict_is_the_same_in_both_chapters():
     def rows(table): return sorted(json.dumps(r) for r in table if r['metric'] in ('strict', 'strict_pairs'))
     there, here = rows(score_table(items, log, n_draws=300)), rows(score_answers(items, log, ['strict'], n_draws=300)[0])
     assert there == here and len(there) >= 20
+
+
+@real
+@pytest.mark.parametrize('langs,split', [(['en'], 'test'), (['zh'], 'test zh'), (['en', 'zh'], 'test en+zh')])
+def test_slake_says_which_languages(langs, split, tmp_path, capsys):
+    items = [o for o in read_vqa(DATA/'slake', 'test', lang=None) if o['q_lang'] in langs]
+    write_jsonl(tmp_path/'a.jsonl', [dict(question_id=o['id'], prompt=o['question'], text=o['answer']) for o in items])
+    assert main(['score', str(DATA/'slake/test.json'), str(tmp_path/'a.jsonl'), '--scorer', 'lmms_slake', '--out', str(tmp_path/'s.csv')]) == 0
+    said = capsys.readouterr().out
+    assert f'{len(items)} of {len(items)} slake {split} items paired by id' in said and len(items) in (1061, 1033, 2094)
+    assert 'lmms_slake.accuracy                        100.00%' in said
+
+
+def test_odd_line_separators_are_text(tmp_path):
+    (tmp_path/'a.jsonl').write_text(json.dumps(dict(prompt='a', text='x\u2028y\x85z'), ensure_ascii=False) + '\r\n', encoding='utf-8', newline='')
+    assert read_answers(tmp_path/'a.jsonl')[0]['text'] == 'x\u2028y\x85z'
+
+
+def test_captions_are_named_and_not_scored():
+    items = [item('yes')]
+    answer = dict(model='m', dataset='d', split='test', condition='image', item='q0', prompt='What about 0?', text='yes')
+    caption = dict(answer, model='n', item='caption:0.png', prompt='Describe.')
+    rows, notes = score_answers(items, [answer, caption, dict(caption, model='m')], ['strict'], n_draws=9)
+    assert {r['model'] for r in rows} == {'m'}
+    assert notes[1].startswith('n, image: ') and '1 captions, not answers' in notes[1] and notes[1].endswith('not scored')
+    assert next(r['value'] for r in rows if r['metric'] == 'answers.caption') == 1
