@@ -110,15 +110,18 @@ def _quick_attention(model, cpu_bf16):
 
 class TrainingError(RuntimeError): "The loss is no longer a number, or a helper is gone."
 
-# %% ../nbs/07_training.ipynb #fc5b8fe5
+# %% ../nbs/07_training.ipynb #d9d666cb
 def _lay_out(flat, params):
     "Views of one flat tensor in the shapes of the parameters."
     return [f.view_as(p) for f, p in zip(flat.split([p.numel() for p in params]), params)]
 
-def _help(conn, model, flat, job):
+def _help(conn, kind, config, weights, flat, job):
     "A helper's life: take sample numbers, leave the gradient of their summed loss in `flat`, answer with loss and count."
     torch.set_num_threads(1)
-    stage, samples, collate, loss, bf16 = pickle.loads(job)
+    try: stage, samples, collate, loss, bf16 = pickle.loads(job)
+    except Exception as e: conn.send(e); return   # such as a loss that only a notebook knows
+    model = kind(config)
+    for n, p in model.named_parameters(): p.data = weights[n]
     set_trainable(model, stage.parts)
     params = [p for p in model.parameters() if p.requires_grad]
     for p, g in zip(params, _lay_out(flat, params)): p.grad = g   # backward adds to it in place
@@ -133,16 +136,18 @@ def _help(conn, model, flat, job):
                 conn.send((total.item(), n))
             except Exception as e: conn.send(e)
 
+_GONE = 'A helper process ended by itself, perhaps for want of memory; run again with threads=1.'
+
 class _Helpers:
     "Processes beside this one; use it in a `with` block."
     def __init__(self, n, model, params, *job):
         self.params, self.helpers = params, []
         if not n: return
         ctx, job = torch.multiprocessing.get_context('spawn'), pickle.dumps(job)   # by value; only weights and gradients are shared
-        model.share_memory()
+        weights = {n: p.detach() for n, p in model.share_memory().named_parameters()}
         for _ in range(n):
             (here, there), flat = ctx.Pipe(), torch.zeros(sum(p.numel() for p in params)).share_memory_()
-            p = ctx.Process(target=_help, args=(there, model, flat, job), daemon=True)
+            p = ctx.Process(target=_help, args=(there, type(model), model.config, weights, flat, job), daemon=True)
             p.start(); there.close()
             self.helpers.append((p, here, _lay_out(flat, params)))
 
@@ -150,13 +155,15 @@ class _Helpers:
         "Give each helper its sample numbers; those without any rest."
         self.asked = [h for h, s in zip(self.helpers, shares) if len(s)]
         for (_, conn, _), s in zip(self.helpers, shares):
-            if len(s): conn.send(s)
+            if not len(s): continue
+            try: conn.send(s)
+            except ConnectionError: raise TrainingError(_GONE) from None
 
     def add(self, value, n):
         "Add the helpers' gradients to this process's; returns summed loss and count of the whole batch."
         for p, conn, grads in self.asked:
             try: got = conn.recv()
-            except (EOFError, ConnectionError): raise TrainingError('A helper process ended by itself, perhaps for want of memory; run again with threads=1.') from None
+            except (EOFError, ConnectionError): raise TrainingError(_GONE) from None
             if isinstance(got, Exception): raise got
             for w, g in zip(self.params, grads): w.grad = g.clone() if w.grad is None else w.grad.add_(g)
             value, n = value + got[0], n + got[1]
