@@ -110,15 +110,15 @@ def _quick_attention(model, cpu_bf16):
 
 class TrainingError(RuntimeError): "The loss is no longer a number, or a helper is gone."
 
-# %% ../nbs/07_training.ipynb #d9d666cb
+# %% ../nbs/07_training.ipynb #07c652e2
 def _lay_out(flat, params):
     "Views of one flat tensor in the shapes of the parameters."
     return [f.view_as(p) for f, p in zip(flat.split([p.numel() for p in params]), params)]
 
-def _help(conn, kind, config, weights, flat, job):
+def _help(conn, kind, config, weights, flat):
     "A helper's life: take sample numbers, leave the gradient of their summed loss in `flat`, answer with loss and count."
     torch.set_num_threads(1)
-    try: stage, samples, collate, loss, bf16 = pickle.loads(job)
+    try: stage, samples, collate, loss, bf16 = pickle.loads(conn.recv_bytes())
     except Exception as e: conn.send(e); return   # such as a loss that only a notebook knows
     model = kind(config)
     for n, p in model.named_parameters(): p.data = weights[n]
@@ -147,8 +147,10 @@ class _Helpers:
         weights = {n: p.detach() for n, p in model.share_memory().named_parameters()}
         for _ in range(n):
             (here, there), flat = ctx.Pipe(), torch.zeros(sum(p.numel() for p in params)).share_memory_()
-            p = ctx.Process(target=_help, args=(there, type(model), model.config, weights, flat, job), daemon=True)
+            p = ctx.Process(target=_help, args=(there, type(model), model.config, weights, flat), daemon=True)
             p.start(); there.close()
+            try: here.send_bytes(job)
+            except ConnectionError: raise TrainingError(_GONE) from None
             self.helpers.append((p, here, _lay_out(flat, params)))
 
     def ask(self, shares):
@@ -178,7 +180,7 @@ class _Helpers:
         torch.set_num_threads(self.threads)
         for p, conn, _ in self.helpers: conn.close(); p.terminate(); p.join()
 
-# %% ../nbs/07_training.ipynb #9b915986
+# %% ../nbs/07_training.ipynb #a328b13c
 def fit(
     model,               # changed in place; ends in evaluation mode
     samples:list,        # encoded samples, see `llava_med.batching`
@@ -204,13 +206,13 @@ def fit(
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: lr_factor(i, len(plan), stage.warmup))
     acc = Accelerator(cpu=cpu)
     workers = max(1, min(workers, stage.batch_size)) if acc.device.type == 'cpu' and not extra and all(p.dtype == torch.float32 for p in params) else 1
-    helpers = _Helpers(workers - 1, model, params, stage, samples, collate, loss, bf16)
     model, opt, sched, *_ = acc.prepare(model, opt, sched, *extra)
     fingerprint = _fingerprint(acc.unwrap_model(model), samples, getattr(collate, 'features', None), asdict(stage), seed, bf16)
     done, rows = _load_state(acc, Path(checkpoint), fingerprint) if checkpoint else (0, [])
     seen, saved = sum(len(b) for _, b in plan[:done]), time.monotonic()
     model.train()
-    with helpers, _quick_attention(acc.unwrap_model(model), bf16 and acc.device.type == 'cpu'):
+    with (_Helpers(workers - 1, acc.unwrap_model(model), params, stage, samples, collate, loss, bf16) as helpers,
+          _quick_attention(acc.unwrap_model(model), bf16 and acc.device.type == 'cpu')):
         for i, (epoch, numbers) in enumerate(plan[done:], done):
             mine, *theirs = [numbers[k::workers] for k in range(workers)]
             helpers.ask(theirs)
