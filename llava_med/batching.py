@@ -250,7 +250,7 @@ def file_features(
             out.append(vision_features(model, torch.cat(list(pool.map(one, paths[i:i + batch_size])))).cpu())
     return torch.cat(out) if out else torch.empty(0, 0, 0)
 
-# %% ../nbs/06_batching.ipynb #21af1d39
+# %% ../nbs/06_batching.ipynb #ba0cb2f8
 def _tower_key(model, processor):
     "What patch vectors depend on, apart from the picture."
     c = model.config
@@ -270,7 +270,7 @@ def cached_features(
     paths:list,         # picture files
     cache:str|Path,     # folder that keeps patch vectors from call to call
     **kw,               # further arguments of `file_features`
-)->torch.Tensor:        # (pictures, patches, width of the tower), on the CPU, rounded to half precision
+)->torch.Tensor:        # (pictures, patches, width of the tower), on the CPU, in half precision
     "`file_features`, where only new and changed files are opened."
     file = Path(cache)/f'{_tower_key(model, processor)}.safetensors'
     try:
@@ -283,4 +283,4 @@ def cached_features(
         stored = torch.cat([stored[list(row.values())], made]) if row else made
         row = {n: i for i, n in enumerate([*row, *new])}
         with replacing(file) as part: save_file({'features': stored}, part, {'marks': json.dumps({n: _file_mark(n) for n in row})})
-    return stored[[row[n] for n in names]].float()
+    return stored[[row[n] for n in names]]
