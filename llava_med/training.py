@@ -110,7 +110,7 @@ def _quick_attention(model, cpu_bf16):
 
 class TrainingError(RuntimeError): "The loss is no longer a number, or a helper is gone."
 
-# %% ../nbs/07_training.ipynb #07c652e2
+# %% ../nbs/07_training.ipynb #a6ba7726
 def _lay_out(flat, params):
     "Views of one flat tensor in the shapes of the parameters."
     return [f.view_as(p) for f, p in zip(flat.split([p.numel() for p in params]), params)]
@@ -149,17 +149,15 @@ class _Helpers:
             (here, there), flat = ctx.Pipe(), torch.zeros(sum(p.numel() for p in params)).share_memory_()
             p = ctx.Process(target=_help, args=(there, type(model), model.config, weights, flat), daemon=True)
             p.start(); there.close()
-            try: here.send_bytes(job)
-            except ConnectionError: raise TrainingError(_GONE) from None
             self.helpers.append((p, here, _lay_out(flat, params)))
+            with contextlib.suppress(ConnectionError): here.send_bytes(job)
 
     def ask(self, shares):
         "Give each helper its sample numbers; those without any rest."
         self.asked = [h for h, s in zip(self.helpers, shares) if len(s)]
         for (_, conn, _), s in zip(self.helpers, shares):
-            if not len(s): continue
-            try: conn.send(s)
-            except ConnectionError: raise TrainingError(_GONE) from None
+            if len(s):
+                with contextlib.suppress(ConnectionError): conn.send(s)   # why one is gone is read in `add`
 
     def add(self, value, n):
         "Add the helpers' gradients to this process's; returns summed loss and count of the whole batch."
@@ -180,7 +178,7 @@ class _Helpers:
         torch.set_num_threads(self.threads)
         for p, conn, _ in self.helpers: conn.close(); p.terminate(); p.join()
 
-# %% ../nbs/07_training.ipynb #a328b13c
+# %% ../nbs/07_training.ipynb #c2a1eac8
 def fit(
     model,               # changed in place; ends in evaluation mode
     samples:list,        # encoded samples, see `llava_med.batching`
@@ -197,7 +195,7 @@ def fit(
     whole:bool=False,    # leave out an incomplete last batch, so that all have one shape
     workers:int=1,       # processes that share each batch on a CPU, one thread each; 1 is this process alone
 )->list:                 # rows step, epoch, samples, loss, lr
-    "Train one stage; raises TrainingError when the loss is not finite."
+    "Train one stage; raises TrainingError when the loss is not finite or a helper is gone."
     set_trainable(model, stage.parts)
     params = [p for m in (model, *extra) for p in m.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=stage.lr, weight_decay=stage.weight_decay, fused=True)

@@ -30,7 +30,8 @@ def toy():
 def test_a_bad_sample_in_a_helper_is_named_by_its_own_error(toy):
     samples, pad, features = toy
     bad = [dict(s, image=99 if i == 5 else s['image']) for i, s in enumerate(samples)]
-    with pytest.raises(IndexError): fit(tiny_model(image_size=24)[0], bad, Collator(pad, features), STAGE, workers=4)
+    with pytest.raises(IndexError) as error: fit(tiny_model(image_size=24)[0], bad, Collator(pad, features), STAGE, workers=4)
+    assert any(t.name == 'add' for t in error.traceback)   # it came from a helper
     assert not helpers()   # nobody is left behind
 
 
