@@ -10,13 +10,27 @@ from llava_med.runs import test_data as data_folder
 
 FOLDER = None if data_folder() is None else data_folder() / 'articles'
 pytestmark = pytest.mark.skipif(FOLDER is None or not FOLDER.is_dir(),
-                                reason='no LLAVA_MED_TESTDATA/articles')
+                                reason='no articles in LLAVA_MED_TESTDATA (default ../shared/data): there is nothing to compare with')
 
 # Captions of these articles contain source-data files with captions of their own; the key counts their words too.
 WITH_DATA = {'elife-46472-v3', 'elife-30274-v1', 'PMC7289599_elife-56337.nxml',
              'elife_kitchen_sink.xml'}
 # This file binds no xlink prefix; its answer key holds no hrefs for these figures. We read them all the same.
 RECOVERED = 'encoda_fig_malformed.xml'
+
+
+GLUED = 'the XML has no white space between the title and the paragraph of the caption; the key glues them together, we put a space'
+NO_PREFIX = 'the file never binds the prefix xlink, so that the key found no hrefs; the recovered attributes name these files'
+# (article, field) → figures that differ, and why. Every other figure of every article must agree.
+DIFFERENCES = {
+    ('elife-30274-v1', 'caption'): (['fig2', 'fig2s1', 'fig2s2', 'fig3'], GLUED),
+    ('plosone-0178565', 'caption'): (['pone.0178565.g003', 'pone.0178565.g006'], GLUED),
+    ('PMC3460867_pone.0046493.nxml', 'caption'): ([f'pone-0046493-g00{i}' for i in (1, 2, 3, 4)], GLUED),
+    ('PMC5828200.nxml', 'caption'): (['F9', 'F11'], GLUED),
+    ('PMC7289599_elife-56337.nxml', 'caption'): (['fig1', 'fig1s1', 'fig1s2', 'fig1s3', 'fig2', 'fig4', 'fig4s3'], GLUED),
+    ('PMC7302504_pone.0234687.nxml', 'caption'): (['pone.0234687.g003'], GLUED),
+    ('encoda_fig_malformed.xml', 'graphics'): (['f1', 'f8', 'f1', 'f3', 'fig6'], NO_PREFIX),
+}
 
 
 @pytest.fixture(scope='module')
@@ -32,35 +46,58 @@ def both():
     return dict(key), ours, problems, time.time() - start
 
 
-def bare(text): return re.sub(r'\s+', '', text or '')
-
-
 def test_every_article_is_read(both):
     key, ours, problems, seconds = both
+    assert sum(map(len, key.values())) == 257
     assert len(ours) == 24 and {k for k, v in ours.items() if v} == set(key)
     assert {k: len(v) for k, v in ours.items() if v} == {k: len(v) for k, v in key.items()}
     assert len(problems) == 1 and RECOVERED in problems[0]
     assert seconds < 20
 
 
-def test_figures_equal_the_answer_key(both):
-    key, ours, _, _ = both
-    wrong = []
+def compared(want, got):
+    "The fields of one figure, ours beside the key's."
+    first = want['caption_starts'].split()
+    return dict(fig_id=(want['fig_id'], got['fig_id']),
+                label=((want['label'] or '').rstrip('.'), got['label'] or ''),
+                caption=(first, got['caption'].split()[:len(first)] if first else got['caption'].split()),
+                graphics=(want['graphics'], got['graphics']),
+                mentions=(True, bool(got['mentions']) or not want['xrefs']),
+                sub_article=(want['sub_article'], got['sub_article']))
+
+
+def test_figures_agree_but_for_the_explained_differences(both):
+    (key, ours, *_), found = both, defaultdict(list)
+    for name, rows in key.items():
+        for want, got in zip(rows, ours[name], strict=True):
+            for field, (theirs, mine) in compared(want, got).items():
+                if theirs != mine: found[name, field].append(want['fig_id'])
+    assert dict(found) == {k: figs for k, (figs, why) in DIFFERENCES.items()}
+
+
+def test_glued_captions_differ_by_a_space_only(both):
+    key, ours, *_ = both
+    for (name, field), (figs, why) in DIFFERENCES.items():
+        for want, got in zip(key[name], ours[name]):
+            if why != GLUED or want['fig_id'] not in figs: continue
+            first = want['caption_starts'].replace(' ', '')
+            assert got['caption'].replace(' ', '').startswith(first)
+
+
+def test_a_cross_reference_is_a_mention_by_cross_reference(both):
+    "The key counts references to a figure's own id; figures without id are reached through their group."
+    key, ours, *_ = both
     for name, rows in key.items():
         for want, got in zip(rows, ours[name]):
-            start = bare(want['caption_starts'])
-            checks = dict(id=want['fig_id'] == got['fig_id'],
-                          label=(want['label'] or '').rstrip('.') == (got['label'] or ''),
-                          caption=bare(got['caption']).startswith(start)
-                          and bool(start) == bool(got['caption']),
-                          words=0 <= want['caption_words'] - len(got['caption'].split()) + 3 <= (50
-                              if name in WITH_DATA else 6),
-                          graphics=want['graphics'] == got['graphics'] or name == RECOVERED,
-                          mentions=bool(got['mentions']) or not want['xrefs'],
-                          sub_article=want['sub_article'] == got['sub_article'])
-            wrong += [(name, want['fig_id'], k, want, got['caption'][:80]) for k,
-                      ok in checks.items() if not ok]
-    assert not wrong, wrong[:5]
+            linked = any(m['xref'] for m in got['mentions'])
+            assert linked == bool(want['xrefs']) or want['fig_id'] is None and want['fig_group'], (name, want)
+
+
+def test_captions_have_the_length_of_the_key(both):
+    for name, rows in both[0].items():
+        for want, got in zip(rows, both[1][name], strict=True):
+            more = want['caption_words'] - len(got['caption'].split())
+            assert -3 <= more <= (47 if name in WITH_DATA else 3), (name, want['fig_id'])
 
 
 def test_hrefs_survive_an_unbound_prefix(both):
