@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from .articles import open_image
 from .conversations import to_messages
-from .model import vision_features
+from .model import vision_features, weights_hash
 from .runs import progress, replacing
 
 # %% ../nbs/06_batching.ipynb #cd4151bf
@@ -254,9 +254,8 @@ def file_features(
 def _tower_key(model, processor):
     "What patch vectors depend on, apart from the picture."
     c = model.config
-    h = hashlib.sha256(repr([c.vision_feature_layer, c.vision_feature_select_strategy, str(processor.image_processor)]).encode())
-    for n, p in model.model.vision_tower.state_dict().items(): h.update(n.encode() + p.detach().cpu().float().numpy().tobytes())
-    return h.hexdigest()[:16]
+    parts = [c.vision_feature_layer, c.vision_feature_select_strategy, str(processor.image_processor), weights_hash(model.model.vision_tower)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 def _file_mark(path):
     "A picture file's size and time of change; None where it is missing."

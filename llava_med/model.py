@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'TURNS', 'CHAT_TEMPLATE', 'PARTS', 'train_tokenizer', 'make_processor', 'assemble', 'tiny_model', 'save',
-           'load', 'part_of', 'set_trainable', 'part_table', 'vision_features']
+           'load', 'part_of', 'set_trainable', 'part_table', 'weights_hash', 'vision_features']
 
 # %% ../nbs/05_model.ipynb #014f1dfc
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable
@@ -199,6 +200,14 @@ def part_table(
     return list(rows.values())
 
 # %% ../nbs/05_model.ipynb #ab2d880c
+def weights_hash(
+    module:torch.nn.Module, # a model or a part of one
+)->str:                     # SHA-256 of names and values
+    "A hash that changes with any weight, whatever its device and number format."
+    h = hashlib.sha256()
+    for n, p in module.state_dict().items(): h.update(n.encode() + p.detach().cpu().float().numpy().tobytes())
+    return h.hexdigest()
+
 @torch.no_grad()
 def vision_features(
     model:LlavaForConditionalGeneration, # its tower is used, without gradients

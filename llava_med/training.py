@@ -25,7 +25,7 @@ from accelerate.utils import send_to_device
 from torch.nn import functional as F
 from .batching import (IGNORE, Collator, batch_loss, encode, encode_questions,
                                 length_batches, scored_hits)
-from .model import set_trainable, vision_features
+from .model import set_trainable, vision_features, weights_hash
 from .runs import figure_style, writing
 
 # %% ../nbs/07_training.ipynb #11ee0c10
@@ -63,8 +63,7 @@ def _steps(lengths, stage, seed):
 
 def _fingerprint(model, samples, features, *what):
     "What a checkpoint belongs to: stage, seed, the weights at the start, every sample and its pictures."
-    h = hashlib.sha256(json.dumps(what).encode())
-    for n, p in model.state_dict().items(): h.update(n.encode() + p.detach().cpu().float().numpy().tobytes())
+    h = hashlib.sha256(json.dumps([weights_hash(model), *what]).encode())
     for s in samples: h.update(repr([s['input_ids'], s['labels'], s.get('image')]).encode())
     if features is not None: h.update(repr(features.sum(dtype=torch.float64).item()).encode())
     return h.hexdigest()
