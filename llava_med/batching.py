@@ -127,6 +127,7 @@ class Collator:
     "Joins encoded samples to a padded batch."
     pad_id:int     # token that fills up
     features:torch.Tensor=None # (pictures, patches, width) of the frozen tower
+    multiple:int=16 # lengths are rounded up to it: for every new shape a processor builds its kernels anew
 
     def __call__(
         self,
@@ -134,6 +135,7 @@ class Collator:
     )->dict:          # tensors input_ids, labels, attention_mask, positions, features
         "Pad on the right; raises ValueError when a picture is asked for and no features are there."
         n = max(len(s['input_ids']) for s in samples)
+        n += -n % self.multiple
         def pad(key, fill): return torch.tensor([list(s[key]) + [fill]*(n - len(s[key])) for s in samples])
         batch = dict(input_ids=pad('input_ids', self.pad_id), labels=pad('labels', IGNORE))
         if 'segments' in samples[0]:
@@ -205,8 +207,10 @@ def batch_loss(
     "Cross-entropy of the scored tokens, summed; divide to get the mean."
     labels = F.pad(batch['labels'], (0, 1), value=IGNORE)[:, 1:]
     keep = labels != IGNORE
-    logits = model.lm_head(_hidden(model, batch)[keep]).float()
-    return F.cross_entropy(logits, labels[keep], reduction='sum'), int(keep.sum())
+    hidden, target = _hidden(model, batch)[keep], labels[keep]
+    n, more = len(target), -len(target) % 64   # few shapes, as in `Collator`
+    logits = model.lm_head(F.pad(hidden, (0, 0, 0, more))).float()
+    return F.cross_entropy(logits, F.pad(target, (0, more), value=IGNORE), reduction='sum', ignore_index=IGNORE), n
 
 def scored_hits(
     model,      # a LlavaForConditionalGeneration
@@ -241,20 +245,21 @@ def file_features(
     paths:list,         # picture files, any format that `llava_med.articles.open_image` reads
     batch_size:int=64,  # pictures at once
     threads:int=2,      # that open files
+    bf16:bool=False,    # multiply in bfloat16
 )->torch.Tensor:        # (pictures, patches, width of the tower), on the CPU
     "Patch vectors of picture files, before the projector; an unreadable file is named."
     def one(path): return processor.image_processor(open_image(path), return_tensors='pt')['pixel_values']
     out = []
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool, torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         for i in progress(range(0, len(paths), batch_size), 'tower', unit='batches'):
             out.append(vision_features(model, torch.cat(list(pool.map(one, paths[i:i + batch_size])))).cpu())
     return torch.cat(out) if out else torch.empty(0, 0, 0)
 
 # %% ../nbs/06_batching.ipynb #ba0cb2f8
-def _tower_key(model, processor):
+def _tower_key(model, processor, bf16):
     "What patch vectors depend on, apart from the picture."
     c = model.config
-    parts = [c.vision_feature_layer, c.vision_feature_select_strategy, str(processor.image_processor), weights_hash(model.model.vision_tower)]
+    parts = [c.vision_feature_layer, c.vision_feature_select_strategy, str(processor.image_processor), weights_hash(model.model.vision_tower), bf16]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 def _file_mark(path):
@@ -271,7 +276,7 @@ def cached_features(
     **kw,               # further arguments of `file_features`
 )->torch.Tensor:        # (pictures, patches, width of the tower), on the CPU, in half precision
     "`file_features`, where only new and changed files are opened."
-    file = Path(cache)/f'{_tower_key(model, processor)}.safetensors'
+    file = Path(cache)/f"{_tower_key(model, processor, kw.get('bf16', False))}.safetensors"
     try:
         with safe_open(file, 'pt') as f: marks, stored = json.loads(f.metadata()['marks']), f.get_tensor('features')
     except (OSError, SafetensorError): marks, stored = {}, torch.empty(0)   # none yet, or a damaged one
