@@ -67,8 +67,8 @@ def small_png(
         data, im = buf.getvalue(), im.resize((round(im.width*0.85), round(im.height*0.85)))
     return data
 
-# %% ../nbs/14_publishing.ipynb #d45d5f84
-EXAMPLE = {'*.csv': 300_000, 'ledger.json': 100_000, '*.png': 100_000}  # kept of a step, and up to how many bytes
+# %% ../nbs/14_publishing.ipynb #e3968113
+EXAMPLE = {'*.csv': 300_000, 'ledger.json': 100_000, 'answers.png': 100_000, 'by_question_type.png': 100_000}  # kept of a step, and up to how many bytes
 
 def save_example(
     run:str, step:str, # which
