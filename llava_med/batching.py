@@ -25,30 +25,27 @@ from .articles import open_image
 from .conversations import to_messages
 from .model import vision_features, weights_hash
 from .runs import progress, replacing
+from .templates import scored_tokens
 
 # %% ../nbs/06_batching.ipynb #cd4151bf
 IGNORE = -100   # label that the loss skips
 
 def encode(
-    tokenizer,       # with a chat template that marks `generation`
+    tokenizer,       # a fast one, with a chat template
     messages:list,   # chat messages; content is text or a list of image and text parts
     image_tokens:int=64, # patches of one picture
     max_len:int=None,    # the end of a longer sequence is cut off; the image never is
 )->dict:             # input_ids and labels, lists of equal length
     "Token ids and labels of one conversation; raises ValueError when nothing can be learned."
-    enc = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True,
-                                        return_assistant_tokens_mask=True)
     image, ids, labels = tokenizer.convert_tokens_to_ids('<image>'), [], []
-    for i, said in zip(enc['input_ids'], enc['assistant_masks']):
+    for i, said in zip(*scored_tokens(tokenizer, messages)):
         n = image_tokens if i == image else 1
         ids += [i]*n; labels += [i if said else IGNORE]*n
     if max_len and image in ids[max_len:]:
         raise ValueError(f'The image does not fit into max_len = {max_len} tokens; raise it: {str(messages)[:120]}')
     ids, labels = ids[:max_len], labels[:max_len]
     if all(l == IGNORE for l in labels):
-        raise ValueError('No token of this conversation is scored; it has no answer, its answer lies beyond '
-                         'max_len, or the chat template does not mark the assistant with {% generation %}: '
-                         + str(messages)[:120])
+        raise ValueError('No token of this conversation is scored; it has no answer, or its answer lies beyond max_len: ' + str(messages)[:120])
     return dict(input_ids=ids, labels=labels)
 
 # %% ../nbs/06_batching.ipynb #47a3be48
@@ -99,7 +96,7 @@ def share_pictures(
     for i, s in enumerate(samples):
         ids = s['input_ids']
         n = len(ids) - ids[::-1].index(image_id) if image_id in ids else 0
-        key = (s.get('image'), tuple(ids[:n])) if n else i
+        key = (str(s.get('image')), tuple(ids[:n])) if n else i
         if key not in at or max_len and len(rows[at[key]]['input_ids']) + len(ids) - n > max_len:
             at[key] = len(rows)
             rows.append(dict(input_ids=ids[:n], labels=s['labels'][:n], positions=list(range(n)),
@@ -131,7 +128,7 @@ class Collator:
 
     def __call__(
         self,
-        samples:list, # dicts with input_ids, labels; optional image (number), positions, segments
+        samples:list, # dicts with input_ids, labels; optional image (number, or a list of them in the order of the text), positions, segments
     )->dict:          # tensors input_ids, labels, attention_mask, positions, features
         "Pad on the right; raises ValueError when a picture is asked for and no features are there."
         n = max(len(s['input_ids']) for s in samples)
@@ -143,7 +140,7 @@ class Collator:
             batch['positions'] = pad('positions', 0)
         else:
             batch['attention_mask'] = torch.tensor([[1]*(k := len(s['input_ids'])) + [0]*(n - k) for s in samples])
-        images = [s['image'] for s in samples if s.get('image') is not None]
+        images = [i for s in samples if s.get('image') is not None for i in np.atleast_1d(s['image'])]
         if images:
             if self.features is None: raise ValueError('Samples name pictures, but the collator has no features.')
             batch['features'] = self.features[torch.tensor(images)]
