@@ -110,12 +110,14 @@ def share_pictures(
 # %% ../nbs/06_batching.ipynb #77a738e8
 def segment_mask(
     segments:torch.Tensor, # (rows, length) integers: 0 shared, 1.. questions, -1 padding
+    blocks:torch.Tensor=None, # (rows, length) integers: which picture's block of a packed row; None: one block a row
 )->torch.Tensor:           # (rows, 1, length, length) booleans, True where attention is allowed
-    "Causal attention within a segment and to the shared prefix."
+    "Causal attention within a segment and to the shared prefix of its block."
     s = segments[:, :, None]; t = segments[:, None, :]
     n = segments.shape[1]
     causal = torch.ones(n, n, dtype=torch.bool, device=segments.device).tril()
     seen = causal & (((t == 0) & (s >= 0)) | (s == t))
+    if blocks is not None: seen &= blocks[:, :, None] == blocks[:, None, :]
     return (seen | torch.eye(n, dtype=torch.bool, device=segments.device))[:, None]
 
 # %% ../nbs/06_batching.ipynb #34622d11
@@ -190,7 +192,10 @@ AttentionMaskInterface.register('plain', eager_mask)
 
 def _hidden(model, batch):
     "Last hidden states of the language model over projected patches and words."
-    mask = batch['attention_mask']
+    if 'layout' in batch and model.config.text_config._attn_implementation == 'segmented':   # see the chapter on packing
+        return model.model.language_model(inputs_embeds=embed(model, batch), attention_mask=None, position_ids=batch['positions'],
+                                          use_cache=False, layout=batch['layout']).last_hidden_state
+    mask = batch['attention_mask'] if 'attention_mask' in batch else segment_mask(batch['segments'], batch['blocks'])
     if mask.dtype == torch.bool and model.config.text_config._attn_implementation in ('eager', 'plain'):
         mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e9)  # these add their mask
     return model.model.language_model(

@@ -99,13 +99,13 @@ def has_bf16(
     return bool(known.get('avx512_bf16') or known.get('amx_bf16'))
 
 @contextlib.contextmanager
-def _quick_attention(model, cpu_bf16):
-    "`plain_attention` for a while, where the backward pass of sdpa in bfloat16 is slow."
+def _attention(model, collate, cpu_bf16):
+    "For a while, the attention that the batches are made for; on a CPU in bfloat16 `plain_attention`, where the backward pass of sdpa is slow."
     was = model.config.text_config._attn_implementation
-    if cpu_bf16: model.set_attn_implementation({'text_config': 'plain'})
+    kind = getattr(collate, 'attention', None) or ('plain' if cpu_bf16 else was)
+    model.set_attn_implementation({'text_config': kind})
     try: yield
-    finally:
-        if cpu_bf16: model.set_attn_implementation({'text_config': was})
+    finally: model.set_attn_implementation({'text_config': was})
 
 class TrainingError(RuntimeError): "The loss is no longer a number, or a helper is gone."
 
@@ -125,7 +125,7 @@ def _help(conn, kind, config, weights, flat):
     params = [p for p in model.parameters() if p.requires_grad]
     for p, g in zip(params, _lay_out(flat, params)): p.grad = g   # backward adds to it in place
     model.train()
-    with contextlib.suppress(EOFError, KeyboardInterrupt), _quick_attention(model, bf16):
+    with contextlib.suppress(EOFError, KeyboardInterrupt), _attention(model, collate, bf16):
         while (numbers := conn.recv()) is not None:
             flat.zero_()
             try:
@@ -209,7 +209,7 @@ def fit(
     seen, saved = sum(len(b) for _, b in plan[:done]), time.monotonic()
     model.train()
     with (_Helpers(workers - 1, acc.unwrap_model(model), params, stage, samples, collate, loss, bf16) as helpers,
-          _quick_attention(acc.unwrap_model(model), bf16 and acc.device.type == 'cpu')):
+          _attention(acc.unwrap_model(model), collate, bf16 and acc.device.type == 'cpu')):
         for i, (epoch, numbers) in enumerate(plan[done:], done):
             mine, *theirs = [numbers[k::workers] for k in range(workers)]
             helpers.ask(theirs)

@@ -1,0 +1,63 @@
+"Training on packed rows is training on the separate samples."
+import random
+
+import pytest
+import torch
+from llava_med.batching import Collator, encode, share_pictures
+from llava_med.model import tiny_model
+from llava_med.packing import PackedCollator, pack_rows
+from llava_med.training import Stage, fit
+
+
+@pytest.fixture(scope='module')
+def toy():
+    "Conversations of different length about five pictures, two of them about none."
+    model, processor = tiny_model(image_size=24)
+    tok, n, rng = processor.tokenizer, model.config.image_seq_length, random.Random(0)
+    def sample(i):
+        picture = [] if i % 7 == 0 else [dict(type='image')]
+        chat = [dict(role='user', content=[*picture, dict(type='text', text='which side? '*rng.randint(1, 4))]), dict(role='assistant', content='left or right '*rng.randint(1, 6))]
+        return dict(encode(tok, chat, n), image=i % 5 if picture else None)
+    features = torch.randn(5, n, model.config.vision_config.hidden_size, generator=torch.Generator().manual_seed(0))
+    return [sample(i) for i in range(14)], tok.pad_token_id, features, model.config.image_token_id
+
+
+def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_a_step_on_one_row_is_a_step_on_its_samples(toy, workers):
+    samples, pad, features, image = toy
+    rows = [pack_rows(samples[:7], 10_000), pack_rows(samples[7:], 10_000)]
+    assert [len(r) for r in rows] == [1, 1]
+    stage = dict(name='toy', parts=('projector', 'language_model'), lr=1e-3, epochs=3)
+    for part, row in zip((samples[:7], samples[7:]), rows):
+        one, packed = tiny_model(image_size=24)[0], tiny_model(image_size=24)[0]
+        a = fit(one, part, Collator(pad, features), Stage(**stage, batch_size=7))
+        b = fit(packed, row*workers if workers > 1 else row, PackedCollator(pad, features), Stage(**stage, batch_size=workers), workers=workers)
+        assert max(abs(x['loss'] - y['loss']) for x, y in zip(a, b)) < 1e-4   # a row twice has the mean of the row
+        assert (weights(one) - weights(packed)).abs().max() < 1e-4
+        assert packed.config.text_config._attn_implementation == one.config.text_config._attn_implementation
+
+
+def test_shared_pictures_pack_too(toy):
+    samples, pad, features, image = toy
+    rows = pack_rows(share_pictures(samples, image), 400)
+    assert sum(len(r['input_ids']) for r in rows) < sum(len(s['input_ids']) for s in samples)
+    model = tiny_model(image_size=24)[0]
+    from llava_med.batching import batch_loss
+    total, n = batch_loss(model, Collator(pad, features)(samples))
+    model.set_attn_implementation({'text_config': 'segmented'})
+    parts = [batch_loss(model, PackedCollator(pad, features)([r])) for r in rows]
+    assert sum(m for _, m in parts) == n and abs(sum(t.item() for t, _ in parts) - total.item()) < 1e-3
+
+
+def test_no_sample_is_lost_and_none_is_cut(toy):
+    samples = toy[0]
+    rng = random.Random(1)
+    for _ in range(20):
+        some = rng.choices(samples, k=rng.randint(1, 14))
+        rows = pack_rows(some, rng.randint(1, 300))
+        pieces = lambda r: sorted((tuple(i for i, b in zip(r['input_ids'], r['blocks']) if b == k) for k in range(max(r['blocks']) + 1)))
+        assert sorted(p for r in rows for p in pieces(r)) == sorted(tuple(s['input_ids']) for s in some)
+        for r in rows: assert r['blocks'] == sorted(r['blocks']) and len({len(r[k]) for k in ('input_ids', 'labels', 'segments', 'blocks', 'positions')}) == 1
