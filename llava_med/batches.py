@@ -201,6 +201,7 @@ def read_preset(
     shipped = path.resolve() == presets().get(path.stem, Path()).resolve()
     try: got = read_yaml(path.read_text(encoding='utf-8')) or {}
     except yaml.YAMLError as e: raise UsageError(f'{path} is not valid YAML: {" ".join(str(e).split())}.') from None
+    except UnicodeDecodeError: raise UsageError(f'{path} is not UTF-8 text: save it as UTF-8.') from None
     if not isinstance(got, dict): raise UsageError(f'{path} must hold `description:` and `parameters:`.')
     for k in got: known_name(k, ('description', 'parameters'), f'key of a preset ({path.name})')
     parts = got.get('parameters') or {}
