@@ -631,7 +631,7 @@ def make_parser()->argparse.ArgumentParser:
         description='Copies the outputs of a finished run into nbs/pipeline/ and its small files into outputs/example/.')
     p.add_argument('run', nargs='?', default='tiny', metavar='RUN', help='whose results to show (default: tiny)')
     sub.add_parser('readme', help='run nbs/index.ipynb and make README.md of it', formatter_class=raw,
-        description='Runs nbs/index.ipynb, keeps its outputs, and writes README.md.')
+        description='Runs nbs/index.ipynb, keeps its outputs, writes README.md, and data/README.md from the catalogue.')
     return parser
 
 # %% ../nbs/12_batches.ipynb #4905b2fb
