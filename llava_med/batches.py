@@ -201,6 +201,7 @@ def read_preset(
     shipped = path.resolve() == presets().get(path.stem, Path()).resolve()
     try: got = read_yaml(path.read_text(encoding='utf-8')) or {}
     except yaml.YAMLError as e: raise UsageError(f'{path} is not valid YAML: {" ".join(str(e).split())}.') from None
+    except UnicodeDecodeError: raise UsageError(f'{path} is not UTF-8 text: save it as UTF-8.') from None
     if not isinstance(got, dict): raise UsageError(f'{path} must hold `description:` and `parameters:`.')
     for k in got: known_name(k, ('description', 'parameters'), f'key of a preset ({path.name})')
     parts = got.get('parameters') or {}
@@ -630,7 +631,7 @@ def make_parser()->argparse.ArgumentParser:
         description='Copies the outputs of a finished run into nbs/pipeline/ and its small files into outputs/example/.')
     p.add_argument('run', nargs='?', default='tiny', metavar='RUN', help='whose results to show (default: tiny)')
     sub.add_parser('readme', help='run nbs/index.ipynb and make README.md of it', formatter_class=raw,
-        description='Runs nbs/index.ipynb, keeps its outputs, and writes README.md.')
+        description='Runs nbs/index.ipynb, keeps its outputs, writes README.md, and data/README.md from the catalogue.')
     return parser
 
 # %% ../nbs/12_batches.ipynb #4905b2fb

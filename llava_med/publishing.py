@@ -68,7 +68,7 @@ def small_png(
     return data
 
 # %% ../nbs/14_publishing.ipynb #e3968113
-EXAMPLE = {'*.csv': 300_000, 'ledger.json': 100_000, 'answers.png': 100_000, 'by_question_type.png': 100_000}  # kept of a step, and up to how many bytes
+EXAMPLE = {'*.csv': 300_000, 'ledger.json': 100_000, 'answers.png': 200_000, 'by_question_type.png': 200_000}  # kept of a step, and up to how many bytes
 
 def save_example(
     run:str, step:str, # which
@@ -110,7 +110,7 @@ def refresh(
 )->list:            # the steps whose notebooks were rewritten
     "Bring a run's outputs into nbs/pipeline/ and its small files into outputs/example/."
     steps = [s for s in pipeline() if (run_dir(run)/s/f'{s}.ipynb').exists()]
-    if not steps: raise FileNotFoundError(f"outputs/{run} holds no executed notebook: run `llava-med run {run}` first.")
+    if not steps: raise FileNotFoundError(f"{run_dir(run)} holds no executed notebook: run `llava-med run tiny --name {run}` first.")
     record = read_run(run)
     for s in steps: check_shown(run, s, record['steps'].get(s, {}))
     books = {s: with_outputs(nbformat.read(pipeline()[s], 4), nbformat.read(run_dir(run)/s/f'{s}.ipynb', 4), s) for s in steps}
@@ -161,12 +161,14 @@ def further_numbers(
     rows:list, # from read_scores
 )->str:        # Markdown
     "One line of what the two tables leave out."
-    recall = {m: value(rows, m, metric='finding_recall') for m in ('base', 'stage1', 'stage1-base')}
-    unseen = value(rows, 'stage2', slice='combination=unseen')
+    recall = {m: value(rows, m, metric='finding_recall') for m in ('base', 'stage1', 'stage1-base', 'stage2')}
+    seen, unseen = (value(rows, 'stage2', slice=f'combination={k}') for k in ('seen', 'unseen'))
+    prose = {r['model']: f"{r['value']:.1f}" for r in rows if r['metric'] == 'perplexity'}
     return (f"Yes/no twins, both right: {value(rows, 'stage2', metric='strict_pairs')}. "
-            f"Combinations of finding and side that training never showed: {unseen}. "
+            f"Combinations of finding and side that training never showed: {unseen}; all others: {seen}. "
             f"Findings named in generated captions (recall): base {recall['base']}, stage 1 {recall['stage1']}, "
-            f"difference {recall['stage1-base']}.")
+            f"difference {recall['stage1-base']}; stage 2 {recall['stage2']}. Perplexity of replies to text alone: "
+            + ', '.join(f'{m} {prose.get(m.replace(" ", ""), "-")}' for m in ('base', 'stage 1', 'stage 2')) + '.')
 
 def example_tables()->str: # Markdown
     "The results in outputs/example as two tables and a line."

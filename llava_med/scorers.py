@@ -465,6 +465,7 @@ def score_files(
     "Score an answer file, print the summary, and return the exit code."
     if scorer not in (None, *SCORERS): raise ScoreError(f'No scorer {scorer!r}; known are {", ".join(SCORERS)}.')
     if not Path(predictions).is_file(): raise FileNotFoundError(f'{predictions}: there is no such file.')
+    if out and Path(out).is_dir(): raise ScoreError(f'{out} is a folder: name a file for --out, such as {Path(out)/"scores.csv"}.')
     rows, notes = score_answers(read_vqa(items, lang=None), read_answers(predictions),
                                 [scorer] if scorer else tuple(SCORERS), Path(predictions).stem, **kw)
     if not rows: raise ScoreError(f'{predictions}: holds captions only, no answers to questions.')

@@ -130,6 +130,12 @@ def test_no_machine_paths(path): assert not machine_paths(nbformat.read(path, 4)
 
 
 @each(NOTEBOOKS)
+def test_outputs_are_those_of_a_run_with_the_real_files(path):
+    said = [o for c in nbformat.read(path, 4).cells for o in c.get('outputs', [])]
+    assert 'No test data here' not in str(said), 'run it again with LLAVA_MED_TESTDATA set'
+
+
+@each(NOTEBOOKS)
 def test_size(path):
     assert not large_images(nbformat.read(path, 4))
     limit = 400_000 if path in PIPELINE else 200_000

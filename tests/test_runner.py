@@ -91,6 +91,13 @@ def test_wrong_preset_runs_nothing(toy, capsys, text, says):
     assert not toy.outputs.exists()
 
 
+def test_a_preset_that_is_no_text_is_named(toy, capsys):
+    (toy.root/'nbs/pipeline/presets/odd.yaml').write_bytes(b'\xff\xfe\x00')
+    assert toy.run('odd') == 2
+    assert 'odd.yaml is not UTF-8 text' in capsys.readouterr().err
+    assert not toy.outputs.exists()
+
+
 @pytest.mark.parametrize('tags', [(), ('parameters-not',)])
 def test_lost_tag_is_refused(toy, capsys, tags):
     toy.step('3_three', tags=tags)

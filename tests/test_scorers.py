@@ -191,6 +191,17 @@ def test_other_questions_and_unknown_rules_are_refused(tmp_path, capsys):
     assert 'is not UTF-8' in capsys.readouterr().err
 
 
+def test_a_folder_is_no_output_file(tmp_path, capsys):
+    write_jsonl(tmp_path/'items.jsonl', [item('yes')])
+    write_jsonl(tmp_path/'answers.jsonl', [dict(prompt='What about 0?', text='yes')])
+    (tmp_path/'out').mkdir()
+    words = ['score', str(tmp_path/'items.jsonl'), str(tmp_path/'answers.jsonl'), '--out']
+    assert main([*words, str(tmp_path/'out')]) == 1
+    said = capsys.readouterr()
+    assert 'out is a folder' in said.err and not said.out and not list((tmp_path/'out').iterdir())
+    assert main([*words, str(tmp_path/'out/scores.csv')]) == 0
+
+
 def test_ten_thousand_answers_in_ten_seconds():
     rng = np.random.default_rng(0)
     items = [item(('yes', 'left lung')[i % 2], i, i % 2 == 0, images=[f'{i//2}.png'],
