@@ -309,6 +309,7 @@ def test_every_record_has_one_fate(phantoms, tmp_path):
     fate = {d['record']: (d['filter'], d['reason']) for d in dropped}
     assert fate['none'] == ('image_present', 'no file g1 g2') and fate['thin'] == ('large_enough', '40 x 300 pixels, at least 64 needed')
     assert fate['bad'][0] == 'image_readable' and 'bad.png' in fate['bad'][1] and fate['twice'][0] in ('duplicate', 'single_panel', 'modality')
+    assert F.apply_filters(extra[2:3], ['duplicate'])[1] == [dict(record='none', filter='image_present', reason='no file g1 g2')]   # asked for or not
     assert F.apply_filters([]) == ([], [], [dict(filter=f, kept=0, dropped=0) for f in F.FILTERS])
 
 
