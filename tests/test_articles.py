@@ -181,15 +181,3 @@ def test_modality_rules_on_real_radiology_captions():
         assert (got & truth).sum() >= .9 * got.sum(), name
         assert (got & truth).sum() >= recall * truth.sum(), name
     assert not any(A.guess_modalities(t)['gross'] for t in rows.Caption)
-
-
-def test_single_radiology_images_have_no_gutters():
-    images = sorted((data_folder() / 'rocov2' / 'images').rglob('*.jpg'))
-    assert len(images) == 34
-    assert [p.name for p in images if A.count_gutters(A.open_image(p))] == []
-
-
-def test_compound_figures_of_real_articles_are_dropped(both):
-    rows = [r for r in both[1]['elife-46472-v3'] if r['image']]
-    kept, dropped, _ = A.apply_filters(rows, ('image_present', 'image_readable', 'single_panel'))
-    assert kept == [] and len(dropped) == 8
