@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['openings', 'said', 'draw_openings', 'modality_rows', 'draw_modalities', 'choose', 'sample_page']
 
-# %% ../nbs/03e_pictures.ipynb #1c2827fc
-import base64, hashlib, io, re
+# %% ../nbs/03e_pictures.ipynb #d5bc137d
+import base64, hashlib, io, itertools, re
 from collections import Counter
 from collections.abc import Iterable
 from html import escape
@@ -33,7 +33,7 @@ def said(
     "All that one side says in conversations."
     return [t['value'] for r in records for t in turns_of(r) if t['from'] == who]
 
-# %% ../nbs/03e_pictures.ipynb #b494bd59
+# %% ../nbs/03e_pictures.ipynb #20a71658
 def draw_openings(
     ax,             # a matplotlib axis
     texts:list,     # questions or answers
@@ -47,8 +47,8 @@ def draw_openings(
     if not texts: ax.text(.5, .5, f'no {what}', ha='center'); ax.axis('off'); return f'There are no {what}.'
     shown = first.most_common(most)
     rows = [(' '.join(w) or '(no word)', n, [(p[1] if len(p) > 1 else '(alone)', k) for p, k in pairs.most_common() if p[:1] == w]) for w, n in shown]
-    if rest := len(texts) - sum(n for _, n in shown): rows.append((f'{len(first) - len(shown)} other words', rest, []))
-    total, top = len(texts), max(n for _, n, _ in rows)
+    total, top, rest = len(texts), shown[0][1], len(texts) - sum(n for _, n in shown)
+    others = f'{len(first) - len(shown)} other words {rest/total:.0%}' if rest else ''
     for y, (word, n, seconds) in enumerate(rows):
         left = 0
         for i, (second, k) in enumerate(seconds[:pieces]):
@@ -58,8 +58,8 @@ def draw_openings(
         ax.barh(y, n - left, left=left, color='#bbbbbb', edgecolor='white')
         ax.text(n + .01*top, y, f'{n/total:.0%}', va='center', fontsize=10)
     ax.set_yticks(range(len(rows)), [w for w, *_ in rows]); ax.invert_yaxis(); ax.set_xlim(0, 1.1*top)
-    ax.set(xlabel=what, title=f'{shown[0][1]/total:.0%} of the {what} begin with “{" ".join(shown[0][0])}”')
-    return f'{total} {what}, by first words: ' + ', '.join(f'{w} {n/total:.0%}' for w, n, _ in rows[:5]) + '.'
+    ax.set(xlabel=what + (f' (not drawn: {others})' if rest else ''), title=f'{top/total:.0%} begin with “{rows[0][0]}”')
+    return f'{total} {what}, by first words: ' + ', '.join([f'{w} {n/total:.0%}' for w, n, _ in rows[:5]] + [others]*bool(rest)) + '.'
 
 # %% ../nbs/03e_pictures.ipynb #f900f530
 def modality_rows(
@@ -88,7 +88,7 @@ def draw_modalities(
     ax.legend(loc='upper center', bbox_to_anchor=(.5, -.16), ncol=2); ax.set(xlabel='how many', title=f'{asked/max(images, 1):.1f} questions for an image')
     return 'Images and questions by modality: ' + ', '.join(f"{r['modality'].replace('_', ' ')} {r['images']} and {r['questions']}" for r in rows) + '.'
 
-# %% ../nbs/03e_pictures.ipynb #dfadac84
+# %% ../nbs/03e_pictures.ipynb #17d7b6c1
 _STYLE = '''body{font:1.05rem/1.5 system-ui,sans-serif;margin:0 auto;max-width:72rem;padding:1rem;color:#111;background:#fff}
 header{position:sticky;top:0;background:#fff;border-bottom:1px solid #767676;padding:.5rem 0}
 article{display:grid;grid-template-columns:minmax(12rem,24rem) 1fr;gap:1.5rem;padding:1.5rem 0;border-bottom:1px solid #767676;scroll-margin-top:6rem}
@@ -119,9 +119,13 @@ def _article(i, figure, records, folder, side): # one figure and all that was ma
     head = ' · '.join(_text(x) for x in (figure.get('label'), ', '.join(kinds).replace('_', ' '), figure.get('source'), figure.get('licence')) if x)
     said = ''.join(f'<li>{_text(m["text"])}' + (f' <span class="note">({_text(m["section"])})</span>' if m.get('section') else '') + '</li>' for m in figure.get('mentions') or [])
     talk = ''
-    for r in records:
-        turns, maker = turns_of(r), r.get('generator') or {}
-        talk += f'<h3>Conversation {_text(r["id"])} <span class="note">by {_text(maker.get("name", "unknown"))}, who saw {_text(" and ".join(maker.get("saw", [])) or "nothing that was noted")}</span></h3><dl>'
+    def kind(r): # records of one kind stand together, single questions in one list
+        maker = r.get('generator') or {}
+        return maker.get('name', 'unknown'), ' and '.join(maker.get('saw', [])) or 'nothing that was noted', len(turns_of(r)) > 2 and r['id']
+    for (name, saw, long), group in itertools.groupby(records, kind):
+        turns = [t for r in group for t in turns_of(r)]
+        what = 'Conversation' if long else 'One question' if len(turns) == 2 else f'{len(turns)//2} single questions'
+        talk += f'<h3>{what} <span class="note">by {_text(name)}, who saw {_text(saw)}</span></h3><dl>'
         talk += ''.join(f'<{tag}>{_text(t["value"].replace(IMAGE, "").strip())}</{tag}>' for t in turns for tag in ['dt' if t['from'] == 'human' else 'dd']) + '</dl>'
     return (f'<article tabindex="-1" id="r{i}" aria-labelledby="h{i}" data-modality="{" ".join(kinds)}"><div>{_picture(figure.get("image"), folder, side)}</div>'
             f'<div><h2 id="h{i}">{i}. {_text(figure.get("id"))}</h2><p class="note">{head}</p><h3>Caption</h3><p lang="{_text(figure.get("lang") or "en")}">{_text(figure.get("caption"))}</p>'
