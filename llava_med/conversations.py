@@ -170,7 +170,7 @@ def rng_of(
     "A random generator that belongs to one figure."
     return np.random.default_rng([seed, zlib.crc32(record_id(figure).encode())])
 
-# %% ../nbs/03_conversations.ipynb #9c1aa577
+# %% ../nbs/03_conversations.ipynb #2ef32db8
 def frame(
     figure:dict,    # a figure record
     turns:list,     # question and answer in turn, as text
@@ -182,6 +182,7 @@ def frame(
     if not figure.get('image'):
         raise RecordError(f"Figure {record_id(figure)} has no image file: leave it out, "
                           "or give the folder that holds its article's images.")
+    turns = [t.replace(IMAGE, 'image') for t in turns]   # an article may say it, too
     turns = [f'{IMAGE}\n{turns[0]}' if image_first else f'{turns[0]}\n{IMAGE}', *turns[1:]]
     domain = {d: bool((figure.get('modalities') or {}).get(d)) for d in DOMAINS}
     said = [{'from': ('human', 'gpt')[i % 2], 'value': t} for i, t in enumerate(turns)]
