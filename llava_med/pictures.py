@@ -88,7 +88,7 @@ def draw_modalities(
     ax.legend(loc='upper center', bbox_to_anchor=(.5, -.16), ncol=2); ax.set(xlabel='how many', title=f'{asked/max(images, 1):.1f} questions for an image')
     return 'Images and questions by modality: ' + ', '.join(f"{r['modality'].replace('_', ' ')} {r['images']} and {r['questions']}" for r in rows) + '.'
 
-# %% ../nbs/03e_pictures.ipynb #17d7b6c1
+# %% ../nbs/03e_pictures.ipynb #24888823
 _STYLE = '''body{font:1.05rem/1.5 system-ui,sans-serif;margin:0 auto;max-width:72rem;padding:1rem;color:#111;background:#fff}
 header{position:sticky;top:0;background:#fff;border-bottom:1px solid #767676;padding:.5rem 0}
 article{display:grid;grid-template-columns:minmax(12rem,24rem) 1fr;gap:1.5rem;padding:1.5rem 0;border-bottom:1px solid #767676;scroll-margin-top:6rem}
@@ -98,8 +98,8 @@ button,select{font:inherit;padding:.2rem .6rem}@media(max-width:45rem){article{g
 
 _SCRIPT = '''const all=[...document.querySelectorAll('article')],pick=document.getElementById('modality'),count=document.getElementById('count');
 const shown=()=>all.filter(a=>!a.hidden);
-function go(step){const s=shown();if(!s.length)return;const i=s.indexOf(document.activeElement.closest('article'));
-const j=Math.min(s.length-1,Math.max(0,i<0?0:i+step));s[j].focus();s[j].scrollIntoView();}
+function go(step){const s=shown();if(!s.length)return;
+const j=Math.min(s.length-1,Math.max(0,s.indexOf(document.activeElement.closest('article'))+step));s[j].focus();s[j].scrollIntoView();}
 function filter(){all.forEach(a=>{a.hidden=pick.value!==''&&!a.dataset.modality.split(' ').includes(pick.value)});count.textContent=shown().length+' shown';}
 document.getElementById('tools').hidden=false;pick.addEventListener('change',filter);filter();
 document.getElementById('next').addEventListener('click',()=>go(1));document.getElementById('previous').addEventListener('click',()=>go(-1));

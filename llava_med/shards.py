@@ -35,13 +35,17 @@ def pictures(
     for (image, _), group in itertools.groupby(records, lambda r: (r.get('image'), None if r.get('image') else next(places))):
         yield image, list(group)
 
-# %% ../nbs/03d_shards.ipynb #05878005
+# %% ../nbs/03d_shards.ipynb #c7f5059f
+def _mark(path): # of a file, to see whether it changed
+    try: s = os.stat(path)
+    except OSError: return ''
+    return f'{s.st_size} {s.st_mtime_ns}'
+
 def _key(batch, folder): # of a shard
     h = hashlib.sha256()
     for image, group in batch:
         mark = ''
-        if image and folder:
-            with contextlib.suppress(OSError): mark = f'{(s := os.stat(folder/image)).st_size} {s.st_mtime_ns}'
+        if image: mark = _mark(folder/image if folder else str(image).split('::')[0])
         h.update(json.dumps([image, group, mark], ensure_ascii=False, default=str).encode('utf-8', 'surrogatepass'))
     return h.hexdigest()
 
@@ -86,7 +90,7 @@ def write_shards(
         if not batch: break
         name, key = f'shard-{i:05d}.arrow', _key(batch, folder)
         was = old[i] if i < len(old) and old[i]['key'] == key else None
-        if was and not was['missing'] and (out/name).exists() and (out/name).stat().st_size == was['bytes']: shards.append(was); continue
+        if was and (out/name).exists() and (out/name).stat().st_size == was['bytes']: shards.append(was); continue
         n, lost = _write(out/name, batch, folder, look)
         shards.append(dict(file=name, key=key, pictures=n['pictures'], records=n['records'], bytes=(out/name).stat().st_size,
                            sha256=file_hash(out/name), missing=lost))
@@ -259,12 +263,7 @@ def _wait(client, future, patience, say): # for a result, as long as there are w
             if future.status == 'error': raise
             raise ClusterError(f'The scheduler is gone ({type(e).__name__}); the same command goes on where it stopped.') from None
 
-# %% ../nbs/03d_shards.ipynb #9d32c6a1
-def _mark(path): # of a file, to see whether it changed
-    try: s = os.stat(path)
-    except OSError: return ''
-    return f'{s.st_size} {s.st_mtime_ns}'
-
+# %% ../nbs/03d_shards.ipynb #e0ad1782
 def _plan(sources): # (path, '') of every article, and (source, why) of what holds none
     for s in sources:
         try: yield from ((str(p), '') for p in find_articles([s]))

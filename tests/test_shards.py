@@ -106,7 +106,8 @@ def test_a_killed_writer_leaves_whole_shards(images, tmp_path):
 def test_changes_are_noticed(images, tmp_path):
     said = []
     write_shards(talks(), images, tmp_path/'s', 4)
-    Image.new('RGB', (16, 24)).save(images/'a/5.png')
+    data = bytearray((images/'a/5.png').read_bytes()); data[-20] ^= 1
+    (images/'a/5.png').write_bytes(data)          # of the same size
     write_shards(talks(), images, tmp_path/'s', 4, say=said.append)
     assert [s.split(':')[0] for s in said[:-1]] == ['shard-00001.arrow']
     (tmp_path/'s/shard-00002.arrow').unlink()
@@ -116,6 +117,11 @@ def test_changes_are_noticed(images, tmp_path):
     assert write_shards(talks(), images, tmp_path/'s', 4)['missing'] == 1
     Image.new('RGB', (16, 24)).save(images/'a/6.png')
     assert write_shards(talks(), images, tmp_path/'s', 4)['missing'] == 0
+    absolute = [dict(r, image=str(images/r['image'])) for r in talks()]
+    (images/'a/6.png').unlink()
+    assert write_shards(absolute, None, tmp_path/'t', 4)['missing'] == 1
+    Image.new('RGB', (16, 24)).save(images/'a/6.png')
+    assert write_shards(absolute, None, tmp_path/'t', 4)['missing'] == 0
     with pytest.raises(ShardError, match='holds no index'): list(read_shards(tmp_path/'none'))
 
 
