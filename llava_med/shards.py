@@ -7,11 +7,13 @@ __all__ = ['INDEX', 'VERSION', 'ShardError', 'pictures', 'write_shards', 'read_i
            'read_shards', 'unpack_shards', 'stream_shards', 'article_task', 'ClusterError', 'cluster', 'in_order',
            'figures_on_cluster', 'figures_command']
 
-# %% ../nbs/03d_shards.ipynb #970dbb11
+# %% ../nbs/03d_shards.ipynb #d8302bae
 import asyncio, contextlib, hashlib, itertools, json, logging, os, time, uuid
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import filelock
 
 from .articles import ArticleError, figures, find_articles, read_articles
 from .files import ImageFolder, missing_words
@@ -263,7 +265,7 @@ def _wait(client, future, patience, say): # for a result, as long as there are w
             if future.status == 'error': raise
             raise ClusterError(f'The scheduler is gone ({type(e).__name__}); the same command goes on where it stopped.') from None
 
-# %% ../nbs/03d_shards.ipynb #e0ad1782
+# %% ../nbs/03d_shards.ipynb #33d3b0eb
 def _plan(sources): # (path, '') of every article, and (source, why) of what holds none
     for s in sources:
         try: yield from ((str(p), '') for p in find_articles([s]))
@@ -283,6 +285,17 @@ def _kept(part, manifest, plan, head): # bytes of both files that still agree wi
             end, at, n = row['end'], at + len(line), n + 1
     return end, at, n
 
+@contextlib.contextmanager
+def _alone(out): # one process writes a file
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(out.with_name(f'.{out.name}.lock'))
+    try: lock.acquire(timeout=0)
+    except filelock.Timeout: raise ClusterError(f'{out} is being written by another process: wait until it ends, or choose another name.') from None
+    try: yield
+    finally:
+        with contextlib.suppress(OSError): os.unlink(lock.lock_file)
+        lock.release()
+
 def figures_on_cluster(
     sources:list,              # folders, packages and XML files
     out:str|Path,              # the JSON Lines file to write
@@ -296,10 +309,9 @@ def figures_on_cluster(
     plan = list(_plan([Path(s).resolve() for s in sources]))
     part, manifest = out.with_name(f'.{out.name}.part'), out.with_name(f'.{out.name}.manifest.part')
     head = (json.dumps(dict(images_dir=images_dir and str(Path(images_dir).resolve()))) + '\n').encode()
-    end, at, done = _kept(part, manifest, plan, head)
-    if done: say(f'{done} of {len(plan)} articles are there already.')
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out), _alone(out):
+        end, at, done = _kept(part, manifest, plan, head)
+        if done: say(f'{done} of {len(plan)} articles are there already.')
         with open(part, 'ab') as f, open(manifest, 'ab') as m:
             f.truncate(end); m.truncate(at)
             if not at: m.write(head)

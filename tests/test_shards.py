@@ -209,6 +209,7 @@ def test_one_of_two_workers_is_killed_and_the_result_is_complete(many, tmp_path)
     assert '160 articles' in said and not list(tmp_path.glob('.f*'))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(many, tmp_path):
     out, part = tmp_path/'f.jsonl', tmp_path/'.f.jsonl.manifest.part'
     goals, seen = [30, 90], []
