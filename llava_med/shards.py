@@ -199,7 +199,7 @@ def article_task(
     row |= dict(seconds=round(time.monotonic() - start, 4), worker_mib=round(peak_memory_mib()))
     return ''.join(json.dumps(r, ensure_ascii=False, default=str) + '\n' for r in records), row
 
-# %% ../nbs/03d_shards.ipynb #c42cd688
+# %% ../nbs/03d_shards.ipynb #66a18a8a
 class ClusterError(RuntimeError): "A cluster that cannot be used; the message says why and what to do."
 
 @contextlib.contextmanager
@@ -214,7 +214,7 @@ def cluster(
     try:
         if scheduler is None:
             local = distributed.LocalCluster(n_workers=workers or os.cpu_count(), threads_per_worker=1, processes=True, host='127.0.0.1',
-                                             dashboard_address=None, silence_logs=logging.CRITICAL)
+                                             dashboard_address='127.0.0.1:0', silence_logs=logging.CRITICAL)
         try: client = distributed.Client(local or scheduler, timeout=wait, set_as_default=False)
         except (OSError, ValueError, TypeError, asyncio.TimeoutError) as e:
             raise ClusterError(f'No scheduler answers at {scheduler} ({str(e).splitlines()[0]}): start one with `dask scheduler`, and give its address.') from None
