@@ -549,7 +549,7 @@ def results_table(
     width = max(len(g[0]) for g in grid if g) + 2
     return '\n'.join(''.join(x.ljust(width if i == 0 else 21) for i, x in enumerate(g)).rstrip() for g in grid)
 
-# %% ../nbs/12_batches.ipynb #80ca9a7c
+# %% ../nbs/12_batches.ipynb #479de8ca
 RUN_HELP = '''Runs the notebooks of nbs/pipeline/ in order, each in its own process, and keeps in outputs/RUN/
 the executed notebooks, their results and a record (run.json). A finished step whose notebook,
 parameters and inputs are unchanged is kept; a changed one runs again, and so do those after it.
@@ -617,6 +617,8 @@ def make_parser()->argparse.ArgumentParser:
                     'example:\n  llava-med figures PMC13900.1/ more/*.tar.gz --out figures.jsonl')
     p.add_argument('sources', nargs='+', metavar='SOURCE', help='article folder, package or JATS file')
     p.add_argument('--out', required=True, metavar='FILE', help='JSON Lines file to write')
+    p.add_argument('--workers', type=int, metavar='N', help='this many processes here; a stopped run goes on (default: one, which starts anew)')
+    p.add_argument('--scheduler', metavar='ADDRESS', help='of a Dask scheduler, whose workers see the same folders')
     add_get(sub.add_parser('get', help='fetch data sets, base models, or articles', description=GET_HELP, formatter_class=raw))
     p = sub.add_parser('score', help='scores of an answer file, without a model', formatter_class=raw,
         description='Scores answers, ours or LLaVA-Med\'s, against a VQA set. They are paired by question text, or by id\n'
@@ -634,7 +636,7 @@ def make_parser()->argparse.ArgumentParser:
         description='Runs nbs/index.ipynb, keeps its outputs, writes README.md, and data/README.md from the catalogue.')
     return parser
 
-# %% ../nbs/12_batches.ipynb #4905b2fb
+# %% ../nbs/12_batches.ipynb #e9177465
 def run_command(
     args:argparse.Namespace, # what was typed
 )->int:                      # exit code
@@ -655,8 +657,8 @@ def dispatch(
     "Open the door that was asked for."
     if args.command == 'run': return run_command(args)
     if args.command == 'figures':
-        from llava_med.articles import figures
-        return figures(args.sources, args.out)
+        from llava_med.shards import figures_command
+        return figures_command(args)
     if args.command == 'get':
         from llava_med.catalogue import CATALOGUE, get_command
         if args.names[:1] != ['pmc']:

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['IMAGE', 'DOMAINS', 'CUT_WORDS', 'BRIEF', 'DETAILED', 'RANK', 'ABOUT', 'REPORT', 'UNSEEN', 'LEAD', 'POINTER',
-           'OVERALL', 'RecordError', 'turns_of', 'fault', 'image_fault', 'parse_records', 'read_records',
-           'one_spelling', 'write_records', 'to_messages', 'record_id', 'rng_of', 'frame', 'alignment_record', 'Turn',
-           'facts_told', 'turn', 'leaks', 'without_leaks', 'compose', 'excess', 'rarer_twin', 'short_turns', 'denied',
-           'place_of', 'describe', 'noun_phrase', 'report', 'sentences', 'visible', 'named_modalities', 'general_turns',
-           'TemplateGenerator', 'instruct_record', 'instruct_records']
+           'OVERALL', 'RecordError', 'turns_of', 'fault', 'image_fault', 'stream_json', 'stream_records',
+           'read_records', 'one_spelling', 'write_records', 'to_messages', 'record_id', 'rng_of', 'frame',
+           'alignment_record', 'Turn', 'facts_told', 'turn', 'leaks', 'without_leaks', 'compose', 'excess',
+           'rarer_twin', 'short_turns', 'denied', 'place_of', 'describe', 'noun_phrase', 'report', 'sentences',
+           'visible', 'named_modalities', 'general_turns', 'TemplateGenerator', 'instruct_record', 'instruct_records']
 
-# %% ../nbs/03_conversations.ipynb #127e42eb
+# %% ../nbs/03_conversations.ipynb #48dff7f0
 import json
 import re
 import zlib
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import ijson
 import numpy as np
 
 from . import articles, phantom_words, phantoms
@@ -69,27 +70,40 @@ def image_fault(
     return (f'has {IMAGE} {counts[0]} times in its first question and {sum(counts[1:])} times '
             'later: once and never is right')
 
-# %% ../nbs/03_conversations.ipynb #a8503788
-def parse_records(
-    text:str, # the content of a file: a JSON list, or one JSON object a line
-)->list:      # what it holds
-    "Parse JSON or JSON Lines, whatever the file is called."
-    if text.lstrip().startswith('['): return json.loads(text)
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
-
-def read_records(
-    path:str|Path, # alignment.json, instruct.json or any file of LLaVA-Med
-)->list:           # records, with the key spelt `conversations`
-    "Read conversation records and refuse malformed ones."
-    try: records = parse_records(Path(path).read_text(encoding='utf-8'))
+# %% ../nbs/03_conversations.ipynb #9d773f3f
+def stream_json(
+    path:str|Path, # a JSON list, or one JSON object a line
+)->Iterator:       # what it holds, one after the other
+    "Parse JSON or JSON Lines piece by piece, whatever the file is called."
+    at = ''
+    try:
+        with open(path, 'rb') as f:
+            head = f.read(1 << 12)
+            start = len(head) - len(head.removeprefix(b'\xef\xbb\xbf').lstrip())   # after a byte order mark
+            f.seek(start)
+            if head[start:start + 1] == b'[': yield from ijson.items(f, 'item', use_float=True)
+            for i, line in enumerate(f, 1):
+                at = f'line {i}: '
+                if line.strip(): yield json.loads(line)
     except FileNotFoundError: raise RecordError(f'{path} does not exist.') from None
-    except ValueError as e:
-        raise RecordError(f'{path} is neither JSON nor JSON Lines ({e}): make it again.') from None
-    for i, r in enumerate(records):
+    except (ValueError, ijson.JSONError) as e:
+        raise RecordError(f'{path} is neither JSON nor JSON Lines ({at}{str(e).splitlines()[0]}): make it again.') from None
+
+def stream_records(
+    path:str|Path, # alignment.json, instruct.json or any such file of LLaVA-Med
+)->Iterator:       # records, with the key spelt `conversations`
+    "Conversation records of a file, one at a time; a malformed one is refused."
+    for i, r in enumerate(stream_json(path), 1):
         if why := fault(r):
             name = repr(r['id']) if isinstance(r, dict) and r.get('id') else 'without id'
-            raise RecordError(f'{path}: record {i + 1} ({name}) {why}. Repair or remove it.')
-    return [one_spelling(r) for r in records]
+            raise RecordError(f'{path}: record {i} ({name}) {why}. Repair or remove it.')
+        yield one_spelling(r)
+
+def read_records(
+    path:str|Path, # as for `stream_records`
+)->list:           # all records
+    "Read conversation records and refuse malformed ones."
+    return list(stream_records(path))
 
 def one_spelling(
     record:dict, # a sound record
@@ -156,7 +170,7 @@ def rng_of(
     "A random generator that belongs to one figure."
     return np.random.default_rng([seed, zlib.crc32(record_id(figure).encode())])
 
-# %% ../nbs/03_conversations.ipynb #9c1aa577
+# %% ../nbs/03_conversations.ipynb #2ef32db8
 def frame(
     figure:dict,    # a figure record
     turns:list,     # question and answer in turn, as text
@@ -168,6 +182,7 @@ def frame(
     if not figure.get('image'):
         raise RecordError(f"Figure {record_id(figure)} has no image file: leave it out, "
                           "or give the folder that holds its article's images.")
+    turns = [t.replace(IMAGE, 'image') for t in turns]   # an article may say it, too
     turns = [f'{IMAGE}\n{turns[0]}' if image_first else f'{turns[0]}\n{IMAGE}', *turns[1:]]
     domain = {d: bool((figure.get('modalities') or {}).get(d)) for d in DOMAINS}
     said = [{'from': ('human', 'gpt')[i % 2], 'value': t} for i, t in enumerate(turns)]

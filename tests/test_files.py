@@ -1,0 +1,187 @@
+"What the cells of 03c_files cannot say: LLaVA-Med's real files, half a million records, and fetched images under its names."
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava_med.conversations import DOMAINS, RecordError, fault, read_records, write_records
+from llava_med.files import (Form, ImageFolder, conversation_of, domain_counts, figure_of, form_of, llava_caption, llava_question,
+                             llava_record, missing_words, place_images, read_llava, read_rows, with_images, write_rows)
+from llava_med.runs import test_data as data_folder
+
+REPO = Path(__file__).resolve().parents[1]
+DATA = data_folder() and data_folder()/'llava_med'
+real = pytest.mark.skipif(DATA is None or not DATA.is_dir(), reason='LLAVA_MED_TESTDATA holds no folder llava_med')
+OFFICIAL = dict(instruct_examples_5=('json', 'conversations', 5), llava_med_eval_qa50_fig_captions=('json', 'captions', 50),
+                llava_med_eval_qa50_qa=('jsonl', 'questions', 193), llava_med_eval_qa50_qa_ans_2v_thirdparty=('jsonl', 'judgements', 192),
+                llava_med_image_urls_eval_2v=('jsonl', 'urls', 50), **{'llava_med_qa50_instruct_caption_in_text_cleaned-60k-3epoch': ('json', 'answers', 193)},
+                **{f'v1_vqarad_answer-file{x}': ('jsonl', 'answers', 451) for x in ('', '-1epoch', '-llava-zeroshot')})
+QUESTIONS = 'llava_med_eval_qa50_qa.jsonl'
+
+
+@real
+@pytest.mark.parametrize('name', OFFICIAL)
+def test_official_files_are_equal_after_reading_and_writing(name, tmp_path):
+    ending, kind, n = OFFICIAL[name]
+    path = DATA/f'{name}.{ending}'
+    form, rows = form_of(path), list(read_rows(path))
+    assert (form.kind, len(rows)) == (kind, n)
+    write_rows(tmp_path/'again', rows, form)
+    assert (tmp_path/'again').read_bytes() == path.read_bytes()
+
+
+@real
+def test_modality_counts_of_the_questions():
+    rows = list(read_rows(DATA/QUESTIONS))
+    assert domain_counts(rows) == dict(zip(DOMAINS, (37, 38, 44, 34, 40)))
+    assert sum(sum(r['domain'].values()) > 1 for r in rows) == 8
+    grouped = list(read_rows(DATA/'llava_med_eval_qa50_fig_captions.json'))
+    assert domain_counts(grouped) == {d: sum(r['group'] == d for r in grouped) for d in DOMAINS}
+
+
+@real
+def test_questions_go_through_our_records_and_back(tmp_path):
+    rows = list(read_rows(DATA/QUESTIONS))
+    records = list(read_llava(DATA/QUESTIONS))
+    assert len({r['id'] for r in records}) == 193 and not [r for r in records if fault(r)]
+    write_records(tmp_path/'ours.json', records)
+    assert [llava_question(r, i) for i, r in enumerate(read_records(tmp_path/'ours.json'))] == rows
+    assert [r['tags']['type'] for r in records].count('detailed_description') == 50
+
+
+@real
+def test_captions_go_through_figure_records_and_back():
+    for row in read_rows(DATA/'llava_med_eval_qa50_fig_captions.json'):
+        figure, row = figure_of(row), {k: v for k, v in row.items() if k != 'group'}
+        back = llava_caption(figure)
+        assert back['in_text_mention'] == row['in_text_mention']
+        assert back['graphic_ref'] == row['graphic_ref'].split('/', 2)[2] and back['fig_label'] == row['fig_label'].rstrip('.:')
+        assert all(back[k] == row[k] for k in ('fig_caption', 'fig_id', 'pair_id', 'pmid', 'domain'))
+        for m in figure['mentions']: assert not re.search(r' [),.\]]', m['text'])
+
+
+@real
+def test_instruct_examples_of_somebodys_disk():
+    records = list(read_llava(DATA/'instruct_examples_5.json'))
+    assert [r['image'] for r in records] == [f"{r['id']}.jpg" for r in records]
+    assert [r['domain']['ct_scan'] for r in records] == [bool((r.get('domain') or {}).get('ct_scan')) for r in read_rows(DATA/'instruct_examples_5.json')]
+    assert [list(llava_record(r)) for r in records] == [['id', 'image', 'domain', 'conversations']]*5
+
+
+@real
+def test_answers_lose_the_role_and_empty_ones_are_noted():
+    path, faults = DATA/'v1_vqarad_answer-file.jsonl', []
+    rows, records = list(read_rows(path)), list(read_llava(path, faults))
+    assert sum(r['text'].startswith('Human:') for r in rows) > 100
+    assert not [r for r in records if re.match('human|assistant', r['conversations'][1]['value'], re.I)]
+    empty = [str(r['question_id']) for r in rows if not re.sub(r'^\s*\w+:', '', r['text']).strip()]
+    assert len(records) + len(faults) == 451 and {str(f['record']) for f in faults} >= set(empty)
+
+
+@real
+def test_every_image_of_the_questions_is_missing_here(tmp_path):
+    records, missing = list(read_llava(DATA/QUESTIONS)), []
+    Image.new('RGB', (9, 9)).save(tmp_path/records[0]['image'])
+    kept = list(with_images(records, tmp_path, missing))
+    assert {r['image'] for r in kept} == {records[0]['image']} and len(kept) + len(missing) == 193
+    assert missing_words(missing, 193) == f'{len(missing)} of 193 records are left out, because their images are missing: {len(missing)} × there is no such file.'
+
+
+def test_damaged_files_end_in_a_sentence(tmp_path):
+    p = tmp_path/'a.json'
+    for text, words in (('[{"id": 1, ', 'neither JSON'), ('', 'no record'), ('{"mri": [{"pair_id": "1", "fig_caption": "a"}, ', 'dictionary of lists'),
+                        ('[1, 2]', 'no record'), ('{"pair_id": 1, "image_file_path": 2}\n{"a', 'line 2')):
+        p.write_text(text)
+        with pytest.raises(RecordError, match=f'a.json.*{words}'): form_of(p), list(read_rows(p))
+    with pytest.raises(RecordError, match='does not exist'): form_of(tmp_path/'b.json')
+
+
+def test_a_bad_row_costs_one_line(tmp_path):
+    good = {'id': 'a', 'conversations': [{'from': 'human', 'value': 'Q?'}, {'from': 'gpt', 'value': 'A.'}]}
+    bad = [7, {'id': 'b'}, {'id': 'c', 'conversations': [1, 2]}, {'question_id': 3, 'text': 'q', 'gpt4_answer': 'a'}, None]
+    write_rows(tmp_path/'x.json', [good, *bad, good], Form('conversations'))
+    faults = []
+    assert len(list(read_llava(tmp_path/'x.json', faults))) == 2
+    assert [f['record'] for f in faults] == [2, 'b', 'c', 3, 6] and all(f['reason'].strip() for f in faults)
+
+
+def test_letters_of_other_scripts_and_odd_line_ends(tmp_path):
+    row = {'id': 'ä\u2028b', 'conversations': [{'from': 'human', 'value': 'Was?\u2029\r\n\x85'}, {'from': 'gpt', 'value': '×100 图'}]}
+    for layout in ('list', 'rows', 'lines'):
+        for plain in (True, False):
+            for indent in (None, 3) if layout == 'list' else (None,):
+                form = Form('conversations', layout, indent, plain, '\n')
+                write_rows(tmp_path/'x', [row, row], form)
+                assert list(read_rows(tmp_path/'x')) == [row, row] and form_of(tmp_path/'x') == form
+
+
+def test_nothing_is_written_when_a_row_fails(tmp_path):
+    def rows():
+        yield {'id': 1}
+        raise RuntimeError('gone')
+    (tmp_path/'x').write_text('old')
+    with pytest.raises(RuntimeError): write_rows(tmp_path/'x', rows(), Form('conversations'))
+    assert [p.name for p in tmp_path.iterdir()] == ['x'] and (tmp_path/'x').read_text() == 'old'
+
+
+def test_images_in_folders_of_folders_are_listed_once(tmp_path, monkeypatch):
+    import os
+    (tmp_path/'a').mkdir(); Image.new('RGB', (9, 9)).save(tmp_path/'a/1.png')
+    asked, scandir = [], os.scandir
+    monkeypatch.setattr('llava_med.files.os.scandir', lambda p: asked.append(str(p)) or scandir(p))
+    missing = []
+    kept = list(with_images([dict(id=i, image=f'a/{i % 3}.png') for i in range(300)], tmp_path, missing))
+    assert len(kept) == 100 and len(missing) == 200 and len(asked) == 1
+    (tmp_path/'a/2.png').mkdir()
+    assert ImageFolder(tmp_path).why_not('a/2.png') == 'it is no file'
+
+
+def test_fetched_images_get_their_names(tmp_path):
+    "From the addresses to the names that LLaVA-Med's records use, over a bucket on this machine."
+    from llava_med.articles import read_articles
+    from llava_med.files import llava_url
+    from llava_med.getting import LocalBucket, get_pmc
+    from llava_med.phantom_sets import write_articles
+    write_articles(tmp_path/'phantoms', 2, per_article=(2, 3))
+    (tmp_path/'phantoms/truth.jsonl').unlink()
+    figures = [f for f in read_articles([tmp_path/'phantoms']) if f['image']]
+    gone = llava_url(figures[0]) | {'image_file_path': 'PMC5/none.jpg', 'pair_id': '5_F1'}
+    write_rows(tmp_path/'urls.jsonl', [*map(llava_url, figures), gone], Form('urls', 'lines', end='\n'))
+    with LocalBucket(tmp_path/'phantoms') as bucket:
+        assert get_pmc(out=tmp_path/'pmc', image_urls=tmp_path/'urls.jsonl', base=bucket.url, say=lambda s: None) == 0
+    missing = place_images(tmp_path/'pmc', tmp_path/'images')
+    assert [m['id'] for m in missing] == ['5_F1']
+    assert {p.name for p in (tmp_path/'images').iterdir()} == {f"{f['pmid']}_{f['fig_id']}.jpg" for f in figures}
+    for f in figures: assert (tmp_path/'images'/f"{f['pmid']}_{f['fig_id']}.jpg").read_bytes() == Path(f['image']).read_bytes()
+
+
+HALF_A_MILLION = '''
+import json, sys, time
+from llava_med.files import Form, read_llava, write_rows
+from llava_med.runs import peak_memory_mib
+path, n = sys.argv[1], int(sys.argv[2])
+caption = 'Axial computed tomography image with a hypodense lesion of the left hepatic lobe and the vessels around it, as the text describes. '
+def rows():
+    for i in range(n):
+        yield {'id': f'{i}_F1', 'image': f'{i}_F1.jpg', 'conversatons': [{'from': 'human', 'value': 'Describe it.\\n<image>'},
+               {'from': 'gpt', 'value': f'{i} ' + caption*4}]}
+write_rows(path, rows(), Form('conversations'))
+before, start = peak_memory_mib(), time.monotonic()
+found = sum(1 for _ in read_llava(path))
+print(json.dumps(dict(found=found, before=before, peak=peak_memory_mib(), seconds=time.monotonic() - start)))
+'''
+
+
+@pytest.mark.slow
+def test_half_a_million_records_are_a_stream(tmp_path):
+    path, n = tmp_path/'alignment.json', 500_000
+    done = subprocess.run([sys.executable, '-c', HALF_A_MILLION, str(path), str(n)], capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    assert path.stat().st_size > 300e6 and got['found'] == n
+    assert got['peak'] < 1000 and got['peak'] - got['before'] < 50, got
+    print(got)
