@@ -86,7 +86,7 @@ def _pieces(text, finish, used): # an answer as the chunks of a stream
     yield dict(choices=[dict(index=0, delta={}, finish_reason=finish)])
     yield dict(choices=[], usage=used)
 
-# %% ../nbs/03b_asking.ipynb #d700c9a3
+# %% ../nbs/03b_asking.ipynb #44f1eae3
 class EndpointError(ValueError): "A service that cannot be asked, or not so; the message is one sentence."
 class _Failed(Exception): # an attempt without an answer
     def __init__(self, why, after=0., billed=False): super().__init__(why); self.after, self.billed = after, billed
@@ -105,6 +105,7 @@ def read_answer(
 )->tuple:              # text, why it stopped, (prompt tokens, completion tokens) or None
     "What a service said; a ValueError says what is wrong with it."
     text = body.decode('utf-8', 'replace')
+    stream = stream and not text.lstrip().startswith('{')   # some answer as a whole all the same
     try:
         if stream: chunks = [json.loads(x[5:]) for x in text.splitlines() if x.startswith('data:') and x[5:].strip() != '[DONE]']
         else: chunks = [json.loads(text)]
@@ -143,7 +144,7 @@ def check_url(
     if u.username or u.password or u.query: raise EndpointError(f'The address of {name} carries more than an address: a key goes into the environment variable OPENAI_API_KEY.')
     return name == 'localhost' or name.startswith('127.') or name == '::1'
 
-# %% ../nbs/03b_asking.ipynb #cebecbfe
+# %% ../nbs/03b_asking.ipynb #9aff12c7
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 
 def _broken(): # errors of the HTTP library that the client uses
@@ -301,11 +302,11 @@ class EndpointGenerator(TextGenerator):
         messages:list, # chat messages
     )->bytes:          # what came
         "One request; however it ends, it ends in time and in memory."
-        more = dict(stream=True, stream_options=dict(include_usage=True)) if self.stream else {}
+        more = dict(stream=True, stream_options=dict(include_usage=True)) if self.stream else {}   # else no service tells what a stream cost
         body = bytearray()
         try:
             async with asyncio.timeout(self.deadline):
-                asking = self.client.chat.completions.with_streaming_response.create(model=self.model, messages=messages, **more, **self.settings)
+                asking = self.client.chat.completions.with_streaming_response.create(model=self.model, messages=messages, extra_body=self.settings, **more)
                 async with asking as r:
                     async for x in r.iter_bytes():
                         body += x
@@ -322,7 +323,7 @@ class EndpointGenerator(TextGenerator):
         e:openai.APIStatusError, # an answer with a status of 400 and more
     )->_Failed:
         "What a status means for this question and for the others; none of them is billed."
-        code, words = e.status_code, e.body.get('message') if isinstance(e.body, dict) else e.body
+        code, words = e.status_code, (e.body.get('message') or e.body.get('detail') or e.body) if isinstance(e.body, dict) else e.body
         said = self.clean(f'{self.url} answers {code}' + (f' ({" ".join(str(words).split())[:150]})' if words else ''))
         if code in (401, 403): return _Stop(f'{said}: set the environment variable OPENAI_API_KEY to a key that it accepts')
         if code == 404: return _Stop(f'{said}: check the address, which usually ends in /v1, and the model {self.model!r}')

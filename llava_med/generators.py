@@ -180,7 +180,7 @@ def mend(
     out = ''.join(parts)
     return text if out == text else re.sub(r' {2,}', ' ', out).strip()
 
-# %% ../nbs/03a_generators.ipynb #9bd87588
+# %% ../nbs/03a_generators.ipynb #f9c45c5b
 def read_talk(
     text:str,           # what a model wrote
     finish:str='stop',  # why it stopped: stop, length, content_filter …
@@ -191,8 +191,8 @@ def read_talk(
     if not text: return [], [row('cut off' if finish == 'length' else 'malformed', 'The answer is empty.')]
     if re.fullmatch(rf'\W*{NOTHING}\W*', text): return [], [row('nothing', 'The model says that the text shows nothing visible.')]
     found, rows = split_talk(text)
-    if not found and REFUSAL.search(text): return [], [row('refusal', f'The model refused: {short(text)}.')]
-    if not found and not any(ROLE.match(x) for x in text.splitlines()):
+    if not any(ROLE.match(x) for x in text.splitlines()):
+        if REFUSAL.search(text): return [], [row('refusal', f'The model refused: {short(text)}.')]
         return [], [row('malformed', f'No line begins with User: or Assistant: in {short(text)}.')]
     if finish == 'length':
         if found and not re.search(r'[.!?)"”]$', found[-1][2]): rows.append(row('cut off', f'The answer {short(found[-1][2][-60:])} was cut off at the limit of tokens.', found.pop()[0]))
@@ -383,7 +383,7 @@ def written_records(
         for p in rows: note(dict(record=record_id(f), **p))
         if r: yield r
 
-# %% ../nbs/03a_generators.ipynb #cee55c51
+# %% ../nbs/03a_generators.ipynb #b10c3956
 def model_mark(
     model:str|Path, # a folder, or a name on the hub
 )->str:             # a name without a path; a folder's has a hash of its files
@@ -435,6 +435,8 @@ class LocalGenerator(TextGenerator):
         import torch
         tokenizer, model = self.load()
         most, room, keys = self.settings['max_tokens'], model.config.get_text_config().max_position_embeddings, list(jobs)
+        ends = model.generation_config.eos_token_id
+        ends = set(ends) if isinstance(ends, list) else {ends}
         for i in progress(range(0, len(keys), self.batch_size), 'local model', unit='batches'):
             batch = keys[i:i + self.batch_size]
             if all(k in self.answers for k in batch): continue
@@ -447,7 +449,6 @@ class LocalGenerator(TextGenerator):
             with torch.inference_mode(): out = model.generate(**x, max_new_tokens=most, do_sample=False, pad_token_id=tokenizer.pad_token_id)[:, x['input_ids'].shape[1]:]
             for k, said in zip(good, out.tolist()):
                 if k in self.answers: continue
-                said = [t for t in said if t != tokenizer.pad_token_id or t == tokenizer.eos_token_id]
-                text = tokenizer.decode(said, skip_special_tokens=True)
-                finish = 'length' if len(said) >= most and said[-1] != tokenizer.eos_token_id else 'stop'
-                self.answers.add(k, 'answered', cost=0., text=text, finish=finish, prompt_tokens=len(ids[k]), completion_tokens=len(said))
+                n = next((i for i, t in enumerate(said, 1) if t in ends), None)   # what follows the end is padding
+                text, finish = tokenizer.decode(said[:n], skip_special_tokens=True), 'stop' if n else 'length'
+                self.answers.add(k, 'answered', cost=0., text=text, finish=finish, prompt_tokens=len(ids[k]), completion_tokens=n or len(said))
