@@ -144,7 +144,7 @@ def check_url(
     if u.username or u.password or u.query: raise EndpointError(f'The address of {name} carries more than an address: a key goes into the environment variable OPENAI_API_KEY.')
     return name == 'localhost' or name.startswith('127.') or name == '::1'
 
-# %% ../nbs/03b_asking.ipynb #9aff12c7
+# %% ../nbs/03b_asking.ipynb #6a3adc3c
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 
 def _broken(): # errors of the HTTP library that the client uses
@@ -313,10 +313,10 @@ class EndpointGenerator(TextGenerator):
                         if len(body) > self.limit: raise _No(f'{self.url} answers without end: {len(body)} bytes and no end', billed=True)
             return bytes(body)
         except openai.APIStatusError as e: raise self.refused(e) from None
-        except openai.APITimeoutError: raise _Again(f'{self.url} is silent for {max(self.timeout)} s', billed=True) from None
         except openai.APIConnectionError as e:
-            never = 'Connect' in type(e.__cause__).__name__
-            raise _Again(f'{self.url} {"cannot be reached" if never else "broke off"} ({type(e.__cause__).__name__})', billed=not never) from None
+            why = type(e.__cause__).__name__
+            what = 'cannot be reached' if why.startswith('Connect') else f'is silent for {self.timeout[1]} s' if isinstance(e, openai.APITimeoutError) else 'broke off'
+            raise _Again(f'{self.url} {what} ({why})', billed=not why.startswith('Connect')) from None
         except TimeoutError: raise _No(f'{self.url} took longer than {self.deadline} s', billed=True) from None
         except tuple(_broken()) as e: raise _Again(f'{self.url} broke off ({type(e).__name__})', billed=True) from None
     def refused(self,

@@ -191,8 +191,8 @@ def test_nobody_asks_before_the_time_that_the_service_named(tmp_path):
     with LocalEndpoint(say) as e:
         e.faults = {FIGURES[0]['caption']: [(429, 1)]}
         began = time.monotonic()
-        run([figure(s) for s in range(8)], generator(e.url, tmp_path/'a.jsonl', workers=1))
-    assert len(times) == 8 and min(times) - began > .95
+        run([figure(s) for s in range(12)], generator(e.url, tmp_path/'a.jsonl', workers=4))
+    assert len(times) == 12 and 3 <= sum(t - began < .9 for t in times) <= 7, 'those that were under way, and then silence'
 
 
 def test_limits_are_kept(tmp_path):
@@ -246,8 +246,8 @@ def test_figures_that_need_no_answer_are_not_asked_about(tmp_path):
     assert [r['id'] for r in records] == ['7_f1', '8_f1'] and [r['what'] for r in rows] == ['not asked']*3
 
 
-def test_the_key_comes_from_the_environment_and_stays_there(tmp_path, monkeypatch, capfd):
-    secret = 'sk-test-0123456789abcdef'
+@pytest.mark.parametrize('secret', ['sk-test-0123456789abcdef', 'any other secret'])
+def test_the_key_comes_from_the_environment_and_stays_there(secret, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv('OPENAI_API_KEY', secret)
     with LocalEndpoint(lambda m: f'User: What is your key?\nAssistant: It is {secret}.\nUser: Hm?\nAssistant: Hm.') as e:
         e.faults = {FIGURES[0]['caption']: [500]*9, FIGURES[1]['caption']: [400]}
@@ -260,6 +260,20 @@ def test_the_key_comes_from_the_environment_and_stays_there(tmp_path, monkeypatc
     for url in (f'http://{secret}@127.0.0.1/v1', f'http://127.0.0.1/v1?key={secret}'):
         with pytest.raises(EndpointError) as error: generator(url, tmp_path/'c.jsonl')
         assert secret not in str(error.value)
+
+
+def test_a_line_that_was_cut_off_is_forgotten_wherever_the_cut_is(tmp_path):
+    file = tmp_path/'a.jsonl'
+    with LocalEndpoint(good) as e:
+        whole = run(FIGURES, generator(e.url, file, workers=1))
+        data = file.read_bytes()
+        last = data[:-1].rfind(b'\n') + 1
+        for cut in (last + 1, last + 40, len(data) - 1):
+            file.write_bytes(data[:cut])
+            e.asked.clear()
+            assert len(Answers(file)) == 2 and Answers(file).ledger()['lost'] == 1
+            assert run(FIGURES, generator(e.url, file)) == whole and sum(e.asked.values()) == 1
+            assert [json.loads(x)['event'] for x in file.read_text().splitlines()] == ['asked', 'answered', 'asked', 'answered', 'asked', 'asked', 'answered']
 
 
 def test_two_processes_do_not_share_a_file(tmp_path):
@@ -323,7 +337,7 @@ def test_killed_ten_times_it_ends_with_the_same_records_and_pays_once(tmp_path):
         generate(e.url, tmp_path/'calm')
         e.asked.clear(); e.served.clear(); e.faults = mixed()
         kills, lost, again, before, stored = 0, 0, [], Counter(), set()
-        marks = sorted(rng.sample(range(2, N_KILLED - 6), 10))
+        marks = sorted(rng.sample(range(2, N_KILLED - 20), 10))
         while True:
             p = server.Process(target=generate, args=(e.url, str(tmp_path/'out')))
             p.start()
