@@ -196,18 +196,24 @@ def test_nobody_asks_before_the_time_that_the_service_named(tmp_path):
 
 
 def test_limits_are_kept(tmp_path):
-    figures = [figure(s) for s in range(12)]
-    with LocalEndpoint(good, delay=.05) as e:
-        run(figures, generator(e.url, tmp_path/'a.jsonl', workers=3))
+    figures, times = [figure(s) for s in range(12)], []
+    def say(messages):
+        times.append(time.monotonic())
+        return good(messages)
+    def span(file, workers=12, **limits):
+        "Seconds between the first question and the last, as the service sees them."
+        times.clear()
+        g = generator(e.url, tmp_path/file, workers=workers)
+        for k, v in limits.items(): setattr(g, k, v)
+        assert len(run(figures, g)[0]) == 12 == len(times)
+        return max(times) - min(times)
+    with LocalEndpoint(say, delay=.05) as e:
+        span('a.jsonl', workers=3)
         assert e.most == 3
-        began = time.monotonic()
-        run(figures, generator(e.url, tmp_path/'b.jsonl', workers=12, per_minute=60*20))
-        assert time.monotonic() - began > 11/20
-        g = generator(e.url, tmp_path/'c.jsonl', workers=12)
+        g = generator(e.url, tmp_path/'none.jsonl')
         bound = [token_bound(g.messages(*texts_of(f))) + g.most for f in figures]
-        g.tokens_per_minute, began = 60*sum(bound), time.monotonic()
-        run(figures, g)
-        assert .8 < time.monotonic() - began < 5
+        assert span('b.jsonl') < 1.2 < 1.5 < span('c.jsonl', per_minute=60*11/1.7) < 4
+        assert 1.5 < span('d.jsonl', tokens_per_minute=60*sum(bound)/1.9) < 4
 
 
 @pytest.mark.parametrize('stream', [False, True])
