@@ -550,6 +550,7 @@ def instruct_record(
     turns = generator(caption, [m['text'] for m in figure.get('mentions') or []], rng)
     if not turns: return None
     maker = dict(name=generator.name, version=generator.version, saw=list(generator.saw))
+    if getattr(generator, 'model', None): maker['model'] = generator.model
     return frame(figure, [x for t in turns for x in (t.question, t.answer)], maker,
                  bool(rng.random() < image_before), question_types=[t.type for t in turns])
 
