@@ -518,3 +518,10 @@ def test_flat_pictures_are_not_all_the_same(tmp_path):
     for v in (0, 128): save(tmp_path / f'{v}.png', Image.new('RGB', (32, 32), (v,) * 3))
     marks = audit.picture_marks(['0.png', '128.png'], tmp_path)
     assert {(a, b) for a, b, _ in audit.near_pictures(marks, marks)} == {('0.png', '0.png'), ('128.png', '128.png')}
+
+
+def test_left_is_not_right_and_yes_is_not_no():
+    items = [item(0, 'a', 'Is the left lung clear?', 'yes'), item(1, 'a', 'Is the right lung clear?', 'yes'), item(2, 'a', 'Is the left lung clear?', 'no'),
+             item(3, 'a', 'Are the left lungs clear?', 'yes'), item(4, 'a', 'Is the lung clear?', 'yes')]
+    wording = audit.Wording(items)
+    assert [wording.score(items[0], o) > 0 for o in items[1:]] == [False, False, True, True]
