@@ -624,11 +624,12 @@ def make_parser()->argparse.ArgumentParser:
         description='Scores answers, ours or LLaVA-Med\'s, against a VQA set. They are paired by question text, or by id\n'
                     'where the questions agree; the rule used and everything odd is printed.\n\n'
                     'example:\n  llava-med score vqa_rad/testset.json answers.jsonl --scorer llavamed_v1 --out scores.csv')
-    p.add_argument('items', metavar='ITEMS', help='VQA-RAD, SLAKE or PathVQA as published, or our items')
+    p.add_argument('items', metavar='ITEMS', help='VQA-RAD, SLAKE, PathVQA or PMC-VQA as published or as parquet, LLaVA-Med\'s test.json, or our items')
     p.add_argument('predictions', metavar='PREDICTIONS', help='JSON or JSON Lines with "prompt" and "text"')
     p.add_argument('--scorer', choices=('llavamed_v1', 'medevalkit', 'lmms_slake', 'strict'), metavar='NAME',
                    help='%(choices)s (default: all)')
     p.add_argument('--out', metavar='FILE', help='CSV file to write')
+    p.add_argument('--part', action='store_true', help='ITEMS is meant to be only a part of its set, not a file that was cut off')
     p = sub.add_parser('refresh', help="bring a run's outputs into the committed notebooks", formatter_class=raw,
         description='Copies the outputs of a finished run into nbs/pipeline/ and its small files into outputs/example/.')
     p.add_argument('run', nargs='?', default='tiny', metavar='RUN', help='whose results to show (default: tiny)')
@@ -666,7 +667,7 @@ def dispatch(
         return get_command(args)
     if args.command == 'score':
         from llava_med.scorers import score_files
-        return score_files(args.items, args.predictions, args.scorer, args.out)
+        return score_files(args.items, args.predictions, args.scorer, args.out, part=args.part)
     later = importlib.import_module('llava_med.publishing')   # chapter 14 builds on this one, so it is opened by name
     return getattr(later, f'{args.command}_command')(args)
 

@@ -19,7 +19,8 @@ import pandas as pd
 from .runs import write_csv
 from .scoring import (COLUMNS, HEAD, KEYS, MODEL_PAIRS, ScoreError, _contrasts, _index, _slices,
                                draw_counts, item_tag, limits, strict, strict_normalise, summarise)
-from .vqa import read_vqa, same_question
+from .readers import read_vqa
+from .vqa import same_question
 
 # %% ../nbs/09a_scorers.ipynb #02a436fb
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -456,17 +457,18 @@ def score_answers(
 
 # %% ../nbs/09a_scorers.ipynb #5dffb085
 def score_files(
-    items:str|Path,       # any VQA set that chapter 04 reads
+    items:str|Path,       # any VQA set that chapter 04a reads
     predictions:str|Path, # answers of ours or LLaVA-Med's
     scorer:str|None=None, # one of SCORERS; all of them if None
     out:str|Path|None=None, # CSV file to write
+    part:bool=False,      # True if the items are meant to be only a part of their set
     **kw,                 # further arguments of `score_answers`
 )->int:                   # exit code
     "Score an answer file, print the summary, and return the exit code."
     if scorer not in (None, *SCORERS): raise ScoreError(f'No scorer {scorer!r}; known are {", ".join(SCORERS)}.')
     if not Path(predictions).is_file(): raise FileNotFoundError(f'{predictions}: there is no such file.')
     if out and Path(out).is_dir(): raise ScoreError(f'{out} is a folder: name a file for --out, such as {Path(out)/"scores.csv"}.')
-    rows, notes = score_answers(read_vqa(items, lang=None), read_answers(predictions),
+    rows, notes = score_answers(read_vqa(items, lang=None, part=part, say=print), read_answers(predictions),
                                 [scorer] if scorer else tuple(SCORERS), Path(predictions).stem, **kw)
     if not rows: raise ScoreError(f'{predictions}: holds captions only, no answers to questions.')
     for line in notes: print(line)

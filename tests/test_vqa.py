@@ -1,15 +1,21 @@
-"""The VQA readers on the real sets."""
+"""The VQA readers and the split audit: real sets where they are at hand, and files made here in every layout, whole, odd, cut off and hostile."""
+import io
 import json
+import os
+import pickle
 from collections import Counter
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from llava_med import vqa
-from llava_med.runs import test_data as data_folder
+from llava_med import audit, readers, vqa
+from llava_med.batches import main
+from llava_med.runs import test_data as data_folder, write_json, write_jsonl
 
 DATA = data_folder()
-pytestmark = pytest.mark.skipif(DATA is None or not (DATA / 'slake').is_dir(),
-                                reason='no LLAVA_MED_TESTDATA')
+real = pytest.mark.skipif(DATA is None or not (DATA / 'slake').is_dir(), reason='no LLAVA_MED_TESTDATA')
+PUBLIC = 'VQA_RAD Dataset Public.json'
 
 
 @pytest.fixture(scope='module')
@@ -17,73 +23,505 @@ def slake(): return {s: vqa.read_slake(DATA / 'slake', s) for s in ('train', 'va
 
 
 @pytest.fixture(scope='module')
-def rad(): return {s: vqa.read_vqa_rad(DATA / 'vqa_rad' / f'{s}set.json')
-                   for s in ('train', 'test')}
+def rad(): return {s: vqa.read_vqa_rad(DATA / 'vqa_rad' / f'{s}set.json') for s in ('train', 'test')}
 
 
+@pytest.fixture(scope='module')
+def public(): return vqa.read_vqa_rad(DATA / 'vqa_rad' / PUBLIC)
+
+
+def raw(name): return json.loads((DATA / name).read_text(encoding='utf-8'))
+
+
+def rad_row(n, **kw):
+    return dict(qid=n, image_name=f'{n}.jpg', image_organ='HEAD', question=f'Is {n} there?', answer='Yes', answer_type='CLOSED',
+                question_type='PRES', phrase_type='freeform') | kw
+
+
+# SLAKE
+
+@real
 def test_slake_has_its_published_size(slake):
     assert {s: len(v) for s, v in slake.items()} == {'train': 4919, 'val': 1053, 'test': 1061}
-    assert Counter(o['answer_type'] for o in slake['test']) == {'OPEN': 645, 'CLOSED': 416}
+    assert vqa.item_counts(slake['test']) == (1061, 96, 645, 416)
     assert vqa.check_items(slake['test'], published=True) == []
-    assert vqa.check_items(slake['train'],
-                           published=True) == ["Item 'slake-1622' has an empty answer."]
     both = vqa.read_slake(DATA / 'slake', 'test', lang=None)
     assert Counter(o['q_lang'] for o in both) == {'en': 1061, 'zh': 1033}
+    for split in ('train', 'val', 'test'):
+        for lang, edition in (('en', 'en'), ('zh', 'zh'), (None, 'en+zh')):
+            assert vqa.check_counts(vqa.read_slake(DATA / 'slake', split, lang), edition) == []
 
 
+@real
+def test_slakes_empty_answer_is_reported_and_kept(slake):
+    assert vqa.check_items(slake['train'], published=True) == ["Item 'slake-1622' has an empty answer."]
+
+
+@real
+def test_slakes_closed_questions_are_not_all_yes_or_no(slake):
+    closed = [o for o in slake['test'] if o['answer_type'] == 'CLOSED']
+    assert (len(closed), sum(map(vqa.is_yes_no, closed))) == (416, 355)
+    assert not any(vqa.is_yes_no(o) for o in slake['test'] if o['answer_type'] == 'OPEN')
+
+
+@real
 def test_slake_tags_and_regions(slake):
     kinds = Counter(o['tags']['question_type'] for o in slake['test'])
     assert kinds['organ'] == 253 and kinds['count'] == 52 and kinds['abnormality'] == 150
     assert {o['tags']['modality'] for o in slake['train']} == {'chest_xray', 'ct_scan', 'mri'}
-    assert {r['name'] for r in vqa.slake_boxes(DATA / 'slake', 'xmlab1/source.jpg')} == {'liver'}
-    box = vqa.slake_boxes(DATA / 'slake', 'xmlab1/source.jpg')[0]['box']
-    assert [round(v * 256) for v in box] == [54, 106, 30, 31]
+    box = vqa.slake_boxes(DATA / 'slake', 'xmlab1/source.jpg')[0]
+    assert box['name'] == 'liver' and [round(v * 256) for v in box['box']] == [54, 106, 30, 31]
     marked = [o for v in slake.values() for o in v if o['regions']]
     assert len(marked) >= 20
-    for o in marked:
-        assert all(vqa._named(r['name'], o['question'] + ' ' + o['answer']) for r in o['regions'])
+    for o in marked: assert all(vqa._named(r['name'], o['question'] + ' ' + o['answer']) for r in o['regions'])
 
 
-def test_vqa_rad_test_is_179_open_and_272_closed(rad):
-    assert {s: len(v) for s, v in rad.items()} == {'train': 3064, 'test': 451}
-    assert Counter(o['answer_type'] for o in rad['test']) == {'OPEN': 179, 'CLOSED': 272}
-    assert Counter(o['answer_type'] for o in rad['train']) == {'OPEN': 1241, 'CLOSED': 1823}
-    for v in rad.values(): assert vqa.check_items(v, published=True) == []
+@real
+def test_slakes_masks_agree_with_its_boxes_in_rgb_and_rgba():
+    modes = Counter()
+    for folder in sorted((DATA / 'slake/imgs').iterdir()):
+        image = f'{folder.name}/source.jpg'
+        boxes, masks = (Counter(r['name'] for r in f(DATA / 'slake', image)) for f in (vqa.slake_boxes, vqa.slake_masks))
+        if folder.name == 'xmlab391':  # an X-ray with a coloured overlay, 255 grey values, under the name of a mask
+            assert not masks and [r['name'] for r in vqa.slake_regions(DATA / 'slake', image)] == ['cardiomegaly']
+            continue
+        with Image.open(folder / 'mask.png') as img: modes[img.mode] += bool(masks)
+        assert set(boxes) == set(masks), folder.name
+        for r in vqa.slake_regions(DATA / 'slake', image):
+            pixels = vqa.region_mask(DATA / 'slake/imgs', r)
+            inside = pixels.sum() / pixels.size
+            assert 0 < inside <= r['area'] + 1e-4
+            if boxes[r['name']] == 1: assert inside >= .95 * r['area'], (folder.name, r['name'])
+    assert modes['RGB'] and modes['RGBA']
 
 
-def test_vqa_rad_oddities(rad):
-    public = vqa.read_vqa_rad(DATA / 'vqa_rad' / 'VQA_RAD Dataset Public.json')
-    assert len(public) == 2248 and public[0]['qid'] == 0
+@real
+def test_slakes_empty_box_lists_give_no_regions():
+    assert vqa.slake_boxes(DATA / 'slake', 'xmlab100/source.jpg') == vqa.slake_regions(DATA / 'slake', 'xmlab100/source.jpg') == []
+
+
+@real
+def test_chinese_questions_find_their_regions():
+    items = [o for o in vqa.read_slake(DATA / 'slake', 'test', 'zh') if o['images'] == ['xmlab1/source.jpg']]
+    where = next(o for o in items if '肝脏' in o['question'])
+    assert [r['name'] for r in where['regions']] == ['liver']
+    assert next(o for o in items if '脾脏' in o['question'])['regions'] == []
+
+
+def test_slake_under_its_other_file_name(tmp_path):
+    row = dict(qid=1, img_name='a/source.jpg', question='Q?', answer='A', answer_type='OPEN', q_lang='en')
+    write_json(tmp_path / 'validation.json', [row])
+    assert vqa.read_slake(tmp_path, 'val') == readers.read_vqa(tmp_path, part=True) and vqa.read_slake(tmp_path, 'val')[0]['split'] == 'val'
+    write_json(tmp_path / 'validation.json', [{k: v for k, v in row.items() if k != 'answer_type'}])
+    with pytest.raises(ValueError, match="validation.json: row 0 lacks 'answer_type'"): vqa.read_slake(tmp_path, 'val')
+
+
+# VQA-RAD
+
+@real
+def test_vqa_rad_test_is_179_open_and_272_closed(rad, public):
+    assert {s: vqa.item_counts(v) for s, v in rad.items()} == {'train': (3064, 314, 1241, 1823), 'test': (451, 203, 179, 272)}
+    for v in rad.values(): assert vqa.check_items(v, published=True) == vqa.check_counts(v, 'two files') == []
+    assert vqa.check_counts(public, 'public file') == [] and vqa.check_counts(rad['train'], 'public file')
+    assert sum(map(vqa.is_yes_no, rad['test'])) == 251
+
+
+@real
+def test_vqa_rad_oddities(rad, public):
+    rows = raw(f'vqa_rad/{PUBLIC}')
+    assert isinstance(rows[0]['qid'], str) and public[0]['qid'] == 0 and len(public) == 2248
     assert Counter(o['split'] for o in public) == {'train': 1797, 'test': 451}
-    for o in public + rad['train']:
-        assert isinstance(o['answer'],
-                          str) and '\ufffd' not in o['question'] and o['answer_type'] in ('OPEN',
-                              'CLOSED')
-    assert any("it's the common bile duct" in o['question'] for o in public)
-    assert {'atrib', 'prse', 'pres',
-            'attrib'}.isdisjoint(o['tags']['question_type'] for o in public)
-    raw = json.loads((DATA / 'vqa_rad' / 'testset.json').read_text(encoding='utf-8'))
-    assert [o['question'] for o in rad['test']] == [vqa.clean(r['question']) for r in raw]
+    ints = [n for n, r in enumerate(rows) if isinstance(r['answer'], int)]
+    assert len(ints) == 5 and [public[n]['answer'] for n in ints] == [str(rows[n]['answer']) for n in ints]
+    spaced = [n for n, r in enumerate(rows) if r['answer_type'] == 'CLOSED ']
+    assert len(spaced) == 2 and {public[n]['answer_type'] for n in spaced} == {'CLOSED'}
+    broken = [n for n, r in enumerate(rows) if '\ufffd' in r['question']]
+    assert broken and all("it's the common bile duct" in public[n]['question'] for n in broken)
+    assert {r['question_type'] for r in rows} >= {'PRSE', 'ATRIB'}
+    assert {'atrib', 'prse', 'pres', 'attrib'}.isdisjoint(o['tags']['question_type'] for o in public)
+    nulls = [n for n, r in enumerate(rows) if r.get('question_rephrase') == 'NULL' and r['question_frame'] == 'NULL']
+    assert nulls and all(public[n]['rephrase'] is None and public[n]['frame'] is None for n in nulls)
+    for o in public + rad['train']: assert isinstance(o['answer'], str) and o['answer_type'] in ('OPEN', 'CLOSED') and '\ufffd' not in o['question']
+    assert [o['question'] for o in rad['test']] == [vqa.clean(r['question']) for r in raw('vqa_rad/testset.json')]
 
 
-def test_audit_of_vqa_rad_finds_every_test_image_in_train(rad):
-    rows = {r['check']: r for r in vqa.audit_splits(rad['train'], rad['test'])}
-    assert (rows['images']['shared'], rows['images']['of']) == (203, 203)
-    assert rows['image_and_question']['shared'] > 0
+def test_bad_rows_are_named(tmp_path):
+    for wrong, said in ((dict(qid='one'), 'row 1 has the qid'), (None, 'row 1 lacks')):
+        write_json(tmp_path / 'testset.json', [rad_row(0), wrong and rad_row(1, **wrong) or dict(qid=1)])
+        with pytest.raises(ValueError, match=said): vqa.read_vqa_rad(tmp_path / 'testset.json')
 
 
-def test_audit_of_slake_finds_no_image_shared(slake):
-    rows = {r['check']: r for r in vqa.audit_splits(slake['train'], slake['test'])}
-    assert (rows['images']['shared'], rows['images']['of']) == (0, 96)
-    chinese = [o for o in vqa.read_slake(DATA / 'slake', 'train', 'zh')]
-    assert vqa.audit_splits(chinese, slake['test'])[0]['shared'] == 72
+# Published sizes
+
+def test_a_file_that_was_cut_off_is_refused_unless_it_is_said_to_be_a_part(tmp_path):
+    write_json(tmp_path / 'testset.json', [rad_row(n) for n in range(9)])
+    with pytest.raises(ValueError, match=r'vqa_rad test has 9 questions.*published: 451 questions, 203 images.*part=True'):
+        readers.read_vqa(tmp_path / 'testset.json')
+    assert len(readers.read_vqa(tmp_path / 'testset.json', part=True)) == 9
 
 
+@real
+def test_one_question_less_is_noticed(tmp_path, rad):
+    write_json(tmp_path / 'testset.json', raw('vqa_rad/testset.json')[:-1])
+    with pytest.raises(ValueError, match='has 450 questions'): readers.read_vqa(tmp_path / 'testset.json')
+    rows = raw('vqa_rad/testset.json'); rows[0]['answer_type'] = 'OPEN'
+    write_json(tmp_path / 'testset.json', rows)
+    with pytest.raises(ValueError, match='180 open, 271 closed'): readers.read_vqa(tmp_path / 'testset.json')
+
+
+def test_score_says_what_it_read_and_takes_part(tmp_path, capsys):
+    write_json(tmp_path / 'testset.json', [rad_row(n) for n in range(3)])
+    write_jsonl(tmp_path / 'a.jsonl', [dict(question_id=n, prompt=f'Is {n} there?', text='yes') for n in range(3)])
+    words = ['score', str(tmp_path / 'testset.json'), str(tmp_path / 'a.jsonl'), '--scorer', 'strict']
+    assert main(words) == 1 and '--part' in capsys.readouterr().err
+    assert main([*words, '--part']) == 0
+    assert 'VQA-RAD in the two files' in capsys.readouterr().out
+
+
+# PathVQA and its pickles
+
+def row_of(n, answer='yes', kind='yes/no', image='test_0001'):
+    return dict(answer_type=kind, img_id=image, label={answer: 1}, question_id=n, question_type='is', sent=f'Is {n} benign?')
+
+
+def dump(path, obj, protocol=4):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(obj if isinstance(obj, bytes) else pickle.dumps(obj, protocol))
+    return path
+
+
+@real
+@pytest.mark.parametrize('split, n, n_rows, images, closed', [('val', 6279, 992, 832, 3135), ('test', 6761, 991, 858, 3391)])
+def test_pathvqas_lxmert_files(split, n, n_rows, images, closed):
+    path = DATA / f'pathvqa/lxmert_pvqa_{split}.json'
+    rows, items = raw(f'pathvqa/lxmert_pvqa_{split}.json'), readers.read_vqa(path)
+    assert len(rows) == n_rows and sum(not r['sentf']['pvqa'] for r in rows) == n_rows - images  # images without questions
+    assert vqa.item_counts(items) == (n, images, n - closed, closed) and {o['split'] for o in items} == {split}
+    assert {o['type_from'] for o in items} == {'answer'} and len({o['id'] for o in items}) == n
+    assert any(o['answer'] != o['answer'].lower() for o in items)  # case stays as it is in the file
+
+
+def test_pathvqa_copies_in_other_case_are_the_same_question(tmp_path):
+    upper, lower = (readers.read_pathvqa(dump(tmp_path / 'test_qa.pkl', [dict(image='test_1', question=q, answer=a)]))
+                    for q, a in (('What is shown?', 'Breast Cancer'), ('what is shown ?', 'breast cancer')))
+    got = {r['check']: r['shared'] for r in audit.audit_splits(upper, [dict(o, id='b') for o in lower])}
+    assert (got['images'], got['image_and_question']) == (1, 1)
+
+
+@pytest.mark.parametrize('protocol', range(6))
+def test_pathvqas_pickles_of_every_protocol(tmp_path, protocol):
+    rows = [row_of(0), row_of(1, 'two', 'number'), row_of(2, 'é', 'other', 'test_0002')]
+    items = readers.read_pathvqa(dump(tmp_path / 'pvqa/qas/test_vqa.pkl', rows, protocol))
+    assert [(o['answer'], o['answer_type'], o.get('official_type')) for o in items] == [('yes', 'CLOSED', 'yes/no'), ('two', 'OPEN', 'number'), ('é', 'OPEN', 'other')]
+    assert [o['images'][0] for o in items] == ['test/test_0001.jpg'] * 2 + ['test/test_0002.jpg'] and items[1]['id'] == 'pathvqa-test_0001-1'
+    assert readers.read_vqa(tmp_path / 'pvqa', part=True) == items
+
+
+class Call:
+    "A value whose pickle calls a function."
+    def __init__(self, function, *args): self.call = function, args
+    def __reduce__(self): return self.call
+
+
+def hostile(tmp_path):
+    "Pickles that make a folder, or ask for something by name, in every way that the format knows."
+    mark = str(tmp_path / 'trapped')
+    def row(value): return [row_of(0) | dict(sent=value)]
+    yield from (pickle.dumps(row(Call(os.mkdir, mark)), p) for p in range(6))
+    yield pickle.dumps(row(Call(eval, f'__import__("os").mkdir({mark!r})')))
+    yield pickle.dumps([row_of(0)])[:-1] + b'cos\nmkdir\n(V' + mark.encode() + b'\ntR.'  # after the rows
+    yield b"(V" + mark.encode() + b"\nios\nmkdir\n."         # INST
+    yield b"(cos\nmkdir\nV" + mark.encode() + b"\no."        # OBJ
+    yield b'\x80\x02cos\nmkdir\nV' + mark.encode() + b'\n\x85\x81.'  # NEWOBJ
+    yield from (b'Pstranger\n.', b'Vstranger\nQ.', b'\x80\x02\x82\x01.', b'\x80\x05\x97.', b'cbuiltins\neval\n.', b'}}b.')
+
+
+def test_a_hostile_pickle_is_refused_and_does_nothing(tmp_path):
+    files = list(hostile(tmp_path))
+    pickle.loads(files[4]); os.rmdir(tmp_path / 'trapped')  # the trap works where nobody is careful
+    for n, data in enumerate(files):
+        with pytest.raises(ValueError, match='refused'): readers.plain_pickle(dump(tmp_path / f'{n}.pkl', data))
+        with pytest.raises(ValueError, match='refused'): readers.read_vqa(tmp_path / f'{n}.pkl')
+        assert not (tmp_path / 'trapped').exists()
+    import copyreg  # a name that the process has registered is not looked up, so the list of instructions has to stop it
+    copyreg.add_extension('os', 'mkdir', 241)
+    try:
+        with pytest.raises(ValueError, match='EXT1'): readers.plain_pickle(dump(tmp_path / 'e.pkl', b'\x80\x02\x82\xf1V' + str(tmp_path / 'trapped').encode() + b'\n\x85R.'))
+    finally: copyreg.remove_extension('os', 'mkdir', 241)
+    assert not (tmp_path / 'trapped').exists()
+
+
+def test_the_second_lock_holds_alone():
+    for data in (pickle.dumps(Call(os.getpid)), b'cos\nmkdir\n.'):
+        with pytest.raises(pickle.UnpicklingError, match='asks for'): readers._PlainUnpickler(io.BytesIO(data)).load()
+
+
+@pytest.mark.parametrize('data, said', [(b'', 'not a pickle'), (b'{"a": 1}', 'not a pickle'), (pickle.dumps([row_of(0)])[:40], 'not a pickle'),
+                                        (b'\x80\x04]r\xff\xff\xff\x7f.', 'reserves room'), (b']p4294967290\n.', 'reserves room')])
+def test_broken_pickles(tmp_path, data, said):
+    with pytest.raises(ValueError, match=said): readers.plain_pickle(dump(tmp_path / 'x.pkl', data))
+
+
+def test_other_pickles_of_pathvqa_are_left_aside(tmp_path):
+    dump(tmp_path / 'qas/test_vqa.pkl', [row_of(0)]); dump(tmp_path / 'qas/ans2label.pkl', {'yes': 0}); dump(tmp_path / 'qas/q2a.pkl', ['a', 'b'])
+    assert len(readers.read_vqa(tmp_path, part=True)) == 1
+    with pytest.raises(ValueError, match='none of the known forms'): readers.read_vqa(tmp_path / 'qas/ans2label.pkl')
+
+
+# PMC-VQA
+
+def test_pmc_vqa_with_letters_that_contradict_the_text(tmp_path):
+    head = 'Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label\n'
+    (tmp_path / 'train.csv').write_text(head + 'PMC1_F1.jpg,Q?, B: two ,A: one ,B: two,C:three,D:four,B\nPMC2_F1.jpg,"Q, again?",two,A:one,B:two,C:three,D:four,A\n'
+                                        'PMC3_F1.jpg,Q?,nothing,A:one,B:two,C:three,D:four,E\n')
+    first, second, third = readers.read_vqa(tmp_path / 'train.csv', say=print)
+    assert first['options'] == ['one', 'two', 'three', 'four'] and first['answer'] == 'two' and 'answer_text' not in first
+    assert (second['answer'], second['answer_text'], second['question'], second['article']) == ('one', 'two', 'Q, again?', 'PMC2')
+    assert vqa.check_items([first, second, third]) == ["Item 'pmc_vqa-train-2' has the answer 'nothing', which is none of its options."]
+
+
+def test_pmc_vqas_two_versions_are_not_mixed(tmp_path):
+    (tmp_path / 'train.csv').write_text('Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label\nPMC1.jpg,Q?,x,A:x,B:y,C:z,D:w,A\n')
+    (tmp_path / 'test_2.csv').write_text('index,Figure_path,Caption,Question,Choice A,Choice B,Choice C,Choice D,Answer,split\n0,PMC2.jpg,c,Q?,A:x,B:y,C:z,D:w,D,test\n')
+    assert readers.read_vqa(tmp_path / 'test_2.csv')[0]['answer'] == 'w'
+    with pytest.raises(ValueError, match='name one of the files'): readers.read_vqa(tmp_path)
+    (tmp_path / 'test_clean.csv').write_text((tmp_path / 'train.csv').read_text())
+    with pytest.raises(ValueError, match='2,000 questions'): readers.read_vqa(tmp_path / 'test_clean.csv')
+
+
+# LLaVA-Med's form
+
+def test_llava_meds_converted_set(tmp_path):
+    def row(n, key='conversations', image='a.jpg', text='Is it?', kind='CLOSED'):
+        return {'id': n, 'image': image, 'answer_type': kind, key: [{'from': 'human', 'value': text}, {'from': 'gpt', 'value': 'Yes '}]}
+    rows = [row(0, text='<image>\nIs it?'), row(1, 'conversatons', ['a.jpg', 'b.jpg']), row(2, text='Is it? Please choose from the following two options: [No, yes]'), row(3, kind='yes/no')]
+    write_json(tmp_path / 'test.json', rows)
+    items = readers.read_vqa(tmp_path)
+    assert [o['question'] for o in items] == ['Is it?'] * 4 and items[1]['images'] == ['a.jpg', 'b.jpg'] and {o['split'] for o in items} == {'test'}
+    assert items[2]['options'] == ['No', 'yes'] and items[2]['prompt'].endswith('[No, yes]') and {o['answer'] for o in items} == {'Yes'}
+    assert (items[3]['answer_type'], items[3]['official_type']) == ('CLOSED', 'yes/no') and vqa.check_items(items) == []
+    write_jsonl(tmp_path / 'lines.json', rows)
+    assert [o['question'] for o in readers.read_vqa(tmp_path / 'lines.json')] == ['Is it?'] * 4
+
+
+@real
+def test_instruction_data_is_not_a_test_set():
+    with pytest.raises(ValueError, match='instruction data'): readers.read_vqa(DATA / 'llava_med/instruct_examples_5.json')
+
+
+@real
+def test_llava_meds_answers_align_with_a_converted_set(tmp_path, rad, capsys):
+    rows = [{'id': o['row'], 'image': o['images'][0], 'answer_type': o['answer_type'], 'conversations': [
+        {'from': 'human', 'value': o['question'] + '\n<image>'}, {'from': 'gpt', 'value': o['answer']}]} for o in rad['test']]
+    write_json(tmp_path / 'test.json', rows)
+    assert main(['score', str(tmp_path / 'test.json'), str(DATA / 'llava_med/v1_vqarad_answer-file.jsonl'), '--scorer', 'llavamed_v1']) == 0
+    said = capsys.readouterr().out
+    assert "LLaVA-Med's converted form" in said and '17.53' in said
+
+
+# Parquet
+
+def picture(seed, size=24, fmt='PNG'):
+    f = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size, size, 3), np.uint8)).save(f, fmt)
+    return f.getvalue()
+
+
+def parquet(path, rows):
+    import pyarrow as pa, pyarrow.parquet as pq
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
+    return path
+
+
+def hub_row(n, seed=0, **kw): return dict(image=dict(bytes=picture(seed), path=None), question=f'Is {n} there?', answer='yes') | kw
+
+
+@pytest.mark.parametrize('name, source, split', [
+    ('datasets--flaviagiammarino--vqa-rad/snapshots/1a2b/data/test-00000-of-00001-e5bc3d208bb4deeb.parquet', 'vqa_rad', 'test'),
+    ('path-vqa/data/validation-00000-of-00003.parquet', 'pathvqa', 'val'), ('radiology/SLAKE-vqa-english/default/train/0000.parquet', 'slake', 'train'),
+    ('mine/0001.parquet', 'parquet', 'all')])
+def test_hub_layouts(tmp_path, name, source, split):
+    parquet(tmp_path / name, [hub_row(n, n // 3) for n in range(7)])
+    for place in (tmp_path / name, tmp_path / name.split('/')[0]):
+        said = []
+        items = readers.read_vqa(place, part=True, images_dir=tmp_path / 'out', say=said.append)
+        assert {(o['source'], o['split'], o['answer_type'], o['type_from']) for o in items} == {(source, split, 'CLOSED', 'answer')}
+        assert len({o['id'] for o in items}) == 7 and f'taken for {source}' in said[0] and 'no official answer type' in said[0]
+        assert vqa.check_items(items, tmp_path / 'out') == []
+    assert len(list((tmp_path / 'out').iterdir())) == 3 and (tmp_path / 'out' / items[0]['images'][0]).read_bytes() == picture(0)
+    if source != 'parquet':
+        with pytest.raises(ValueError, match='published'): readers.read_vqa(tmp_path / name)
+
+
+def test_files_made_by_datasets_itself(tmp_path):
+    datasets = pytest.importorskip('datasets')
+    rows = dict(image=[dict(bytes=picture(n), path=f'{n}.png') for n in range(3)], question=['Q?'] * 3, answer=['a', 'no', 'b'], options=[['a', 'c'], [], ['b']])
+    features = datasets.Features(image=datasets.Image(), question=datasets.Value('string'), answer=datasets.Value('string'), options=datasets.Sequence(datasets.Value('string')))
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / 'test-00000-of-00001.parquet')
+    items = readers.read_vqa(tmp_path, source='own')
+    assert [o['options'] for o in items] == [['a', 'c'], [], ['b']] and [o['answer_type'] for o in items] == ['OPEN', 'CLOSED', 'OPEN']
+    assert {o['source'] for o in items} == {'own'} and len({o['images'][0] for o in items}) == 3
+
+
+def test_shards_of_one_split_are_read_together_and_the_same_twice_is_refused(tmp_path):
+    for n in range(2): parquet(tmp_path / f'own/data/train-{n:05}-of-00002.parquet', [hub_row(n)])
+    assert len(readers.read_vqa(tmp_path / 'own')) == 2
+    for n in ('a', 'b'): write_json(tmp_path / f'rad/test {n}.json', [rad_row(1)])
+    with pytest.raises(ValueError, match='several files for the split test'): readers.read_vqa(tmp_path / 'rad', part=True)
+
+
+@pytest.mark.parametrize('rows, said', [([dict(text='a')], 'columns text'), ([hub_row(0, image=dict(bytes=b'no image', path=None))], 'image of row 0 cannot be read')])
+def test_bad_parquet(tmp_path, rows, said):
+    with pytest.raises(ValueError, match=said): readers.read_vqa(parquet(tmp_path / 'x.parquet', rows))
+
+
+def test_cut_parquet_and_missing_pictures(tmp_path):
+    whole = parquet(tmp_path / 'x.parquet', [hub_row(0)]).read_bytes()
+    (tmp_path / 'cut.parquet').write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match='cut.parquet: not a parquet file'): readers.read_vqa(tmp_path / 'cut.parquet')
+    items = readers.read_vqa(parquet(tmp_path / 'none.parquet', [hub_row(0, image=None), hub_row(1)]))
+    assert vqa.check_items(items) == [f'Item {items[0]["id"]!r} has an empty images.']
+
+
+@real
+def test_official_types_come_back_from_the_original_file(tmp_path, rad):
+    rows = [dict(image='x.jpg', question=o['question'].upper(), answer=o['answer'] + ' ') for o in rad['test']]
+    bare = readers.read_vqa(parquet(tmp_path / 'vqa-rad/test.parquet', rows), part=True)
+    assert vqa.item_counts(bare)[2:] == (200, 251)
+    items, left = readers.official_types(bare, rad['test'])
+    assert (vqa.item_counts(items)[2:], left) == ((179, 272), 0) and [o['answer_type'] for o in items] == [o['answer_type'] for o in rad['test']]
+    unsure = [dict(rad['test'][0], answer_type=k) for k in ('OPEN', 'CLOSED')]
+    assert readers.official_types(bare[:1], unsure)[1] == 1
+
+
+# One door
+
+@real
 def test_one_door_for_all(tmp_path, slake):
-    assert vqa.read_vqa(DATA / 'slake', 'test') == slake['test']
-    assert len(vqa.read_vqa(DATA / 'vqa_rad')) == 3515
-    assert len(vqa.read_vqa(DATA / 'slake' / 'test.json')) == 1061
-    assert len(vqa.read_vqa(DATA / 'pathvqa' / 'lxmert_pvqa_test.json')) == 6761
-    assert len(vqa.read_vqa(DATA / 'pathvqa' / 'lxmert_pvqa_val.json')) == 6279
-    vqa.write_items(tmp_path / 'a.json', slake['test'])
-    assert vqa.read_vqa(tmp_path / 'a.json') == slake['test']
+    assert readers.read_vqa(DATA / 'slake', 'test') == slake['test'] == readers.read_vqa(DATA / 'slake' / 'test.json')
+    said = []
+    assert len(readers.read_vqa(DATA / 'vqa_rad', say=said.append)) == 3515 and 'left aside: VQA-RAD\'s public file' in said[0]
+    assert len(readers.read_vqa(DATA / 'vqa_rad' / PUBLIC)) == 2248 and len(readers.read_vqa(DATA / 'slake', lang=None)) == 14028
+    vqa.write_items(tmp_path / 'a.json', slake['test'][:5])
+    assert readers.read_vqa(tmp_path / 'a.json') == slake['test'][:5]  # our own files may be parts
+
+
+@pytest.mark.parametrize('name, text, said', [('x.json', '[]', 'none of the known forms'), ('x.json', '{"a": ', 'not valid JSON'), ('x.json', '[1, 2]', 'none of the known'),
+                                              ('x.csv', 'a,b\n1,2\n', 'none of the known'), ('x.jsonl', '{"a": 1}\n', 'none of the known')])
+def test_what_is_no_vqa_set(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=said): readers.read_vqa(tmp_path / name)
+    with pytest.raises(ValueError, match=said): readers.read_vqa(tmp_path)
+
+
+def test_missing_things():
+    with pytest.raises(FileNotFoundError, match='no such file or folder'): readers.read_vqa('nowhere')
+
+
+# The audit
+
+def item(n, image, question='Is it big?', answer='no', **kw): return vqa.make_item(f'i{n}', [image], question, answer, 'CLOSED', 'x', 'toy', **kw)
+
+
+def shared(rows): return {r['check']: r['shared'] for r in rows}
+
+
+@real
+def test_audit_of_vqa_rad_finds_images_and_rephrasings_and_counts_them(rad, public):
+    train, test = (audit.with_records(rad[s], public) for s in ('train', 'test'))
+    rows = audit.audit_splits(train, test, DATA / 'vqa_rad/images')
+    got = shared(rows)
+    assert (got['images'], got['cases'], got['image_and_question'], got['official_rephrasings']) == (203, 203, 16, 275)
+    by = {r['check']: r for r in rows}
+    assert (by['pictures']['shared'], by['pictures']['of']) == (31, 31) and '172 of 203 test and' in by['pictures']['note']
+    pairs, _, _ = audit.overlaps(train, test)
+    known, found, same = ({a for a, _ in pairs[k]} for k in ('official_rephrasings', 'rephrased', 'image_and_question'))
+    assert len(found) == got['rephrased'] and len(known & found) / len(known - same) > .8
+    # counted again: of which test questions are the frame, the rephrasing or a row linked to it training questions on that image
+    asked, links = {(o['images'][0], vqa.same_question(o['question'])) for o in rad['train']}, {}
+    for o in public: links.setdefault(o['link'], set()).add(vqa.same_question(o['question']))
+    n = 0
+    for o in test:
+        texts = {vqa.same_question(o.get(k) or '') for k in ('frame', 'rephrase')} | links.get(o.get('link'), set())
+        n += any((o['images'][0], q) in asked for q in texts - {vqa.same_question(o['question'])})
+    assert n == 275
+
+
+@real
+def test_the_rule_for_rephrasings_is_as_good_as_the_chapter_says(public):
+    import itertools
+    groups, wording, hit, real_, both = {}, audit.Wording(public), 0, 0, 0
+    for o in public: groups.setdefault(o['images'][0], []).append(o)
+    for n, name in enumerate(sorted(groups)):
+        if n % 2 == 0: continue
+        for a, b in itertools.combinations(groups[name], 2):
+            texts = [vqa.same_question(o.get('rephrase') or '') for o in (a, b)]
+            truth = a['link'] == b['link'] or vqa.same_question(a['question']) == texts[1] or vqa.same_question(b['question']) == texts[0]
+            said = wording.score(a, b) >= audit.REPHRASED
+            hit += said; real_ += truth; both += said and truth
+    assert both / hit > .93 and both / real_ > .66 and real_ == 417
+
+
+@real
+def test_audit_of_slake_and_pathvqa(slake):
+    got = shared(audit.audit_splits(slake['train'], slake['test'], DATA / 'slake/imgs'))
+    assert (got['images'], got['image_and_question'], got['rephrased']) == (0, 0, 0)
+    chinese = vqa.read_slake(DATA / 'slake', 'train', 'zh')
+    by = {r['check']: r for r in audit.audit_splits(chinese, slake['test'])}
+    assert (by['images']['shared'], by['images']['of']) == (72, 96)
+    path = {s: readers.read_vqa(DATA / f'pathvqa/lxmert_pvqa_{s}.json') for s in ('val', 'test')}
+    assert shared(audit.audit_splits(path['val'], path['test']))['images'] == 0
+
+
+def save(path, img, **kw): path.parent.mkdir(parents=True, exist_ok=True); img.save(path, **kw)
+
+
+@real
+def test_real_pictures_under_other_names(tmp_path):
+    names = sorted(p.name for p in (DATA / 'vqa_rad/images').iterdir())
+    for k, n in enumerate(names[:20]):
+        img = Image.open(DATA / 'vqa_rad/images' / n).convert('RGB')
+        if k % 3 == 0: save(tmp_path / f'{k}.png', img)                      # the same pixels in another file
+        elif k % 3 == 1: save(tmp_path / f'{k}.jpg', img, quality=60)        # stored again
+        else: save(tmp_path / f'{k}.png', img.resize((img.width * 2 // 3, img.height * 2 // 3)))
+    theirs = audit.picture_marks(names, DATA / 'vqa_rad/images')
+    pairs = audit.near_pictures(audit.picture_marks([p.name for p in tmp_path.iterdir()], tmp_path), theirs)
+    assert {(a, b) for a, b, _ in pairs} == {(f'{k}.{"jpg" if k % 3 == 1 else "png"}', names[k]) for k in range(20)}
+    assert {a for a, _, equal in pairs if equal} == {f'{k}.png' for k in range(0, 20, 3)}
+    assert {(a, b) for a, b, _ in audit.near_pictures(theirs, theirs)} == {(n, n) for n in names}
+
+
+def test_pictures_count_under_any_name_and_ids_count(tmp_path):
+    img = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).resize((128, 128))
+    save(tmp_path / 'a.png', img); save(tmp_path / 'b.png', img); save(tmp_path / 'c.jpg', img, quality=90); save(tmp_path / 'd.png', img.rotate(90))
+    train = [item(0, 'a.png', 'Where is the lesion located?', 'lobe', patient='p', article='PMC1', case='k'), item(1, 'd.png'), item(5, 'a.png')]
+    test = [item(2, 'b.png', 'What is the location of the lesion?', 'lobe', patient='q', article='PMC1', case='k'), item(3, 'c.jpg'), item(4, 'e.png', patient='p')]
+    rows = audit.audit_splits(train, test, tmp_path)
+    assert shared(rows) == dict(images=0, pictures=1, near_pictures=1, patients=1, cases=1, articles=1, questions=2, image_and_question=1, rephrased=1, official_rephrasings=None)
+    assert {r['check']: r['of'] for r in rows}['pictures'] == 2 and '1 of 3 test' in {r['check']: r['note'] for r in rows}['pictures']
+    assert shared(audit.audit_splits(train, test))['pictures'] is None
+    table = audit.audit_table(rows)
+    assert list(table.index) == list(audit.CHECKS) and table.loc['near_pictures', 'shared'] == '1' and table.loc['official_rephrasings', 'of'] == '–'
+
+
+def test_comparing_thousands_of_pictures_takes_seconds():
+    import time
+    rng = np.random.default_rng(0)
+    many = {n: (bytes([n % 256, n // 256]), rng.integers(0, 256, 32, np.uint8), np.zeros((48, 48), np.int16)) for n in range(3000)}
+    start = time.perf_counter()
+    assert len(audit.near_pictures(many, many)) == 3000
+    assert time.perf_counter() - start < 15
+
+
+def test_flat_pictures_are_not_all_the_same(tmp_path):
+    for v in (0, 128): save(tmp_path / f'{v}.png', Image.new('RGB', (32, 32), (v,) * 3))
+    marks = audit.picture_marks(['0.png', '128.png'], tmp_path)
+    assert {(a, b) for a, b, _ in audit.near_pictures(marks, marks)} == {('0.png', '0.png'), ('128.png', '128.png')}
+
+
+def test_left_is_not_right_and_yes_is_not_no():
+    items = [item(0, 'a', 'Is the left lung clear?', 'yes'), item(1, 'a', 'Is the right lung clear?', 'yes'), item(2, 'a', 'Is the left lung clear?', 'no'),
+             item(3, 'a', 'Are the left lungs clear?', 'yes'), item(4, 'a', 'Is the lung clear?', 'yes')]
+    wording = audit.Wording(items)
+    assert [wording.score(items[0], o) > 0 for o in items[1:]] == [False, False, True, True]
