@@ -307,3 +307,10 @@ def test_two_processes_share_the_work(tmp_path):
     assert [d['asked'] for d in done[0]] == [len(items) - 6, len(items)] and all(d['errors'] == 0 for d in done[0] + done[1])
     assert final(log, done[0]) == final(log, done[1]) == final(alone_fn, one)
     assert not list(tmp_path.glob('*.part*')) and len(read_jsonl(log)) == 2*len(items)
+
+
+def test_a_repeated_step_keeps_its_answers(tmp_path):
+    from llava_med.runs import clear_folder
+    for name in ('.answers.jsonl', 'predictions.jsonl', 'scores.csv'): (tmp_path/name).write_text('{}\n')
+    clear_folder(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ['.answers.jsonl']
