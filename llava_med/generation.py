@@ -466,7 +466,7 @@ def _blocks(items, size):
             block = []
     if block: yield block
 
-# %% ../nbs/08_generation.ipynb #ac358340
+# %% ../nbs/08_generation.ipynb #be7feeb8
 def predict(
     model,                # a model, a folder that holds one, or another speaker, such as an endpoint
     processor,            # its processor; None for a folder or a speaker
@@ -498,7 +498,7 @@ def predict(
     log_fn = out_fn if state.num_processes == 1 else _part(out_fn, state.process_index)
     blocks, errors = list(_blocks(todo, min(8*batch_size, -(-len(todo)//state.num_processes)))), 0
     mine = _share(state, blocks)
-    for block in progress(mine, desc=f'{model_name}, {condition}', unit='blocks') if state.is_main_process else mine:
+    for block in progress(mine, desc=f'{model_name}, {condition}', unit='blocks') if mine and state.is_main_process else mine:
         errors += _answer_block(who, block, by_id, shown, log_fn, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if state.num_processes > 1: _merge(out_fn, state)
     return dict(head, asked=len(todo), before=len(items)-len(todo), errors=sum(_gather(state, [errors])),
