@@ -462,7 +462,7 @@ def find_input(
     raise StepInputError(f'{run_dir(runs[0])/step/name} is missing: make it with `{command} --only {step}`, '
                          f'or run {step}.ipynb first.')
 
-STAYS = ('.lock', '.owner.json', '.checkpoint', '..checkpoint.old', '.pictures')  # the lock, and work that can be resumed
+STAYS = ('.lock', '.owner.json', '.checkpoint', '..checkpoint.old', '.pictures', '.answers.jsonl')  # the lock, and work that can be resumed
 BASE_REMEDY = ('Restore it from the repository (`git checkout data/base_tiny`), or rebuild it with `llava-med run tiny '
                '--only 0_base_model --set 0_base_model.publish=data/base_tiny`.')
 

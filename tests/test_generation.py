@@ -1,0 +1,316 @@
+"What the cells of 06a and 08 cannot say: other models, kills, several processes."
+import copy
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor, MistralConfig
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+from conftest import REPO
+from llava_med import generation, prefixes
+from llava_med.generation import KEY, answer, chat, option_logprobs, plain_answer, predict, settled
+from llava_med.model import assemble, load, make_processor, tiny_model, train_tokenizer
+from llava_med.runs import read_jsonl
+
+QUESTIONS = ('is there a nodule?', 'which organ is shown in this picture of the body?', 'where?', 'how many lesions are there in the left lung?')
+
+
+def quilt(rng, size=96):
+    squares = np.kron(rng.integers(0, 255, (4, 4, 3)), np.ones((size//4, size//4, 1)))
+    return Image.fromarray(squares.astype(np.uint8))
+
+
+def loud(model, seed=0):
+    "Random weights turned up, so that answers depend on the picture; they would all be alike otherwise."
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            if p.dim() > 1: p.data.mul_(8)
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    return model
+
+
+def grouped(kind):
+    "A small model whose four query heads share one key head, of one or another family."
+    processor = make_processor(train_tokenizer(QUESTIONS, 300), 48, 12)
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=48, patch_size=12)
+    text = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=1, vocab_size=320)
+    text = MistralConfig(**text, sliding_window=None) if kind == 'mistral' else LlamaConfig(**text)
+    model = loud(assemble(vision, text, processor))
+    if kind == 'eager': model.set_attn_implementation('eager')
+    return model, processor
+
+
+MODELS = {'shipped': lambda: load(REPO/'data/base_tiny'), 'grouped': lambda: grouped('llama'), 'mistral': lambda: grouped('mistral'),
+          'eager': lambda: grouped('eager')}
+
+
+def alone(model, processor, images, question, n):
+    "What `generate` says to one question, and how many tokens that is."
+    x = processor(images=list(images) or None, text=chat(processor, question, len(images)), return_tensors='pt', add_special_tokens=False)
+    out = model.generate(**x, max_new_tokens=n, do_sample=False)[0, x['input_ids'].shape[1]:].tolist()
+    ends = generation.end_ids(model, processor.tokenizer)
+    said = out[:-1] if out[-1] in ends else out
+    assert not ends & set(said)
+    return processor.tokenizer.decode(said, skip_special_tokens=True).strip(), len(out)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_answers_are_those_of_generate(name):
+    model, processor = MODELS[name]()
+    rng, n = np.random.default_rng(1), 12
+    pictures = [quilt(rng) for _ in range(5)]
+    asked = [((p,), q + ' please'*(i % 3)) for p in pictures for i, q in enumerate(QUESTIONS)]
+    asked += [((pictures[0], pictures[1]), QUESTIONS[0]), ((pictures[1], pictures[0]), QUESTIONS[1]), ((), QUESTIONS[0]), ((), QUESTIONS[3])]
+    asked += [((pictures[2],), ' '.join(QUESTIONS*3))]
+    if name != 'shipped':   # ends that come early, late and never
+        said = [model.generate(**processor(images=list(p) or None, text=chat(processor, q, len(p)), return_tensors='pt'), max_new_tokens=n,
+                               do_sample=False)[0, -n:].tolist() for p, q in asked[:12]]
+        model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id] + sorted({s[k] for k, s in enumerate(said)})[::2]
+    want = [alone(model, processor, p, q, n) for p, q in asked]
+    lengths = {k for _, k in want}
+    assert len(lengths) > 2, f'answers of {lengths} tokens test little'
+    if name != 'shipped': assert len({t for t, _ in want}) > len(want)//2   # the picture counts; the base, on quilts, sees what it knows
+    for batch_size in (1, 3, 7, 64):
+        got = answer(model, processor, *zip(*asked), max_new_tokens=n, batch_size=batch_size)
+        assert got == [t for t, _ in want], batch_size
+    assert plain_answer(model, processor, *zip(*asked), max_new_tokens=n, batch_size=4) == [t for t, _ in want]
+
+
+def test_answers_of_another_length_limit():
+    model, processor = grouped('llama')
+    p = quilt(np.random.default_rng(2))
+    for n in (1, 2, 40): assert answer(model, processor, [p]*4, QUESTIONS, n) == [alone(model, processor, (p,), q, n)[0] for q in QUESTIONS]
+
+
+def test_a_picture_is_read_once(monkeypatch):
+    model, processor = grouped('llama')
+    rng, seen, read = np.random.default_rng(0), [], []
+    pictures = [quilt(rng) for _ in range(9)]
+    def features(model, processor, images, *a): seen.append(len(images)); return prefixes.image_features(model, processor, images, *a)
+    def reading(model, ids, feats): read.append(len(ids)); return prefixes.read_prefixes(model, ids, feats)
+    monkeypatch.setattr(generation, 'image_features', features)
+    monkeypatch.setattr(generation, 'read_prefixes', reading)
+    asked = [(p, f'{q} {i}') for i in range(3) for q in QUESTIONS for p in pictures]   # the questions of a picture are far apart
+    answer(model, processor, *zip(*asked), 2, batch_size=4)
+    assert sum(seen) == 9 and sum(read) == 9
+    assert max(seen) <= 4, 'a shard of pictures at a time'
+
+
+def test_adapters_and_modes_stay():
+    peft = pytest.importorskip('peft')
+    model, processor = grouped('llama')
+    p = quilt(np.random.default_rng(3))
+    before = answer(model, processor, [p]*4, QUESTIONS, 6)
+    tuned = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=4, target_modules=['q_proj'], init_lora_weights=False)).train()
+    after = answer(tuned, processor, [p]*4, QUESTIONS, 6)
+    assert tuned.training and after != before
+    tuned.eval()
+    assert after == [alone(tuned, processor, (p,), q, 6)[0] for q in QUESTIONS]
+
+
+def next_model():
+    "A small LLaVA-NeXT: pictures in tiles, another number of patches for every shape."
+    tok = train_tokenizer(QUESTIONS, 300)
+    images = LlavaNextImageProcessorPil(size={'shortest_edge': 48}, crop_size={'height': 48, 'width': 48}, image_grid_pinpoints=[[48, 96], [96, 48], [96, 96]])
+    processor = LlavaNextProcessor(images, tok, patch_size=12, vision_feature_select_strategy='default', num_additional_image_tokens=1,
+                                   chat_template=tok.chat_template)
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=48, patch_size=12),
+        text_config=LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=320),
+        image_token_index=tok.convert_tokens_to_ids('<image>'), image_grid_pinpoints=[[48, 96], [96, 48], [96, 96]], vision_feature_layer=-1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlavaNextForConditionalGeneration(config).eval()
+    model.generation_config.update(pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id)
+    return loud(model), processor
+
+
+def test_any_model_answers(capsys, monkeypatch):
+    monkeypatch.setattr(generation, '_SAID', set())
+    model, processor = next_model()
+    rng = np.random.default_rng(0)
+    pictures = [quilt(rng, s).resize((s, 96)) for s in (96, 48, 200)]
+    asked = [((p,), q) for p in pictures for q in QUESTIONS[:3]] + [((), QUESTIONS[0])]
+    got = answer(model, processor, *zip(*asked), 6, batch_size=4)
+    assert got == [alone(model, processor, p, q, 6)[0] for p, q in asked] and len(set(got)) > 5
+    answer(model, processor, *zip(*asked[:1]), 1)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and 'LlavaNextForConditionalGeneration is not LLaVA' in said[0]
+    scores = option_logprobs(model, processor, pictures[:1], QUESTIONS[:1], [['yes', 'no', 'yes it is']])[0]
+    assert all(v < 0 for v, _ in scores) and scores[2][1] > scores[1][1]
+
+
+def test_options_of_all_models_are_what_one_pass_says():
+    for name in ('grouped', 'eager', 'shipped'):
+        model, processor = MODELS[name]()
+        rng = np.random.default_rng(0)
+        asked = [((quilt(rng),), q, ['left', 'right', 'in both lungs', 'no'][:2 + i]) for i, q in enumerate(QUESTIONS[:3])] + [((), QUESTIONS[0], ['yes'])]
+        got = option_logprobs(model, processor, *zip(*asked), batch_size=2)
+        for (p, q, options), scores in zip(asked, got):
+            for o, (v, n) in zip(options, scores):
+                turns = generation.as_turns(q, len(p)) + [{'role': 'assistant', 'content': [{'type': 'text', 'text': o}]}]
+                x = processor(images=list(p) or None, text=processor.apply_chat_template(turns), return_tensors='pt', add_special_tokens=False)
+                with torch.inference_mode(): logp = model(**x).logits[0].log_softmax(-1)
+                ids = x['input_ids'][0]
+                want = sum(logp[len(ids)-n+k-1, ids[len(ids)-n+k]].item() for k in range(n))
+                assert processor.tokenizer.decode(ids[-n:]) == o + '<|end|>' and abs(v - want) < 1e-3*abs(want) + 1e-3
+
+
+# The log
+
+def world(folder, n_images=30, n_questions=8):
+    rng, items = np.random.default_rng(0), []
+    for i in range(n_images):
+        quilt(rng).save(folder/f'{i}.png')
+        items += [dict(id=f'{i}-{j}', images=[f'{i}.png'], question=f'{QUESTIONS[j % 4]} {j}', patient=f'p{i}') for j in range(n_questions)]
+    return items
+
+
+def evaluate(folder, log, asked_fn=None, items=None):
+    "An evaluation as a script would do it; every question that reaches the model is noted before it is answered."
+    torch.set_num_threads(1)
+    model, processor = tiny_model()
+    loud(model)
+    items = items or json.loads((folder/'items.json').read_text())
+    if asked_fn:
+        def noting(self, items, pictures, *a, _replies=generation.Speaker.replies, **kw):
+            names = ['image' if p[0].name == o['images'][0] else 'shuffled' for o, p in zip(items, pictures)]
+            with open(asked_fn, 'a') as f: f.write(''.join(f"{c} {o['id']}\n" for c, o in zip(names, items))); f.flush(); os.fsync(f.fileno())
+            return _replies(self, items, pictures, *a, **kw)
+        generation.Speaker.replies = noting
+    return [predict(model, processor, items, folder, log, 'tiny', c, max_new_tokens=8, batch_size=1) for c in ('image', 'shuffled')]
+
+
+def final(log, done):
+    return [{k: v for k, v in r.items() if k != 'seconds'} for r in settled(log, done)]
+
+
+def questions_of(asked_fn): return [tuple(l.split()) for l in asked_fn.read_text().splitlines()] if asked_fn.exists() else []
+
+
+def test_ten_kills_lose_nothing(tmp_path, monkeypatch):
+    items = world(tmp_path)
+    (tmp_path/'items.json').write_text(json.dumps(items))
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(REPO), str(REPO/'tests')]))   # the server of forks imports once
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['test_generation'])
+    log, asked_fn, rng = tmp_path/'killed.jsonl', tmp_path/'asked.txt', random.Random(5)
+    for kill in range(10):
+        before, start = read_complete(log), len(questions_of(asked_fn))
+        p = context.Process(target=evaluate, args=(tmp_path, log, asked_fn))
+        p.start()
+        wanted, until = len(before) + rng.randint(4, 30), time.monotonic() + 60
+        while p.is_alive() and len(read_complete(log)) < wanted and time.monotonic() < until: time.sleep(.002)
+        time.sleep(rng.random()*.03)
+        assert p.is_alive(), 'the evaluation ended before it was killed'
+        os.kill(p.pid, signal.SIGKILL)
+        p.join()
+        now = questions_of(asked_fn)[start:]
+        assert now and not set(now) & set(before), f'kill {kill}: a stored answer was generated again'
+    before, start = read_complete(log), len(questions_of(asked_fn))
+    assert 40 <= len(before) < 2*len(items)
+    p = context.Process(target=evaluate, args=(tmp_path, log, asked_fn))
+    p.start(); p.join()
+    assert p.exitcode == 0
+    assert sorted(questions_of(asked_fn)[start:]) == sorted({(c, o['id']) for c in ('image', 'shuffled') for o in items} - set(before))
+    done = evaluate(tmp_path, log, items=items)
+    assert [d['asked'] for d in done] == [0, 0]
+    undisturbed = tmp_path/'undisturbed.jsonl'
+    assert final(log, done) == final(undisturbed, evaluate(tmp_path, undisturbed, items=items))
+    keys = [tuple(r[k] for k in KEY) for r in read_jsonl(log)]
+    assert len(keys) == len(set(keys)) == 2*len(items)
+
+
+def read_complete(log):
+    "(condition, item) of the lines that are whole."
+    if not log.exists(): return []
+    return [(r['condition'], r['item']) for r in map(json.loads, log.read_bytes().split(b'\n')[:-1])]
+
+
+def test_a_line_torn_anywhere_is_asked_again(tmp_path):
+    items, log = world(tmp_path, 2, 2), tmp_path/'log.jsonl'
+    items[3]['question'] += ' é'   # two bytes
+    model, processor = tiny_model()
+    def run(): return predict(model, processor, items, tmp_path, log, 'tiny', max_new_tokens=2)
+    want, whole = final(log, [run()]), log.read_bytes()
+    last = whole[:-1].rfind(b'\n') + 1
+    for cut in sorted({last + 1, last + 2, len(whole) - 1, *range(last + 3, len(whole), 97), whole.rfind('é'.encode()) + 1}):
+        log.write_bytes(whole[:cut])
+        done = run()
+        assert (done['asked'], done['before']) == (1, 3) and final(log, [done]) == want
+    log.write_bytes(whole[:last])
+    assert run()['asked'] == 1
+
+
+def test_faults_are_lines_with_errors(tmp_path):
+    items, log = world(tmp_path, 6, 3), tmp_path/'log.jsonl'
+    (tmp_path/'2.png').write_bytes(b'this is no picture')
+    del items[4]['question']
+    model, processor = tiny_model()
+    done = predict(model, processor, items, tmp_path, log, 'tiny', max_new_tokens=2)
+    rows = {r['item']: r for r in settled(log, [done])}
+    bad = {i for i, r in rows.items() if r['error']}
+    assert len(rows) == 18 and bad == {'2-0', '2-1', '2-2', '1-1'} and done['errors'] == 4
+    assert all(rows[i]['text'] is None for i in bad) and 'question' in rows['1-1']['error'] and '2.png' in rows['2-0']['error']
+    assert all(isinstance(r['text'], str) for i, r in rows.items() if i not in bad)
+    with pytest.raises(ValueError, match='lacks 1 of 19 answers'):
+        settled(log, [done, dict(done, keys=[tuple(['nobody'] + list(done['keys'][0][1:]))])])
+
+
+# Several processes
+
+SCRIPT = '''
+import sys; sys.path[:0] = [{tests!r}]
+import json, os
+from pathlib import Path
+from test_generation import evaluate
+done = evaluate(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[2] + '.asked' + os.environ.get('RANK', '')))
+Path(sys.argv[2] + '.done' + os.environ.get('RANK', '')).write_text(json.dumps(done))
+'''
+
+
+def together(folder, log, n=2):
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    def one(rank):
+        env = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
+                   ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', PYTHONPATH=str(REPO), GLOO_SOCKET_IFNAME='lo')
+        return subprocess.Popen([sys.executable, '-c', SCRIPT.format(tests=str(REPO/'tests')), str(folder), str(log)], env=env,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return [one(r) for r in range(n)]
+
+
+def test_two_processes_share_the_work(tmp_path):
+    items = world(tmp_path, 10, 4)
+    (tmp_path/'items.json').write_text(json.dumps(items))
+    alone_fn, log = tmp_path/'alone.jsonl', tmp_path/'both.jsonl'
+    one = evaluate(tmp_path, alone_fn, items=items)
+    lines = [json.dumps(r) + '\n' for r in read_jsonl(alone_fn)]
+    (tmp_path/'both.part1.jsonl').write_text(''.join(lines[:6]) + lines[6][:50])   # a process of an earlier attempt was killed
+    work = together(tmp_path, log)
+    out = [p.communicate(timeout=120) for p in work]
+    assert [p.returncode for p in work] == [0, 0], out
+    asked = [questions_of(tmp_path/f'both.jsonl.asked{r}') for r in range(2)]
+    assert all(len(a) >= 20 for a in asked) and len(asked[0] + asked[1]) == 2*len(items) - 6, 'both worked, and nothing was asked twice'
+    done = [json.loads((tmp_path/f'both.jsonl.done{r}').read_text()) for r in range(2)]
+    assert [d['asked'] for d in done[0]] == [len(items) - 6, len(items)] and all(d['errors'] == 0 for d in done[0] + done[1])
+    assert final(log, done[0]) == final(log, done[1]) == final(alone_fn, one)
+    assert not list(tmp_path.glob('*.part*')) and len(read_jsonl(log)) == 2*len(items)
+
+
+def test_a_repeated_step_keeps_its_answers(tmp_path):
+    from llava_med.runs import clear_folder
+    for name in ('.answers.jsonl', 'predictions.jsonl', 'scores.csv'): (tmp_path/name).write_text('{}\n')
+    clear_folder(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ['.answers.jsonl']
