@@ -7,7 +7,7 @@ __all__ = ['FAMILIES', 'PROJECTORS', 'OWN', 'HEADS', 'RENAME', 'BLOCK', 'HELP', 
            'read_original', 'text_config', 'projector_of', 'own_tower', 'add_base', 'convert_weights', 'convert',
            'convert_vit', 'convert_command']
 
-# %% ../nbs/05a_convert.ipynb #b9790457
+# %% ../nbs/05a_convert.ipynb #00da162d
 import argparse
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig, ViTConfig
 from transformers import AutoTokenizer
 from .model import (PLACE, SPARE, TEMPLATES, _config, _processor, _reading, chat_template, few, grown, new_folder, prepare_tokenizer,
-                             read_tower, rows_for, save, tensors_hash, write_card)
+                             read_tower, rows_for, save, tensors_hash, weights_hash, write_card)
 from .runs import read_json, write_json
 
 # %% ../nbs/05a_convert.ipynb #a954fffb
@@ -181,7 +181,7 @@ def convert_weights(
         raise ValueError(f'{few(other)}: the checkpoint and its configuration disagree; nothing was written.')
     return model, {n: new[n] for n in want}, left_out
 
-# %% ../nbs/05a_convert.ipynb #93db0c3f
+# %% ../nbs/05a_convert.ipynb #e9345f1f
 def _template(raw, connector):
     "The way in which a checkpoint was trained to write a conversation."
     if raw['model_type'] == 'llava_mistral': return 'mistral_instruct'
@@ -218,10 +218,10 @@ def convert(
     added, connector = prepare_tokenizer(tok, say), projector_of(raw, state)
     if 'model.embed_tokens.weight' in state and len(tok) - len(added) > len(state['model.embed_tokens.weight']):
         raise ValueError(f"The tokenizer of '{tokenizer or src}' has {len(tok) - len(added)} words, the checkpoint fewer rows; name its own tokenizer.")
-    if tower == 'own': vision, stock, extra, images = own_tower(state, raw), None, 1, {}
+    if tower == 'own': vision, stock, extra, images, read = own_tower(state, raw), None, 1, {}, {}
     else:
         module, size, extra, images = read_tower(tower)
-        vision, stock = module.config, module.state_dict()
+        vision, stock, read = module.config, module.state_dict(), {'sha256_as_read': weights_hash(module)}   # before it is cast
         if size != vision.image_size: raise ValueError(f"'{tower}' sees {size} px but says {vision.image_size} px.")
     model, weights, left_out = convert_weights(state, raw, vision, len(tok), stock)
     tok.chat_template = chat_template(tok, template or _template(raw, connector), src)
@@ -233,11 +233,11 @@ def convert(
     model.generation_config.update(pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
     used = tensors_hash({n.removeprefix('model.vision_tower.'): v for n, v in weights.items() if n.startswith('model.vision_tower.')})
     model.provenance = {'converted_from': str(src), 'original_type': raw['model_type'], **({'base': str(base)} if base else {}),
-        'vision_tower': dict(source='the checkpoint itself' if stock is None else str(tower), sha256=used, original=str(raw.get('mm_vision_tower'))),
+        'vision_tower': dict(source='the checkpoint itself' if stock is None else str(tower), sha256=used, original=str(raw.get('mm_vision_tower')), **read),
         'connector': connector, 'pictures': 'padded' if pad else 'cropped', 'added_tokens': added, 'left_out': left_out}
     save(model, processor, dst, state=weights)
     write_card(dst, Path(dst).name, [f'That of the original checkpoint, {src}; its licence holds here, too.'], licence, str(src))
-    say(f"{sum(v.numel() for v in weights.values())/1e9:.3f} B parameters, {connector} connector, pictures "
+    say(f"{sum(v.numel() for v in weights.values()):,} parameters, {connector} connector, pictures "
         f"{model.provenance['pictures']}, tower from {model.provenance['vision_tower']['source']} (sha256 {used[:12]}).")
     if left_out: say(f'Left out: {few(left_out)}.')
     return Path(dst)

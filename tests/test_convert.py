@@ -266,6 +266,10 @@ def test_half_precision_stays(tmp_path):
     convert(tmp_path/'src', tmp_path/'dst', 'own', say=lambda s: None)
     assert {v.dtype for v in load_file(tmp_path/'dst/model.safetensors').values()} == {torch.bfloat16}
     assert json.loads((tmp_path/'dst/config.json').read_text())['dtype'] == 'bfloat16'
+    stock = clip(2); stock.save_pretrained(tmp_path/'clip')
+    convert(tmp_path/'src', tmp_path/'dst', tmp_path/'clip', say=lambda s: None)
+    kept = json.loads((tmp_path/'dst/provenance.json').read_text())['vision_tower']
+    assert kept['sha256_as_read'] == weights_hash(stock) and kept['sha256'] == weights_hash(load(tmp_path/'dst')[0].model.vision_tower) == weights_hash(stock.bfloat16())
 
 
 def test_a_tokenizer_of_another_model(tmp_path):

@@ -1,7 +1,5 @@
 "Parts of other families joined into a LLaVA, and what a saved folder is worth without this library."
-import copy
 import json
-import re
 import subprocess
 import sys
 
@@ -15,7 +13,8 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPConfig, CLIPM
                           MistralConfig, MistralForCausalLM, PhiConfig, PhiForCausalLM, Qwen2Config, Qwen2ForCausalLM,
                           SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTModel)
 
-from llava_med.model import (TEMPLATES, chat_template, disk_name, join, load, read_tower, save, tiny_model, train_tokenizer,
+from llava_med.adapters import add_lora, base_hash, load_adapter, merge, merge_folders, save_adapter
+from llava_med.model import (chat_template, disk_name, join, load, read_tower, save, tiny_model, train_tokenizer,
                              vision_features, weights_hash, write_card)
 from llava_med.runs import data_dir
 
@@ -294,52 +293,50 @@ def test_the_whole_picture_is_seen_and_always_the_same(tmp_path):
 # The folder, for readers without this library
 
 CLEAN = '''
-import importlib.util, os, sys
+import importlib.util, json, os, sys
 sys.path[:] = [p for p in sys.path if not os.path.isdir(os.path.join(p, 'llava_med'))]
 sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in f'{getattr(f, "__module__", "")} {f}'.lower()]
 assert importlib.util.find_spec('llava_med') is None, 'the library is in reach'
 import torch
 from PIL import Image
+from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 logging.set_verbosity_error(); logging.disable_progress_bar()
-model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-processor = AutoProcessor.from_pretrained(sys.argv[1])
-if len(sys.argv) > 3:
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(model, sys.argv[3]).eval()
-picture = Image.linear_gradient('L').convert('RGB').resize((90, 60))
-turn = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'where is it?'}]}]
-q = processor(images=picture, text=processor.apply_chat_template(turn, add_generation_prompt=True), return_tensors='pt')
-with torch.no_grad(): torch.save({'logits': model(**q).logits, 'ids': model.generate(**q, max_new_tokens=8, do_sample=False)}, sys.argv[2])
+for folder, adapter, out in json.loads(sys.argv[1]):
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    if adapter: model = PeftModel.from_pretrained(model, adapter).eval()
+    picture = Image.linear_gradient('L').convert('RGB').resize((90, 60))
+    turn = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'where is it?'}]}]
+    q = processor(images=picture, text=processor.apply_chat_template(turn, add_generation_prompt=True), return_tensors='pt')
+    with torch.no_grad(): torch.save({'logits': model(**q).logits, 'ids': model.generate(**q, max_new_tokens=8, do_sample=False)}, out)
 '''
 
 
-def read_elsewhere(folder, out, *adapter):
-    "Logits and a greedy answer from a process that cannot import llava_med."
-    run = subprocess.run([sys.executable, '-I', '-c', CLEAN, str(folder), str(out), *map(str, adapter)],
-                         cwd=out.parent, capture_output=True, text=True, env={'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'PATH': '', 'HOME': str(out.parent)})
-    assert run.returncode == 0, run.stderr
-    return torch.load(out, weights_only=True)
-
-
-def same_elsewhere(model, processor, folder, out, *adapter, atol=0):
-    there, q = read_elsewhere(folder, out, *adapter), asked(processor)
-    with torch.no_grad(): logits, ids = model(**q).logits, model.generate(**q, max_new_tokens=8, do_sample=False)
-    assert torch.allclose(there['logits'], logits, rtol=0, atol=atol) and torch.equal(there['ids'], ids)
-
-
-def test_the_shipped_model_in_a_clean_environment(tmp_path):
+def test_in_a_clean_environment_all_give_the_same_logits_and_answers(tmp_path):
+    cases = {}
     model, processor = load(data_dir()/'base_tiny')
     torch.manual_seed(0)
     torch.nn.init.normal_(model.model.multi_modal_projector.linear_1.weight, std=.05)    # as after a stage
-    same_elsewhere(model, processor, save(model, processor, tmp_path/'m'), tmp_path/'out.pt', atol=2e-4)
-
-
-def test_a_joined_model_in_a_clean_environment(tmp_path):
+    cases['stage'] = model, processor, save(model, processor, tmp_path/'stage'), ''
     model, processor = join(tower(tmp_path/'t', 'siglip'), language(tmp_path/'l', 'mistral', tok=tokenizer(image=False)), connector='linear',
                             layers=[-2, -1], template='mistral_instruct', say=lambda s: None)
-    same_elsewhere(model, processor, save(model, processor, tmp_path/'m'), tmp_path/'out.pt', atol=2e-4)
+    cases['joined'] = model, processor, save(model, processor, tmp_path/'joined'), ''
+    adapted = trained(load(tmp_path/'joined')[0])
+    cases['adapter'] = adapted, processor, tmp_path/'joined', save_adapter(adapted, tmp_path/'adapter')
+    merged = load(merge_folders(tmp_path/'joined', tmp_path/'adapter', tmp_path/'merged'))[0]
+    cases['merged'] = merged, processor, tmp_path/'merged', ''
+    jobs = [[str(folder), str(adapter), str(tmp_path/f'{k}.pt')] for k, (_, _, folder, adapter) in cases.items()]
+    run = subprocess.run([sys.executable, '-I', '-c', CLEAN, json.dumps(jobs)], cwd=tmp_path, capture_output=True, text=True,
+                         env={'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'PATH': '', 'HOME': str(tmp_path)})
+    assert run.returncode == 0, run.stderr
+    for k, (model, processor, *_) in cases.items():
+        there, q = torch.load(tmp_path/f'{k}.pt', weights_only=True), asked(processor)
+        with torch.no_grad(): logits, ids = model(**q).logits, model.generate(**q, max_new_tokens=8, do_sample=False)
+        assert torch.allclose(there['logits'], logits, rtol=0, atol=2e-4) and torch.equal(there['ids'], ids), k
+        cases[k] = logits
+    assert torch.allclose(cases['merged'], cases['adapter'], atol=1e-5) and not torch.allclose(cases['joined'], cases['adapter'], atol=1e-2)
 
 
 def names(folder): return sorted(k for f in folder.glob('*.safetensors') for k in safe_open(f, 'pt').keys())
@@ -397,3 +394,85 @@ def test_the_card_shows_scores(tmp_path):
     assert '| stage2 | phantoms test | image | strict | 0.918 (0.900 to 0.930) | 2000 | 300 |' in text
     assert 'mri' not in text and '| base' not in text and 'PMC figures, CC BY' in text and 'Research and teaching only' in text
     with pytest.raises(ValueError, match="no row .* for model 'tuned'"): write_card(tmp_path/'m', 'A', ['x'], 'mit', scores=tmp_path/'scores.csv', model='tuned')
+
+
+# Adapters
+
+def trained(model, seed=0, **kw):
+    "An adapter whose every tensor has moved."
+    adapted = add_lora(model, **{'rank': 4, **kw}).eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad: p.add_(torch.randn_like(p)*.05)
+    return adapted
+
+
+@pytest.fixture
+def based(tmp_path):
+    "A joined model in a folder."
+    model, processor = join(tower(tmp_path/'t'), language(tmp_path/'l', 'mistral', tok=tokenizer(image=False)), template='mistral_instruct', say=lambda s: None)
+    return save(model, processor, tmp_path/'base'), model, processor
+
+
+def test_merged_is_the_adapter_and_a_plain_model(based, tmp_path):
+    base, model, processor = based
+    adapted = trained(model)
+    merged = load(merge_folders(base, save_adapter(adapted, tmp_path/'adapter'), tmp_path/'merged'))[0]
+    with torch.no_grad(): assert torch.allclose(merged(**asked(processor)).logits, adapted(**asked(processor)).logits, atol=1e-5)
+    assert names(tmp_path/'merged') == names(base)
+    assert json.loads((tmp_path/'merged/provenance.json').read_text())['merged_adapter_onto']['base'] == base_hash(load(base)[0])
+
+
+@pytest.mark.parametrize('kind', LANGUAGES)
+@pytest.mark.parametrize('sight', ['clip', 'dinov2'])
+def test_no_adapter_in_the_tower(sight, kind, tmp_path):
+    model, _ = join(tower(tmp_path/'t', sight), language(tmp_path/'l', kind), say=lambda s: None)
+    before = weights_hash(model.model.vision_tower)
+    adapted = trained(model)
+    learns = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert sum('lora_' in n for n in learns) == 2*2*7 and not [n for n in learns if 'vision_tower' in n or 'embed' in n or 'lm_head' in n]
+    assert {n.split('modules_to_save.default.')[1] for n in learns if 'projector' in n} == {f'linear_{i}.{k}' for i in (1, 2) for k in ('weight', 'bias')}
+    assert weights_hash(merge(adapted).model.vision_tower) == before
+
+
+def test_an_adapter_for_another_base_is_refused(based, tmp_path):
+    base, model, processor = based
+    save_adapter(trained(model), tmp_path/'adapter')
+    with torch.no_grad(): (other := load(base)[0]).lm_head.weight[3, 3] += .1
+    with pytest.raises(ValueError, match='trained on another base') as e: load_adapter(other, tmp_path/'adapter')
+    assert str(tmp_path/'adapter') in str(e.value) and '\n' not in str(e.value)
+    load_adapter(load(base, dtype='bfloat16')[0], tmp_path/'adapter')      # the same base in another precision
+
+
+def test_an_adapter_that_lost_a_tensor_is_refused(based, tmp_path):
+    from safetensors.torch import load_file, save_file
+    base, model, _ = based
+    f = save_adapter(trained(model), tmp_path/'adapter')/'adapter_model.safetensors'
+    state = load_file(f)
+    save_file({k: v for k, v in state.items() if 'layers.1.mlp.up_proj.lora_B' not in k}, f)
+    with pytest.raises(ValueError, match='up_proj.lora_B'): load_adapter(load(base)[0], tmp_path/'adapter')
+
+
+def test_the_identity_of_a_linear_connector_is_never_trained(tmp_path):
+    model, processor = join(tower(tmp_path/'t'), language(tmp_path/'l'), connector='linear')
+    base = save(model, processor, tmp_path/'base')
+    merged = load(merge_folders(base, save_adapter(trained(model), tmp_path/'a'), tmp_path/'m'))[0].model.multi_modal_projector
+    first = load(base)[0].model.multi_modal_projector
+    assert torch.equal(merged.linear_2.weight, torch.eye(32)) and not torch.equal(merged.linear_1.weight, first.linear_1.weight)
+
+
+def test_training_goes_on_from_a_saved_adapter(based, tmp_path):
+    base, model, processor = based
+    adapted = trained(model)
+    save_adapter(adapted, tmp_path/'a')
+    again = load_adapter(load(base)[0], tmp_path/'a', trainable=True)
+    names = lambda m: {n: p for n, p in m.named_parameters() if p.requires_grad}
+    assert names(again).keys() == names(adapted).keys() and all(torch.equal(p, names(adapted)[n]) for n, p in names(again).items())
+    save_adapter(again, tmp_path/'b')
+    assert json.loads((tmp_path/'b/provenance.json').read_text()) == json.loads((tmp_path/'a/provenance.json').read_text())
+
+
+def test_the_card_of_an_adapter(based, tmp_path):
+    text = write_card(save_adapter(trained(based[1]), tmp_path/'a'), 'An adapter', ['VQA-RAD, CC0'], 'mit', base='org/base').read_text()
+    assert 'library_name: peft' in text and 'base_model: org/base' in text
