@@ -229,6 +229,9 @@ def test_a_grid_that_does_not_agree(tmp_path):
     config['image_processor']['crop_size'] = {'height': 96, 'width': 96}
     (tmp_path/'m/processor_config.json').write_text(json.dumps(config))
     with pytest.raises(ValueError, match='64 tokens from 96 px in patches of 12, the configuration says 16 tokens from 48 px'): load(tmp_path/'m')
+    config['patch_size'] = 24                              # as many tokens as there should be, of another picture
+    (tmp_path/'m/processor_config.json').write_text(json.dumps(config))
+    with pytest.raises(ValueError, match='16 tokens from 96 px in patches of 24'): load(tmp_path/'m')
 
 
 def test_a_checkpoint_with_strange_or_missing_weights_is_refused(tmp_path):
