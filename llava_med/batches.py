@@ -630,6 +630,8 @@ def make_parser()->argparse.ArgumentParser:
                    help='%(choices)s (default: all)')
     p.add_argument('--out', metavar='FILE', help='CSV file to write')
     p.add_argument('--part', action='store_true', help='ITEMS is meant to be only a part of its set, not a file that was cut off')
+    p = sub.add_parser('convert', help='original LLaVA and LLaVA-Med checkpoints → Hugging Face', add_help=False, prefix_chars='\0')
+    p.add_argument('words', nargs='*')   # read by chapter 05a
     p = sub.add_parser('refresh', help="bring a run's outputs into the committed notebooks", formatter_class=raw,
         description='Copies the outputs of a finished run into nbs/pipeline/ and its small files into outputs/example/.')
     p.add_argument('run', nargs='?', default='tiny', metavar='RUN', help='whose results to show (default: tiny)')
@@ -665,6 +667,9 @@ def dispatch(
         if args.names[:1] != ['pmc']:
             args.names = [known_name(n, [x for e in CATALOGUE for x in (e.name, e.repo) if x], 'entry in the catalogue') for n in args.names]
         return get_command(args)
+    if args.command == 'convert':
+        from llava_med.convert import convert_command
+        return convert_command(args.words)
     if args.command == 'score':
         from llava_med.scorers import score_files
         return score_files(args.items, args.predictions, args.scorer, args.out, part=args.part)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANGES', 'CONDITIONS', 'KEY', 'DESCRIBE', 'open_picture', 'end_ids', 'plain_answer', 'base_of', 'slow_because',
-           'answer', 'option_logprobs', 'item_patient', 'partners', 'condition_picture', 'weights_hash', 'prompt_hash',
+           'answer', 'option_logprobs', 'item_patient', 'partners', 'condition_picture', 'prompt_hash',
            'processor_hash', 'item_hash', 'Speaker', 'predict', 'settled', 'caption_items', 'talk', 'reply_losses']
 
 # %% ../nbs/08_generation.ipynb #f882d462
@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from .articles import open_image
 from .conversations import DETAILED
-from .model import load
+from .model import load, weights_hash
 from .prefixes import (as_turns, cache_rows, chat, decode, image_features, read_prefixes, reply_logprobs,
                                 split_ids, text_ids)
 from .runs import file_hash, folder_hash, progress, read_jsonl, writing
@@ -301,16 +301,6 @@ def _short(*parts):
     for p in parts: h.update((b := p if isinstance(p, bytes) else str(p).encode())); h.update(f'|{len(b)}|'.encode())
     return h.hexdigest()[:16]
 
-def weights_hash(
-    model, # any torch module
-)->str:    # first 16 hex digits of SHA-256 over names and values
-    "Hash of a model's weights, whatever file they came from."
-    h = hashlib.sha256()
-    for n, p in sorted(model.state_dict().items()):
-        h.update(n.encode())
-        h.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return h.hexdigest()[:16]
-
 def prompt_hash(
     text:str, # what the model reads, from `chat`
 )->str:       # first 16 hex digits of SHA-256
@@ -367,7 +357,7 @@ class Speaker:
     def marks(self)->dict: # model_hash, processor_hash
         "Hashes of the model and of its processor."
         if not self.model_hash:
-            self.model_hash = _short(folder_hash(self.folder), self.place[1]) if self.folder else weights_hash(self.model)
+            self.model_hash = _short(folder_hash(self.folder), self.place[1]) if self.folder else _short(weights_hash(self.model), self.model.dtype)
         return dict(model_hash=self.model_hash, processor_hash=processor_hash(self.processor))
     def reads(self,
         prompt:str|list, # question, or turns

@@ -3,8 +3,8 @@ import random
 
 import pytest
 from llava_med.batching import encode
-from llava_med.model import train_tokenizer
-from llava_med.templates import TEMPLATES, answer_spans, scored_tokens
+from llava_med.model import TEMPLATES, train_tokenizer
+from llava_med.templates import answer_spans, scored_tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -49,7 +49,7 @@ def test_unmarked_templates_are_scored_on_each_answer_and_its_end(byte_level, st
         assert [text[a:b] for a, b in spans] == [m['content'] + END[style] for m in chat if m['role'] == 'assistant']
 
 @pytest.mark.parametrize('name', TEMPLATES)
-def test_marked_templates_score_nothing_else(byte_level, with_metaspace, name):
+def test_templates_of_the_originals_score_nothing_else(byte_level, with_metaspace, name):
     rng = random.Random(name)
     for tok in (byte_level, with_metaspace)[:1 if name == 'plain' else 2]:   # the second knows no line break, which ends a plain caption
         for _ in range(20):
