@@ -75,7 +75,7 @@ class Toy:
 
     def run(self, *words):
         "The exit code of `llava-med run …`."
-        from llava_med.batches import main
+        from llava_med.commands import main
         return main(['run', *words])
 
     def out(self, step, run='toy'):

@@ -13,7 +13,7 @@ from transformers import (CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaF
                           MistralConfig, MistralForCausalLM)
 from transformers.utils import logging
 
-from llava_med.batches import main
+from llava_med.commands import main
 from llava_med.convert import add_base, convert, convert_vit, convert_weights, own_tower, read_weights
 from llava_med.model import disk_name, join, load, read_tower, train_tokenizer, weights_hash
 

@@ -493,7 +493,7 @@ def test_transformers_serve(tmp_path):
 @pytest.mark.slow
 def test_the_pipeline_trains_on_what_a_service_wrote(tmp_path):
     "One parameter changes who writes; the answers outlive the step, and stage 2 learns from the records."
-    from llava_med.batches import main
+    from llava_med.commands import main
     outputs = Path(os.environ['LLAVA_MED_OUTPUTS'])
     with LocalEndpoint(lambda m: good(m) or 'NOTHING') as e:
         words = ['run', 'smoke', '--set', '1_data_prep.n_figures=60', '1_data_prep.generator=endpoint', '1_data_prep.generator_model=m', f'1_data_prep.endpoint={e.url}', '1_data_prep.price_in=2', '1_data_prep.price_out=8']

@@ -374,7 +374,7 @@ def addresses(monkeypatch, bucket):
 
 
 def test_the_command_fetches_what_the_reader_reads(phantoms, bucket, tmp_path, addresses, capsys):
-    from llava_med.batches import main
+    from llava_med.commands import main
     out = str(tmp_path/'pmc')
     assert main(['get', 'pmc', 'lung', 'radiograph', '--licence', 'CC BY', 'CC0', '--limit', '4', '--out', out, *addresses]) == 0
     assert bucket.headers[0]['term'].startswith('(lung radiograph) AND open_access[filter]')
@@ -392,7 +392,7 @@ def test_the_command_fetches_what_the_reader_reads(phantoms, bucket, tmp_path, a
     (['--ids', 'PMC1', '--journal', 'x'], 'filters of a QUERY', 1), (['pmc', 'x', '--per-second', '0'], 'greater than 0', 1),
     (['--inventory', 'nowhere.csv'], 'nowhere.csv', 1)])
 def test_a_wrong_command_is_one_sentence(words, said, code, tmp_path, capsys):
-    from llava_med.batches import main
+    from llava_med.commands import main
     assert main(['get', *words, '--out', str(tmp_path/'out')]) == code
     err = capsys.readouterr().err
     assert said in err and len(err.strip().splitlines()) == 1
@@ -494,7 +494,7 @@ def test_killed_ten_times_it_leaves_what_an_undisturbed_run_leaves(phantoms, buc
 
 def test_interrupted_it_says_so_and_goes_on(phantoms, bucket, tmp_path):
     bucket.delay = .05
-    out, code = tmp_path/'out', 'import sys; from llava_med.batches import main; print("ready", flush=True); sys.exit(main(sys.argv[1:]))'
+    out, code = tmp_path/'out', 'import sys; from llava_med.commands import main; print("ready", flush=True); sys.exit(main(sys.argv[1:]))'
     words = ['get', '--ids', *ids(phantoms), '--out', str(out), '--base', bucket.url, '--workers', '2']
     start = lambda: subprocess.Popen([sys.executable, '-c', code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                      env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path), 'LLAVA_MED_PLAIN': '1'})

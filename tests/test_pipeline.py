@@ -22,7 +22,7 @@ def command(outputs, *words):
     "Run `llava-med` and return the finished process and its seconds."
     env = {**os.environ, 'LLAVA_MED_ROOT': str(REPO), 'LLAVA_MED_OUTPUTS': str(outputs), 'PYTHONPATH': str(REPO)}
     env.pop('LLAVA_MED_RUNNER', None)
-    code = 'import sys; from llava_med.batches import main; sys.exit(main())'
+    code = 'import sys; from llava_med.commands import main; sys.exit(main())'
     began = time.time()
     done = subprocess.run([sys.executable, '-c', code, *words], env=env, capture_output=True, text=True)
     return done, time.time() - began

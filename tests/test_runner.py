@@ -12,13 +12,14 @@ import psutil
 import pytest
 
 from conftest import PARAMETERS, make_notebook
-from llava_med.batches import main, plan_run, read_preset
+from llava_med.batches import plan_run, read_preset
+from llava_med.commands import main
 from llava_med.publishing import refresh
 from llava_med.runs import RunLocked, Step, StepInputError, read_run, run_dir, update_run
 
 REPO = Path(__file__).resolve().parents[1]
-SAME = "import sys\nimport llava_med.batches as b\nb.library_mark = lambda: 'the same library'\n"  # as the fixture does
-COMMAND = [sys.executable, '-c', SAME + 'sys.exit(b.main())', 'run']
+SAME = "import sys\nimport llava_med.batches as b\nimport llava_med.commands as c\nb.library_mark = lambda: 'the same library'\n"  # as the fixture does
+COMMAND = [sys.executable, '-c', SAME + 'sys.exit(c.main())', 'run']
 
 
 def start(*words):
@@ -239,7 +240,7 @@ def test_data_base_and_library_belong_to_the_key(toy, monkeypatch):
 
 def test_keeping_needs_no_torch(toy):
     assert toy.run('toy', '--only', '1') == 0
-    code = (SAME + "assert b.main(['run', 'toy', '--only', '1']) == 0\n"
+    code = (SAME + "assert c.main(['run', 'toy', '--only', '1']) == 0\n"
             "assert not {'torch', 'transformers', 'papermill'} & set(sys.modules)")
     env = {**os.environ, 'PYTHONPATH': str(REPO)}
     done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)

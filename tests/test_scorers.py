@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from llava_med.batches import main
+from llava_med.commands import main
 from llava_med.runs import read_jsonl, test_data as data_folder, write_jsonl
 from llava_med.scorers import SCORERS, ScoreError, align, judge_rows, read_answers, score_answers, score_files
 from llava_med.scoring import COLUMNS, score_table

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from llava_med import articles, shards
-from llava_med.batches import main
+from llava_med.commands import main
 from llava_med.conversations import write_records, stream_records
 from llava_med.images import open_image
 from llava_med.phantom_sets import write_articles
@@ -24,7 +24,7 @@ from llava_med.shards import (ClusterError, ShardError, check_shards, cluster, f
 REPO = Path(__file__).resolve().parents[1]
 REAL = data_folder() and data_folder()/'articles'
 ENV = {**os.environ, 'PYTHONPATH': str(REPO), 'LLAVA_MED_ROOT': str(REPO), 'OMP_NUM_THREADS': '1'}
-COMMAND = 'import sys; from llava_med.batches import main; sys.exit(main())'
+COMMAND = 'import sys; from llava_med.commands import main; sys.exit(main())'
 
 
 def quiet(*_): pass

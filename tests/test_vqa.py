@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from llava_med import audit, readers, vqa
-from llava_med.batches import main
+from llava_med.commands import main
 from llava_med.runs import test_data as data_folder, write_json, write_jsonl
 
 DATA = data_folder()
