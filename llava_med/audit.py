@@ -7,17 +7,15 @@ __all__ = ['REPHRASED', 'CHECKS', 'picture_marks', 'near_pictures', 'Wording', '
            'audit_table']
 
 # %% ../nbs/04b_audit.ipynb #e7d7e216
-import hashlib, math, os, re
+import math, os, re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from .articles import NEAR_BITS, NEAR_GREY, image_hash
-from .images import ImageError, open_image
+from .filters import NEAR_BITS, NEAR_GREY, look
 from .vqa import same_question
 
 # %% ../nbs/04b_audit.ipynb #d070d100
@@ -25,15 +23,11 @@ def picture_marks(
     names,              # names of images
     images_dir:str|Path, # the folder that they are relative to
     threads:int|None=None, # how many are opened at once; None for one a core
-)->dict:                # name → (hash of the pixels, 32 bytes of image_hash, thumbnail), or None if it cannot be opened
+)->dict:                # name → (hash of the pixels, 32 bytes of `image_hash`, thumbnail), or None if it cannot be opened
     "What is needed to compare pictures."
     def marks(name):
-        try: img = open_image(Path(images_dir)/name)
-        except (ImageError, OSError): return name, None
-        pixels = hashlib.sha256(repr(img.size).encode() + img.tobytes()).digest()
-        grey = img.convert('L')
-        bits = np.frombuffer(image_hash(grey).to_bytes(32, 'big'), np.uint8)
-        return name, (pixels, bits, np.asarray(grey.resize((48, 48), Image.BILINEAR)).astype(np.int16))
+        x = look(Path(images_dir)/name)
+        return name, None if x.error else (x.digest, np.frombuffer(x.bits, np.uint8), np.frombuffer(x.thumb, np.uint8).astype(np.int16))
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool: return dict(pool.map(marks, dict.fromkeys(names)))
 
 def near_pictures(

@@ -6,7 +6,7 @@
 __all__ = ['FULL', 'COLOURS', 'PACKAGES', 'PEAK_FLOPS', 'STAYS', 'BASE_REMEDY', 'root', 'outputs_dir', 'data_dir', 'test_data',
            'OutputError', 'writing', 'replacing', 'write_json', 'read_json', 'write_jsonl', 'read_jsonl', 'write_csv',
            'file_hash', 'folder_hash', 'seed_everything', 'pick_device', 'shows_bars', 'clock', 'progress_line',
-           'progress', 'figure_style', 'png_bytes', 'show_figure', 'now', 'git_state', 'versions', 'machine',
+           'progress', 'figure_style', 'figure_bytes', 'show_figure', 'now', 'git_state', 'versions', 'machine',
            'check_name', 'run_dir', 'read_run', 'update_run', 'RunLocked', 'RunLock', 'hold', 'peak_memory_mib',
            'ledger_row', 'StepInputError', 'find_input', 'clear_folder', 'Step']
 
@@ -261,32 +261,34 @@ class figure_style(dict):
     def __exit__(self, *exc): return self.context.__exit__(*exc)
 
 # %% ../nbs/00_runs.ipynb #05050e3c
-def png_bytes(
+def figure_bytes(
     fig,               # a matplotlib figure
-    dpi:int=80,        # dots per inch to begin with
-    limit:int=50_000,  # largest size in bytes; 0 is no limit
-)->bytes:              # a PNG file
-    "A figure as PNG, with fewer colours and then fewer dots if it is too large."
+    dpi:int=90,        # dots per inch to begin with
+    limit:int=40_000,  # largest size in bytes; 0 is no limit
+)->tuple:              # `image/png` or `image/jpeg`, and the file
+    "A figure as PNG; where that is too large with fewer colours, or else as JPEG with as many dots as fit."
     from PIL import Image
     while True:
-        buf = io.BytesIO()
+        buf, few, photo = io.BytesIO(), io.BytesIO(), io.BytesIO()
         fig.savefig(buf, format='png', dpi=dpi)
-        if not limit or buf.tell() <= limit: return buf.getvalue()
-        small = io.BytesIO()
-        Image.open(buf).convert('RGB').quantize(128).save(small, 'png', optimize=True)
-        if small.tell() <= limit or dpi < 30: return small.getvalue()
-        dpi = round(dpi*0.85)
+        if not limit or buf.tell() <= limit: return 'image/png', buf.getvalue()
+        image = Image.open(buf).convert('RGB')
+        image.quantize(128).save(few, 'png', optimize=True)
+        if few.tell() <= limit: return 'image/png', few.getvalue()
+        image.save(photo, 'jpeg', quality=65, optimize=True, progressive=True)
+        if photo.tell() <= limit or dpi < 30: return 'image/jpeg', photo.getvalue()
+        dpi = round(dpi*0.9)
 
 def show_figure(
     fig,             # a matplotlib figure; it is closed afterwards
     caption:str,     # the finding with its numbers, in words
-    dpi:int=80,      # dots per inch
+    dpi:int=90,      # dots per inch
 )->None:
     "Show a figure with its caption beneath and as alternative text."
     from IPython.display import display
     import matplotlib.pyplot as plt
-    display({'image/png': png_bytes(fig, dpi), 'text/plain': caption}, raw=True,
-            metadata={'image/png': {'alt': caption}})
+    kind, data = figure_bytes(fig, dpi)
+    display({kind: data, 'text/plain': caption}, raw=True, metadata={kind: {'alt': caption}})
     display({'text/markdown': caption, 'text/plain': caption}, raw=True)
     plt.close(fig)
 
@@ -549,7 +551,7 @@ class Step:
         caption:str, # the finding with its numbers
     )->None:
         "Save a figure in the step's folder and show it with its caption."
-        with replacing(self.path(f'{name}.png')) as part: part.write_bytes(png_bytes(fig, dpi=150, limit=0))
+        with replacing(self.path(f'{name}.png')) as part: part.write_bytes(figure_bytes(fig, dpi=150, limit=0)[1])
         show_figure(fig, caption)
     def finish(self,
         **results, # a few numbers worth having in run.json
