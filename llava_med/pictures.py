@@ -58,7 +58,8 @@ def draw_openings(
         ax.barh(y, n - left, left=left, color='#bbbbbb', edgecolor='white')
         ax.text(n + .01*top, y, f'{n/total:.0%}', va='center', fontsize=10)
     ax.set_yticks(range(len(rows)), [w for w, *_ in rows]); ax.invert_yaxis(); ax.set_xlim(0, 1.1*top)
-    ax.set(xlabel=what + (f' (not drawn: {others})' if rest else ''), title=f'{top/total:.0%} begin with “{rows[0][0]}”')
+    ax.set(xlabel=what + (f'\n(not drawn: {others})' if rest else ''), title=f'{top/total:.0%} begin with “{rows[0][0]}”')
+    ax.locator_params(axis='x', nbins=5)
     return f'{total} {what}, by first words: ' + ', '.join([f'{w} {n/total:.0%}' for w, n, _ in rows[:5]] + [others]*bool(rest)) + '.'
 
 # %% ../nbs/03e_pictures.ipynb #f900f530
