@@ -19,7 +19,7 @@ demo: $(READY)  ## run the whole pipeline on the tiny preset (minutes on 2 cores
 
 test: $(READY)  ## run every chapter from top to bottom, and the quick tests
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2; chapters=$$?; \
-	$(BIN)/python -m pytest tests -q -m 'not slow'; quick=$$?; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -m 'not slow' -n 2 --dist loadfile; quick=$$?; \
 	[ $$chapters -eq 0 ] || echo 'A chapter failed: see the first messages above.'; \
 	[ $$chapters -eq 0 ] && [ $$quick -eq 0 ]
 
