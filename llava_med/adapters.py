@@ -6,7 +6,6 @@
 __all__ = ['lora_targets', 'base_hash', 'add_lora', 'save_adapter', 'load_adapter', 'merge', 'merge_folders']
 
 # %% ../nbs/05b_adapters.ipynb #29f3a1cc
-import re
 from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict

@@ -16,7 +16,7 @@ from pathlib import Path
 from lxml import etree
 
 from .images import PACKAGES, ImageError, Package, PackageError
-from .images import image_bytes, image_size, is_dicom, open_image
+from .images import image_size, is_dicom, open_image
 from .jats import SKIPPED, ArticleError, element_text, figure_numbers
 from .jats import local_name, parse_jats, says_figure, sentence_spans
 from .runs import replacing, write_jsonl

@@ -23,7 +23,7 @@ from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
 from .articles import ArticleError, article_records, match_image
-from .runs import file_hash, now, progress, read_json, read_jsonl, replacing, write_json, write_jsonl, writing
+from .runs import file_hash, now, progress, read_json, replacing, write_json, write_jsonl, writing
 
 # %% ../nbs/02a_getting.ipynb #2f07d50a
 def _page(folder): # the metadata of a version, as the bucket shows it

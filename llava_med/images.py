@@ -7,7 +7,7 @@ __all__ = ['MAX_PACKAGE', 'MAX_MEMBERS', 'MAX_FILE', 'MAX_PIXELS', 'PACKAGES', '
            'image_bytes', 'is_dicom', 'open_image', 'image_size']
 
 # %% ../nbs/01d_images.ipynb #4856f238
-import bz2, gzip, io, lzma, re, stat, tarfile, warnings, zipfile, zlib
+import bz2, gzip, io, lzma, stat, tarfile, warnings, zipfile, zlib
 from pathlib import Path
 
 import numpy as np

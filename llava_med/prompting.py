@@ -9,7 +9,7 @@ __all__ = ['LETTERS', 'Prompting', 'choose_prompt', 'Chooser']
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from .generation import Speaker, _try, item_patient, option_logprobs, predict, settled
+from .generation import Speaker, _try, option_logprobs, predict, settled
 from .prefixes import as_turns
 from .runs import write_csv
 import numpy as np
