@@ -433,7 +433,7 @@ def figures(
         else: beside.unlink(missing_ok=True)
     except OSError as e:
         print(f'{out} cannot be written: {e.strerror or e}. Choose another --out.'); return 1
-    end = f' -> {out}' if first else '; nothing was written.'
+    end = f' -> {out}' if first else '; no record was written.'
     print(f'{len(articles)} articles, {n["figures"]} figures, {n["image"]} with image, '
           f'{n["mentions"]} with mentions, {len(problems)} problems{end}')
     return 0 if first else 1

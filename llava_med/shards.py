@@ -351,7 +351,7 @@ def _finish(out, part, manifest, took, say): # put both files in their places an
     os.replace(manifest, Path(f'{out}.manifest.jsonl'))
     if n['figures']: os.replace(part, out)
     else: part.unlink()
-    end = f' -> {out}' if n['figures'] else '; nothing was written.'
+    end = f' -> {out}' if n['figures'] else '; no record was written.'
     say(f'{n["done"]} articles, {n["figures"]} figures, {n["images"]} with image, {n["mentions"]} with mentions, {len(problems)} problems{end}')
     say(f'{n["articles"]} articles in {clock(took)}; {n["no_figure"]} without figure, {n["unreadable"]} unreadable; '
         f'a worker took {worst} MB at most. {out.name}.manifest.jsonl says what became of each.')

@@ -275,7 +275,7 @@ def test_nothing_usable_is_exit_code_1(tmp_path, capsys):
     (tmp_path/'a.xml').write_text('no article')
     (tmp_path/'out.jsonl').write_text('old')
     assert main(['figures', str(tmp_path/'a.xml'), str(tmp_path/'none'), '--out', str(tmp_path/'out.jsonl'), '--workers', '1']) == 1
-    assert (tmp_path/'out.jsonl').read_text() == 'old' and 'nothing was written' in capsys.readouterr().out
+    assert (tmp_path/'out.jsonl').read_text() == 'old' and 'no record was written' in capsys.readouterr().out
     found = read_jsonl(tmp_path/'out.jsonl.manifest.jsonl')[1:]
     assert [r['status'] for r in found] == ['unreadable']*2 and all(r['problems'] for r in found)
 
