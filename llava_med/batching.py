@@ -4,27 +4,17 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'encode', 'length_batches', 'encode_questions', 'share_pictures', 'segment_mask', 'Collator', 'splice',
-           'embed', 'plain_attention', 'batch_loss', 'scored_hits', 'record_samples', 'file_features',
-           'cached_features']
+           'embed', 'plain_attention', 'batch_loss', 'scored_hits', 'record_samples']
 
 # %% ../nbs/06_batching.ipynb #9f303328
-import hashlib
-import json
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
-from .articles import open_image
 from .conversations import to_messages
-from .model import vision_features, weights_hash
-from .runs import progress, replacing
+from .model import vision_features
 from .templates import scored_tokens
 
 # %% ../nbs/06_batching.ipynb #cd4151bf
@@ -125,13 +115,13 @@ def segment_mask(
 class Collator:
     "Joins encoded samples to a padded batch."
     pad_id:int     # token that fills up
-    features:torch.Tensor=None # (pictures, patches, width) of the frozen tower
+    features:torch.Tensor=None # (pictures, patches, width) of the frozen tower, or what the next chapter has instead
     multiple:int=16 # lengths are rounded up to it: for every new shape a processor builds its kernels anew
 
     def __call__(
         self,
         samples:list, # dicts with input_ids, labels; optional image (number, or a list of them in the order of the text), positions, segments
-    )->dict:          # tensors input_ids, labels, attention_mask, positions, features
+    )->dict:          # tensors input_ids, labels, attention_mask, positions, features or pixels
         "Pad on the right; raises ValueError when a picture is asked for and no features are there."
         n = max(len(s['input_ids']) for s in samples)
         n += -n % self.multiple
@@ -145,7 +135,7 @@ class Collator:
         images = [i for s in samples if s.get('image') is not None for i in np.atleast_1d(s['image'])]
         if images:
             if self.features is None: raise ValueError('Samples name pictures, but the collator has no features.')
-            batch['features'] = self.features[torch.tensor(images)]
+            batch[getattr(self.features, 'kind', 'features')] = self.features[torch.tensor(images)]
         return batch
 
 # %% ../nbs/06_batching.ipynb #78a0ab6b
@@ -167,9 +157,10 @@ def embed(
     batch:dict, # from a `Collator`
 )->torch.Tensor: # (rows, length, width) word and patch vectors
     "Word vectors with projected patches in the place of image tokens; ValueError when counts differ."
-    ids = batch['input_ids']
-    if batch.get('features') is None: return model.get_input_embeddings()(ids)
-    return splice(model, ids, model.model.multi_modal_projector(batch['features'].to(model.dtype)))
+    ids, features = batch['input_ids'], batch.get('features')
+    if 'pixels' in batch: features = vision_features(model, batch['pixels'], graph=torch.is_grad_enabled())
+    if features is None: return model.get_input_embeddings()(ids)
+    return splice(model, ids, model.model.multi_modal_projector(features.to(model.dtype)))
 
 def plain_attention(
     module,              # attention layer of the language model
@@ -240,53 +231,3 @@ def record_samples(
         cut += len(e['input_ids']) == max_len
     if cut: print(f'{cut} of {len(records)} conversations were cut at {max_len} tokens (max_len).')
     return samples, list(names)
-
-def file_features(
-    model,              # its frozen tower is used
-    processor,          # its processor
-    paths:list,         # picture files, any format that `llava_med.articles.open_image` reads
-    batch_size:int=64,  # pictures at once
-    threads:int=2,      # that open files
-    bf16:bool=False,    # multiply in bfloat16
-)->torch.Tensor:        # (pictures, patches, width of the tower), on the CPU
-    "Patch vectors of picture files, before the projector; an unreadable file is named."
-    def one(path): return processor.image_processor(open_image(path), return_tensors='pt')['pixel_values']
-    out = []
-    with ThreadPoolExecutor(threads) as pool, torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        for i in progress(range(0, len(paths), batch_size), 'tower', unit='batches'):
-            out.append(vision_features(model, torch.cat(list(pool.map(one, paths[i:i + batch_size])))).cpu())
-    return torch.cat(out) if out else torch.empty(0, 0, 0)
-
-# %% ../nbs/06_batching.ipynb #ba0cb2f8
-def _tower_key(model, processor, bf16):
-    "What patch vectors depend on, apart from the picture."
-    c = model.config
-    parts = [c.vision_feature_layer, c.vision_feature_select_strategy, str(processor.image_processor), weights_hash(model.model.vision_tower), bf16]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-def _file_mark(path):
-    "A picture file's size and time of change; None where it is missing."
-    try: s = os.stat(path)
-    except OSError: return None
-    return [s.st_size, s.st_mtime_ns]
-
-def cached_features(
-    model,              # its frozen tower is used
-    processor,          # its processor
-    paths:list,         # picture files
-    cache:str|Path,     # folder that keeps patch vectors from call to call
-    **kw,               # further arguments of `file_features`
-)->torch.Tensor:        # (pictures, patches, width of the tower), on the CPU, in half precision
-    "`file_features`, where only new and changed files are opened."
-    file = Path(cache)/f"{_tower_key(model, processor, kw.get('bf16', False))}.safetensors"
-    try:
-        with safe_open(file, 'pt') as f: marks, stored = json.loads(f.metadata()['marks']), f.get_tensor('features')
-    except (OSError, SafetensorError): marks, stored = {}, torch.empty(0)   # none yet, or a damaged one
-    names = [str(Path(p).resolve()) for p in paths]
-    row = {n: i for i, (n, m) in enumerate(marks.items()) if m == _file_mark(n)}
-    if new := [n for n in dict.fromkeys(names) if n not in row]:
-        made = file_features(model, processor, new, **kw).half()
-        stored = torch.cat([stored[list(row.values())], made]) if row else made
-        row = {n: i for i, n in enumerate([*row, *new])}
-        with replacing(file) as part: save_file({'features': stored}, part, {'marks': json.dumps({n: _file_mark(n) for n in row})})
-    return stored[[row[n] for n in names]]

@@ -596,18 +596,40 @@ def part_table(
     return list(rows.values())
 
 # %% ../nbs/05_model.ipynb #3c50a510
-@torch.no_grad()
+class _Enough(Exception): "Raised inside a tower when the last layer that is needed has spoken."
+
+def _layer_outputs(tower, layers, px):
+    "Outputs of some layers of a tower; those above the highest are not computed. None where the tower hides its layers."
+    blocks = next((m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == tower.config.num_hidden_layers), None)
+    if blocks is None: return None
+    caught = {}
+    def catch(i, out):
+        caught[i] = out[0] if isinstance(out, tuple) else out
+        if i == max(layers): raise _Enough
+    hooks = [blocks[i - 1].register_forward_hook(lambda m, given, out, i=i: catch(i, out)) for i in set(layers)]
+    try: tower(px)
+    except _Enough: pass
+    finally:
+        for h in hooks: h.remove()
+    return [caught[i] for i in layers]
+
 def vision_features(
-    model:LlavaForConditionalGeneration, # its tower is used, without gradients
+    model:LlavaForConditionalGeneration, # its tower is used
     pixel_values:torch.Tensor,           # (n, 3, height, width)
     batch_size:int=256,                  # pictures at once
+    graph:bool=False,                    # keep the graph of a tower that learns
 )->torch.Tensor:                         # (n, patches, width of the tower)
-    "Patch vectors of the vision tower, before the projector."
-    layers, device, kind = model.config.vision_feature_layer, model.device, model.config.vision_config.model_type
-    first = 1 if model.config.vision_feature_select_strategy == 'default' else 0
-    last = layers == -1 and kind == 'clip_vision_model'      # whose last layer is handed over as it is, without those below
+    "Patch vectors of the vision tower, before the projector; layers above the one that is used are not computed."
+    c, device, tower = model.config, model.device, model.model.vision_tower
+    chosen = [c.vision_feature_layer] if isinstance(c.vision_feature_layer, int) else list(c.vision_feature_layer)
+    n, first = getattr(tower.config, 'num_hidden_layers', -1), 1 if c.vision_feature_select_strategy == 'default' else 0
+    inner = [i if i >= 0 else n + 1 + i for i in chosen]
+    last = chosen == [-1] and tower.config.model_type == 'clip_vision_model'      # whose last layer is handed over as it is
     def one(px):
-        out = model.model.vision_tower(px.to(device, model.dtype), output_hidden_states=not last)
+        px = px.to(device, model.dtype)
+        if all(0 < i < n for i in inner) and (outs := _layer_outputs(tower, inner, px)): return torch.cat([o[:, first:] for o in outs], -1)
+        out = tower(px, output_hidden_states=not last)
         if last: return out.last_hidden_state[:, first:]
-        return torch.cat([out.hidden_states[i][:, first:] for i in ([layers] if isinstance(layers, int) else layers)], -1)
-    return torch.cat([one(px) for px in pixel_values.split(batch_size)])
+        return torch.cat([out.hidden_states[i][:, first:] for i in chosen], -1)
+    with torch.set_grad_enabled(graph and any(p.requires_grad for p in tower.parameters())):
+        return torch.cat([one(px) for px in pixel_values.split(batch_size)])

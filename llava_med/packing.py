@@ -111,12 +111,14 @@ AttentionMaskInterface.register('segmented', lambda *args, **kw: None)
 class PackedCollator(Collator):
     "Joins packed rows to a batch."
     attention = 'segmented'   # what training computes it with
+    padded = False            # rows cost what their tokens cost
 
     def __call__(
         self,
-        samples:list, # rows of `pack_rows`
+        samples:list, # rows of `pack_rows`; samples that are not packed make one row
     )->dict:          # tensors input_ids, labels, segments, blocks, positions, features; layout
         "Pad on the right to one length; ValueError as in `Collator`."
+        if 'blocks' not in samples[0]: samples = pack_rows(samples, sum(len(s['input_ids']) for s in samples))
         batch = super().__call__([{k: s[k] for k in ('input_ids', 'labels', 'image')} for s in samples])
         n = batch.pop('attention_mask').shape[1]
         fill = lambda key, v: torch.tensor([s[key] + [v]*(n - len(s[key])) for s in samples])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ITEM_KEYS', 'TYPES', 'EDITIONS', 'clean', 'make_item', 'same_question', 'is_yes_no', 'check_rows', 'split_of',
            'read_vqa_rad', 'slake_boxes', 'slake_masks', 'slake_regions', 'region_mask', 'slake_file', 'read_slake',
-           'item_counts', 'check_counts', 'check_items', 'write_items', 'read_items']
+           'item_counts', 'check_counts', 'check_items', 'question_record', 'write_items', 'read_items']
 
 # %% ../nbs/04_vqa.ipynb #6c00b3f6
 import re
@@ -318,6 +318,17 @@ def check_items(
     names = {n for o in items for n in o.get('images', [])} if images_dir else ()
     out += [f'Image {n} is not in {images_dir}.' for n in sorted(names) if not (Path(images_dir)/n).is_file()]
     return out + (check_counts(items) if published else [])
+
+# %% ../nbs/04_vqa.ipynb #725acaf7
+def question_record(
+    item:dict, # VQA item
+)->dict:       # LLaVA-Med record: id, image, conversations
+    "An item as a conversation to train on; ValueError where it has no answer or not one image."
+    if len(item['images']) != 1: raise ValueError(f"Item '{item['id']}' has {len(item['images'])} images; a training record has one.")
+    if not item['answer']: raise ValueError(f"Item '{item['id']}' has an empty answer; leave it out of training.")
+    options = ''.join(f'\n{chr(65 + i)}. {o}' for i, o in enumerate(item.get('options') or ()))
+    said = [{'from': 'human', 'value': f"<image>\n{item['question']}{options}"}, {'from': 'gpt', 'value': item['answer']}]
+    return dict(id=item['id'], image=item['images'][0], conversations=said)
 
 # %% ../nbs/04_vqa.ipynb #5004198e
 def write_items(
