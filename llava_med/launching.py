@@ -138,7 +138,9 @@ def launch(
 
 def _why(folder, processes):
     "One sentence about a training that failed."
-    if (folder/'error.txt').exists(): return (folder/'error.txt').read_text(encoding='utf-8').splitlines()[0].removeprefix('TrainingError: ')
+    errors = (folder/'error.txt').read_text(encoding='utf-8').splitlines() if (folder/'error.txt').exists() else []
+    own = [e for e in errors if not re.search('gloo|NCCL|Connection (reset|closed)|distributed', e)]   # the others lost a companion
+    if own: return own[0].removeprefix('TrainingError: ')
     killed = re.findall(r'exitcode\s*:\s*(-\d+)', (folder/'output.txt').read_text(encoding='utf-8', errors='replace'))
     return (f'One of {processes} processes ended by itself{f" (signal {killed[0][1:]})" if killed else ""}, perhaps for want of memory; '
             f'what they printed is in {folder/"output.txt"}. Started again, training goes on from its last checkpoint.')

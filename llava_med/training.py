@@ -120,9 +120,16 @@ def _batches(samples, turns, collate, loaders, pin):
         try: yield next(ahead)
         except StopIteration: return
         except Exception as e:
-            lines = str(e).strip().splitlines()
-            if 'DataLoader worker (pid' in lines[0]: raise TrainingError('A process that opens pictures ended by itself, perhaps for want of memory; run again with fewer loaders.') from e
-            raise TrainingError(f'A batch could not be made: {lines[-1]}') from e
+            if 'DataLoader worker (pid' in str(e): raise
+            raise TrainingError(f'A batch could not be made: {str(e).strip().splitlines()[-1]}') from e
+
+@contextlib.contextmanager
+def _loaders_live():
+    "A loader that dies is noticed at any moment; say what to do."
+    try: yield
+    except RuntimeError as e:
+        if 'DataLoader worker (pid' not in str(e): raise
+        raise TrainingError('A process that opens pictures ended by itself, perhaps for want of memory; run again with fewer loaders.') from e
 
 # %% ../nbs/07_training.ipynb #80719478
 @dataclass
@@ -190,7 +197,7 @@ def _take(job, acc, batches, turns, helpers, bf16):
     return value, int(count)
 
 def _move(opt, params, stage, n, factor, check):
-    "Divide the gradient by the tokens of the step, clip it, and go; returns its norm."
+    "Divide the gradient by the tokens of the step (of each process, since their gradients are averaged), clip it, and go; returns its norm."
     for p in params:
         if p.grad is not None: p.grad.div_(n)
     norm = torch.nn.utils.clip_grad_norm_(params, stage.clip)
@@ -256,7 +263,7 @@ def fit(
                                                                   best=best.loss if math.isfinite(best.loss) else None, worse=best.worse), best.kept)
     job.train()
     with (Helpers(workers - 1, inner, adapter, samples, collate, loss, around, partial(token_groups, lengths=lengths, tokens=tokens, padded=padded), bf16) as helpers,
-          around(inner)):
+          around(inner), _loaders_live()):
         for i, (epoch, numbers) in enumerate(plan[done:], done):
             if over: break
             start, number = time.monotonic(), int(np.random.SeedSequence((seed, i, acc.process_index)).generate_state(1)[0])
@@ -266,7 +273,7 @@ def fit(
             factor, value = lr_factor(i, len(plan), stage.warmup), total/n
             check = partial(_check, stage, i, value, recent=[r['loss'] for r in rows[-19:]] + [value], worst=worst, checkpoint=checkpoint)
             check(None)
-            norm = _move(opt, params, stage, n, factor, check)
+            norm = _move(opt, params, stage, n/acc.num_processes, factor, check)
             seen += len(numbers)
             rows.append(dict(step=i, epoch=epoch, samples=seen, loss=round(value, 5), lr=float(f'{stage.lr*factor:.4g}')))
             if held: rows[-1]['held_loss'] = ''

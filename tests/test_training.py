@@ -1,16 +1,24 @@
-"What a chapter can't show of training: helpers that fail."
+"What a chapter can't show of training: processes that fail, and processes that agree."
 import os
+import random
 import signal
+import subprocess
+import sys
 
 import psutil
 import pytest
 import torch
+from PIL import Image
 
+from llava_med.adapters import add_lora
 from llava_med.batching import Collator, encode
+from llava_med.launching import launch
+from llava_med.memory import MemoryPlan
 from llava_med.model import tiny_model
 from llava_med.training import Stage, TrainingError, fit
 
 STAGE = Stage('toy', ('projector', 'language_model'), 1e-3, epochs=2, batch_size=4)
+IMAGE = tiny_model(image_size=24)[0].config.image_token_id
 
 
 def helpers(): return [p for p in psutil.Process().children() if 'spawn_main' in ' '.join(p.cmdline())]
@@ -52,3 +60,123 @@ def test_more_workers_than_samples(toy):
     one, many = (fit(m, samples[:6], Collator(pad, features), STAGE, workers=w) for m, w in zip(models, (1, 3)))
     assert [r['samples'] for r in one] == [r['samples'] for r in many]
     assert max(abs(a['loss'] - b['loss']) for a, b in zip(one, many)) < 1e-4
+
+
+RUN = '''
+import json, os, sys, torch
+from pathlib import Path
+from llava_med.batching import encode
+from llava_med.features import Pictures
+from llava_med.batching import Collator
+from llava_med.model import tiny_model
+from llava_med.training import Stage, fit, Held
+
+if __name__ == '__main__':
+    folder = Path(sys.argv[1])
+    model, processor = tiny_model(image_size=24)
+    tok, n = processor.tokenizer, model.config.image_seq_length
+    words = 'left right top bottom none one two three'.split()
+    def chat(i): return [dict(role='user', content=[dict(type='image'), dict(type='text', text='where?')]), dict(role='assistant', content=words[i % 8])]
+    samples = [dict(encode(tok, chat(i), n), image=i % 4) for i in range(24)]
+    collate = Collator(tok.pad_token_id, Pictures(processor, [folder/f'{i}.png' for i in range(4)]))
+    stage = Stage('stage2', ('projector', 'language_model'), 1e-2, epochs=5, batch_size=4)
+    def tell(r): print(r['step'], flush=True)
+    rows = fit(model, samples, collate, stage, seed=3, checkpoint=folder/'state', save_s=0, report=tell, loaders=2, held=Held(samples[:4], patience=20))
+    torch.save(model.state_dict(), folder/'end.pt')
+    (folder/'rows.json').write_text(json.dumps(rows))
+'''
+
+
+@pytest.mark.slow
+def test_ten_kills_change_nothing(tmp_path):
+    "A stage with data workers, killed ten times at random steps, ends with the weights of the undisturbed run, to the bit."
+    def folder(name):
+        (tmp_path/name).mkdir()
+        for i, colour in enumerate(('red', 'green', 'blue', 'white')): Image.new('RGB', (24, 24), colour).save(tmp_path/name/f'{i}.png')
+        return tmp_path/name
+    script = tmp_path/'run.py'
+    script.write_text(RUN)
+    def start(f): return subprocess.Popen([sys.executable, str(script), str(f)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    quiet, rough, rng = folder('quiet'), folder('rough'), random.Random(0)
+    assert start(quiet).wait() == 0
+    kills, seen = 0, []
+    while kills < 10:
+        p, more = start(rough), rng.randint(1, 3)
+        for k, line in enumerate(p.stdout, 1):
+            seen.append(int(line))
+            if k == more: break
+        else: pytest.fail(f'it ended after {kills} kills')
+        os.killpg(p.pid, signal.SIGKILL); p.wait(); p.stdout.close()
+        kills += 1
+    assert start(rough).wait() == 0
+    assert (rough/'rows.json').read_text() == (quiet/'rows.json').read_text()
+    a, b = (torch.load(f/'end.pt') for f in (quiet, rough))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert max(seen) >= 10   # the kills came while it went on, not at its first step only
+
+
+def test_a_killed_data_worker_is_reported(toy, tmp_path):
+    samples, pad, features = toy
+    def kill(row):
+        if row['step'] == 1:
+            for p in psutil.Process().children():
+                if p.name().startswith('pt_data') or 'pytest' in ' '.join(p.cmdline()): os.kill(p.pid, signal.SIGKILL)
+    with pytest.raises(TrainingError, match='fewer loaders'):
+        fit(tiny_model(image_size=24)[0], samples*20, Collator(pad, features), STAGE, loaders=2, report=kill)
+
+
+@pytest.mark.parametrize('sharding', ['none', 'fsdp'])
+def test_two_processes_agree_with_one(toy, tmp_path, sharding):
+    "Also with text alone in some samples, groups that fit into memory, and an adapter."
+    samples, pad, features = toy
+    alone = [{k: v for k, v in s.items() if k != 'image'} | dict(input_ids=[i for i in s['input_ids'] if i != IMAGE], labels=[l for i, l in zip(s['input_ids'], s['labels']) if i != IMAGE])
+             for s in samples[:5]]
+    mixed = samples[:7] + alone
+    for prepare in (lambda m: m, lambda m: add_lora(m, 4)):
+        one, two = (prepare(tiny_model(image_size=24)[0]) for _ in range(2))
+        how = dict(stage=STAGE, seed=1, memory=MemoryPlan(60, True, 0, 0, 0))
+        a = fit(one, mixed, Collator(pad, features), **how)
+        b = launch(2, tmp_path/'job', two, mixed, Collator(pad, features), sharding=sharding, **how)
+        assert max(abs(x['loss'] - y['loss']) for x, y in zip(a, b)) < 2e-5
+        assert max((x - y).abs().max().item() for x, y in zip(one.parameters(), two.parameters())) < 1e-5
+        assert not (tmp_path/'job').exists()
+
+
+def test_a_launched_training_that_fails_says_why(toy, tmp_path):
+    samples, pad, features = toy
+    bad = [dict(s, image=99) for s in samples]
+    with pytest.raises(TrainingError, match='IndexError'): launch(2, tmp_path/'job', tiny_model(image_size=24)[0], bad, Collator(pad, features), STAGE)
+
+
+def test_a_launched_process_that_is_killed_is_reported_and_goes_on(toy, tmp_path):
+    samples, pad, features = toy
+    def kill(row):
+        if row['step'] == 2:
+            for p in psutil.Process().children(recursive=True):
+                if p.cmdline()[1:4] == ['-u', '-m', 'llava_med.launching']: os.kill(p.pid, signal.SIGKILL); break
+    how = dict(checkpoint=tmp_path/'state', save_s=0)
+    with pytest.raises(TrainingError, match='ended by itself'):
+        launch(2, tmp_path/'job', tiny_model(image_size=24)[0], samples, Collator(pad, features), STAGE, report=kill, **how)
+    one, two = (tiny_model(image_size=24)[0] for _ in range(2))
+    seen = []
+    rows = launch(2, tmp_path/'job', two, samples, Collator(pad, features), STAGE, report=seen.append, **how)
+    assert seen[0]['step'] >= 2 and len(rows) == len(fit(one, samples, Collator(pad, features), STAGE))
+    assert max((x - y).abs().max().item() for x, y in zip(one.parameters(), two.parameters())) < 1e-5
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(toy, tmp_path, monkeypatch):
+    samples, pad, features = toy
+    from llava_med import parallel
+    from llava_med.runs import OutputError
+    real, count = parallel.dcp.save, [0]
+    def full(*args, **kw):
+        count[0] += 1
+        if count[0] == 3: raise OSError(28, 'No space left on device')
+        return real(*args, **kw)
+    monkeypatch.setattr(parallel.dcp, 'save', full)
+    with pytest.raises(OutputError, match='free some space|space'):
+        fit(tiny_model(image_size=24)[0], samples, Collator(pad, features), STAGE, checkpoint=tmp_path/'state', save_s=0)
+    monkeypatch.setattr(parallel.dcp, 'save', real)
+    seen = []
+    rows = fit(tiny_model(image_size=24)[0], samples, Collator(pad, features), STAGE, checkpoint=tmp_path/'state', report=seen.append)
+    assert seen[0]['step'] == 2 and len(rows) == 8
