@@ -69,7 +69,7 @@ def picture_uri(
     picture.save(buf, 'jpeg', quality=80)
     return data_uri('image/jpeg', buf.getvalue())
 
-# %% ../nbs/09d_reports.ipynb #818e9226
+# %% ../nbs/09d_reports.ipynb #dab5a1b1
 _STYLE = '''
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#57606a;--line:#c9d1d9;--paper:#fff;--band:#f3f5f7;--mark:#8a4b00}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9aa5b1;--line:#3d444d;--paper:#11151a;--band:#1b2129;--mark:#ffb35c}}
@@ -78,7 +78,8 @@ main,header,footer{max-width:70rem;margin:auto;padding:0 1rem}h1{margin:.6em 0 0
 .lead{font-size:1.1rem}.warn{border:2px solid var(--mark);border-left-width:.6rem;padding:.5rem .8rem;margin:1rem 0}
 nav ul{display:flex;flex-wrap:wrap;gap:.2rem 1rem;padding:0;list-style:none}a{color:inherit}
 .scroll{overflow-x:auto;margin:1rem 0}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;font-weight:600;padding:.3rem 0}caption span{position:sticky;left:0;display:inline-block;max-width:calc(100vw - 2rem)}th,td{border-bottom:1px solid var(--line);padding:.3rem .7rem;text-align:left;vertical-align:top}
+caption{text-align:left;font-weight:600;padding:.3rem 0}
+caption span{position:sticky;left:0;display:inline-block;max-width:calc(100vw - 2rem)}th,td{border-bottom:1px solid var(--line);padding:.3rem .7rem;text-align:left;vertical-align:top}
 thead th{background:var(--band)}tbody th{font-weight:600}.note,figcaption{color:var(--soft);font-size:.9rem;max-width:60rem}
 figure{margin:1rem 0}figure>img{max-width:100%;height:auto;background:#fff;padding:.4rem;border:1px solid var(--line)}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem;padding:0;list-style:none}

@@ -136,7 +136,7 @@ def compare(
                                       'loss', 'smallest', 'n_items', 'n_images'])
     return out.assign(p_holm=holm(out['p']))
 
-# %% ../nbs/09b_statistics.ipynb #e0959c2d
+# %% ../nbs/09b_statistics.ipynb #fff7e7c1
 def paired_tests(
     tables:dict,        # HEAD → table of credits, from `scorers.log_credits`
     metrics:Iterable=('strict', 'strict.closed', 'strict.open_f1'), # chosen before the answers are seen
@@ -150,9 +150,8 @@ def paired_tests(
         own = [m for m in metrics if m in tables[a] and m in tables[b]]
         if set(tables[a]['item']) & set(tables[b]['item']):
             parts.append(compare(dict(a=tables[a], b=tables[b]), [('a', 'b')], own, n_draws, seed).assign(**dict(zip(HEAD, head))))
-    if not parts: return pd.DataFrame(columns=HEAD + ['metric', 'p'])
-    out = pd.concat(parts, ignore_index=True).assign(p_holm=lambda d: holm(d['p']))
-    return out[HEAD + [c for c in out if c not in HEAD]]
+    out = pd.concat(parts or [compare({}, ())], ignore_index=True).assign(p_holm=lambda d: holm(d['p']))
+    return out.reindex(columns=HEAD + [c for c in out if c not in HEAD])
 
 def test_rows(
     tests:pd.DataFrame, # from `paired_tests`
