@@ -7,7 +7,7 @@ __all__ = ['WARNINGS', 'SET_NOTES', 'PUBLISHED', 'MARKS', 'USE', 'RULES', 'ORDER
            'picture_uri', 'page', 'write_page', 'said', 'side_by_side', 'published_rows', 'drawn_examples', 'gallery',
            'score_figure', 'calibration_figure', 'case_table', 'in_words', 'evaluation_report']
 
-# %% ../nbs/09d_reports.ipynb #48a34ced
+# %% ../nbs/09d_reports.ipynb #0fcec0ba
 import base64, io, re
 from collections.abc import Iterable
 from math import isfinite
@@ -18,7 +18,7 @@ import pandas as pd
 from PIL import Image
 from .audit import audit_table
 from .images import ImageError, open_image
-from .runs import OutputError, figure_bytes, figure_style, replacing
+from .runs import COLOURS, OutputError, figure_bytes, figure_style, replacing
 from .scorers import CASES
 from .scoring import strict
 from .statistics import confidence_of, reliability
@@ -239,7 +239,7 @@ def gallery(
                                  *((who, verdict(said[o['id']])) for who, said in replies.items() if o['id'] in said)]))
     return dict(kind='gallery', caption=caption, cards=cards) if cards else None
 
-# %% ../nbs/09d_reports.ipynb #d3e40577
+# %% ../nbs/09d_reports.ipynb #48826b1a
 MARKS = dict(image=('o', 'right picture'), blank=('s', 'grey picture'), shuffled=('D', "another patient's"), noise=('^', 'noise'))
 
 def score_figure(
@@ -258,7 +258,7 @@ def score_figure(
             at = [(i + .15*(j - 1.5), by[m, c]) for i, m in enumerate(models) if (m, c) in by]
             if not at: continue
             v = np.array([[r['value'], r['low'], r['high']] for _, r in at], float)
-            ax.errorbar(v[:, 0], [y for y, _ in at], xerr=np.abs(v[:, 1:] - v[:, :1]).T, fmt=mark, label=name, ms=6)
+            ax.errorbar(v[:, 0], [y for y, _ in at], xerr=np.abs(v[:, 1:] - v[:, :1]).T, fmt=mark, label=name, ms=6, color=COLOURS[j])
         ax.set(yticks=range(len(models)), yticklabels=models, xlim=(-.03, 1.03), ylim=(len(models) - .5, -.5),
                xlabel=f'{metric}, share of questions, 95 % interval')
         fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=4)
@@ -278,7 +278,7 @@ def calibration_figure(
     words = []
     with figure_style():
         fig, ax = plt.subplots(figsize=(4.5, 3.6))
-        for (m, group), style in zip(groups.items(), ('o-', 's--', 'D:', '^-.')*9):
+        for (m, group), style in zip(groups.items(), ('o-', 's--', 'D:', '^-.')*len(groups)):
             t = reliability([confidence_of(p) for p in group], [strict(p['text'], by_id[p['item']]['answer']) for p in group])
             ax.plot(t.confidence, t.accuracy, style, label=m)
             words.append(f'{m}: ' + ', '.join(f'sure by {r.confidence:.0%}, right {r.accuracy:.0%} of {r.n:.0f}' for r in t.itertuples()))
