@@ -368,7 +368,7 @@ def _draws(num, den, n_draws, seed):
             out[i:i+512] = s[:, a]/s[:, b]
         return num.sum(0)/den.sum(0), out
 
-# %% ../nbs/09a_scorers.ipynb #f7f8752c
+# %% ../nbs/09a_scorers.ipynb #d94d3160
 def _said(n): return '; '.join(f'{n[k]} {what}' for k, what in CASES.items() if n[k])
 
 def _common(items, key):
@@ -405,7 +405,7 @@ def credit_rows(
 )->list:                 # rows of scores.csv
     "Values with intervals of all metrics and slices of one model, or of one difference."
     d = sides[0]
-    metrics = [c for c in d if c not in {'item', 'image', *KEYS}]
+    metrics = [c for c in d if c not in {'item', 'image', *KEYS} and all(c in s for s in sides)]
     codes, names = pd.factorize(d['image'], sort=True)
     slices = _slices(d, list(keys))
     parts = [_draws(*_columns(s, metrics, [m for _, m in slices], codes, len(names)), n_draws, seed) for s in sides]
