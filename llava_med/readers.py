@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'plain_pickle', 'read_pathvqa', 'read_pmc_vqa', 'read_llava', 'read_parquet', 'official_types', 'recognise',
-           'read_vqa']
+           'read_vqa', 'open_vqa']
 
 # %% ../nbs/04a_readers.ipynb #ad06b6d8
 import csv, hashlib, io, pickle, pickletools, re
@@ -319,3 +319,39 @@ def read_vqa(
     if wrong: raise ValueError(f'{path}: {wrong[0]} If this is meant to be a part of the set, say so: part=True, or --part.')
     if say: say(f'{path.name or path}: {what}; {len(items)} questions')
     return items
+
+# %% ../nbs/04a_readers.ipynb #b262c2d4
+_IMAGE_DIRS = ('', 'images', 'imgs', 'image', 'VQA_RAD Image Folder', 'Slake1.0/imgs', 'figures')
+
+def open_vqa(
+    path:str|Path,              # a folder or file that `read_vqa` knows
+    images_dir:str|Path|None=None, # where its pictures are; None looks beside the questions
+    store:str|Path|None=None,   # where the pictures of parquet files are written
+    lang:str|None='en',         # for sets in several languages; None for all
+    say=None,                   # called with sentences on what was found, such as `print`
+)->dict:                        # name, train, val, test (VQA items), train_is, test_is (whose items they are), images_dir, missing, items, split, public
+    "A VQA set as an evaluation needs it: its splits, its pictures, and the names of those that are missing."
+    path = Path(path).expanduser()
+    if images_dir and not Path(images_dir).is_dir(): raise FileNotFoundError(f'{images_dir}: there is no such folder of images.')
+    items, folder = read_vqa(path, lang=lang, images_dir=store, say=say), path if path.is_dir() else path.parent
+    items = [o | dict(question=clean(o['question']), answer=clean(o['answer'])) for o in items]   # of sets made by hand, too
+    parts = {s: [o for o in items if o['split'] == s] for s in ('train', 'val', 'test')}
+    test_is = next((s for s in ('test', 'val') if parts[s]), 'all')
+    train_is = next((s for s in ('train', 'val') if parts[s] and test_is not in (s, 'all')), None)
+    test = parts.get(test_is) or items
+    twice = [i for i, n in Counter(o['id'] for o in test).items() if n > 1]
+    if twice: raise ValueError(f'{path}: the item {twice[0]!r} occurs twice; give each item its own id.')
+    names = {n for o in test for n in o['images']}
+    places = [Path(images_dir)] if images_dir else [*([Path(store)] if store else []), *(d/p for d in (folder, folder.parent) for p in _IMAGE_DIRS)]
+    there = {p: {n for n in names if (p/n).is_file()} for p in places}
+    best = max(places, key=lambda p: len(there[p]))
+    public = [p for p in folder.glob('*.json') if items[0]['source'] == 'vqa_rad' and _layout(p) == 'rad_public']
+    gone = names - there[best]
+    here = [o for o in test if o['images'] and not gone & set(o['images'])]
+    out = dict(name=items[0]['source'], items=here, split=test_is if len(here) == len(test) else f'{test_is} ({len(here)} of {len(test)})',
+               train=parts.get(train_is, []), val=parts['val'] if test_is == 'test' else [], test=test,
+               train_is=train_is, test_is=test_is, images_dir=best, missing=sorted(gone),
+               public=read_vqa(public[0], part=True) if public else [])
+    if say: say(f'{len(test)} questions of the split {test_is}, {len(there[best])} of {len(names)} images found'
+                + ('' if train_is else '; no other split to learn priors from'))
+    return out

@@ -6,7 +6,7 @@
 __all__ = ['PUNCTUATION', 'DIGITS', 'CONTRACTIONS', 'YES_NO', 'SCORERS', 'CASES', 'DOMAINS', 'vqa_normalise', 'word_scores',
            'bleu', 'is_closed', 'llavamed_v1', 'answer_part', 'medevalkit', 'lmms_normalise', 'lmms_slake', 'plain',
            'rivals', 'closed_right', 'strict_scores', 'read_answers', 'questions_in', 'align', 'answer_text', 'credits',
-           'credit_rows', 'score_answers', 'score_files', 'read_marks', 'judge_rows']
+           'credit_rows', 'score_answers', 'log_credits', 'log_rows', 'score_files', 'read_marks', 'judge_rows']
 
 # %% ../nbs/09a_scorers.ipynb #7bedce8d
 import html, json, re, string
@@ -368,7 +368,7 @@ def _draws(num, den, n_draws, seed):
             out[i:i+512] = s[:, a]/s[:, b]
         return num.sum(0)/den.sum(0), out
 
-# %% ../nbs/09a_scorers.ipynb #ead0593d
+# %% ../nbs/09a_scorers.ipynb #d94d3160
 def _said(n): return '; '.join(f'{n[k]} {what}' for k, what in CASES.items() if n[k])
 
 def _common(items, key):
@@ -405,7 +405,7 @@ def credit_rows(
 )->list:                 # rows of scores.csv
     "Values with intervals of all metrics and slices of one model, or of one difference."
     d = sides[0]
-    metrics = [c for c in d if c not in {'item', 'image', *KEYS}]
+    metrics = [c for c in d if c not in {'item', 'image', *KEYS} and all(c in s for s in sides)]
     codes, names = pd.factorize(d['image'], sort=True)
     slices = _slices(d, list(keys))
     parts = [_draws(*_columns(s, metrics, [m for _, m in slices], codes, len(names)), n_draws, seed) for s in sides]
@@ -454,6 +454,47 @@ def score_answers(
         both = [tables[k][tables[k]['item'].isin(tables[o]['item'])].reset_index(drop=True) for k, o in ((a, b), (b, a))]
         if len(both[0]): rows += credit_rows(_part(h, len(both[0]), max(len(tables[a]), len(tables[b]))), both, n_draws, seed)
     return rows, notes
+
+def log_credits(
+    items:list,    # VQA items
+    log:list,      # lines of a prediction log of ours
+    scorers:Iterable=tuple(SCORERS), # names from SCORERS
+    asked:dict|None=None, # model, or (model, condition) → ids of the items it was asked, where that is not all
+)->tuple:          # {HEAD: table of `credits`}, {HEAD: counts of CASES}
+    "What each answer of a log earns and what is odd about the answers, by model and condition; a failed one counts as wrong."
+    by_id, groups, tables, odd = _index(items), defaultdict(list), {}, {}
+    for p in log: groups[tuple(p[h] for h in HEAD)].append(p)
+    for h, group in groups.items():
+        n, want = Counter(), set((asked or {}).get((h[0], h[3]), (asked or {}).get(h[0], by_id)))
+        kept = _without_repeats([p for p in group if p['item'] in want], n)
+        found = {}
+        for p in kept: found.setdefault(p['item'], p)
+        n['duplicate'] += len(kept) - len(found)
+        n['extra'], n['missing'] = sum(p['item'] not in want for p in group), len(want) - len(found)
+        if not found: raise ScoreError(f'{h[0]} under {h[3]} answered none of the {len(want)} items; give those that it was asked.')
+        texts = {k: answer_text(p, n) for k, p in found.items()}
+        n['empty_key'] = sum(not str(by_id[k]['answer']).strip() for k in found)
+        odd[_part(h, len(found), len(want))] = n
+        tables[_part(h, len(found), len(want))] = credits(items, texts, scorers)
+    return tables, odd
+
+def log_rows(
+    tables:dict,      # from `log_credits`
+    odd:dict,         # from `log_credits`
+    n_draws:int=2000, # bootstrap draws
+    seed:int=0,       # of the draws
+    keys:Iterable=(), # tags to slice by
+    model_pairs:Iterable=MODEL_PAIRS, # differences of models
+)->list:              # rows of scores.csv
+    "Scores of all that answered, their differences, and one row for each count of odd cases."
+    rows = []
+    for h, d in tables.items():
+        rows += credit_rows(h, [d], n_draws, seed, keys)
+        rows += [dict(zip(COLUMNS, [*h, 'all', f'answers.{k}', odd[h][k], '', '', len(d), d.image.nunique()])) for k in CASES]
+    for a, b, h in _contrasts(tables, model_pairs):
+        both = [tables[k][tables[k]['item'].isin(tables[o]['item'])].reset_index(drop=True) for k, o in ((a, b), (b, a))]
+        if len(both[0]): rows += credit_rows(h, both, n_draws, seed, keys)
+    return rows
 
 # %% ../nbs/09a_scorers.ipynb #5dffb085
 def score_files(

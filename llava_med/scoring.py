@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'ARTICLES', 'HEAD', 'KEYS', 'COLUMNS', 'CONTRASTS', 'MODEL_PAIRS', 'strict_normalise', 'strict',
            'ScoreError', 'item_tag', 'latest', 'marks', 'pair_marks', 'draw_counts', 'bootstrap', 'limits', 'summarise',
-           'score_table', 'score_of', 'prior_predictions', 'finding_kinds', 'finding_marks', 'finding_table',
-           'perplexity_table']
+           'score_table', 'score_of', 'prior_predictions', 'control_predictions', 'finding_kinds', 'finding_marks',
+           'finding_table', 'perplexity_table']
 
 # %% ../nbs/09_scoring.ipynb #b8c3abb0
 import re, unicodedata
@@ -42,9 +42,9 @@ def strict(
     g = strict_normalise(gold)
     return bool(g) and strict_normalise(text) == g
 
-# %% ../nbs/09_scoring.ipynb #deb6a8d8
+# %% ../nbs/09_scoring.ipynb #cc6d36b7
 HEAD = ['model', 'dataset', 'split', 'condition']
-KEYS = ['question_type', 'modality', 'answer_type', 'combination']
+KEYS = ['question_type', 'modality', 'organ', 'answer_type', 'combination']
 
 class ScoreError(ValueError):
     "Items and predictions that do not belong together."
@@ -84,7 +84,7 @@ def latest(
         "predict them again, or score with errors='wrong'.")
     return list(found.values())
 
-# %% ../nbs/09_scoring.ipynb #b6983947
+# %% ../nbs/09_scoring.ipynb #dfd878d1
 def _check(by_id, group, who, expected):
     "Refuse answers to other items, and silence on items that were asked."
     extra = [p['item'] for p in group if p['item'] not in by_id]
@@ -100,14 +100,14 @@ def _check(by_id, group, who, expected):
 def marks(
     items:list,           # VQA items
     predictions:list,     # log lines
-    asked:dict=None,      # model -> ids of the items it was asked, where that is not all
+    asked:dict=None,      # model, or (model, condition) -> ids of the items it was asked, where that is not all
     errors:str='refuse',  # see `latest`
 )->pd.DataFrame:          # one row an answer: HEAD, item, image, num, den, KEYS
     "Strict marks of all answers, after the log was checked against the items."
     by_id, groups = _index(items), defaultdict(list)
     for p in latest(predictions, errors): groups[tuple(p[h] for h in HEAD)].append(p)
     for h, group in groups.items():
-        _check(by_id, group, f'Model {h[0]} under {h[3]}', (asked or {}).get(h[0], by_id))
+        _check(by_id, group, f'Model {h[0]} under {h[3]}', (asked or {}).get((h[0], h[3]), (asked or {}).get(h[0], by_id)))
     rows = [dict(zip(HEAD, h), item=p['item'], image=by_id[p['item']]['images'][0],
                  num=float(not p.get('error') and strict(p['text'], by_id[p['item']]['answer'])),
                  den=1., **{k: item_tag(by_id[p['item']], k) for k in KEYS})
@@ -180,10 +180,10 @@ def limits(
         if len(c): out[:, j] = np.quantile(c, [(1-level)/2, (1+level)/2])
     return tuple(out)
 
-# %% ../nbs/09_scoring.ipynb #e557c9c3
+# %% ../nbs/09_scoring.ipynb #1e247779
 COLUMNS = HEAD + ['slice', 'metric', 'value', 'low', 'high', 'n_items', 'n_images']
 CONTRASTS = ('blank', 'shuffled', 'noise')
-MODEL_PAIRS = (('stage2', 'base'), ('stage1', 'base'), ('stage2', 'stage1'))
+MODEL_PAIRS = (('stage2', 'base'), ('stage1', 'base'), ('stage2', 'stage1'), ('tuned', 'stage2'), ('tuned', 'base'))
 
 def _slices(d, keys):
     "Names of the slices and a mask for each."
@@ -242,11 +242,11 @@ def summarise(
         if len(both): rows += _rows(both, head, sides=['_a', '_b'], **kw)
     return rows
 
-# %% ../nbs/09_scoring.ipynb #27ba0f12
+# %% ../nbs/09_scoring.ipynb #7302e8a9
 def score_table(
     items:list,          # VQA items
     predictions:list,    # log lines
-    asked:dict=None,     # model -> ids of the items it was asked, where that is not all
+    asked:dict=None,     # model, or (model, condition) -> ids of the items it was asked, where that is not all
     errors:str='refuse', # see `latest`
     n_draws:int=2000,    # bootstrap draws
     seed:int=0,          # of the draws
@@ -295,6 +295,21 @@ def prior_predictions(
     def guess(o): return best.get(key(o), by_type.get(item_tag(o, 'question_type'), most))
     return [dict(model=f'prior_{by}', dataset=dataset, split=split, condition='blank', item=o['id'],
                  prompt=o['question'], error=None, text=guess(o)) for o in items]
+
+# %% ../nbs/09_scoring.ipynb #da8dd760
+def control_predictions(
+    train:list,             # VQA items whose answers are counted; may be empty, then there are no priors
+    items:list,             # VQA items to answer
+    dataset:str='phantoms', # name in the rows
+    split:str='test',       # name in the rows
+)->list:                    # predictions under `blank` of `always_yes_no`, `echo`, `prior_majority`, `prior_question_type`, `prior_question`
+    "Answers of everybody who never looks: a constant, an echo, and three priors."
+    head = dict(dataset=dataset, split=split, condition='blank')
+    out = [dict(model=m, **head, item=o['id'], prompt=o['question'], error=None, text=say(o))
+           for m, say in (('always_yes_no', lambda o: 'yes no'), ('echo', lambda o: o['question'])) for o in items]
+    for by in ('majority', 'question_type', 'question') if train else ():   # no item has a tag `majority`
+        out += prior_predictions(train, items, by, dataset, split)
+    return out
 
 # %% ../nbs/09_scoring.ipynb #291b9962
 def finding_kinds(

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['share_interval', 'win_tie_loss', 'mcnemar', 'paired_difference', 'design_effect', 'holm', 'smallest_difference',
-           'compare', 'null_rate', 'reliability', 'calibration_error']
+           'compare', 'paired_tests', 'test_rows', 'null_rate', 'reliability', 'calibration_error', 'confidence_of',
+           'calibration_table', 'calibration_rows']
 
-# %% ../nbs/09b_statistics.ipynb #507f54d3
+# %% ../nbs/09b_statistics.ipynb #cff10f19
 from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, norm
-from .scoring import KEYS, ScoreError, bootstrap, limits
+from .scoring import COLUMNS, HEAD, KEYS, MODEL_PAIRS, ScoreError, _contrasts, bootstrap, item_tag, limits, strict
 
 # %% ../nbs/09b_statistics.ipynb #41b8f3fd
 def share_interval(
@@ -135,6 +136,32 @@ def compare(
                                       'loss', 'smallest', 'n_items', 'n_images'])
     return out.assign(p_holm=holm(out['p']))
 
+# %% ../nbs/09b_statistics.ipynb #fff7e7c1
+def paired_tests(
+    tables:dict,        # HEAD → table of credits, from `scorers.log_credits`
+    metrics:Iterable=('strict', 'strict.closed', 'strict.open_f1'), # chosen before the answers are seen
+    model_pairs:Iterable=MODEL_PAIRS, # differences of models
+    n_draws:int=10_000, # bootstrap draws
+    seed:int=0,         # of the draws
+)->pd.DataFrame:        # one row a difference and metric: HEAD and the columns of `compare`
+    "All paired comparisons of an evaluation: models under the same condition, and each image against its control."
+    parts = []
+    for a, b, head in _contrasts(tables, model_pairs):
+        own = [m for m in metrics if m in tables[a] and m in tables[b]]
+        if set(tables[a]['item']) & set(tables[b]['item']):
+            parts.append(compare(dict(a=tables[a], b=tables[b]), [('a', 'b')], own, n_draws, seed).assign(**dict(zip(HEAD, head))))
+    out = pd.concat(parts or [compare({}, ())], ignore_index=True).assign(p_holm=lambda d: holm(d['p']))
+    return out.reindex(columns=HEAD + [c for c in out if c not in HEAD])
+
+def test_rows(
+    tests:pd.DataFrame, # from `paired_tests`
+)->list:                # rows of scores.csv: p-values, the smallest difference, and shares of items won, tied and lost
+    "Paired tests as rows, whose metric is `paired.<metric>.<what>`."
+    return [dict(zip(COLUMNS, [*(t[h] for h in HEAD), 'all', f"paired.{t['metric']}.{k}", round(float(v), 4), '', '', t['n_items'], t['n_images']]))
+            for t in tests.to_dict('records')
+            for k, v in dict(p=t['p'], p_holm=t['p_holm'], p_mcnemar=t['p_mcnemar'], smallest=t['smallest'], win=t['win']/t['n_items'],
+                             tie=t['tie']/t['n_items'], loss=t['loss']/t['n_items']).items() if np.isfinite(v)]
+
 # %% ../nbs/09b_statistics.ipynb #cb3b7ce2
 def null_rate(
     a:np.ndarray,        # credits of one model
@@ -185,3 +212,36 @@ def calibration_error(
     gaps = np.stack([np.bincount(at, p - (rng.random(len(p)) < p), bins) for _ in range(n_draws)])
     null = np.abs(gaps).sum(1)/len(p)
     return dict(ece=value, chance=float(null.mean()), chance_high=float(np.quantile(null, .95)), n=len(p))
+
+# %% ../nbs/09b_statistics.ipynb #1f987af7
+def confidence_of(
+    line:dict, # log line with `options`: [{option, logprob}]
+)->float:      # from 1/options to 1
+    "Probability of the chosen option, if one of them must be said."
+    x = np.array([o['logprob'] for o in line['options']], float)
+    return float(1/np.exp(x - x.max()).sum())
+
+def calibration_table(
+    items:list,   # VQA items that were to be answered with one of some options
+    lines:list,   # log lines of a `Chooser`; failed ones are left out and counted
+    bins:int=10,  # of equal width
+    seed:int=0,   # of the simulation
+)->pd.DataFrame:  # one row a model: HEAD, accuracy, confidence, ece, chance, chance_high, n_items, n_images, failed
+    "How far each model knows what it knows."
+    by_id, groups, rows = {o['id']: o for o in items}, {}, []
+    for p in lines: groups.setdefault(tuple(p[h] for h in HEAD), []).append(p)
+    for h, group in groups.items():
+        good = [p for p in group if not p.get('error')]
+        if not good: continue
+        p, right = np.array([confidence_of(o) for o in good]), np.array([strict(o['text'], by_id[o['item']]['answer']) for o in good], float)
+        found = calibration_error(p, right, bins, seed=seed)
+        rows.append(dict(zip(HEAD, h), accuracy=right.mean(), confidence=p.mean(), **{k: found[k] for k in ('ece', 'chance', 'chance_high')},
+                         n_items=len(good), n_images=len({by_id[o['item']]['images'][0] for o in good}), failed=len(group) - len(good)))
+    return pd.DataFrame(rows)
+
+def calibration_rows(
+    table:pd.DataFrame, # from `calibration_table`
+)->list:                # rows of scores.csv with metrics `calibration.<what>`
+    "Calibration as rows."
+    return [dict(zip(COLUMNS, [*(t[h] for h in HEAD), 'answer_type=closed', f'calibration.{k}', round(float(t[k]), 4), '', '', t['n_items'], t['n_images']]))
+            for t in table.to_dict('records') for k in ('accuracy', 'confidence', 'ece', 'chance', 'chance_high')]

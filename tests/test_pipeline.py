@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -60,7 +61,7 @@ def test_step_leaves_what_it_promises(smoke, step):
     wanted = {'1_data_prep': 'figures.jsonl alignment.json instruct.json vqa/train.json vqa/val.json vqa/test.json images filters.csv dropped.jsonl',
               '2_stage1_alignment': 'model/config.json model/model.safetensors losses.csv',
               '3_stage2_tuning': 'model/config.json model/model.safetensors losses.csv',
-              '4_evaluation': 'predictions.jsonl scores.csv', '5_attention': 'maps.npz'}[step]
+              '4_evaluation': 'predictions.jsonl scores.csv report.html calibration.jsonl cards/3_stage2_tuning/model/README.md', '5_attention': 'maps.npz'}[step]
     assert not [w for w in wanted.split() if not (folder/w).exists()]
     assert not list(folder.glob('*.partial-*')) and not list(folder.rglob('*.tmp'))
 
@@ -109,6 +110,26 @@ def test_contract_of_the_scores(smoke):
     assert {'model', 'condition', 'item', 'prompt', 'text', 'error'} <= set(line)
 
 
+def test_every_control_is_there(smoke):
+    table = rows(smoke['folder']/'4_evaluation/scores.csv')
+    keys = [tuple(r[k] for k in SCORES[:6]) for r in table]
+    assert len(set(keys)) == len(keys)
+    assert {'always_yes_no', 'echo', 'prior_majority', 'prior_question_type', 'prior_question'} <= {r['model'] for r in table}
+    assert {'noise', 'image-noise', 'image-shuffled'} <= {r['condition'] for r in table}
+    assert {'llavamed_v1.open_recall', 'llavamed_v1.open_words', 'medevalkit.closed', 'lmms_slake.accuracy', 'strict.closed', 'answers.error',
+            'paired.strict.p_holm', 'paired.strict.smallest', 'calibration.ece'} <= {r['metric'] for r in table}
+    assert 'organ=lung' in {r['slice'] for r in table}
+
+
+def test_the_report_stands_alone(smoke):
+    report = smoke['folder']/'4_evaluation/report.html'
+    html = report.read_text(encoding='utf-8')
+    assert report.stat().st_size < 3_000_000 and '<script' not in html and not re.search(r'(src|href)="(?!data:|#)', html)
+    for word in ('Research and teaching only', 'Head to head', 'Paired tests', 'Calibration', 'Split audit', 'Odd cases', 'Examples',
+                 'Published results', 'Trained for 3 epochs', 'weights of stage2', 'version of torch'): assert word in html, word
+    assert str(REPO) not in html and str(smoke['folder']) not in html
+
+
 def test_checkpoints_need_no_library(smoke):
     "A checkpoint loads with plain transformers, in a process that cannot import llava_med."
     code = ("import sys; sys.modules['llava_med'] = None\n"
@@ -152,6 +173,53 @@ def test_missing_input_is_one_sentence(outputs, smoke):
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert '1_data_prep' in last and 'llava-med run smoke --name empty --only 1_data_prep' in last and 'Traceback' not in done.stderr
+
+
+def by_hand(outputs, **parameters):
+    "Execute 4_evaluation alone on the smoke run's models; its scores and its report."
+    import papermill
+    env = {'LLAVA_MED_OUTPUTS': str(outputs), 'LLAVA_MED_ROOT': str(REPO), 'PYTHONPATH': str(REPO)}
+    old = {k: os.environ.get(k) for k in env}
+    os.environ.update(env)
+    try:
+        papermill.execute_notebook(str(REPO/'nbs/pipeline/4_evaluation.ipynb'), str(outputs/'out.ipynb'),
+            {'inputs_from': 'smoke', 'n_draws': 200, **parameters}, kernel_name='python3', progress_bar=False)
+    finally:
+        for k, v in old.items(): os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
+    folder = outputs/parameters['run']/'4_evaluation'
+    return rows(folder/'scores.csv'), (folder/'report.html').read_text(encoding='utf-8')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name,part', [('vqa_rad', 'test (71 of 451)'), ('slake', 'test (118 of 1061)'), ('pathvqa', None)])
+def test_real_sets_go_through_the_evaluation(outputs, smoke, name, part):
+    "Items whose images are there are asked; the others are counted; controls and audit are of the whole set."
+    data = data_folder()
+    if data is None or not (data/name).is_dir(): pytest.skip(f'no real {name}: set LLAVA_MED_TESTDATA')
+    table, html = by_hand(outputs, run=f'real_{name}', vqa=str(data/name))
+    assert {r['dataset'] for r in table} == {name}
+    keys = [tuple(r[k] for k in SCORES[:6]) for r in table]
+    assert len(set(keys)) == len(keys)
+    whole = {r['model']: r for r in table if r['split'] == 'test' and r['metric'] == 'llavamed_v1.closed_substring' and r['slice'] == 'all'}
+    assert {'always_yes_no', 'prior_question_type'} <= set(whole) and float(whole['always_yes_no']['value']) > .8
+    missing = [r for r in table if r['metric'] == 'images.missing']
+    assert len(missing) == 1 and float(missing[0]['value']) > 80 and 'images are missing' in html
+    assert 'Split audit' in html and 'LLaVA-Med from LLaVA, tuned 15 epochs' in html
+    asked = {r['split'] for r in table if r['model'] == 'stage2'}
+    assert asked == ({part} if part else set())
+    assert ('must not be compared' in html) == bool(part)
+
+
+@pytest.mark.slow
+def test_a_prompt_is_chosen_and_a_tuned_model_joins(outputs, smoke):
+    import shutil
+    model = outputs/'smoke/3b_vqa_tuning/model'
+    shutil.copytree(outputs/'smoke/3_stage2_tuning/model', model)
+    try: table, html = by_hand(outputs, run='asked', prompts=['{question} answer in one word.'], n_shots=1, n_test_images=4, n_small_questions=20,
+                               n_captions=2, n_text=4, n_prompt_questions=30)
+    finally: shutil.rmtree(model.parent)
+    assert {'tuned', 'tuned-stage2', 'tuned-base'} <= {r['model'] for r in table} and 'Choice of prompts' in html
+    assert (outputs/'asked/4_evaluation/cards/3b_vqa_tuning/model/README.md').exists()
 
 
 @pytest.mark.slow

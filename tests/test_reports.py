@@ -1,0 +1,139 @@
+"The report page, the controls, and a VQA set opened with its pictures, with good input and bad."
+import json
+import re
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from llava_med.readers import open_vqa
+from llava_med.reports import (NOTES, PUBLISHED, WARNINGS, drawn_examples, evaluation_report, page, published_rows, score_figure, table, text,
+                               write_page)
+from llava_med.runs import OutputError, test_data as data_folder
+from llava_med.scorers import CASES, log_credits, log_rows
+from llava_med.scoring import ScoreError, control_predictions, score_table
+from llava_med.statistics import calibration_rows, calibration_table, paired_tests, test_rows as rows_of_tests
+
+EVIL = '"><script>alert(1)</script><img src=https://x.org/a.png onerror=alert(2)></td></table>'
+ITEMS = [dict(id=f'i{n}', images=[f'{n//2}.png'], question=('Is it?', 'What is it?')[n % 2], answer=('yes', 'a lung')[n % 2],
+              answer_type=('CLOSED', 'OPEN')[n % 2], split='test', source='toy', options=[], twin_of=None,
+              tags=dict(modality='mri', organ=None, question_type=EVIL if n % 2 else 'presence')) for n in range(8)]
+
+
+def line(o, text='yes', model='m', condition='image', **more):
+    return dict(dict(model=model, dataset='toy', split='test', condition=condition, item=o['id'], prompt=o['question'], text=text, error=None), **more)
+
+
+class Reader(HTMLParser):
+    "What a browser would make of a page: tags with their attributes, and the text."
+    def __init__(self, html):
+        super().__init__(); self.tags, self.words, self.open = [], '', []
+        self.feed(html)
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ('meta', 'img', 'link', 'br'): self.open.append(tag)
+    def handle_endtag(self, tag): assert self.open.pop() == tag, tag
+    def handle_data(self, data): self.words += data
+    def all(self, tag): return [a for t, a in self.tags if t == tag]
+
+
+@pytest.fixture
+def report(tmp_path):
+    "A report in which everything that a model or a file can say tries to break out."
+    for i in range(4): Image.new('RGB', (20, 10), (9, 9, 60*i)).save(tmp_path/f'{i}.png')
+    (tmp_path/'1.png').write_text('no picture')
+    log = [line(o, EVIL, model=m) for o in ITEMS for m in ('base', EVIL)] + [line(o, o['answer'], EVIL, 'blank') for o in ITEMS]
+    tables, odd = log_credits(ITEMS, log)
+    rows = score_table(ITEMS, log + control_predictions(ITEMS, ITEMS, 'toy'), n_draws=50) + log_rows(tables, odd, 50)
+    audit = [dict(check='images', shared=1, of=2, share=.5, example=EVIL, note=EVIL)]
+    prompts = [dict(model=EVIL, prompt=EVIL, shots=0, questions=1, right=1., errors=0, chosen=True)]
+    fn = evaluation_report(tmp_path/'r.html', rows, ITEMS, log, tmp_path, {EVIL: EVIL}, paired_tests(tables, n_draws=50), audit=audit, audit_note=EVIL,
+                           prompts=prompts, dataset='toy', missing=[EVIL])
+    return fn.read_text(encoding='utf-8')
+
+
+def test_nothing_that_is_said_becomes_part_of_the_page(report):
+    r = Reader(report)
+    assert not r.all('script') and not r.open and EVIL in r.words
+    assert all(a['src'].startswith('data:') and 'onerror' not in a for a in r.all('img'))
+    assert "default-src 'none'" in report
+
+
+def test_a_screen_reader_gets_through(report):
+    r = Reader(report)
+    assert r.all('html')[0]['lang'] == 'en' and len(r.all('h1')) == 1 and r.all('meta')[2]['name'] == 'viewport'
+    assert len(r.all('table')) == len(r.all('caption')) and all(a.get('alt') for a in r.all('img'))
+    assert all(a.get('scope') in ('col', 'row') for a in r.all('th'))
+    ids = {a['id'] for _, a in r.tags if 'id' in a}
+    assert {a['href'][1:] for a in r.all('a')} <= ids
+    assert 'could not be opened' in r.words and 'prefers-color-scheme:dark' in report
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(OutputError, match='fewer or smaller'): write_page(tmp_path/'a.html', 'x'*20, 10)
+    for bad in ('<img alt="" src="http://x.org/a.png">', '<script>1</script>', '<link rel="s" href="a.css">'):
+        with pytest.raises(OutputError, match='not inside the page'): write_page(tmp_path/'a.html', bad)
+    assert not list(tmp_path.iterdir())
+    assert '<h2' not in page('t', [('nothing', [None]), ('empty', [])])
+    assert table(pd.DataFrame({'a': [1234], 'b': [float('nan')]}), 'c')['rows'] == [['1,234', '–']] and text('', 'a')['lines'] == ['a']
+
+
+def test_no_published_row_without_its_warning():
+    assert all(WARNINGS[r['warning']] for r in PUBLISHED) and all(NOTES.values())
+    assert {r['set'] for r in PUBLISHED} == {'vqa_rad', 'slake', 'pathvqa'}
+    d = published_rows('vqa_rad').set_index('method')
+    assert d.loc['LLaVA-Med from LLaVA, tuned 15 epochs', ['open recall', 'closed']].tolist() == ['61.52', '84.19']
+    assert 'not a recall' in d.loc['M2I2', 'to know'] and d.loc['M2I2', 'open recall'] == '–'
+    assert len(published_rows('anything')) == len(PUBLISHED)
+
+
+def test_odd_answers_are_counted_and_nothing_is_dropped():
+    odd_ones = ['yes', None, 7, '', '<b>yes</b>', float('nan'), ['yes']]
+    log = [line(o, t) for o, t in zip(ITEMS, odd_ones)] + [line(ITEMS[0], 'no'), line(dict(ITEMS[0], id='z')), line(ITEMS[7], None, error='Timeout')]
+    tables, odd = log_credits(ITEMS, log)
+    (h, n), = odd.items()
+    assert h == ('m', 'toy', 'test', 'image') and len(tables[h]) == 8
+    assert {k: n[k] for k in ('null', 'number', 'empty', 'html', 'not_text', 'duplicate', 'extra', 'error', 'missing')} == dict(
+        null=2, number=1, empty=1, html=1, not_text=1, duplicate=1, extra=1, error=1, missing=0)
+    rows = log_rows(tables, odd, 50)
+    assert {r['metric'] for r in rows if r['metric'].startswith('answers.')} == {f'answers.{k}' for k in CASES}
+    short, _ = log_credits(ITEMS, log[:3])
+    assert list(short) == [('m', 'toy', 'test (3 of 8)', 'image')]
+    with pytest.raises(ScoreError, match='answered none of the 8 items'): log_credits(ITEMS, [line(dict(ITEMS[0], id='z'))])
+
+
+def test_weak_rules_are_fooled_by_a_constant_and_strict_ones_are_not():
+    tables, odd = log_credits(ITEMS, control_predictions([], ITEMS, 'toy'))
+    got = {r['metric']: r['value'] for r in log_rows(tables, odd, 50) if r['model'] == 'always_yes_no'}
+    assert got['llavamed_v1.closed_substring'] == 1 and got['strict.closed'] == got['strict'] == got['medevalkit.closed'] == 0
+
+
+def test_nothing_to_compare_is_no_error():
+    assert rows_of_tests(paired_tests({})) == [] and calibration_rows(calibration_table([], [])) == []
+    assert score_figure([], ['m']) is None and drawn_examples([], {}) == {'right': [], 'wrong': []}
+
+
+def test_a_set_is_opened_with_what_is_there(tmp_path):
+    rows = [dict(o, regions=[]) for o in ITEMS]
+    (tmp_path/'test.json').write_text(json.dumps(rows))
+    Image.new('RGB', (4, 4)).save(tmp_path/'0.png')
+    got = open_vqa(tmp_path)
+    assert (got['missing'], got['train_is'], got['images_dir']) == (['1.png', '2.png', '3.png'], None, tmp_path)
+    (tmp_path/'test.json').write_text(json.dumps(rows)[:-9])
+    with pytest.raises(ValueError, match='test.json'): open_vqa(tmp_path)
+    with pytest.raises(FileNotFoundError, match='no such file or folder'): open_vqa(tmp_path/'nothing')
+    (tmp_path/'test.json').write_text(json.dumps(rows + rows[:1]))
+    with pytest.raises(ValueError, match='i0'): open_vqa(tmp_path)
+
+
+@pytest.mark.parametrize('name,there,of,train', [('vqa_rad', 31, 203, 'train'), ('slake', 11, 96, 'train'), ('pathvqa', 0, 858, 'val')])
+def test_real_sets_are_opened(name, there, of, train):
+    data = data_folder()
+    if data is None or not (data/name).is_dir(): pytest.skip(f'no real {name}: set LLAVA_MED_TESTDATA')
+    said = []
+    got = open_vqa(data/name, say=said.append)
+    assert (got['name'], got['test_is'], got['train_is']) == (name, 'test', train)
+    assert of - len(got['missing']) == there and f'{there} of {of} images found' in said[-1]
+    assert bool(got['public']) == (name == 'vqa_rad')
+    assert re.search(r'\d+ questions', said[0])
