@@ -125,7 +125,7 @@ def refresh(
     write_json(root()/'outputs/example/run.json', record)
     return steps
 
-# %% ../nbs/14_publishing.ipynb #2c8bb0b2
+# %% ../nbs/14_publishing.ipynb #78e819b3
 TUNED_LIMIT = 12_000_000  # bytes of data/tuned_tiny at most
 
 def save_tuned(
@@ -147,7 +147,7 @@ def save_tuned(
     kinds, used = {}, record['steps'].get('3_stage2_tuning', {})
     for r in rows:
         if (r['slice'] == 'all' or r['slice'].startswith('question_type=')) and r['condition'] in ('image', 'blank'):
-            kinds.setdefault(r['slice'].split('=')[-1], {'n': r['n_items']})[r['condition']] = round(r['value'], 3)
+            kinds.setdefault(r['slice'].split('=')[-1], {'n': int(r['n_items'])})[r['condition']] = round(r['value'], 3)
     write_json(folder/'manifest.json', dict(name=folder.name, started_from=record['hashes'].get('base_model'), run=run, preset=record['preset'],
         commit=record['git']['commit'], parameters=sum(p.numel() for p in model.parameters()), recipe=used.get('parameters', {}), dtype=dtype,
         sha256=file_hash(folder/'model.safetensors'), versions=record['versions'], scores=kinds, licence='Apache-2.0',
