@@ -22,7 +22,7 @@ from .runs import COLOURS, figure_bytes, figure_style, now, read_json, read_json
 from .vqa import read_items
 from .widgets import Panel, control, image_html, one_sentence
 
-# %% ../nbs/11a_panels.ipynb #17dfd9c3
+# %% ../nbs/11a_panels.ipynb #6c3fca8a
 KINDS_OF_FILE = {'figures': 'figures.jsonl', 'alignment': 'alignment.json', 'conversations': 'instruct.json',
                  'questions, train': 'vqa/train.json', 'questions, val': 'vqa/val.json', 'questions, test': 'vqa/test.json'}
 
@@ -63,14 +63,14 @@ class Browse(Panel):
         self.count, self.view = W.HTML(), W.HTML()
         super().__init__(W.HBox([self.kind, self.words]), W.HBox([self.modality, self.type]),
                          W.HBox([self.at, self.before, self.after, self.count]), self.view)
-        self.kind.observe(lambda c: self.open(), 'value')
+        self.kind.observe(lambda c: self.choose(), 'value')
         for o in (self.modality, self.type, self.words): o.observe(lambda c: self.filter(), 'value')
         self.at.observe(lambda c: self._draw(), 'value')
         self.before.on_click(lambda b: self.step(-1))
         self.after.on_click(lambda b: self.step(1))
-        if there: self.open()
+        if there: self.choose()
         else: self.say(f'{self.folder} holds none of {", ".join(KINDS_OF_FILE.values())}: name the folder 1_data_prep of a run.', problem=True)
-    def open(self)->None:
+    def choose(self)->None:
         "Read the chosen file."
         with self.careful():
             kind = self.kind.value

@@ -351,7 +351,7 @@ def top_cells(
     best = np.argsort(-grid_map, axis=None, kind='stable')[:n]
     return [(int(i)//grid_map.shape[1] + 1, int(i) % grid_map.shape[1] + 1, float(mass.flat[i]/max(mass.sum(), 1e-12))) for i in best]
 
-# %% ../nbs/11_widgets.ipynb #a7f7d999
+# %% ../nbs/11_widgets.ipynb #e81bb3ed
 class Explore(Panel):
     "Click a word of an answer and see what the model read when it said it."
     def __init__(self,
@@ -372,11 +372,11 @@ class Explore(Panel):
         self.view, self.table = W.HTML(), W.HTML()
         super().__init__(W.HBox([self.picture, self.model]), W.HBox([self.question, self.go]), self.word,
                          W.HBox([self.method, self.layer]), W.HBox([self.view, self.table]))
-        self.picture.observe(lambda c: self.open(), 'value')
+        self.picture.observe(lambda c: self.choose(), 'value')
         for o in (self.word, self.method, self.layer): o.observe(lambda c: self._draw(), 'value')
         self.go.on_click(lambda b: self.run())
-        if self.pictures: self.open()
-    def open(self)->None:
+        if self.pictures: self.choose()
+    def choose(self)->None:
         "Show the chosen picture, without a map."
         with self.careful(self.go):
             self.image, self.found = read_picture(self.pictures[self.picture.value], self.picture.value).image, None

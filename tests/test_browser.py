@@ -198,7 +198,7 @@ def start(driver, lab, shots):
 
 
 def test_all_cells_of_start_run(start):
-    assert 'Traceback' not in start.text() and not start.driver.find_elements('css selector', '.jp-OutputArea [data-mime-type="application/vnd.jupyter.stderr"] .ansi-red-fg')
+    assert 'Traceback' not in start.text() and 'Error displaying widget' not in start.text() and not start.driver.find_elements('css selector', '.jp-OutputArea [data-mime-type="application/vnd.jupyter.stderr"] .ansi-red-fg')
     if not TUNED: start.says('data/tuned_tiny is missing')
     start.says('For research and teaching only')
     start.shot('all_cells')
@@ -215,7 +215,6 @@ def test_a_question_is_asked_with_the_keyboard(start):
     start.until(lambda: start.field('Question', kind='input').get_attribute('value') == '')
     start.press(start.button('Ask'))
     start.says('The question is empty')
-    assert start.driver.find_elements('css selector', '[role="alert"]')
     start.shot('chat')
 
 
@@ -266,10 +265,10 @@ def test_panels(driver, lab, shots):
     page.run_all()
     page.says('There is no run in')
     # Browse
-    left = lambda: next(e.text for e in page.all('//span[@role="status"]') if 'records fit' in e.text)
-    n = left()
+    left = lambda: next((e.text for e in page.all('//*[contains(@class,"widget-html-content")]//span') if 'records fit' in e.text), None)
+    n = page.until(left)
     Select(page.field('Type', kind='select')).select_by_visible_text('side')
-    page.until(lambda: left() != n)
+    page.until(lambda: left() not in (n, None))
     box = page.field('Contains', kind='input')
     page.press(box); box.send_keys('no such words' + Keys.ENTER)
     page.says('No record fits')

@@ -135,6 +135,13 @@ def test_every_control_has_a_label_and_a_tooltip(tmp_path):
     assert all('research and teaching only' in p.children[-1].value for p in panels)
 
 
+def test_no_panel_hides_a_method_of_its_widget():
+    import ipywidgets
+    hidden = {c.__name__: set(vars(c)) & {n for n in dir(ipywidgets.VBox) if not n.startswith('__')} - {'_trait_default_generators', '_all_trait_default_generators',
+              '_traits', '_static_immutable_initial_values', '_descriptors', '_instance_inits', '_cross_validation_lock'} for c in (Panel, Chat, Explore, Browse, Compare, Watch)}
+    assert not any(hidden.values()), f'{hidden}: a widget whose `open` is another does not reach the browser'
+
+
 def test_marks_that_a_scorer_reads(tmp_path):
     item = dict(id='a', question='q', answer='b', images=['x'], tags=dict(modality='mri', question_type='side'))
     rows = mark_lines(item, dict(base=4, stage1=10, stage2=8), 'base', seed=0)
