@@ -22,7 +22,7 @@ from .runs import COLOURS, figure_bytes, figure_style, now, read_json, read_json
 from .vqa import read_items
 from .widgets import Panel, control, image_html, one_sentence
 
-# %% ../nbs/11a_panels.ipynb #6c3fca8a
+# %% ../nbs/11a_panels.ipynb #4d476a75
 KINDS_OF_FILE = {'figures': 'figures.jsonl', 'alignment': 'alignment.json', 'conversations': 'instruct.json',
                  'questions, train': 'vqa/train.json', 'questions, val': 'vqa/val.json', 'questions, test': 'vqa/test.json'}
 
@@ -103,10 +103,10 @@ class Browse(Panel):
         self.count.value = f'<span role="status">{len(self.chosen):,} of {len(self.records):,} records fit</span>'
         if not self.chosen: self.view.value = '<p>No record fits; take a filter away.</p>'; return
         (f, r), (image, why) = self.chosen[self.at.value - 1], self.picture()
-        lines = ''.join(f'<dt><b>{escape(k)}</b></dt><dd>{escape(t)}</dd>' for k, t in f['lines'])
+        lines = ''.join(f'<p><b>{escape(k)}</b><br>{escape(t)}</p>' for k, t in f['lines'])
         alt = f'{r.get("id")}: {", ".join(f["modality"]).replace("_", " ") or "no modality"}'
         self.view.value = (f'<div style="display:flex;gap:1.5em;flex-wrap:wrap">{image_html(image, alt, 256) if image else escape(why)}'
-                           f'<dl style="max-width:34em">{lines}</dl></div>')
+                           f'<div style="max-width:34em">{lines}</div></div>')
     def static(self): # a matplotlib figure
         "The record that is shown, as a picture."
         import matplotlib.pyplot as plt

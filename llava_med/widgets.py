@@ -6,8 +6,8 @@
 __all__ = ['NOTE', 'control', 'image_html', 'one_sentence', 'Panel', 'Picture', 'burned_in', 'read_picture', 'stream_answer',
            'Voice', 'Remote', 'Chat', 'word_groups', 'explain', 'explainer', 'blend', 'top_cells', 'Explore']
 
-# %% ../nbs/11_widgets.ipynb #dbfca0ad
-import base64, io, re, threading
+# %% ../nbs/11_widgets.ipynb #09c47958
+import asyncio, base64, io, re, threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from html import escape
@@ -173,7 +173,7 @@ class Remote:
         turns:list, # `role` and `content`
     ): yield self.endpoint.reply(turns, [data_url(image, self.endpoint.longest)], self.max_new_tokens)
 
-# %% ../nbs/11_widgets.ipynb #864591f9
+# %% ../nbs/11_widgets.ipynb #1936a278
 class Chat(Panel):
     "Ask a model about a picture, and ask again."
     def __init__(self,
@@ -184,14 +184,14 @@ class Chat(Panel):
     ):
         self.models, self.pictures = dict(models), dict(pictures or {})
         self.prompts = {k: Prompting(k, v) for k, v in (prompts or {'plain': '{question}'}).items()}
-        self.preview, self.shown, self.turns, self.talk = shows_bars() if preview is None else preview, None, [], []
+        self.preview, self.shown, self.turns, self.talk, self.waiting = shows_bars() if preview is None else preview, None, [], [], False
         self.picture = control(W.Dropdown, 'Picture', 'A picture to talk about', options=[*self.pictures, *([] if self.pictures else ['none'])])
         self.upload = control(W.FileUpload, 'Your own picture', 'PNG, JPEG or DICOM; it stays in memory and is not saved', accept='.png,.jpg,.jpeg,.dcm,.dicom')
         self.forget = control(W.Button, 'Forget it', 'Remove the picture and the talk')
         self.model = control(W.Dropdown, 'Model', 'Who answers', options=list(self.models))
         self.prompt = control(W.Dropdown, 'Prompt', 'How the question is put', options=list(self.prompts))
         self.consent = control(W.Checkbox, 'Yes, send this picture', 'The picture leaves this machine', indent=False)
-        self.question = control(W.Text, 'Question', 'Type a question and press Enter', placeholder='is there a nodule?')
+        self.question = control(W.Text, 'Question', 'Type a question and press Enter', placeholder='is there a nodule?', continuous_update=False)
         self.go = control(W.Button, 'Ask', 'Ask the model (Enter does it, too)', button_style='primary')
         self.fresh = control(W.Button, 'New talk', 'Begin anew with the same picture')
         self.view, self.said = W.HTML(), W.HTML()
@@ -200,7 +200,8 @@ class Chat(Panel):
         self.picture.observe(lambda c: self.pick(c['new']), 'value')
         self.upload.observe(self._uploaded, 'value')
         self.model.observe(lambda c: self._guard(), 'value')
-        self.question.on_msg(lambda w, msg, b: self.ask() if msg.get('event') == 'submit' else None)
+        self.question.on_msg(lambda w, msg, b: self._entered() if msg.get('event') == 'submit' else None)
+        self.question.observe(lambda c: self._ready(), 'value')
         self.go.on_click(lambda b: self.ask())
         self.fresh.on_click(lambda b: self.restart())
         self.forget.on_click(lambda b: self.clear())
@@ -240,6 +241,12 @@ class Chat(Panel):
         "Forget the picture and the talk."
         self.shown, self.turns, self.talk, self.view.value = None, [], [], ''
         self._guard(); self._draw(); self.say('Forgotten. Choose another picture.')
+    def _entered(self):   # the browser says that Enter was pressed before it sends the last of the text
+        self.waiting = True
+        try: asyncio.get_running_loop().call_later(.5, self._ready)
+        except RuntimeError: self._ready()
+    def _ready(self):
+        if self.waiting: self.waiting = False; self.ask()
     def _guard(self):
         self.consent.value = False
         self.consent.layout.display = None if getattr(self.models[self.model.value], 'external', False) else 'none'
@@ -274,8 +281,8 @@ class Chat(Panel):
         return line['answer']
     def _draw(self, coming=None):
         lines = self.talk + ([coming] if coming else [])
-        self.said.value = '<dl aria-live="polite">' + ''.join(
-            f'<dt><b>{escape(o["question"])}</b></dt><dd>{escape(o["answer"]) or "(no words)"} <small>({escape(o["model"])})</small></dd>' for o in lines) + '</dl>'
+        self.said.value = '<div aria-live="polite">' + ''.join(
+            f'<p><b>{escape(o["question"])}</b><br>{escape(o["answer"]) or "(no words)"} <small>({escape(o["model"])})</small></p>' for o in lines) + '</div>'
     def static(self): # a matplotlib figure
         "The talk as a picture; what was uploaded is not drawn."
         import matplotlib.pyplot as plt

@@ -21,7 +21,7 @@ except ImportError: selenium = None
 WHY = ('no Chromium is installed (Debian: apt install chromium chromium-driver)' if not CHROMIUM else 'no chromedriver is installed (Debian: '
        'apt install chromium-driver)' if not DRIVER else "selenium is not installed (pip install -c constraints.txt -e '.[dev]')" if not selenium else '')
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(WHY), reason=WHY)]
-PATIENCE = 150   # seconds for what may take long on a busy machine
+PATIENCE = 100   # seconds for what may take long on a busy machine
 TUNED = (REPO/'data/tuned_tiny/config.json').exists()
 FLAGS = ('--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update '
          '--disable-sync --disable-dev-shm-usage --force-device-scale-factor=1 --window-size=1400,1100').split()
@@ -209,8 +209,8 @@ def test_a_question_is_asked_with_the_keyboard(start):
     box = start.field('Question', kind='input')
     start.press(box)
     box.send_keys('is a pneumothorax visible?' + Keys.ENTER)
-    said = start.until(lambda: next((e for e in start.all('//dt') if 'pneumothorax' in e.text), None))
-    answer = start.until(lambda: said.find_element('xpath', 'following-sibling::dd').text.replace('(stage 2, tiny)', '').strip())
+    said = lambda: next((e.text for e in start.all('//*[@aria-live="polite"]/p') if 'is a pneumothorax visible?' in e.text and '(stage 2' in e.text), '')
+    answer = start.until(said).splitlines()[1].replace('(stage 2, tiny)', '').strip()
     if TUNED: assert answer in ('yes', 'no')
     start.until(lambda: start.field('Question', kind='input').get_attribute('value') == '')
     start.press(start.button('Ask'))
