@@ -28,9 +28,9 @@ test-slow: $(READY)
 
 test-all: test test-slow  ## the same, and the slow tests: the pipeline end to end
 
-lab: $(READY)   ## open the book in JupyterLab
+lab: $(READY)   ## open the first notebook in JupyterLab
 	-@$(BIN)/jupyter labextension disable '@jupyterlab/apputils-extension:announcements' 2>/dev/null
-	$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb
+	$(BIN)/jupyter lab --notebook-dir=. nbs/start.ipynb
 
 export: $(READY) ## write llava_med/ from the notebooks, after cleaning them
 	$(BIN)/nbdev_clean

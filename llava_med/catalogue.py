@@ -207,7 +207,8 @@ PAGE = '''<!-- Made from the table in nbs/02b_catalogue.ipynb by `make readme`: 
 # Data and base models
 
 `base_tiny/` is the small general-domain model that the demo starts from: a standard Hugging Face folder, rebuilt by
-`nbs/pipeline/0_base_model.ipynb`. Everything else that lands here is downloaded or made on your machine and stays out
+`nbs/pipeline/0_base_model.ipynb`. `tuned_tiny/` is the demo's stage-2 model in half precision, with which `nbs/start.ipynb`
+opens; `llava-med refresh` writes it. Everything else that lands here is downloaded or made on your machine and stays out
 of git. For research and teaching only; keep no patient data here that you may not keep.
 
 `llava-med get NAME` fetches what follows into `data/NAME/` and goes on where it was stopped; `llava-med get pmc QUERY`
