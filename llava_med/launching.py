@@ -19,10 +19,9 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator, init_empty_weights
-from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 import llava_med
-from .adapters import add_lora
+from .adapters import add_lora, attach
 from .memory import free_bytes, plan_memory
 from .model import set_trainable
 from .parallel import SHARDINGS, Job, TrainingError, whole_weights
@@ -52,7 +51,7 @@ def read_job(
     with open(Path(folder)/'job.pickle', 'rb') as f: kind, config, adapter, arguments = pickle.load(f)
     with init_empty_weights(include_buffers=False):
         model = kind(config)
-        if adapter: model = get_peft_model(model, adapter)
+        if adapter: model = attach(model, adapter)
     inner = model.get_base_model() if adapter else model
     inner.load_state_dict(load_file(Path(folder)/'start.safetensors'), strict=False, assign=True)
     inner.tie_weights()

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from .adapters import attach
 from .memory import token_groups
 from .model import part_of
 from .runs import writing
@@ -38,9 +39,7 @@ def _lay_out(flat, params):
 def _rebuild(kind, config, adapter, weights, learn):
     "The model on weights that another process owns."
     model = kind(config)
-    if adapter:
-        from peft import get_peft_model
-        model = get_peft_model(model, adapter).get_base_model()
+    if adapter: model = attach(model, adapter).get_base_model()
     for n, p in model.named_parameters(): p.data = weights[n]; p.requires_grad_(n in learn)
     return model
 
