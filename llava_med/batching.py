@@ -8,6 +8,7 @@ __all__ = ['IGNORE', 'encode', 'length_batches', 'encode_questions', 'share_pict
            'cached_features']
 
 # %% ../nbs/06_batching.ipynb #9f303328
+import contextlib
 import hashlib
 import json
 import os
@@ -96,6 +97,7 @@ def share_pictures(
     for i, s in enumerate(samples):
         ids = s['input_ids']
         n = len(ids) - ids[::-1].index(image_id) if image_id in ids else 0
+        if n < len(ids) and s['labels'][n] != IGNORE: n = 0   # scored right behind the picture, where a second sample would not lie
         key = (str(s.get('image')), tuple(ids[:n])) if n else i
         if key not in at or max_len and len(rows[at[key]]['input_ids']) + len(ids) - n > max_len:
             at[key] = len(rows)
@@ -202,6 +204,22 @@ def _hidden(model, batch):
         inputs_embeds=embed(model, batch), attention_mask=mask, position_ids=batch.get('positions'),
         use_cache=False).last_hidden_state
 
+@contextlib.contextmanager
+def _last_layer_on(model, keep):
+    "For a while, queries and MLP of the last layer are computed where `keep` is True only: no later layer looks at the other tokens."
+    layer = model.model.language_model.layers[-1]
+    attention, mlp = getattr(layer, 'self_attn', None), getattr(layer, 'mlp', None)
+    parts = [mlp, *(getattr(attention, n, None) for n in ('q_proj', 'o_proj'))]
+    again = getattr(layer, 'gradient_checkpointing', False) or getattr(layer, '_compiled_call_impl', None)   # computed later, or already translated
+    if again or None in parts: yield; return
+    at, shape = keep.flatten().nonzero()[:, 0], keep.shape
+    def take(module, args): return F.pad(args[0].flatten(0, 1)[at], (0, 0, 0, -len(at) % 64)), *args[1:]   # few shapes, as in `Collator`
+    def put(module, args, out): return out.new_zeros(keep.numel(), out.shape[-1]).index_copy(0, at, out[:len(at)]).view(*shape, -1)
+    hooks = [h for p in parts for h in (p.register_forward_pre_hook(take), p.register_forward_hook(put))]
+    try: yield
+    finally:
+        for h in hooks: h.remove()
+
 def batch_loss(
     model,      # a LlavaForConditionalGeneration
     batch:dict, # from a `Collator`
@@ -209,7 +227,7 @@ def batch_loss(
     "Cross-entropy of the scored tokens, summed; divide to get the mean."
     labels = F.pad(batch['labels'], (0, 1), value=IGNORE)[:, 1:]
     keep = labels != IGNORE
-    hidden, target = _hidden(model, batch)[keep], labels[keep]
+    with _last_layer_on(model, keep): hidden, target = _hidden(model, batch)[keep], labels[keep]
     n, more = len(target), -len(target) % 64   # few shapes, as in `Collator`
     logits = model.lm_head(F.pad(hidden, (0, 0, 0, more))).float()
     return F.cross_entropy(logits, F.pad(target, (0, more), value=IGNORE), reduction='sum', ignore_index=IGNORE), n
