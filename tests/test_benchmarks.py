@@ -123,3 +123,11 @@ def test_training_gpu_runs_without_one_and_writes_nothing(repo, tmp_path):
     (tmp_path/'training_toy.json').write_text(json.dumps(dict(machine=dict(gpu='toy'), peak_tflops=989., rows=rows, ratios=dict(hours_336=1))))
     said = run(repo, tmp_path, 'training_gpu', device='cpu', results=str(tmp_path))
     assert 'Nothing written' in said and [p.name for p in tmp_path.glob('*.json')] == ['training_toy.json']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, parameters, says', [('training_speed', dict(rounds=0), 'rounds is 0'), ('training_speed', dict(image_size=100), '100'),
+                                                    ('training_scale', dict(most=2), 'most 2'), ('training_gpu', dict(device='cuda'), 'no GPU')])
+def test_bad_parameters_say_so(repo, tmp_path, name, parameters, says):
+    if says == 'no GPU' and torch.cuda.is_available(): pytest.skip('There is a GPU.')
+    with pytest.raises(papermill.PapermillExecutionError, match=f'ValueError: .*{says}'): run(repo, tmp_path, name, **parameters)
