@@ -6,7 +6,8 @@
 __all__ = ['IGNORE', 'encode', 'length_batches', 'encode_questions', 'share_pictures', 'segment_mask', 'Collator', 'splice',
            'embed', 'plain_attention', 'batch_loss', 'scored_hits', 'record_samples']
 
-# %% ../nbs/06_batching.ipynb #9f303328
+# %% ../nbs/06_batching.ipynb #7b1acec1
+import contextlib
 from dataclasses import dataclass
 import numpy as np
 import torch
@@ -86,6 +87,7 @@ def share_pictures(
     for i, s in enumerate(samples):
         ids = s['input_ids']
         n = len(ids) - ids[::-1].index(image_id) if image_id in ids else 0
+        if n < len(ids) and s['labels'][n] != IGNORE: n = 0   # scored right behind the picture, where a second sample would not lie
         key = (str(s.get('image')), tuple(ids[:n])) if n else i
         if key not in at or max_len and len(rows[at[key]]['input_ids']) + len(ids) - n > max_len:
             at[key] = len(rows)
@@ -110,7 +112,7 @@ def segment_mask(
     if blocks is not None: seen &= blocks[:, :, None] == blocks[:, None, :]
     return (seen | torch.eye(n, dtype=torch.bool, device=segments.device))[:, None]
 
-# %% ../nbs/06_batching.ipynb #34622d11
+# %% ../nbs/06_batching.ipynb #ac9aceb6
 @dataclass
 class Collator:
     "Joins encoded samples to a padded batch."
@@ -138,7 +140,7 @@ class Collator:
             batch[getattr(self.features, 'kind', 'features')] = self.features[torch.tensor(images)]
         return batch
 
-# %% ../nbs/06_batching.ipynb #78a0ab6b
+# %% ../nbs/06_batching.ipynb #a0552bf5
 def splice(
     model,      # a LlavaForConditionalGeneration
     ids:torch.Tensor,     # (rows, length) token ids
@@ -193,6 +195,22 @@ def _hidden(model, batch):
         inputs_embeds=embed(model, batch), attention_mask=mask, position_ids=batch.get('positions'),
         use_cache=False).last_hidden_state
 
+@contextlib.contextmanager
+def _last_layer_on(model, keep):
+    "For a while, queries and MLP of the last layer are computed where `keep` is True only: no later layer looks at the other tokens."
+    layer = model.model.language_model.layers[-1]
+    attention, mlp = getattr(layer, 'self_attn', None), getattr(layer, 'mlp', None)
+    parts = [mlp, *(getattr(attention, n, None) for n in ('q_proj', 'o_proj'))]
+    again = getattr(layer, 'gradient_checkpointing', False) or getattr(layer, '_compiled_call_impl', None)   # computed later, or already translated
+    if again or None in parts: yield; return
+    at, shape = keep.flatten().nonzero()[:, 0], keep.shape
+    def take(module, args): return F.pad(args[0].flatten(0, 1)[at], (0, 0, 0, -len(at) % 64)), *args[1:]   # few shapes, as in `Collator`
+    def put(module, args, out): return out.new_zeros(keep.numel(), out.shape[-1]).index_copy(0, at, out[:len(at)]).view(*shape, -1)
+    hooks = [h for p in parts for h in (p.register_forward_pre_hook(take), p.register_forward_hook(put))]
+    try: yield
+    finally:
+        for h in hooks: h.remove()
+
 def batch_loss(
     model,      # a LlavaForConditionalGeneration
     batch:dict, # from a `Collator`
@@ -200,7 +218,7 @@ def batch_loss(
     "Cross-entropy of the scored tokens, summed; divide to get the mean."
     labels = F.pad(batch['labels'], (0, 1), value=IGNORE)[:, 1:]
     keep = labels != IGNORE
-    hidden, target = _hidden(model, batch)[keep], labels[keep]
+    with _last_layer_on(model, keep): hidden, target = _hidden(model, batch)[keep], labels[keep]
     n, more = len(target), -len(target) % 64   # few shapes, as in `Collator`
     logits = model.lm_head(F.pad(hidden, (0, 0, 0, more))).float()
     return F.cross_entropy(logits, F.pad(target, (0, more), value=IGNORE), reduction='sum', ignore_index=IGNORE), n
@@ -214,7 +232,7 @@ def scored_hits(
     guess = model.lm_head(_hidden(model, batch)[:, :-1]).argmax(-1)
     return (guess == labels) | (labels == IGNORE)
 
-# %% ../nbs/06_batching.ipynb #e855a4ce
+# %% ../nbs/06_batching.ipynb #2122eea0
 def record_samples(
     records:list,        # LLaVA-Med records: image, conversations
     tokenizer,           # with a chat template

@@ -91,23 +91,28 @@ def segmented_attention(
     groups, width = query.shape[1]//key.shape[1], query.shape[-1]
     key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
     attend = lambda q, k, v, **kw: F.scaled_dot_product_attention(q, k, v, scale=scaling, dropout_p=dropout if module.training else 0., **kw)
-    parts = [[] for _ in query]
-    for b in layout:
-        q, k, v = (t[b.row, :, b.start:b.end] for t in (query, key, value))   # (heads, tokens, width)
-        n = b.split - b.start
-        parts[b.row].append(attend(q[None, :, :n], k[None, :, :n], v[None, :, :n], is_causal=True)[0])
-        if b.places is None: continue
-        places = b.places.to(q.device)
-        beside = lambda t: t[:, n:][:, places].transpose(0, 1)                    # (segments, heads, longest, width)
-        behind = lambda t: torch.cat([t[None, :, :n].expand(len(places), -1, -1, -1), beside(t)], 2)
-        o = attend(beside(q), behind(k), behind(v), attn_mask=b.mask.to(q.device))
-        parts[b.row].append(o.transpose(0, 1).reshape(len(q), -1, width)[:, b.keep.to(q.device)])
-    return torch.stack([torch.cat(p, 1) for p in parts]).transpose(1, 2), None
+    out = []
+    for r, row in enumerate(zip(query, key, value)):   # each (heads, tokens, width)
+        blocks, parts = [b for b in layout if b.row == r], []
+        cuts = [n for b in blocks for n in (b.split - b.start, b.end - b.split)]
+        pieces = zip(*(t.split(cuts, 1) for t in row))   # prefix, segments, prefix, segments, ...
+        for b, (q, k, v), (q1, k1, v1) in zip(blocks, pieces, pieces):
+            if b.places is not None and len(b.places) == 1 and q.is_cuda:   # whose kernel skips what is hidden: one call for both pieces
+                q, k, v, b = *(torch.cat(t, 1) for t in ((q, q1), (k, k1), (v, v1))), Block(b.row, b.start, b.end, b.end)
+            parts.append(attend(q[None], k[None], v[None], is_causal=True)[0])
+            if b.places is None: continue
+            places, many = b.places.to(q.device), len(b.places)
+            beside = lambda t: t[:, places].transpose(0, 1) if many > 1 else t[None]   # (segments, heads, longest, width)
+            behind = lambda p, t: torch.cat([p[None].expand(many, -1, -1, -1), beside(t)], 2)
+            o = attend(beside(q1), behind(k, k1), behind(v, v1), attn_mask=b.mask.to(q.device))
+            parts.append(o.transpose(0, 1).reshape(len(q), -1, width)[:, b.keep.to(q.device)] if many > 1 else o[0])
+        out.append(torch.cat(parts, 1))
+    return torch.stack(out).transpose(1, 2), None
 
 AttentionInterface.register('segmented', segmented_attention)
 AttentionMaskInterface.register('segmented', lambda *args, **kw: None)
 
-# %% ../nbs/06a_packing.ipynb #7e7c16e1
+# %% ../nbs/06a_packing.ipynb #afa95377
 class PackedCollator(Collator):
     "Joins packed rows to a batch."
     attention = 'segmented'   # what training computes it with

@@ -1,0 +1,133 @@
+"The benchmarks of training run at a tiny size, and their gates open for equal steps only."
+import contextlib
+import json
+
+import papermill
+import pytest
+import torch
+from llava_med import batching
+from llava_med.batching import IGNORE, Collator, batch_loss, share_pictures
+from llava_med.model import set_trainable, tiny_model
+from llava_med.packing import PackedCollator, pack_rows
+
+
+
+@pytest.fixture(scope='module')
+def toy():
+    "Eight conversations of different length about three pictures, and features of these."
+    model, processor = tiny_model(image_size=24)
+    image, n = model.config.image_token_id, model.config.image_seq_length
+    rng = torch.Generator().manual_seed(0)
+    words = lambda k: torch.randint(6, 60, (k,), generator=rng).tolist()
+    samples = []
+    for i in range(8):
+        said = words(3 + i)
+        samples.append(dict(input_ids=[1] + [image]*n + words(4) + said, labels=[IGNORE]*(n + 5) + said, image=i % 3))
+    return samples, torch.randn(3, n, model.config.vision_config.hidden_size, generator=rng), image, processor.tokenizer.pad_token_id
+
+
+def step(batches):
+    "Loss and gradient of a fresh model over batches, divided by the number of scored tokens."
+    model = tiny_model(image_size=24)[0].train()
+    for p in model.model.language_model.parameters():
+        if p.dim() > 1: p.data.mul_(4)
+    set_trainable(model, ('projector', 'language_model'))
+    model.set_attn_implementation({'text_config': 'segmented' if any('layout' in b for b in batches) else 'sdpa'})
+    done = []
+    for b in batches: done.append(batch_loss(model, b)); done[-1][0].backward()
+    n = sum(k for _, k in done)
+    params = [p.grad.flatten()/n for p in model.parameters() if p.requires_grad and p.grad is not None]
+    return sum(t.item() for t, _ in done)/n, torch.cat(params)
+
+
+def off(a, b): return float((a - b).norm()/b.norm())
+
+
+@pytest.fixture(scope='module')
+def alone(toy):
+    samples, features, _, pad = toy
+    return step([Collator(pad, features)([s]) for s in samples])
+
+
+def test_rows_of_shared_pictures_pass_the_gates(toy, alone):
+    samples, features, image, pad = toy
+    rows = pack_rows(share_pictures(samples, image), 60)
+    loss, grad = step([PackedCollator(pad, features)([r]) for r in rows])
+    assert abs(loss - alone[0]) < 1e-5 and off(grad, alone[1]) < 1e-4
+
+
+def test_a_last_layer_on_all_tokens_is_the_same_step(toy, alone, monkeypatch):
+    samples, features, _, pad = toy
+    monkeypatch.setattr(batching, '_last_layer_on', lambda *args: contextlib.nullcontext())
+    loss, grad = step([Collator(pad, features)(samples)])
+    assert abs(loss - alone[0]) < 1e-5 and off(grad, alone[1]) < 1e-4
+
+
+@pytest.mark.parametrize('fault', ['isolation', 'picture', 'label'])
+def test_the_gates_catch(toy, alone, fault):
+    samples, features, image, pad = toy
+    row = pack_rows(samples, 10**6)[0]
+    n = len(row['blocks'])
+    if fault == 'isolation': row.update(blocks=[0]*n, segments=[0]*n, positions=list(range(n)))
+    if fault == 'picture': features = features.roll(1, 0)
+    if fault == 'label': row['labels'][-1] = IGNORE
+    loss, grad = step([PackedCollator(pad, features)([row])])
+    assert abs(loss - alone[0]) > 1e-5 and off(grad, alone[1]) > 1e-4
+
+
+def test_checkpointing_of_the_last_layer_still_works(toy, alone):
+    samples, features, _, pad = toy
+    model = tiny_model(image_size=24)[0].train()
+    for p in model.model.language_model.parameters():
+        if p.dim() > 1: p.data.mul_(4)
+    model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    loss, n = batch_loss(model, Collator(pad, features)(samples))
+    loss.backward()
+    assert abs(loss.item()/n - alone[0]) < 1e-5
+
+
+def test_a_caption_right_behind_its_picture_is_not_shared(toy):
+    samples, features, image, pad = toy
+    bare = [dict(input_ids=[1, *[image]*4, 9 + i, 10], labels=[IGNORE]*5 + [9 + i, 10], image=0) for i in (0, 1)]
+    assert len(share_pictures(bare, image)) == 2
+    (a, g), (b, h) = step([Collator(pad, features)([s]) for s in bare]), step([PackedCollator(pad, features)(pack_rows(share_pictures(bare, image), 60))])
+    assert abs(a - b) < 1e-5 and off(h, g) < 1e-4
+
+
+def run(repo, tmp_path, name, **parameters):
+    "A benchmark at a tiny size; returns what it printed."
+    made = papermill.execute_notebook(repo/f'nbs/benchmarks/{name}.ipynb', tmp_path/f'{name}.ipynb', parameters, kernel_name='python3', cwd=tmp_path, progress_bar=False)
+    return '\n'.join(o.text for c in made.cells for o in c.get('outputs', []) if o.output_type == 'stream')
+
+
+@pytest.mark.slow
+def test_training_speed(repo, tmp_path):
+    said = run(repo, tmp_path, 'training_speed', rounds=1, width=64, depth=2, image_size=56, batch=4, memory=False, out='small.json')
+    got = json.loads((tmp_path/'small.json').read_text())
+    assert {'vqa_slake', 'vqa_rad', 'stage1_vs_hf', 'stage1_vs_best', 'stage2_vs_hf', 'stage2_vs_best'} <= set(got['ratios'])
+    assert 'NOT THE SAME STEP' in said and 'epoch 2: 0 of 4 pictures opened' in said
+    assert {tuple(r) for r in got['rows']} == {('work', 'system', 'metric', 'value', 'unit', 'low', 'high')}
+    if 'TRL is not installed' in said: assert not any('TRL' in r['system'] for r in got['rows'])
+
+
+@pytest.mark.slow
+def test_training_scale(repo, tmp_path):
+    run(repo, tmp_path, 'training_scale', rounds=1, width=64, depth=2, image_size=56, most=8, out='small.json')
+    got = json.loads((tmp_path/'small.json').read_text())
+    assert set(got['ratios']) == {'pictures', 'answer_tokens_300', 'questions_16'}
+
+
+@pytest.mark.slow
+def test_training_gpu_runs_without_one_and_writes_nothing(repo, tmp_path):
+    rows = [dict(work=f'{w}, 336 px, Mistral-7B', system='ours', metric=m, value=.5, unit='', low=.5, high=.5) for w in ('stage 1', 'stage 2') for m in ('mfu', 'projected')]
+    (tmp_path/'training_toy.json').write_text(json.dumps(dict(machine=dict(gpu='toy'), peak_tflops=989., rows=rows, ratios=dict(hours_336=1))))
+    said = run(repo, tmp_path, 'training_gpu', device='cpu', results=str(tmp_path))
+    assert 'Nothing written' in said and [p.name for p in tmp_path.glob('*.json')] == ['training_toy.json']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, parameters, says', [('training_speed', dict(rounds=0), 'rounds is 0'), ('training_speed', dict(image_size=100), '100'),
+                                                    ('training_scale', dict(most=2), 'most 2'), ('training_gpu', dict(device='cuda'), 'no GPU')])
+def test_bad_parameters_say_so(repo, tmp_path, name, parameters, says):
+    if says == 'no GPU' and torch.cuda.is_available(): pytest.skip('There is a GPU.')
+    with pytest.raises(papermill.PapermillExecutionError, match=f'ValueError: .*{says}'): run(repo, tmp_path, name, **parameters)
