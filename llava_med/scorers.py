@@ -495,10 +495,10 @@ def _show(rows):
         print(f'  {r["metric"]:42}{k*r["value"]:7.2f}{unit}{k*r["low"]:8.2f}{k*r["high"]:8.2f}{r["n_items"]:9}{r["n_images"]:8}')
         last = head
 
-# %% ../nbs/09a_scorers.ipynb #21e0dc03
+# %% ../nbs/09a_scorers.ipynb #844586a9
 DOMAINS = ('chest_xray', 'mri', 'histology', 'gross', 'ct_scan')
 
-_FILLER = r'/\s*10(?![\d.])|\bout of (?:10|ten)\b|\b(?:the|my|here|are|is|and|for|of|to|vs|versus|gets|receives|overall|scores?|marks?|ratings?|points?|respectively)\b'
+_FILLER = r'/\s*10(?!\.?\d)|\bout of (?:10|ten)\b|\b(?:the|my|here|are|is|and|for|of|to|vs|versus|gets|receives|overall|scores?|marks?|ratings?|points?|respectively)\b'
 _NAMED = re.compile(rf'(?i)\b(?:assistants?|answers?|responses?|ai)(?:\'s)?\s*#?\s*([12])(?:\s|{_FILLER}|[:=(),"|-])*'
                     r'(?<![\d.])(\d+(?:\.\d+)?)(?=\s*(?:/\s*10(?!\d)|out of (?:10|ten)|points?)?\s*(?:[,;.|)"}]|and\b|assistant|answer|response|$))')
 
