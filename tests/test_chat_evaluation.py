@@ -39,7 +39,7 @@ def value(rows, metric, slice='all', model=None):
     return next(r['value'] for r in rows if r['metric'] == metric and r['slice'] == slice and model in (None, r['model']))
 
 
-def quiet(url, path, **kw): return EndpointJudge(url, 'judge', path, say=lambda s: None, backoff=.01, **kw)
+def quiet(url, path, **kw): return EndpointJudge(url, 'judge', path, say=lambda s: None, backoff=.01, per_minute=1e6, **kw)
 
 
 # LLaVA-Med's own files
