@@ -86,7 +86,7 @@ def mean_score(
 METRICS = ('strict', 'strict.closed', 'strict.yes_no', 'strict.open_exact', 'strict.open_f1', 'strict.open_recall', 'strict.open_words', 'llavamed_v1.open_recall',
            'llavamed_v1.open_f1', 'llavamed_v1.open_words', 'llavamed_v1.closed_substring', 'llavamed_v1.closed_gated', 'lmms_slake.accuracy')
 
-# %% ../nbs/09e_lmms_eval.ipynb #692f4f4b
+# %% ../nbs/09e_lmms_eval.ipynb #b5c23de9
 def write_lmms(
     items:str|Path,      # VQA-RAD, SLAKE or PathVQA as chapter 04a reads it
     images_dir:str|Path, # folder that holds the pictures
@@ -131,5 +131,7 @@ def lmms_command(
     p.add_argument('--lang', default='en', metavar='LANG', help='of SLAKE: en or zh (default: en)')
     p.add_argument('--part', action='store_true', help='leave out questions whose picture is not there')
     a = p.parse_args(words)
+    import datasets
+    datasets.disable_progress_bars()
     write_lmms(a.items, a.images, a.out, a.split, a.lang, a.part)
     return 0
