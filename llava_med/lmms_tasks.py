@@ -86,7 +86,7 @@ def mean_score(
 METRICS = ('strict', 'strict.closed', 'strict.yes_no', 'strict.open_exact', 'strict.open_f1', 'strict.open_recall', 'strict.open_words', 'llavamed_v1.open_recall',
            'llavamed_v1.open_f1', 'llavamed_v1.open_words', 'llavamed_v1.closed_substring', 'llavamed_v1.closed_gated', 'lmms_slake.accuracy')
 
-# %% ../nbs/09e_lmms_eval.ipynb #b5c23de9
+# %% ../nbs/09e_lmms_eval.ipynb #ff1555be
 def write_lmms(
     items:str|Path,      # VQA-RAD, SLAKE or PathVQA as chapter 04a reads it
     images_dir:str|Path, # folder that holds the pictures
@@ -108,7 +108,7 @@ def write_lmms(
     for f in ('llava_med_common', f'llava_med_{name}.yaml'):
         with replacing(out/f) as part_fn: part_fn.write_text((here/f).read_text(encoding='utf-8'), encoding='utf-8')
     say(f'{len(docs)} of {len(known)} questions -> {out/name}.parquet\n'
-        f'lmms-eval --model huggingface --model_args pretrained=CHECKPOINT --include_path {out} --tasks llava_med_{name} --batch_size 1')
+        f'lmms-eval --model llava_hf --model_args pretrained=CHECKPOINT --include_path {out} --tasks llava_med_{name} --batch_size 1')
     return out
 
 def _embedded(docs): # the pictures' bytes instead of their paths
@@ -122,7 +122,7 @@ def lmms_command(
     p = argparse.ArgumentParser('llava-med lmms', formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Writes a folder of tasks for lmms-eval, with official answer types and our scores.\n\n'
                     'example:\n  llava-med lmms vqa_rad/testset.json --images vqa_rad/images --out lmms\n'
-                    '  lmms-eval --model huggingface --model_args pretrained=outputs/tiny/3_stage2_tuning/model \\\n'
+                    '  lmms-eval --model llava_hf --model_args pretrained=outputs/tiny/3_stage2_tuning/model \\\n'
                     '      --include_path lmms --tasks llava_med_vqa_rad --batch_size 1')
     p.add_argument('items', metavar='ITEMS', help='VQA-RAD, SLAKE or PathVQA as published')
     p.add_argument('--images', required=True, metavar='FOLDER', help='where the pictures are')
