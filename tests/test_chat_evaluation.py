@@ -268,6 +268,28 @@ def test_findings_by_hand():
     assert marks == [10, 6.67, 5, 0]
 
 
+def test_silence_about_a_normal_image_earns_nothing():
+    claims = dict(findings={}, absent=['cyst'], normal=True)
+    qs = report_questions([dict(image=str(i), modality='mri', caption='No abnormality is seen.', claims=claims) for i in range(4)])
+    said = ['A normal brain.', 'A picture of rings.', '', 'There is a cyst.']
+    judged, _, _ = judge_answers(qs, [dict(question_id=q['question_id'], prompt=q['text'], text=t) for q, t in zip(qs, said)], FindingJudge(), 'reference_first')
+    assert [read_judgement(o)[0] for o in judged] == [(10, m) for m in (10, 0, 0, 0)]
+
+
+def test_a_log_of_several_models_is_judged_model_by_model(tmp_path, capsys):
+    known, _ = truths(6)
+    write_jsonl(tmp_path/'captions_test.jsonl', known)
+    log = [dict(model=m, dataset='phantoms', split='test', condition='image', item=f'caption:{t["image"]}', prompt=f'{m}: describe', error=None,
+                text=t['caption'] if m == 'stage2' else 'A picture.') for m in ('base', 'stage2') for t in known]
+    write_jsonl(tmp_path/'captions.jsonl', log)
+    words = ['judge', str(tmp_path/'captions_test.jsonl'), str(tmp_path/'captions.jsonl'), '--offline', '--out', str(tmp_path/'s.csv')]
+    assert main(words) == 0
+    d = pd.read_csv(tmp_path/'s.csv').query('slice == "all" and metric == "judge.ratio_of_means"').set_index('model').value
+    assert dict(d) == dict(base=0, stage2=1)
+    assert main(['judge', str(tmp_path/'captions.judgements.jsonl'), '--out', str(tmp_path/'again.csv')]) == 0
+    assert (tmp_path/'again.csv').read_bytes() == (tmp_path/'s.csv').read_bytes()
+
+
 # Files
 
 def test_answers_that_are_not_as_they_should_be(tmp_path, capsys):
