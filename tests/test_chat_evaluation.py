@@ -195,6 +195,7 @@ def judge_all(url, folder):
     write_jsonl(Path(folder)/'judged.jsonl', judged)
 
 
+@pytest.mark.slow
 def test_killed_and_begun_again_it_ends_the_same_and_asks_nothing_twice(tmp_path):
     start = multiprocessing.get_context('forkserver')
     start.set_forkserver_preload(['llava_med.chat_evaluation', 'test_chat_evaluation'])
