@@ -170,7 +170,7 @@ class EndpointGenerator(TextGenerator):
         deadline:float=600, # seconds for one answer
         limit:int=2**20,    # bytes of one answer
         stream:bool=False,  # let answers come piece by piece
-        give_up:int=20,     # figures in a row without an answer
+        give_up:int=20,     # questions in a row without an answer
         say=print,          # gets messages
         **how,              # prompts, mentions, n_examples, settings: as for `TextGenerator`
     ):
@@ -262,7 +262,7 @@ class EndpointGenerator(TextGenerator):
             return
         self.silent += 1
         if self.silent >= self.give_up and not self.stopped:
-            self.stopped, self.fatal = f'{self.silent} figures in a row got no answer, the last because {self.failed[key]}', True
+            self.stopped, self.fatal = f'{self.silent} questions in a row got no answer, the last because {self.failed[key]}', True
     async def attempt(self,
         key:str, messages:list, # a question
         bound:int,              # tokens that its prompt cannot exceed

@@ -15,7 +15,7 @@ import time
 from .batches import StepFailed, UsageError, known_name, read_preset, read_scores, results_table, run_pipeline, shown
 from .runs import RunLocked, clock, run_dir
 
-# %% ../nbs/15_commands.ipynb #5772cb8c
+# %% ../nbs/15_commands.ipynb #866de665
 RUN_HELP = '''Runs the notebooks of nbs/pipeline/ in order, each in its own process, and keeps in outputs/RUN/
 the executed notebooks, their results and a record (run.json). A finished step whose notebook,
 parameters and inputs are unchanged is kept; a changed one runs again, and so do those after it.
@@ -96,6 +96,10 @@ def make_parser()->argparse.ArgumentParser:
                    help='%(choices)s (default: all)')
     p.add_argument('--out', metavar='FILE', help='CSV file to write')
     p.add_argument('--part', action='store_true', help='ITEMS is meant to be only a part of its set, not a file that was cut off')
+    p = sub.add_parser('judge', help='judgements and relative scores of free answers', add_help=False, prefix_chars='\0')
+    p.add_argument('words', nargs='*')   # read by chapter 09c
+    p = sub.add_parser('lmms', help='VQA-RAD, SLAKE and PathVQA as tasks of lmms-eval', add_help=False, prefix_chars='\0')
+    p.add_argument('words', nargs='*')   # read by chapter 09e
     p = sub.add_parser('convert', help='original LLaVA and LLaVA-Med checkpoints → Hugging Face', add_help=False, prefix_chars='\0')
     p.add_argument('words', nargs='*')   # read by chapter 05a
     p = sub.add_parser('refresh', help="bring a run's outputs into the committed notebooks", formatter_class=raw,
@@ -105,7 +109,7 @@ def make_parser()->argparse.ArgumentParser:
         description='Runs nbs/index.ipynb, keeps its outputs, writes README.md, and data/README.md from the catalogue.')
     return parser
 
-# %% ../nbs/15_commands.ipynb #5592fbd9
+# %% ../nbs/15_commands.ipynb #3b29df59
 def run_command(
     args:argparse.Namespace, # what was typed
 )->int:                      # exit code
@@ -136,6 +140,12 @@ def dispatch(
     if args.command == 'convert':
         from llava_med.convert import convert_command
         return convert_command(args.words)
+    if args.command == 'lmms':
+        from llava_med.lmms_tasks import lmms_command
+        return lmms_command(args.words)
+    if args.command == 'judge':
+        from llava_med.chat_evaluation import judge_command
+        return judge_command(args.words)
     if args.command == 'score':
         from llava_med.scorers import score_files
         return score_files(args.items, args.predictions, args.scorer, args.out, part=args.part)

@@ -451,4 +451,5 @@ class LocalGenerator(TextGenerator):
                 if k in self.answers: continue
                 n = next((i for i, t in enumerate(said, 1) if t in ends), None)   # what follows the end is padding
                 text, finish = tokenizer.decode(said[:n], skip_special_tokens=True), 'stop' if n else 'length'
-                self.answers.add(k, 'answered', cost=0., text=text, finish=finish, prompt_tokens=len(ids[k]), completion_tokens=n or len(said))
+                self.answers.add(k, 'answered', cost=0., text=text, finish=finish, prompt_tokens=len(ids[k]), completion_tokens=n or len(said),
+                                 model=self.model, prompt=self.version)

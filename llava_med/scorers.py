@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PUNCTUATION', 'DIGITS', 'CONTRACTIONS', 'YES_NO', 'SCORERS', 'CASES', 'DOMAINS', 'vqa_normalise', 'word_scores',
            'bleu', 'is_closed', 'llavamed_v1', 'answer_part', 'medevalkit', 'lmms_normalise', 'lmms_slake', 'plain',
-           'rivals', 'closed_right', 'strict_scores', 'read_answers', 'questions_in', 'align', 'answer_text', 'credits',
-           'credit_rows', 'score_answers', 'log_credits', 'log_rows', 'score_files', 'read_marks', 'judge_rows']
+           'rivals', 'closed_right', 'strict_scores', 'read_rows', 'read_answers', 'questions_in', 'align',
+           'answer_text', 'credits', 'credit_rows', 'score_answers', 'log_credits', 'log_rows', 'score_files',
+           'head_numbers', 'read_marks', 'judge_rows']
 
-# %% ../nbs/09a_scorers.ipynb #7bedce8d
+# %% ../nbs/09a_scorers.ipynb #50c5f59b
 import html, json, re, string
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ import pandas as pd
 from .runs import write_csv
 from .scoring import (COLUMNS, HEAD, KEYS, MODEL_PAIRS, ScoreError, _contrasts, _index, _slices,
                                draw_counts, item_tag, limits, strict, strict_normalise, summarise)
+from .generators import THOUGHT
 from .readers import read_vqa
 from .vqa import same_question
 
@@ -206,11 +208,11 @@ def strict_scores(
 
 SCORERS = dict(llavamed_v1=llavamed_v1, medevalkit=medevalkit, lmms_slake=lmms_slake, strict=strict_scores)
 
-# %% ../nbs/09a_scorers.ipynb #73aa735e
-def read_answers(
+# %% ../nbs/09a_scorers.ipynb #ec7ae571
+def read_rows(
     path:str|Path, # JSON or JSON Lines, whatever the ending
-)->list:           # one dictionary a line
-    "Read an answer file, LLaVA-Med's or a prediction log of ours."
+)->list:           # what it holds
+    "Read the records of a file; damage is named with its line."
     try: text = Path(path).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError: raise ScoreError(f'{path}: is not UTF-8 text; save it as UTF-8.') from None
     whole = text.lstrip().startswith('[')
@@ -221,6 +223,13 @@ def read_answers(
         try: got = json.loads(part)
         except ValueError as e: raise ScoreError(f'{where}: not valid JSON ({e}); mend or remove it.') from None
         rows += got if whole else [got]
+    return rows
+
+def read_answers(
+    path:str|Path, # JSON or JSON Lines, whatever the ending
+)->list:           # one dictionary a line
+    "Read an answer file, LLaVA-Med's or a prediction log of ours."
+    rows = read_rows(path)
     for i, r in enumerate(rows, 1):
         if not isinstance(r, dict) or not ('text' in r or r.get('error')): raise ScoreError(
             f'{path}, record {i}: has no "text"; an answer is a record with "prompt" and "text".')
@@ -368,7 +377,7 @@ def _draws(num, den, n_draws, seed):
             out[i:i+512] = s[:, a]/s[:, b]
         return num.sum(0)/den.sum(0), out
 
-# %% ../nbs/09a_scorers.ipynb #d94d3160
+# %% ../nbs/09a_scorers.ipynb #8bdca3a5
 def _said(n): return '; '.join(f'{n[k]} {what}' for k, what in CASES.items() if n[k])
 
 def _common(items, key):
@@ -527,16 +536,31 @@ def _show(rows):
         print(f'  {r["metric"]:42}{k*r["value"]:7.2f}{unit}{k*r["low"]:8.2f}{k*r["high"]:8.2f}{r["n_items"]:9}{r["n_images"]:8}')
         last = head
 
-# %% ../nbs/09a_scorers.ipynb #2a21c337
+# %% ../nbs/09a_scorers.ipynb #844586a9
 DOMAINS = ('chest_xray', 'mri', 'histology', 'gross', 'ct_scan')
+
+_FILLER = r'/\s*10(?!\.?\d)|\bout of (?:10|ten)\b|\b(?:the|my|here|are|is|and|for|of|to|vs|versus|gets|receives|overall|scores?|marks?|ratings?|points?|respectively)\b'
+_NAMED = re.compile(rf'(?i)\b(?:assistants?|answers?|responses?|ai)(?:\'s)?\s*#?\s*([12])(?:\s|{_FILLER}|[:=(),"|-])*'
+                    r'(?<![\d.])(\d+(?:\.\d+)?)(?=\s*(?:/\s*10(?!\d)|out of (?:10|ten)|points?)?\s*(?:[,;.|)"}]|and\b|assistant|answer|response|$))')
+
+def head_numbers(
+    text:str, # what a judge wrote
+)->list:      # numbers, in the order of the assistants if it names them; none if it begins in prose
+    "The numbers with which a judgement begins."
+    text = re.sub(r'[*`#]|^\s*json\s*$', '', re.sub(r'(?m)^\s*```.*$', '', THOUGHT.sub('', str(text or '')))).replace('_', ' ')
+    lines = [l.strip() for l in text.splitlines() if re.search(r'\w', l)][:4]
+    named = [m for l in lines for m in _NAMED.findall(l)]
+    if sorted(k for k, _ in named[:2]) == ['1', '2']: return [float(x) for _, x in sorted(named[:2])]
+    line = next((l for l in lines[:3] if re.search(r'\d', l)), '')
+    rest = re.sub(rf'(?i)\b(?:assistants?|answers?|responses?|ai)(?:\'s)?\s*#?\s*[12]\b|{_FILLER}', ' ', line)
+    if re.search(r'[^\W\d]|\d%|[-−]\d|\d\s*/', rest): return []
+    return [float(x) for x in re.findall(r'\d+(?:\.\d+)?', rest)]
 
 def read_marks(
     text:str, # what the judge wrote
 )->tuple|None: # marks of the reference and of the model; None if there are no such two numbers
-    "The two marks in the first line of a judgement."
-    line = next((l for l in str(text or '').splitlines() if l.strip()), '')
-    line = re.sub(r'(?i)\b(?:assistant|answer|ai)\s*#?\s*[12]\b|/\s*10\b|\bout of 10\b', ' ', line)
-    found = [float(x) for x in re.findall(r'(?<![\w.-])\d+(?:\.\d+)?(?![\w%])', line)]
+    "The two marks at the head of a judgement whose first assistant is the reference."
+    found = head_numbers(text)
     return tuple(found) if len(found) == 2 and 0 < found[0] <= 10 and 0 <= found[1] <= 10 else None
 
 def judge_rows(
