@@ -50,8 +50,8 @@ def _llava_med(name, what, size, path, n, sha256): # a large file of LLaVA-Med's
     url = f'https://media.githubusercontent.com/media/{_GIT}/{_COMMIT}/data/{path}'
     return Entry(name, what, size, 'CC BY-NC 4.0', _RESEARCH, f'https://github.com/{_GIT}', (File(path.split('/')[-1], url, n, sha256),))
 
-def _model(name, what, size, licence, access, repo, patterns=_WEIGHTS):
-    return Entry(name, what, size, licence, access, f'https://huggingface.co/{repo}', repo=repo, patterns=patterns)
+def _model(name, what, size, licence, access, repo, patterns=_WEIGHTS, revision=None):
+    return Entry(name, what, size, licence, access, f'https://huggingface.co/{repo}', repo=repo, patterns=patterns, revision=revision)
 
 # %% ../nbs/02b_catalogue.ipynb #a9da0f70
 CATALOGUE = (
@@ -91,11 +91,20 @@ CATALOGUE = (
     _model('llava_med_v1.5', 'LLaVA-Med v1.5, as released', '15.1 GB', 'Apache-2.0 on the hub; Microsoft Research License in its repository',
            _RESEARCH, 'microsoft/llava-med-v1.5-mistral-7b'),
     _model('llava_1.5_7b', 'LLaVA 1.5 with Vicuna 7B, in the form of transformers', '14.1 GB', 'Llama 2 Community License', 'the licence',
-           'llava-hf/llava-1.5-7b-hf'),
+           'llava-hf/llava-1.5-7b-hf', revision='b234b804b114d9e37bb655e11cbbb5f5e971b7a9'),
+    _model('llava_interleave_qwen_0.5b', 'a LLaVA of 0.9 billion parameters, SigLIP and Qwen 1.5, for one small GPU', '1.8 GB',
+           'Tongyi Qianwen research licence (no commercial use)', 'the licence', 'llava-hf/llava-interleave-qwen-0.5b-hf',
+           revision='08647831752d66cc51831ff4f2a476de6ba2af9c'),
+    _model('llava_7b_v0_delta', 'what LLaVA-Med v1.0 starts from, as a difference to LLaMA 7B', '13.5 GB', 'Apache-2.0 for the delta', 'the licence of LLaMA',
+           'liuhaotian/LLaVA-7b-delta-v0', ('*.json', '*.bin', '*.model'), '82f087980bb352c3d69faac1fb60512576be9fa0'),
+    _model('llama_7b', 'LLaMA 7B, to which that difference is added', '13.5 GB', 'LLaMA licence (research only)', _RESEARCH, 'huggyllama/llama-7b',
+           revision='4782ad278652c7c71b72204d462d6d01eaaf7549'),
     _model('mistral_7b_instruct', 'the language model of LLaVA-Med v1.5', '14.5 GB', 'Apache-2.0', _ACCOUNT,
-           'mistralai/Mistral-7B-Instruct-v0.2'),
+           'mistralai/Mistral-7B-Instruct-v0.2', revision='3ad372fc79158a2148299e3318516c786aeded6c'),
+    _model('clip_vit_l_14', 'the vision tower of LLaVA-Med v1.0', '1.7 GB', 'none on its card; MIT for its code', 'none',
+           'openai/clip-vit-large-patch14', revision='32bd64288804d66eefd0ccbe215aa642df71cc41'),
     _model('clip_vit_l_336', 'the vision tower of LLaVA-Med v1.5', '1.7 GB', 'none on its card; MIT for its code', 'none',
-           'openai/clip-vit-large-patch14-336', ('*.json', '*.bin', '*.txt')),
+           'openai/clip-vit-large-patch14-336', ('*.json', '*.bin', '*.txt'), 'ce19dc912ca5cd21c8a653c79e251e808ccabcd1'),
     _model('biomedclip', 'a vision tower and text encoder trained on figures of PubMed Central', '0.8 GB', 'MIT', _RESEARCH,
            'microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224', ()),
 )
