@@ -232,7 +232,7 @@ def mix_patches(
     full[:, :mask.shape[1], :mask.shape[2]] = mask
     return torch.where(full[:, None], other, own)
 
-# %% ../nbs/10a_maps.ipynb #5570d5e6
+# %% ../nbs/10a_maps.ipynb #99ab3097
 @torch.no_grad()
 def answer_scores(
     model,               # a LLaVA in evaluation mode
@@ -241,11 +241,12 @@ def answer_scores(
     vectors:torch.Tensor=None, # or (variants, image tokens, width): other image vectors
     tokens=None,         # see `chosen_tokens`
     batch_size:int=128,  # variants at once
-)->np.ndarray:           # (variants,) natural logarithms
+    first:bool=False,    # also say where all these tokens are the model's first choice
+)->np.ndarray:           # (variants,) natural logarithms; with `first` a pair of arrays
     "Log-probability of the answer for many variants of one picture."
     base, decoder = language_model(model)
     used = torch.tensor(chosen_tokens([sample], tokens)[0], device=base.device)
-    ids, out = sample.ids.to(base.device), []
+    ids, out, best = sample.ids.to(base.device), [], []
     rows = torch.arange(len(ids) - 1 - len(used), len(ids) - 1, device=base.device)
     for i in range(0, len(pixels if vectors is None else vectors), batch_size):
         if vectors is None:
@@ -254,9 +255,12 @@ def answer_scores(
         else: part = vectors[i:i+batch_size]
         x = splice(base, ids.expand(len(part), -1), part)
         last = decoder(inputs_embeds=x, use_cache=False).last_hidden_state[:, rows]
-        logp = base.lm_head(last).float().log_softmax(-1).gather(-1, ids[rows + 1].expand(len(part), -1)[..., None])
+        logp = base.lm_head(last).float().log_softmax(-1)
+        if first: best.append(((logp.argmax(-1) == ids[rows + 1]) | ~used).all(1).cpu())
+        logp = logp.gather(-1, ids[rows + 1].expand(len(part), -1)[..., None])
         out.append((logp[..., 0]*used).sum(1).cpu())
-    return torch.cat(out).numpy()
+    scores = torch.cat(out).numpy()
+    return (scores, torch.cat(best).numpy()) if first else scores
 
 # %% ../nbs/10a_maps.ipynb #76979c03
 METHODS = {}  # name -> function (model, processor, samples, tokens=None) -> list of (layers, heads, down, across)
