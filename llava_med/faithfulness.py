@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'STEPS', 'COLUMNS', 'GOLD', 'edits', 'gates', 'centre_map', 'elsewhere_mean', 'curves', 'area', 'gain',
-           'auprc', 'iou', 'localisation', 'mask_cells', 'spearman', 'make_maps', 'top_overlap', 'choose_layers',
-           'partners', 'knowing_nothing', 'all_areas', 'curve_rows', 'faithfulness', 'best_method', 'blind',
-           'randomised', 'mirrored', 'sanity']
+           'auprc', 'iou', 'localisation', 'mask_cells', 'item_cells', 'spearman', 'make_maps', 'top_overlap',
+           'choose_layers', 'partners', 'knowing_nothing', 'all_areas', 'curve_rows', 'faithfulness', 'best_method',
+           'blind', 'randomised', 'mirrored', 'sanity']
 
-# %% ../nbs/10b_faithfulness.ipynb #5de5c03e
+# %% ../nbs/10b_faithfulness.ipynb #2940f1a9
 from copy import deepcopy
 from dataclasses import replace
 
@@ -21,6 +21,7 @@ from .attention import (Sample, box_cover, cell_boxes, encode, energy_lift, hits
 from .maps import METHODS, answer_scores, ask_again, infill, mix_patches, mix_vectors
 from .phantom_drawing import render
 from .phantoms import LARGE, Finding, pleural_finding, sample_scene, scene_rng
+from .vqa import region_mask
 
 # %% ../nbs/10b_faithfulness.ipynb #5eee1ae9
 def _opposite(scene, f):
@@ -196,7 +197,7 @@ def gain(
     if np.abs(values).max() < 1e-6 and np.abs(drop).max() < 1e-4: return 0., 0., 0.
     return tuple(float(o) for o in over_pictures(values, images, drop, seed=seed))
 
-# %% ../nbs/10b_faithfulness.ipynb #ab027360
+# %% ../nbs/10b_faithfulness.ipynb #91feb905
 def auprc(
     maps:np.ndarray,    # (items, down, across)
     targets:np.ndarray, # (items, down, across) bool
@@ -244,6 +245,19 @@ def mask_cells(
     y0, y1 = [np.clip(np.round(cells[..., k]*h), 0, h).astype(int) for k in (1, 3)]
     cover = (total[y1, x1] - total[y0, x1] - total[y1, x0] + total[y0, x0])/np.maximum((y1 - y0)*(x1 - x0), 1)
     return (cover >= share) | ((cover == cover.max()) & (cover > 0))
+
+def item_cells(
+    item:dict,     # a VQA item whose `regions` hold boxes, and masks where there are any
+    grid:tuple,    # cells (down, across)
+    window:tuple,  # where the grid lies, in fractions of the picture
+    size:tuple,    # (width, height) of the picture
+    folder=None,   # the folder of its masks, such as slake/imgs; boxes only when None
+)->np.ndarray:     # (down, across) bool
+    "Cells on target of a real question: its masks where it has them, else its boxes."
+    masked = [r for r in item.get('regions') or [] if folder is not None and r.get('mask')]
+    out = [mask_cells(region_mask(folder, r), grid, window) for r in masked]
+    boxes = item_boxes(dict(item, regions=[r for r in item.get('regions') or [] if r not in masked]), size)
+    return np.any([*out, target_cells(boxes, grid, window)], axis=0)
 
 def spearman(
     a:np.ndarray, # (..., down, across)
