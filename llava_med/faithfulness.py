@@ -96,16 +96,17 @@ def edits(
                 np.where(_pixels(places, size)[..., None], other, own)]
     return dict(zip(('original', 'edited', 'elsewhere'), map(Image.fromarray, pictures)), answer=answer)
 
-# %% ../nbs/10b_faithfulness.ipynb #102a9f89
+# %% ../nbs/10b_faithfulness.ipynb #79ac6dd6
 def gates(
     model, processor, # the model under test
     items:list,       # phantom questions
     pictures:list=None, # the pictures as the model knows them (PIL); drawn when None
+    edit=edits,       # makes the three pictures and the new answer of an item, None where it cannot
 )->list:              # one dict an item: item, sample, boxes, right, flipped, steady, passed
     "Which questions may judge a map: right on the original, changed with the box, unchanged by an edit elsewhere."
     out = []
     for i, item in enumerate(items):
-        got = edits(item)
+        got = edit(item)
         if got is None: continue
         views = [got[k] for k in ('original', 'edited', 'elsewhere')]
         if pictures is not None: views[0] = pictures[i]
@@ -269,7 +270,7 @@ def spearman(
     size = np.sqrt((a*a).sum(-1)*(b*b).sum(-1))
     return np.where(size > 0, (a*b).sum(-1)/np.where(size > 0, size, 1), 0.)
 
-# %% ../nbs/10b_faithfulness.ipynb #6b53c063
+# %% ../nbs/10b_faithfulness.ipynb #4b90af19
 COLUMNS = ('model', 'method', 'layer', 'metric', 'baseline', 'value', 'low', 'high', 'n_items', 'n_images')
 GOLD = ('occlusion', 'token_occlusion')   # the methods that others are compared with
 
@@ -281,6 +282,7 @@ def make_maps(
 )->dict:              # method -> (items, layers, down, across), heads averaged
     "Maps of many questions by many methods."
     if len({o.grid for o in samples}) > 1: raise ValueError('The questions have several grids; measure one grid at a time.')
+    if not samples: raise ValueError('No question is left to map: none passed the gates, or the list is empty.')
     unknown = [k for k in methods or () if k not in METHODS]
     if unknown: raise ValueError(f'There is no method {unknown[0]!r}; choose from {", ".join(METHODS)}.')
     return {k: np.stack([m.mean(1) for i in range(0, len(samples), batch_size)

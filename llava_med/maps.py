@@ -86,7 +86,13 @@ class Pass:
     start: torch.Tensor   # 1 at the chosen predicting rows, (samples, tokens)
     at: list              # positions of the patches in the padded row, one array a sample
 
-# %% ../nbs/10a_maps.ipynb #3debc9d3
+# %% ../nbs/10a_maps.ipynb #e622bfdc
+def _passes_gradients(query, state):
+    "Refuse layers through which no gradient passes; only the way around them would be seen."
+    got = torch.autograd.grad(query.sum(), state, retain_graph=True, allow_unused=True)[0] if query.requires_grad else None
+    if got is None: raise ValueError('No gradient passes through the layers of this model, as with some kinds of '
+                                     'quantisation: use the methods that are no white box.')
+
 @contextmanager
 def forward(
     model,               # a LLaVA in evaluation mode
@@ -109,8 +115,7 @@ def forward(
     with torch.set_grad_enabled(gradients), capture_parts(base, keep, 'text_config') as layers:
         out = decoder(inputs_embeds=x, attention_mask=batch['attention_mask'], use_cache=False,
                       position_ids=batch['position_ids'], output_hidden_states=True)
-        if gradients and not layers[-1].parts_kept['query'].requires_grad: raise ValueError('No gradient passes through '
-            'the layers of this model, as with some kinds of quantisation: use the methods that are no white box.')
+        if gradients: _passes_gradients(layers[-1].parts_kept['query'], out.hidden_states[-2])
         logp = base.lm_head(out.last_hidden_state[:, rows]).float().log_softmax(-1)
         logp = logp.gather(-1, batch['input_ids'][:, rows + 1][..., None])[..., 0]
         start = torch.zeros(batch['input_ids'].shape, device=base.device)
