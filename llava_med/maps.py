@@ -363,7 +363,7 @@ def relevancy_maps(model, processor, samples, tokens=None):
     with forward(model, samples, tokens, parts=True) as p:
         return _grids(walk(p.start, p.parts, slopes(p.score, [o['out'] for o in p.parts])), samples, p.at)
 
-# %% ../nbs/10a_maps.ipynb #b54a2227
+# %% ../nbs/10a_maps.ipynb #1e8950dc
 @method('gradient', 'white', 'tokens', '1 and backward', 'Simonyan, Vedaldi and Zisserman 2014; times input: Shrikumar et al. 2016')
 def gradient_maps(model, processor, samples, tokens=None):
     "Input times gradient at each layer's input, absolute; sees gradients; one backward pass."
@@ -372,8 +372,8 @@ def gradient_maps(model, processor, samples, tokens=None):
         values = [(h.detach()*g).sum(-1).abs() for h, g in zip(states, slopes(p.score, states))]
         return _grids(torch.stack(values), samples, p.at)
 
-@method('integrated_gradients', 'white', 'tokens', '16 and backward', 'Sundararajan, Taly and Yan 2017')
-def integrated_gradients_maps(model, processor, samples, tokens=None, steps=16):
+@method('integrated_gradients', 'white', 'tokens', '32 and backward', 'Sundararajan, Taly and Yan 2017')
+def integrated_gradients_maps(model, processor, samples, tokens=None, steps=32):
     "Gradients along the way from a picture of its mean colour, times the way, signed; sums to what the picture adds."
     own = image_vectors(model, samples)
     start = image_vectors(model, [replace(o, pixels=infill(o)) for o in samples])
