@@ -186,16 +186,17 @@ def area(
     "Area under a curve."
     return float(np.trapezoid(curve, shares))
 
-# %% ../nbs/10b_faithfulness.ipynb #e73a0f07
+# %% ../nbs/10b_faithfulness.ipynb #16d94401
 def gain(
     values:np.ndarray, # one an item, such as the difference of two areas
     drop:np.ndarray,   # what the whole picture adds, one an item
     images:list,       # the picture of each item
     seed:int=0,        # of the bootstrap
 )->tuple:              # value, low, high
-    "Sum of values over sum of drops, with its interval over pictures; 0 where the picture changes nothing."
+    "Sum of values over sum of drops, with its interval over pictures; 0 if the picture changes nothing, NaN if it only harms."
     values, drop = np.asarray(values, float), np.asarray(drop, float)
     if np.abs(values).max() < 1e-6 and np.abs(drop).max() < 1e-4: return 0., 0., 0.
+    if drop.sum() <= 0: return (float('nan'),)*3   # the answer is likelier without the picture: there is nothing to lose
     return tuple(float(o) for o in over_pictures(values, images, drop, seed=seed))
 
 # %% ../nbs/10b_faithfulness.ipynb #91feb905

@@ -5,10 +5,7 @@
 # %% auto #0
 __all__ = ['INFILLS', 'METHODS', 'FACTS', 'parts_attention', 'capture_parts', 'chosen_tokens', 'Pass', 'forward', 'slopes',
            'walk', 'tower_layers', 'tower_parts', 'back_project', 'infill', 'mix_patches', 'answer_scores', 'method',
-           'ask_again', 'attention_maps', 'relative_maps', 'attention_gradient_maps', 'rollout_maps', 'relevancy_maps',
-           'gradient_maps', 'integrated_gradients_maps', 'logit_lens_maps', 'activation_maps', 'mix_vectors',
-           'token_occlusion_maps', 'occlusion_maps', 'pixel_gradient_maps', 'relevancy_pixels_maps', 'head_shares',
-           'plot_heads', 'sinks']
+           'ask_again', 'mix_vectors', 'head_shares', 'plot_heads', 'sinks']
 
 # %% ../nbs/10a_maps.ipynb #778dc216
 from contextlib import contextmanager
@@ -267,7 +264,7 @@ def answer_scores(
     scores = torch.cat(out).numpy()
     return (scores, torch.cat(best).numpy()) if first else scores
 
-# %% ../nbs/10a_maps.ipynb #76979c03
+# %% ../nbs/10a_maps.ipynb #f5b24167
 METHODS = {}  # name -> function (model, processor, samples, tokens=None) -> list of (layers, heads, down, across)
 FACTS = {}    # name -> dict: sees (white, grey or black box), of (tokens or pixels), passes, paper
 
@@ -289,12 +286,13 @@ def method(
                 if not np.isfinite(m).all(): raise ValueError(f'The {name} map of the answer {s.answer!r} holds NaN '
                     'or infinite values: the model gives none for this picture (try float32 weights).')
             return maps
-        checked.__name__, checked.__doc__ = f.__name__, f.__doc__
+        checked.__name__ = name
+        checked.__doc__ = f'{f.__doc__} A {sees} box, about {of}; passes: {passes}. Source: {paper}.'
         METHODS[name], FACTS[name] = checked, dict(sees=sees, of=of, passes=passes, paper=paper)
         return checked
     return add
 
-# %% ../nbs/10a_maps.ipynb #5df496a6
+# %% ../nbs/10a_maps.ipynb #99db9a81
 def ask_again(
     processor,     # the model's processor
     sample:Sample, # a question on a picture
@@ -320,24 +318,24 @@ def _rows(model, samples, tokens):
             for s, t, u in zip(samples, trace(model, samples, gradients=False), used)]
 
 @method('attention', 'grey', 'tokens', '1', 'Bahdanau, Cho and Bengio 2015')
-def attention_maps(model, processor, samples, tokens=None):
+def _attention(model, processor, samples, tokens=None):
     "Softmax rows that predict the chosen tokens, by layer and head; sees activations; one forward pass."
     return _rows(model, samples, tokens)
 
 @method('relative', 'grey', 'tokens', '2', 'Zhang et al. 2025, attention relative to a generic prompt')
-def relative_maps(model, processor, samples, tokens=None):
+def _relative(model, processor, samples, tokens=None):
     "Attention minus that of a neutral request, by layer and head; sees activations; two forward passes."
     habit = _rows(model, [ask_again(processor, o, NEUTRAL) for o in samples], None)
     return [a - b for a, b in zip(_rows(model, samples, tokens), habit)]
 
-# %% ../nbs/10a_maps.ipynb #03bbe637
+# %% ../nbs/10a_maps.ipynb #1ed657be
 def _grids(values, samples, at):
     "(layers, samples, tokens) to one (layers, 1, down, across) a sample."
     values = values.detach().float().cpu().numpy()
     return [values[:, i, a].reshape(-1, 1, *s.grid) for i, (s, a) in enumerate(zip(samples, at))]
 
 @method('attention_gradient', 'white', 'tokens', '1 and backward', 'Chefer, Gur and Wolf 2021, single layers')
-def attention_gradient_maps(model, processor, samples, tokens=None):
+def _attention_gradient(model, processor, samples, tokens=None):
     "Attention of the predicting rows times its gradient, negative products off, by layer and head; one backward pass."
     with forward(model, samples, tokens, parts=True) as p:
         out = [[] for _ in samples]
@@ -352,20 +350,20 @@ def attention_gradient_maps(model, processor, samples, tokens=None):
     return [np.stack(o).reshape(len(o), -1, *s.grid) for o, s in zip(out, samples)]
 
 @method('rollout', 'grey', 'tokens', '1', 'Abnar and Zuidema 2020')
-def rollout_maps(model, processor, samples, tokens=None):
+def _rollout(model, processor, samples, tokens=None):
     "Attention followed down to each layer's input, half of it staying; sees activations; one forward pass."
     with forward(model, samples, tokens, parts=True, gradients=False) as p:
         return _grids(walk(p.start, p.parts), samples, p.at)
 
 @method('relevancy', 'white', 'tokens', '1 and backward', 'Chefer, Gur and Wolf 2021')
-def relevancy_maps(model, processor, samples, tokens=None):
+def _relevancy(model, processor, samples, tokens=None):
     "Useful attention followed down to each layer's input; sees gradients; one backward pass."
     with forward(model, samples, tokens, parts=True) as p:
         return _grids(walk(p.start, p.parts, slopes(p.score, [o['out'] for o in p.parts])), samples, p.at)
 
-# %% ../nbs/10a_maps.ipynb #1e8950dc
+# %% ../nbs/10a_maps.ipynb #a8bae7d1
 @method('gradient', 'white', 'tokens', '1 and backward', 'Simonyan, Vedaldi and Zisserman 2014; times input: Shrikumar et al. 2016')
-def gradient_maps(model, processor, samples, tokens=None):
+def _gradient(model, processor, samples, tokens=None):
     "Input times gradient at each layer's input, absolute; sees gradients; one backward pass."
     with forward(model, samples, tokens) as p:
         states = p.states[:-1]
@@ -373,7 +371,7 @@ def gradient_maps(model, processor, samples, tokens=None):
         return _grids(torch.stack(values), samples, p.at)
 
 @method('integrated_gradients', 'white', 'tokens', '32 and backward', 'Sundararajan, Taly and Yan 2017')
-def integrated_gradients_maps(model, processor, samples, tokens=None, steps=32):
+def _integrated_gradients(model, processor, samples, tokens=None, steps=32):
     "Gradients along the way from a picture of its mean colour, times the way, signed; sums to what the picture adds."
     own = image_vectors(model, samples)
     start = image_vectors(model, [replace(o, pixels=infill(o)) for o in samples])
@@ -386,13 +384,13 @@ def integrated_gradients_maps(model, processor, samples, tokens=None, steps=32):
     n = [len(o.image_at) for o in samples]
     return [v[-k:].cpu().numpy().reshape(1, 1, *s.grid) for v, k, s in zip(values, n, samples)]
 
-# %% ../nbs/10a_maps.ipynb #2b4128b9
+# %% ../nbs/10a_maps.ipynb #faeee73c
 def _answer_ids(samples, tokens):
     "Token ids of the chosen answer tokens, one array a sample."
     return [o.ids[-o.n_answer:][torch.tensor(u[-o.n_answer:])] for o, u in zip(samples, chosen_tokens(samples, tokens))]
 
 @method('logit_lens', 'grey', 'tokens', '1', 'nostalgebraist 2020; Neo et al. 2025')
-def logit_lens_maps(model, processor, samples, tokens=None):
+def _logit_lens(model, processor, samples, tokens=None):
     "Probability of the chosen tokens when each layer's image vectors are read out, mean; sees activations; one pass."
     base, decoder = language_model(model)
     out = [[] for _ in samples]
@@ -404,7 +402,7 @@ def logit_lens_maps(model, processor, samples, tokens=None):
     return [np.stack(o).reshape(len(o), 1, *s.grid) for o, s in zip(out, samples)]
 
 @method('tam', 'grey', 'tokens', '1', 'Li et al. 2025, Token Activation Map; without its rank filter')
-def activation_maps(model, processor, samples, tokens=None):
+def _activation(model, processor, samples, tokens=None):
     "Answer logits of the image tokens less what the prompt's words explain; sees activations; one pass."
     base, _ = language_model(model)
     out = []
@@ -418,7 +416,7 @@ def activation_maps(model, processor, samples, tokens=None):
             out.append(own.astype(np.float32).reshape(1, 1, *s.grid))
     return out
 
-# %% ../nbs/10a_maps.ipynb #e9380420
+# %% ../nbs/10a_maps.ipynb #8d0c40cc
 def _blocks(grid, block):
     "Masks that leave out one block of cells each, (blocks, down, across)."
     index = (np.arange(grid[0])[:, None]//block)*(-(-grid[1]//block)) + np.arange(grid[1])//block
@@ -437,7 +435,7 @@ def mix_vectors(
     return torch.where(flat[..., None], other, own)
 
 @method('token_occlusion', 'grey', 'tokens', 'one a patch', 'leave one token out, after Zeiler and Fergus 2014')
-def token_occlusion_maps(model, processor, samples, tokens=None, kind='mean', other=None, block=1):
+def _token_occlusion(model, processor, samples, tokens=None, kind='mean', other=None, block=1):
     "Log-probability that is lost when one image vector is replaced by that of an infilled picture; as many passes as patches."
     out = []
     for i, s in enumerate(samples):
@@ -449,7 +447,7 @@ def token_occlusion_maps(model, processor, samples, tokens=None, kind='mean', ot
     return out
 
 @method('occlusion', 'black', 'pixels', 'one a patch, with the tower', 'Zeiler and Fergus 2014')
-def occlusion_maps(model, processor, samples, tokens=None, kind='mean', other=None, block=1):
+def _occlusion(model, processor, samples, tokens=None, kind='mean', other=None, block=1):
     "Log-probability that is lost when one patch of the picture is filled; sees answers only; as many passes as patches."
     out = []
     for i, s in enumerate(samples):
@@ -460,9 +458,9 @@ def occlusion_maps(model, processor, samples, tokens=None, kind='mean', other=No
         out.append(_left_out(got[0] - got[1:], masks))
     return out
 
-# %% ../nbs/10a_maps.ipynb #f6099434
+# %% ../nbs/10a_maps.ipynb #ed206e59
 @method('pixel_gradient', 'white', 'pixels', '1 and backward, with the tower', 'Simonyan, Vedaldi and Zisserman 2014')
-def pixel_gradient_maps(model, processor, samples, tokens=None):
+def _pixel_gradient(model, processor, samples, tokens=None):
     "Input times gradient at the pixels, absolute, summed over each patch; sees gradients; one backward pass."
     base, _ = language_model(model)
     px = torch.stack([o.pixels for o in samples]).to(base.device, base.dtype).requires_grad_()
@@ -477,7 +475,7 @@ def pixel_gradient_maps(model, processor, samples, tokens=None):
     return out
 
 @method('relevancy_pixels', 'white', 'pixels', '1 and backward, with the tower', 'Chefer, Gur and Wolf 2021, both parts of the model')
-def relevancy_pixels_maps(model, processor, samples, tokens=None):
+def _relevancy_pixels(model, processor, samples, tokens=None):
     "Relevancy followed through the language model and then through the vision tower; sees gradients; one backward pass."
     with tower_parts(model, samples) as (vectors, low, extra), forward(model, samples, tokens, vectors, parts=True) as p:
         g = slopes(p.score, [o['out'] for o in (*low, *p.parts)])

@@ -79,6 +79,15 @@ def test_a_blind_model_gains_nothing_and_is_chosen_for_nothing(pair):
     assert best is None and 'no map beats' in why and set(rows[0]) == set(fa.COLUMNS)
 
 
+def test_what_cannot_be_scaled_is_not_a_number():
+    assert fa.gain([0, 0], [0, 0], ['a', 'b']) == (0, 0, 0)
+    assert np.isnan(fa.gain([.5, .2], [-1, .5], ['a', 'b'])).all()
+    assert fa.gain([.5, .5], [1, 1], ['a', 'b']) == (.5, .5, .5)
+    rows = [dict(model='m', method='x', layer=0, metric=f'{c}.pixels.mean', baseline=b, value=np.nan, low=np.nan, high=np.nan)
+            for c in ('deletion', 'insertion') for b in ('random', 'centre')]
+    assert fa.best_method(rows)[0] is None
+
+
 def test_rows_of_a_constant_map_are_those_of_chance(pair):
     rng = np.random.default_rng(0)
     target = rng.random((50, 6, 6)) < .2
