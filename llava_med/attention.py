@@ -196,6 +196,7 @@ def encode(
     prompt:str=None, # the whole prompt, if the chat template is not to be used
 )->Sample:        # tokens and geometry
     "Prompt and answer as tokens, with the picture's geometry."
+    if image is None: raise ValueError(f'No picture was given with {question!r}: a map needs one.')
     if isinstance(image, (list, tuple)):
         raise ValueError(f'Maps are drawn for one picture a question; {len(image)} were given.')
     image, tok = image.convert('RGB'), processor.tokenizer
