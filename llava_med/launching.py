@@ -76,7 +76,8 @@ def work(
             with replacing(folder/'learned.safetensors') as part: save_file({k: v.contiguous().clone() for k, v in learned.items()}, part)
             write_json(folder/'rows.json', rows)
         acc.wait_for_everyone()
-        acc.end_training()
+        sys.stdout.flush()
+        if acc.num_processes > 1: os._exit(0)   # all is written; taking a process group apart at the end of a program may abort it
     except Exception as e:
         with open(folder/'error.txt', 'a', encoding='utf-8') as f: f.write(f'{type(e).__name__}: {e}\n')
         raise
