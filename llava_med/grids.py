@@ -259,6 +259,16 @@ def units_of(
     return units
 
 # %% ../nbs/12a_grids.ipynb #90f42b72
+SIZES = ('epochs', 'figures', 'n_images', 'n_figures', 'n_test_images', 'n_questions')  # a step takes as many times longer
+
+def sized(
+    step:str,  # a step
+    steps:dict, # step → parameters, of its whole run
+)->dict:
+    "The parameters of a step, and for training the number of figures, which another step was told."
+    values = dict(steps[step])
+    return values | {'figures': steps.get('1_data_prep', {}).get('n_figures')} if 'epochs' in values else values
+
 def past_steps()->dict: # step → list of (parameters, seconds)
     "What finished steps of all runs on this machine took, and those of the committed demo; the newest first."
     found = {}
@@ -266,21 +276,24 @@ def past_steps()->dict: # step → list of (parameters, seconds)
     for p in sorted({p.resolve() for p in paths if p.exists()}, key=lambda p: -p.stat().st_mtime):
         try: steps = read_json(p).get('steps', {})
         except (OSError, ValueError): continue
+        told = {s: r.get('parameters', {}) for s, r in steps.items()}
         for s, r in steps.items():
-            if r.get('wall_s') and r.get('state', 'done') == 'done' and not r.get('shared_from'): found.setdefault(s, []).append((r.get('parameters', {}), r['wall_s']))
+            if r.get('wall_s') and r.get('state', 'done') == 'done' and not r.get('shared_from'):
+                found.setdefault(s, []).append((sized(s, told), r['wall_s']))
     return found
 
 def estimate(
-    step:str, values:dict, # a step and its parameters
+    step:str, values:dict, # a step and its parameters, from sized
     past:dict,             # from past_steps
 )->float|None:             # seconds, or None where no earlier run knows
-    "About how long a step will take."
+    "About how long a step will take: as the most similar one did, in proportion to epochs, figures, questions and threads."
     rows = past.get(step)
     if not rows: return None
-    differ = lambda r: sum(values.get(k) != v for k, v in r[0].items() if k != 'seed')
-    used, took = min(rows, key=differ)
-    ratio = values.get('epochs', 1)/(used.get('epochs') or values.get('epochs', 1))
-    return took*ratio if math.isfinite(ratio) and ratio > 0 else took
+    used, took = min(rows, key=lambda r: sum(values.get(k) != v for k, v in r[0].items() if k != 'seed'))
+    for k in SIZES:
+        if values.get(k) and used.get(k): took *= values[k]/used[k]
+    threads = [x.get('threads') if isinstance(x.get('threads'), int) and x['threads'] > 0 else 1 for x in (used, values)]
+    return took*threads[0]/threads[1]
 
 def total_time(
     units:dict,  # key → Unit
@@ -301,7 +314,7 @@ def lay_out(
     runs = plan_grid(grid)
     set_keys(runs, grid['name'])
     units, past = units_of(runs, grid['name']), past_steps()
-    for u in units.values(): u.estimate = estimate(u.step, u.runs[0].plan[u.step], past)
+    for u in units.values(): u.estimate = estimate(u.step, sized(u.step, u.runs[0].plan), past)
     return runs, units
 
 def plan_lines(
