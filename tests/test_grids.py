@@ -17,9 +17,9 @@ import pytest
 from conftest import PARAMETERS, Toy
 from llava_med.batches import library_dir
 from llava_med.commands import main
-from llava_med.grids import grids, lay_out, plan_grid, read_grid
+from llava_med.grids import grids, lay_out, over_seeds, plan_grid, read_grid
 from llava_med.runs import folder_hash, read_json, read_run
-from llava_med.sweeps import gpus_here, over_seeds, run_batch
+from llava_med.sweeps import gpus_here, run_batch
 
 REPO = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1'}
