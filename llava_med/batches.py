@@ -6,10 +6,10 @@
 __all__ = ['KINDS', 'GIVEN', 'BLOCKS', 'MARK', 'UsageError', 'order', 'pipeline', 'is_optional', 'known_name', 'Parameter',
            'allowed', 'tagged_cell', 'comments', 'read_parameters', 'PresetLoader', 'read_yaml', 'check_value',
            'parse_value', 'from_here', 'presets', 'read_preset', 'missing_files', 'choose_steps', 'split_set',
-           'targets', 'plan_run', 'path_mark', 'named_paths', 'notebook_mark', 'library_dir', 'library_mark',
-           'step_inputs', 'step_key', 'files_mark', 'is_done', 'die_with_parent', 'in_words', 'child', 'child_env',
-           'run_notebook', 'stop', 'StepFailed', 'start_step', 'run_step', 'shown', 'is_progress', 'run_pipeline',
-           'read_scores', 'cell', 'results_table']
+           'targets', 'plan_run', 'in_run', 'path_mark', 'named_paths', 'notebook_mark', 'library_dir', 'library_mark',
+           'step_inputs', 'step_key', 'files_mark', 'is_done', 'die_with_parent', 'in_words', 'kernel_codes', 'child',
+           'child_env', 'run_notebook', 'stop', 'StepFailed', 'start_step', 'run_step', 'shown', 'is_progress',
+           'run_pipeline', 'read_scores', 'cell', 'results_table']
 
 # %% ../nbs/12_batches.ipynb #6d6afb17
 import ast
@@ -22,6 +22,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -183,7 +184,7 @@ def from_here(
     if not isinstance(value, str) or not value or len(value) > 1000 or (root()/value).exists(): return value
     return str(Path(value).resolve()) if ('/' in value or '.' in value) and Path(value).exists() else value
 
-# %% ../nbs/12_batches.ipynb #c926a217
+# %% ../nbs/12_batches.ipynb #243763db
 def presets()->dict: # name → file
     "The presets that come with the repository."
     return {p.stem: p for p in sorted((root()/'nbs/pipeline/presets').glob('*.yaml'))}
@@ -294,8 +295,16 @@ def plan_run(
         hit = [t for t in targets(s, k, known) if t in plan]
         if not hit: raise UsageError(f'--set {s}.{k}: {s} is not among the steps to run ({", ".join(plan)}).')
         for t in hit: plan[t][k] = parse_value(text, known[t][k], t)
-    for s in plan: plan[s].update({k: run for k in GIVEN if k in known[s]})
+    for s in plan: plan[s] = in_run(plan[s], run) | {k: run for k in GIVEN if k in known[s]}
     return plan
+
+def in_run(
+    values:dict, # parameters of a step
+    run:str,     # name of the run
+)->dict:         # the same, with the run's folder for a leading `{run}/`
+    "Let a value name what an earlier step of its own run makes: `{run}/0_base_model/model`."
+    put = lambda v: f'{run_dir(run)}{v[5:]}' if isinstance(v, str) and v.startswith('{run}/') else v
+    return {k: put(v) for k, v in values.items()}
 
 # %% ../nbs/12_batches.ipynb #568b1755
 def path_mark(
@@ -340,13 +349,15 @@ def step_inputs(
     record:dict, # the run's record
 )->dict:         # what the key is made of
     "Everything that a step's result depends on."
-    data = {t: path_mark(p) for t, p in named_paths(values).items()}
+    home = f"{run_dir(record['run'])}/" if record.get('run') else '\0'
+    own = {k: v.removeprefix(home) for k, v in values.items() if isinstance(v, str) and v.startswith(home)}
+    data = {t: path_mark(p) for t, p in named_paths({k: v for k, v in values.items() if k not in own}).items()}
     base = root()/'data/base_tiny'
     if base.is_dir() and not step.startswith('0_'): data.setdefault('data/base_tiny', path_mark(base))
     before = {s: r.get('key') or r.get('ended') for s, r in sorted(record['steps'].items())
-              if order(s) < order(step) and not s.startswith('0_')}  # the base counts as data, above
+              if order(s) < order(step) and (not s.startswith('0_') or s in {v.split('/')[0] for v in own.values()})}  # the base counts as data, above
     return {'notebook': notebook_mark(pipeline()[step]), 'library': library_mark(), 'data': data,
-            'parameters': {k: v for k, v in values.items() if k not in GIVEN}, 'before': before}
+            'parameters': {k: '{run}/' + own[k] if k in own else v for k, v in values.items() if k not in GIVEN}, 'before': before}
 
 def step_key(
     inputs:dict, # from step_inputs
@@ -388,6 +399,7 @@ MARK = '\x1e'  # stands before the one line that is not the notebook's
 
 def in_words(
     error:Exception, # what papermill raised
+    code:int|None=None, # how the kernel ended, where that is known
 )->str:              # one sentence
     "What went wrong in a notebook, in one sentence."
     if hasattr(error, 'ename'):
@@ -395,24 +407,37 @@ def in_words(
         plain = error.ename in ('StepInputError', 'OutputError', 'RunLocked', 'UsageError')
         return lines[-1] if plain else f'{error.ename}: {lines[-1]}'
     if type(error).__name__ == 'DeadKernelError':
-        return ('The kernel died without a word. The usual cause is memory: close other programs, or choose '
+        how = f'was ended by signal {-code} ({signal.Signals(-code).name})' if code and code < 0 else 'died without a word'
+        return (f'The kernel {how}. The usual cause is memory: close other programs, or choose '
                 'smaller batches, fewer images or a smaller preset.')
     if isinstance(error, OSError) and error.errno in FULL:
         return (f'Cannot write the notebook ({error.strerror}): free some space, or set '
                 'LLAVA_MED_OUTPUTS to a folder that can be written.')
     return f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[-1]}'
 
+def kernel_codes()->list: # gets the exit code of the kernel that this process started, once it has ended
+    "Note how a kernel ends; papermill only says that it died."
+    from jupyter_client.provisioning import LocalProvisioner
+    codes, poll = [], LocalProvisioner.poll
+    async def noted(self):
+        code = await poll(self)
+        if code is not None: codes.append(code)
+        return code
+    LocalProvisioner.poll = noted
+    return codes
+
 def child()->None:
     "Run one notebook under papermill: the job comes as one line on the input, the outcome leaves as one line."
     job = json.loads(sys.stdin.buffer.readline())
     die_with_parent()
     import papermill
+    codes = kernel_codes()
     try:
         papermill.execute_notebook(job['notebook'], job['partial'], job['parameters'], kernel_name='python3',
             cwd=str(Path(job['notebook']).parent), progress_bar=False, stdout_file=sys.stdout, autosave_cell_every=5,
             extra_arguments=['--IPKernelApp.log_level=40'])
         outcome = {'ok': True}
-    except Exception as e: outcome = {'ok': False, 'error': in_words(e)}
+    except Exception as e: outcome = {'ok': False, 'error': in_words(e, *codes[:1])}
     print('\n' + MARK + json.dumps(outcome), flush=True)
     os._exit(0)
 
@@ -433,6 +458,8 @@ def run_notebook(
     values:dict,     # its parameters
     run:str,         # name of the run
     say=print,       # gets each line that the notebook prints
+    guard=None,      # its `watch` gets the process; what it puts into `why` is the reason that it ended the process
+    env:dict|None=None, # added to the environment
 )->dict:             # ok, error
     "Run one notebook in its own process and wait for it."
     code = 'from llava_med.batches import child; child()'
@@ -440,7 +467,8 @@ def run_notebook(
     outcome = {'ok': False, 'error': 'Its process was killed. The usual cause is memory: choose a smaller preset.'}
     with tempfile.TemporaryFile() as errors:
         p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=errors, text=True, encoding='utf-8', env=child_env(run), start_new_session=True)
+            stderr=errors, text=True, encoding='utf-8', env=child_env(run) | (env or {}), start_new_session=True)
+        if guard: guard.watch(p)
         try:
             p.stdin.write(json.dumps(job) + '\n'); p.stdin.flush()
             for line in p.stdout:
@@ -451,6 +479,7 @@ def run_notebook(
         if p.returncode == 1 and not outcome['ok']:
             errors.seek(0)
             outcome['error'] = (errors.read().decode(errors='replace').strip().splitlines() or [outcome['error']])[-1]
+    if guard and guard.why and not outcome['ok']: outcome['error'] = guard.why
     return outcome
 
 def stop(
@@ -484,12 +513,13 @@ def run_step(
     run:str, step:str, # which
     values:dict,       # its parameters
     say=print,         # gets each line that the notebook prints
+    **how,             # guard and env, as for run_notebook
 )->float:              # seconds
     "Run one step; its notebook takes its final name only after success."
     start, inputs = time.monotonic(), step_inputs(step, values, read_run(run))
     partial, state, error = start_step(run, step, values, inputs), 'failed', None
     try:
-        outcome = run_notebook(pipeline()[step], partial, values, run, say)
+        outcome = run_notebook(pipeline()[step], partial, values, run, say, **how)
         error = outcome.get('error')
         if outcome['ok'] and not (partial.parent/'ledger.json').exists(): error = 'It ended without step.finish().'
         if not error:
@@ -510,7 +540,7 @@ def shown(
     try: return str(Path(path).resolve().relative_to(Path.cwd()))
     except ValueError: return str(path)
 
-# %% ../nbs/12_batches.ipynb #f9250d17
+# %% ../nbs/12_batches.ipynb #da42b725
 def is_progress(
     line:str, # what a notebook printed
 )->bool:      # True for lines such as `maps: 3 of 6 items (50%), 8 s` and `step 100: loss 0.9`

@@ -1,0 +1,393 @@
+"Grids of runs on a toy pipeline: what is refused, what is shared, what fails, what goes on, here and on a cluster."
+import contextlib
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+
+from conftest import PARAMETERS, Toy
+from llava_med.batches import library_dir
+from llava_med.commands import main
+from llava_med.grids import grids, lay_out, over_seeds, plan_grid, read_grid
+from llava_med.runs import folder_hash, read_json, read_run
+from llava_med.sweeps import gpus_here, run_batch
+
+REPO = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1'}
+COMMAND = [sys.executable, '-c', 'import sys; from llava_med.commands import main; sys.exit(main())', 'batch']
+SCORES = ("from llava_med.runs import write_csv\nvalue = round(1/(n + 1), 6)\n"
+          "row = dict(model='stage2', dataset='toy', split='test', condition='image', slice='all', metric='strict', value=value, low=value - .1, high=value + .1, n_items=9, n_images=3)\n"
+          "write_csv(run_dir(run)/'2_two'/'scores.csv', [row, row | {'slice': 'a=b'}])\n")
+WORST = '''# what can go wrong, while the file `bad` is there
+bad = os.path.exists(os.environ['LLAVA_MED_ROOT'] + '/bad')
+if bad and n == 2:
+    raise ValueError('the numbers do not fit')
+if bad and n == 5: os.kill(os.getpid(), 9)
+if bad and n == 7: rows = [bytearray(40_000_000) for i in range(30) if not time.sleep(.1)]; time.sleep(60)
+if bad and n == 11: time.sleep(300)
+'''
+
+
+class Lab(Toy):
+    "A toy repository of two steps and grids for it."
+    steps = ('1_one', '2_two')
+
+    def __init__(self, folder, monkeypatch, work=SCORES):
+        super().__init__(folder, monkeypatch)
+        self.mark(monkeypatch)
+        self.step('2_two', work)
+
+    def mark(self, monkeypatch): monkeypatch.setattr('llava_med.batches.library_mark', lambda: folder_hash(library_dir(), '*.py'))
+
+    def grid(self, text, name='g'):
+        (self.root/f'{name}.yaml').write_text(text)
+        return str(self.root/f'{name}.yaml')
+
+    def batch(self, text, name='g', **how):
+        "What a grid gives, and the lines that it said."
+        said = []
+        return run_batch(self.grid(text, name), say=said.append, **how), said
+
+    def table(self, name='g'):
+        with open(self.outputs/name/'table.csv', newline='') as f: return list(csv.DictReader(f))
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch): return Lab(tmp_path, monkeypatch)
+
+
+def wait_for(what, seconds=90):
+    "Wait until it is true."
+    end = time.time() + seconds
+    while not what():
+        if time.time() > end: raise TimeoutError('it never came true')
+        time.sleep(0.05)
+
+
+def alive(p): return p.is_running() and p.status() != 'zombie'
+
+
+# What is refused before anything runs
+
+@pytest.mark.parametrize('text, says', [
+    ('preset: toy\ngrid: {2_two.nn: [1]}', 'Did you mean n? Known: seed, lr, n, tag, files'),
+    ('preset: toy\ngrid: {2_tow.n: [1]}', 'Known: 1_one, 2_two'),
+    ('preset: toy\ngrid: {2_two.n: []}', '2_two.n: the list is empty'),
+    ('preset: toy\ngrid: {2_two.n: 3}', 'write a list'),
+    ('preset: toy\ngrid: {2_two.n: [a]}', 'must be of type int'),
+    ('preset: toy\ngrid: {2_two.n: [1, 1]}', 'the value 1 stands twice'),
+    ('preset: toy\ngrid: {2_two.n: [1], 2_two.n: [2]}', 'stands twice'),
+    ('preset: toy\ngrid: {2_two.n: [1], 2.n: [2]}', '2_two.n stands twice'),
+    ('preset: toy\ngrid: {2_two.lr: {from: 1e-4, n: 3}}', 'the range has no end (`to`)'),
+    ('preset: toy\ngrid: {2_two.lr: {from: 1e-4, to: 1e-3}}', 'either `step` or `n`'),
+    ('preset: toy\ngrid: {2_two.lr: {from: 1e-4, to: 1e-3, m: 3}}', 'Known: from, to, step, n, log'),
+    ('preset: toy\ngrid: {2_two.lr: {from: 0, to: 1, n: 3, log: true}}', 'above 0'),
+    ('preset: toy\ngrid: {2_two.n: {from: 1, to: 9, step: -1}}', 'never lead'),
+    ('preset: toy\ngrid: {2_two.n: {from: 1, to: 2, n: 5}}', 'stands twice'),
+    ('preset: toy\ngrid: {2_two.seed: [1, 2]}', 'seeds belong under'),
+    ('preset: toy\ngrid: {n: [1, 2]}', 'STEP.NAME'),
+    ('preset: toy\nonly: [1]\ngrid: {2_two.n: [1, 2]}', 'not among the steps'),
+    ('preset: toys', 'Did you mean toy? Known: toy'),
+    ('grid: {2_two.n: [1]}', 'names no preset'),
+    ('preset: toy\ngird: {}', 'Did you mean grid?'),
+    ('preset: toy\nseeds: []', 'not empty'),
+    ('preset: toy\nseeds: [0, 0]', 'a seed stands twice'),
+    ('preset: toy\nseeds: [a]', "'a' is no whole number"),
+    ('preset: toy\ncases: [{name: a}, {name: a}]', "two cases are named 'a'"),
+    ('preset: toy\ncases: [{parameters: {}}]', 'a case is named'),
+    ('preset: toy\ncases: []', 'not empty'),
+    ('preset: toy\ncases: [{name: a, only: [7]}]', 'Known: 1_one, 2_two'),
+    ('preset: toy\ncases: [{name: A}, {name: a}]', "two runs would be named"),
+    ('preset: toy\nretries: -1', 'retries is -1'),
+    ('preset: toy\nmemory_gb: much', "memory_gb is 'much'"),
+    ('preset: toy\nname: ../x', 'cannot name a batch'),
+    ('preset: toy\ngpus: 99', 'asks for 99 GPU'),
+    ('- a', 'must hold'), ('preset: {', 'not valid YAML'),
+])
+def test_a_wrong_grid_runs_nothing(lab, capsys, text, says):
+    assert main(['batch', lab.grid(text)]) == 2
+    err = capsys.readouterr().err
+    assert says in err and len(err.strip().splitlines()) == 1
+    assert not lab.outputs.exists()
+
+
+def test_a_grid_that_is_not_there(lab, capsys):
+    assert main(['batch', 'none']) == 2 and main(['batch', 'none.yaml']) == 2
+    assert 'There is no grid' in (err := capsys.readouterr().err) and 'does not exist' in err
+    assert main(['batch', lab.grid('preset: toy'), '--workers', '0']) == 2
+
+
+def test_a_scheduler_that_is_not_there(lab, capsys, monkeypatch):
+    from llava_med import sweeps
+    place = sweeps.place_for
+    monkeypatch.setattr(sweeps, 'place_for', lambda *a: place(*a, wait=2))
+    assert main(['batch', lab.grid('preset: toy'), '--scheduler', 'tcp://127.0.0.1:9']) == 1
+    assert 'No scheduler answers at tcp://127.0.0.1:9' in capsys.readouterr().err
+    assert not lab.outputs.exists()
+
+
+def test_two_batches_in_one_folder(lab, capsys):
+    lab.step('2_two', "time.sleep(60)")
+    p = subprocess.Popen([*COMMAND, lab.grid('preset: toy\nname: same')], env={**ENV, **lab_env(lab)}, stdout=subprocess.DEVNULL)
+    try:
+        wait_for((lab.outputs/'same/progress.json').exists)
+        assert main(['batch', lab.grid('preset: toy\nname: same')]) == 1
+        assert f"The batch 'same' is in use by process {p.pid}" in capsys.readouterr().err
+        assert main(['batch', lab.grid('preset: toy\nname: same', 'other')]) == 2
+        assert 'was made by the grid g.yaml, not by the grid other.yaml' in capsys.readouterr().err
+    finally: p.kill(); p.wait()
+    (lab.outputs/'lone').mkdir()
+    (lab.outputs/'lone/run.json').write_text('{}')
+    assert main(['batch', lab.grid('preset: toy\nname: lone', 'lone')]) == 2
+    assert 'is the folder of a run' in capsys.readouterr().err
+
+
+def lab_env(lab): return {'LLAVA_MED_ROOT': str(lab.root), 'LLAVA_MED_OUTPUTS': str(lab.outputs)}
+
+
+# The plan
+
+def test_values_arrive_and_later_levels_win(lab):
+    lab.preset('toy', 'parameters: {2_two: {lr: 5e-1, tag: preset}, all: {n: 3}}\n')
+    text = ('preset: toy\nseeds: {from: 3, to: 5, step: 2}\nseed_steps: [2]\nparameters: {2_two.tag: all, 1.files: [x]}\n'
+            'grid: {2.lr: {from: 1e-4, to: 1e-2, n: 3, log: true}}\ncases: [{name: a}, {name: b, parameters: {2_two: {tag: b}}, grid: {all.n: [1, 2]}}]')
+    runs = {r.name: r for r in plan_grid(read_grid(lab.grid(text)))}
+    assert len(runs) == 2*(3 + 6) and 'b-lr0.001-n2-s5' in runs
+    b, a = runs['b-lr0.001-n2-s5'].plan, runs['a-lr0.01-s3'].plan
+    assert (b['1_one']['n'], b['2_two']['n'], b['2_two']['tag'], b['2_two']['lr'], b['2_two']['seed'], b['1_one']['seed']) == (2, 2, 'b', 1e-3, 5, 0)
+    assert (a['1_one']['n'], a['2_two']['tag'], a['2_two']['lr'], a['1_one']['files'], a['2_two']['run']) == (3, 'all', 1e-2, ['x'], 'g/a-lr0.01-s3')
+
+
+def test_planned_keys_are_those_of_the_runner(lab):
+    from llava_med.batches import step_inputs, step_key
+    got, _ = lab.batch('preset: toy\ngrid: {1_one.n: [1, 2]}')
+    runs, units = lay_out(read_grid(lab.grid('preset: toy\ngrid: {1_one.n: [1, 2]}')))
+    assert got['ran'] == 4 and all(u.done for u in units.values())
+    for r in runs:
+        record = read_run(f'g/{r.name}')
+        assert {s: p['key'] for s, p in record['steps'].items()} == r.keys
+        assert all(step_key(step_inputs(s, r.plan[s], record)) == k for s, k in r.keys.items())
+
+
+def test_a_value_can_name_an_earlier_step_of_its_own_run(lab):
+    text = "preset: toy\nparameters: {2_two.tag: '{run}/1_one'}\ngrid: {1_one.n: [1, 2]}"
+    got, _ = lab.batch(text)
+    assert got['failures'] == [] and lab.out('2_two', 'g/n2-s0')['tag'] == str(lab.outputs/'g/n2-s0/1_one')
+    assert lab.batch(text)[0]['ran'] == 0
+    assert read_run('g/n1-s0')['steps']['2_two']['inputs']['parameters']['tag'] == '{run}/1_one'
+
+
+def test_the_plan_is_shown_and_nothing_runs(lab, capsys):
+    text = 'preset: toy\ngrid: {2_two.n: [1, 2, 3]}\nmemory_gb: 3\ntimeout_min: 10'
+    assert main(['batch', lab.grid(text), '--plan']) == 0
+    out = capsys.readouterr().out
+    assert '6 steps: 4 to run, 2 shared' in out and '1_one (as n1-s0)' in out and 'no earlier run tells' in out and '3 GB' in out
+    assert not lab.outputs.exists()
+    lab.batch('preset: toy', 'first')
+    assert main(['batch', lab.grid(text), '--plan']) == 0
+    assert re.search(r'This takes about \d+ s', capsys.readouterr().out)
+
+
+def test_committed_grids_can_be_planned(monkeypatch):
+    "Every grid of the repository names parameters that exist, shares steps, and stays within two hours."
+    from llava_med.grids import total_time
+    for name in grids():
+        runs, units = lay_out(read_grid(name))
+        assert len({r.seed for r in runs}) >= 3 and len(units) < sum(len(r.plan) for r in runs)
+        assert all(u.estimate for u in units.values() if not u.step.startswith('0'))
+        assert total_time(units, 2) < 7200, name
+
+
+# Twelve runs, four of which go wrong in four ways
+
+BIG = ('name: {}\npreset: toy\ngrid: {{2_two.n: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]}}\nretries: {}\nmemory_gb: 0.7\ntimeout_min: 1.5\n')
+
+
+@pytest.mark.slow
+def test_four_of_twelve_fail_and_only_they_run_again(tmp_path, monkeypatch):
+    lab = Lab(tmp_path, monkeypatch, WORST + SCORES)
+    (lab.root/'bad').write_text('')
+    got, said = lab.batch(BIG.format('big', 1), workers=2)
+    fine = ['n1', 'n3', 'n4', 'n6', 'n8', 'n9', 'n10', 'n12']
+    assert got['done'] == [f'{n}-s0' for n in fine] and got['ran'] == 13, '\n'.join(said)
+    why = {f['run']: (f['cell'], f['error']) for f in got['failures']}
+    assert sorted(why) == ['n11-s0', 'n2-s0', 'n5-s0', 'n7-s0']
+    assert why['n2-s0'] == ("cell 3, `raise ValueError('the numbers do not fit')`", 'ValueError: the numbers do not fit')
+    assert 'signal 9 (SIGKILL)' in why['n5-s0'][1] and 'over the limit of 0.7 GB (memory_gb)' in why['n7-s0'][1]
+    assert 'limit of 1.5 min (timeout_min)' in why['n11-s0'][1] and all(c.startswith('cell 3, ') for c, _ in why.values())
+    states = {r: read_run(f'big/{r}')['steps']['2_two']['state'] for r in why}
+    assert set(states.values()) == {'failed'}
+    page = (lab.outputs/'big/report.html').read_text()
+    assert '4 runs are not complete' in page and 'the numbers do not fit' in page and page.count('.partial-') >= 4
+    progress = read_json(lab.outputs/'big/progress.json')
+    assert progress['state'] == 'done' and progress['runs'] == dict(total=12, done=8, failed=4) and len(progress['failures']) == 4
+    assert {r['run'] for r in lab.table('big') if r['state'] == 'failed'} == set(why)
+    before = {n: read_run(f'big/{n}-s0')['steps']['2_two']['ended'] for n in fine}
+
+    (lab.root/'bad').unlink()
+    again, said = lab.batch(BIG.format('big', 1), workers=2)
+    assert again['ran'] == 4 and len(again['done']) == 12 and not again['failures'], '\n'.join(said)
+    assert before == {n: read_run(f'big/{n}-s0')['steps']['2_two']['ended'] for n in fine}
+    lab.batch(BIG.format('clean', 0), name='clean', workers=2)
+    assert (lab.outputs/'big/table.csv').read_bytes() == (lab.outputs/'clean/table.csv').read_bytes()
+    assert not list(lab.outputs.rglob('*.partial-*')) and not list(lab.outputs.rglob('.now.json'))
+    links = re.findall(r'href="([^"]+)"', (lab.outputs/'big/report.html').read_text())
+    assert len([x for x in links if x.endswith('.ipynb')]) == 24 and all((lab.outputs/'big'/x).exists() for x in links)
+
+
+# Shared steps
+
+def test_shared_steps_run_once_and_their_records_are_true(lab):
+    got, said = lab.batch('preset: toy\nseeds: [0, 1]\nseed_steps: [2_two]\ngrid: {2_two.n: [1, 2]}')
+    assert got['ran'] == 5 and len(got['done']) == 4
+    first, second = read_run('g/n1-s0')['steps']['1_one'], read_run('g/n2-s1')['steps']['1_one']
+    assert second['shared_from'] == 'g/n1-s0' and not first.get('shared_from')
+    assert (first['key'], first['files'], first['ended']) == (second['key'], second['files'], second['ended'])
+    a, b = lab.outputs/'g/n1-s0/1_one', lab.outputs/'g/n2-s1/1_one'
+    assert all((b/n).samefile(a/n) for n in ('out.json', 'ledger.json', '1_one.ipynb'))
+    record = read_run('g/n2-s1')
+    assert (record['batch'], record['seed'], record['varied'], record['base_preset']) == ('g', 1, {'2_two.n': 2}, 'toy')
+    costs = list(csv.DictReader((lab.outputs/'g/costs.csv').open()))
+    assert sum(c['step'] == '1_one' and not c['shared_from'] for c in costs) == 1 and len(costs) == 8
+
+    (a/'out.json').unlink()                                  # the first run lost it; the others still have it
+    got, _ = lab.batch('preset: toy\nseeds: [0, 1]\nseed_steps: [2_two]\ngrid: {2_two.n: [1, 2]}')
+    assert got['ran'] == 0 and (a/'out.json').samefile(b/'out.json')
+
+
+def test_a_shared_step_that_fails_is_the_cause_of_all(lab):
+    lab.step('1_one', "raise OSError('no data today')")
+    got, said = lab.batch('preset: toy\ngrid: {2_two.n: [1, 2]}\nretries: 1')
+    assert got['ran'] == 1 and got['done'] == [] and {f['error'] for f in got['failures']} == {'OSError: no data today'}
+    assert [f['step'] for f in got['failures']] == ['1_one']*2
+    assert 'for 2 runs' in said[-4]
+
+
+def test_a_retry_can_help(lab):
+    lab.step('2_two', "p = run_dir(run)/'tried'\nif not p.exists():\n    p.write_text('')\n    raise ValueError('at first')\n" + SCORES)
+    got, _ = lab.batch('preset: toy\nretries: 1')
+    assert got['failures'] == [] and got['ran'] == 2
+    assert lab.batch('preset: toy\nretries: 1', 'again')[0]['failures'] == []
+
+
+def test_a_step_that_the_grid_drops_is_gone(lab):
+    lab.batch('preset: toy')
+    got, _ = lab.batch('preset: toy\nonly: [2]')           # now nothing makes what 2_two reads
+    assert got['failures'] and 'out.json' in got['failures'][0]['error'] and not (lab.outputs/'g/s0/1_one').exists()
+    assert list(read_run('g/s0')['steps']) == ['2_two']
+
+
+# Nothing outlives its batch
+
+@pytest.mark.parametrize('sign', [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_batch_takes_its_notebooks_with_it(lab, sign):
+    lab.step('2_two', "open(os.environ['LLAVA_MED_ROOT'] + '/kernel', 'w').write(str(os.getpid()))\nif n == 1: time.sleep(100)\n" + SCORES)
+    words = [*COMMAND, lab.grid('preset: toy\ngrid: {2_two.n: [1, 2]}'), '--workers', '1']
+    ours = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try: p = subprocess.Popen(words, env=ENV | lab_env(lab), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    finally: signal.signal(signal.SIGINT, ours)
+    wait_for((lab.root/'kernel').exists)
+    family = psutil.Process(p.pid).children(recursive=True)
+    p.send_signal(sign)
+    out, err = p.communicate(timeout=60)
+    wait_for(lambda: not any(map(alive, family)), 30)
+    if sign == signal.SIGINT:
+        assert p.returncode == 130 and 'Interrupted' in err
+        assert read_json(lab.outputs/'g/progress.json')['state'] == 'interrupted'
+        assert read_run('g/n1-s0')['steps']['2_two']['state'] == 'interrupted'
+    lab.step('2_two', SCORES)
+    got, _ = lab.batch('preset: toy\ngrid: {2_two.n: [1, 2]}')
+    assert len(got['done']) == 2 and got['ran'] == 2, 'the first step is kept'
+
+
+# On a cluster
+
+@contextlib.contextmanager
+def processes(n_workers, folder, *words):
+    "A scheduler and workers as they are started on several machines: (address, workers)."
+    file, started = folder/'scheduler.json', []
+    def start(*words): started.append(subprocess.Popen([sys.executable, '-m', 'dask', *words], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)); return started[-1]
+    try:
+        start('scheduler', '--host', '127.0.0.1', '--port', '0', '--no-dashboard', '--scheduler-file', str(file))
+        workers = [start('worker', '--scheduler-file', str(file), '--host', '127.0.0.1', '--nthreads', '1', '--no-nanny', '--no-dashboard',
+                         '--local-directory', str(folder), *words) for _ in range(n_workers)]
+        wait_for(file.exists)
+        yield json.loads(file.read_text())['address'], workers
+    finally:
+        for p in started[::-1]: p.kill(); p.wait()
+
+
+def test_a_worker_is_killed_and_its_runs_are_done_by_another(lab, tmp_path):
+    marks = tmp_path/'marks'
+    marks.mkdir()
+    lab.step('2_two', f"open('{marks}/%s-%s' % (n, os.getpid()), 'w').close()\ntime.sleep(3)\n" + SCORES)
+    text = 'preset: toy\ngrid: {2_two.n: [1, 2, 3, 4]}'
+    with processes(2, tmp_path) as (address, workers):
+        p = subprocess.Popen([*COMMAND, lab.grid(text), '--scheduler', address], env=ENV | lab_env(lab), stdout=subprocess.PIPE, text=True)
+        below = lambda: {q.pid for q in psutil.Process(workers[0].pid).children(recursive=True)}
+        wait_for(lambda: below() & {int(f.name.split('-')[1]) for f in marks.iterdir()})
+        family = psutil.Process(workers[0].pid).children(recursive=True)
+        workers[0].kill()
+        wait_for(lambda: not any(map(alive, family)), 20)     # its notebook dies with it
+        said = p.communicate(timeout=120)[0]
+    assert p.returncode == 0 and '4 of 4 runs are complete' in said, said
+    assert len(list(marks.iterdir())) >= 5, 'one run began twice'
+    assert not list(lab.outputs.rglob('*.partial-*'))
+    on_cluster = (lab.outputs/'g/table.csv').read_bytes()
+    lab.batch(text, 'here', workers=2)
+    assert on_cluster == (lab.outputs/'here/table.csv').read_bytes()
+
+
+def test_workers_must_offer_the_gpus_that_a_grid_asks_for(lab, tmp_path, capsys):
+    with processes(1, tmp_path, '--resources', 'GPU=1') as (address, _):
+        assert main(['batch', lab.grid('preset: toy\ngpus: 2'), '--scheduler', address]) == 2
+        assert 'offers 2 GPU' in capsys.readouterr().err and not lab.outputs.exists()
+        got, _ = lab.batch('preset: toy\ngpus: 1', scheduler=address)
+        assert got['failures'] == [] and got['ran'] == 2
+
+
+# Numbers
+
+def test_gpus_are_counted(monkeypatch):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '2,3')
+    assert gpus_here() == ['2', '3']
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    assert gpus_here() == []
+
+
+def test_means_over_seeds():
+    rows = [dict(run=f'a-s{i}', seed=i, state='done', case='a', metric='strict', value=v, low='', high='') for i, v in enumerate((.1, .2, .6))]
+    one, = over_seeds(rows)
+    assert abs(one['mean'] - .3) < 1e-9 and one['n_seeds'] == 3 and one['low'] < 0 < .9 < one['high'] and over_seeds(rows[:1])[0]['low'] is None
+
+
+@pytest.mark.slow
+def test_two_at_a_time_take_little_more_than_half(lab):
+    "Notebooks that wait show what the runner itself costs; the machine may be busy."
+    lab.step('2_two', 'time.sleep(6)\n' + SCORES)
+    took = {}
+    for w in (1, 2):
+        lab.batch('preset: toy', f'warm{w}')
+        start = time.monotonic()
+        lab.batch('preset: toy\ngrid: {2_two.n: [1, 2, 3, 4, 5, 6, 7, 8]}', f'w{w}', workers=w)
+        took[w] = time.monotonic() - start
+    assert took[2] <= .62*took[1], took
+
+
+@pytest.mark.slow
+def test_a_grid_of_the_real_pipeline(tmp_path, monkeypatch):
+    (tmp_path/'two.yaml').write_text('preset: smoke\nseeds: [0, 1]\nseed_steps: [2_stage1_alignment, 3_stage2_tuning]\nonly: [1, 2, 3, 4]\nmemory_gb: 6\ntimeout_min: 20\n')
+    got = run_batch(str(tmp_path/'two.yaml'), workers=1)
+    assert got['failures'] == [] and got['ran'] == 7
+    rows = list(csv.DictReader((got['folder']/'table.csv').open()))
+    assert {r['model'] for r in rows} >= {'base', 'stage1', 'stage2'} and {r['seed'] for r in rows} == {'0', '1'}
