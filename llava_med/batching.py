@@ -88,11 +88,11 @@ def share_pictures(
         ids = s['input_ids']
         n = len(ids) - ids[::-1].index(image_id) if image_id in ids else 0
         if n < len(ids) and s['labels'][n] != IGNORE: n = 0   # scored right behind the picture, where a second sample would not lie
-        key = (str(s.get('image')), tuple(ids[:n])) if n else i
+        key = (str(s.get('image')), s.get('source'), tuple(ids[:n])) if n else i
         if key not in at or max_len and len(rows[at[key]]['input_ids']) + len(ids) - n > max_len:
             at[key] = len(rows)
             rows.append(dict(input_ids=ids[:n], labels=s['labels'][:n], positions=list(range(n)),
-                             segments=[0]*n, image=s.get('image')))
+                             segments=[0]*n, image=s.get('image'), **{k: s[k] for k in ('source',) if k in s}))
         row, k = rows[at[key]], len(ids) - n
         row['segments'] += [max(row['segments'], default=0) + 1]*k
         row['input_ids'] += ids[n:]; row['labels'] += s['labels'][n:]
@@ -122,13 +122,15 @@ class Collator:
 
     def __call__(
         self,
-        samples:list, # dicts with input_ids, labels; optional image (number, or a list of them in the order of the text), positions, segments
-    )->dict:          # tensors input_ids, labels, attention_mask, positions, features or pixels
+        samples:list, # dicts with input_ids, labels; optional image (number, or a list of them in the order of the text), positions, segments, weights
+    )->dict:          # tensors input_ids, labels, attention_mask, positions, features or pixels, weights
         "Pad on the right; raises ValueError when a picture is asked for and no features are there."
         n = max(len(s['input_ids']) for s in samples)
         n += -n % self.multiple
         def pad(key, fill): return torch.tensor([list(s[key]) + [fill]*(n - len(s[key])) for s in samples])
         batch = dict(input_ids=pad('input_ids', self.pad_id), labels=pad('labels', IGNORE))
+        if any('weights' in s for s in samples):
+            batch['weights'] = torch.tensor([s.get('weights', [1.]*len(s['labels'])) + [0.]*(n - len(s['labels'])) for s in samples])
         if 'segments' in samples[0]:
             batch['attention_mask'] = segment_mask(pad('segments', -1))
             batch['positions'] = pad('positions', 0)
@@ -221,7 +223,11 @@ def batch_loss(
     with _last_layer_on(model, keep): hidden, target = _hidden(model, batch)[keep], labels[keep]
     n, more = len(target), -len(target) % 64   # few shapes, as in `Collator`
     logits = model.lm_head(F.pad(hidden, (0, 0, 0, more))).float()
-    return F.cross_entropy(logits, F.pad(target, (0, more), value=IGNORE), reduction='sum', ignore_index=IGNORE), n
+    target, kind = F.pad(target, (0, more), value=IGNORE), 'none' if 'weights' in batch else 'sum'
+    total = F.cross_entropy(logits, target, reduction=kind, ignore_index=IGNORE)
+    if kind == 'sum': return total, n
+    weights = F.pad(batch['weights'], (0, 1))[:, 1:][keep]   # a token counts as much as its weight, in the sum and in the number
+    return (total[:n]*weights).sum(), weights.sum().item()
 
 def scored_hits(
     model,      # a LlavaForConditionalGeneration

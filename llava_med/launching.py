@@ -76,8 +76,7 @@ def work(
             with replacing(folder/'learned.safetensors') as part: save_file({k: v.contiguous().clone() for k, v in learned.items()}, part)
             write_json(folder/'rows.json', rows)
         acc.wait_for_everyone()
-        sys.stdout.flush()
-        if acc.num_processes > 1: os._exit(0)   # all is written; taking a process group apart at the end of a program may abort it
+        acc.end_training()
     except Exception as e:
         with open(folder/'error.txt', 'a', encoding='utf-8') as f: f.write(f'{type(e).__name__}: {e}\n')
         raise
@@ -125,7 +124,7 @@ def launch(
                     for tell in (report if isinstance(report, tuple) else (report,)) if report else (): tell(json.loads(line[1:]))
             p.wait()
         finally: _end(p)
-        if p.returncode or not (folder/'rows.json').exists(): raise TrainingError(_why(folder, processes))
+        if not (folder/'rows.json').exists(): raise TrainingError(_why(folder, processes))   # written last; what happens after it does no harm
     inner = model.get_base_model() if hasattr(model, 'peft_config') else model
     learned = load_file(folder/'learned.safetensors')
     with torch.no_grad():

@@ -130,6 +130,6 @@ def world_scores(
         batch = Collator(tok.pad_token_id, vision_features(model, px))([dict(row, image=0)])
         hits, places = scored_hits(model, batch), torch.tensor(row['segments'])[1:]
         for k, q in enumerate(s['questions'], 1):
-            right.setdefault(q['type'], []).append(bool(hits[0][places == k].all()))
+            right.setdefault(q['type'], []).append(bool(hits[0][:len(places)][places == k].all()))
     model.train(was)
     return {t: (round(float(np.mean(v)), 3), len(v)) for t, v in sorted(right.items())}

@@ -32,6 +32,7 @@ def pack_rows(
 def _joined(samples):
     "Samples as the blocks of one row."
     row = dict(input_ids=[], labels=[], positions=[], segments=[], blocks=[], image=[])
+    if any('weights' in s for s in samples): row['weights'] = [w for s in samples for w in s.get('weights', [1.]*len(s['labels']))]
     for b, s in enumerate(samples):
         n = len(s['input_ids'])
         row['input_ids'] += s['input_ids']
@@ -124,7 +125,7 @@ class PackedCollator(Collator):
     )->dict:          # tensors input_ids, labels, segments, blocks, positions, features; layout
         "Pad on the right to one length; ValueError as in `Collator`."
         if 'blocks' not in samples[0]: samples = pack_rows(samples, sum(len(s['input_ids']) for s in samples))
-        batch = super().__call__([{k: s[k] for k in ('input_ids', 'labels', 'image')} for s in samples])
+        batch = super().__call__([{k: s[k] for k in ('input_ids', 'labels', 'image', 'weights') if k in s} for s in samples])
         n = batch.pop('attention_mask').shape[1]
         fill = lambda key, v: torch.tensor([s[key] + [v]*(n - len(s[key])) for s in samples])
         batch.update(segments=fill('segments', -1), blocks=fill('blocks', -1), positions=fill('positions', 0))

@@ -41,6 +41,8 @@ class Stage:
     weight_decay:float=0.  # of AdamW
     clip:float=1.          # largest norm of the gradient
     rates:dict=None        # peak step size of single parts, where it is not `lr`
+    mix:dict=None          # source of samples -> how often each is seen in an epoch, where it is not once; .3 is a random part
+    weights:dict=None      # source of samples -> how much their tokens count in the loss, where it is not 1
 
     def __post_init__(self):
         if strange := sorted(set(self.rates or ()) - set(self.parts)):
@@ -64,10 +66,29 @@ def lr_factor(
     return .5*(1 + math.cos(math.pi*min(1., (step - rise)/max(1, total - rise))))
 
 # %% ../nbs/07_training.ipynb #63946f4d
-def _steps(lengths, stage, seed):
+def _seen(samples, stage, rng):
+    "Numbers of the samples that an epoch sees."
+    if not stage.mix: return np.arange(len(samples))
+    sources = np.array([s.get('source') or '' for s in samples])
+    if strange := sorted(set(stage.mix) - set(sources)): raise ValueError(f'{stage.name}: no sample comes from {strange[0]!r}; sources are {sorted(set(sources))}.')
+    out = []
+    for name in sorted(set(sources)):
+        own, (whole, part) = np.flatnonzero(sources == name), divmod(stage.mix.get(name, 1), 1)
+        out += [*np.tile(own, int(whole)), *rng.choice(own, round(part*len(own)), replace=False)]
+    return np.array(out, int)
+
+def _steps(samples, stage, seed):
     "All batches of a stage in order: (epoch, sample numbers)."
+    lengths = np.array([len(s['input_ids']) for s in samples])
     for e in range(stage.epochs):
-        for b in length_batches(lengths, stage.batch_size, np.random.default_rng((seed, e))): yield e, b
+        rng = np.random.default_rng((seed, e))
+        seen = _seen(samples, stage, rng)
+        for b in length_batches(lengths[seen], stage.batch_size, rng): yield e, seen[b]
+
+def _weighed(samples, stage):
+    "Samples whose tokens count as the stage says."
+    if not stage.weights: return samples
+    return [dict(s, weights=[float(stage.weights[s['source']])]*len(s['labels'])) if s.get('source') in stage.weights else s for s in samples]
 
 def _fingerprint(model, samples, features, *what):
     "What a checkpoint belongs to: stage, seed, the weights at the start, every sample and its pictures."
@@ -194,7 +215,7 @@ def _take(job, acc, batches, turns, helpers, bf16):
     value, count = helpers.add(value, count)
     if acc.num_processes == 1: return value, count
     value, count = acc.reduce(torch.tensor([value, count], dtype=torch.float64, device=acc.device), 'sum').tolist()
-    return value, int(count)
+    return value, count
 
 def _move(opt, params, stage, n, factor, check):
     "Divide the gradient by the tokens of the step (of each process, since their gradients are averaged), clip it, and go; returns its norm."
@@ -234,9 +255,9 @@ def fit(
     inner = model.get_base_model() if adapter else model
     if not adapter: set_trainable(inner, stage.parts)
     for p in learning(inner): p.data = p.data.float()
-    acc = Accelerator(cpu=cpu)
+    acc, samples = Accelerator(cpu=cpu), _weighed(samples, stage)
     lengths, padded = [len(s['input_ids']) for s in samples], getattr(collate, 'padded', True)
-    plan = [s for s in _steps(lengths, stage, seed) if not whole or len(s[1]) == stage.batch_size]
+    plan = [s for s in _steps(samples, stage, seed) if not whole or len(s[1]) == stage.batch_size]
     mark = _fingerprint(inner, samples, getattr(collate, 'features', None), asdict(stage), seed, bf16)
     where, past = read_progress(Path(checkpoint), mark) if checkpoint else (None, None)
     tokens, again = (past['tokens'], past['again']) if past else (memory.tokens, memory.checkpointing) if memory else (0, False)
