@@ -6,7 +6,7 @@
 __all__ = ['pack_rows', 'Block', 'layout', 'segmented_attention', 'PackedCollator']
 
 # %% ../nbs/06a_packing.ipynb #734a5280
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,6 +52,15 @@ class Block:
     places:torch.Tensor=None # (segments, longest) place of each token, counted from `split`; a short segment repeats its last
     keep:torch.Tensor=None   # (end - split) where each token's result lies among segments * longest
     mask:torch.Tensor=None   # (segments, 1, longest, prefix + longest) booleans, True where attention is allowed
+
+    def to(
+        self,
+        device,             # where the batch goes
+        non_blocking:bool=False, # do not wait for it
+    ):
+        "The same block with its tensors on a device, moved once for all layers."
+        if self.places is None: return self
+        return replace(self, **{k: getattr(self, k).to(device, non_blocking=non_blocking) for k in ('places', 'keep', 'mask')})
 
 def layout(
     segments:torch.Tensor, # (rows, length) integers: 0 prefix, 1.. in turn, -1 padding
