@@ -1556,5 +1556,4 @@ d = { 'settings': { 'branch': 'main',
                                    'llava_med.widgets.one_sentence': ('widgets.html#one_sentence', 'llava_med/widgets.py'),
                                    'llava_med.widgets.read_picture': ('widgets.html#read_picture', 'llava_med/widgets.py'),
                                    'llava_med.widgets.stream_answer': ('widgets.html#stream_answer', 'llava_med/widgets.py'),
-                                   'llava_med.widgets.top_cells': ('widgets.html#top_cells', 'llava_med/widgets.py'),
-                                   'llava_med.widgets.word_groups': ('widgets.html#word_groups', 'llava_med/widgets.py')}}}
+                                   'llava_med.widgets.top_cells': ('widgets.html#top_cells', 'llava_med/widgets.py')}}}
