@@ -117,7 +117,7 @@ def best_lines(
         out[m] = [f'Of maps of {u}, ' + best_method(own, u, among=[k for k in FACTS if FACTS[k]['of'] == u])[1] for u in units]
     return out
 
-# %% ../nbs/10c_explorer.ipynb #c11c6305
+# %% ../nbs/10c_explorer.ipynb #9de16237
 _STYLE = '''
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#57606a;--line:#c9d1d9;--paper:#fff;--band:#f3f5f7;--mark:#8a4b00;--on:#00326f;--onink:#fff}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9aa5b1;--line:#3d444d;--paper:#11151a;--band:#1b2129;--mark:#ffb35c;--on:#fdea45;--onink:#111}}
@@ -128,21 +128,21 @@ main,header,footer{max-width:80rem;margin:auto;padding:0 1rem}h1{margin:.5em 0 0
 button,select{font:inherit;color:inherit;background:var(--band);border:1px solid var(--soft);border-radius:.3rem;padding:.3rem .6rem;min-height:2.2rem;max-width:100%}
 button[aria-pressed=true]{background:var(--on);color:var(--onink);font-weight:600}button:disabled{opacity:.5}
 :focus-visible{outline:3px solid var(--mark);outline-offset:2px}
-.bar{display:flex;flex-wrap:wrap;gap:.5rem;align-items:center;margin:.5rem 0}.bar label{font-weight:600}#question{flex:1 1 16rem;min-width:0}
+.bar{display:flex;flex-wrap:wrap;gap:.5rem;align-items:center;margin:.5rem 0}.bar label{font-weight:600}.bar span{display:flex;flex-wrap:wrap;align-items:center;gap:.2rem .5rem}#question{flex:1 1 16rem;min-width:0}
 fieldset{border:1px solid var(--line);border-radius:.3rem;margin:.5rem 0;padding:.3rem .7rem .5rem;min-width:0}legend{font-weight:600;padding:0 .3rem}
 .choices{display:flex;flex-wrap:wrap;gap:.1rem 1rem}.choices label{padding:.2rem 0}.kinds{display:grid;grid-template-columns:2fr 1fr;gap:0 1rem}
 input[type=range]{width:min(14rem,60vw);accent-color:var(--on)}input{accent-color:var(--on)}
-#panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(19rem,100%),1fr));gap:1rem;align-items:start}
+#panels{margin-top:.7rem;display:grid;grid-template-columns:repeat(auto-fit,minmax(min(19rem,100%),1fr));gap:1rem;align-items:start}
 .panel{border:1px solid var(--line);border-radius:.3rem;padding:.7rem;min-width:0}canvas{display:block;width:100%;max-width:28rem;background:#000}
 .words{display:flex;flex-wrap:wrap;gap:.3rem;margin:.5rem 0}.claim{font-weight:600;margin:.4rem 0}
 .verdict{border-left:.4rem solid var(--soft);padding-left:.6rem}.verdict.yes{border-color:var(--on)}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}caption{text-align:left;font-weight:600;padding:.2rem 0}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}caption{text-align:left;font-weight:600;padding:.2rem 0;min-width:16rem}
 th,td{border-bottom:1px solid var(--line);padding:.15rem .5rem;text-align:left}thead th{background:var(--band)}
 #legend{display:flex;align-items:center;gap:.5rem;font-size:.9rem}#legend canvas{width:9rem;height:1rem;border:1px solid var(--line)}
 @media(max-width:40rem){.kinds{grid-template-columns:1fr}}
 '''
 
-# %% ../nbs/10c_explorer.ipynb #afa12fe2
+# %% ../nbs/10c_explorer.ipynb #4aab0aef
 _PAGE = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{{ print }}'">
@@ -157,8 +157,8 @@ _PAGE = '''<!doctype html>
 <div class="kinds"><fieldset><legend>Token used by the language model</legend><div class="choices" id="tokens"></div></fieldset>
 <fieldset><legend>Pixel that mattered</legend><div class="choices" id="pixels"></div></fieldset></div>
 <p class="note" id="about"></p>
-<div class="bar"><label for="layer">Layer</label><input type="range" id="layer" min="0" step="1"><output id="layer_now" for="layer"></output>
-<label for="strength">Strength of the colours</label><input type="range" id="strength" min="0" max="100" value="65">
+<div class="bar"><span><label for="layer">Layer</label> <input type="range" id="layer" min="0" step="1"> <output id="layer_now" for="layer"></output></span>
+<span><label for="strength">Strength of the colours</label> <input type="range" id="strength" min="0" max="100" value="65"></span>
 <label><input type="checkbox" id="box" checked> known box</label></div>
 <div id="legend"><span>least</span><canvas id="colours" width="256" height="1" role="img" aria-label="Colours from dark blue, least, to yellow, most"></canvas><span>most of this map</span></div>
 <div id="panels"></div></main>
@@ -166,7 +166,7 @@ _PAGE = '''<!doctype html>
 <script type="application/json" id="data">{{ data | safe }}</script><script>{{ script | safe }}</script></body></html>
 '''
 
-# %% ../nbs/10c_explorer.ipynb #0a9e4fcd
+# %% ../nbs/10c_explorer.ipynb #9e042183
 _DRAW = '''"use strict";
 const D = JSON.parse(document.getElementById("data").textContent), $ = id => document.getElementById(id);
 function el(tag, props, ...kids) {
@@ -175,7 +175,7 @@ function el(tag, props, ...kids) {
   e.append(...kids); return e; }
 const bytes = s => Uint8Array.from(atob(s), c => c.charCodeAt(0)), COLOURS = bytes(D.colours), pictures = {};
 const S = {q: 0, method: D.first, layer: {}, word: {}, shown: new Set(D.start), strength: .65, box: true};
-const per = v => (100*v).toFixed(1) + " %", num = v => v.toFixed(2), band = t => t ? num(t[0]) + " (" + num(t[1]) + " to " + num(t[2]) + ")" : "not measured";
+const per = v => (100*v).toFixed(1) + " %", num = v => v.toFixed(2), band = t => t ? num(t[0]) + " (" + num(t[1]) + "\\u00a0to\\u00a0" + num(t[2]) + ")" : "not measured";
 function grid(q, model) {
   const a = q.answers[model], p = a.maps[S.method];
   if (!p) return null;
