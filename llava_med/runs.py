@@ -550,7 +550,8 @@ class Step:
         name:str,    # file name without ending
         caption:str, # the finding with its numbers
     )->None:
-        "Save a figure in the step's folder and show it with its caption."
+        "Save a figure in the step's folder, as PNG and SVG, and show it with its caption."
+        with replacing(self.path(f'{name}.svg')) as part: fig.savefig(part, format='svg', bbox_inches='tight', metadata={'Date': None})
         with replacing(self.path(f'{name}.png')) as part: part.write_bytes(figure_bytes(fig, dpi=150, limit=0)[1])
         show_figure(fig, caption)
     def finish(self,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTE', 'control', 'image_html', 'one_sentence', 'Panel', 'Picture', 'burned_in', 'read_picture', 'stream_answer',
-           'Voice', 'Remote', 'Chat', 'word_groups', 'explain', 'explainer', 'blend', 'top_cells', 'Explore']
+           'Voice', 'Remote', 'Chat', 'explain', 'explainer', 'blend', 'top_cells', 'Explore']
 
 # %% ../nbs/11_widgets.ipynb #09c47958
 import asyncio, base64, io, re, threading
@@ -20,6 +20,7 @@ from transformers import TextIteratorStreamer
 
 from .attention import METHODS, all_maps, encode, generate, neutral_sample, overlay, plot_maps
 from .endpoints import data_url
+from .explorer import word_groups
 from .generation import Speaker
 from .images import ImageError, image_bytes, is_dicom, open_image
 from .prefixes import as_turns, chat
@@ -297,14 +298,6 @@ class Chat(Panel):
         return fig
 
 # %% ../nbs/11_widgets.ipynb #8dd72b1b
-def word_groups(
-    tokenizer, # of the model
-    ids:list,  # of an answer
-)->list:       # (word, begin, end): which tokens it is made of
-    "Tokens of an answer, put together to words."
-    starts = [i for i, t in enumerate(tokenizer.convert_ids_to_tokens(ids)) if i == 0 or t.startswith(('Ġ', '▁', ' '))]
-    return [(tokenizer.decode(ids[a:b]).strip(), a, b) for a, b in zip(starts, [*starts[1:], len(ids)])]
-
 def explain(
     model, processor,  # a LLaVA and its processor
     image,             # PIL image
