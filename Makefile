@@ -9,7 +9,7 @@ READY := .venv/.installed
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all lab export refresh readme clean
+.PHONY: help demo test test-slow test-all lab export refresh readme docs clean
 
 help:           ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ refresh: demo   ## bring the demo's results into nbs/pipeline/, outputs/example/
 
 readme: $(READY) ## run nbs/index.ipynb and make README.md of it
 	$(BIN)/llava-med readme
+
+docs: $(READY)  ## make the book of all notebooks, _docs/index.html; nothing is run
+	@$(BIN)/python -c 'import sys; from llava_med.book import main; sys.exit(main())'
 
 clean:          ## remove caches and the scratch run; runs and .venv stay
 	rm -rf outputs/scratch build _proc _docs .pytest_cache *.egg-info
