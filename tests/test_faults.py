@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_med.adapters import add_lora, merge_folders, save_adapter
+from llava_med.batches import UsageError, known_name
 from llava_med.model import load
 from llava_med.training import Stage
 
@@ -150,6 +151,11 @@ def test_items_of_two_images_are_counted_and_named(run):
 def test_a_way_of_training_that_there_is_not(run, values, says):
     said = first_error('3_stage2_tuning', start_from=str(BASE), n_show=1, **values)
     assert says in said and '\n' not in said, said
+
+
+def test_the_number_of_a_step_is_enough():
+    assert [known_name(w, ['3_stage2_tuning', '3b_vqa_tuning'], 'step', prefix=True) for w in ('3', '3b', '3_st')] == ['3_stage2_tuning', '3b_vqa_tuning', '3_stage2_tuning']
+    with pytest.raises(UsageError, match="no step named '4'"): known_name('4', ['3_stage2_tuning', '3b_vqa_tuning'], 'step', prefix=True)
 
 
 def test_a_part_that_there_is_not():
