@@ -69,6 +69,7 @@ def known_name(
     "The name that is meant, or one sentence that lists the known ones."
     if name in (names := list(names)): return name
     starts = [n for n in names if prefix and name and n.startswith(name)]
+    if len(starts) > 1: starts = [n for n in starts if n.startswith(f'{name}_')]   # 3 is 3_stage2_tuning, and 3b is another step
     if len(starts) == 1: return starts[0]
     near = difflib.get_close_matches(name, names, 1, 0.5)
     hint = f' Did you mean {near[0]}?' if near else ''

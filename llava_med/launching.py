@@ -160,6 +160,8 @@ def train(
 )->tuple:              # model (with the adapter, if any), rows of losses
     "Train a stage as the machine allows, after measuring what fits."
     folder, device = Path(folder), next(model.parameters()).device
+    if processes < 1: raise ValueError(f'processes is {processes}; it must be at least 1.')
+    if (kind := more.get('sharding', 'none')) not in SHARDINGS: raise ValueError(f"sharding is '{kind}'; known: {', '.join(SHARDINGS)}.")
     if lora_rank: model = add_lora(model, lora_rank, lora_alpha or None, projector='projector' in stage.parts, seed=seed)
     else: set_trainable(model, stage.parts)
     inner = model.get_base_model() if lora_rank else model

@@ -24,7 +24,7 @@ import torch
 import yaml
 from torch import nn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor,
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig,
                           AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
                           LlavaProcessor, PreTrainedTokenizerFast)
 from transformers.tokenization_utils_base import AddedToken
@@ -158,7 +158,9 @@ def _reading(where, what):
     try: yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as e:
         there = '' if Path(where).exists() else ' (there is no such folder here)'
-        raise ValueError(f"'{where}'{there} cannot be read as {what}: {str(e).strip().splitlines()[0]}") from e
+        why = str(e).strip().splitlines()[0]
+        if 'ignore_mismatched_sizes' in why: why = 'its weights have other shapes than its config.json says; get the whole checkpoint.'
+        raise ValueError(f"'{where}'{there} cannot be read as {what}: {why}") from e
     finally:
         hf_logging.set_verbosity(level)
         if shown: hf_logging.enable_progress_bar()
@@ -476,17 +478,22 @@ def load(
 )->tuple:                # (model in evaluation mode, processor)
     "Read a LLaVA; raises FileNotFoundError with the remedy when the folder is no model, ValueError when it is damaged."
     folder = Path(path)
+    if (folder/'adapter_config.json').exists() and not (folder/'config.json').exists():
+        raise ValueError(f"'{path}' is an adapter and no model by itself; the model of the same stage has it added already, and `merge_folders` adds it to its base.")
     if not (folder/'config.json').exists() and (isinstance(path, Path) or folder.exists() or not PLACE.fullmatch(str(path))):
         raise FileNotFoundError(f"No model in '{path}': it holds no config.json. For the shipped base model: "
                                 f'{BASE_REMEDY} For a stage, run that stage first.')
     with _reading(path, 'a LLaVA'):
-        config = AutoConfig.from_pretrained(**_place(path))
-    if config.model_type != 'llava':
-        raise ValueError(f"'{path}' is a model of type '{config.model_type}', not 'llava'; an original LLaVA checkpoint is made one "
-                         'with `llava-med convert`.')
+        kind = PretrainedConfig.get_config_dict(**_place(path))[0]
+        old = 'mm_vision_tower' in kind or 'mm_projector_type' in kind     # also where it calls itself llava
+        config = None if old else AutoConfig.from_pretrained(**_place(path))
+    if old or config.model_type != 'llava':
+        raise ValueError(f"'{path}' is " + ("a checkpoint in LLaVA's original layout" if old else f"a model of type '{config.model_type}', not 'llava'") +
+                         '; an original LLaVA checkpoint is made one with `llava-med convert`.')
+    with _reading(path, 'a LLaVA'): processor = AutoProcessor.from_pretrained(**_place(path))
+    _agree(config, processor, path)                           # before gigabytes are read
     with _reading(path, 'a LLaVA'):
         model, info = AutoModelForImageTextToText.from_pretrained(**_place(path), dtype=getattr(torch, dtype), output_loading_info=True)
-        processor = AutoProcessor.from_pretrained(**_place(path))
     if strangers := sorted(k for k in info['unexpected_keys'] if not SPARE.search(k)):
         raise ValueError(f"'{path}' holds weights that fit nothing: {few(strangers)}.")
     _whole(info, path)
@@ -497,6 +504,9 @@ def load(
 def _agree(config, processor, where):
     "Complete a processor that lacks what newer versions want, and refuse one that gives other pictures than the tower sees."
     vision, strategy = config.vision_config, config.vision_feature_select_strategy
+    if (known := processor.tokenizer.get_vocab().get('<image>')) != config.image_token_id:
+        raise ValueError(f"'{where}': the tokenizer " + ('has no <image>' if known is None else f'writes <image> as {known}') +
+                         f', config.json says that token {config.image_token_id} stands for a picture; take tokenizer and configuration of one model.')
     if processor.patch_size is None: processor.patch_size = vision.patch_size
     if processor.vision_feature_select_strategy is None: processor.vision_feature_select_strategy = strategy
     known = vision.model_type in VISION_MODEL                 # CLIP has a class vector, SigLIP has none

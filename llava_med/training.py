@@ -23,7 +23,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from .batching import batch_loss, length_batches
 from .memory import MemoryPlan, checkpointed, token_groups
-from .model import part_of, set_trainable, weights_hash
+from .model import PARTS, part_of, set_trainable, weights_hash
 from .parallel import (Helpers, Job, TrainingError, last_turn, learning, load_state, rank_turns, read_progress,
                                 save_state, spread)
 from .runs import figure_style, shows_bars, write_csv
@@ -45,6 +45,7 @@ class Stage:
     weights:dict=None      # source of samples -> how much their tokens count in the loss, where it is not 1
 
     def __post_init__(self):
+        if unknown := sorted(set(self.parts) - set(PARTS)): raise ValueError(f'{self.name}: there is no part {unknown[0]!r} to train; known: {list(PARTS)}.')
         if strange := sorted(set(self.rates or ()) - set(self.parts)):
             raise ValueError(f'{self.name}: a rate for {strange}, which does not learn; what learns: {list(self.parts)}.')
 

@@ -197,6 +197,10 @@ def test_the_evidence_stands_on_the_home_page():
     for name in LARGE:
         e = read_preset(name)['evidence']
         assert e['never run'] and not e['measured'] and 'thin' in e['rehearsed'], 'change it when someone has measured it, and this line'
+        assert re.match(r'\d{4}-\d\d-\d\d, ', e['rehearsed']) and f"{plans.real_config(read_preset(name)).image_seq_length} image tokens" in e['rehearsed']
+        values = plan_run(read_preset(name), name)
+        for k, word in (('lora_rank', 'adapter'), ('packed', 'packed'), ('sharding', 'fsdp')):
+            assert any(v.get(k) not in (None, 0, False, 'none') for v in values.values()) == (word in e['rehearsed']), (name, k)
 
 
 # Thin models
@@ -233,7 +237,7 @@ def test_a_rehearsal_keeps_what_matters(name):
     for step in values:
         for k in ('lr', 'batch_size', 'max_len', 'lora_rank', 'lora_alpha', 'packed', 'sharding', 'checkpointing', 'batch_tokens', 'bf16', 'warmup', 'save_s'):
             if step in plans.STAGES: assert values[step][k] == real[step][k], (step, k)
-        assert values[step].get('base_model', '/thin') == '/thin' and values[step].get('processes', 1) <= 2
+        assert values[step].get('base_model', '/thin') == '/thin' and values[step].get('processes', 1) == min(2, real[step].get('processes', 1))
         assert not [v for v in values[step].values() if isinstance(v, str) and v.startswith('data/')]
     assert (values['3_stage2_tuning']['start_from'] == '/thin') == name.endswith('one_stage')
 
@@ -269,7 +273,10 @@ def test_every_large_preset_is_rehearsed(name, tmp_path):
         nb = nbformat.read(folder/step/f'{step}.ipynb', 4)
         assert not [o for c in nb.cells for o in c.get('outputs', []) if o.output_type == 'error']
         if step in plans.STAGES:
-            assert record['steps'][step]['parameters']['lr'] == real[step]['lr']
+            used = record['steps'][step]['parameters']
+            for k in ('lr', 'lora_rank', 'packed', 'sharding', 'checkpointing', 'batch_size', 'max_len'): assert used[k] == real[step][k], (step, k)
+            assert used['processes'] == min(2, real[step]['processes'])
+            if real[step]['lora_rank']: assert read_json(folder/step/'adapter/adapter_config.json')['r'] == real[step]['lora_rank']
             model, _ = load(folder/step/'model')
             assert model.config.image_seq_length == plans.real_config(read_preset(name)).image_seq_length
             assert list(csv.DictReader(open(folder/step/'losses.csv')))
