@@ -61,7 +61,7 @@ def test_step_leaves_what_it_promises(smoke, step):
     wanted = {'1_data_prep': 'figures.jsonl alignment.json instruct.json vqa/train.json vqa/val.json vqa/test.json images filters.csv dropped.jsonl',
               '2_stage1_alignment': 'model/config.json model/model.safetensors losses.csv',
               '3_stage2_tuning': 'model/config.json model/model.safetensors losses.csv',
-              '4_evaluation': 'predictions.jsonl scores.csv report.html calibration.jsonl cards/3_stage2_tuning/model/README.md', '5_attention': 'maps.npz'}[step]
+              '4_evaluation': 'predictions.jsonl scores.csv report.html calibration.jsonl cards/3_stage2_tuning/model/README.md', '5_attention': 'maps.npz pointing.csv faithfulness.csv explorer.html one_question.svg'}[step]
     assert not [w for w in wanted.split() if not (folder/w).exists()]
     assert not list(folder.glob('*.partial-*')) and not list(folder.rglob('*.tmp'))
 
