@@ -209,7 +209,7 @@ def api_page(
     if chapter: head += [f'Made and explained in [](../{chapter}).', '']
     return '\n'.join([*head, f'```{{py:currentmodule}} llava_med.{module}', '```', '', *(entry(d, module) for d in described(source))])
 
-# %% ../nbs/14a_book.ipynb #18098bb1
+# %% ../nbs/14a_book.ipynb #a306a924
 STYLE = """
 .cell_output img, .bd-article img, article img { max-width: 100%; height: auto; }
 body[data-theme="dark"] .cell_output img, body[data-theme="dark"] article img { background: #fff; }
@@ -219,7 +219,7 @@ body[data-theme="dark"] .cell_output img, body[data-theme="dark"] article img { 
 .cell_output table { font-size: .85em; }
 article code { overflow-wrap: anywhere; }
 dl.glossary > dt { font-weight: bold; }
-article .highlight span { text-decoration: none; }
+article .highlight span { text-decoration: none !important; }
 td code { overflow-wrap: normal; }
 @media (max-width: 46em) {
   .announcement-content { white-space: normal; min-width: 0; font-size: .8em; line-height: 1.2; text-align: center; }
