@@ -209,7 +209,7 @@ def api_page(
     if chapter: head += [f'Made and explained in [](../{chapter}).', '']
     return '\n'.join([*head, f'```{{py:currentmodule}} llava_med.{module}', '```', '', *(entry(d, module) for d in described(source))])
 
-# %% ../nbs/14a_book.ipynb #1ab8b986
+# %% ../nbs/14a_book.ipynb #a306a924
 STYLE = """
 .cell_output img, .bd-article img, article img { max-width: 100%; height: auto; }
 body[data-theme="dark"] .cell_output img, body[data-theme="dark"] article img { background: #fff; }
@@ -219,6 +219,7 @@ body[data-theme="dark"] .cell_output img, body[data-theme="dark"] article img { 
 .cell_output table { font-size: .85em; }
 article code { overflow-wrap: anywhere; }
 dl.glossary > dt { font-weight: bold; }
+article .highlight span { text-decoration: none !important; }
 td code { overflow-wrap: normal; }
 @media (max-width: 46em) {
   .announcement-content { white-space: normal; min-width: 0; font-size: .8em; line-height: 1.2; text-align: center; }
@@ -297,15 +298,14 @@ def write_sources(
     (book/'static/book.css').write_text(STYLE)
     return list(pages)
 
-# %% ../nbs/14a_book.ipynb #5c03330c
+# %% ../nbs/14a_book.ipynb #e54c4210
 def configuration()->dict: # of Sphinx
     "The builder's settings, from settings.ini."
     c = ConfigParser(delimiters=['='])
     c.read(root()/'settings.ini', encoding='utf-8')
     c = c['DEFAULT']
     return dict(project=c['title'], author=c['author'], copyright=c['author'], version=c['version'], release=c['version'], language='en',
-        extensions=['myst_nb', 'furo', 'llava_med.book'], exclude_patterns=['files/**'],
-        pygments_dark_style='github-dark', root_doc='index',
+        extensions=['myst_nb', 'llava_med.book'], exclude_patterns=['files/**'], root_doc='index',
         nb_execution_mode='off', nb_render_markdown_format='myst', nb_merge_streams=True, nb_ipywidgets_js={}, html_math_renderer='mathml',
         myst_enable_extensions=['dollarmath', 'colon_fence', 'deflist', 'fieldlist', 'attrs_block'], myst_heading_anchors=4,
         myst_heading_slug_func='llava_med.book.slug', myst_links_external_new_tab=False,
