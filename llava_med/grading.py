@@ -7,7 +7,7 @@ __all__ = ['EXERCISES', 'BEGIN', 'END', 'STEPS', 'PARTS', 'GRADED', 'Exercise', 
            'ask', 'check', 'points_of', 'without_solution', 'unsolved', 'judge_losses', 'asked_of', 'judge_answers',
            'recomputed', 'judge_scores', 'ask_again', 'grade', 'total', 'made_run']
 
-# %% ../nbs/16_grading.ipynb #07cab92b
+# %% ../nbs/16_grading.ipynb #df1e506d
 import csv
 import math
 import re
@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from .generation import answer
-from .model import load, weights_hash
+from .generation import Speaker, answer
+from .model import load
 from .phantom_words import read_claims
 from .runs import read_json, read_jsonl
 from .scoring import HEAD, ScoreError, control_predictions, score_table, strict, strict_normalise
@@ -428,7 +428,7 @@ def judge_answers(
     n = len({image[i] for i in asked['stage2', 'image']})
     return '' if n >= least else f'stage2 was asked about {n} images; at least {least} are needed'
 
-# %% ../nbs/16_grading.ipynb #7070a3a7
+# %% ../nbs/16_grading.ipynb #3e5663aa
 def recomputed(
     items:list,       # the key
     predictions:list, # log lines
@@ -471,8 +471,8 @@ def ask_again(
     lines = [p for p in predictions if p['model'] == 'stage2' and p['condition'] == 'image' and not p.get('error')]
     lines = [lines[i] for i in np.random.default_rng(0).permutation(len(lines))[:n]]
     texts = answer(model, processor, [Path(images_dir)/by_id[p['item']]['images'][0] for p in lines], [p['prompt'] for p in lines])
-    mark = weights_hash(model)
-    return sum(a == p['text'] for a, p in zip(texts, lines)), len(lines), all(mark.startswith(p.get('model_hash') or '-') for p in lines)
+    mark = Speaker(model, processor).marks()['model_hash']
+    return sum(a == p['text'] for a, p in zip(texts, lines)), len(lines), all(p.get('model_hash') == mark for p in lines)
 
 # %% ../nbs/16_grading.ipynb #a476f4bc
 def grade(
