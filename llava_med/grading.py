@@ -474,7 +474,7 @@ def ask_again(
     mark = Speaker(model, processor).marks()['model_hash']
     return sum(a == p['text'] for a, p in zip(texts, lines)), len(lines), all(p.get('model_hash') == mark for p in lines)
 
-# %% ../nbs/16_grading.ipynb #a476f4bc
+# %% ../nbs/16_grading.ipynb #ed8951fa
 def grade(
     folder:Path,        # of a run
     key:Path=None,      # items to score with; the run's own where None, which a student could have edited
@@ -485,6 +485,7 @@ def grade(
     "Points for a run, from its files, after its scores were computed again; never raises for what a student can do."
     folder, rows = Path(folder), []
     def mark(part, fault='', good=''): rows.append(dict(part=part, points=0 if fault else PARTS[part], of=PARTS[part], why=fault or good))
+    def said_of(e): return str(e).replace(f'{folder}/', '')[:150]
     place = {k: folder/v for k, v in STEPS.items()}
     key, images_dir = Path(key or place['data']/'vqa/test.json'), Path(images_dir or place['data']/'images')
     need = [place['stage1']/'losses.csv', place['stage2']/'losses.csv', place['scores']/'predictions.jsonl', place['scores']/'scores.csv', key]
@@ -502,10 +503,10 @@ def grade(
         mark('scores', wrong, f'{len(true)} rows follow from the answers')
     except (ScoreError, ValueError, KeyError, TypeError, OSError) as e:
         done = {r['part'] for r in rows}
-        return rows + [dict(part=p, points=0, of=n, why=f'cannot be read: {e}' if p == 'scores' else 'not looked at') for p, n in PARTS.items() if p not in done]
+        return rows + [dict(part=p, points=0, of=n, why=f'cannot be read: {said_of(e)}' if p == 'scores' else 'not looked at') for p, n in PARTS.items() if p not in done]
     forged = wrong if true else ''
     try: same, n, named = ask_again(place['stage2']/'model', items, log, images_dir, n_again)
-    except (OSError, ValueError, KeyError) as e: mark('weights', f'could not be asked again: {str(e)[:100]}')
+    except (OSError, ValueError, KeyError) as e: mark('weights', f'could not be asked again: {said_of(e)}')
     else:
         odd = f'{same} of {n} answers come out again' + ('' if named else ', and the log names other weights')
         mark('weights', odd if same < .9*n or not named else '', odd)
