@@ -1,0 +1,221 @@
+"The course: its notebooks run, its checks help, its grader believes only what it can compute again."
+import csv
+import os
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from llava_med.grading import (BEGIN, EXERCISES, PARTS, STEPS, check, grade, hint_for, made_run, points_of, total, unsolved)
+from llava_med.runs import read_json, read_jsonl, write_csv, write_json, write_jsonl
+
+REPO = Path(__file__).resolve().parents[1]
+COURSE = REPO/'nbs/course'
+NOTEBOOKS = sorted(COURSE.rglob('*.ipynb'))
+NOTEBOOKS = [p for p in NOTEBOOKS if not p.name.startswith('_') and '.ipynb_checkpoints' not in p.parts]
+SESSIONS = range(1, 7)
+name = lambda p: p.relative_to(COURSE).as_posix()
+solutions = lambda n: COURSE/f'solutions/{n}_solutions.ipynb'
+
+
+def lecture(n): return next(p for p in COURSE.glob(f'{n}_*.ipynb') if 'exercises' not in p.name)
+
+
+def markdown(nb): return '\n'.join(c.source for c in nb.cells if c.cell_type == 'markdown')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
+def test_notebook_runs(path, tmp_path):
+    import papermill
+    papermill.execute_notebook(str(path), str(tmp_path/'out.ipynb'), cwd=str(path.parent), kernel_name='python3', progress_bar=False)
+    out = nbformat.read(tmp_path/'out.ipynb', 4)
+    text = ' '.join(o.get('text', '') for c in out.cells for o in c.get('outputs', []))
+    if 'exercises' in path.name: assert '0 of 5' in text and 'three dots' in text
+    if 'solutions' in path.name: assert '5 of 5' in text and 'Not yet' not in text
+
+
+def test_the_course_is_complete():
+    assert {f'{n}_exercises.ipynb' for n in SESSIONS} <= {p.name for p in NOTEBOOKS}
+    assert all(solutions(n).exists() and lecture(n) for n in SESSIONS)
+    assert {'0_syllabus.ipynb', 'assignment.ipynb', 'instructor.ipynb'} <= {p.name for p in NOTEBOOKS}
+    assert all((p.parent/'.notest').exists() for p in NOTEBOOKS)
+    for n in SESSIONS: assert sum(k.startswith(f'{n}.') for k in EXERCISES) == 5
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
+def test_committed_with_outputs_and_small(path):
+    nb = nbformat.read(path, 4)
+    assert path.stat().st_size <= 150_000
+    assert any(c.get('outputs') for c in nb.cells), 'run it'
+    assert re.match(r'# .+\n+> .+', nb.cells[0].source)
+
+
+@pytest.mark.parametrize('n', SESSIONS)
+def test_lecture_has_its_parts(n):
+    nb = nbformat.read(lecture(n), 4)
+    text = markdown(nb)
+    assert 15 <= len(nb.cells) <= 25
+    assert '## For discussion' in text and '## What you have now' in text and f'{n}_exercises.ipynb' in text
+    debate = text.split('## For discussion')[1].split('##')[0]
+    assert debate.count('arXiv') >= 2 and len(re.findall(r'(?m)^\*[^*]+\.\*', debate)) == 2, 'two positions, each with its source'
+    assert any(k.startswith('image/') for c in nb.cells for o in c.get('outputs', []) for k in o.get('data', {})), 'a figure'
+
+
+@pytest.mark.parametrize('n', SESSIONS)
+def test_exercises_are_made_of_the_solutions(n):
+    made, here = unsolved(nbformat.read(solutions(n), 4)), nbformat.read(COURSE/f'{n}_exercises.ipynb', 4)
+    assert [c.source for c in made.cells] == [c.source for c in here.cells], 'make it again with `unsolved`'
+    assert not [c for c in here.cells if BEGIN in c.source] and sum('\n    ...' in c.source for c in here.cells) == 5
+
+
+@pytest.mark.parametrize('k', EXERCISES)
+def test_check_knows_right_and_three_wrongs(k):
+    x, heard = EXERCISES[k], []
+    assert check(k, x.truth, heard.append) and heard == [f'{k}: right.']
+    assert len(x.rivals) == 3 and len({h for _, h in x.rivals}) == 3
+    for rival, hint in x.rivals:
+        assert not check(k, rival, heard.append)
+        assert heard[-1] == f'{k}: {hint}' and len(hint.split()) >= 6
+    for empty in (..., None, lambda *a: ..., lambda *a: None):
+        assert not check(k, empty, heard.append) and 'three dots' in heard[-1]
+
+
+@pytest.mark.parametrize('n', SESSIONS)
+def test_solutions_are_right(n):
+    "The functions of the solutions, run apart from their notebooks' models."
+    for c in nbformat.read(solutions(n), 4).cells:
+        if c.cell_type != 'code' or BEGIN not in c.source: continue
+        k, fn = re.search(r"check\('([\d.]+)', (\w+)\)", c.source).groups()
+        space = {}
+        exec('import math\nimport numpy as np\nfrom llava_med.phantom_words import read_claims\nfrom llava_med.scoring import strict_normalise\n'
+             + c.source.split('\nif check(')[0], space)
+        assert hint_for(EXERCISES[k], space[fn]) == '', k
+
+
+def test_check_never_raises():
+    class Odd:
+        def __eq__(self, other): raise RuntimeError('no')
+        __hash__ = None
+    def bad(*a): raise KeyError('x')
+    heard = []
+    for k in EXERCISES:
+        for v in (Odd(), bad, lambda *a: Odd(), lambda: 1, 3, 'text', [], lambda *a: {'a': 1}, lambda *a: 'text', float('nan'), {}):
+            assert not check(k, v, heard.append) and heard[-1].startswith(f'{k}: ')
+    assert not check('9.9', 1, heard.append) and '1.1, 1.2' in heard[-1]
+    assert any('KeyError' in h for h in heard)
+
+
+def test_points():
+    rows = points_of({k: x.truth for k, x in EXERCISES.items()})
+    assert total(rows) == (30, 30) and total(points_of({}, 3)) == (0, 5)
+
+
+# The grader
+
+def rows_of(path):
+    with open(path, newline='') as f: return list(csv.DictReader(f))
+
+
+@pytest.fixture
+def run(tmp_path): return made_run(tmp_path/'run')
+
+
+def verdict(run, **kw): return {r['part']: r for r in grade(run, **kw)}
+
+
+def test_accepts_a_true_run(run):
+    got = verdict(run)
+    assert {k: r['points'] for k, r in got.items()} == {**PARTS, 'weights': 0}, 'a made-up run has no weights'
+    assert 'could not be asked again' in got['weights']['why']
+
+
+@pytest.mark.parametrize('column, to', [('value', '0.99'), ('low', '0.9'), ('n_items', '4800'), ('value', 'high'), ('n_images', '')])
+def test_refuses_an_edited_table(run, column, to):
+    path = run/STEPS['scores']/'scores.csv'
+    rows = rows_of(path)
+    next(r for r in rows if (r['model'], r['condition'], r['slice'], r['metric']) == ('stage2', 'image', 'all', 'strict'))[column] = to
+    write_csv(path, rows)
+    got = verdict(run)
+    assert sum(r['points'] for r in got.values()) == 0 and 'stage2' in got['scores']['why'] and 'refused' in got['picture']['why']
+
+
+def test_refuses_a_table_with_a_row_removed(run):
+    path = run/STEPS['scores']/'scores.csv'
+    write_csv(path, [r for r in rows_of(path) if r['condition'] != 'blank'])
+    assert 'this row is missing' in verdict(run)['scores']['why']
+
+
+def test_answers_left_out_or_doubled(run):
+    path = run/STEPS['scores']/'predictions.jsonl'
+    log = read_jsonl(path)
+    write_jsonl(path, log[:-1])
+    assert 'left out' in verdict(run)['answers']['why'] and total(grade(run)) == (5, 20), 'files and losses are there'
+    write_jsonl(path, log + log[-1:])
+    assert 'twice' in verdict(run)['answers']['why']
+    write_jsonl(path, [p for p in log if p['condition'] == 'image'])
+    assert 'not asked under blank' in verdict(run)['answers']['why']
+    write_jsonl(path, [dict(p, item='other') for p in log])
+    assert "'other'" in verdict(run)['answers']['why']
+    path.write_text('{"model": "stage2"}\n')
+    assert total(grade(run))[0] < 10
+    path.write_text('{broken\n')
+    assert 'cannot be read' in verdict(run)['scores']['why'] and 'predictions.jsonl' in verdict(run)['scores']['why']
+
+
+def test_few_images(tmp_path):
+    assert 'at least 20' in verdict(made_run(tmp_path/'run', n_images=6))['answers']['why']
+
+
+@pytest.mark.parametrize('text, why', [('step,loss\n1,3\n2,2\n', 'at least 4'), ('step,loss\n1,3\n2,nan\n3,1\n4,1\n', 'nan at step 2'), ('a,b\n1,2\n', 'columns'),
+                                       ('step,loss\n1,1\n2,2\n3,3\n4,4\n', 'does not fall'), ('step,loss\n1,4\n2,3\n1,2\n2,1\n', 'do not rise')])
+def test_losses(run, text, why):
+    (run/STEPS['stage2']/'losses.csv').write_text(text)
+    assert why in verdict(run)['losses']['why'] and verdict(run)['losses']['points'] == 0
+
+
+def test_missing_files_are_named(run, tmp_path):
+    shutil.rmtree(run/STEPS['scores'])
+    got = verdict(run)
+    assert '4_evaluation/scores.csv' in got['files']['why'] and set(got) == set(PARTS)
+    assert total(grade(tmp_path/'nowhere')) == (0, 20)
+
+
+def test_the_instructors_key_counts(run, tmp_path):
+    mine = made_run(tmp_path/'mine')
+    key = run/STEPS['data']/'vqa/test.json'
+    items = read_json(key)
+    write_json(key, [dict(o, answer='yes') for o in items])   # the student's copy
+    assert verdict(run)['scores']['points'] == 0
+    assert verdict(run, key=mine/STEPS['data']/'vqa/test.json')['scores']['points'] == 4
+
+
+@pytest.mark.slow
+def test_weights_are_asked_again(run):
+    "The shipped base answers as stage 2; then three of four answers are improved by hand, and the table with them."
+    from PIL import Image
+    from llava_med.generation import Speaker, answer
+    from llava_med.grading import asked_of
+    from llava_med.model import load
+    from llava_med.scoring import score_table
+    shutil.copytree(REPO/'data/base_tiny', run/STEPS['stage2']/'model')
+    model, processor = load(run/STEPS['stage2']/'model')
+    items, log = read_json(run/STEPS['data']/'vqa/test.json'), read_jsonl(run/STEPS['scores']/'predictions.jsonl')
+    images = run/STEPS['data']/'images'
+    images.mkdir()
+    for i, n in enumerate(sorted({o['images'][0] for o in items})): Image.new('RGB', (96, 96), (9*i, 90, 200 - 8*i)).save(images/n)
+    mark = Speaker(model, processor).marks()['model_hash']
+    texts = iter(answer(model, processor, [images/o['images'][0] for o in items], [o['question'] for o in items]))
+    log = [dict(p, text=next(texts), model_hash=mark) if (p['model'], p['condition']) == ('stage2', 'image') else p for p in log]
+
+    def hand_in(log):
+        write_jsonl(run/STEPS['scores']/'predictions.jsonl', log)
+        write_csv(run/STEPS['scores']/'scores.csv', score_table(items, log, asked_of(log), 'wrong', 500))
+        return verdict(run)
+    assert hand_in(log)['weights']['points'] == 4
+    right = {o['id']: o['answer'] for o in items}
+    got = hand_in([dict(p, text=right[p['item']]) if (p['model'], p['condition']) == ('stage2', 'image') else p for p in log])
+    assert sum(r['points'] for r in got.values()) == 0 and 'come out again' in got['weights']['why']
+    assert hand_in([dict(p, model_hash='0'*16) if p.get('model_hash') else p for p in log])['weights']['points'] == 0
