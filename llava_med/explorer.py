@@ -197,7 +197,7 @@ function paint(canvas, q, m, img) {
     c.strokeStyle = colour; c.lineWidth = 3; c.setLineDash(dash); c.strokeRect(x*W, y*H, w*W, h*H); } }
 '''
 
-# %% ../nbs/10c_explorer.ipynb #427519f2
+# %% ../nbs/10c_explorer.ipynb #de5acc55
 _WORDS = '''
 function table(caption, head, rows) {
   const t = el("table", {}, el("caption", {textContent: caption}));
@@ -215,8 +215,8 @@ function numbers(m) {
 function believe(model, m) {
   const r = (D.reliability[model] || {})[S.method], out = el("div", {}, el("h3", {textContent: "How far to believe this map"}));
   if (!r) { out.append(el("p", {className: "verdict", textContent: D.notes[model] || "Not measured: nothing is known about how true this method is for this model."})); return out; }
-  out.append(el("p", {className: "verdict" + (r.confirmed ? " yes" : ""), textContent: (r.confirmed ? "✓ " : "✗ ") + r.verdict}));
-  if (m && m.layers > 1 && m.layer !== r.layer) out.append(el("p", {className: "note", textContent: "Measured at layer " + r.layer + "; the layer that is shown, " + m.layer + ", was not measured."}));
+  const off = m && m.layers > 1 && m.layer !== r.layer;
+  out.append(el("p", {className: "verdict" + (r.confirmed && !off ? " yes" : ""), textContent: off ? "? The layer that is shown, " + m.layer + ", was not measured. At layer " + r.layer + ": " + r.verdict : (r.confirmed ? "✓ " : "✗ ") + r.verdict}));
   const rows = [];
   for (const [unit, g] of Object.entries(r.gains)) for (const [b, c] of Object.entries(g)) rows.push([unit, b, band(c.deletion), band(c.insertion)]);
   out.append(table("Gain over maps that know nothing (95 % interval), " + r.n_items + " questions, " + r.n_images + " pictures, layer " + r.layer, ["exchanged", "against", "deletion", "insertion"], rows),
