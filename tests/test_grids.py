@@ -372,16 +372,13 @@ def test_means_over_seeds():
 
 
 @pytest.mark.slow
-def test_two_at_a_time_take_little_more_than_half(lab):
-    "Notebooks that wait show what the runner itself costs; the machine may be busy."
-    lab.step('2_two', 'time.sleep(6)\n' + SCORES)
-    took = {}
-    for w in (1, 2):
-        lab.batch('preset: toy', f'warm{w}')
-        start = time.monotonic()
-        lab.batch('preset: toy\ngrid: {2_two.n: [1, 2, 3, 4, 5, 6, 7, 8]}', f'w{w}', workers=w)
-        took[w] = time.monotonic() - start
-    assert took[2] <= .62*took[1], took
+def test_two_at_a_time_and_never_three(lab):
+    "Runs that wait overlap in pairs."
+    lab.step('2_two', "import time\nbegan = time.time()\ntime.sleep(3)\n(run_dir(run)/'2_two'/'span.txt').write_text(f'{began} {time.time()}')\n" + SCORES)
+    lab.batch('preset: toy\ngrid: {2_two.n: [1, 2, 3, 4, 5, 6]}', 'pairs', workers=2)
+    spans = [tuple(map(float, p.read_text().split())) for p in lab.outputs.glob('pairs/**/span.txt')]
+    assert len(spans) == 6
+    assert max(sum(a <= t < b for a, b in spans) for t, _ in spans) == 2
 
 
 @pytest.mark.slow

@@ -208,9 +208,9 @@ def test_ten_thousand_answers_in_ten_seconds():
     items = [item(('yes', 'left lung')[i % 2], i, i % 2 == 0, images=[f'{i//2}.png'],
                   tags=dict(question_type=str(i % 9), modality=str(i % 5))) for i in range(10_000)]
     answers = [dict(prompt=o['question'], text=str(rng.choice(['yes', 'no', 'in the left lung', 'right lung']))) for o in items]
-    start = time.perf_counter()
+    start = time.process_time()   # of this process: what else runs does not count
     rows, _ = score_answers(items, answers, n_draws=10_000)
-    took = time.perf_counter() - start
+    took = time.process_time() - start
     assert took < 10 and len(rows) > 100, took
 
 
