@@ -134,6 +134,8 @@ def attention_for(
     finally: model.set_attn_implementation({'text_config': was})
 
 # %% ../nbs/07_training.ipynb #fd7ab300
+_LOST = 'A process that opens pictures ended by itself, perhaps for want of memory; run again with fewer loaders.'
+
 def _batches(samples, turns, collate, loaders, pin):
     "Batches of the turns in their order, made ahead by `loaders` processes."
     if not loaders: yield from (collate([samples[j] for j in g]) for g in turns); return
@@ -141,6 +143,7 @@ def _batches(samples, turns, collate, loaders, pin):
     for _ in turns:
         try: yield next(ahead)
         except StopIteration: return
+        except (ConnectionError, EOFError) as e: raise TrainingError(_LOST) from e   # its pipe is gone
         except Exception as e:
             if 'DataLoader worker (pid' in str(e): raise
             raise TrainingError(f'A batch could not be made: {str(e).strip().splitlines()[-1]}') from e
@@ -151,7 +154,7 @@ def _loaders_live():
     try: yield
     except RuntimeError as e:
         if 'DataLoader worker (pid' not in str(e): raise
-        raise TrainingError('A process that opens pictures ended by itself, perhaps for want of memory; run again with fewer loaders.') from e
+        raise TrainingError(_LOST) from e
 
 # %% ../nbs/07_training.ipynb #80719478
 @dataclass
