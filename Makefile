@@ -24,7 +24,7 @@ test: $(READY)  ## run every chapter from top to bottom, and the quick tests
 	[ $$chapters -eq 0 ] && [ $$quick -eq 0 ]
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -m slow -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -q -m slow
 
 test-all: test test-slow  ## the same, and the slow tests: the pipeline end to end
 
