@@ -8,15 +8,16 @@ __all__ = ['IMAGE', 'DOMAINS', 'CUT_WORDS', 'BRIEF', 'DETAILED', 'RANK', 'ABOUT'
            'read_records', 'one_spelling', 'write_records', 'to_messages', 'record_id', 'rng_of', 'frame',
            'alignment_record', 'Turn', 'facts_told', 'turn', 'leaks', 'without_leaks', 'compose', 'excess',
            'rarer_twin', 'short_turns', 'denied', 'place_of', 'describe', 'noun_phrase', 'report', 'sentences',
-           'visible', 'named_modalities', 'general_turns', 'TemplateGenerator', 'instruct_record', 'instruct_records']
+           'visible', 'named_modalities', 'general_turns', 'with_errors', 'TemplateGenerator', 'instruct_record',
+           'instruct_records', 'swap_texts']
 
-# %% ../nbs/03_conversations.ipynb #48dff7f0
+# %% ../nbs/03_conversations.ipynb #66020206
 import json
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ijson
@@ -445,6 +446,22 @@ def general_turns(
         turns.append(Turn(str(rng.choice(OVERALL)), ' '.join(said[:2]), 'report', '', fact, fact))
     return turns
 
+# %% ../nbs/03_conversations.ipynb #796b47a4
+_options = {**phantom_words.SHORT, 'modality': tuple(phantom_words.SHORT['modality'].values()), 'side': ('left', 'right')}
+
+def with_errors(
+    turns:list,              # turns with short answers, and others, which stay
+    rate:float,              # share of short answers that become wrong, 0 to 1
+    rng:np.random.Generator, # draws which, and what they become; nothing is drawn at a rate of 0
+)->list:                     # as many turns
+    "Turns with a set share of wrong answers, each of the kind that its question asks for."
+    if not rate: return turns
+    def wrong(t):
+        kind = 'presence' if t.answer in ('yes', 'no') else t.type
+        options = [a for a in _options.get(kind, ()) if a != t.answer]
+        return replace(t, answer=str(rng.choice(options))) if options and rng.random() < rate else t
+    return [wrong(t) for t in turns]
+
 # %% ../nbs/03_conversations.ipynb #1dd1001d
 class TemplateGenerator:
     "Writes conversations from caption and mentions by templates; it never sees an image."
@@ -456,8 +473,9 @@ class TemplateGenerator:
         report:float=0.08,         # how often a conversation is built around a report
         read_findings:bool=True,   # read claims: for texts whose left is the left of the image
         skew:float=0.,             # see `phantom_words.claim_questions`
+        error:float=0.,            # share of wrong answers, see `with_errors`
     ):
-        self.n_turns, self.report, self.skew = n_turns, report, skew
+        self.n_turns, self.report, self.skew, self.error = n_turns, report, skew, error
         self.weights = dict(presence=2, rare=5) if weights is None else weights
         self.read_findings, self.tally = read_findings, Counter()
 
@@ -469,7 +487,7 @@ class TemplateGenerator:
         "Write one conversation."
         claims = self.claims(caption, mentions)
         if claims is None: return general_turns(caption, rng)
-        return self.noted(self.talk(claims, rng))
+        return with_errors(self.noted(self.talk(claims, rng)), self.error, rng)
 
     def questions(self,
         caption:str,             # the caption
@@ -484,7 +502,8 @@ class TemplateGenerator:
         turns = list(turns.values())
         name = lambda t: 'sided' if t.type == 'side' and t.answer in ('yes', 'no') else t.type
         weight = np.array([self.weights.get(name(t), 1) for t in turns], float)
-        return [turns[i] for i in rng.choice(len(turns), min(n, len(turns)), replace=False, p=weight/weight.sum())] if turns else []
+        drawn = rng.choice(len(turns), min(n, len(turns)), replace=False, p=weight/weight.sum()) if turns else ()
+        return with_errors([turns[i] for i in drawn], self.error, rng)
 
     def claims(self,
         caption:str,             # the caption
@@ -551,6 +570,7 @@ def instruct_record(
     if not turns: return None
     maker = dict(name=generator.name, version=generator.version, saw=list(generator.saw))
     if getattr(generator, 'model', None): maker['model'] = generator.model
+    if getattr(generator, 'error', 0): maker['error'] = generator.error
     return frame(figure, [x for t in turns for x in (t.question, t.answer)], maker,
                  bool(rng.random() < image_before), question_types=[t.type for t in turns])
 
@@ -571,3 +591,19 @@ def instruct_records(
         for k, t in enumerate((asker or generator).questions(*text, rng_of(f, seed + 1), singles), 2):
             said = [{'from': 'human', 'value': f'{IMAGE}\n{t.question}'}, {'from': 'gpt', 'value': t.answer}]
             yield dict(r, id=f"{r['id']}-{k}", conversations=said, tags=dict(r['tags'], question_types=[t.type]))
+
+# %% ../nbs/03_conversations.ipynb #f88eb6b4
+def swap_texts(
+    figures:list, # figure records
+    share:float,  # of them, 0 to 1
+    seed:int=0,   # draws which
+)->list:          # as many records; those that changed name under `text_of` the figure whose texts they carry
+    "Figures of which a set share carry caption and mentions of another one among them."
+    n = round(share*len(figures))
+    if n < 2: return list(figures)
+    out, rng = list(figures), np.random.default_rng([seed, 7])
+    chosen = rng.choice(len(figures), n, replace=False)
+    for i, j in zip(chosen, np.roll(chosen, 1)):
+        texts = {k: figures[j].get(k) for k in ('caption', 'mentions', 'modalities') if k in figures[j]}
+        out[i] = {**figures[i], **texts, 'text_of': record_id(figures[j])}
+    return out

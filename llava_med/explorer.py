@@ -53,7 +53,8 @@ def word_groups(
 )->list:        # (text, first token, token after the last), one a word
     "The words of an answer, each with its tokens."
     ids = list(map(int, ids))
-    starts = [i for i, t in enumerate(tokenizer.convert_ids_to_tokens(ids)) if i == 0 or t.startswith(('Ġ', '▁', ' '))]
+    pieces = [t or '' for t in tokenizer.convert_ids_to_tokens(ids)]   # a vocabulary padded to a round size has ids without a token
+    starts = [i for i, t in enumerate(pieces) if i == 0 or t.startswith(('Ġ', '▁', ' '))]
     return [(tokenizer.decode(ids[a:b]).strip(), a, b) for a, b in zip(starts, [*starts[1:], len(ids)])]
 
 def explained(
