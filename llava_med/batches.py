@@ -6,10 +6,10 @@
 __all__ = ['KINDS', 'GIVEN', 'BLOCKS', 'MARK', 'UsageError', 'order', 'pipeline', 'is_optional', 'known_name', 'Parameter',
            'allowed', 'tagged_cell', 'comments', 'read_parameters', 'PresetLoader', 'read_yaml', 'check_value',
            'parse_value', 'from_here', 'presets', 'read_preset', 'missing_files', 'choose_steps', 'split_set',
-           'targets', 'plan_run', 'in_run', 'path_mark', 'named_paths', 'notebook_mark', 'library_dir', 'library_mark',
-           'step_inputs', 'step_key', 'files_mark', 'is_done', 'die_with_parent', 'in_words', 'kernel_codes', 'child',
-           'child_env', 'run_notebook', 'stop', 'StepFailed', 'start_step', 'run_step', 'shown', 'is_progress',
-           'run_pipeline', 'read_scores', 'cell', 'results_table']
+           'targets', 'plan_run', 'base_of', 'in_run', 'path_mark', 'named_paths', 'notebook_mark', 'library_dir',
+           'library_mark', 'step_inputs', 'step_key', 'files_mark', 'is_done', 'die_with_parent', 'in_words',
+           'kernel_codes', 'child', 'child_env', 'run_notebook', 'stop', 'StepFailed', 'start_step', 'run_step',
+           'shown', 'is_progress', 'run_pipeline', 'read_scores', 'cell', 'results_table']
 
 # %% ../nbs/12_batches.ipynb #6d6afb17
 import ast
@@ -296,15 +296,23 @@ def plan_run(
         hit = [t for t in targets(s, k, known) if t in plan]
         if not hit: raise UsageError(f'--set {s}.{k}: {s} is not among the steps to run ({", ".join(plan)}).')
         for t in hit: plan[t][k] = parse_value(text, known[t][k], t)
-    for s in plan: plan[s] = in_run(plan[s], run) | {k: run for k in GIVEN if k in known[s]}
+    for s in plan: plan[s] = in_run(plan[s], run, base_of(plan)) | {k: run for k in GIVEN if k in known[s]}
     return plan
+
+def base_of(
+    plan:dict, # step → parameters
+)->str:        # the folder that stage 1 starts from, or else the one that the evaluation asks first; '' where the plan has neither
+    "The base model of a plan."
+    return next((plan[s]['base_model'] for s in ('2_stage1_alignment', '4_evaluation') if plan.get(s, {}).get('base_model')), '')
 
 def in_run(
     values:dict, # parameters of a step
     run:str,     # name of the run
-)->dict:         # the same, with the run's folder for a leading `{run}/`
-    "Let a value name what an earlier step of its own run makes: `{run}/0_base_model/model`."
-    put = lambda v: f'{run_dir(run)}{v[5:]}' if isinstance(v, str) and v.startswith('{run}/') else v
+    base:str='', # folder of its base model
+)->dict:         # the same, with the run's folder for a leading `{run}/` and the base for `{base}`
+    "Let a value name what an earlier step of its own run makes, `{run}/0_base_model/model`, or the base of any preset, `{base}`."
+    if '{base}' in values.values() and not base: raise UsageError(f'A parameter of {run} is {{base}}, but none of its steps has a base_model.')
+    put = lambda v: base if v == '{base}' else f'{run_dir(run)}{v[5:]}' if isinstance(v, str) and v.startswith('{run}/') else v
     return {k: put(v) for k, v in values.items()}
 
 # %% ../nbs/12_batches.ipynb #568b1755

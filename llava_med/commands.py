@@ -38,6 +38,7 @@ stops no other; the same command again runs only what is missing.
 examples:
   llava-med batch my/grid.yaml --plan                     what would run, and how long it takes
   llava-med batch paper_ablations                         a grid of nbs/pipeline/grids, on this machine
+  llava-med batch paper_ablations --preset llava_med_v15  the same questions of another model
   llava-med batch my/grid.yaml --workers 4                four notebooks at a time
   llava-med batch my/grid.yaml --scheduler tcp://10.0.0.1:8786
                                                           on a Dask cluster whose workers see the same folders
@@ -112,6 +113,7 @@ def make_parser()->argparse.ArgumentParser:
     p = sub.add_parser('batch', help='run a grid of presets, parameters and seeds', description=BATCH_HELP, formatter_class=raw)
     p.add_argument('grid', metavar='GRID', help='a name from nbs/pipeline/grids, or a YAML file')
     p.add_argument('--plan', action='store_true', help='show the plan and stop')
+    p.add_argument('--preset', default='', metavar='PRESET', help="another than the grid's, whose `sizes` and limits then do not hold")
     p.add_argument('--workers', type=int, metavar='N', help='notebooks at once on this machine (default: as many as fit)')
     p.add_argument('--scheduler', metavar='ADDRESS', help='of a Dask scheduler')
     p = sub.add_parser('figures', help='article packages → figure records', formatter_class=raw,

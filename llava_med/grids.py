@@ -23,12 +23,12 @@ from pathlib import Path
 import psutil
 import yaml
 
-from .batches import (GIVEN, UsageError, check_value, choose_steps, in_run, is_done, known_name, order, pipeline,
+from .batches import (GIVEN, UsageError, base_of, check_value, choose_steps, in_run, is_done, known_name, order, pipeline,
                                read_parameters, read_preset, read_yaml, step_inputs, step_key, targets)
 from .runs import clock, git_state, now, outputs_dir, read_json, read_run, root, run_dir
 
 # %% ../nbs/12a_grids.ipynb #a261b651
-KEYS = ('name', 'description', 'preset', 'seeds', 'seed_steps', 'parameters', 'grid', 'cases', 'only', 'threads', 'gpus',
+KEYS = ('name', 'description', 'preset', 'seeds', 'seed_steps', 'sizes', 'parameters', 'grid', 'cases', 'only', 'threads', 'gpus',
         'retries', 'memory_gb', 'timeout_min')
 CASE_KEYS = ('name', 'description', 'preset', 'parameters', 'grid', 'only')
 
@@ -94,8 +94,9 @@ def _number(got, key, kind, least, path): # a number of the grid file, or its de
     return value
 
 def read_grid(
-    grid:str, # a name, or the path of a YAML file
-)->dict:      # all keys, with their defaults; owner says which file it is
+    grid:str,   # a name, or the path of a YAML file
+    preset:str='', # another preset than the file's; then what the file says of sizes and limits is left out, and the name ends in its name
+)->dict:        # all keys, with their defaults; owner says which file it is
     "Read a grid file and check its shape."
     path = Path(grid).expanduser()
     if path.suffix not in ('.yaml', '.yml'): path = grids()[known_name(grid, grids(), 'grid')]
@@ -107,6 +108,12 @@ def read_grid(
     for k in got: known_name(str(k), KEYS, f'key of a grid ({path.name})')
     if not isinstance(got.get('preset'), str): raise UsageError(f'{path.name} names no preset: add a line such as `preset: tiny`.')
     whole = path.resolve()
+    if preset and preset != got['preset']:
+        if own := [c['name'] for c in got.get('cases') or [] if isinstance(c, dict) and c.get('preset')]:
+            raise UsageError(f'{path.name}: the case {own[0]} names a preset of its own, so --preset cannot be given.')
+        recipe = read_preset(preset)
+        got = {k: v for k, v in got.items() if k not in ('sizes', 'memory_gb', 'timeout_min', 'gpus')} | dict(
+            preset=preset, name=f"{got.get('name', path.stem)}-{recipe['name']}", gpus=(recipe['hardware'] or {}).get('gpus', 0))
     read = dict(name=str(got.get('name', path.stem)), description=str(got.get('description') or ''), preset=got['preset'], path=path,
                 owner='grid ' + (whole.relative_to(root()).as_posix() if whole.is_relative_to(root()) else str(whole)))
     if not re.fullmatch(r'[A-Za-z0-9][\w.+-]*', read['name'], re.ASCII):
@@ -139,7 +146,7 @@ def _cases(got, name): # every case with what the file says for all of them
         if label in seen: raise UsageError(f"{name}: two cases are named '{label}'.")
         seen.add(label)
     return [dict(name=str(c.get('name', '')), preset=str(c.get('preset', got['preset'])), only=_names(c.get('only', got.get('only')), 'only', name),
-                 parameters=[dotted(x.get('parameters'), f'{name}: parameters') for x in (got, c)],
+                 parameters=[dotted(x, f'{name}: parameters') for x in (got.get('sizes'), got.get('parameters'), c.get('parameters'))],
                  grid=dotted(got.get('grid'), f'{name}: grid') | dotted(c.get('grid'), f'{name}: grid')) for c in cases]
 
 # %% ../nbs/12a_grids.ipynb #2a0300a6
@@ -196,7 +203,7 @@ def plan_grid(
             varied = dict(zip(axes, combination))
             plan = _plan(grid, case, recipe, varied, seed, seeded, known)
             name = run_name(case['name'], varied, seed)
-            runs.append(Run(name, case['name'], seed, varied, {s: in_run(v, f"{grid['name']}/{name}") for s, v in plan.items()}, preset=recipe['name']))
+            runs.append(Run(name, case['name'], seed, varied, {s: in_run(v, f"{grid['name']}/{name}", base_of(plan)) for s, v in plan.items()}, preset=recipe['name']))
     return _distinct(runs, grid)
 
 def _plan(grid, case, recipe, varied, seed, seeded, known): # step → parameters; later levels win

@@ -467,9 +467,10 @@ def run_batch(
     workers:int|None=None,    # notebooks at once on this machine; default: as many as cores, memory and GPUs allow
     say=print,                # gets each line of the report
     plan_only:bool=False,     # stop after the plan
+    preset:str='',            # another preset than the grid's, see `read_grid`
 )->dict:                      # done, failures, ran (units that were run), folder
     "Run a grid: check everything, show the plan, run what is missing, report. The same call goes on where it stopped."
-    g = read_grid(grid)
+    g = read_grid(grid, preset)
     check_folder(g)
     runs, units = lay_out(g)
     threads = most_threads(g, runs)
@@ -618,6 +619,6 @@ def batch_command(
     "The command `llava-med batch`."
     if args.workers is not None and args.workers < 1: raise UsageError('--workers must be at least 1.')
     if args.workers and args.scheduler: raise UsageError('--workers is for this machine: leave it away when a --scheduler has its own.')
-    try: got = run_batch(args.grid, args.scheduler, args.workers, lambda s: print(s, flush=True), args.plan)
+    try: got = run_batch(args.grid, args.scheduler, args.workers, lambda s: print(s, flush=True), args.plan, args.preset)
     except ClusterError as e: raise ValueError(str(e)) from None
     return 1 if got['failures'] else 0
