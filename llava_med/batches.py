@@ -311,9 +311,9 @@ def in_run(
     base:str='', # folder of its base model
 )->dict:         # the same, with the run's folder for a leading `{run}/` and the base for `{base}`
     "Let a value name what an earlier step of its own run makes, `{run}/0_base_model/model`, or the base of any preset, `{base}`."
-    if '{base}' in values.values() and not base: raise UsageError(f'A parameter of {run} is {{base}}, but none of its steps has a base_model.')
-    put = lambda v: base if v == '{base}' else f'{run_dir(run)}{v[5:]}' if isinstance(v, str) and v.startswith('{run}/') else v
-    return {k: put(v) for k, v in values.items()}
+    if '{base}' in values.values() and base in ('', '{base}'): raise UsageError(f'A parameter of {run} is {{base}}, but no step of it names a base_model.')
+    put = lambda v: f'{run_dir(run)}{v[5:]}' if isinstance(v, str) and v.startswith('{run}/') else v
+    return {k: put(base if v == '{base}' else v) for k, v in values.items()}
 
 # %% ../nbs/12_batches.ipynb #568b1755
 def path_mark(

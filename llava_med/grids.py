@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KEYS', 'CASE_KEYS', 'SIZES', 'spread', 'listed', 'dotted', 'grids', 'read_grid', 'Run', 'run_name', 'plan_grid',
            'Unit', 'set_keys', 'units_of', 'slurm_script', 'sized', 'past_steps', 'estimate', 'total_time', 'headline',
-           'over_seeds', 'lay_out', 'most_threads', 'plan_lines', 'plan_record', 'tree_bytes', 'Guard', 'end_tree']
+           'over_seeds', 'seed_differences', 'lay_out', 'most_threads', 'plan_lines', 'plan_record', 'tree_bytes',
+           'Guard', 'end_tree']
 
 # %% ../nbs/12a_grids.ipynb #6dec5415
 import contextlib
@@ -295,8 +296,9 @@ def sized(
     step:str,  # a step
     steps:dict, # step → parameters, of its whole run
 )->dict:
-    "The parameters of a step, and for training the number of figures, which another step was told."
-    values = dict(steps[step])
+    "The parameters of a step, its model where it has one, and for training the number of figures, which another step was told."
+    base, values = base_of(steps), dict(steps[step])
+    if step not in ('0_base_model', '1_data_prep') and not base.startswith(str(outputs_dir())): values['model'] = base
     return values | {'figures': steps.get('1_data_prep', {}).get('n_figures')} if 'epochs' in values else values
 
 def past_steps()->dict: # step → list of (parameters, seconds)
@@ -316,8 +318,8 @@ def estimate(
     step:str, values:dict, # a step and its parameters, from sized
     past:dict,             # from past_steps
 )->float|None:             # seconds, or None where no earlier run knows
-    "About how long a step will take: as the most similar one did, in proportion to epochs, figures, questions and threads."
-    rows = past.get(step)
+    "About how long a step will take: as the most similar one with the same base did, in proportion to epochs, figures, questions and threads."
+    rows = [r for r in past.get(step, []) if not {'model'} <= values.keys() & r[0].keys() or r[0]['model'] == values['model']]
     if not rows: return None
     used, took = min(rows, key=lambda r: sum(values.get(k) != v for k, v in r[0].items() if k != 'seed'))
     for k in SIZES:
@@ -364,6 +366,23 @@ def over_seeds(
         half = stats.t.ppf(.975, n - 1)*(sum((v - m)**2 for v in x)/(n - 1)/n)**.5 if n > 1 else None
         out.append(same | dict(mean=m, low=None if half is None else m - half, high=None if half is None else m + half, n_seeds=n))
     return out
+
+# %% ../nbs/12a_grids.ipynb #964e1272
+def seed_differences(
+    rows:list,   # of table.csv
+    first:dict,  # column → value, of one score of one setting
+    second:dict, # the same, of what it is compared with
+)->dict:         # mean, low, high, n_seeds of first − second, and values by seed
+    "The difference between two scores, seed by seed, with the 95 % interval of Student's t; raises ValueError where a seed has none or two."
+    def by_seed(wanted):
+        hit = [r for r in rows if r.get('value') not in (None, '') and all(str(r.get(k, '')) == str(v) for k, v in wanted.items())]
+        found = {str(r['seed']): float(r['value']) for r in hit}
+        if not hit or len(found) < len(hit): raise ValueError(f'{len(hit)} scores of {len(found)} seeds fit {wanted}; one of each seed is needed.')
+        return found
+    a, b = by_seed(first), by_seed(second)
+    if set(a) != set(b): raise ValueError(f'{first} has the seeds {", ".join(a)}, but {second} has {", ".join(b)}.')
+    values = {s: a[s] - b[s] for s in a}
+    return over_seeds([dict(value=v) for v in values.values()])[0] | dict(values=values)
 
 # %% ../nbs/12a_grids.ipynb #3127039a
 def lay_out(

@@ -197,6 +197,25 @@ def test_the_plan_is_shown_and_nothing_runs(lab, capsys):
     assert re.search(r'This takes about \d+ s', capsys.readouterr().out)
 
 
+def test_a_grid_runs_with_another_preset(lab, capsys):
+    "Sizes and limits are those of the file's own preset; {base} is the model of the one that is given."
+    lab.preset('big', 'description: another\nhardware: {gpus: 0}\nparameters: {1_one: {n: 50}}\n')
+    text = 'preset: toy\nsizes: {1_one.n: 3}\ntimeout_min: 9\ncases: [{name: a}]'
+    assert main(['batch', lab.grid(text), '--preset', 'big', '--plan']) == 0
+    out = capsys.readouterr().out
+    assert out.startswith('g-big: 1 runs') and 'Limits' not in out
+    assert [plan_grid(read_grid(lab.grid(text), p))[0].plan['1_one']['n'] for p in ('', 'big')] == [3, 50]
+    assert main(['batch', lab.grid("preset: toy\nparameters: {2_two.tag: '{base}'}"), '--plan']) == 2
+    assert 'no step of it names a base_model' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('preset', ['tiny', 'llava_med_v15'])
+def test_the_ablations_start_from_the_base_of_the_preset(preset):
+    runs = {r.name: r.plan for r in plan_grid(read_grid('paper_ablations', preset))}
+    base = runs['both-s0']['2_stage1_alignment']['base_model']
+    assert runs['no_stage1-s0']['3_stage2_tuning']['start_from'] == runs['vqa_base-epochs3-s1']['3b_vqa_tuning']['start_from'] == base
+
+
 def test_committed_grids_can_be_planned(monkeypatch):
     "Every grid of the repository names parameters that exist, shares steps, and stays within two hours."
     from llava_med.grids import total_time
