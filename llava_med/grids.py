@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['KEYS', 'CASE_KEYS', 'SIZES', 'spread', 'listed', 'dotted', 'grids', 'read_grid', 'Run', 'run_name', 'plan_grid',
            'Unit', 'set_keys', 'units_of', 'slurm_script', 'sized', 'past_steps', 'estimate', 'total_time', 'headline',
-           'over_seeds', 'seed_differences', 'lay_out', 'most_threads', 'plan_lines', 'plan_record', 'tree_bytes',
-           'Guard', 'end_tree']
+           'over_seeds', 'batch_rows', 'seed_differences', 'lay_out', 'most_threads', 'plan_lines', 'plan_record',
+           'tree_bytes', 'Guard', 'end_tree']
 
-# %% ../nbs/12a_grids.ipynb #6dec5415
+# %% ../nbs/12a_grids.ipynb #4d0f91e4
 import contextlib
+import csv
 import itertools
 import json
 import math
@@ -366,6 +367,19 @@ def over_seeds(
         half = stats.t.ppf(.975, n - 1)*(sum((v - m)**2 for v in x)/(n - 1)/n)**.5 if n > 1 else None
         out.append(same | dict(mean=m, low=None if half is None else m - half, high=None if half is None else m + half, n_seeds=n))
     return out
+
+# %% ../nbs/12a_grids.ipynb #d3de0b76
+def batch_rows(
+    folder:Path,           # of a batch, in outputs/
+    file:str='table.csv',  # or costs.csv
+)->list:                   # of dicts of text; `setting` is the run's name without its seed
+    "A table of a batch; raises FileNotFoundError where there is none, and ValueError where runs are missing."
+    folder = Path(folder)
+    if not (folder/file).exists(): raise FileNotFoundError(f'{folder/file} is not there: run `llava-med batch {folder.name}` first.')
+    with open(folder/file, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    if left := sorted({r['run'] for r in rows if r.get('state', 'done') != 'done'}):
+        raise ValueError(f'{folder}: {len(left)} runs are not complete, such as {left[0]}; the same `llava-med batch {folder.name}` goes on with them.')
+    return [r | dict(setting=r['run'].removesuffix(f"-s{r['seed']}")) for r in rows]
 
 # %% ../nbs/12a_grids.ipynb #964e1272
 def seed_differences(
