@@ -1,6 +1,7 @@
-"The benchmarks of training run at a tiny size, and their gates open for equal steps only."
+"The benchmarks of training run at a tiny size, their gates open for equal steps only, and reports read what batches left."
 import contextlib
 import json
+import re
 
 import papermill
 import pytest
@@ -9,7 +10,7 @@ from llava_med import batching
 from llava_med.batching import IGNORE, Collator, batch_loss, share_pictures
 from llava_med.model import set_trainable, tiny_model
 from llava_med.packing import PackedCollator, pack_rows
-
+from llava_med.runs import write_csv
 
 
 @pytest.fixture(scope='module')
@@ -131,3 +132,33 @@ def test_training_gpu_runs_without_one_and_writes_nothing(repo, tmp_path):
 def test_bad_parameters_say_so(repo, tmp_path, name, parameters, says):
     if says == 'no GPU' and torch.cuda.is_available(): pytest.skip('There is a GPU.')
     with pytest.raises(papermill.PapermillExecutionError, match=f'ValueError: .*{says}'): run(repo, tmp_path, name, **parameters)
+
+
+# Reports about batches
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['paper_ablations', 'sensitivity'])
+def test_a_report_reads_the_committed_tables(repo, tmp_path, name):
+    said = run(repo, tmp_path, name, results=str(repo/'nbs/benchmarks/results'))
+    assert re.search(r'[\d,]+ scores; \d+ settings, seeds 0, 1, 2', said)
+
+
+@pytest.mark.slow
+def test_a_report_of_a_batch_that_is_known(repo, tmp_path, monkeypatch):
+    "Accuracy falls by 20 points at every seed under a strong prior; errors change nothing that three seeds could tell."
+    monkeypatch.setenv('LLAVA_MED_OUTPUTS', str(tmp_path/'outputs'))
+    with pytest.raises(papermill.PapermillExecutionError, match='run `llava-med batch sensitivity` first'):
+        run(repo, tmp_path, 'sensitivity', refresh=True, results=str(tmp_path))
+    axes = {'prior': '1_data_prep.skew', 'errors': '1_data_prep.error_rate', 'captions': '1_data_prep.caption_noise'}
+    rows = []
+    for case, amount, drop in (('prior', 0, 0), ('prior', .9, .2), ('errors', .5, 0), ('captions', .5, .1)):
+        for seed in range(3):
+            value = .8 - drop + (seed - 1)*(.02 if case == 'errors' else .01)
+            for model, condition, metric, v in (('stage2', 'image', 'strict', value), ('stage2', 'blank', 'strict', .4), ('stage2', 'image-blank', 'strict', value - .4),
+                                                ('stage1', 'image', 'finding_recall', .1)):
+                rows.append({'run': f'{case}-x{amount:g}-s{seed}', 'case': case, **{k: 0 for k in axes.values()}, axes[case]: amount, 'seed': seed, 'state': 'done',
+                             'model': model, 'condition': condition, 'metric': metric, 'value': v, 'low': v - .02, 'high': v + .02, 'n_items': 100})
+    write_csv(tmp_path/'outputs/sensitivity/table.csv', rows, list(rows[0]))
+    said = run(repo, tmp_path, 'sensitivity', refresh=True, results=str(tmp_path))
+    assert 'prior: accuracy 0.80 → 0.60 at 0.9; the gain from the image falls: -20.0 [-20.0, -20.0] points' in said
+    assert 'errors: accuracy 0.80 → 0.80 at 0.5; the gain from the image undecided' in said and (tmp_path/'sensitivity.csv').exists()
