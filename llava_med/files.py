@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'Form', 'kind_of', 'read_rows', 'form_of', 'write_rows', 'domain_of', 'domain_counts', 'untokenised',
            'conversation_of', 'figure_of', 'read_llava', 'llava_record', 'llava_question', 'llava_caption', 'llava_url',
-           'ImageFolder', 'with_images', 'missing_words', 'place_images']
+           'ImageFolder', 'with_images', 'missing_words', 'place_images', 'training_records']
 
 # %% ../nbs/03c_files.ipynb #9246074c
 import json, os, re, shutil
@@ -330,3 +330,25 @@ def place_images(
             try: os.link(got/p['image'], part)
             except OSError: shutil.copyfile(got/p['image'], part)
     return missing
+
+# %% ../nbs/03c_files.ipynb #6d489a9f
+def training_records(
+    path:str|Path,      # conversations, as LLaVA-Med writes them or as `write_records` does
+    images:str|Path='', # the folder of their images; default: where the file lies
+)->tuple:               # records whose `image` is a whole path, and what was left out, in one sentence
+    "The conversations of a file whose images are there; raises RecordError where none can be used."
+    path, faults, missing = Path(path), [], []
+    if (kind := form_of(path).kind) not in ('conversations', 'questions'): raise RecordError(f'{path} holds {kind}, and training needs conversations.')
+    folder = Path(images) if images else path.parent
+    if not folder.is_dir(): raise RecordError(f'{folder} is no folder: name the one that holds the images of {path.name}.')
+    n = 0
+    def counted():
+        nonlocal n
+        for n, r in enumerate(read_llava(path, faults), 1): yield r
+    def placed(r):
+        name = r.get('image')
+        return r | dict(image=str(folder/(name[0] if isinstance(name, list) else name))) if name else r
+    found = [placed(r) for r in with_images(counted(), folder, missing)]
+    said = (f'{path.name}: ' + missing_words(missing, n) + (f" {len(faults)} more cannot be read, the first, {faults[0]['record']}: {faults[0]['reason']}" if faults else ''))
+    if not found: raise RecordError(f'{path}: no record can be used. {said}')
+    return found, said

@@ -253,3 +253,28 @@ def test_real_articles_go_through_both_stages(outputs):
         images = {r['image'] for r in records if r['id'] in real}
         assert len(images) > (10 if name == 'alignment' else 3) and all((d/'images'/i).is_file() for i in images)
     assert (outputs/'real/3_stage2_tuning/model/model.safetensors').exists()
+
+
+@pytest.mark.slow
+def test_files_of_conversations_go_through_both_stages(outputs, smoke, tmp_path):
+    "Conversations in LLaVA-Med's own form, with and without a picture, one of them gone, are what the stages learn from."
+    made = smoke['folder']/'1_data_prep'
+    (tmp_path/'images').mkdir()
+    for name in ('alignment', 'instruct'):
+        kept = json.loads((made/f'{name}.json').read_text())[:12]
+        for r in kept: (tmp_path/'images'/r['image']).write_bytes((made/'images'/r['image']).read_bytes())
+        kept[3]['image'] = 'gone.jpg'
+        said = [{'from': 'human', 'value': 'what is a cyst?'}, {'from': 'gpt', 'value': 'a sac filled with fluid.'}]
+        text = json.dumps([dict(id=r['id'], image=r['image'], conversatons=r['conversations']) for r in kept] + [dict(id='text', conversatons=said)])
+        (tmp_path/f'{name}.json').write_text(text)
+    sets = [f'{s}.{k}={v}' for s, n in (('2_stage1_alignment', 'alignment'), ('3_stage2_tuning', 'instruct')) for k, v in (('data', tmp_path/f'{n}.json'), ('data_images', tmp_path/'images'))]
+    done, _ = command(outputs, 'run', 'smoke', '--name', 'own', '--only', '1', '2', '3', '--set', *sets)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    said = (outputs/'own/2_stage1_alignment/2_stage1_alignment.ipynb').read_text()
+    assert '1 of 13 records are left out' in said and 'there is no such file' in said
+    ledger = json.loads((outputs/'own/3_stage2_tuning/ledger.json').read_text())
+    assert ledger['samples'] == 12*json.loads((outputs/'own/run.json').read_text())['steps']['3_stage2_tuning']['parameters']['epochs']
+    (tmp_path/'instruct.json').write_text(json.dumps([dict(id='1', image='gone.jpg', conversations=kept[0]['conversations'])]))
+    done, _ = command(outputs, 'run', 'smoke', '--name', 'own', '--only', '3', '--set', *sets[2:])
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and 'instruct.json: no record can be used' in last and '1 of 1 records are left out' in last
