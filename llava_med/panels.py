@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS_OF_FILE', 'read_kind', 'facets', 'Browse', 'logged_answers', 'mark_lines', 'Compare', 'rows_of_losses',
-           'printed_lines', 'held', 'run_state', 'loss_curves', 'Watch']
+           'printed_lines', 'held', 'run_state', 'batch_state', 'loss_curves', 'Watch']
 
-# %% ../nbs/11a_panels.ipynb #adbb5d3f
+# %% ../nbs/11a_panels.ipynb #faad4a32
 import base64, csv, json, re, socket, string, threading
 from contextlib import suppress
 from html import escape
@@ -18,7 +18,7 @@ import psutil
 
 from .conversations import DOMAINS, IMAGE, read_records, turns_of
 from .images import ImageError, open_image
-from .runs import COLOURS, figure_bytes, figure_style, now, read_json, read_jsonl, run_dir, write_jsonl
+from .runs import COLOURS, clock, figure_bytes, figure_style, now, read_json, read_jsonl, run_dir, write_jsonl
 from .vqa import read_items
 from .widgets import Panel, control, image_html, one_sentence
 
@@ -240,7 +240,7 @@ class Compare(Panel):
             fig.suptitle('Whose answer is whose?' if self.marks_fn else 'The same question to all', fontsize=12)
         return fig
 
-# %% ../nbs/11a_panels.ipynb #a9cbe803
+# %% ../nbs/11a_panels.ipynb #89b52e39
 def rows_of_losses(
     folder:Path, # of a step
 )->list:         # rows with step and loss
@@ -290,6 +290,23 @@ def run_state(
     lines = [x for k in (now_at or list(steps))[-1:] for x in printed_lines(folder/k)[-6:]]
     return dict(steps=steps, losses={k: v for k, v in losses.items() if v}, lines=lines, running=alive, sentence=sentence)
 
+def batch_state(
+    folder:Path, # of a batch
+)->dict:         # as from `run_state`; steps are those that run now and those that failed
+    "How far a batch of runs is, from its folder."
+    p = read_json(folder/'progress.json')
+    alive = p['state'] == 'running' and (p['host'] != socket.gethostname() or psutil.pid_exists(p['pid']))
+    steps = {f"{r['run']}: {r['step']}": f"running, {clock(r['seconds'])}" + (f", {r['memory_mib']} MiB" if r.get('memory_mib') else '') for r in p['running'] if alive}
+    steps |= {f"{f['run']}: {f['step']}": f"failed: {f['error']}" for f in p['failures']}
+    words = f"{p['runs']['done']} of {p['runs']['total']} runs are complete, {p['steps']['done']} of {p['steps']['total']} steps are done"
+    if alive: sentence = f"{words}. About {clock(p['left_s'])} left."
+    elif p['state'] == 'running': sentence = f'{words}, but the process of the batch is gone: start the same command again to go on.'
+    else: sentence = f"{words}; the batch has ended ({p['state']})."
+    losses = {r['run']: rows_of_losses(folder/r['run']/r['step']) for r in p['running'] if alive}
+    log = folder/'batch.log'
+    lines = log.read_text(encoding='utf-8').splitlines()[-6:] if log.exists() else []
+    return dict(steps=steps, losses={k: v for k, v in losses.items() if v}, lines=lines, running=alive, sentence=sentence)
+
 def loss_curves(
     losses:dict, # step → rows with step and loss
 ):               # a matplotlib figure, made without pyplot, so that a thread may do it
@@ -309,9 +326,9 @@ def loss_curves(
     return fig
 
 class Watch(Panel):
-    "Curves of a run that is going on, read from its folder."
+    "Curves of a run or a batch that is going on, read from its folder."
     def __init__(self,
-        run:str,         # name of the run
+        run:str,         # name of the run, or of a batch
         every:float=3.,  # seconds between two looks
         start:bool=True, # begin to watch at once
     ):
@@ -325,10 +342,10 @@ class Watch(Panel):
         self.start() if start else self.look()
     def look(self)->bool: # whether there will be more to see
         "Read the folder once and draw what is there."
-        try: state = run_state(run_dir(self.run))
+        try: state = (batch_state if (run_dir(self.run)/'progress.json').exists() else run_state)(run_dir(self.run))
         except Exception as e:
             self.say(one_sentence(e), problem=True)
-            return isinstance(e, ValueError) and self.state is not None   # a file that is just being written
+            return isinstance(e, (ValueError, OSError)) and self.state is not None   # a file that is just being written, or renamed
         self.say(state['sentence'])
         if state != self.state:
             self.state = state

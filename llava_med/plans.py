@@ -394,7 +394,7 @@ def thin_base(
 # %% ../nbs/12b_plans.ipynb #bb46833c
 SIZES = {'1_data_prep': {'n_figures': 24, 'n_vqa_images': 4, 'n_val_images': 2, 'n_test_images': 6, 'n_singles': 2},
          '4_evaluation': {'n_test_images': 3, 'n_small_questions': 8, 'n_noise': 4, 'n_choices': 4, 'n_prompt_questions': 8, 'n_captions': 2, 'n_text': 2, 'n_draws': 50},
-         '5_attention': {'n_questions': 4, 'n_show': 1, 'n_faithful': 2, 'n_sanity': 1, 'n_explore': 1}}   # of a rehearsal's data, smaller than the smoke test's
+         '5_attention': {'n_questions': 4, 'n_show': 1, 'n_faithful': 1, 'n_sanity': 1, 'n_explore': 1}}   # of a rehearsal's data, smaller than the smoke test's
 EMPTY = ('articles', 'evaluation_sets', 'vqa', 'vqa_images', 'images', 'clip', 'prompts', 'answers', 'generator_model', 'endpoint', 'data', 'data_images')   # name files and services
 HERE_ONLY = {'generator': 'template', 'epochs': 1, 'threads': 1, 'n_held': 8, 'n_show': 1}   # parameters that a rehearsal sets, where a notebook has them
 
