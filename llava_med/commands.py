@@ -44,7 +44,7 @@ examples:
                                                           on a Dask cluster whose workers see the same folders
 
 A grid file (chapter 12a): name, preset, seeds: [0, 1], grid: {2_stage1_alignment.epochs: [1, 2]}, cases, only,
-parameters, seed_steps, threads, gpus, retries, memory_gb, timeout_min. progress.json says how far it is;
+parameters, sizes, seed_steps, threads, gpus, retries, memory_gb, timeout_min. progress.json says how far it is;
 in JupyterLab, Watch('NAME') of llava_med.panels shows it.
 
 exit code: 0 all runs complete, 1 some are not or the folder is in use, 2 the grid itself is wrong, 130 interrupted'''
