@@ -496,8 +496,9 @@ class Guard:
                     self.why = f'It was ended at {size/1e9:.2f} GB of memory, over the limit of {self.memory/1e9:g} GB (memory_gb).'
                 elif self.seconds and time.monotonic() - start > self.seconds:
                     self.why = f'It was ended when its run had taken longer than the limit of {self.limit} (timeout_min).'
-                elif self.alive and (said.startswith('stop') or time.monotonic() - since > self.patience):
-                    self.why, self.stopped = 'It was ended because its batch was stopped.', True
+                elif self.alive and said.startswith('stop'): self.why, self.stopped = 'It was ended because its batch was stopped.', True
+                elif self.alive and time.monotonic() - since > self.patience:
+                    self.why, self.stopped = f'It was ended because its batch gave no sign of life for {self.patience:g} s.', True
                 if self.why: return end_tree(tree)
                 time.sleep(0.5)
 

@@ -18,6 +18,7 @@ import re
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import uuid
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -297,7 +298,8 @@ class Batch:
         self.grid, self.runs, self.units, self.place, self.tell = grid, runs, units, place, say
         self.folder, self.started = outputs_dir()/grid['name'], time.monotonic()
         self.running, self.failed, self.ran, self.begun = {}, {}, {}, now()
-        self.undelivered, self.last, self.beat = {}, time.monotonic(), 0.0
+        self.undelivered, self.last = {}, time.monotonic()
+        self.writing, self.over = threading.Lock(), False
         self.weight = {k: (-len(u.runs), i) for i, (k, u) in enumerate(units.items())}
     def full(self,
         r:Run, # a run
@@ -392,8 +394,20 @@ class Batch:
     def pulse(self,
         word:str='', # stop: the guards end their notebooks
     )->None:
-        "Show that the batch is alive, or that it is over."
-        (self.folder/'.alive').write_text(word or f'{os.getpid()} {time.time()}')
+        "Show that the batch is alive, or that it is over, which is the last word."
+        with self.writing:
+            if self.over and not word: return
+            self.over = bool(word)
+            (self.folder/'.alive').write_text(word or f'{os.getpid()} {time.time()}')
+    def beat(self,
+        every:float=5, # seconds
+    )->None:
+        "Show it from a thread, too: sharing large folders or a slow disk must not look like death."
+        def go():
+            while not self.over:
+                with contextlib.suppress(OSError): self.pulse()
+                time.sleep(every)
+        threading.Thread(target=go, daemon=True).start()
     def failures(self)->list: # of dictionaries
         "The runs that are not complete, each with its cause."
         return [dict(run=r.name, **{k: p.get(k) for k in ('step', 'cell', 'error', 'partial')}) for r in self.runs if (p := self.problem(r))]
@@ -485,6 +499,7 @@ def run_batch(
         state = 'failed'
         try:
             batch.progress()
+            batch.beat()
             batch.work()
             state = 'done'
         except KeyboardInterrupt: state = 'interrupted'; raise
