@@ -1,6 +1,10 @@
-"Shared by all tests: the repository, its notebooks, and small pipelines to break."
+"Shared by all tests: the repository, its notebooks, small pipelines to break, and helpers that start or await processes."
+import contextlib
+import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -91,3 +95,27 @@ class Toy:
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch): return Toy(tmp_path, monkeypatch)
+
+
+def wait_for(what, seconds=60):
+    "Wait until it is true, and return it."
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        if time.monotonic() > end: raise TimeoutError('it never came true')
+        time.sleep(.05)
+    return found
+
+
+@contextlib.contextmanager
+def dask_processes(env, n_workers, folder, *words):
+    "A scheduler and workers as they are started on several machines: (address, workers)."
+    file, started = folder/'scheduler.json', []
+    def start(*words): started.append(subprocess.Popen([sys.executable, '-m', 'dask', *words], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)); return started[-1]
+    try:
+        start('scheduler', '--host', '127.0.0.1', '--port', '0', '--no-dashboard', '--scheduler-file', str(file))
+        workers = [start('worker', '--scheduler-file', str(file), '--host', '127.0.0.1', '--nthreads', '1', '--no-nanny', '--no-dashboard',
+                         '--local-directory', str(folder), *words) for _ in range(n_workers)]
+        wait_for(file.exists, 90)
+        yield json.loads(file.read_text())['address'], workers
+    finally:
+        for p in started[::-1]: p.kill(); p.wait()
