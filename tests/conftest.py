@@ -145,7 +145,7 @@ def dask_processes(env, n_workers, folder, *words):
         start('scheduler', '--host', '127.0.0.1', '--port', '0', '--no-dashboard', '--scheduler-file', str(file))
         workers = [start('worker', '--scheduler-file', str(file), '--host', '127.0.0.1', '--nthreads', '1', '--no-nanny', '--no-dashboard',
                          '--local-directory', str(folder), *words) for _ in range(n_workers)]
-        wait_for(file.exists, 90)
+        wait_for(lambda: file.exists() and file.stat().st_size, 90)   # a file that is still empty says nothing
         yield json.loads(file.read_text())['address'], workers
     finally:
         for p in started[::-1]: p.kill(); p.wait()
