@@ -13,14 +13,14 @@ from urllib.parse import urlsplit
 
 import nbformat
 import pytest
-from conftest import NO_BROWSER, browser
+from conftest import NO_BROWSER, browser, wait_for
 from llava_med.batches import UsageError
 from llava_med.book import (PARTS, api_page, book_links, book_page, chapter_rows, check_site, configuration, described, library, main, make_book, name_links,
                             page_of, parts, slug, words, write_sources)
 
 REPO = Path(__file__).resolve().parents[1]
 NO_BUILDER = '' if all(map(find_spec, ('sphinx', 'furo', 'myst_nb'))) else "Sphinx, Furo or MyST-NB is missing (pip install -c constraints.txt -e '.[dev]')"
-PATIENCE = 100   # seconds for what may take long on a busy machine
+until = partial(wait_for, seconds=100)   # what may take long on a busy machine
 INDEX = REPO/'nbs/index.ipynb'
 md, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
 
@@ -211,14 +211,6 @@ def requests(driver):
     said = [json.loads(e['message'])['message'] for e in driver.get_log('performance')]
     found = [m['params']['request']['url'] for m in said if m['method'] == 'Network.requestWillBeSent']
     return {u for u in found if not u.startswith(('data:', 'blob:', 'chrome', 'about:', 'devtools:'))}
-
-
-def until(test, patience=PATIENCE):
-    end = time.monotonic() + patience
-    while not (found := test()):
-        assert time.monotonic() < end, 'it did not come about'
-        time.sleep(.2)
-    return found
 
 
 def size(driver, width, height): driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600))

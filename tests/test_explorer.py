@@ -2,19 +2,20 @@
 import json
 import os
 import re
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import NO_BROWSER, browser
+from conftest import NO_BROWSER, browser, wait_for
 from llava_med.explorer import CHEAP, best_lines, explained, explorer_page, pack, reliability, unpack, write_explorer
 from llava_med.maps import FACTS
 from llava_med.runs import OutputError
 
 in_browser = [pytest.mark.slow, pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER)]
+until = partial(wait_for, seconds=30)
 EVIL = '</script><script>document.title="broken"</script><img src=x onerror=alert(1)>\u2028'
 
 
@@ -144,15 +145,6 @@ def opened(tmp_path_factory):
         d.execute_cdp_cmd('Network.emulateNetworkConditions', dict(offline=True, latency=0, downloadThroughput=0, uploadThroughput=0))
         d.get(Path(path).resolve().as_uri())
         yield d
-
-
-def until(test, patience=30):
-    "Wait until something holds."
-    end = time.monotonic() + patience
-    while not (found := test()):
-        assert time.monotonic() < end, 'it did not come about'
-        time.sleep(.1)
-    return found
 
 
 def pixels(d, n=0): return d.execute_script('return document.querySelectorAll(".panel canvas")[arguments[0]].toDataURL()', n)
