@@ -15,14 +15,12 @@ import json
 import re
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from .asking import EndpointGenerator
-from .generators import REFUSAL, LocalGenerator
+from .generators import REFUSAL, LocalGenerator, _read_words
 from .phantom_words import claims_dict, read_claims
 from .runs import write_csv, write_jsonl
 from .scorers import CASES, DOMAINS, align, answer_text, head_numbers, read_answers, read_rows, word_scores
@@ -131,16 +129,7 @@ def read_judge_prompt(
     path:str|Path='', # a file like llava_med/judge.yaml; default: that one
 )->JudgePrompt:       # what it says
     "Read the words for a judge and check them."
-    file = Path(path) if path else resources.files('llava_med')/'judge.yaml'
-    try: d = yaml.safe_load(file.read_text(encoding='utf-8'))
-    except FileNotFoundError: raise ScoreError(f'{file} does not exist: name a copy of llava_med/judge.yaml.') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ScoreError(f'{file} is not valid YAML ({" ".join(str(e).split())}): compare it with llava_med/judge.yaml.') from None
-    d = d if isinstance(d, dict) else {}
-    for k, kind in (('version', int), ('system', str), ('message', str)):
-        if not isinstance(d.get(k), kind): raise ScoreError(f"{file} has no '{k}', or one of a wrong kind: compare it with llava_med/judge.yaml.")
-    for k in ('question', 'first', 'second'):
-        if f'{{{k}}}' not in d['message']: raise ScoreError(f"{file} never says {{{k}}} in 'message': compare it with llava_med/judge.yaml.")
+    d, _ = _read_words(path, 'judge.yaml', dict(version=int, system=str, message=str), [('message', k) for k in ('question', 'first', 'second')], ScoreError)
     return JudgePrompt(d['version'], d['system'].strip(), d['message'].rstrip())
 
 # %% ../nbs/09c_chat_evaluation.ipynb #caff5aef

@@ -7,7 +7,7 @@ __all__ = ['CHEAP', 'LABELS', 'pack', 'unpack', 'word_groups', 'explained', 'rel
            'write_explorer']
 
 # %% ../nbs/10c_explorer.ipynb #f29f8324
-import base64, hashlib, io, json, re
+import base64, hashlib, json
 from collections.abc import Iterable
 from dataclasses import replace
 from math import isfinite
@@ -18,8 +18,7 @@ import numpy as np
 from .attention import encode, generate
 from .faithfulness import best_method
 from .maps import FACTS, METHODS
-from .reports import USE, data_uri
-from .runs import OutputError, replacing
+from .reports import USE, picture_uri, write_page
 
 # %% ../nbs/10c_explorer.ipynb #3559eeb9
 def pack(
@@ -292,13 +291,6 @@ LABELS = dict(attention='attention', relative='relative attention', attention_gr
               gradient='input × gradient', integrated_gradients='integrated gradients', logit_lens='logit lens', tam='activation (TAM)',
               token_occlusion='leaving tokens out', occlusion='leaving patches out', pixel_gradient='pixel gradient', relevancy_pixels='relevancy down to pixels')
 
-def _uri(image, size):
-    "A small copy of a picture."
-    small, buf = image.convert('RGB'), io.BytesIO()
-    small.thumbnail((size, size))
-    small.save(buf, 'jpeg', quality=85)
-    return data_uri('image/jpeg', buf.getvalue())
-
 def _said(found, right, name):
     "One model's answer, packed."
     bad = [k for k, v in found['maps'].items() if len(v) != len(found['words'])]
@@ -309,7 +301,7 @@ def _said(found, right, name):
 def _question(q, pictures, size):
     "One question as the page wants it; its picture goes into `pictures`."
     key = q.get('name') or f'picture {len(pictures)}'
-    if key not in pictures: pictures[key] = _uri(q['image'], size)
+    if key not in pictures: pictures[key] = picture_uri(q['image'], size, 85)
     windows = {tuple(np.round(a['window'], 6).tolist()) for a in q['answers'].values()}
     if len(windows) != 1: raise ValueError(f'{q["question"]!r}: the models see {len(windows)} different parts of the picture; show models with one view.')
     boxes = [[round(float(v), 4) for v in b] for b in q.get('boxes') or []]
@@ -355,9 +347,5 @@ def write_explorer(
     limit:int=5_000_000,  # largest size in bytes
 )->Path:                  # the file
     "Write the page, all or nothing; one that is too large or would fetch something is refused."
-    size = len(html.encode())
-    if size > limit: raise OutputError(f'{path}: {size:,} bytes, more than {limit:,}; show fewer questions, methods or words.')
-    outside = re.search(r'(?i)<(?:img|link|script|iframe|source|object|embed|a)\b[^>]*?\b(?:src|href|data)\s*=\s*["\']?(?!data:|#|["\'])[^>\s]*', html)
-    if outside: raise OutputError(f'{path}: {outside[0][:80]} is not inside the page.')
-    with replacing(path) as part: part.write_text(html, encoding='utf-8')
-    return Path(path)
+    outside = r'(?i)<(?:img|link|script|iframe|source|object|embed|a)\b[^>]*?\b(?:src|href|data)\s*=\s*["\']?(?!data:|#|["\'])[^>\s]*'
+    return write_page(path, html, limit, 'fewer questions, methods or words', outside)

@@ -69,21 +69,25 @@ class Prompts:
             said += [('user', self.about(e['caption'], e['mentions'])), ('assistant', e['conversation'])]
         return [{'role': r, 'content': t} for r, t in [*said, ('user', self.about(caption, mentions))]]
 
+def _read_words(path, own, kinds, holes, error=PromptError): # what a YAML file says to a model, and a function that refuses it
+    file = Path(path) if path else resources.files('llava_med')/own
+    def no(why): raise error(f'{file} {why}: compare it with llava_med/{own}.') from None
+    try: d = yaml.safe_load(file.read_text(encoding='utf-8'))
+    except FileNotFoundError: raise error(f'{file} does not exist: name a copy of llava_med/{own}.') from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e: no(f'is not valid YAML ({" ".join(str(e).split())})')
+    d = d if isinstance(d, dict) else {}
+    for k, kind in kinds.items():
+        if not isinstance(d.get(k), kind): no(f"has no '{k}', or one of a wrong kind")
+    for k, hole in holes:
+        if f'{{{hole}}}' not in d[k]: no(f"never says {{{hole}}} in '{k}'")
+    return d, no
+
 def read_prompts(
     path:str|Path='', # a file like llava_med/prompts.yaml; default: that one
 )->Prompts:           # what it says
     "Read a file of prompts and check it."
-    file = Path(path) if path else resources.files('llava_med')/'prompts.yaml'
-    try: d = yaml.safe_load(file.read_text(encoding='utf-8'))
-    except FileNotFoundError: raise PromptError(f'{file} does not exist: name a copy of llava_med/prompts.yaml.') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise PromptError(f'{file} is not valid YAML ({" ".join(str(e).split())}): compare it with llava_med/prompts.yaml.') from None
-    d = d if isinstance(d, dict) else {}
-    def no(why): raise PromptError(f'{file} {why}: compare it with llava_med/prompts.yaml.')
-    for k, kind in (('version', int), ('system', str), ('caption', str), ('mentions', str), ('examples', list)):
-        if not isinstance(d.get(k), kind): no(f"has no '{k}', or one of a wrong kind")
-    for k in ('caption', 'mentions'):
-        if f'{{{k}}}' not in d[k]: no(f"never says {{{k}}} in '{k}'")
+    d, no = _read_words(path, 'prompts.yaml', dict(version=int, system=str, caption=str, mentions=str, examples=list),
+                        [(k, k) for k in ('caption', 'mentions')])
     examples = []
     for i, e in enumerate(d['examples'], 1):
         if not isinstance(e, dict) or not isinstance(e.get('caption'), str) or not isinstance(e.get('conversation'), str):

@@ -58,15 +58,16 @@ def figure(
     return dict(kind='figure', uri=data_uri(kind, data), caption=caption, alt=caption.split('. ')[0] + '. The numbers stand in the caption.')
 
 def picture_uri(
-    path:str|Path,  # of a picture
+    source,         # path of a picture, or a PIL image
     size:int=224,   # longest side in pixels
+    quality:int=80, # of the JPEG
 )->str|None:        # None if it cannot be opened
     "A small copy of a picture, as text that can stand in a page."
-    try: picture = open_image(path)
+    try: picture = source.convert('RGB') if isinstance(source, Image.Image) else open_image(source)
     except (ImageError, OSError): return None
     picture.thumbnail((size, size))
     buf = io.BytesIO()
-    picture.save(buf, 'jpeg', quality=80)
+    picture.save(buf, 'jpeg', quality=quality)
     return data_uri('image/jpeg', buf.getvalue())
 
 # %% ../nbs/09d_reports.ipynb #dab5a1b1
@@ -125,16 +126,19 @@ def page(
     return env.from_string(_PAGE).render(title=title, sections=[s for s in sections if s[1]], lead=list(lead), warning=warning, foot=foot,
                                          style=_STYLE)
 
+_OUTSIDE = r'(?i)<(?:img|link|script|iframe|source|object|embed)\b[^>]*?(?:src|href|data)="(?!data:)[^"]*"|<script\b'
+
 def write_page(
     path:str|Path,        # file to write
     html:str,             # from `page`
     limit:int=3_000_000,  # largest size in bytes
+    fewer:str='fewer or smaller pictures', # what makes it smaller, for the message
+    outside:str=_OUTSIDE, # regular expression of what may not be in it
 )->Path:                  # the file
     "Write a page, all or nothing; one that is too large or would fetch something is refused."
     size = len(html.encode())
-    if size > limit: raise OutputError(f'{path}: {size:,} bytes, more than {limit:,}; show fewer or smaller pictures.')
-    outside = re.search(r'(?i)<(?:img|link|script|iframe|source|object|embed)\b[^>]*?(?:src|href|data)="(?!data:)[^"]*"|<script\b', html)
-    if outside: raise OutputError(f'{path}: {outside[0][:80]} is not inside the page; give it as a data URI.')
+    if size > limit: raise OutputError(f'{path}: {size:,} bytes, more than {limit:,}; show {fewer}.')
+    if found := re.search(outside, html): raise OutputError(f'{path}: {found[0][:80]} is not inside the page; give it as a data URI.')
     with replacing(path) as part: part.write_text(html, encoding='utf-8')
     return Path(path)
 

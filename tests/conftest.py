@@ -1,13 +1,24 @@
-"Shared by all tests: the repository, its notebooks, and small pipelines to break."
+"Shared by all tests: the repository, its notebooks, small pipelines to break, and helpers that start or await processes."
+import contextlib
+import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
+from shutil import which
 
 import nbformat
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
+CHROMIUM = next(filter(None, map(which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+DRIVER = which('chromedriver')
+try: import selenium
+except ImportError: selenium = None
+NO_BROWSER = ('no Chromium is installed (Debian: apt install chromium chromium-driver)' if not CHROMIUM else 'no chromedriver is installed (Debian: '
+              'apt install chromium-driver)' if not DRIVER else "selenium is not installed (pip install -c constraints.txt -e '.[dev]')" if not selenium else '')
 
 
 def pytest_configure(config):
@@ -25,6 +36,29 @@ def own_outputs(monkeypatch, tmp_path):
 
 @pytest.fixture
 def repo(): return REPO
+
+
+def browser(width=1400, height=1100, **logs):
+    "Chromium without a screen, for a `with`; `logs` says which of its logs are kept, such as browser='ALL'."
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    if logs: options.set_capability('goog:loggingPrefs', logs)
+    for f in ('--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update '
+              f'--disable-sync --disable-dev-shm-usage --force-device-scale-factor=1 --window-size={width},{height}').split(): options.add_argument(f)
+    d = webdriver.Chrome(options=options, service=Service(DRIVER))
+    d.set_page_load_timeout(100)
+    return d
+
+
+@pytest.fixture(scope='module')
+def shots(tmp_path_factory):
+    "Where screenshots go: LLAVA_MED_SHOTS, or a temporary folder."
+    folder = Path(os.environ.get('LLAVA_MED_SHOTS') or tmp_path_factory.mktemp('shots'))
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f'screenshots in {folder}')
+    return folder
 
 
 def make_notebook(path, *sources, tags=('parameters',)):
@@ -91,3 +125,27 @@ class Toy:
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch): return Toy(tmp_path, monkeypatch)
+
+
+def wait_for(what, seconds=60):
+    "Wait until it is true, and return it."
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        if time.monotonic() > end: raise TimeoutError('it never came true')
+        time.sleep(.05)
+    return found
+
+
+@contextlib.contextmanager
+def dask_processes(env, n_workers, folder, *words):
+    "A scheduler and workers as they are started on several machines: (address, workers)."
+    file, started = folder/'scheduler.json', []
+    def start(*words): started.append(subprocess.Popen([sys.executable, '-m', 'dask', *words], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)); return started[-1]
+    try:
+        start('scheduler', '--host', '127.0.0.1', '--port', '0', '--no-dashboard', '--scheduler-file', str(file))
+        workers = [start('worker', '--scheduler-file', str(file), '--host', '127.0.0.1', '--nthreads', '1', '--no-nanny', '--no-dashboard',
+                         '--local-directory', str(folder), *words) for _ in range(n_workers)]
+        wait_for(lambda: file.exists() and file.stat().st_size, 90)   # a file that is still empty says nothing
+        yield json.loads(file.read_text())['address'], workers
+    finally:
+        for p in started[::-1]: p.kill(); p.wait()

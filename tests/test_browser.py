@@ -1,7 +1,6 @@
 "JupyterLab in a browser without a screen: the first notebook and every panel, as a student meets them."
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,18 +12,12 @@ import nbformat
 import pytest
 from PIL import Image
 
+from conftest import NO_BROWSER, browser
+
 REPO = Path(__file__).resolve().parents[1]
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-DRIVER = shutil.which('chromedriver')
-try: import selenium
-except ImportError: selenium = None
-WHY = ('no Chromium is installed (Debian: apt install chromium chromium-driver)' if not CHROMIUM else 'no chromedriver is installed (Debian: '
-       'apt install chromium-driver)' if not DRIVER else "selenium is not installed (pip install -c constraints.txt -e '.[dev]')" if not selenium else '')
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(WHY), reason=WHY)]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER)]
 PATIENCE = 100   # seconds for what may take long on a busy machine
 TUNED = (REPO/'data/tuned_tiny/config.json').exists()
-FLAGS = ('--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update '
-         '--disable-sync --disable-dev-shm-usage --force-device-scale-factor=1 --window-size=1400,1100').split()
 
 PANELS = """from pathlib import Path
 import os
@@ -111,15 +104,7 @@ def lab(tmp_path_factory):
 @pytest.fixture(scope='module')
 def driver():
     "The browser."
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for f in FLAGS: options.add_argument(f)
-    d = webdriver.Chrome(options=options, service=Service(DRIVER))
-    d.set_page_load_timeout(PATIENCE)
-    yield d
-    d.quit()
+    with browser() as d: yield d
 
 
 class Page:
@@ -175,15 +160,6 @@ class Page:
         self.until(lambda: self.driver.find_elements('css selector', '#the-file'))
         self.driver.find_element('css selector', '#the-file').send_keys(str(path))
         self.driver.execute_script("document.getElementById('the-file').style.display = 'none'; document.getElementById('the-file').removeAttribute('id')")
-
-
-@pytest.fixture(scope='module')
-def shots(tmp_path_factory):
-    "Where screenshots go: LLAVA_MED_SHOTS, or a temporary folder."
-    folder = Path(os.environ.get('LLAVA_MED_SHOTS') or tmp_path_factory.mktemp('shots'))
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f'screenshots in {folder}')
-    return folder
 
 
 @pytest.fixture(scope='module')

@@ -3,7 +3,6 @@ import ast
 import json
 import os
 import re
-import shutil
 import threading
 import time
 from functools import partial
@@ -14,16 +13,14 @@ from urllib.parse import urlsplit
 
 import nbformat
 import pytest
+from conftest import NO_BROWSER, browser, wait_for
 from llava_med.batches import UsageError
 from llava_med.book import (PARTS, api_page, book_links, book_page, chapter_rows, check_site, configuration, described, library, main, make_book, name_links,
                             page_of, parts, slug, words, write_sources)
 
 REPO = Path(__file__).resolve().parents[1]
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-DRIVER = shutil.which('chromedriver')
 NO_BUILDER = '' if all(map(find_spec, ('sphinx', 'furo', 'myst_nb'))) else "Sphinx, Furo or MyST-NB is missing (pip install -c constraints.txt -e '.[dev]')"
-NO_BROWSER = '' if CHROMIUM and DRIVER and find_spec('selenium') else 'no Chromium, chromedriver or selenium (Debian: apt install chromium chromium-driver)'
-PATIENCE = 100   # seconds for what may take long on a busy machine
+until = partial(wait_for, seconds=100)   # what may take long on a busy machine
 INDEX = REPO/'nbs/index.ipynb'
 md, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
 
@@ -200,25 +197,13 @@ def address(site):
 def driver():
     "A browser that notes every request."
     if NO_BROWSER: pytest.skip(NO_BROWSER)
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-    o = webdriver.ChromeOptions()
-    o.binary_location = CHROMIUM
-    for f in ('--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync '
-              '--disable-dev-shm-usage --force-device-scale-factor=1 --window-size=1400,1100').split(): o.add_argument(f)
-    o.set_capability('goog:loggingPrefs', {'performance': 'ALL', 'browser': 'ALL'})
-    d = webdriver.Chrome(options=o, service=Service(DRIVER))
-    d.set_page_load_timeout(PATIENCE)
-    yield d
-    d.quit()
+    with browser(performance='ALL', browser='ALL') as d: yield d
 
 
 @pytest.fixture(scope='module')
-def shot(driver, tmp_path_factory):
-    "Keep a picture: in LLAVA_MED_SHOTS, or a temporary folder."
-    folder = Path(os.environ.get('LLAVA_MED_SHOTS') or tmp_path_factory.mktemp('shots'))
-    folder.mkdir(parents=True, exist_ok=True)
-    return lambda name: driver.save_screenshot(str(folder/f'book_{name}.png'))
+def shot(driver, shots):
+    "Keep a picture of the page."
+    return lambda name: driver.save_screenshot(str(shots/f'book_{name}.png'))
 
 
 def requests(driver):
@@ -226,14 +211,6 @@ def requests(driver):
     said = [json.loads(e['message'])['message'] for e in driver.get_log('performance')]
     found = [m['params']['request']['url'] for m in said if m['method'] == 'Network.requestWillBeSent']
     return {u for u in found if not u.startswith(('data:', 'blob:', 'chrome', 'about:', 'devtools:'))}
-
-
-def until(test, patience=PATIENCE):
-    end = time.monotonic() + patience
-    while not (found := test()):
-        assert time.monotonic() < end, 'it did not come about'
-        time.sleep(.2)
-    return found
 
 
 def size(driver, width, height): driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600))

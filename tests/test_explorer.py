@@ -2,25 +2,20 @@
 import json
 import os
 import re
-import shutil
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import NO_BROWSER, browser, wait_for
 from llava_med.explorer import CHEAP, best_lines, explained, explorer_page, pack, reliability, unpack, write_explorer
 from llava_med.maps import FACTS
 from llava_med.runs import OutputError
 
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-DRIVER = shutil.which('chromedriver')
-try: import selenium
-except ImportError: selenium = None
-WHY = ('no Chromium is installed (Debian: apt install chromium chromium-driver)' if not CHROMIUM else 'no chromedriver is installed (Debian: '
-       'apt install chromium-driver)' if not DRIVER else "selenium is not installed (pip install -c constraints.txt -e '.[dev]')" if not selenium else '')
-browser = [pytest.mark.slow, pytest.mark.skipif(bool(WHY), reason=WHY)]
+in_browser = [pytest.mark.slow, pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER)]
+until = partial(wait_for, seconds=30)
 EVIL = '</script><script>document.title="broken"</script><img src=x onerror=alert(1)>\u2028'
 
 
@@ -142,47 +137,21 @@ def test_unknown_methods_are_named():
 # In a browser
 
 @pytest.fixture(scope='module')
-def shots(tmp_path_factory):
-    "Where screenshots go: LLAVA_MED_SHOTS, or a temporary folder."
-    folder = Path(os.environ.get('LLAVA_MED_SHOTS') or tmp_path_factory.mktemp('shots'))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope='module')
 def opened(tmp_path_factory):
     "The page in a browser without network; LLAVA_MED_EXPLORER names another page than the toy."
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
-    for f in ('--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update '
-              '--disable-sync --disable-dev-shm-usage --force-device-scale-factor=1 --window-size=1300,1250').split(): options.add_argument(f)
     path = os.environ.get('LLAVA_MED_EXPLORER') or write_explorer(tmp_path_factory.mktemp('page')/'explorer.html', page(20))
-    d = webdriver.Chrome(options=options, service=Service(DRIVER))
-    d.set_page_load_timeout(100)
-    d.execute_cdp_cmd('Network.enable', {})
-    d.execute_cdp_cmd('Network.emulateNetworkConditions', dict(offline=True, latency=0, downloadThroughput=0, uploadThroughput=0))
-    d.get(Path(path).resolve().as_uri())
-    yield d
-    d.quit()
-
-
-def until(test, patience=30):
-    "Wait until something holds."
-    end = time.monotonic() + patience
-    while not (found := test()):
-        assert time.monotonic() < end, 'it did not come about'
-        time.sleep(.1)
-    return found
+    with browser(1300, 1250, browser='ALL') as d:
+        d.execute_cdp_cmd('Network.enable', {})
+        d.execute_cdp_cmd('Network.emulateNetworkConditions', dict(offline=True, latency=0, downloadThroughput=0, uploadThroughput=0))
+        d.get(Path(path).resolve().as_uri())
+        yield d
 
 
 def pixels(d, n=0): return d.execute_script('return document.querySelectorAll(".panel canvas")[arguments[0]].toDataURL()', n)
 def said(d): return [e.text for e in d.find_elements('css selector', '.panel [aria-live]')]
 
 
-@pytest.mark.parametrize('_', [pytest.param(0, marks=browser)])
+@pytest.mark.parametrize('_', [pytest.param(0, marks=in_browser)])
 def test_a_person_with_a_keyboard(opened, shots, _):
     from selenium.webdriver.common.keys import Keys
     d = opened
@@ -235,7 +204,7 @@ def test_a_person_with_a_keyboard(opened, shots, _):
     d.find_element('id', 'before').click()
 
 
-@pytest.mark.parametrize('_', [pytest.param(0, marks=browser)])
+@pytest.mark.parametrize('_', [pytest.param(0, marks=in_browser)])
 def test_names_and_network(opened, _):
     d = opened
     unnamed = d.execute_script('''return [...document.querySelectorAll("button,select,input,canvas,[role=region]")].filter(e => !(e.textContent.trim() ||
@@ -245,7 +214,7 @@ def test_names_and_network(opened, _):
     assert not [o for o in d.get_log('browser') if o['level'] == 'SEVERE' and 'favicon' not in o['message']]
 
 
-@pytest.mark.parametrize('dark', [pytest.param(v, marks=browser) for v in (False, True)])
+@pytest.mark.parametrize('dark', [pytest.param(v, marks=in_browser) for v in (False, True)])
 def test_phone_and_dark(opened, shots, dark):
     d = opened
     d.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=[dict(name='prefers-color-scheme', value='dark' if dark else 'light')]))
@@ -256,7 +225,7 @@ def test_phone_and_dark(opened, shots, dark):
     d.save_screenshot(str(shots/f'explorer_{"dark" if dark else "light"}.png'))
 
 
-@pytest.mark.parametrize('_', [pytest.param(0, marks=browser)])
+@pytest.mark.parametrize('_', [pytest.param(0, marks=in_browser)])
 def test_hostile_text_in_a_browser(opened, tmp_path, _):
     d, html = opened, explorer_page([question(question=EVIL, right=EVIL, answers={EVIL: dict(answer(words=('whole answer', EVIL)), answer=EVIL)})], title='calm')
     here = d.current_url

@@ -1,20 +1,17 @@
 "Grids of runs on a toy pipeline: what is refused, what is shared, what fails, what goes on, here and on a cluster."
-import contextlib
 import csv
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
 
-from conftest import PARAMETERS, Toy
+from conftest import PARAMETERS, Toy, dask_processes, wait_for
 from llava_med.batches import library_dir
 from llava_med.commands import main
 from llava_med.grids import grids, lay_out, over_seeds, plan_grid, read_grid
@@ -63,14 +60,6 @@ class Lab(Toy):
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch): return Lab(tmp_path, monkeypatch)
-
-
-def wait_for(what, seconds=90):
-    "Wait until it is true."
-    end = time.time() + seconds
-    while not what():
-        if time.time() > end: raise TimeoutError('it never came true')
-        time.sleep(0.05)
 
 
 def alive(p): return p.is_running() and p.status() != 'zombie'
@@ -139,7 +128,7 @@ def test_two_batches_in_one_folder(lab, capsys):
     lab.step('2_two', "time.sleep(60)")
     p = subprocess.Popen([*COMMAND, lab.grid('preset: toy\nname: same')], env={**ENV, **lab_env(lab)}, stdout=subprocess.DEVNULL)
     try:
-        wait_for((lab.outputs/'same/progress.json').exists)
+        wait_for((lab.outputs/'same/progress.json').exists, 90)
         assert main(['batch', lab.grid('preset: toy\nname: same')]) == 1
         assert f"The batch 'same' is in use by process {p.pid}" in capsys.readouterr().err
         assert main(['batch', lab.grid('preset: toy\nname: same', 'other')]) == 2
@@ -315,7 +304,7 @@ def test_a_stopped_batch_takes_its_notebooks_with_it(lab, sign):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try: p = subprocess.Popen(words, env=ENV | lab_env(lab), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     finally: signal.signal(signal.SIGINT, ours)
-    wait_for((lab.root/'kernel').exists)
+    wait_for((lab.root/'kernel').exists, 90)
     family = psutil.Process(p.pid).children(recursive=True)
     p.send_signal(sign)
     out, err = p.communicate(timeout=60)
@@ -331,30 +320,15 @@ def test_a_stopped_batch_takes_its_notebooks_with_it(lab, sign):
 
 # On a cluster
 
-@contextlib.contextmanager
-def processes(n_workers, folder, *words):
-    "A scheduler and workers as they are started on several machines: (address, workers)."
-    file, started = folder/'scheduler.json', []
-    def start(*words): started.append(subprocess.Popen([sys.executable, '-m', 'dask', *words], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)); return started[-1]
-    try:
-        start('scheduler', '--host', '127.0.0.1', '--port', '0', '--no-dashboard', '--scheduler-file', str(file))
-        workers = [start('worker', '--scheduler-file', str(file), '--host', '127.0.0.1', '--nthreads', '1', '--no-nanny', '--no-dashboard',
-                         '--local-directory', str(folder), *words) for _ in range(n_workers)]
-        wait_for(file.exists)
-        yield json.loads(file.read_text())['address'], workers
-    finally:
-        for p in started[::-1]: p.kill(); p.wait()
-
-
 def test_a_worker_is_killed_and_its_runs_are_done_by_another(lab, tmp_path):
     marks = tmp_path/'marks'
     marks.mkdir()
     lab.step('2_two', f"open('{marks}/%s-%s' % (n, os.getpid()), 'w').close()\ntime.sleep(3)\n" + SCORES)
     text = 'preset: toy\ngrid: {2_two.n: [1, 2, 3, 4]}'
-    with processes(2, tmp_path) as (address, workers):
+    with dask_processes(ENV, 2, tmp_path) as (address, workers):
         p = subprocess.Popen([*COMMAND, lab.grid(text), '--scheduler', address], env=ENV | lab_env(lab), stdout=subprocess.PIPE, text=True)
         below = lambda: {q.pid for q in psutil.Process(workers[0].pid).children(recursive=True)}
-        wait_for(lambda: below() & {int(f.name.split('-')[1]) for f in marks.iterdir()})
+        wait_for(lambda: below() & {int(f.name.split('-')[1]) for f in marks.iterdir()}, 90)
         family = psutil.Process(workers[0].pid).children(recursive=True)
         workers[0].kill()
         wait_for(lambda: not any(map(alive, family)), 20)     # its notebook dies with it
@@ -368,7 +342,7 @@ def test_a_worker_is_killed_and_its_runs_are_done_by_another(lab, tmp_path):
 
 
 def test_workers_must_offer_the_gpus_that_a_grid_asks_for(lab, tmp_path, capsys):
-    with processes(1, tmp_path, '--resources', 'GPU=1') as (address, _):
+    with dask_processes(ENV, 1, tmp_path, '--resources', 'GPU=1') as (address, _):
         assert main(['batch', lab.grid('preset: toy\ngpus: 2'), '--scheduler', address]) == 2
         assert 'offers 2 GPU' in capsys.readouterr().err and not lab.outputs.exists()
         got, _ = lab.batch('preset: toy\ngpus: 1', scheduler=address)

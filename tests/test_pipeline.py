@@ -153,17 +153,18 @@ def test_misspelt_parameter(outputs, smoke):
     assert (outputs/'smoke/run.json').read_text() == before
 
 
-def test_a_notebook_by_itself(outputs, smoke):
-    "papermill alone: reads another run, writes to scratch."
+def alone(outputs, step, **parameters):
+    "Execute one notebook with papermill alone, on what the smoke run left."
     import papermill
-    env = {'LLAVA_MED_OUTPUTS': str(outputs), 'LLAVA_MED_ROOT': str(REPO), 'PYTHONPATH': str(REPO)}
-    old = {k: os.environ.get(k) for k in env}
-    os.environ.update(env)
-    try:
-        papermill.execute_notebook(str(REPO/'nbs/pipeline/2_stage1_alignment.ipynb'), str(outputs/'out.ipynb'),
-            {'epochs': 1, 'inputs_from': 'smoke'}, kernel_name='python3', progress_bar=False)
-    finally:
-        for k, v in old.items(): os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
+    with pytest.MonkeyPatch.context() as m:
+        for k, v in dict(LLAVA_MED_OUTPUTS=outputs, LLAVA_MED_ROOT=REPO, PYTHONPATH=REPO).items(): m.setenv(k, str(v))
+        papermill.execute_notebook(str(REPO/f'nbs/pipeline/{step}.ipynb'), str(outputs/'out.ipynb'), {'inputs_from': 'smoke', **parameters},
+                                   kernel_name='python3', progress_bar=False)
+
+
+def test_a_notebook_by_itself(outputs, smoke):
+    "It reads another run and writes to scratch."
+    alone(outputs, '2_stage1_alignment', epochs=1)
     assert (outputs/'scratch/2_stage1_alignment/model/config.json').exists()
     assert json.loads((outputs/'scratch/run.json').read_text())['steps']['2_stage1_alignment']['state'] == 'done'
 
@@ -177,15 +178,7 @@ def test_missing_input_is_one_sentence(outputs, smoke):
 
 def by_hand(outputs, **parameters):
     "Execute 4_evaluation alone on the smoke run's models; its scores and its report."
-    import papermill
-    env = {'LLAVA_MED_OUTPUTS': str(outputs), 'LLAVA_MED_ROOT': str(REPO), 'PYTHONPATH': str(REPO)}
-    old = {k: os.environ.get(k) for k in env}
-    os.environ.update(env)
-    try:
-        papermill.execute_notebook(str(REPO/'nbs/pipeline/4_evaluation.ipynb'), str(outputs/'out.ipynb'),
-            {'inputs_from': 'smoke', 'n_draws': 200, **parameters}, kernel_name='python3', progress_bar=False)
-    finally:
-        for k, v in old.items(): os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
+    alone(outputs, '4_evaluation', n_draws=200, **parameters)
     folder = outputs/parameters['run']/'4_evaluation'
     return rows(folder/'scores.csv'), (folder/'report.html').read_text(encoding='utf-8')
 

@@ -11,7 +11,7 @@ import nbformat
 import psutil
 import pytest
 
-from conftest import PARAMETERS, make_notebook
+from conftest import PARAMETERS, make_notebook, wait_for
 from llava_med.batches import plan_run, read_preset
 from llava_med.commands import main
 from llava_med.publishing import refresh
@@ -29,14 +29,6 @@ def start(*words):
     try: return subprocess.Popen([*COMMAND, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                  start_new_session=True)
     finally: signal.signal(signal.SIGINT, ours)
-
-
-def wait_for(what, seconds=60):
-    "Wait until it is true."
-    end = time.time() + seconds
-    while not what():
-        if time.time() > end: raise TimeoutError('it never came true')
-        time.sleep(0.1)
 
 
 def sleeper(toy, seconds=120):

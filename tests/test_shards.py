@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import dask_processes
 from llava_med import articles, shards
 from llava_med.commands import main
 from llava_med.conversations import write_records, stream_records
@@ -169,22 +170,6 @@ def many(tmp_path_factory):
 def equal(many, out): return out.read_bytes() == (many/'alone.jsonl').read_bytes()
 
 
-@contextlib.contextmanager
-def processes(n_workers, folder):
-    "A scheduler and workers as they are started on several machines: (address, workers)."
-    file, started = folder/'scheduler.json', []
-    def start(*words): started.append(subprocess.Popen([sys.executable, '-m', 'dask', *words], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)); return started[-1]
-    try:
-        start('scheduler', '--host', '127.0.0.1', '--port', '0', '--no-dashboard', '--scheduler-file', str(file))
-        workers = [start('worker', '--scheduler-file', str(file), '--host', '127.0.0.1', '--nthreads', '1', '--no-nanny', '--no-dashboard',
-                         '--local-directory', str(folder)) for _ in range(n_workers)]
-        end = time.monotonic() + 60
-        while not file.exists() and time.monotonic() < end: time.sleep(.05)
-        yield json.loads(file.read_text())['address'], workers
-    finally:
-        for p in started[::-1]: p.kill(); p.wait()
-
-
 def rows(path):
     "Whole lines of a manifest, without its head."
     if not path.exists(): return []
@@ -193,7 +178,7 @@ def rows(path):
 
 def test_one_of_two_workers_is_killed_and_the_result_is_complete(many, tmp_path):
     out, part = tmp_path/'f.jsonl', tmp_path/'.f.jsonl.manifest.part'
-    with processes(2, tmp_path) as (address, workers):
+    with dask_processes(ENV, 2, tmp_path) as (address, workers):
         p = subprocess.Popen([sys.executable, '-c', COMMAND, 'figures', str(many/'pmc'), '--out', str(out), '--scheduler', address],
                              env=ENV, stdout=subprocess.PIPE, text=True)
         end = time.monotonic() + 90
@@ -213,7 +198,7 @@ def test_one_of_two_workers_is_killed_and_the_result_is_complete(many, tmp_path)
 def test_a_killed_run_goes_on(many, tmp_path):
     out, part = tmp_path/'f.jsonl', tmp_path/'.f.jsonl.manifest.part'
     goals, seen = [30, 90], []
-    with processes(2, tmp_path) as (address, _):
+    with dask_processes(ENV, 2, tmp_path) as (address, _):
         words = [sys.executable, '-c', COMMAND, 'figures', str(many/'pmc'), '--out', str(out), '--scheduler', address]
         for goal in goals:
             p = subprocess.Popen(words, env=ENV, stdout=subprocess.DEVNULL)
