@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -213,6 +214,22 @@ def test_committed_grids_can_be_planned(monkeypatch):
         assert len({r.seed for r in runs}) >= 3 and len(units) < sum(len(r.plan) for r in runs)
         assert all(u.estimate for u in units.values() if not u.step.startswith('0'))
         assert total_time(units, 2) < 7200, name
+
+
+def test_a_batch_shows_that_it_lives_while_it_is_busy(lab):
+    "Its pulse goes on beside the loop, which may share large folders for minutes; `stop` is the last word."
+    from llava_med.sweeps import Batch
+    grid = read_grid(lab.grid('preset: toy'))
+    batch = Batch(grid, *lay_out(grid), place=None)
+    batch.folder.mkdir(parents=True)
+    pulse = batch.folder/'.alive'
+    batch.beat(.02)
+    wait_for(pulse.exists, 20)
+    first = pulse.read_text()
+    wait_for(lambda: pulse.read_text() not in ('', first), 20)
+    batch.pulse('stop')
+    time.sleep(.2)
+    assert pulse.read_text() == 'stop'
 
 
 # Twelve runs, four of which go wrong in four ways
