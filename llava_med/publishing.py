@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['EXAMPLE', 'TUNED_LIMIT', 'NO_RESULTS', 'QUOTED', 'clean_output', 'with_outputs', 'small_image', 'save_example',
            'save_notebook', 'check_shown', 'refresh', 'save_tuned', 'value', 'count', 'markdown_table',
-           'further_numbers', 'example_tables', 'example_pictures', 'benchmark_table', 'relink', 'as_readme',
-           'fill_index', 'readme', 'refresh_command', 'readme_command']
+           'further_numbers', 'example_tables', 'example_pictures', 'benchmark_table', 'ablation_table', 'relink',
+           'as_readme', 'fill_index', 'readme', 'refresh_command', 'readme_command']
 
-# %% ../nbs/14_publishing.ipynb #41cfefcf
+# %% ../nbs/14_publishing.ipynb #7c1f8837
 import argparse
+import csv
 import io
 import json
 import posixpath
@@ -247,6 +248,18 @@ def benchmark_table(
                 what, unit = words.split('|')
                 rows.append([what, f"{r['ratios'][key]:.2f} ×", unit, f'[{name}](benchmarks/{name}.ipynb)', r['date'][:10]])
     return markdown_table(rows) if len(rows) > 1 else 'No benchmark has been run here.'
+
+# %% ../nbs/14_publishing.ipynb #3319ec4f
+def ablation_table(
+    file:Path=None, # of verdicts; default: that of nbs/benchmarks/results
+)->str:             # Markdown
+    "The paper's comparisons as they came out here, beside the paper's numbers."
+    file = Path(file or root()/'nbs/benchmarks/results/paper_ablations_verdicts.csv')
+    if not file.exists(): return 'The ablations have not been run here.'
+    with open(file, newline='', encoding='utf-8') as f: found = list(csv.DictReader(f))
+    points = lambda x: f'{float(x):+.1f}'
+    return markdown_table([['comparison', 'here, points', 'in the paper', 'verdict'], *([d['claim'], f"{points(d['mean'])} [{points(d['low'])}, {points(d['high'])}]",
+                           points(d['paper']) if d['paper'] else '', d['verdict'].split(' (')[0]] for d in found)])
 
 # %% ../nbs/14_publishing.ipynb #4374bd7d
 def relink(
