@@ -169,8 +169,8 @@ ask('2.2', 'patch vectors through a linear layer whose weight has one row for ea
     cases=[(np.array([[1., 0.], [2., 1.], [-1., 1.]]), _W, _B), (np.array([[.5, .5]]), _W, _B)])
 ask('2.3', 'token ids in which each image mark is repeated n times in its place', _replaced,
     (lambda i, m, n: _replaced(i, m, n + 1), 'There is one mark too many: the mark itself is one of the n.'),
-    (lambda i, m, n: [m]*n*i.count(m) + [x for x in i if x != m], 'The marks moved to the front; the picture must stay where the text names it.'),
-    (lambda i, m, n: list(i), 'The list is unchanged: each mark has to become n tokens, or the patches find no place.'),
+    (lambda i, m, n: [[m]*n if x == m else x for x in i], 'The n marks lie in a list inside the list; join them in with extend or +, not with append.'),
+    (lambda i, m, n: _replaced(i[:i.index(m) + 1], m, n) + i[i.index(m) + 1:], 'Only the first mark became n tokens; a text may hold several pictures.'),
     cases=[([1, 9, 5, 6], 9, 4), ([7, 8, 9], 9, 3), ([9, 1, 9], 9, 2)])
 ask('2.4', 'the parts that learn in a stage (1 or 2), as a set', lambda s: {'projector'} if s == 1 else {'projector', 'language_model'},
     (lambda s: {'projector', 'language_model'}, 'In stage 1 the language model is frozen: only the projector learns to speak its language.'),
@@ -200,8 +200,8 @@ ask('3.2', 'the share of a padded batch that is padding', lambda x: 1 - sum(x)/(
 ask('3.3', 'how many rows of a given room first fit needs, the samples taken in order', _first_fit,
     (_next_fit, 'You close a row for good when a sample does not fit; first fit goes back to any row that still has room.'),
     (lambda x, r: math.ceil(sum(x)/r), 'That is the least that any packing could need; samples cannot be cut.'),
-    (lambda x, r: len(x), 'That is one row for each sample: nothing was packed.'),
-    cases=[([6, 5, 4, 5, 7], 10), ([7, 7, 3, 3], 10), ([6, 6, 6, 2], 10)])
+    (lambda x, r: _first_fit(sorted(x, reverse=True), r), 'You sort the samples first; here they are taken in the order in which they come.'),
+    cases=[([6, 5, 4, 5, 7], 10), ([7, 7, 3, 3], 10), ([6, 6, 6, 2], 10), ([3, 3, 7, 7], 10)])
 ask('3.4', 'how many times as many tokens k questions of q tokens need alone as behind one shared picture of p tokens', lambda p, q, k: k*(p + q)/(p + k*q),
     (lambda p, q, k: k, 'Only the picture is shared; every question still has its own words.'),
     (lambda p, q, k: (p + k*q)/(k*(p + q)), 'That is the share that remains; asked is how many times as many they need alone.'),
@@ -256,9 +256,9 @@ ask('4.5', 'mean difference between the marks with the picture and with a blank 
 # %% ../nbs/16_grading.ipynb #d695a876
 def _patches(row, first, n): return np.asarray(row, float)[first:first + n*n].reshape(n, n)
 def _grid(row, first, n): return _patches(row, first, n)/_patches(row, first, n).sum()
-def _points(m, box):
+def _points(m, box, mid=.5):
     (r, c), (h, w), (x, y, bw, bh) = np.unravel_index(np.argmax(m), m.shape), m.shape, box
-    return x <= (c + .5)/w <= x + bw and y <= (r + .5)/h <= y + bh
+    return x <= (c + mid)/w <= x + bw and y <= (r + mid)/h <= y + bh
 def _mass(m, box):
     h, w = m.shape
     inside = np.array([[box[0] <= (c + .5)/w <= box[0] + box[2] and box[1] <= (r + .5)/h <= box[1] + box[3] for c in range(w)] for r in range(h)])
@@ -273,10 +273,10 @@ ask('5.1', 'the n x n patches of an attention row, the first of them at place `f
 ask('5.2', 'whether the centre of the highest cell lies in a box (x, y, width, height), in fractions', _points,
     (lambda m, b: _points(m.T, b), 'Row and column are exchanged: the first index counts downwards, and that is y.'),
     (lambda m, b: _points(m, (b[0], b[1], b[2] - b[0], b[3] - b[1])), 'The last two numbers are width and height, not the other corner.'),
-    (lambda m, b: _mass(m, b)[0] > .5, 'The pointing game asks for the highest cell only, not for most of the mass.'),
+    (lambda m, b: _points(m, b, 0), 'You test the corner of the cell; its centre lies half a cell further down and to the right: add .5 before you divide.'),
     cases=[(_MAP, (.5, 0, .25, .25)), (_MAP, (0, .5, .25, .25)), (_MAP, (.5, .1, .4, .2)), (_MAP, (0, 0, .5, 1)), (_MAP, (.4, 0, .5, .2)), (_MAP + np.eye(4), (0, .25, 1, .75))])
 ask('5.3', 'the expected pointing rate of a map that knows nothing, from boxes (x, y, width, height), one a question', lambda b: float(np.mean([w*h for _, _, w, h in b])),
-    (lambda b: .5, 'Inside or outside is no coin: a small box is hit less often than a large one.'),
+    (lambda b: float(sum(w*h for _, _, w, h in b)), 'That is the sum of the areas; a rate is their mean over the questions.'),
     (lambda b: float(np.mean([(w - x)*(h - y) for x, y, w, h in b])), 'The last two numbers are width and height already.'),
     (lambda b: float(np.mean([w for *_, w, _ in b])*np.mean([h for *_, h in b])), 'Multiply first, then average: the mean of areas is not the area of the mean box.'),
     cases=[([(0, 0, .5, .5), (.1, .2, .2, .8)],), ([(.5, .5, .25, .1)],)])
