@@ -217,6 +217,9 @@ body[data-theme="dark"] .cell_output img, body[data-theme="dark"] article img { 
 .cell_output .output, .cell_output div { max-width: 100%; }
 .cell_output { overflow-x: auto; }
 .cell_output table { font-size: .85em; }
+table.dataframe { border: none; border-collapse: collapse; }
+table.dataframe th, table.dataframe td { border: none; border-bottom: 1px solid var(--color-table-border); padding: .2em .6em; text-align: right; }
+table.dataframe th { background: var(--color-table-header-background); }
 article code { overflow-wrap: anywhere; }
 dl.glossary > dt { font-weight: bold; }
 article .highlight span { text-decoration: none !important; }
@@ -234,8 +237,8 @@ def library()->dict: # module → its text
     return {p.stem: p.read_text(encoding='utf-8') for p in found if not p.name.startswith('_')}
 
 def parts()->dict: # folder → its notebooks, paths from nbs/, in order
-    "The notebooks beside the chapters; a syllabus comes first."
-    first = lambda p: (not re.match(r'index|syllabus', p.name), p.relative_to(root()).as_posix())
+    "The notebooks beside the chapters; exercises come after their lecture."
+    first = lambda p: re.sub(r'(\d)_exercises', r'\1_~', p.relative_to(root()).as_posix())
     of = lambda d: [p for p in (root()/'nbs'/d).rglob('*.ipynb') if not p.name.startswith(('_', '.')) and '.ipynb_checkpoints' not in p.parts]
     found = {d: [p.relative_to(root()/'nbs').as_posix() for p in sorted(of(d), key=first)] for d in PARTS}
     return {d: ps for d, ps in found.items() if ps}

@@ -37,6 +37,14 @@ def test_every_notebook_has_its_place():
                                     if not p.name.startswith('_') and '.ipynb_checkpoints' not in p.parts)
 
 
+def test_the_course_is_read_in_its_order():
+    files = parts()['course']
+    assert files[0] == 'course/0_syllabus.ipynb'
+    for n in '123456':
+        lecture, exercises = [f for f in files if re.match(rf'course/{n}_', f)]
+        assert exercises == f'course/{n}_exercises.ipynb' != lecture, 'exercises come after their lecture'
+
+
 def test_every_word_has_a_meaning():
     found = words(nbformat.read(INDEX, 4))
     assert 'alignment' in dict(found) and all(w and m for w, m in found) and len(dict(found)) == len(found)
