@@ -33,7 +33,7 @@ test-all: test test-slow  ## the same, and the slow tests: the pipeline end to e
 
 lab: $(READY)   ## open the first notebook in JupyterLab
 	-@$(BIN)/jupyter labextension disable '@jupyterlab/apputils-extension:announcements' 2>/dev/null
-	$(BIN)/jupyter lab --notebook-dir=. nbs/start.ipynb
+	$(BIN)/jupyter lab $$([ "$$(id -u)" != 0 ] || echo --allow-root) --notebook-dir=. nbs/start.ipynb
 
 export: $(READY) ## write llava_med/ from the notebooks, after cleaning them
 	$(BIN)/nbdev_clean
