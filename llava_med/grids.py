@@ -238,7 +238,7 @@ class Unit:
     key:str      # of the step
     step:str     # its name
     runs:list    # of Run; it runs in the folder of the first
-    before:str|None # key of the step before it
+    before:list  # keys of the steps that it depends on
     done:str|None = None # the run that has it already
     estimate:float|None = None # seconds
 
@@ -268,12 +268,11 @@ def units_of(
     "What there is to do, each thing once."
     units = {}
     for r in runs:
-        record, before = read_run(f'{batch}/{r.name}'), None
+        record = read_run(f'{batch}/{r.name}')
         for step, key in r.keys.items():
-            u = units.setdefault(key, Unit(key, step, [], before))
+            u = units.setdefault(key, Unit(key, step, [], list(r.inputs[step]['before'].values())))
             u.runs.append(r)
             if not u.done and is_done(f'{batch}/{r.name}', step, key, record): u.done = f'{batch}/{r.name}'
-            before = key
     return units
 
 # %% ../nbs/12a_grids.ipynb #89b595b8
@@ -336,7 +335,7 @@ def total_time(
     free, ends = [0.0]*max(workers, 1), {}
     for u in sorted((u for u in units.values() if not u.done), key=lambda u: order(u.step)):
         i = min(range(len(free)), key=lambda i: free[i])
-        ends[u.key] = free[i] = max(free[i], ends.get(u.before, 0.0)) + (u.estimate or 0)
+        ends[u.key] = free[i] = max([free[i], *(ends.get(k, 0.0) for k in u.before)]) + (u.estimate or 0)
     return max(ends.values(), default=0.0)
 
 # %% ../nbs/12a_grids.ipynb #3a593b51

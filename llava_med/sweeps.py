@@ -338,12 +338,14 @@ class Batch:
             except (RunLocked, OSError) as e: self.undelivered[r.name] = dict(step=u.step, error=str(e), cell='', partial='')
     def ready(self)->list: # of Unit
         "What can start now, what most runs wait for first; a unit after a failed one fails with it."
-        found = []
+        found, busy = [], {self.units[k].runs[0].name for k in self.running}   # one step at a time in the folder of a run
         for u in self.units.values():
             if u.done or u.key in self.failed or u.key in self.running: continue
-            if u.before in self.failed: self.failed[u.key] = self.failed[u.before]; continue
-            if u.before is None or self.units[u.before].done: found.append(u)
-        return sorted(found, key=lambda u: self.weight[u.key])
+            if bad := next((k for k in u.before if k in self.failed), None): self.failed[u.key] = self.failed[bad]; continue
+            if all(self.units[k].done for k in u.before) and u.runs[0].name not in busy: found.append(u)
+        first = {}
+        for u in sorted(found, key=lambda u: self.weight[u.key]): first.setdefault(u.runs[0].name, u)
+        return list(first.values())
     def turn(self)->bool: # False: nothing is left to do
         "Take what ended, start what is ready."
         for key, (future, began) in list(self.running.items()):

@@ -398,3 +398,14 @@ def test_a_grid_of_the_real_pipeline(tmp_path, monkeypatch):
     assert got['failures'] == [] and got['ran'] == 7
     rows = list(csv.DictReader((got['folder']/'table.csv').open()))
     assert {r['model'] for r in rows} >= {'base', 'stage1', 'stage2'} and {r['seed'] for r in rows} == {'0', '1'}
+
+
+def test_a_step_waits_for_all_that_it_depends_on(lab):
+    "A step that names what step 0 of its run makes waits for that, and steps that do not need it go ahead."
+    lab.step('0_base')
+    grid = read_grid(lab.grid("preset: toy\nonly: [0_base, 1_one, 2_two]\nparameters: {2_two.tag: '{run}/0_base/model'}\ngrid: {1_one.n: [1, 2]}"))
+    runs, units = lay_out(grid)
+    keys = runs[0].keys
+    assert set(units[keys['2_two']].before) == {keys['0_base'], keys['1_one']} and units[keys['1_one']].before == []
+    got, _ = lab.batch("preset: toy\nonly: [0_base, 1_one, 2_two]\nparameters: {2_two.tag: '{run}/0_base/model'}\ngrid: {1_one.n: [1, 2]}", 'based')
+    assert got['failures'] == [] and got['ran'] == 5   # 0_base once for both
