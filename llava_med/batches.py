@@ -441,12 +441,16 @@ def child()->None:
     die_with_parent()
     import papermill
     codes = kernel_codes()
-    try:
-        papermill.execute_notebook(job['notebook'], job['partial'], job['parameters'], kernel_name='python3',
-            cwd=str(Path(job['notebook']).parent), progress_bar=False, stdout_file=sys.stdout, autosave_cell_every=5,
-            extra_arguments=['--IPKernelApp.log_level=40'])
-        outcome = {'ok': True}
-    except Exception as e: outcome = {'ok': False, 'error': in_words(e, *codes[:1])}
+    for attempt in range(3):
+        try:
+            papermill.execute_notebook(job['notebook'], job['partial'], job['parameters'], kernel_name='python3',
+                cwd=str(Path(job['notebook']).parent), progress_bar=False, stdout_file=sys.stdout, autosave_cell_every=5,
+                extra_arguments=['--IPKernelApp.log_level=40'])
+            outcome = {'ok': True}
+        except Exception as e:
+            outcome = {'ok': False, 'error': in_words(e, *codes[:1])}
+            if 'died before replying' in str(e) and attempt < 2: continue   # two kernels that start at once may take the same port; nothing has run yet
+        break
     print('\n' + MARK + json.dumps(outcome), flush=True)
     os._exit(0)
 
