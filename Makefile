@@ -19,11 +19,9 @@ demo: $(READY)  ## run the whole pipeline on the tiny preset (minutes on 2 cores
 
 test: $(READY)  ## run every chapter from top to bottom, and the quick tests
 	@log=$$(mktemp); OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 2> $$log; chapters=$$?; cat $$log; \
-	if failed=$$(grep -o '[^/[:space:]]*\.ipynb$$' $$log) && [ $$chapters -ne 0 ]; then chapters=0; for c in $$failed; do \
-	  echo "$$c failed beside others; once more, alone:"; OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/$$c || chapters=1; done; fi; rm $$log; \
+	failed=$$(grep -o '[^/[:space:]]*\.ipynb$$' $$log | sort -u | tr '\n' ' '); rm $$log; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -m 'not slow' -n 2 --dist loadfile; quick=$$?; \
-	[ -z "$$failed" ] || echo "Chapters that failed beside others: $$failed"; \
-	[ $$chapters -eq 0 ] || echo 'A chapter fails: see the first messages above.'; \
+	[ $$chapters -eq 0 ] || echo "Chapters that fail (their messages are the first above): $$failed"; \
 	[ $$chapters -eq 0 ] && [ $$quick -eq 0 ]
 
 test-slow: $(READY)

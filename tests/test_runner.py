@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from conftest import PARAMETERS, make_notebook, wait_for
-from llava_med.batches import plan_run, read_preset
+from llava_med.batches import MARK, plan_run, read_preset
 from llava_med.commands import main
 from llava_med.publishing import refresh
 from llava_med.runs import RunLocked, Step, StepInputError, read_run, run_dir, update_run
@@ -414,3 +414,18 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as e: main(['run', '--help'])
     text = capsys.readouterr().out
     assert e.value.code == 0 and 'llava-med run tiny --only 4_evaluation' in text and 'exit code' in text
+
+
+@pytest.mark.parametrize('deaths,ok', [(1, True), (3, False)])
+def test_a_kernel_that_dies_before_it_replies_is_started_again(tmp_path, deaths, ok):
+    "Nothing has run by then; after the third time the notebook fails with what was said."
+    code = ("import papermill; calls = []\n"
+            "def fake(*args, **more):\n"
+            "    calls.append(1)\n"
+            f"    if len(calls) <= {deaths}: raise RuntimeError('Kernel died before replying to kernel_info')\n"
+            "papermill.execute_notebook = fake\n"
+            "from llava_med.batches import child; child()")
+    job = json.dumps(dict(notebook=str(tmp_path/'a.ipynb'), partial=str(tmp_path/'b.ipynb'), parameters={}))
+    done = subprocess.run([sys.executable, '-c', code], input=job + '\n', capture_output=True, text=True)
+    outcome = json.loads(done.stdout.split(MARK)[-1])
+    assert outcome['ok'] is ok and (ok or 'died before replying' in outcome['error'])
