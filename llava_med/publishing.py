@@ -123,7 +123,9 @@ def refresh(
         save_example(run, s)
     record = json.loads(json.dumps(record).replace(str(outputs_dir()), 'outputs').replace(str(root()), '.'))
     record['machine'].pop('host', None)
-    write_json(root()/'outputs/example/run.json', record)
+    file = root()/'outputs/example/run.json'
+    if file.exists(): record['steps'] = {s: v for s, v in read_json(file)['steps'].items() if (file.parent/s).is_dir()} | record['steps']   # what this run leaves out stays
+    write_json(file, record)
     return steps
 
 # %% ../nbs/14_publishing.ipynb #78e819b3
@@ -231,8 +233,11 @@ QUOTED = {   # benchmark and ratio -> what was measured, beside what
     'training_speed': dict(vqa_slake='tuning on 10.9 questions a picture, as in SLAKE, over the fastest peer|samples/s', vqa_rad='tuning on 9.8 questions a picture, as in VQA-RAD, over the fastest peer|samples/s',
         stage1_vs_default="stage 1, over TRL's SFTTrainer as it comes|samples/s", stage2_vs_default="stage 2, over TRL's SFTTrainer as it comes|samples/s",
         stage1_vs_hf="stage 1, over transformers' Trainer, padded, without checkpointing|samples/s", stage2_vs_hf="stage 2, over transformers' Trainer, padded, without checkpointing|samples/s",
-        stage1_vs_best='stage 1, over the best-tuned peer|samples/s', stage2_vs_best='stage 2, over the best-tuned peer|samples/s', memory_vs_best="peak memory, the largest of the workloads, over the fastest peer's|memory"),
-    'evaluation_speed': dict(one_at_a_time_11q='answering 11 questions a picture, over one at a time|questions/s', batched_11q='answering 11 questions a picture, over batched `generate`|questions/s'),
+        stage1_vs_best='stage 1, over the best-tuned peer|samples/s', stage2_vs_best='stage 2, over the best-tuned peer|samples/s',
+        lora_vs_default="stage 2 with an adapter, over TRL's SFTTrainer as it comes|samples/s", lora_vs_hf="stage 2 with an adapter, over transformers' Trainer, padded, without checkpointing|samples/s",
+        lora_vs_best='stage 2 with an adapter, over the best-tuned peer|samples/s', memory_vs_best="peak memory, the largest of the workloads, over the fastest peer's|memory"),
+    'evaluation_speed': dict(one_at_a_time_11q='answering 11 questions a picture, as in SLAKE, over one at a time|questions/s', batched_11q='the same, over batched `generate`|questions/s',
+        batched_2q='answering 2.2 questions a picture, as in VQA-RAD, over batched `generate`|questions/s'),
     'data_speed': dict(vs_pubmed_parser='reading articles with captions and mentions, over pubmed_parser|articles/s')}
 
 def benchmark_table(
@@ -246,7 +251,9 @@ def benchmark_table(
         for key, words in ratios.items():
             if key in r['ratios']:
                 what, unit = words.split('|')
-                rows.append([what, f"{r['ratios'][key]:.2f} ×", unit, f'[{name}](benchmarks/{name}.ipynb)', r['date'][:10]])
+                spread = r.get('ranges', {}).get(key)
+                ratio = f"{r['ratios'][key]:.2f} ×" + (f' ({spread[0]:.2f} to {spread[1]:.2f})' if spread else '')
+                rows.append([what, ratio, unit, f'[{name}](benchmarks/{name}.ipynb)', r['date'][:10]])
     return markdown_table(rows) if len(rows) > 1 else 'No benchmark has been run here.'
 
 # %% ../nbs/14_publishing.ipynb #3319ec4f

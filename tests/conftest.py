@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ NO_BROWSER = ('no Chromium is installed (Debian: apt install chromium chromium-d
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes minutes; make test-all runs it')
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)   # a background job ignores Ctrl-C, and so would what the tests start and interrupt
 
 
 @pytest.fixture(autouse=True)

@@ -317,10 +317,7 @@ def test_a_step_that_the_grid_drops_is_gone(lab):
 def test_a_stopped_batch_takes_its_notebooks_with_it(lab, sign):
     lab.step('2_two', "open(os.environ['LLAVA_MED_ROOT'] + '/kernel', 'w').write(str(os.getpid()))\nif n == 1: time.sleep(100)\n" + SCORES)
     words = [*COMMAND, lab.grid('preset: toy\ngrid: {2_two.n: [1, 2]}'), '--workers', '1']
-    ours = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try: p = subprocess.Popen(words, env=ENV | lab_env(lab), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    finally: signal.signal(signal.SIGINT, ours)
+    p = subprocess.Popen(words, env=ENV | lab_env(lab), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for((lab.root/'kernel').exists, 90)
     family = psutil.Process(p.pid).children(recursive=True)
     p.send_signal(sign)

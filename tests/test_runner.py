@@ -23,12 +23,9 @@ COMMAND = [sys.executable, '-c', SAME + 'sys.exit(c.main())', 'run']
 
 
 def start(*words):
-    "The command in a process of its own, in a process group of its own; Ctrl-C works even if the tests ignore it."
-    env, ours = {**os.environ, 'PYTHONPATH': str(REPO)}, signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)   # a background job starts with SIGINT ignored
-    try: return subprocess.Popen([*COMMAND, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                 start_new_session=True)
-    finally: signal.signal(signal.SIGINT, ours)
+    "The command in a process of its own, in a process group of its own."
+    return subprocess.Popen([*COMMAND, *words], env={**os.environ, 'PYTHONPATH': str(REPO)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True)
 
 
 def sleeper(toy, seconds=120):
@@ -393,6 +390,11 @@ def test_refresh_brings_outputs_only(toy):
     assert all(c.execution_count is None for c in nb.cells)
     example = json.loads((toy.root/'outputs/example/run.json').read_text())
     assert 'host' not in example['machine'] and str(toy.root) not in json.dumps(example)
+    example['steps'] |= {'2_other': {'state': 'done'}, '3_gone': {'state': 'done'}}   # of another run; of a step that is no longer there
+    (toy.root/'outputs/example/2_other').mkdir()
+    (toy.root/'outputs/example/run.json').write_text(json.dumps(example))
+    refresh('toy')
+    assert set(json.loads((toy.root/'outputs/example/run.json').read_text())['steps']) == {'1_one', '2_other'}
     first = toy.ended()
     assert toy.run(*again) == 0 and toy.ended() == first, 'refreshing is no reason to run again'
     nb.cells[2].source = 'print("newer")'
@@ -426,6 +428,8 @@ def test_a_kernel_that_dies_before_it_replies_is_started_again(tmp_path, deaths,
             "papermill.execute_notebook = fake\n"
             "from llava_med.batches import child; child()")
     job = json.dumps(dict(notebook=str(tmp_path/'a.ipynb'), partial=str(tmp_path/'b.ipynb'), parameters={}))
-    done = subprocess.run([sys.executable, '-c', code], input=job + '\n', capture_output=True, text=True)
-    outcome = json.loads(done.stdout.split(MARK)[-1])
+    p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    p.stdin.write(job + '\n'); p.stdin.flush()   # and left open: a child ends when its input does
+    outcome = json.loads(p.stdout.read().split(MARK)[-1])
+    p.communicate()
     assert outcome['ok'] is ok and (ok or 'died before replying' in outcome['error'])
