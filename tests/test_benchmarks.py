@@ -1,5 +1,6 @@
 "The benchmarks of training run at a tiny size, their gates open for equal steps only, and reports read what batches left."
 import contextlib
+import csv
 import json
 import re
 
@@ -141,6 +142,24 @@ def test_bad_parameters_say_so(repo, tmp_path, name, parameters, says):
 def test_a_report_reads_the_committed_tables(repo, tmp_path, name):
     said = run(repo, tmp_path, name, results=str(repo/'nbs/benchmarks/results'))
     assert re.search(r'[\d,]+ scores; \d+ settings, seeds 0, 1, 2', said)
+
+
+def test_verdicts_follow_from_the_committed_marks(repo):
+    "Differences are means over the questions that both models were asked; a verdict needs both intervals to leave zero out."
+    folder = repo/'nbs/benchmarks/results'
+    told = {r['claim']: r for r in csv.DictReader((folder/'paper_ablations_verdicts.csv').open(newline=''))}
+    _, *marks = map(json.loads, (folder/'paper_ablations_right.jsonl').read_text().splitlines())
+    right = {m['of']: m['right'] for m in marks}
+    for claim, a, b in (('Both stages answer better than the base', 'both/{}/stage2', 'both/{}/base'), ('VQA tuning of the base, 3 epochs or none', 'vqa_base-epochs3/{}/tuned', 'both/{}/base'),
+                        ('Nine epochs instead of three', 'passes-epochs9/{}/stage2', 'both/{}/stage2'), ('As published: 15 epochs against 3', 'vqa_stage2-epochs15/{}/tuned', 'vqa_base-epochs3/{}/tuned')):
+        pairs = [[(x == '1') - (y == '1') for x, y in zip(right[a.format(s)], right[b.format(s)]) if '-' not in x + y] for s in range(3)]
+        assert abs(float(told[claim]['mean']) - 100*sum(sum(p)/len(p) for p in pairs)/3) < .02, claim
+    for claim, r in told.items():
+        ours, theirs = (float(r['low'])*float(r['high']) > 0, r['paper'] and abs(float(r['paper'])) > float(r['paper_half']))
+        alike = float(r['mean'])*float(r['paper'] or 0) > 0
+        assert r['verdict'] == ('not in the paper' if not r['paper'] else ('agrees' if alike else 'disagrees') if ours and theirs else
+                                'undecided ' + ('in the paper' if ours else 'here' if theirs else 'in both')), claim
+        if ours and float(r['p_holm']) >= .05: assert r['verdict'] == 'undecided in the paper', f'{claim}: too many comparisons for this verdict'
 
 
 @pytest.mark.slow
