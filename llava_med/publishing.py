@@ -265,8 +265,9 @@ def ablation_table(
     if not file.exists(): return 'The ablations have not been run here.'
     with open(file, newline='', encoding='utf-8') as f: found = list(csv.DictReader(f))
     points = lambda x: f'{float(x):+.1f}'
-    return markdown_table([['comparison', 'here, points', 'in the paper', 'verdict'], *([d['claim'], f"{points(d['mean'])} [{points(d['low'])}, {points(d['high'])}]",
-                           points(d['paper']) if d['paper'] else '', d['verdict'].split(' (')[0]] for d in found)])
+    star = lambda d: '*' if float(d['low'])*float(d['high']) > 0 and float(d['p_holm']) >= .05 else ''
+    return markdown_table([['comparison', 'here, points', 'in the paper', 'direction', 'not alike'], *([d['claim'], f"{points(d['mean'])} [{points(d['low'])}, {points(d['high'])}]{star(d)}",
+                           f"{points(d['paper'])} ± {float(d['paper_half']):.1f}" if d['paper'] else '', d['verdict'], d['unlike']] for d in found)])
 
 # %% ../nbs/14_publishing.ipynb #4374bd7d
 def relink(

@@ -1,5 +1,6 @@
 "The benchmarks of training run at a tiny size, their gates open for equal steps only, and reports read what batches left."
 import contextlib
+import csv
 import json
 import re
 
@@ -10,7 +11,7 @@ from llava_med import batching
 from llava_med.batching import IGNORE, Collator, batch_loss, share_pictures
 from llava_med.model import set_trainable, tiny_model
 from llava_med.packing import PackedCollator, pack_rows
-from llava_med.runs import write_csv
+from llava_med.runs import write_csv, write_json, write_jsonl
 
 
 @pytest.fixture(scope='module')
@@ -143,9 +144,27 @@ def test_a_report_reads_the_committed_tables(repo, tmp_path, name):
     assert re.search(r'[\d,]+ scores; \d+ settings, seeds 0, 1, 2', said)
 
 
+def test_verdicts_follow_from_the_committed_marks(repo):
+    "Differences are means over the questions that both models were asked; a verdict needs both intervals to leave zero out."
+    folder = repo/'nbs/benchmarks/results'
+    told = {r['claim']: r for r in csv.DictReader((folder/'paper_ablations_verdicts.csv').open(newline=''))}
+    _, *marks = map(json.loads, (folder/'paper_ablations_right.jsonl').read_text().splitlines())
+    right = {m['of']: m['right'] for m in marks}
+    for claim, a, b in (('Both stages answer better than the base', 'both/{}/stage2', 'both/{}/base'), ('VQA tuning of the base, 3 epochs or none', 'vqa_base-epochs3/{}/tuned', 'both/{}/base'),
+                        ('Nine epochs instead of three', 'passes-epochs9/{}/stage2', 'both/{}/stage2'), ('As published: 15 epochs against 3', 'vqa_stage2-epochs15/{}/tuned', 'vqa_base-epochs3/{}/tuned')):
+        pairs = [[(x == '1') - (y == '1') for x, y in zip(right[a.format(s)], right[b.format(s)]) if '-' not in x + y] for s in range(3)]
+        assert abs(float(told[claim]['mean']) - 100*sum(sum(p)/len(p) for p in pairs)/3) < .02, claim
+    for claim, r in told.items():
+        ours, theirs = (float(r['low'])*float(r['high']) > 0, r['paper'] and abs(float(r['paper'])) > float(r['paper_half']))
+        alike = float(r['mean'])*float(r['paper'] or 0) > 0
+        assert r['verdict'] == ('not in the paper' if not r['paper'] else ('agrees' if alike else 'disagrees') if ours and theirs else
+                                'undecided ' + ('in the paper' if ours else 'here' if theirs else 'in both')), claim
+        if ours and float(r['p_holm']) >= .05: assert r['verdict'] == 'undecided in the paper', f'{claim}: too many comparisons for this verdict'
+
+
 @pytest.mark.slow
 def test_a_report_of_a_batch_that_is_known(repo, tmp_path, monkeypatch):
-    "Accuracy falls by 20 points at every seed under a strong prior; errors change nothing that three seeds could tell."
+    "Accuracy falls by 20 points at every seed and picture under a strong prior; errors change nothing that three seeds could tell."
     monkeypatch.setenv('LLAVA_MED_OUTPUTS', str(tmp_path/'outputs'))
     with pytest.raises(papermill.PapermillExecutionError, match='run `llava-med batch sensitivity` first'):
         run(repo, tmp_path, 'sensitivity', refresh=True, results=str(tmp_path))
@@ -158,7 +177,18 @@ def test_a_report_of_a_batch_that_is_known(repo, tmp_path, monkeypatch):
                                                 ('stage1', 'image', 'finding_recall', .1)):
                 rows.append({'run': f'{case}-x{amount:g}-s{seed}', 'case': case, **{k: 0 for k in axes.values()}, axes[case]: amount, 'seed': seed, 'state': 'done',
                              'model': model, 'condition': condition, 'metric': metric, 'value': v, 'low': v - .02, 'high': v + .02, 'n_items': 100})
+            folder = tmp_path/f'outputs/sensitivity/{case}-x{amount:g}-s{seed}'   # ten pictures with a hundred questions, as many right for each
+            answers = [dict(id=f'{p}-{q}', images=[f'{p}.jpg'], question=f'Number {q}?', answer='yes', answer_type='CLOSED', options=[], tags={}, split='test', regions=[], twin_of=None, source='toy')
+                       for p in range(10) for q in range(100)]
+            said = [dict(item=o['id'], condition=c, model='stage2', text='yes' if int(o['id'].split('-')[1]) < round(100*v) else 'no') for o in answers for c, v in (('image', value), ('blank', .4))]
+            turns = [dict(zip(('from', 'value'), t)) for t in (('human', '<image>\nIs it?'), ('gpt', 'no' if case == 'errors' else 'yes'))]
+            write_json(folder/'1_data_prep/vqa/test.json', answers)
+            write_json(folder/'1_data_prep/instruct.json', [dict(id='a', image='a.jpg', conversations=turns)])
+            write_jsonl(folder/'1_data_prep/figures.jsonl', [dict(id='a', **dict(text_of='b') if case == 'captions' else {})])
+            write_jsonl(folder/'4_evaluation/predictions.jsonl', said)
     write_csv(tmp_path/'outputs/sensitivity/table.csv', rows, list(rows[0]))
     said = run(repo, tmp_path, 'sensitivity', refresh=True, results=str(tmp_path))
     assert 'prior: accuracy 0.80 → 0.60 at 0.9; the gain from the image falls: -20.0 [-20.0, -20.0] points' in said
     assert 'errors: accuracy 0.80 → 0.80 at 0.5; the gain from the image undecided' in said and (tmp_path/'sensitivity.csv').exists()
+    data = {r['setting']: r for r in csv.DictReader((tmp_path/'sensitivity_data.csv').open(newline=''))}
+    assert (data['prior-x0']['wrong'], data['errors-x0.5']['wrong'], data['prior-x0']['misplaced'], data['captions-x0.5']['misplaced']) == ('0.0', '1.0', '0.0', '1.0')
