@@ -291,7 +291,7 @@ ask('5.4', "the share of a map's mass in a box, over the box's share of the cell
     (lambda m, b: _mass(m, b)[0], 'A large box holds much of any map; divide by the share of the cells that it covers.'),
     (lambda m, b: _mass(m, b)[1]/_mass(m, b)[0], 'The fraction is upside down: more mass inside should give a larger number.'),
     (lambda m, b: _mass(m, b)[0] - _mass(m, b)[1], 'Asked is how many times as much, a ratio; an even map then gives 1.'),
-    cases=[(_MAP, (.5, 0, .5, .5)), (_MAP, (0, 0, .5, 1))])
+    cases=[(_MAP, (.5, 0, .5, .5)), (_MAP, (0, 0, .5, 1)), (_MAP, (.4, 0, .5, .3))])
 ask('5.5', 'area under a deletion curve whose points are evenly spaced from 0 to 1, by trapezoids', lambda c: (sum(c) - (c[0] + c[-1])/2)/(len(c) - 1),
     (lambda c: sum(c)/len(c), 'That is the mean of the points; in the trapezoid rule the two ends count half.'),
     (lambda c: sum(c) - (c[0] + c[-1])/2, 'The steps are 1/(number of points - 1) wide; multiply by that width.'),
