@@ -65,7 +65,7 @@ CATALOGUE = (
         File('validate.json', f'{_SLAKE}/validation.json', 639139, '32b016440b0c3be11056a78a18eeab46333268407fbb6e6b32f9f4c2debc50f6'),
         File('test.json', f'{_SLAKE}/test.json', 635829, '6be8f7b4c5a46cdbc713a5210a25b6ed5aa1fd1574c83cefb4f998131f17c2c3'),
         File('imgs.zip', f'{_SLAKE}/imgs.zip', unpack='.'))),
-    Entry('pathvqa', 'PathVQA: 32,795 questions on pathology images, as Parquet', '785 MB', 'MIT', 'none',
+    Entry('pathvqa', 'PathVQA: 32,632 questions on 4,289 pathology images, as Parquet', '785 MB', 'MIT', 'none',
           'https://huggingface.co/datasets/flaviagiammarino/path-vqa', repo='flaviagiammarino/path-vqa', kind='dataset'),
     Entry('llava_med_eval', "LLaVA-Med's 193 chat questions on 50 images, with captions and reference answers", '0.3 MB', 'CC BY-NC 4.0',
           _RESEARCH, f'https://github.com/{_GIT}', (

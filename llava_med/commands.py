@@ -129,7 +129,7 @@ def make_parser()->argparse.ArgumentParser:
         description='Scores answers, ours or LLaVA-Med\'s, against a VQA set. They are paired by question text, or by id\n'
                     'where the questions agree; the rule used and everything odd is printed.\n\n'
                     'example:\n  llava-med score vqa_rad/testset.json answers.jsonl --scorer llavamed_v1 --out scores.csv')
-    p.add_argument('items', metavar='ITEMS', help='VQA-RAD, SLAKE, PathVQA or PMC-VQA as published or as parquet, LLaVA-Med\'s test.json, or our items')
+    p.add_argument('items', metavar='ITEMS', help='VQA-RAD, SLAKE, PathVQA or PMC-VQA as published or as parquet, LLaVA-Med\'s test.json, a CSV table with image, question and answer, or our items')
     p.add_argument('predictions', metavar='PREDICTIONS', help='JSON or JSON Lines with "prompt" and "text"')
     p.add_argument('--scorer', choices=('llavamed_v1', 'medevalkit', 'lmms_slake', 'strict'), metavar='NAME',
                    help='%(choices)s (default: all)')

@@ -12,7 +12,7 @@ import csv
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, KeysView
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -32,19 +32,26 @@ class Exercise:
     cases:tuple=()     # tuples of arguments for a function; empty for a value
     points:int=1       # in a table of points
 
+def _plain(x): # tensors and tables as arrays, single numbers as Python's, keys as a set
+    if hasattr(x, 'detach'): x = x.detach().cpu().numpy()
+    elif hasattr(x, 'to_numpy'): x = x.to_numpy()
+    elif isinstance(x, KeysView): x = set(x)
+    return x.item() if isinstance(x, np.generic | np.ndarray) and x.ndim == 0 else x
+
 def same_value(
     a, # anything: numbers, texts, arrays, lists, sets, dictionaries
     b, # the same
 )->bool: # numbers may differ in their sixth digit
     "Whether two answers are the same answer, whatever their container."
-    if isinstance(a, bool | np.bool_) or isinstance(b, bool | np.bool_):
-        return isinstance(a, bool | np.bool_ | int | float | np.number) and isinstance(b, bool | np.bool_ | int | float | np.number) and float(a) == float(b)
+    a, b = _plain(a), _plain(b)
+    if isinstance(a, bool) or isinstance(b, bool):
+        if any(isinstance(x, str) and x == '' or x is None for x in (a, b)): return not a and not b   # `licence and …` says no by an empty text
+        return isinstance(a, int | float) and isinstance(b, int | float) and float(a) == float(b)
     if isinstance(a, str) or isinstance(b, str) or a is None or b is None: return isinstance(a, type(b)) and a == b
     if isinstance(a, dict) or isinstance(b, dict):
         return isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys() and all(same_value(a[k], b[k]) for k in a)
     if isinstance(a, set | frozenset) or isinstance(b, set | frozenset):
-        return all(isinstance(x, set | frozenset | list | tuple) for x in (a, b)) and len(a) == len(b) and all(x in b for x in a)
-    a, b = (x.detach().cpu().numpy() if hasattr(x, 'detach') else x for x in (a, b))
+        return all(isinstance(x, set | frozenset | list | tuple | np.ndarray) for x in (a, b)) and len(a) == len(b) and all(x in b for x in a)
     if all(isinstance(x, list | tuple | np.ndarray) for x in (a, b)):
         return len(a) == len(b) and all(same_value(x, y) for x, y in zip(a, b))
     try: return math.isclose(float(a), float(b), rel_tol=1e-6, abs_tol=1e-9)
@@ -207,7 +214,7 @@ ask('3.4', 'how many times as many tokens k questions of q tokens need alone as 
     (lambda p, q, k: (p + k*q)/(k*(p + q)), 'That is the share that remains; asked is how many times as many they need alone.'),
     (lambda p, q, k: k*(p + q)/(k*q), 'The shared row still reads the picture once: add its p tokens.'),
     cases=[(576, 20, 5), (64, 12, 8), (64, 12, 1)])
-ask('3.5', 'whether the token at place q, segment sq, may see the token at place k, segment sk; segment 0 is the picture', _may_see,
+ask('3.5', 'whether the token at place q, segment sq, may see the token at place k, segment sk; segment 0 is the picture, which is read from left to right like all else', _may_see,
     (lambda q, k, sq, sk: k <= q, 'That is plain causal attention: a later question would read the answers of the earlier ones.'),
     (lambda q, k, sq, sk: k <= q and sk == sq, 'The questions cannot see the picture like this: segment 0 is visible to all.'),
     (lambda q, k, sq, sk: sk in (0, sq), 'A token would see the words that come after it: keep k at or before q.'),
@@ -274,7 +281,7 @@ ask('5.2', 'whether the centre of the highest cell lies in a box (x, y, width, h
     (lambda m, b: _points(m.T, b), 'Row and column are exchanged: the first index counts downwards, and that is y.'),
     (lambda m, b: _points(m, (b[0], b[1], b[2] - b[0], b[3] - b[1])), 'The last two numbers are width and height, not the other corner.'),
     (lambda m, b: _points(m, b, 0), 'You test the corner of the cell; its centre lies half a cell further down and to the right: add .5 before you divide.'),
-    cases=[(_MAP, (.5, 0, .25, .25)), (_MAP, (0, .5, .25, .25)), (_MAP, (.5, .1, .4, .2)), (_MAP, (0, 0, .5, 1)), (_MAP, (.4, 0, .5, .2)), (_MAP + np.eye(4), (0, .25, 1, .75))])
+    cases=[(_MAP, (.5, 0, .25, .25)), (_MAP, (0, .5, .25, .25)), (_MAP, (.5, .1, .4, .2)), (_MAP, (0, 0, .5, 1)), (_MAP, (.4, 0, .5, .2)), (_MAP, (0, 0, .75, .4)), (_MAP + np.eye(4), (0, .25, 1, .75))])
 ask('5.3', 'the expected pointing rate of a map that knows nothing, from boxes (x, y, width, height), one a question', lambda b: float(np.mean([w*h for _, _, w, h in b])),
     (lambda b: float(sum(w*h for _, _, w, h in b)), 'That is the sum of the areas; a rate is their mean over the questions.'),
     (lambda b: float(np.mean([(w - x)*(h - y) for x, y, w, h in b])), 'The last two numbers are width and height already.'),
@@ -284,7 +291,7 @@ ask('5.4', "the share of a map's mass in a box, over the box's share of the cell
     (lambda m, b: _mass(m, b)[0], 'A large box holds much of any map; divide by the share of the cells that it covers.'),
     (lambda m, b: _mass(m, b)[1]/_mass(m, b)[0], 'The fraction is upside down: more mass inside should give a larger number.'),
     (lambda m, b: _mass(m, b)[0] - _mass(m, b)[1], 'Asked is how many times as much, a ratio; an even map then gives 1.'),
-    cases=[(_MAP, (.5, 0, .5, .5)), (_MAP, (0, 0, .5, 1))])
+    cases=[(_MAP, (.5, 0, .5, .5)), (_MAP, (0, 0, .5, 1)), (_MAP, (.4, 0, .5, .3))])
 ask('5.5', 'area under a deletion curve whose points are evenly spaced from 0 to 1, by trapezoids', lambda c: (sum(c) - (c[0] + c[-1])/2)/(len(c) - 1),
     (lambda c: sum(c)/len(c), 'That is the mean of the points; in the trapezoid rule the two ends count half.'),
     (lambda c: sum(c) - (c[0] + c[-1])/2, 'The steps are 1/(number of points - 1) wide; multiply by that width.'),

@@ -6,9 +6,13 @@ import shutil
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from llava_med.grading import (BEGIN, EXERCISES, PARTS, STEPS, check, grade, hint_for, made_run, points_of, total, unsolved)
+from llava_med.phantom_words import read_claims
 from llava_med.runs import read_json, read_jsonl, write_csv, write_json, write_jsonl
 
 REPO = Path(__file__).resolve().parents[1]
@@ -219,3 +223,28 @@ def test_weights_are_asked_again(run):
     got = hand_in([dict(p, text=right[p['item']]) if (p['model'], p['condition']) == ('stage2', 'image') else p for p in log])
     assert sum(r['points'] for r in got.values()) == 0 and 'come out again' in got['weights']['why']
     assert hand_in([dict(p, model_hash='0'*16) if p.get('model_hash') else p for p in log])['weights']['points'] == 0
+
+
+SAME = {  # right answers in another spelling
+    '1.3': lambda c, m: read_claims(m).findings.keys() - read_claims(c).findings.keys(),
+    '1.4': lambda d, n: pd.Series(d)/(n - pd.Series(d).cumsum().shift(fill_value=0)),
+    '1.5': lambda a, b: np.intersect1d([o['patient'] for o in a], [o['patient'] for o in b]),
+    '2.2': lambda x, w, b: torch.nn.functional.linear(*map(torch.tensor, (x, w, b))),
+    '2.4': lambda s: ['language_model', 'projector'][2 - s:],
+    '3.1': lambda ids, n: torch.tensor([-100]*n + ids[n:]),
+    '3.5': lambda q, k, sq, sk: np.bool_(q >= k and not sk*(sq - sk)),
+    '4.1': lambda p: np.prod(p, 1).mean(),
+    '5.2': lambda m, box: torch.tensor(all(a < (i + .5)/4 < a + w for i, a, w in zip((m.argmax() % 4, m.argmax()//4), box, box[2:]))),
+    '6.3': lambda s: s and s.startswith('CC') and 'NC' not in s,
+}
+
+
+@pytest.mark.parametrize('k', SAME)
+def test_check_takes_a_right_answer_however_it_is_written(k):
+    heard = []
+    assert check(k, SAME[k], heard.append), heard
+
+
+def test_a_map_that_never_points_gets_no_hint_about_corners():
+    heard = []
+    assert not check('5.2', lambda m, box: False, heard.append) and 'width and height' not in heard[0].split('Read again')[0]

@@ -304,6 +304,24 @@ def test_llava_meds_converted_set(tmp_path):
     assert [o['question'] for o in readers.read_vqa(tmp_path / 'lines.json')] == ['Is it?'] * 4
 
 
+# a table of one's own
+
+def test_a_spreadsheet_is_a_set_with_splits_and_pictures(tmp_path):
+    (tmp_path / 'images').mkdir(); Image.new('RGB', (8, 8)).save(tmp_path / 'images/a.png')
+    rows = ['split,image,question,answer,organ', 'training,a.png,"Round, or square?",round,Lung', 'test,a.png,Is it large?,No,', 'test,b.png,Is it large?,Yes,']
+    (tmp_path / 'questions.csv').write_bytes('\r\n'.join(rows).encode('utf-8-sig'))
+    found = readers.open_vqa(tmp_path)
+    assert [o['answer_type'] for o in found['test']] == ['CLOSED'] * 2 and found['train'][0]['question'] == 'Round, or square?'
+    assert found['train'][0]['tags']['organ'] == 'lung' and found['missing'] == ['b.png'] and len(found['items']) == 1 and vqa.check_items(found['test']) == []
+    assert readers.read_vqa(tmp_path / 'questions.csv', 'train') == found['train']
+
+
+@pytest.mark.parametrize('name, head', [('x.csv', 'image\tquestion\tanswer\na.png\tq?\tyes'), ('test.csv', 'image;question;answer\na.png;q, r?;yes')])
+def test_tables_parted_by_other_marks(tmp_path, name, head):
+    (tmp_path / name).write_text(head)
+    assert [(o['answer'], o['split']) for o in readers.read_vqa(tmp_path)] == [('yes', 'test' if name == 'test.csv' else 'all')]
+
+
 @real
 def test_instruction_data_is_not_a_test_set():
     with pytest.raises(ValueError, match='instruction data'): readers.read_vqa(DATA / 'llava_med/instruct_examples_5.json')
