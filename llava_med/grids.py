@@ -580,9 +580,10 @@ class Guard:
         limit:str='',      # the time limit in words
         alive:Path|None=None, # a file that the batch writes again and again
         patience:float=120,# seconds that it may stay as it is
+        mark:str='',       # how that file begins as long as it is the same batch; '' does not look
         note=None,         # called with the memory in bytes, twice a second
     ):
-        self.memory, self.seconds, self.limit, self.alive, self.patience, self.note = memory_gb*1e9, seconds, limit, alive, patience, note
+        self.memory, self.seconds, self.limit, self.alive, self.patience, self.mark, self.note = memory_gb*1e9, seconds, limit, alive, patience, mark, note
         self.why, self.peak, self.stopped = None, 0, False
     def watch(self,
         p:subprocess.Popen, # the process that runs the notebook
@@ -604,6 +605,7 @@ class Guard:
                 elif self.seconds and time.monotonic() - start > self.seconds:
                     self.why = f'It was ended when its run had taken longer than the limit of {self.limit} (timeout_min).'
                 elif self.alive and said.startswith('stop'): self.why, self.stopped = 'It was ended because its batch was stopped.', True
+                elif self.mark and ' ' in said and not said.startswith(f'{self.mark} '): self.why, self.stopped = 'It was ended because its batch was called again.', True
                 elif self.alive and time.monotonic() - since > self.patience:
                     self.why, self.stopped = f'It was ended because its batch gave no sign of life for {self.patience:g} s.', True
                 if self.why: return end_tree(tree)

@@ -118,7 +118,7 @@ def stopped_at(
     return f'cell {numbers.get(last.id, "?")}, `{text[:80]}{"…" if len(text) > 80 else ""}`'
 
 def run_unit(
-    job:dict, # run, step, steps (of the run), values, key, fields, owner, retries, memory_gb, timeout_min, alive, root, outputs, env
+    job:dict, # run, step, steps (of the run), values, key, fields, owner, retries, memory_gb, timeout_min, alive, mark, root, outputs, env
 )->dict:      # run, step, state, error, cell, partial, wall_s, attempts, peak_mib, host
     "Run one step of one run, here or on a worker of a cluster; what goes wrong is in the answer."
     os.environ |= {'LLAVA_MED_ROOT': job['root'], 'LLAVA_MED_OUTPUTS': job['outputs']}
@@ -146,7 +146,7 @@ def _attempts(job, out):
     for out['attempts'] in range(1, job['retries'] + 2):
         tell = Teller(run, step, out['attempts'])
         limit = max(left, 0.1) if job['timeout_min'] else 0
-        guard = Guard(job['memory_gb'], limit, f"{job['timeout_min']:g} min", Path(job['alive']), job.get('patience', 120), tell.memory)
+        guard = Guard(job['memory_gb'], limit, f"{job['timeout_min']:g} min", Path(job['alive']), job.get('patience', 120), job['mark'], tell.memory)
         update_run(run, step, shared_from=None)
         try: out['wall_s'] = run_step(run, step, job['values'], tell, guard=guard, env=job['env'])
         except StepFailed:
@@ -285,7 +285,7 @@ class Batch:
         self.folder, self.started = outputs_dir()/grid['name'], time.monotonic()
         self.running, self.failed, self.ran, self.begun = {}, {}, {}, now()
         self.undelivered, self.waiting, self.last = {}, [], time.monotonic()
-        self.writing, self.over = threading.Lock(), False
+        self.writing, self.over, self.mark = threading.Lock(), False, uuid.uuid4().hex[:8]
         self.weight = {k: (-len(u.runs), i) for i, (k, u) in enumerate(units.items())}
     def full(self,
         r:Run, # a run
@@ -311,7 +311,7 @@ class Batch:
         "A unit in words that any process understands."
         r, g = u.runs[0], self.grid
         return dict(run=self.full(r), step=u.step, steps=list(r.plan), values=r.plan[u.step], key=u.key, inputs=r.inputs[u.step], fields=self.fields(r), owner=g['owner'], retries=g['retries'],
-                    memory_gb=g['memory_gb'], timeout_min=g['timeout_min'], alive=str(self.folder/'.alive'), root=str(root()), outputs=str(outputs_dir()),
+                    memory_gb=g['memory_gb'], timeout_min=g['timeout_min'], alive=str(self.folder/'.alive'), mark=self.mark, root=str(root()), outputs=str(outputs_dir()),
                     env={'OMP_NUM_THREADS': str(r.plan[u.step].get('threads', g['threads']))})
     def deliver(self,
         u:Unit, # that is done
@@ -391,7 +391,7 @@ class Batch:
         with self.writing:
             if self.over and not word: return
             self.over = bool(word)
-            (self.folder/'.alive').write_text(word or f'{os.getpid()} {time.time()}')
+            (self.folder/'.alive').write_text(word or f'{self.mark} {os.getpid()} {time.time()}')
     def beat(self,
         every:float=5, # seconds
     )->None:

@@ -16,7 +16,7 @@ import pytest
 from conftest import PARAMETERS, Toy, dask_processes, wait_for
 from llava_med.batches import library_dir
 from llava_med.commands import main
-from llava_med.grids import batch_rows, grids, lay_out, over_seeds, plan_grid, read_grid
+from llava_med.grids import Guard, batch_rows, grids, lay_out, over_seeds, plan_grid, read_grid
 from llava_med.runs import folder_hash, read_json, read_run
 from llava_med.sweeps import gpus_here, run_batch
 
@@ -438,6 +438,19 @@ def test_a_stopped_batch_takes_its_notebooks_with_it(lab, sign):
     lab.step('2_two', SCORES)
     got, _ = lab.batch('preset: toy\ngrid: {2_two.n: [1, 2]}')
     assert len(got['done']) == 2 and got['ran'] == 2, 'the first step is kept'
+
+
+def test_a_notebook_of_an_earlier_call_is_ended(tmp_path):
+    "A worker of a cluster may still run it when its batch was killed and called again; the pulse is then that of the later one."
+    alive = tmp_path/'.alive'
+    alive.write_text('first 1 1.0')
+    p = subprocess.Popen(['sleep', '60'])
+    guard = Guard(alive=alive, mark='first')
+    guard.watch(p)
+    time.sleep(1.2)
+    assert p.poll() is None
+    alive.write_text('second 2 2.0')
+    assert p.wait(20) == -9 and guard.stopped and 'was called again' in guard.why
 
 
 # On a cluster
