@@ -440,6 +440,13 @@ def test_a_stopped_batch_takes_its_notebooks_with_it(lab, sign):
     assert len(got['done']) == 2 and got['ran'] == 2, 'the first step is kept'
 
 
+def test_damaged_progress_is_a_sentence(tmp_path):
+    from llava_med.panels import batch_state
+    for text in ('{}', '[]'):
+        (tmp_path/'progress.json').write_text(text)
+        with pytest.raises(ValueError, match='progress.json is damaged'): batch_state(tmp_path)
+
+
 def test_a_notebook_of_an_earlier_call_is_ended(tmp_path):
     "A worker of a cluster may still run it when its batch was killed and called again; the pulse is then that of the later one."
     alive = tmp_path/'.alive'
