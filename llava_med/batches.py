@@ -133,14 +133,14 @@ def read_parameters(
 # %% ../nbs/12_batches.ipynb #3fa1e6c4
 class PresetLoader(yaml.SafeLoader):
     "YAML in which 2e-5 is a float and no key stands twice."
-    def construct_mapping(self,
-        node, deep=False, # a YAML mapping, and whether its values are made at once
-    )->dict:
-        "A mapping whose keys stand once; raises YAMLError otherwise."
-        keys = [k.value for k, _ in node.value]
-        twice = next((k for k in keys if keys.count(k) > 1), None)
+    def flatten_mapping(self,
+        node, # a YAML mapping; what it merges with << comes in here, and may stand in it, too
+    )->None:
+        "See that the keys of a mapping stand once; raises YAMLError otherwise."
+        keys = [] if getattr(node, 'seen', False) else [k.value for k, _ in node.value]
+        twice, node.seen = next((k for k in keys if keys.count(k) > 1), None), True
         if twice is not None: raise yaml.YAMLError(f"the key '{twice}' stands twice")
-        return super().construct_mapping(node, deep)
+        super().flatten_mapping(node)
 
 PresetLoader.add_implicit_resolver('tag:yaml.org,2002:float',
     re.compile(r'^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$'), list('-+.0123456789'))

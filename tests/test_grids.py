@@ -440,6 +440,13 @@ def test_a_stopped_batch_takes_its_notebooks_with_it(lab, sign):
     assert len(got['done']) == 2 and got['ran'] == 2, 'the first step is kept'
 
 
+def test_a_merged_key_may_be_overridden():
+    from llava_med.batches import read_yaml
+    text = 'base: &b {n: 1, m: 2}\ndeep: {list: [{inner: &p {<<: *b, n: 2}}]}\ntop: {<<: *p, n: 3}\n'
+    assert read_yaml(text)['top'] == {'n': 3, 'm': 2} and read_yaml(text)['deep']['list'][0]['inner'] == {'n': 2, 'm': 2}
+    with pytest.raises(Exception, match="the key 'n' stands twice"): read_yaml(text.replace('n: 3', 'n: 3, n: 4'))
+
+
 def test_damaged_progress_is_a_sentence(tmp_path):
     from llava_med.panels import batch_state
     for text in ('{}', '[]'):
