@@ -20,6 +20,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -132,14 +133,14 @@ def read_parameters(
 # %% ../nbs/12_batches.ipynb #3fa1e6c4
 class PresetLoader(yaml.SafeLoader):
     "YAML in which 2e-5 is a float and no key stands twice."
-    def construct_mapping(self,
-        node, deep=False, # a YAML mapping, and whether its values are made at once
-    )->dict:
-        "A mapping whose keys stand once; raises YAMLError otherwise."
-        keys = [k.value for k, _ in node.value]
-        twice = next((k for k in keys if keys.count(k) > 1), None)
+    def flatten_mapping(self,
+        node, # a YAML mapping; what it merges with << comes in here, and may stand in it, too
+    )->None:
+        "See that the keys of a mapping stand once; raises YAMLError otherwise."
+        keys = [] if getattr(node, 'seen', False) else [k.value for k, _ in node.value]
+        twice, node.seen = next((k for k in keys if keys.count(k) > 1), None), True
         if twice is not None: raise yaml.YAMLError(f"the key '{twice}' stands twice")
-        return super().construct_mapping(node, deep)
+        super().flatten_mapping(node)
 
 PresetLoader.add_implicit_resolver('tag:yaml.org,2002:float',
     re.compile(r'^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$'), list('-+.0123456789'))
@@ -147,10 +148,17 @@ PresetLoader.add_implicit_resolver('tag:yaml.org,2002:float',
 def read_yaml(
     text:str, # YAML
 ):            # what it says
-    "Read YAML the way a person means it."
-    return yaml.load(text, PresetLoader)
+    "Read YAML the way a person means it; raises YAMLError, also for a date or a number that cannot be."
+    try: return yaml.load(text, PresetLoader)
+    except (ValueError, RecursionError) as e: raise yaml.YAMLError(f'a value cannot be read ({str(e).splitlines()[0]})') from None
 
 # %% ../nbs/12_batches.ipynb #736d2621
+def _unfit(value): # what no notebook can be given, such as a date, and a number that is none; nothing where all is well
+    if isinstance(value, float) and not math.isfinite(value): return f'{value} is no number to work with'
+    if isinstance(value, dict): value = [*value, *value.values()]
+    if isinstance(value, list): return next(filter(None, map(_unfit, value)), None)
+    return None if type(value) in KINDS.values() else f'{value} is a {type(value).__name__}: put it between quotes'
+
 def check_value(
     value,        # what was given
     p:Parameter,  # what is wanted
@@ -159,8 +167,11 @@ def check_value(
     "A value of the right type, or one sentence that says which is."
     kinds = allowed(p.kind)
     if type(value) is int and float in kinds and int not in kinds: value = float(value)
+    if type(value) in kinds and (odd := _unfit(value)): raise UsageError(f'{step}.{p.name} ({p.help or "no description"}): {odd}.')
     if type(value) in kinds: return value
-    hint = ' Write a list as [first, second].' if kinds & {list} else ''
+    number = isinstance(value, str) and re.fullmatch(r'[-+]?[\d.]+(e[-+]?\d+)?', value.lower()) and kinds & {int, float}
+    hint = (' Write a list as [first, second].' if kinds & {list} else ' Write the number without quotes.' if number else
+            ' Put it between quotes.' if str in kinds and not isinstance(value, (list, dict, type(None))) else '')
     raise UsageError(f'{step}.{p.name} ({p.help or "no description"}) must be of type {p.kind}, '
                      f'and {value!r} is {type(value).__name__}.{hint}')
 
@@ -182,8 +193,8 @@ def from_here(
 ):         # the same; a relative path that exists here and not in the repository is made absolute
     "Let paths on the command line mean what they mean to the shell."
     if isinstance(value, list): return [from_here(v) for v in value]
-    if not isinstance(value, str) or not value or len(value) > 1000 or (root()/value).exists(): return value
-    return str(Path(value).resolve()) if ('/' in value or '.' in value) and Path(value).exists() else value
+    if not isinstance(value, str) or not value or len(value) > 1000 or os.path.exists(root()/value): return value
+    return str(Path(value).resolve()) if ('/' in value or '.' in value) and os.path.exists(value) else value
 
 # %% ../nbs/12_batches.ipynb #243763db
 def presets()->dict: # name → file
@@ -266,7 +277,7 @@ def targets(
     known:dict,         # step → its parameters
 )->list:                # the steps that are meant
     "The steps that a value is for; unknown names are refused."
-    if name in GIVEN: raise UsageError(f'{step}.{name} is set by the runner: use --name for the name of the run.')
+    if name in GIVEN: raise UsageError(f'{step}.{name} is set by the runner, from --name or the name of the grid: leave it away.')
     if step != 'all':
         step = known_name(step, known, 'step', prefix=True)
         known_name(name, [p for p in known[step] if p not in GIVEN], f'parameter of {step}')
@@ -332,8 +343,8 @@ def named_paths(
 )->dict:         # text → path, for those that exist
     "The files and folders that parameters name, relative to the repository or absolute."
     texts = [t for k, v in values.items() if k not in GIVEN for t in (v if isinstance(v, list) else [v])]
-    paths = {t: root()/Path(t).expanduser() for t in texts if isinstance(t, str) and t and len(t) < 1000}
-    return {t: p for t, p in paths.items() if p.exists()}
+    paths = {t: root()/os.path.expanduser(t) for t in texts if isinstance(t, str) and t and len(t) < 1000}
+    return {t: p for t, p in paths.items() if os.path.exists(p)}   # False, too, for a text that is too long for a path
 
 def notebook_mark(
     nb_path:Path, # a notebook

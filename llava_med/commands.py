@@ -32,8 +32,8 @@ examples:
 exit code: 0 done, 1 a step failed or the run is in use, 2 the command itself is wrong, 130 interrupted'''
 
 BATCH_HELP = '''Runs every combination of a grid file, each step that several runs share only once, and writes in
-outputs/NAME/ the plan, the runs, table.csv, costs.csv and report.html. A run that fails is reported and
-stops no other; the same command again runs only what is missing.
+outputs/NAME/ the plan, the runs, summary.csv, table.csv, costs.csv and report.html. A run that fails is
+reported and stops no other; the same command again runs only what is missing.
 
 examples:
   llava-med batch my/grid.yaml --plan                     what would run, and how long it takes
@@ -114,7 +114,7 @@ def make_parser()->argparse.ArgumentParser:
     p = sub.add_parser('batch', help='run a grid of presets, parameters and seeds', description=BATCH_HELP, formatter_class=raw)
     p.add_argument('grid', metavar='GRID', help='a name from nbs/pipeline/grids, or a YAML file')
     p.add_argument('--plan', action='store_true', help='show the plan and stop')
-    p.add_argument('--preset', default='', metavar='PRESET', help="another than the grid's, whose `sizes` and limits then do not hold")
+    p.add_argument('--preset', metavar='PRESET', help="another than the grid's, whose `sizes` and limits then do not hold")
     p.add_argument('--workers', type=int, metavar='N', help='notebooks at once on this machine (default: as many as fit)')
     p.add_argument('--scheduler', metavar='ADDRESS', help='of a Dask scheduler')
     p = sub.add_parser('figures', help='article packages → figure records', formatter_class=raw,

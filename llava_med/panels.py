@@ -295,6 +295,8 @@ def batch_state(
 )->dict:         # as from `run_state`; steps are those that run now and those that failed
     "How far a batch of runs is, from its folder."
     p = read_json(folder/'progress.json')
+    if not isinstance(p, dict) or not {'state', 'host', 'pid', 'runs', 'steps', 'running', 'failures'} <= p.keys():
+        raise ValueError(f"{folder/'progress.json'} is damaged: the same `llava-med batch` writes it anew.")
     alive = p['state'] == 'running' and (p['host'] != socket.gethostname() or psutil.pid_exists(p['pid']))
     steps = {f"{r['run']}: {r['step']}": f"running, {clock(r['seconds'])}" + (f", {r['memory_mib']} MiB" if r.get('memory_mib') else '') for r in p['running'] if alive}
     steps |= {f"{f['run']}: {f['step']}": f"failed: {f['error']}" for f in p['failures']}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORE', 'STYLE', 'link_tree', 'share_step', 'patient_lock', 'forget_steps', 'stopped_at', 'run_unit', 'Teller',
-           'gpus_here', 'default_workers', 'Here', 'There', 'Batch', 'check_folder', 'batch_lock', 'place_for',
-           'run_batch', 'finish', 'table_rows', 'cost_rows', 'html_table', 'report', 'write_results', 'batch_command']
+           'Here', 'There', 'Batch', 'check_folder', 'batch_lock', 'place_for', 'run_batch', 'finish', 'table_rows',
+           'cost_rows', 'html_table', 'report', 'write_results', 'batch_command']
 
 # %% ../nbs/12c_sweeps.ipynb #4dc491e5
 import asyncio
@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import threading
 import time
 import uuid
@@ -27,11 +26,10 @@ from pathlib import Path
 
 import filelock
 import nbformat
-import psutil
 
 from .batches import (StepFailed, UsageError, files_mark, is_done, is_progress, library_mark, order, pipeline, run_step,
                                shown, step_inputs, step_key)
-from .grids import (Guard, Run, Unit, headline, lay_out, most_threads, over_seeds, plan_lines, plan_record, read_grid,
+from .grids import (Guard, Run, Unit, default_workers, gpus_here, headline, lacking, lay_out, main_scores, most_threads, over_seeds, plan_lines, plan_record, read_grid, summary_rows,
                              total_time)
 from .runs import (RunLock, RunLocked, check_name, clear_folder, clock, figure_bytes, figure_style, git_state, hold,
                             machine, now, outputs_dir, read_json, read_run, replacing, root, run_dir, update_run, versions,
@@ -120,15 +118,21 @@ def stopped_at(
     return f'cell {numbers.get(last.id, "?")}, `{text[:80]}{"…" if len(text) > 80 else ""}`'
 
 def run_unit(
-    job:dict, # run, step, values, key, fields, owner, retries, memory_gb, timeout_min, alive, root, outputs, env
+    job:dict, # run, step, steps (of the run), values, key, fields, owner, retries, memory_gb, timeout_min, alive, mark, root, outputs, env
 )->dict:      # run, step, state, error, cell, partial, wall_s, attempts, peak_mib, host
     "Run one step of one run, here or on a worker of a cluster; what goes wrong is in the answer."
     os.environ |= {'LLAVA_MED_ROOT': job['root'], 'LLAVA_MED_OUTPUTS': job['outputs']}
     out = dict(run=job['run'], step=job['step'], state='failed', error=None, cell='', partial='', wall_s=0.0, attempts=0, peak_mib=0, host=socket.gethostname())
     if not Path(job['alive']).exists(): return out | dict(error=f"{out['host']} does not see {Path(job['alive']).parent}: the workers of a cluster need the folders of the batch under the same names.")
     try:
-        with patient_lock(job['run'], job['owner']): return _attempts(job, out)
-    except (RunLocked, OSError, ValueError) as e: return out | dict(error=(str(e).splitlines() or [type(e).__name__])[-1])
+        with patient_lock(job['run'], job['owner']):
+            forget_steps(job['run'], job['steps'])
+            return _attempts(job, out)
+    except Exception as e: return out | dict(error=_sentence(e))   # whatever it is, it is the matter of this run alone
+
+def _sentence(e): # what an exception says
+    plain, text = isinstance(e, (RunLocked, OSError, ValueError)), (str(e).splitlines() or [''])[-1]
+    return text if text and plain else f'{type(e).__name__}: {text}'
 
 def _attempts(job, out):
     run, step, record = job['run'], job['step'], read_run(job['run'])
@@ -142,7 +146,7 @@ def _attempts(job, out):
     for out['attempts'] in range(1, job['retries'] + 2):
         tell = Teller(run, step, out['attempts'])
         limit = max(left, 0.1) if job['timeout_min'] else 0
-        guard = Guard(job['memory_gb'], limit, f"{job['timeout_min']:g} min", Path(job['alive']), job.get('patience', 120), tell.memory)
+        guard = Guard(job['memory_gb'], limit, f"{job['timeout_min']:g} min", Path(job['alive']), job.get('patience', 120), job['mark'], tell.memory)
         update_run(run, step, shared_from=None)
         try: out['wall_s'] = run_step(run, step, job['values'], tell, guard=guard, env=job['env'])
         except StepFailed:
@@ -150,7 +154,8 @@ def _attempts(job, out):
             partial = run_dir(run)/step/part['partial']
             out |= dict(error=part['error'], partial=str(partial), cell=stopped_at(partial, pipeline()[step]), peak_mib=round(guard.peak/2**20), wall_s=part['wall_s'])
             if guard.stopped: update_run(run, step, state='interrupted'); return out | dict(state='interrupted')
-            if guard.why: break    # what met its limit once would meet it again
+            left -= out['wall_s']  # the limit is for all attempts together
+            if guard.why or job['timeout_min'] and left <= 0: break    # what met its limit once would meet it again
         else: return out | dict(state='done', error=None, cell='', partial='', peak_mib=round(guard.peak/2**20))
         finally: tell.end()
     return out
@@ -187,25 +192,6 @@ class Teller:
         self.path.unlink(missing_ok=True)
 
 # %% ../nbs/12c_sweeps.ipynb #a87e5b31
-def gpus_here()->list: # names for CUDA_VISIBLE_DEVICES
-    "The GPUs of this machine."
-    given = os.environ.get('CUDA_VISIBLE_DEVICES')
-    if given is not None: return [x for x in given.split(',') if x.strip()]
-    try: listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired): return []
-    return [str(i) for i, x in enumerate(x for x in listed.stdout.splitlines() if x.startswith('GPU'))]
-
-def default_workers(
-    threads:int,     # of a notebook
-    memory_gb:float, # of a notebook; 0 is not known
-    gpus:int,        # of a notebook
-)->int:
-    "How many notebooks this machine can run at once."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    n = max(1, cores//threads)
-    if memory_gb: n = max(1, min(n, int(psutil.virtual_memory().total/1e9/memory_gb)))
-    return max(1, min(n, len(gpus_here())//gpus)) if gpus else n
-
 class Here:
     "Runs units in processes of this machine."
     def __init__(self,
@@ -298,8 +284,8 @@ class Batch:
         self.grid, self.runs, self.units, self.place, self.tell = grid, runs, units, place, say
         self.folder, self.started = outputs_dir()/grid['name'], time.monotonic()
         self.running, self.failed, self.ran, self.begun = {}, {}, {}, now()
-        self.undelivered, self.last = {}, time.monotonic()
-        self.writing, self.over = threading.Lock(), False
+        self.undelivered, self.waiting, self.last = {}, [], time.monotonic()
+        self.writing, self.over, self.mark = threading.Lock(), False, uuid.uuid4().hex[:8]
         self.weight = {k: (-len(u.runs), i) for i, (k, u) in enumerate(units.items())}
     def full(self,
         r:Run, # a run
@@ -324,21 +310,24 @@ class Batch:
     )->dict:    # for run_unit
         "A unit in words that any process understands."
         r, g = u.runs[0], self.grid
-        return dict(run=self.full(r), step=u.step, values=r.plan[u.step], key=u.key, inputs=r.inputs[u.step], fields=self.fields(r), owner=g['owner'], retries=g['retries'],
-                    memory_gb=g['memory_gb'], timeout_min=g['timeout_min'], alive=str(self.folder/'.alive'), root=str(root()), outputs=str(outputs_dir()),
+        return dict(run=self.full(r), step=u.step, steps=list(r.plan), values=r.plan[u.step], key=u.key, inputs=r.inputs[u.step], fields=self.fields(r), owner=g['owner'], retries=g['retries'],
+                    memory_gb=g['memory_gb'], timeout_min=g['timeout_min'], alive=str(self.folder/'.alive'), mark=self.mark, root=str(root()), outputs=str(outputs_dir()),
                     env={'OMP_NUM_THREADS': str(r.plan[u.step].get('threads', g['threads']))})
     def deliver(self,
         u:Unit, # that is done
     )->None:
-        "Give the result of a unit to all runs that share it."
+        "Give the result of a unit to all runs that share it; one in whose folder another step runs gets it after that."
         for r in u.runs:
             run = self.full(r)
-            if run == u.done or is_done(run, u.step, u.key, read_run(run)): continue
-            try: share_step(u.done, run, u.step, self.fields(r), self.grid['owner'])
-            except (RunLocked, OSError) as e: self.undelivered[r.name] = dict(step=u.step, error=str(e), cell='', partial='')
+            try:
+                if run == u.done or is_done(run, u.step, u.key, read_run(run)): continue
+                if r.name in self._busy(): self.waiting.append(u); continue
+                share_step(u.done, run, u.step, self.fields(r), self.grid['owner'])
+            except Exception as e: self.undelivered[r.name] = dict(step=u.step, error=_sentence(e), cell='', partial='')
+    def _busy(self): return {self.units[k].runs[0].name for k in self.running}   # one step at a time in the folder of a run
     def ready(self)->list: # of Unit
         "What can start now, what most runs wait for first; a unit after a failed one fails with it."
-        found, busy = [], {self.units[k].runs[0].name for k in self.running}   # one step at a time in the folder of a run
+        found, busy = [], self._busy()
         for u in self.units.values():
             if u.done or u.key in self.failed or u.key in self.running: continue
             if bad := next((k for k in u.before if k in self.failed), None): self.failed[u.key] = self.failed[bad]; continue
@@ -352,7 +341,6 @@ class Batch:
             if future.done(): self.end(self.units[key], self.place.ended(self.running.pop(key)[0]))
         for u in self.ready():
             if not self.place.room(): break
-            for r in u.runs[:1]: forget_steps(self.full(r), r.plan)
             self.running[u.key] = (self.place.start(self.job(u)), time.monotonic())
         self.place.check()
         return bool(self.running)
@@ -367,10 +355,13 @@ class Batch:
             for v in self.units.values():
                 if v.estimate is None and v.step == u.step: v.estimate = got['wall_s']
         else: self.failed[u.key] = got | dict(step=u.step, run=self.full(u.runs[0]))
+        waiting, self.waiting = self.waiting, []
+        for v in waiting: self.deliver(v)
         n = sum(bool(v.done) or v.key in self.failed for v in self.units.values())
         more = f' (for {len(u.runs)} runs)' if len(u.runs) > 1 else ''
         text = f"done in {clock(got['wall_s'])}" if u.done else f"{got['state']}: {got['cell'] + ': ' if got['cell'] else ''}{got['error']}"
         self.say(f'[{n}/{len(self.units)}] {u.runs[0].name} {u.step}{more}: {text}')
+    def _complete(self, r): return r.name not in self.undelivered and all(self.units[k].done for k in r.keys.values())
     def problem(self,
         r:Run, # a run
     )->dict|None: # step, error, cell, partial, run
@@ -385,7 +376,7 @@ class Batch:
             u, told = self.units[key], {}
             with contextlib.suppress(OSError, ValueError): told = read_json(run_dir(self.full(u.runs[0]))/'.now.json')
             now_running.append(dict(run=u.runs[0].name, step=u.step, seconds=round(time.monotonic() - began), **{k: told.get(k) for k in ('line', 'memory_mib', 'host', 'attempt')}))
-        complete = sum(all(self.units[k].done for k in r.keys.values()) for r in self.runs)
+        complete = sum(map(self._complete, self.runs))
         said = dict(batch=self.grid['name'], state=state, started=self.begun, updated=now(), host=socket.gethostname(), pid=os.getpid(),
                     runs=dict(total=len(self.runs), done=complete, failed=sum(self.problem(r) is not None for r in self.runs)),
                     steps=dict(total=len(self.units), done=sum(bool(u.done) for u in self.units.values()), failed=len(self.failed), running=len(self.running)),
@@ -400,7 +391,7 @@ class Batch:
         with self.writing:
             if self.over and not word: return
             self.over = bool(word)
-            (self.folder/'.alive').write_text(word or f'{os.getpid()} {time.time()}')
+            (self.folder/'.alive').write_text(word or f'{self.mark} {os.getpid()} {time.time()}')
     def beat(self,
         every:float=5, # seconds
     )->None:
@@ -442,7 +433,9 @@ def check_folder(
     "Refuse a folder that belongs to something else."
     folder = outputs_dir()/check_name(grid['name'])
     if (folder/'run.json').exists(): raise UsageError(f"{shown(folder)} is the folder of a run, not of a batch: give the grid another `name`.")
-    owner = read_json(folder/'plan.json').get('owner') if (folder/'plan.json').exists() else grid['owner']
+    if folder.exists() and not folder.is_dir(): raise UsageError(f'{shown(folder)} is a file: give the grid another `name`, or move the file away.')
+    try: owner = read_json(folder/'plan.json')['owner'] if (folder/'plan.json').exists() else grid['owner']
+    except (ValueError, TypeError, KeyError): raise UsageError(f"{shown(folder/'plan.json')} is damaged: if the folder is that of {grid['path'].name}, delete this file, and the batch writes it anew.") from None
     if owner != grid['owner']: raise UsageError(f"{shown(folder)} was made by the {owner}, not by the {grid['owner']}: give the grid another `name`, or delete the folder.")
 
 @contextlib.contextmanager
@@ -493,6 +486,9 @@ def run_batch(
     if plan_only:
         for line in plan_lines(g, runs, units, workers or default_workers(threads, g['memory_gb'], g['gpus'])): say(line)
         return dict(done=[], failures=[], ran=0, folder=outputs_dir()/g['name'])
+    if lost := lacking(g, runs, units):
+        path, how = next(iter(lost.items()))
+        raise UsageError(f"{g['path'].name} needs {path}, which is not there: `{how}`. The same command with --plan lists all that is missing.")
     with place_for(g, runs, scheduler, workers, say) as place, batch_lock(g):
         batch = Batch(g, runs, units, place, say)
         with writing(batch.folder): write_json(batch.folder/'plan.json', plan_record(g, runs, units, place.workers))
@@ -519,9 +515,9 @@ def finish(
     "Say how a batch ended."
     failures = batch.failures()
     for f in failures: batch.say(f"{f['run']} failed in {f['step']}{', ' + f['cell'] if f['cell'] else ''}: {f['error']}")
-    done = [r.name for r in batch.runs if all(batch.units[k].done for k in r.keys.values())]
+    done = [r.name for r in batch.runs if batch._complete(r)]
     batch.say(f"{len(done)} of {len(batch.runs)} runs are complete; {len(batch.ran)} steps were run in {clock(time.monotonic() - batch.started)}. "
-              f"{shown(batch.folder)}/ holds table.csv, costs.csv and report.html." + (' The same command runs only what is missing.' if failures else ''))
+              f"{shown(batch.folder)}/ holds summary.csv, table.csv, costs.csv and report.html." + (' The same command runs only what is missing.' if failures else ''))
     return dict(done=done, failures=failures, ran=len(batch.ran), folder=batch.folder)
 
 # %% ../nbs/12c_sweeps.ipynb #a242ed33
@@ -533,13 +529,13 @@ def table_rows(
     "Run, parameters, seed and scores, one row a score; a run without scores has one row."
     axes, rows = list(dict.fromkeys(k for r in batch.runs for k in r.varied)), []
     for r in batch.runs:
-        state = 'failed' if batch.problem(r) else 'done' if all(batch.units[k].done for k in r.keys.values()) else 'missing'
+        state = 'failed' if batch.problem(r) else 'done' if batch._complete(r) else 'missing'
         head = dict(run=r.name, case=r.case, **{k: r.plan.get(k.split('.')[0], {}).get(k.split('.')[1], r.varied.get(k, '')) for k in axes}, seed=r.seed, state=state)
         found = []
         for s, key in r.keys.items():
             p = run_dir(batch.full(r))/s/'scores.csv'
             if batch.units[key].done and p.exists():
-                with open(p, newline='', encoding='utf-8') as f: found += [x for x in csv.DictReader(f) if x['slice'] == 'all']
+                with open(p, newline='', encoding='utf-8') as f: found += [x for x in csv.DictReader(f) if x.get('slice', 'all') == 'all']
         rows += [head | {k: x.get(k, '') for k in SCORE} for x in found] or [head]
     return rows, ['run', 'case', *axes, 'seed', 'state', *SCORE]
 
@@ -552,9 +548,10 @@ def cost_rows(
         record = read_run(batch.full(r))['steps']
         for s, key in r.keys.items():
             p = run_dir(batch.full(r))/s/'ledger.json'
-            if not (batch.units[key].done and p.exists()): continue
             part = record.get(s, {})
-            rows.append(dict(run=r.name, case=r.case, seed=r.seed, step=s, shared_from=part.get('shared_from') or '', notebook_s=part.get('wall_s', ''), **read_json(p)))
+            with contextlib.suppress(ValueError, TypeError):   # a damaged ledger costs the batch its row, not its report
+                if batch.units[key].done and p.exists():
+                    rows.append(dict(run=r.name, case=r.case, seed=r.seed, step=s, shared_from=part.get('shared_from') or '', notebook_s=part.get('wall_s', ''), **read_json(p)))
     return rows
 
 # %% ../nbs/12c_sweeps.ipynb #9a990b29
@@ -596,12 +593,15 @@ def report(
     "The batch on one page."
     g, failures = batch.grid, batch.failures()
     axes = list(dict.fromkeys(k for r in batch.runs for k in r.varied))
-    done = sum(all(batch.units[k].done for k in r.keys.values()) for r in batch.runs)
+    done = sum(map(batch._complete, batch.runs))
     link = lambda p: os.path.relpath(p, batch.folder)
     def books(r):
         there = [(s, run_dir(batch.full(r))/s/f'{s}.ipynb') for s in r.plan]
         return [(s, link(p)) for s, p in there if p.exists()]
-    scores = over_seeds(rows)
+    many = len(rows) > 300
+    scores = over_seeds(main_scores(rows) if many else rows)
+    best = {r['run']: r for r in reversed(headline(rows))}
+    score = [f"{r['metric']} of {r['model']}, {r['condition']}" for r in list(best.values())[:1]]
     interval = lambda r: f"{r['mean']:.3f}" + (f" ({r['low']:.3f} to {r['high']:.3f})" if r['low'] is not None else '')
     parts = [f"<h1>{html.escape(g['name'])}</h1><p>{html.escape(g['description'])}</p><p>{done} of {len(batch.runs)} runs are complete. "
              f"Made {now()} by the {html.escape(g['owner'])}; seeds {', '.join(map(str, g['seeds']))}. "
@@ -611,11 +611,12 @@ def report(
                   [[f['run'], f['step'], f['cell'], f['error'], (Path(f['partial']).name, link(f['partial'])) if f['partial'] else ''] for f in failures])]
     if scores:
         parts += ['<h2>Scores</h2>', _picture(rows, axes), "<p>Means over seeds; in brackets the 95 % interval of Student's t over seeds. The intervals of single runs, over their images, are in "
-                  '<a href="table.csv">table.csv</a>.</p>', html_table(['case', *axes, 'model', 'dataset', 'condition', 'metric', 'mean (interval)', 'seeds'],
+                  '<a href="table.csv">table.csv</a>' + (f', as are all {len(rows)} scores; here are the main ones' if many else '') + ', the main ones of each run side by side in '
+                  '<a href="summary.csv">summary.csv</a>.</p>', html_table(['case', *axes, 'model', 'dataset', 'condition', 'metric', 'mean (interval)', 'seeds'],
                   [[s['case'], *(s[k] for k in axes), s['model'], s['dataset'], s['condition'], s['metric'], interval(s), s['n_seeds']] for s in scores])]
     paid = [c for c in costs if not c['shared_from']]
-    parts += ['<h2>Runs</h2>', html_table(['run', 'seconds', 'executed notebooks'],
-              [[r.name, round(sum(float(c['notebook_s'] or 0) for c in costs if c['run'] == r.name), 1), books(r)] for r in batch.runs]),
+    parts += ['<h2>Runs</h2>', html_table(['run', *score, 'seconds', 'executed notebooks'],
+              [[r.name, *[float(best[r.name]['value']) if r.name in best else '']*len(score), round(sum(float(c['notebook_s'] or 0) for c in costs if c['run'] == r.name), 1), books(r)] for r in batch.runs]),
               f"<p>All steps together took {clock(sum(float(c['notebook_s'] or 0) for c in paid))} of notebook time; steps that runs share are counted once here, and in each run above. "
               'All costs are in <a href="costs.csv">costs.csv</a>, the plan in <a href="plan.json">plan.json</a>, what happened when in <a href="batch.log">batch.log</a>.</p>']
     return f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(g['name'])}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
@@ -623,9 +624,10 @@ def report(
 def write_results(
     batch:Batch, # that has ended
 )->None:
-    "Write table.csv, costs.csv and report.html."
+    "Write table.csv, summary.csv, costs.csv and report.html."
     (rows, columns), costs = table_rows(batch), cost_rows(batch)
     write_csv(batch.folder/'table.csv', rows, columns)
+    write_csv(batch.folder/'summary.csv', *summary_rows(rows))
     write_csv(batch.folder/'costs.csv', costs, list(dict.fromkeys(k for c in costs for k in c)))
     with replacing(batch.folder/'report.html') as part: part.write_text(report(batch, rows, costs), encoding='utf-8')
 
@@ -635,7 +637,8 @@ def batch_command(
 )->int:   # exit code: 0, or 1 when a run is not complete
     "The command `llava-med batch`."
     if args.workers is not None and args.workers < 1: raise UsageError('--workers must be at least 1.')
+    if '' in (args.scheduler, args.preset): raise UsageError('--scheduler and --preset cannot be empty: name one, or leave the word away.')
     if args.workers and args.scheduler: raise UsageError('--workers is for this machine: leave it away when a --scheduler has its own.')
-    try: got = run_batch(args.grid, args.scheduler, args.workers, lambda s: print(s, flush=True), args.plan, args.preset)
+    try: got = run_batch(args.grid, args.scheduler, args.workers, lambda s: print(s, flush=True), args.plan, args.preset or '')
     except ClusterError as e: raise ValueError(str(e)) from None
     return 1 if got['failures'] else 0

@@ -2,6 +2,7 @@
 import csv
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from conftest import PARAMETERS, Toy, dask_processes, wait_for
 from llava_med.batches import library_dir
 from llava_med.commands import main
-from llava_med.grids import grids, lay_out, over_seeds, plan_grid, read_grid
+from llava_med.grids import Guard, batch_rows, grids, lay_out, over_seeds, plan_grid, read_grid
 from llava_med.runs import folder_hash, read_json, read_run
 from llava_med.sweeps import gpus_here, run_batch
 
@@ -102,11 +103,37 @@ def alive(p): return p.is_running() and p.status() != 'zombie'
     ('preset: toy\nname: ../x', 'cannot name a batch'),
     ('preset: toy\ngpus: 99', 'asks for 99 GPU'),
     ('- a', 'must hold'), ('preset: {', 'not valid YAML'),
+    ('preset: toy\nname:', "'None' cannot name a batch"), ('preset: toy\nname: yes', 'is read as bool: put it between quotes'),
+    ('preset: toy\nname: 1e-5', 'put it between quotes'), ('preset: toy\nname: ' + 'a'*240, 'at most 100 letters'),
+    ('preset: toy\ncases: [{name: }]', "a case is named 'None'"), ('preset: toy\ncases: [{name: a, preset: }]', 'the case a names no preset'),
+    ('preset: toy\ndescription: [1]', 'the description must be a text'), ('preset: toy\nname: 2020-13-45', 'not valid YAML: a value cannot be read'),
+    ('preset: toy\nretries: ' + '9'*5000, 'not valid YAML: a value cannot be read'),
+    ('preset: toy\nmemory_gb: .nan', 'memory_gb is nan, and must be a number from 0'), ('preset: toy\ntimeout_min: .inf', 'timeout_min is inf'),
+    ('preset: toy\nmemory_gb: 1' + '0'*400, 'memory_gb is 1000'), ('preset: toy\nretries: 1000000', 'a whole number from 0 to 100'),
+    ('preset: toy\nseeds: [99999999999999999999]', 'no whole number from 0 to 4294967295'),
+    ('preset: toy\nseeds: {from: 0, to: 2, step: 0.5}', 'must be whole numbers'), ('preset: toy\nseeds: [' + ','.join(map(str, range(2001))) + ']', '2001 runs are too many'),
+    ('preset: toy\nseed_steps: 0', 'seed_steps must be a list'), ('preset: toy\nonly: false', 'only must be a list'),
+    ('preset: toy\nsizes: 0', 'sizes must hold lines'), ('preset: toy\ngrid: 0', 'grid must hold lines'),
+    ('preset: toy\nparameters: {2_two.seed: 3}', '2_two.seed: seeds belong under'), ('preset: toy\nparameters: {all.seed: 3}', 'seeds belong under'),
+    ('preset: toy\nonly: [1]\nparameters: {2_two.n: 5}', '2_two.n has a value, but no run has that step'),
+    ('preset: toy\ncases: [{name: a}, {name: b, only: [1], parameters: {2_two.n: 5}}]', 'has a value in the case b, but 2_two is not among'),
+    ('preset: toy\nparameters: {2_two.n: 5, 2_two: {n: 6}}', '2_two.n stands twice'), ('preset: toy\nparameters: {2_two.n: 5, 2.n: 6}', '2_two.n stands twice'),
+    ('preset: toy\ngrid: {2_two.n: [1]}\ncases: [{name: a, parameters: {2_two.n: 5}}]', 'has one value under `parameters` and varies'),
+    ('preset: toy\nparameters: {2_two.files: [2020-01-01]}', '2020-01-01 is a date: put it between quotes'),
+    ('preset: toy\nparameters: {2_two.lr: .nan}', 'nan is no number'), ('preset: toy\nparameters: {2_two.tag: 5}', 'Put it between quotes'),
+    ("preset: toy\nparameters: {2_two.lr: '1e-5'}", 'Write the number without quotes'),
+    ("preset: toy\nparameters: {2_two.tag: '{run}/9_none/x'}", "'9_none' is none of the steps"),
+    ("preset: toy\nparameters: {1_one.tag: '{run}/2_two/x'}", 'come before 1_one'), ('preset: toy\nparameters: {2_two.run: x}', 'the name of the grid'),
+    ('preset: toy\ngrid: {2_two.n: {from: 1, to: 2, step: 0.5}}', 'must be whole numbers'), ('preset: toy\ngrid: {2_two.n: {from: 1, to: 1000000000, step: 1}}', 'more than 1000 values'),
+    ('preset: toy\ngrid: {2_two.lr: {from: 0, to: 1e308, step: 1e-308}}', 'parts of a range are numbers'),
+    ('preset: toy\ngrid: {2_two.n: {from: 1, to: 1' + '0'*400 + ', n: 3}}', 'parts of a range are numbers'),
+    ("preset: toy\ngrid: {2_two.lr: {from: 1, to: 3, n: 2, log: 'no'}}", '`log` is true or false'),
+    ('preset: toy\ngrid: {1_one.n: {from: 1, to: 1000, step: 1}, 2_two.n: {from: 1, to: 1000, step: 1}}', '1000000 runs are too many'),
 ])
 def test_a_wrong_grid_runs_nothing(lab, capsys, text, says):
     assert main(['batch', lab.grid(text)]) == 2
     err = capsys.readouterr().err
-    assert says in err and len(err.strip().splitlines()) == 1
+    assert says in err and len(err.strip().splitlines()) == 1 and 'g.yaml' in err
     assert not lab.outputs.exists()
 
 
@@ -114,6 +141,50 @@ def test_a_grid_that_is_not_there(lab, capsys):
     assert main(['batch', 'none']) == 2 and main(['batch', 'none.yaml']) == 2
     assert 'There is no grid' in (err := capsys.readouterr().err) and 'does not exist' in err
     assert main(['batch', lab.grid('preset: toy'), '--workers', '0']) == 2
+    capsys.readouterr()
+    (lab.root/'g.txt').write_text('preset: toy')
+    for words, says in (([str(lab.root)], 'is a folder'), ([str(lab.root/'g.txt')], 'must end in .yaml'), (['x'*5000 + '.yaml'], 'does not exist'), ([''], 'no grid'),
+                        (['g', '--scheduler', ''], 'cannot be empty'), (['g', '--preset', ''], 'cannot be empty'),
+                        ([lab.grid('preset: toy\ncases: [{preset: toy}]', 'own'), '--preset', 'other'], 'names a preset of its own'), ([lab.grid('preset: toy\ncases: 5'), '--preset', 'other'], 'no preset named')):
+        assert main(['batch', *words]) == 2
+        err = capsys.readouterr().err
+        assert says in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_what_a_preset_needs_is_asked_for_before_anything_runs(lab, capsys):
+    lab.preset('toy', "needs: {data/large: llava-med get large}\nparameters: {2_two: {tag: data/large/model}}\n")
+    assert main(['batch', lab.grid('preset: toy')]) == 2
+    assert 'g.yaml needs data/large, which is not there: `llava-med get large`' in capsys.readouterr().err and not lab.outputs.exists()
+    assert main(['batch', lab.grid('preset: toy'), '--plan']) == 0
+    assert 'data/large is needed and not there' in capsys.readouterr().out
+    assert main(['batch', lab.grid('preset: toy\nonly: [1]'), '--plan']) == 0
+    assert 'data/large' not in capsys.readouterr().out
+
+
+def test_a_text_may_be_longer_than_a_path(lab):
+    runs, _ = lay_out(read_grid(lab.grid(f"preset: toy\nparameters: {{2_two.tag: '{'x'*600}', 1_one.tag: '~5 mm'}}")))
+    assert runs[0].plan['2_two']['tag'] == 'x'*600
+
+
+def test_damaged_files_of_a_batch_are_named(lab, capsys):
+    "What a disk or a hand has broken is named with its remedy, and what only informs is passed over."
+    text = 'preset: toy\ngrid: {2_two.n: [1, 2]}'
+    lab.batch(text)
+    for broken in ('{}', '[]', '{"steps": {"1_one": 3}, "hashes": {}}', '{"steps"'):
+        (lab.outputs/'g/n2-s0/run.json').write_text(broken)
+        assert main(['batch', lab.grid(text)]) == 1
+        assert 'n2-s0/run.json is damaged: delete' in capsys.readouterr().err
+        assert main(['batch', lab.grid('preset: toy', 'other'), '--plan']) == 0, 'another batch does not mind'
+    shutil.rmtree(lab.outputs/'g/n2-s0')
+    (lab.outputs/'g/plan.json').write_text('[]')
+    capsys.readouterr()
+    assert main(['batch', lab.grid(text)]) == 2 and 'plan.json is damaged' in capsys.readouterr().err
+    (lab.outputs/'g/plan.json').unlink()
+    for name in ('progress.json', 'table.csv', 'costs.csv', 'n1-s0/1_one/ledger.json'): (lab.outputs/'g'/name).write_text('{"')
+    got, _ = lab.batch(text)
+    assert len(got['done']) == 2 and got['ran'] <= 3 and len(lab.table()) == 2
+    (lab.outputs/'file').write_text('')
+    assert main(['batch', lab.grid('preset: toy\nname: file', 'file')]) == 2 and 'is a file' in capsys.readouterr().err
 
 
 def test_a_scheduler_that_is_not_there(lab, capsys, monkeypatch):
@@ -283,6 +354,9 @@ def test_shared_steps_run_once_and_their_records_are_true(lab):
     assert (record['batch'], record['seed'], record['varied'], record['base_preset']) == ('g', 1, {'2_two.n': 2}, 'toy')
     costs = list(csv.DictReader((lab.outputs/'g/costs.csv').open()))
     assert sum(c['step'] == '1_one' and not c['shared_from'] for c in costs) == 1 and len(costs) == 8
+    short = batch_rows(lab.outputs/'g', 'summary.csv')
+    assert [(r['run'], r['strict stage2 image']) for r in short] == [(r['run'], r['value']) for r in lab.table()] and len(short) == 4
+    assert 'strict of stage2, image' in (lab.outputs/'g/report.html').read_text()
 
     (a/'out.json').unlink()                                  # the first run lost it; the others still have it
     got, _ = lab.batch('preset: toy\nseeds: [0, 1]\nseed_steps: [2_two]\ngrid: {2_two.n: [1, 2]}')
@@ -311,6 +385,37 @@ def test_a_step_that_the_grid_drops_is_gone(lab):
     assert list(read_run('g/s0')['steps']) == ['2_two']
 
 
+def test_a_result_waits_for_the_folder_it_goes_into(lab, monkeypatch):
+    "Data that runs share are ready while the own base of one of them is still being made in its folder."
+    from llava_med import sweeps
+    patient = sweeps.patient_lock
+    monkeypatch.setattr(sweeps, 'patient_lock', lambda run, owner, wait=1: patient(run, owner, wait))
+    lab.step('0_base', "if n == 2: time.sleep(14)")
+    lab.step('1_one')
+    text = "preset: toy\nonly: [0_base, 1_one, 2_two]\nparameters: {2_two.tag: '{run}/0_base/model'}\ngrid: {0_base.n: [1, 2]}"
+    got, said = lab.batch(text, workers=2)
+    assert got['failures'] == [] and len(got['done']) == 2 and got['ran'] == 5, '\n'.join(said)
+
+
+def test_a_run_that_breaks_the_machinery_stops_no_other(lab, monkeypatch):
+    from llava_med import sweeps
+    run_step = sweeps.run_step
+    def odd(run, *args, **how):
+        if 'n1-' in run: raise KeyError('odd')
+        return run_step(run, *args, **how)
+    monkeypatch.setattr(sweeps, 'run_step', odd)
+    got, said = lab.batch('preset: toy\nonly: [2]\nparameters: {2_two.tag: x}\ngrid: {2_two.n: [1, 2]}', workers=1)
+    assert [f['error'] for f in got['failures'] if f['run'] == 'n1-s0'] == ["KeyError: 'odd'"]
+    assert [f['run'] for f in got['failures']] == ['n1-s0', 'n2-s0'] and got['ran'] == 2   # n2 ran, and missed its input
+
+
+def test_a_time_limit_holds_for_all_attempts_together(lab):
+    lab.step('2_two', "open(os.environ['LLAVA_MED_ROOT'] + '/tried', 'a').write('x')\ntime.sleep(4)\nraise ValueError('again')")
+    (lab.root/'tried').write_text('')
+    got, _ = lab.batch('preset: toy\nretries: 5\ntimeout_min: 0.25')
+    assert got['failures'] and len((lab.root/'tried').read_text()) < 6
+
+
 # Nothing outlives its batch
 
 @pytest.mark.parametrize('sign', [signal.SIGINT, signal.SIGKILL])
@@ -330,6 +435,33 @@ def test_a_stopped_batch_takes_its_notebooks_with_it(lab, sign):
     lab.step('2_two', SCORES)
     got, _ = lab.batch('preset: toy\ngrid: {2_two.n: [1, 2]}')
     assert len(got['done']) == 2 and got['ran'] == 2, 'the first step is kept'
+
+
+def test_a_merged_key_may_be_overridden():
+    from llava_med.batches import read_yaml
+    text = 'base: &b {n: 1, m: 2}\ndeep: {list: [{inner: &p {<<: *b, n: 2}}]}\ntop: {<<: *p, n: 3}\n'
+    assert read_yaml(text)['top'] == {'n': 3, 'm': 2} and read_yaml(text)['deep']['list'][0]['inner'] == {'n': 2, 'm': 2}
+    with pytest.raises(Exception, match="the key 'n' stands twice"): read_yaml(text.replace('n: 3', 'n: 3, n: 4'))
+
+
+def test_damaged_progress_is_a_sentence(tmp_path):
+    from llava_med.panels import batch_state
+    for text in ('{}', '[]'):
+        (tmp_path/'progress.json').write_text(text)
+        with pytest.raises(ValueError, match='progress.json is damaged'): batch_state(tmp_path)
+
+
+def test_a_notebook_of_an_earlier_call_is_ended(tmp_path):
+    "A worker of a cluster may still run it when its batch was killed and called again; the pulse is then that of the later one."
+    alive = tmp_path/'.alive'
+    alive.write_text('first 1 1.0')
+    p = subprocess.Popen(['sleep', '60'])
+    guard = Guard(alive=alive, mark='first')
+    guard.watch(p)
+    time.sleep(1.2)
+    assert p.poll() is None
+    alive.write_text('second 2 2.0')
+    assert p.wait(20) == -9 and guard.stopped and 'was called again' in guard.why
 
 
 # On a cluster
@@ -370,6 +502,8 @@ def test_gpus_are_counted(monkeypatch):
     assert gpus_here() == ['2', '3']
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     assert gpus_here() == []
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '1,-1,0')
+    assert gpus_here() == ['1']
 
 
 def test_means_over_seeds():
