@@ -1,11 +1,13 @@
 "Shared by all tests: the repository, its notebooks, small pipelines to break, and helpers that start or await processes."
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from shutil import which
 
@@ -38,6 +40,18 @@ def own_outputs(monkeypatch, tmp_path):
 
 @pytest.fixture
 def repo(): return REPO
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    "Gives processes that are forks of a server which has imported some modules once; the server of an earlier test knows others."
+    def context(*modules):
+        monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(REPO), str(REPO/'tests')]))
+        forkserver._forkserver._stop()
+        found = multiprocessing.get_context('forkserver')
+        found.set_forkserver_preload(list(modules))
+        return found
+    return context
 
 
 def browser(width=1400, height=1100, **logs):

@@ -1,6 +1,5 @@
 "Judgements of chat answers: real files, services that misbehave, a process that is killed, and marks that cannot be read."
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -196,9 +195,8 @@ def judge_all(url, folder):
 
 
 @pytest.mark.slow
-def test_killed_and_begun_again_it_ends_the_same_and_asks_nothing_twice(tmp_path):
-    start = multiprocessing.get_context('forkserver')
-    start.set_forkserver_preload(['llava_med.chat_evaluation', 'test_chat_evaluation'])
+def test_killed_and_begun_again_it_ends_the_same_and_asks_nothing_twice(tmp_path, forks):
+    start = forks('llava_med.chat_evaluation', 'test_chat_evaluation')
     for d in ('calm', 'killed'): (tmp_path/d).mkdir()
     with LocalEndpoint(marks_by_length, delay=.02) as e:
         judge_all(e.url, tmp_path/'calm')

@@ -1,7 +1,6 @@
 "What the cells of 06a and 08 cannot say: other models, kills, several processes."
 import copy
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -200,12 +199,10 @@ def final(log, done):
 def questions_of(asked_fn): return [tuple(l.split()) for l in asked_fn.read_text().splitlines()] if asked_fn.exists() else []
 
 
-def test_ten_kills_lose_nothing(tmp_path, monkeypatch):
+def test_ten_kills_lose_nothing(tmp_path, forks):
     items = world(tmp_path)
     (tmp_path/'items.json').write_text(json.dumps(items))
-    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(REPO), str(REPO/'tests')]))   # the server of forks imports once
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['test_generation'])
+    context = forks('test_generation')
     log, asked_fn, rng = tmp_path/'killed.jsonl', tmp_path/'asked.txt', random.Random(5)
     for kill in range(10):
         before, start = read_complete(log), len(questions_of(asked_fn))

@@ -1,7 +1,6 @@
 "Language models that write conversations: services that misbehave, processes that are killed, a real server, and the way into stage 2."
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -332,9 +331,8 @@ def generate(url, folder):
     (folder/'rows.json').write_text(json.dumps(rows))
 
 
-def test_killed_ten_times_it_ends_with_the_same_records_and_pays_once(tmp_path):
-    rng, server = random.Random(5), multiprocessing.get_context('forkserver')
-    server.set_forkserver_preload(['llava_med.asking', 'test_generators'])
+def test_killed_ten_times_it_ends_with_the_same_records_and_pays_once(tmp_path, forks):
+    rng, server = random.Random(5), forks('llava_med.asking', 'test_generators')
     figures = [figure(s) for s in range(N_KILLED)]
     mixed = lambda: {figures[k]['caption']: f for k, f in {3: [500], 9: ['half'], 17: [429], 25: ['drop'], 33: ['empty']}.items()}
     for d in ('calm', 'out'): (tmp_path/d).mkdir()
