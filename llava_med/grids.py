@@ -539,7 +539,7 @@ def plan_lines(
     unknown = sorted({u.step for u in todo if u.estimate is None})
     known = f'about {clock(total_time(units, workers))}' if len(unknown) < len({u.step for u in todo}) else 'a time that no earlier run tells'
     if todo:
-        yield f"This takes {known}, {workers} at a time" + (f', and what {", ".join(unknown)} take, which no earlier run tells.' if unknown and 'about' in known else '.')
+        yield f"This takes {known}, {workers} at a time" + (f', and the time of {", ".join(unknown)}, which no earlier run tells.' if unknown and 'about' in known else '.')
     limits = [f"{grid['memory_gb']:g} GB for a notebook" if grid['memory_gb'] else '', f"{grid['timeout_min']:g} min for a run" if grid['timeout_min'] else '']
     if any(limits): yield f'Limits: {", ".join(filter(None, limits))}.'
     for path, how in lacking(grid, runs, units).items(): yield f'{path} is needed and not there: `{how}`.'
