@@ -287,8 +287,8 @@ def fit(
     def save(n): save_state(job, opt, acc, Path(checkpoint), dict(done=n, rows=rows, fingerprint=mark, tokens=tokens, again=again, over=over,
                                                                   best=best.loss if math.isfinite(best.loss) else None, worse=best.worse), best.kept)
     job.train()
-    with (Helpers(workers - 1, inner, adapter, samples, collate, loss, around, partial(token_groups, lengths=lengths, tokens=tokens, padded=padded), bf16) as helpers,
-          around(inner), _loaders_live()):
+    with (_loaders_live(), Helpers(workers - 1, inner, adapter, samples, collate, loss, around, partial(token_groups, lengths=lengths, tokens=tokens, padded=padded), bf16) as helpers,
+          around(inner)):
         for i, (epoch, numbers) in enumerate(plan[done:], done):
             if over: break
             start, number = time.monotonic(), int(np.random.SeedSequence((seed, i, acc.process_index)).generate_state(1)[0])

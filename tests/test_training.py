@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from llava_med import training
 from llava_med.adapters import add_lora
 from llava_med.batching import Collator, encode
 from llava_med.launching import launch
@@ -125,6 +126,16 @@ def test_a_killed_data_worker_is_reported(toy, tmp_path):
                     if p.name().startswith('pt_data') or 'pytest' in ' '.join(p.cmdline()): p.kill()
     with pytest.raises(TrainingError, match='fewer loaders'):
         fit(tiny_model(image_size=24)[0], samples*20, Collator(pad, features), STAGE, loaders=2, report=kill)
+
+
+def test_a_data_worker_that_dies_while_all_is_put_back_is_reported_too(toy, monkeypatch):
+    samples, pad, features = toy
+    @contextlib.contextmanager
+    def interrupted(*args, **how):
+        yield
+        raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.')
+    monkeypatch.setattr(training, 'attention_for', interrupted)
+    with pytest.raises(TrainingError, match='fewer loaders'): fit(tiny_model(image_size=24)[0], samples[:4], Collator(pad, features), STAGE)
 
 
 @pytest.mark.parametrize('sharding', ['none', 'fsdp'])
