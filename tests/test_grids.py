@@ -466,6 +466,7 @@ def test_a_notebook_of_an_earlier_call_is_ended(tmp_path):
 
 # On a cluster
 
+@pytest.mark.slow
 def test_a_worker_is_killed_and_its_runs_are_done_by_another(lab, tmp_path):
     marks = tmp_path/'marks'
     marks.mkdir()
