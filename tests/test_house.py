@@ -16,13 +16,23 @@ import pytest
 import yaml
 
 REPO = Path(__file__).resolve().parents[1]
-CHAPTERS = sorted(p for p in (REPO/'nbs').glob('*.ipynb') if not p.name.startswith('_'))
-PIPELINE = sorted((REPO/'nbs/pipeline').glob('[0-9]*.ipynb'))
-OTHERS = sorted(p for d in ('benchmarks', 'course') for p in (REPO/'nbs'/d).rglob('*.ipynb') if not p.name.startswith('_'))
-NOTEBOOKS = CHAPTERS + PIPELINE + OTHERS
-PRESETS = sorted((REPO/'nbs/pipeline/presets').glob('*.yaml'))
-MODULES = sorted(p for p in (REPO/'llava_med').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
 name = lambda p: p.relative_to(REPO).as_posix()
+
+
+def notebooks(folder, *but):
+    "The notebooks below a folder of nbs/, at any depth; private ones and those below the folders in `but` are left out."
+    home = REPO/'nbs'/folder
+    inside = lambda p: p.relative_to(home).parts
+    return sorted(p for p in home.rglob('*.ipynb') if inside(p)[0] not in but and not any(x.startswith(('_', '.')) for x in inside(p)))
+
+
+PIPELINE, OTHERS = notebooks('pipeline'), notebooks('benchmarks') + notebooks('course')
+CHAPTERS = notebooks('', 'pipeline', 'benchmarks', 'course')
+NOTEBOOKS = CHAPTERS + PIPELINE + OTHERS
+PRESETS = sorted((REPO/'nbs/pipeline/presets').rglob('*.yaml'))
+MODULES = sorted(p for p in (REPO/'llava_med').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
+TESTS = sorted((REPO/'tests').rglob('test_*.py'))
+LEAST = dict(CHAPTERS=59, PIPELINE=7, OTHERS=27, PRESETS=11, MODULES=57, TESTS=42)   # what there was on 2026-11-29
 each = lambda paths: pytest.mark.parametrize('path', paths, ids=name)
 
 
@@ -117,6 +127,22 @@ def chapter_numbers():
         m = re.search(r'^#\s*\|\s*default_exp\s+(\w+)', '\n'.join(c.source for c in nbformat.read(p, 4).cells), re.M)
         if m: found[m[1]] = NUMBER.match(p.name)[0]
     return found
+
+
+# A collection that has become empty would make every test over it green
+
+def too_few(counts): return {k: (n, LEAST[k]) for k, n in counts.items() if n < LEAST[k]}
+
+
+def test_no_collection_has_shrunk():
+    assert not too_few({k: len(globals()[k]) for k in LEAST}), 'tests over a shrunken collection test too little; a lower number is written down here on purpose only'
+
+
+def test_nbdev_tests_every_chapter():
+    from nbdev.config import get_config
+    from nbdev.doclinks import nbglob
+    found = {Path(p).resolve() for p in nbglob(get_config(cfg_name='settings.ini', path=REPO).nbs_path) if not Path(p).with_name('.notest').exists()}
+    assert found >= set(CHAPTERS) and not found & set(PIPELINE + OTHERS)
 
 
 # All notebooks
@@ -298,6 +324,7 @@ def broken():
 
 
 def test_the_rules_can_fail():
+    assert too_few(dict(CHAPTERS=0, PIPELINE=7, MODULES=900)) == {'CHAPTERS': (0, 59)}
     found = ' '.join(bad_cells(broken()))
     for word in ('one id', 'execution count', 'raises-exception', 'ValueError', 'a widget', 'widget state'): assert word in found
     assert machine_paths(broken()) == ['/home/' + 'someone']

@@ -19,7 +19,7 @@ from llava_med.model import load
 from llava_med.runs import read_json
 
 REPO = Path(__file__).resolve().parents[1]
-SHIPPED = sorted(p.stem for p in (REPO/'nbs/pipeline/presets').glob('*.yaml'))
+SHIPPED = sorted(p.stem for p in (REPO/'nbs/pipeline/presets').rglob('*.yaml'))
 LARGE = [n for n in SHIPPED if n not in ('tiny', 'smoke')]
 LAYOUTS = json.loads((Path(__file__).parent/'layouts_7b.json').read_text())
 each = pytest.mark.parametrize('name', LARGE)
