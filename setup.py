@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 c = ConfigParser(delimiters=['='])
 c.read('settings.ini', encoding='utf-8')
@@ -17,7 +17,8 @@ setup(
     long_description=Path('README.md').read_text(encoding='utf-8') if Path('README.md').exists() else '',
     long_description_content_type='text/markdown',
     author=c['author'], author_email=c['author_email'], license='Apache-2.0',
-    packages=[c['lib_path']], package_data={c['lib_path']: ['*.yaml', 'lmms_eval/*']}, python_requires=f">={c['min_python']}",
+    packages=find_packages(include=[c['lib_path'], f"{c['lib_path']}.*"]),
+    package_data={'': ['*.yaml', 'lmms_eval/*']}, python_requires=f">={c['min_python']}",
     install_requires=lines('requirements'), extras_require={'dev': lines('dev_requirements')},
     entry_points={'console_scripts': lines('console_scripts'),
                   'nbdev': [f"{c['lib_path']} = {c['lib_path']}._modidx:d"]},

@@ -95,7 +95,7 @@ n: int = 1  # a number
 tag: str = 'a'  # a word
 files: list = []  # data to read
 """
-HEAD = 'import os, sys, time\nfrom llava_med.runs import run_dir, read_json, write_json'
+HEAD = 'import os, sys, time\nfrom llava_med.core.runs import run_dir, read_json, write_json'
 
 
 class Toy:
@@ -106,7 +106,7 @@ class Toy:
         self.root, self.outputs = folder, folder/'outputs'
         monkeypatch.setenv('LLAVA_MED_ROOT', str(folder))
         monkeypatch.setenv('LLAVA_MED_OUTPUTS', str(self.outputs))
-        monkeypatch.setattr('llava_med.batches.library_mark', lambda: 'the same library')
+        monkeypatch.setattr('llava_med.lab.runner.library_mark', lambda: 'the same library')
         (folder/'nbs/pipeline/presets').mkdir(parents=True)
         (folder/'settings.ini').write_text('[DEFAULT]\n')
         for s in self.steps: self.step(s)
@@ -125,15 +125,15 @@ class Toy:
 
     def run(self, *words):
         "The exit code of `llava-med run …`."
-        from llava_med.commands import main
+        from llava_med.lab.commands import main
         return main(['run', *words])
 
     def out(self, step, run='toy'):
-        from llava_med.runs import read_json
+        from llava_med.core.runs import read_json
         return read_json(self.outputs/run/step/'out.json')
 
     def record(self, run='toy'):
-        from llava_med.runs import read_run
+        from llava_med.core.runs import read_run
         return read_run(run)['steps']
 
     def ended(self, run='toy'): return {s: r.get('ended') for s, r in self.record(run).items()}

@@ -5,8 +5,8 @@ from collections import Counter, defaultdict
 import pandas as pd
 import pytest
 
-from llava_med import articles as A
-from llava_med.runs import test_data as data_folder
+from llava_med.data import articles as A
+from llava_med.core.runs import test_data as data_folder
 
 FOLDER = None if data_folder() is None else data_folder() / 'articles'
 pytestmark = pytest.mark.skipif(FOLDER is None or not FOLDER.is_dir(),

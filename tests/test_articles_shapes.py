@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from llava_med import articles as A
+from llava_med.data import articles as A
 
 XLINK = 'xmlns:xlink="http://www.w3.org/1999/xlink" xmlns:mml="http://www.w3.org/1998/Math/MathML"'
 

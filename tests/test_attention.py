@@ -7,8 +7,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen2Conf
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from llava_med import attention as at
-from llava_med.model import tiny_model
+from llava_med.explain import attention as at
+from llava_med.models.llava import tiny_model
 
 
 @pytest.fixture(scope='module')

@@ -7,11 +7,11 @@ import re
 import papermill
 import pytest
 import torch
-from llava_med import batching
-from llava_med.batching import IGNORE, Collator, batch_loss, share_pictures
-from llava_med.model import set_trainable, tiny_model
-from llava_med.packing import PackedCollator, pack_rows
-from llava_med.runs import write_csv, write_json, write_jsonl
+from llava_med.train import batches
+from llava_med.train.batches import IGNORE, Collator, batch_loss, share_pictures
+from llava_med.models.llava import set_trainable, tiny_model
+from llava_med.train.packing import PackedCollator, pack_rows
+from llava_med.core.runs import write_csv, write_json, write_jsonl
 
 
 @pytest.fixture(scope='module')

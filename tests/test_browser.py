@@ -21,9 +21,9 @@ TUNED = (REPO/'data/tuned_tiny/config.json').exists()
 
 PANELS = """from pathlib import Path
 import os
-from llava_med.panels import Browse, Compare, Watch
-from llava_med.runs import read_jsonl, run_dir
-from llava_med.vqa import read_items
+from llava_med.ui.panels import Browse, Compare, Watch
+from llava_med.core.runs import read_jsonl, run_dir
+from llava_med.data.vqa import read_items
 data = run_dir('toy')/'1_data_prep'
 items = read_items(data/'vqa/test.json')
 browse = Browse(data)
@@ -42,10 +42,10 @@ missing"""
 
 def write_toy(outputs):
     "A run with two pictures and their questions, in which a step is running; the test's own process holds it."
-    from llava_med.phantom_drawing import render
-    from llava_med.phantom_words import questions
-    from llava_med.phantoms import sample_scene
-    from llava_med.runs import write_json
+    from llava_med.world.render import render
+    from llava_med.world.language import questions
+    from llava_med.world.scenes import sample_scene
+    from llava_med.core.runs import write_json
     items = []
     for seed in (24, 26):
         scene = sample_scene(seed, 'test', 'chest_xray')
@@ -234,7 +234,7 @@ def test_a_file_that_is_no_picture(start, tmp_path):
 
 
 def test_panels(driver, lab, shots):
-    from llava_med.runs import read_jsonl, update_run, write_json
+    from llava_med.core.runs import read_jsonl, update_run, write_json
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import Select
     page, run = Page(driver, lab, 'panels.ipynb', shots), lab[1].parent/'outputs/toy'
@@ -273,7 +273,7 @@ def test_panels(driver, lab, shots):
 
 def test_the_sample_of_the_data(driver, shots, tmp_path):
     "The page that data preparation leaves: keys j and k turn it over, and nothing is fetched."
-    from llava_med.pictures import sample_page
+    from llava_med.data.browse import sample_page
     items = write_toy(tmp_path)
     figures = [dict(id=n, image=n, caption='A radiograph.', modalities={'chest_xray': True}, mentions=[]) for n in dict.fromkeys(o['images'][0] for o in items)]
     sample_page(tmp_path/'sample.html', figures, [], tmp_path/'toy/1_data_prep/images')

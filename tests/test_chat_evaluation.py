@@ -9,16 +9,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from llava_med import phantom_words, phantoms
-from llava_med.asking import LocalEndpoint
-from llava_med.chat_evaluation import (JUDGE_CASES, ORDERS, TYPES, EndpointJudge, FindingJudge, LocalJudge, Pair, chat_counts, chat_rows, check_chat,
+from llava_med.world import language, scenes
+from llava_med.data.llm_api import LocalEndpoint
+from llava_med.evaluate.judge import (JUDGE_CASES, ORDERS, TYPES, EndpointJudge, FindingJudge, LocalJudge, Pair, chat_counts, chat_rows, check_chat,
                                        finding_rows, judge_answers, orders_of, pair_of, phantom_chat, read_chat, read_judge_prompt, read_judgement,
                                        report_questions)
-from llava_med.commands import main
-from llava_med.generators import Answers, AnswersError
-from llava_med.runs import read_jsonl, test_data as data_folder, write_jsonl
-from llava_med.scorers import DOMAINS, align, judge_rows, read_answers
-from llava_med.scoring import COLUMNS, ScoreError
+from llava_med.lab.commands import main
+from llava_med.data.generators import Answers, AnswersError
+from llava_med.core.runs import read_jsonl, test_data as data_folder, write_jsonl
+from llava_med.evaluate.scorers import DOMAINS, align, judge_rows, read_answers
+from llava_med.evaluate.exact import COLUMNS, ScoreError
 
 DATA = data_folder()
 REAL = DATA/'llava_med' if DATA else None
@@ -196,7 +196,7 @@ def judge_all(url, folder):
 
 @pytest.mark.slow
 def test_killed_and_begun_again_it_ends_the_same_and_asks_nothing_twice(tmp_path, forks):
-    start = forks('llava_med.chat_evaluation', 'test_chat_evaluation')
+    start = forks('llava_med.evaluate.judge', 'test_chat_evaluation')
     for d in ('calm', 'killed'): (tmp_path/d).mkdir()
     with LocalEndpoint(marks_by_length, delay=.02) as e:
         judge_all(e.url, tmp_path/'calm')
@@ -231,14 +231,14 @@ def test_a_model_on_this_machine_judges(tmp_path):
 # Findings
 
 def truths(n):
-    scenes = [phantoms.sample_scene(i) for i in range(n)]
-    return [dict(image=f'{i}.jpg', modality=s.modality, caption=phantom_words.captions(s, 'detailed'), claims=phantom_words.claims_dict(phantom_words.scene_claims(s)))
+    scenes = [scenes.sample_scene(i) for i in range(n)]
+    return [dict(image=f'{i}.jpg', modality=s.modality, caption=language.captions(s, 'detailed'), claims=language.claims_dict(language.scene_claims(s)))
             for i, s in enumerate(scenes)], scenes
 
 
 def test_phantoms_are_judged_by_their_findings():
     known, scenes = truths(40)
-    items = [dict(o, id=f'{i}-{k}', images=[f'{i}.jpg']) for i, s in enumerate(scenes) for k, o in enumerate(phantom_words.questions(s)[:3])]
+    items = [dict(o, id=f'{i}-{k}', images=[f'{i}.jpg']) for i, s in enumerate(scenes) for k, o in enumerate(language.questions(s)[:3])]
     qs = phantom_chat(known, items)
     assert chat_counts(qs)[TYPES[1]] == 40 and chat_counts(qs)[TYPES[0]] == len(items)
     right = [dict(question_id=q['question_id'], prompt=q['text'], text=q['gpt4_answer']) for q in qs]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_med.generation import answer
-from llava_med.model import load
+from llava_med.generate.answers import answer
+from llava_med.models.llava import load
 
 REPO = Path(__file__).resolve().parents[1]
 CHAIN = {'2_stage1_alignment': None, '3_stage2_tuning': '2_stage1_alignment', '3b_vqa_tuning': '3_stage2_tuning'}   # each stage starts from the model of another
@@ -47,7 +47,7 @@ def test_every_stage_with_an_adapter_is_read_without_the_library(tmp_path):
     env = {**os.environ, 'PYTHONPATH': str(REPO), 'LLAVA_MED_OUTPUTS': str(tmp_path)}
     sets = [w for s in CHAIN for k in ('lora_rank=4', 'lr=2e-3') for w in ('--set', f'{s}.{k}')]
     small = [w for k in ('n_figures=60', 'n_vqa_images=12', 'n_val_images=4', 'n_test_images=4', 'n_singles=2') for w in ('--set', f'1_data_prep.{k}')]
-    done = subprocess.run([sys.executable, '-c', 'import sys; from llava_med.commands import main; sys.exit(main())', 'run', 'smoke', '--only', '1', '2', '3_stage2_tuning', '3b', *sets, *small],
+    done = subprocess.run([sys.executable, '-c', 'import sys; from llava_med.lab.commands import main; sys.exit(main())', 'run', 'smoke', '--only', '1', '2', '3_stage2_tuning', '3b', *sets, *small],
                           env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     run = tmp_path/'smoke'

@@ -13,9 +13,9 @@ from transformers import (CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaF
                           MistralConfig, MistralForCausalLM)
 from transformers.utils import logging
 
-from llava_med.commands import main
-from llava_med.convert import add_base, convert, convert_vit, convert_weights, own_tower, read_weights
-from llava_med.model import disk_name, join, load, read_tower, train_tokenizer, weights_hash
+from llava_med.lab.commands import main
+from llava_med.models.convert import add_base, convert, convert_vit, convert_weights, own_tower, read_weights
+from llava_med.models.llava import disk_name, join, load, read_tower, train_tokenizer, weights_hash
 
 logging.set_verbosity_error()
 WIDE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -391,7 +391,7 @@ def test_what_the_full_models_are():
     assert count(LAYOUTS['llava_15_7b']['standard']) == 7_063_427_072
     assert len(expand(LAYOUTS['llava_med_v15']['original'])) == 291 + 4 + 391
     for name, theta, kv, extra in (('llava_med_v15', 1e6, 8, None), ('llava_15_7b', 1e4, 32, None), ('llava_med_v10', 1e4, 32, 2048)):
-        from llava_med.convert import text_config
+        from llava_med.models.convert import text_config
         text = text_config(LAYOUTS[name]['config'], 32064)
         assert text.rope_parameters['rope_theta'] == theta and text.num_key_value_heads == kv and text.head_dim == 128
         if extra: assert text.max_position_embeddings == extra and text.rms_norm_eps == 1e-6

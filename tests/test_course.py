@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
-from llava_med.grading import (BEGIN, EXERCISES, PARTS, STEPS, check, grade, hint_for, made_run, points_of, total, unsolved)
-from llava_med.phantom_words import read_claims
-from llava_med.runs import read_json, read_jsonl, write_csv, write_json, write_jsonl
+from llava_med.lab.grading import (BEGIN, EXERCISES, PARTS, STEPS, check, grade, hint_for, made_run, points_of, total, unsolved)
+from llava_med.world.language import read_claims
+from llava_med.core.runs import read_json, read_jsonl, write_csv, write_json, write_jsonl
 
 REPO = Path(__file__).resolve().parents[1]
 COURSE = REPO/'nbs/course'
@@ -94,7 +94,7 @@ def test_solutions_are_right(n):
         if c.cell_type != 'code' or BEGIN not in c.source: continue
         k, fn = re.search(r"check\('([\d.]+)', (\w+)\)", c.source).groups()
         space = {}
-        exec('import math\nimport numpy as np\nfrom llava_med.phantom_words import read_claims\nfrom llava_med.scoring import strict_normalise\n'
+        exec('import math\nimport numpy as np\nfrom llava_med.world.language import read_claims\nfrom llava_med.evaluate.exact import strict_normalise\n'
              + c.source.split('\nif check(')[0], space)
         assert hint_for(EXERCISES[k], space[fn]) == '', k
 
@@ -200,10 +200,10 @@ def test_the_instructors_key_counts(run, tmp_path):
 def test_weights_are_asked_again(run):
     "The shipped base answers as stage 2; then three of four answers are improved by hand, and the table with them."
     from PIL import Image
-    from llava_med.generation import Speaker, answer
-    from llava_med.grading import asked_of
-    from llava_med.model import load
-    from llava_med.scoring import score_table
+    from llava_med.generate.answers import Speaker, answer
+    from llava_med.lab.grading import asked_of
+    from llava_med.models.llava import load
+    from llava_med.evaluate.exact import score_table
     shutil.copytree(REPO/'data/base_tiny', run/STEPS['stage2']/'model')
     model, processor = load(run/STEPS['stage2']/'model')
     items, log = read_json(run/STEPS['data']/'vqa/test.json'), read_jsonl(run/STEPS['scores']/'predictions.jsonl')

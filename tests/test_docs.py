@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 import nbformat
 import pytest
 from conftest import NO_BROWSER, browser, wait_for
-from llava_med.batches import UsageError
-from llava_med.book import (PARTS, api_page, book_links, book_page, chapter_rows, check_site, configuration, described, library, main, make_book, name_links,
-                            page_of, parts, slug, words, write_sources)
+from llava_med.lab.runner import UsageError
+from llava_med.lab.book import (PARTS, api_page, book_links, book_page, chapter_rows, check_site, configuration, described, library, main, make_book, name_links,
+                            package_rows, page_of, parts, slug, words, write_sources)
 
 REPO = Path(__file__).resolve().parents[1]
 NO_BUILDER = '' if all(map(find_spec, ('sphinx', 'furo', 'myst_nb'))) else "Sphinx, Furo or MyST-NB is missing (pip install -c constraints.txt -e '.[dev]')"
@@ -29,10 +29,12 @@ md, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
 
 def test_every_notebook_has_its_place():
     rows = [r[2] for r in chapter_rows(nbformat.read(INDEX, 4))]
-    there = sorted(p.stem for p in (REPO/'nbs').rglob('[0-9]*.ipynb') if p.relative_to(REPO/'nbs').parts[0] not in PARTS)
+    there = sorted(p.relative_to(REPO/'nbs').with_suffix('').as_posix() for p in (REPO/'nbs').rglob('[0-9]*.ipynb') if p.relative_to(REPO/'nbs').parts[0] not in PARTS)
     assert len(there) >= 57
     assert sorted(rows) == there and len(set(rows)) == len(rows)
     assert rows == sorted(rows), 'the reading order is the order of the numbers'
+    assert [(f'{int(f[:2])}.{int(f.split("/")[1][:2])}') for f in rows] == [r[0] for r in chapter_rows(nbformat.read(INDEX, 4))]
+    assert {f.split('/')[0] for f in rows} == set(package_rows(nbformat.read(INDEX, 4)))
     listed = [f for files in parts().values() for f in files]
     assert sorted(listed) == sorted(p.relative_to(REPO/'nbs').as_posix() for d in PARTS for p in (REPO/'nbs'/d).rglob('*.ipynb')
                                     if not p.name.startswith('_') and '.ipynb_checkpoints' not in p.parts)
@@ -55,13 +57,13 @@ def test_every_word_has_a_meaning():
 def test_pages_of_modules_name_all_that_is_public(module):
     text = library()[module]
     public = {n.name for n in ast.parse(text).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_')}
-    page = api_page(module, text, '00_runs.ipynb')
+    page = api_page(module, text, '00_core/01_runs.ipynb')
     assert {d['name'] for d in described(text)} == public and all(f'}} {n}' in page for n in public)
     assert 'After this chapter' not in page
 
 
 def test_comments_become_descriptions():
-    d = {x['name']: x for x in described((REPO/'llava_med/runs.py').read_text())}
+    d = {x['name']: x for x in described((REPO/'llava_med/core/runs.py').read_text())}
     assert d['write_json']['parameters'][0] == ('path', 'str | Path', 'file to write') and d['write_json']['returns'] == 'the file'
     one = described('def f(a:int, b=2)->int: # both\n    "Do."\n    return 1')[0]
     assert one['parameters'] == [('a', 'int', ''), ('b', '', '')]   # one comment for two parameters belongs to neither
@@ -71,16 +73,16 @@ def test_comments_become_descriptions():
 
 def test_hidden_cells_stay_out(tmp_path):
     nb = nbformat.v4.new_notebook(cells=[md('# T\n\n> x'), code('#| hide\nsecret'), code('#| default_exp a'), code('#|export\n#| hide_input\nshown'), code('#| echo: false\ndrawn')])
-    page = book_page(nb, 'nbs/00_runs.ipynb', {}, tmp_path)
+    page = book_page(nb, 'nbs/00_core/01_runs.ipynb', {}, tmp_path)
     assert [c.source for c in page.cells if c.cell_type == 'code'] == ['shown', 'drawn']
     assert page.cells[-1].metadata['tags'] == ['remove-input'] and '#|' not in str(page.cells)
 
 
 def test_links_become_pages_and_copies(tmp_path):
     there = lambda text, file='nbs/pipeline/1_data_prep.ipynb': book_links(text, file, tmp_path)
-    assert there('[a](../02_articles.ipynb) [b](../../outputs/README.md#x-Y) ![c](https://x.org/a.png)') == '[a](../02_articles.ipynb) [b](../outputs.md#x-y) ![c](https://x.org/a.png)'
+    assert there('[a](../03_data/03_articles.ipynb) [b](../../outputs/README.md#x-Y) ![c](https://x.org/a.png)') == '[a](../03_data/03_articles.ipynb) [b](../outputs.md#x-y) ![c](https://x.org/a.png)'
     assert there('[a](presets/tiny.yaml)') == '[a](../files/nbs/pipeline/presets/tiny.yaml)' and (tmp_path/'files/nbs/pipeline/presets/tiny.yaml').exists()
-    assert there('[a](pipeline)', 'nbs/index.ipynb') == '[a](pipeline.md)'
+    assert there('[a](pipeline) [b](03_data)', 'nbs/index.ipynb') == '[a](pipeline.md) [b](03_data.md)'
     assert there('`[a](b)` and\n```\n[a](b)\n```') == '`[a](b)` and\n```\n[a](b)\n```'
     for target in ('gone.ipynb', '../../../x', '/etc/hosts', '../../tests'):
         with pytest.raises(UsageError, match='1_data_prep.ipynb: the link'): there(f'[a]({target})')
@@ -90,8 +92,8 @@ def test_links_become_pages_and_copies(tmp_path):
 def test_names_are_linked_only_where_they_are_sure():
     names = {'run': ['batches'], 'read_run': ['runs'], 'load': ['model', 'images'], 'Judge': ['chat']}
     links = lambda text, own='': re.findall(r'{py:obj}`(\S+) <(\S+)>`', name_links(text, names, own))
-    assert links('`run` `read_run` `load` `load()` `none`') == [('read_run', 'llava_med.runs.read_run')]
-    assert links('`load`, `run()`', 'images') == [('load', 'llava_med.images.load'), ('run()', 'llava_med.batches.run')]
+    assert links('`run` `read_run` `load` `load()` `none`') == [('read_run', 'llava_med.core.runs.read_run')]
+    assert links('`load`, `run()`', 'images') == [('load', 'llava_med.data.images.load'), ('run()', 'llava_med.lab.runner.run')]
     assert not links('[`read_run`](x.ipynb) <b title="`read_run`">\n```\n`read_run`\n```')
 
 
@@ -118,10 +120,11 @@ def test_a_repository_without_home_page(tmp_path, monkeypatch):
 
 
 def test_a_table_that_lists_too_much_or_too_little(tmp_path, monkeypatch):
-    toy(tmp_path, monkeypatch, index='# T\n\n| 00 | [A](00_a.ipynb) | x |')
-    with pytest.raises(UsageError, match='lists 00_a.ipynb, which is not there|the link 00_a.ipynb leads nowhere'): make_book()
-    for name in ('00_a', '01_b'): nbformat.write(nbformat.v4.new_notebook(cells=[md('# A')]), tmp_path/f'nbs/{name}.ipynb')
-    with pytest.raises(UsageError, match='its table lacks 01_b.ipynb'): make_book()
+    toy(tmp_path, monkeypatch, index='# T\n\n| 0 | **x** | y |\n| 0.1 | [A](00_x/01_a.ipynb) | x |')
+    with pytest.raises(UsageError, match='lists 00_x/01_a.ipynb, which is not there|the link 00_x/01_a.ipynb leads nowhere'): make_book()
+    (tmp_path/'nbs/00_x').mkdir()
+    for name in ('00_x/01_a', '00_x/02_b'): nbformat.write(nbformat.v4.new_notebook(cells=[md('# A')]), tmp_path/f'nbs/{name}.ipynb')
+    with pytest.raises(UsageError, match='its table lacks 00_x/02_b.ipynb'): make_book()
 
 
 def test_a_folder_that_is_no_book_is_left_alone(tmp_path, monkeypatch, capsys):
@@ -244,7 +247,7 @@ def test_search_finds_a_word(driver, shot, address, site, how):
 
 @pytest.mark.slow
 def test_pages_light_and_dark_wide_and_narrow(driver, shot, address):
-    names = ('index', '00_runs', '02_articles', '10a_maps', 'pipeline/4_evaluation', 'pipeline', 'glossary', 'api/model', 'api', 'contributing', 'data')
+    names = ('index', '00_core/01_runs', '03_data/03_articles', '07_explain/02_maps', '03_data', 'pipeline/4_evaluation', 'pipeline', 'glossary', 'api/models.llava', 'api', 'contributing', 'data')
     for width, height in ((1400, 1100), (390, 844)):
         size(driver, width, height)
         for name in names:
@@ -255,12 +258,12 @@ def test_pages_light_and_dark_wide_and_narrow(driver, shot, address):
             assert driver.find_elements('css selector', 'article h1')
             shot(f'{name.replace("/", "_")}_{width}')
     size(driver, 1400, 1100)
-    driver.get(f'{address}/10a_maps.html')
+    driver.get(f'{address}/07_explain/02_maps.html')
     light = driver.execute_script('return getComputedStyle(document.body).backgroundColor')
     for theme in ('dark', 'light'):
         driver.execute_script('document.body.dataset.theme = arguments[0]', theme)
         time.sleep(.5)
-        shot(f'10a_maps_{theme}')
+        shot(f'maps_{theme}')
         if theme == 'dark': assert driver.execute_script('return getComputedStyle(document.body).backgroundColor') != light
     assert driver.find_elements('css selector', '.theme-toggle')
     assert {urlsplit(u).hostname for u in requests(driver)} == {'127.0.0.1'}

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from conftest import NO_BROWSER, browser, wait_for
-from llava_med.explorer import CHEAP, best_lines, explained, explorer_page, pack, reliability, unpack, write_explorer
-from llava_med.maps import FACTS
-from llava_med.runs import OutputError
+from llava_med.explain.explorer import CHEAP, best_lines, explained, explorer_page, pack, reliability, unpack, write_explorer
+from llava_med.explain.maps import FACTS
+from llava_med.core.runs import OutputError
 
 in_browser = [pytest.mark.slow, pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER)]
 until = partial(wait_for, seconds=30)
@@ -124,8 +124,8 @@ def test_reliability_is_read_and_never_mixed():
 
 def test_rows_from_a_file_are_the_same(tmp_path):
     from csv import DictReader
-    from llava_med.faithfulness import COLUMNS
-    from llava_med.runs import write_csv
+    from llava_med.explain.faithfulness import COLUMNS
+    from llava_med.core.runs import write_csv
     write_csv(tmp_path/'faithfulness.csv', rows(), COLUMNS)
     with open(tmp_path/'faithfulness.csv', newline='') as f: assert reliability(list(DictReader(f))) == reliability(rows())
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_med import attention as at
-from llava_med import faithfulness as fa
-from llava_med import runs
-from llava_med.model import tiny_model
-from llava_med.phantom_words import questions
-from llava_med.phantoms import sample_scene
-from llava_med.vqa import read_slake
+from llava_med.explain import attention as at
+from llava_med.explain import faithfulness as fa
+from llava_med.core import runs
+from llava_med.models.llava import tiny_model
+from llava_med.world.language import questions
+from llava_med.world.scenes import sample_scene
+from llava_med.data.vqa import read_slake
 from test_maps import asked, picture
 
 

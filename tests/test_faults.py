@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llava_med.adapters import add_lora, merge_folders, save_adapter
-from llava_med.batches import UsageError, known_name
-from llava_med.model import load
-from llava_med.training import Stage
+from llava_med.models.adapters import add_lora, merge_folders, save_adapter
+from llava_med.lab.runner import UsageError, known_name
+from llava_med.models.llava import load
+from llava_med.train.loop import Stage
 
 REPO = Path(__file__).resolve().parents[1]
 BASE = REPO/'data/base_tiny'
@@ -180,7 +180,7 @@ def test_an_adapter_of_another_stage_is_refused(tmp_path):
 def test_the_command_says_it_in_one_sentence(run, tmp_path):
     folder = copied(tmp_path, text_only)
     env = {**os.environ, 'PYTHONPATH': str(REPO)}
-    done = subprocess.run([sys.executable, '-c', 'import sys; from llava_med.commands import main; sys.exit(main())', 'run', 'smoke', '--name', 'r', '--only', '3',
+    done = subprocess.run([sys.executable, '-c', 'import sys; from llava_med.lab.commands import main; sys.exit(main())', 'run', 'smoke', '--name', 'r', '--only', '3',
                            '--set', f'3_stage2_tuning.start_from={folder}'], env=env, capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and f"'{folder}' is a model of type 'llama', not 'llava'" in last and 'Traceback' not in done.stderr, done.stderr

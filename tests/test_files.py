@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_med.conversations import DOMAINS, RecordError, fault, read_records, write_records
-from llava_med.files import (Form, ImageFolder, conversation_of, domain_counts, figure_of, form_of, llava_caption, llava_question,
+from llava_med.data.conversations import DOMAINS, RecordError, fault, read_records, write_records
+from llava_med.data.llava_files import (Form, ImageFolder, conversation_of, domain_counts, figure_of, form_of, llava_caption, llava_question,
                              llava_record, missing_words, place_images, read_llava, read_rows, with_images, write_rows)
-from llava_med.runs import test_data as data_folder
+from llava_med.core.runs import test_data as data_folder
 
 REPO = Path(__file__).resolve().parents[1]
 DATA = data_folder() and data_folder()/'llava_med'
@@ -132,7 +132,7 @@ def test_images_in_folders_of_folders_are_listed_once(tmp_path, monkeypatch):
     import os
     (tmp_path/'a').mkdir(); Image.new('RGB', (9, 9)).save(tmp_path/'a/1.png')
     asked, scandir = [], os.scandir
-    monkeypatch.setattr('llava_med.files.os.scandir', lambda p: asked.append(str(p)) or scandir(p))
+    monkeypatch.setattr('llava_med.data.llava_files.os.scandir', lambda p: asked.append(str(p)) or scandir(p))
     missing = []
     kept = list(with_images([dict(id=i, image=f'a/{i % 3}.png') for i in range(300)], tmp_path, missing))
     assert len(kept) == 100 and len(missing) == 200 and len(asked) == 1
@@ -142,10 +142,10 @@ def test_images_in_folders_of_folders_are_listed_once(tmp_path, monkeypatch):
 
 def test_fetched_images_get_their_names(tmp_path):
     "From the addresses to the names that LLaVA-Med's records use, over a bucket on this machine."
-    from llava_med.articles import read_articles
-    from llava_med.files import llava_url
-    from llava_med.getting import LocalBucket, get_pmc
-    from llava_med.phantom_sets import write_articles
+    from llava_med.data.articles import read_articles
+    from llava_med.data.llava_files import llava_url
+    from llava_med.data.pubmed import LocalBucket, get_pmc
+    from llava_med.world.sets import write_articles
     write_articles(tmp_path/'phantoms', 2, per_article=(2, 3))
     (tmp_path/'phantoms/truth.jsonl').unlink()
     figures = [f for f in read_articles([tmp_path/'phantoms']) if f['image']]
@@ -161,8 +161,8 @@ def test_fetched_images_get_their_names(tmp_path):
 
 HALF_A_MILLION = '''
 import json, sys, time
-from llava_med.files import Form, read_llava, write_rows
-from llava_med.runs import peak_memory_mib
+from llava_med.data.llava_files import Form, read_llava, write_rows
+from llava_med.core.runs import peak_memory_mib
 path, n = sys.argv[1], int(sys.argv[2])
 caption = 'Axial computed tomography image with a hypodense lesion of the left hepatic lobe and the vessels around it, as the text describes. '
 def rows():

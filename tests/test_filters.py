@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from llava_med import articles as A
-from llava_med import filters as F
-from llava_med.images import open_image
-from llava_med.phantom_sets import make_figure, write_articles
-from llava_med.phantoms import sample_scene, scene_rng
-from llava_med.runs import read_jsonl
-from llava_med.runs import test_data as data_folder
+from llava_med.data import articles as A
+from llava_med.data import filters as F
+from llava_med.data.images import open_image
+from llava_med.world.sets import make_figure, write_articles
+from llava_med.world.scenes import sample_scene, scene_rng
+from llava_med.core.runs import read_jsonl
+from llava_med.core.runs import test_data as data_folder
 
 DATA = data_folder()
 real = pytest.mark.skipif(DATA is None or not (DATA/'rocov2').is_dir() or not (DATA/'articles').is_dir(),

@@ -17,10 +17,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNe
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from conftest import REPO
-from llava_med import generation, prefixes
-from llava_med.generation import KEY, answer, chat, option_logprobs, plain_answer, predict, settled
-from llava_med.model import assemble, load, make_processor, tiny_model, train_tokenizer
-from llava_med.runs import read_jsonl
+from llava_med.generate import answers, prefix_cache
+from llava_med.generate.answers import KEY, answer, chat, option_logprobs, plain_answer, predict, settled
+from llava_med.models.llava import assemble, load, make_processor, tiny_model, train_tokenizer
+from llava_med.core.runs import read_jsonl
 
 QUESTIONS = ('is there a nodule?', 'which organ is shown in this picture of the body?', 'where?', 'how many lesions are there in the left lung?')
 
@@ -59,7 +59,7 @@ def alone(model, processor, images, question, n):
     "What `generate` says to one question, and how many tokens that is."
     x = processor(images=list(images) or None, text=chat(processor, question, len(images)), return_tensors='pt', add_special_tokens=False)
     out = model.generate(**x, max_new_tokens=n, do_sample=False)[0, x['input_ids'].shape[1]:].tolist()
-    ends = generation.end_ids(model, processor.tokenizer)
+    ends = answers.end_ids(model, processor.tokenizer)
     said = out[:-1] if out[-1] in ends else out
     assert not ends & set(said)
     return processor.tokenizer.decode(said, skip_special_tokens=True).strip(), len(out)
@@ -97,8 +97,8 @@ def test_a_picture_is_read_once(monkeypatch):
     model, processor = grouped('llama')
     rng, seen, read = np.random.default_rng(0), [], []
     pictures = [quilt(rng) for _ in range(9)]
-    def features(model, processor, images, *a): seen.append(len(images)); return prefixes.image_features(model, processor, images, *a)
-    def reading(model, ids, feats): read.append(len(ids)); return prefixes.read_prefixes(model, ids, feats)
+    def features(model, processor, images, *a): seen.append(len(images)); return prefix_cache.image_features(model, processor, images, *a)
+    def reading(model, ids, feats): read.append(len(ids)); return prefix_cache.read_prefixes(model, ids, feats)
     monkeypatch.setattr(generation, 'image_features', features)
     monkeypatch.setattr(generation, 'read_prefixes', reading)
     asked = [(p, f'{q} {i}') for i in range(3) for q in QUESTIONS for p in pictures]   # the questions of a picture are far apart
@@ -159,7 +159,7 @@ def test_options_of_all_models_are_what_one_pass_says():
         got = option_logprobs(model, processor, *zip(*asked), batch_size=2)
         for (p, q, options), scores in zip(asked, got):
             for o, (v, n) in zip(options, scores):
-                turns = generation.as_turns(q, len(p)) + [{'role': 'assistant', 'content': [{'type': 'text', 'text': o}]}]
+                turns = answers.as_turns(q, len(p)) + [{'role': 'assistant', 'content': [{'type': 'text', 'text': o}]}]
                 x = processor(images=list(p) or None, text=processor.apply_chat_template(turns), return_tensors='pt', add_special_tokens=False)
                 with torch.inference_mode(): logp = model(**x).logits[0].log_softmax(-1)
                 ids = x['input_ids'][0]
@@ -184,11 +184,11 @@ def evaluate(folder, log, asked_fn=None, items=None):
     loud(model)
     items = items or json.loads((folder/'items.json').read_text())
     if asked_fn:
-        def noting(self, items, pictures, *a, _replies=generation.Speaker.replies, **kw):
+        def noting(self, items, pictures, *a, _replies=answers.Speaker.replies, **kw):
             names = ['image' if p[0].name == o['images'][0] else 'shuffled' for o, p in zip(items, pictures)]
             with open(asked_fn, 'a') as f: f.write(''.join(f"{c} {o['id']}\n" for c, o in zip(names, items))); f.flush(); os.fsync(f.fileno())
             return _replies(self, items, pictures, *a, **kw)
-        generation.Speaker.replies = noting
+        answers.Speaker.replies = noting
     return [predict(model, processor, items, folder, log, 'tiny', c, max_new_tokens=8, batch_size=1) for c in ('image', 'shuffled')]
 
 
@@ -307,7 +307,7 @@ def test_two_processes_share_the_work(tmp_path):
 
 
 def test_a_repeated_step_keeps_its_answers(tmp_path):
-    from llava_med.runs import clear_folder
+    from llava_med.core.runs import clear_folder
     for name in ('.answers.jsonl', 'predictions.jsonl', 'scores.csv'): (tmp_path/name).write_text('{}\n')
     clear_folder(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ['.answers.jsonl']

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import yaml
 
-from llava_med import phantom_words, phantoms
-from llava_med.asking import EndpointError, EndpointGenerator, LocalEndpoint, make_generator, token_bound
-from llava_med.conversations import IMAGE, TemplateGenerator, fault, read_records, write_records
-from llava_med.generators import Answers, AnswersError, LocalGenerator, TextGenerator, mend, read_prompts, read_talk, texts_of, written_records
+from llava_med.world import language, scenes
+from llava_med.data.llm_api import EndpointError, EndpointGenerator, LocalEndpoint, make_generator, token_bound
+from llava_med.data.conversations import IMAGE, TemplateGenerator, fault, read_records, write_records
+from llava_med.data.generators import Answers, AnswersError, LocalGenerator, TextGenerator, mend, read_prompts, read_talk, texts_of, written_records
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = REPO/'data/base_tiny'
@@ -30,9 +30,9 @@ WORKERS = 4
 
 
 def figure(seed):
-    scene = phantoms.sample_scene(seed)
-    return dict(pmid=str(seed), fig_id='f1', caption=f'Case {seed}. ' + phantom_words.captions(scene, 'brief'), image=f'{seed}_f1.png', lang='en', licence='CC BY',
-                mentions=[dict(text=t) for t in phantom_words.mentions(scene)], modalities={m: m == scene.modality for m in phantoms.MODALITIES}, source='x')
+    scene = scenes.sample_scene(seed)
+    return dict(pmid=str(seed), fig_id='f1', caption=f'Case {seed}. ' + language.captions(scene, 'brief'), image=f'{seed}_f1.png', lang='en', licence='CC BY',
+                mentions=[dict(text=t) for t in language.mentions(scene)], modalities={m: m == scene.modality for m in scenes.MODALITIES}, source='x')
 
 
 def good(messages):
@@ -126,7 +126,7 @@ def test_nothing_of_an_answer_goes_missing_without_a_row():
 
 
 def test_prompts_are_whole_and_can_be_replaced(tmp_path):
-    text = (REPO/'llava_med/prompts.yaml').read_text()
+    text = (REPO/'llava_med/data/prompts.yaml').read_text()
     p = read_prompts()
     assert {e['conversation'] == 'NOTHING' for e in p.examples} == {True, False}
     for e in p.examples:
@@ -140,15 +140,6 @@ def test_prompts_are_whole_and_can_be_replaced(tmp_path):
     with LocalEndpoint(good) as e:
         for prompts in ('', tmp_path/'mine.yaml'): run(FIGURES, generator(e.url, tmp_path/'a.jsonl', prompts=prompts))
         assert sum(e.asked.values()) == 6 and 'Five questions' in e.bodies[-1]['messages'][0]['content'], 'another prompt is another question'
-
-
-def test_an_installed_package_has_the_prompts(tmp_path):
-    for f in ('setup.py', 'settings.ini', 'README.md'): (tmp_path/f).write_bytes((REPO/f).read_bytes())
-    (tmp_path/'llava_med').mkdir()
-    for p in (REPO/'llava_med').iterdir():
-        if p.is_file(): (tmp_path/'llava_med'/p.name).write_bytes(p.read_bytes())
-    subprocess.run([sys.executable, 'setup.py', '-q', 'build', '--build-lib', 'lib'], cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path/'lib/llava_med/prompts.yaml').read_bytes() == (REPO/'llava_med/prompts.yaml').read_bytes()
 
 
 # Services that misbehave
@@ -235,7 +226,7 @@ def test_the_cap_is_never_passed_and_the_ledger_adds_up(stream, tmp_path):
 
 
 def test_an_answer_without_usage_counts_with_its_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr('llava_med.asking._pieces', lambda text, finish, used: [dict(choices=[dict(delta=dict(content=text), finish_reason=finish)])])
+    monkeypatch.setattr('llava_med.data.llm_api._pieces', lambda text, finish, used: [dict(choices=[dict(delta=dict(content=text), finish_reason=finish)])])
     with LocalEndpoint(good) as e:
         g = generator(e.url, tmp_path/'a.jsonl', stream=True)
         assert len(run(FIGURES, g)[0]) == 3
@@ -294,13 +285,13 @@ def test_a_full_disk_stops_the_run(tmp_path, monkeypatch):
         def __enter__(self): return self
         def __exit__(self, *exc): pass
     real = open
-    monkeypatch.setattr('llava_med.generators.open', lambda p, mode='r', **kw: Full() if mode == 'ab' else real(p, mode, **kw), raising=False)
+    monkeypatch.setattr('llava_med.data.generators.open', lambda p, mode='r', **kw: Full() if mode == 'ab' else real(p, mode, **kw), raising=False)
     with LocalEndpoint(good) as e, pytest.raises(OSError, match='[Ff]ree some space'): run(FIGURES, generator(e.url, tmp_path/'a.jsonl'))
     assert not e.asked
 
 
 def test_ctrl_c_stops_at_once_and_nothing_is_lost(tmp_path, monkeypatch):
-    from llava_med import asking
+    from llava_med.data import llm_api
     def two(iterable, *args, **kw):
         for i, x in enumerate(iterable):
             if i == 2: raise KeyboardInterrupt
@@ -332,7 +323,7 @@ def generate(url, folder):
 
 
 def test_killed_ten_times_it_ends_with_the_same_records_and_pays_once(tmp_path, forks):
-    rng, server = random.Random(5), forks('llava_med.asking', 'test_generators')
+    rng, server = random.Random(5), forks('llava_med.data.llm_api', 'test_generators')
     figures = [figure(s) for s in range(N_KILLED)]
     mixed = lambda: {figures[k]['caption']: f for k, f in {3: [500], 9: ['half'], 17: [429], 25: ['drop'], 33: ['empty']}.items()}
     for d in ('calm', 'out'): (tmp_path/d).mkdir()
@@ -371,7 +362,7 @@ def test_killed_ten_times_it_ends_with_the_same_records_and_pays_once(tmp_path, 
 
 def test_records_of_a_service_become_samples_of_stage_2(tmp_path):
     from transformers import AutoTokenizer
-    from llava_med.batching import IGNORE, record_samples
+    from llava_med.train.batches import IGNORE, record_samples
     figures = [figure(s) for s in range(20)]
     with LocalEndpoint(good) as e: records, rows = run(figures, generator(e.url, tmp_path/'a.jsonl', stream=True))
     assert rows == [] and write_records(tmp_path/'instruct.json', records) == 20
@@ -491,7 +482,7 @@ def test_transformers_serve(tmp_path):
 @pytest.mark.slow
 def test_the_pipeline_trains_on_what_a_service_wrote(tmp_path):
     "One parameter changes who writes; the answers outlive the step, and stage 2 learns from the records."
-    from llava_med.commands import main
+    from llava_med.lab.commands import main
     outputs = Path(os.environ['LLAVA_MED_OUTPUTS'])
     with LocalEndpoint(lambda m: good(m) or 'NOTHING') as e:
         words = ['run', 'smoke', '--set', '1_data_prep.n_figures=60', '1_data_prep.generator=endpoint', '1_data_prep.generator_model=m', f'1_data_prep.endpoint={e.url}', '1_data_prep.price_in=2', '1_data_prep.price_out=8']

@@ -14,12 +14,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from llava_med import getting
-from llava_med.articles import read_articles
-from llava_med.getting import (LocalBucket, NoAnswer, Web, WebError, get_articles, get_pmc, pairs, read_manifest,
+from llava_med.data import pubmed
+from llava_med.data.articles import read_articles
+from llava_med.data.pubmed import (LocalBucket, NoAnswer, Web, WebError, get_articles, get_pmc, pairs, read_manifest,
                                search_pmc)
-from llava_med.phantom_sets import write_articles
-from llava_med.runs import OutputError, read_jsonl
+from llava_med.world.sets import write_articles
+from llava_med.core.runs import OutputError, read_jsonl
 
 N = 8
 
@@ -149,7 +149,7 @@ def test_supplements_and_what_no_figure_uses_stay_in_the_bucket(phantoms, bucket
 
 
 def test_real_articles_get_the_figures_that_the_reader_finds(web, tmp_path):
-    from llava_med.runs import test_data as data_folder
+    from llava_med.core.runs import test_data as data_folder
     packages = sorted((data_folder()/'articles/packages').iterdir()) if data_folder() else []
     if not packages: pytest.skip('needs LLAVA_MED_TESTDATA')
     for i, folder in enumerate(packages, 1):
@@ -358,10 +358,10 @@ def test_llava_meds_list_of_images(phantoms, bucket, web, tmp_path):
 
 
 def test_the_official_list_is_understood():
-    from llava_med.runs import test_data as data_folder
+    from llava_med.core.runs import test_data as data_folder
     path = data_folder() and data_folder()/'llava_med/llava_med_image_urls_eval_2v.jsonl'
     if not path or not path.exists(): pytest.skip('needs LLAVA_MED_TESTDATA')
-    rows = list(getting.read_image_urls(path))
+    rows = list(pubmed.read_image_urls(path))
     assert len(rows) == 50 and rows[0] == dict(pair_id='21139713_F0003', pmcid='PMC2988167', file='LI-27-196-g003.jpg')
 
 
@@ -374,7 +374,7 @@ def addresses(monkeypatch, bucket):
 
 
 def test_the_command_fetches_what_the_reader_reads(phantoms, bucket, tmp_path, addresses, capsys):
-    from llava_med.commands import main
+    from llava_med.lab.commands import main
     out = str(tmp_path/'pmc')
     assert main(['get', 'pmc', 'lung', 'radiograph', '--licence', 'CC BY', 'CC0', '--limit', '4', '--out', out, *addresses]) == 0
     assert bucket.headers[0]['term'].startswith('(lung radiograph) AND open_access[filter]')
@@ -392,14 +392,14 @@ def test_the_command_fetches_what_the_reader_reads(phantoms, bucket, tmp_path, a
     (['--ids', 'PMC1', '--journal', 'x'], 'filters of a QUERY', 1), (['pmc', 'x', '--per-second', '0'], 'greater than 0', 1),
     (['--inventory', 'nowhere.csv'], 'nowhere.csv', 1)])
 def test_a_wrong_command_is_one_sentence(words, said, code, tmp_path, capsys):
-    from llava_med.commands import main
+    from llava_med.lab.commands import main
     assert main(['get', *words, '--out', str(tmp_path/'out')]) == code
     err = capsys.readouterr().err
     assert said in err and len(err.strip().splitlines()) == 1
 
 
 def test_an_entry_goes_on_and_refuses_what_has_another_hash(phantoms, bucket, web, tmp_path):
-    from llava_med.catalogue import Entry, File, get_entry
+    from llava_med.data.catalogue import Entry, File, get_entry
     data = bytes(range(256))*400
     bucket.objects['big.bin'] = data
     make = lambda sha: Entry('toy', 'a toy', '1 kB', 'CC0', 'none', 'https://example.org', (File('big.bin', f'{bucket.url}/big.bin', len(data), sha),))
@@ -445,7 +445,7 @@ def hub():
 
 
 def test_a_repository_comes_from_the_hub(hub, tmp_path):
-    from llava_med.catalogue import Entry, get_entry
+    from llava_med.data.catalogue import Entry, get_entry
     entry = lambda repo: Entry('toy', 'a toy', '7 kB', 'MIT', 'none', 'https://example.org', repo=repo, patterns=('*.json', '*.safetensors'))
     get_entry(entry('lab/toy'), tmp_path/'toy', endpoint=hub, **quiet)
     assert {p.name for p in (tmp_path/'toy').iterdir() if p.is_file()} == {'config.json', 'model.safetensors', 'source.json'}
@@ -458,7 +458,7 @@ def test_a_repository_comes_from_the_hub(hub, tmp_path):
 
 FETCH = '''
 import sys
-from llava_med.getting import Web, get_pmc
+from llava_med.data.pubmed import Web, get_pmc
 print('ready', flush=True)
 sys.exit(get_pmc(out=sys.argv[1], ids=[sys.argv[2]], workers=3, base=sys.argv[3], web=Web(per_second=400, backoff=.05)))
 '''
@@ -494,7 +494,7 @@ def test_killed_ten_times_it_leaves_what_an_undisturbed_run_leaves(phantoms, buc
 
 def test_interrupted_it_says_so_and_goes_on(phantoms, bucket, tmp_path):
     bucket.delay = .5   # long enough that the signal comes before the end on a busy machine, too
-    out, code = tmp_path/'out', 'import sys; from llava_med.commands import main; print("ready", flush=True); sys.exit(main(sys.argv[1:]))'
+    out, code = tmp_path/'out', 'import sys; from llava_med.lab.commands import main; print("ready", flush=True); sys.exit(main(sys.argv[1:]))'
     words = ['get', '--ids', *ids(phantoms), '--out', str(out), '--base', bucket.url, '--workers', '2']
     start = lambda: subprocess.Popen([sys.executable, '-c', code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                      env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path), 'LLAVA_MED_PLAIN': '1'})

@@ -14,16 +14,16 @@ import psutil
 import pytest
 
 from conftest import PARAMETERS, Toy, dask_processes, wait_for
-from llava_med.batches import library_dir
-from llava_med.commands import main
-from llava_med.grids import Guard, batch_rows, grids, lay_out, over_seeds, plan_grid, read_grid
-from llava_med.runs import folder_hash, read_json, read_run
-from llava_med.sweeps import gpus_here, run_batch
+from llava_med.lab.runner import library_dir
+from llava_med.lab.commands import main
+from llava_med.lab.grids import Guard, batch_rows, grids, lay_out, over_seeds, plan_grid, read_grid
+from llava_med.core.runs import folder_hash, read_json, read_run
+from llava_med.lab.sweeps import gpus_here, run_batch
 
 REPO = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1'}
-COMMAND = [sys.executable, '-c', 'import sys; from llava_med.commands import main; sys.exit(main())', 'batch']
-SCORES = ("from llava_med.runs import write_csv\nvalue = round(1/(n + 1), 6)\n"
+COMMAND = [sys.executable, '-c', 'import sys; from llava_med.lab.commands import main; sys.exit(main())', 'batch']
+SCORES = ("from llava_med.core.runs import write_csv\nvalue = round(1/(n + 1), 6)\n"
           "row = dict(model='stage2', dataset='toy', split='test', condition='image', slice='all', metric='strict', value=value, low=value - .1, high=value + .1, n_items=9, n_images=3)\n"
           "write_csv(run_dir(run)/'2_two'/'scores.csv', [row, row | {'slice': 'a=b'}])\n")
 WORST = '''# what can go wrong, while the file `bad` is there
@@ -45,7 +45,7 @@ class Lab(Toy):
         self.mark(monkeypatch)
         self.step('2_two', work)
 
-    def mark(self, monkeypatch): monkeypatch.setattr('llava_med.batches.library_mark', lambda: folder_hash(library_dir(), '*.py'))
+    def mark(self, monkeypatch): monkeypatch.setattr('llava_med.lab.runner.library_mark', lambda: folder_hash(library_dir(), '*.py'))
 
     def grid(self, text, name='g'):
         (self.root/f'{name}.yaml').write_text(text)
@@ -188,7 +188,7 @@ def test_damaged_files_of_a_batch_are_named(lab, capsys):
 
 
 def test_a_scheduler_that_is_not_there(lab, capsys, monkeypatch):
-    from llava_med import sweeps
+    from llava_med.lab import sweeps
     place = sweeps.place_for
     monkeypatch.setattr(sweeps, 'place_for', lambda *a: place(*a, wait=2))
     assert main(['batch', lab.grid('preset: toy'), '--scheduler', 'tcp://127.0.0.1:9']) == 1
@@ -229,7 +229,7 @@ def test_values_arrive_and_later_levels_win(lab):
 
 
 def test_planned_keys_are_those_of_the_runner(lab):
-    from llava_med.batches import step_inputs, step_key
+    from llava_med.lab.runner import step_inputs, step_key
     got, _ = lab.batch('preset: toy\ngrid: {1_one.n: [1, 2]}')
     runs, units = lay_out(read_grid(lab.grid('preset: toy\ngrid: {1_one.n: [1, 2]}')))
     assert got['ran'] == 4 and all(u.done for u in units.values())
@@ -279,7 +279,7 @@ def test_the_ablations_start_from_the_base_of_the_preset(preset):
 
 def test_committed_grids_can_be_planned(monkeypatch):
     "Every grid of the repository names parameters that exist, shares steps, and stays within two hours."
-    from llava_med.grids import total_time
+    from llava_med.lab.grids import total_time
     for name in grids():
         runs, units = lay_out(read_grid(name))
         assert len({r.seed for r in runs}) >= 3 and len(units) < sum(len(r.plan) for r in runs)
@@ -289,7 +289,7 @@ def test_committed_grids_can_be_planned(monkeypatch):
 
 def test_a_batch_shows_that_it_lives_while_it_is_busy(lab):
     "Its pulse goes on beside the loop, which may share large folders for minutes; `stop` is the last word."
-    from llava_med.sweeps import Batch
+    from llava_med.lab.sweeps import Batch
     grid = read_grid(lab.grid('preset: toy'))
     batch = Batch(grid, *lay_out(grid), place=None)
     batch.folder.mkdir(parents=True)
@@ -387,7 +387,7 @@ def test_a_step_that_the_grid_drops_is_gone(lab):
 
 def test_a_result_waits_for_the_folder_it_goes_into(lab, monkeypatch):
     "Data that runs share are ready while the own base of one of them is still being made in its folder."
-    from llava_med import sweeps
+    from llava_med.lab import sweeps
     patient = sweeps.patient_lock
     monkeypatch.setattr(sweeps, 'patient_lock', lambda run, owner, wait=1: patient(run, owner, wait))
     lab.step('0_base', "if n == 2: time.sleep(14)")
@@ -398,7 +398,7 @@ def test_a_result_waits_for_the_folder_it_goes_into(lab, monkeypatch):
 
 
 def test_a_run_that_breaks_the_machinery_stops_no_other(lab, monkeypatch):
-    from llava_med import sweeps
+    from llava_med.lab import sweeps
     run_step = sweeps.run_step
     def odd(run, *args, **how):
         if 'n1-' in run: raise KeyError('odd')
@@ -438,14 +438,14 @@ def test_a_stopped_batch_takes_its_notebooks_with_it(lab, sign):
 
 
 def test_a_merged_key_may_be_overridden():
-    from llava_med.batches import read_yaml
+    from llava_med.lab.runner import read_yaml
     text = 'base: &b {n: 1, m: 2}\ndeep: {list: [{inner: &p {<<: *b, n: 2}}]}\ntop: {<<: *p, n: 3}\n'
     assert read_yaml(text)['top'] == {'n': 3, 'm': 2} and read_yaml(text)['deep']['list'][0]['inner'] == {'n': 2, 'm': 2}
     with pytest.raises(Exception, match="the key 'n' stands twice"): read_yaml(text.replace('n: 3', 'n: 3, n: 4'))
 
 
 def test_damaged_progress_is_a_sentence(tmp_path):
-    from llava_med.panels import batch_state
+    from llava_med.ui.panels import batch_state
     for text in ('{}', '[]'):
         (tmp_path/'progress.json').write_text(text)
         with pytest.raises(ValueError, match='progress.json is damaged'): batch_state(tmp_path)

@@ -29,6 +29,7 @@ def notebooks(folder, *but):
 PIPELINE, OTHERS = notebooks('pipeline'), notebooks('benchmarks') + notebooks('course')
 CHAPTERS = notebooks('', 'pipeline', 'benchmarks', 'course')
 NOTEBOOKS = CHAPTERS + PIPELINE + OTHERS
+PAGES = ('index', 'start')   # chapters that export nothing
 PRESETS = sorted((REPO/'nbs/pipeline/presets').rglob('*.yaml'))
 MODULES = sorted(p for p in (REPO/'llava_med').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
 TESTS = sorted((REPO/'tests').rglob('test_*.py'))
@@ -99,16 +100,17 @@ def bad_parameters(source):
     return found
 
 
-def imports_of(source):
-    "Names of llava_med's modules that a source imports, at any depth."
+def imports_of(source, package=''):
+    "Modules of the library that a source imports, at any depth of its code, such as core.runs; `package` is its own, for relative imports."
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
-            m = node.module or ''
-            if node.level or m == 'llava_med': found |= {m.split('.')[0]} if node.level and m else {a.name for a in node.names}
-            elif m.startswith('llava_med.'): found.add(m.split('.')[1])
+            above = {0: '', 1: package}.get(node.level, '') if node.level else None
+            if above is None and not re.match(r'llava_med(\.|$)', node.module or ''): continue
+            base = '.'.join(filter(None, [above, node.module])) if above is not None else (node.module + '.').split('.', 1)[1].rstrip('.')
+            found |= {base} if '.' in base else {'.'.join(filter(None, [base, a.name])) for a in node.names}
         elif isinstance(node, ast.Import):
-            found |= {a.name.split('.')[1] for a in node.names if a.name.startswith('llava_med.')}
+            found |= {a.name.split('.', 1)[1] for a in node.names if a.name.startswith('llava_med.')}
     return found
 
 
@@ -117,16 +119,30 @@ def code_lines(source):
     return [x for x in source.splitlines() if x.strip() and not re.match(r'# %% |# AUTO|__all__', x)]
 
 
-NUMBER = re.compile(r'\d\d[a-z]?(?=_)')  # of a chapter: two digits, and a letter where one subject takes several
+PLACE = re.compile(r'(\d\d)_([a-z]+)/(\d\d)_([a-z]+(?:_[a-z]+)*)\.ipynb')   # of a chapter: package and module, each with its number
+RANKS = dict(core=0, world=1, models=1, data=2, train=3, generate=4, evaluate=5, explain=6, ui=7, lab=7, recipes=8)   # a package imports from lower ranks only
+module_of = lambda p: '.'.join(p.relative_to(REPO/'llava_med').with_suffix('').parts)
+
+
+def exports(path):
+    "The module that a notebook exports, such as core.runs, or None."
+    text = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code')
+    m = re.search(r'^#\s*\|\s*default_exp\s+([\w.]+)', text, re.M)
+    return m and m[1]
 
 
 def chapter_numbers():
-    "Module → number of the chapter that it is exported from, such as 01 or 01a, from all notebooks."
-    found = {}
-    for p in CHAPTERS:
-        m = re.search(r'^#\s*\|\s*default_exp\s+(\w+)', '\n'.join(c.source for c in nbformat.read(p, 4).cells), re.M)
-        if m: found[m[1]] = NUMBER.match(p.name)[0]
-    return found
+    "Module → number of its chapter within its package, from all notebooks."
+    return {exports(p): int(PLACE.fullmatch(p.relative_to(REPO/'nbs').as_posix())[3]) for p in CHAPTERS if p.stem not in PAGES}
+
+
+def upward(module, imported, numbers):
+    "Which of the imported modules a module may not import: those of the same or a higher rank, and later ones of its own package."
+    package = lambda m: m.split('.')[0]
+    def wrong(m):
+        if package(m) == package(module): return numbers.get(m, 0) >= numbers.get(module, 0)
+        return RANKS.get(package(m), 99) >= RANKS[package(module)]
+    return sorted(m for m in imported if wrong(m))
 
 
 # A collection that has become empty would make every test over it green
@@ -218,25 +234,25 @@ def test_links_of_pages(path): assert not dead_links(path.read_text(), path.pare
 # The home page
 
 def test_readme_is_made_from_the_index():
-    from llava_med.publishing import as_readme
+    from llava_med.lab.publishing import as_readme
     index = nbformat.read(REPO/'nbs/index.ipynb', 4)
     assert (REPO/'README.md').read_text() == as_readme(index), 'make readme'
 
 
 def test_index_shows_the_example_results():
-    from llava_med.publishing import example_tables
+    from llava_med.lab.publishing import example_tables
     shown = markdown_of(nbformat.read(REPO/'nbs/index.ipynb', 4))
     assert example_tables() in shown, 'make readme'
 
 
 def test_the_page_of_data_is_made_from_the_catalogue():
-    from llava_med.catalogue import data_page
+    from llava_med.data.catalogue import data_page
     assert (REPO/'data/README.md').read_text(encoding='utf-8') == data_page(), 'make readme'
 
 
 def test_index_names_every_chapter_and_step():
     found = set(links(markdown_of(nbformat.read(REPO/'nbs/index.ipynb', 4))))
-    wanted = {p.name for p in CHAPTERS if p.stem != 'index'} | {f'pipeline/{p.name}' for p in PIPELINE}
+    wanted = {p.relative_to(REPO/'nbs').as_posix() for p in CHAPTERS + PIPELINE if p.stem != 'index'}
     assert not wanted - found
 
 
@@ -267,21 +283,22 @@ def test_library_is_what_the_notebooks_say(tmp_path):
 
 
 def test_one_number_one_chapter_one_module():
-    pages = ('index', 'start')   # they export nothing
-    bad = [p.name for p in CHAPTERS if p.stem not in pages and not NUMBER.match(p.name)]
-    assert not bad, f'{bad}: a chapter is named 01_noun, or 01a_noun'
-    numbers = [NUMBER.match(p.name)[0] for p in CHAPTERS if p.stem not in pages]
-    assert all(n[:2] in numbers for n in numbers), 'a lettered chapter follows one without letter'
+    chapters = {p.relative_to(REPO/'nbs').as_posix(): exports(p) for p in CHAPTERS if p.stem not in PAGES}
+    bad = [f for f, m in chapters.items() if not (found := PLACE.fullmatch(f)) or m != f'{found[2]}.{found[4]}']
+    assert not bad, f'{bad}: a chapter is named NN_package/NN_noun.ipynb and exports package.noun'
+    numbers = [PLACE.fullmatch(f)[1] + PLACE.fullmatch(f)[3] for f in chapters]
     assert len(set(numbers)) == len(numbers)
-    modules = [m[1] for p in CHAPTERS for c in nbformat.read(p, 4).cells if (m := re.match(r'#\s*\|\s*default_exp (\w+)', c.source))]
-    assert len(set(modules)) == len(modules) and set(modules) == {p.stem for p in MODULES}
+    packages = {PLACE.fullmatch(f)[2]: PLACE.fullmatch(f)[1] for f in chapters}
+    assert sorted(packages, key=packages.get) == [p for p in RANKS if p != 'recipes']
+    assert sorted(chapters.values()) == sorted(map(module_of, MODULES))
 
 
 @each(MODULES)
 def test_imports_go_down(path):
-    numbers = chapter_numbers()
-    late = [m for m in imports_of(path.read_text()) if numbers[m] >= numbers[path.stem]]
-    assert not late, f'{path.name} (chapter {numbers[path.stem]}) imports from {late}'
+    module = module_of(path)
+    imported = imports_of(path.read_text(), module.split('.')[0])
+    assert imported <= set(map(module_of, MODULES)), 'a name that is no module'
+    assert not upward(module, imported, chapter_numbers())
 
 
 @each(MODULES)
@@ -336,17 +353,22 @@ def test_the_rules_can_fail():
         assert [f for f in bad_parameters(source) if 'missing' not in f], source
     assert 'seed is missing' in bad_parameters('n: int = 1  # a')
     assert undocumented('def f(a): ...\ndef g(\n    b, # a length\n): "That."\nclass K:\n    "Those."\n    def h(self, c): ...') == ['f', 'f(a)', 'h(c)']
-    assert imports_of('from llava_med.runs import x\ndef f():\n    import llava_med.model\n    from .vqa import y') == {'runs', 'model', 'vqa'}
+    source = 'from llava_med.core.runs import x\ndef f():\n    import llava_med.models.llava\n    from .vqa import y\n    from ..core import runs as r, vocabulary\n    from . import jats'
+    assert imports_of(source, 'data') == {'core.runs', 'models.llava', 'data.vqa', 'core.vocabulary', 'data.jats'}
+    assert imports_of('from llava_med.data import vqa\nfrom llava_med import data\nimport os') == {'data.vqa', 'data'}
+    numbers = {'data.vqa': 14, 'data.jats': 2}
+    assert upward('data.jats', {'core.runs', 'data.vqa', 'models.llava', 'train.loop', 'recipes.dpo', 'gone.x'}, numbers) == ['data.vqa', 'gone.x', 'recipes.dpo', 'train.loop']
+    assert upward('world.scenes', {'models.llava'}, {}) == ['models.llava'] and not upward('lab.grids', {'world.scenes', 'explain.maps'}, {})
     assert len(code_lines('# %% ../nbs/x.ipynb 3\n\na = 1\n')) == 1
     assert dead_links('[a](none.ipynb#x) ![b](https://x.org/y.png) [c](#here) `d[0](e)` [f](settings.ini)', REPO) == ['none.ipynb']
-    assert [m and m[0] for m in map(NUMBER.match, ('01_a.ipynb', '01b_a.ipynb', '1_a.ipynb', '01B_a.ipynb', '01ab_a.ipynb'))] == ['01', '01b', None, None, None]
+    assert [bool(PLACE.fullmatch(f)) for f in ('01_a/01_b.ipynb', '01_a/12_b_c.ipynb', '01_b.ipynb', '1_a/01_b.ipynb', '01_a/01B.ipynb', '01_a/01_b/c.ipynb')] == [True, True, False, False, False, False]
 
 
 def test_the_sync_check_can_fail(tmp_path):
     here = library(REPO)
-    key = 'llava_med/runs.py'
+    key = 'llava_med/core/runs.py'
     first = exported(tmp_path)[key]
-    p = tmp_path/'nbs/00_runs.ipynb'
+    p = tmp_path/'nbs/00_core/01_runs.ipynb'
     nb = nbformat.read(p, 4)
     nb.cells.append(nbformat.v4.new_code_cell('#| export\nlater = 1'))
     nbformat.write(nb, p)

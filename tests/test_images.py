@@ -19,8 +19,8 @@ from PIL import Image, ImageSequence
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
-from llava_med import articles, images
-from llava_med.images import ImageError, Package, PackageError, image_bytes, image_size, open_image
+from llava_med.data import articles, images
+from llava_med.data.images import ImageError, Package, PackageError, image_bytes, image_size, open_image
 
 RNG = np.random.default_rng(0)
 NOISE = Image.fromarray(RNG.integers(0, 255, (96, 80, 3), np.uint8))
@@ -432,7 +432,7 @@ def limited(code, *args, megabytes=700):
     return done.stdout + done.stderr
 
 
-OPEN = 'import sys\nfrom llava_med.images import *\ntry: Package(sys.argv[1])\nexcept PackageError as e: print("refused:", e)'
+OPEN = 'import sys\nfrom llava_med.data.images import *\ntry: Package(sys.argv[1])\nexcept PackageError as e: print("refused:", e)'
 
 
 def test_a_huge_header_takes_no_memory(tmp_path):

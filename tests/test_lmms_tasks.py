@@ -7,11 +7,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from llava_med.commands import main
-from llava_med.lmms_tasks import METRICS, SETS, doc_messages, doc_results, doc_text, doc_visual, lmms_docs, mean_score, write_lmms
-from llava_med.readers import read_vqa
-from llava_med.runs import test_data as data_folder
-from llava_med.scorers import score_answers
+from llava_med.lab.commands import main
+from llava_med.evaluate.lmms_tasks import METRICS, SETS, doc_messages, doc_results, doc_text, doc_visual, lmms_docs, mean_score, write_lmms
+from llava_med.data.vqa_readers import read_vqa
+from llava_med.core.runs import test_data as data_folder
+from llava_med.evaluate.scorers import score_answers
 
 DATA = data_folder()
 real = pytest.mark.skipif(DATA is None or not (DATA/'vqa_rad').is_dir(), reason='no LLAVA_MED_TESTDATA')
@@ -34,15 +34,11 @@ def the_function(name):
 
 @pytest.mark.parametrize('name', SETS)
 def test_task_files_parse_and_name_functions_that_exist(repo, name):
-    d = read_task(repo/f'llava_med/lmms_eval/llava_med_{name}.yaml')
+    d = read_task(repo/f'llava_med/evaluate/lmms_eval/llava_med_{name}.yaml')
     assert d['task'] == f'llava_med_{name}' and d['dataset_kwargs']['data_files'] == {'test': f'{name}.parquet'}
     for k in ('doc_to_visual', 'doc_to_text', 'doc_to_messages', 'process_results'): assert callable(the_function(d[k]))
     assert tuple(m['metric'] for m in d['metric_list']) == METRICS and all(the_function(m['aggregation']) is mean_score for m in d['metric_list'])
     assert (d['score_key'], d['cluster_key'], d['generation_kwargs']['do_sample']) == ('score', 'image', False)
-
-
-def test_the_files_are_installed(repo):
-    assert "'lmms_eval/*'" in (repo/'setup.py').read_text()
 
 
 @real

@@ -9,10 +9,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from llava_med import attention as at
-from llava_med import faithfulness as fa
-from llava_med import maps as mp
-from llava_med.model import join, make_processor, tiny_model, train_tokenizer
+from llava_med.explain import attention as at
+from llava_med.explain import faithfulness as fa
+from llava_med.explain import maps as mp
+from llava_med.models.llava import join, make_processor, tiny_model, train_tokenizer
 from test_model import language, tower
 
 QUESTIONS = [('Where is the nodule?', 'left lung'), ('In which quadrant is the small nodule, left or right?', 'a')]

@@ -3,10 +3,10 @@ import random
 
 import pytest
 import torch
-from llava_med.batching import Collator, encode, share_pictures
-from llava_med.model import tiny_model
-from llava_med.packing import PackedCollator, pack_rows
-from llava_med.training import Stage, fit
+from llava_med.train.batches import Collator, encode, share_pictures
+from llava_med.models.llava import tiny_model
+from llava_med.train.packing import PackedCollator, pack_rows
+from llava_med.train.loop import Stage, fit
 
 
 @pytest.fixture(scope='module')
@@ -45,7 +45,7 @@ def test_shared_pictures_pack_too(toy):
     rows = pack_rows(share_pictures(samples, image), 400)
     assert sum(len(r['input_ids']) for r in rows) < sum(len(s['input_ids']) for s in samples)
     model = tiny_model(image_size=24)[0]
-    from llava_med.batching import batch_loss
+    from llava_med.train.batches import batch_loss
     total, n = batch_loss(model, Collator(pad, features)(samples))
     model.set_attn_implementation({'text_config': 'segmented'})
     parts = [batch_loss(model, PackedCollator(pad, features)([r])) for r in rows]

@@ -4,30 +4,30 @@ from collections import Counter
 import numpy as np, pytest
 from lxml import etree
 from PIL import Image
-from llava_med import phantom_drawing as drawing
-from llava_med import phantom_sets as sets
-from llava_med import phantom_words as words
-from llava_med import phantoms
-from llava_med.runs import test_data as real_data
+from llava_med.world import render as drawing
+from llava_med.world import sets as sets
+from llava_med.world import language as words
+from llava_med.world import scenes
+from llava_med.core.runs import test_data as real_data
 
 N = 240
-ALL = [phantoms.sample_scene(i, split) for split in phantoms.SPLITS for i in range(N)]
+ALL = [scenes.sample_scene(i, split) for split in scenes.SPLITS for i in range(N)]
 
 def test_scenes_are_deterministic_and_patients_disjoint():
-    assert phantoms.sample_scene(17, 'val') == phantoms.sample_scene(17, 'val')
-    people = [{s.patient for s in ALL if s.split == split} for split in phantoms.SPLITS]
+    assert scenes.sample_scene(17, 'val') == scenes.sample_scene(17, 'val')
+    people = [{s.patient for s in ALL if s.split == split} for split in scenes.SPLITS]
     assert [len(p) for p in people] == [N]*3 and not people[0] & people[1] and not people[2] & (people[0] | people[1])
-    a, b = phantoms.sample_scene(17, 'train'), phantoms.sample_scene(17, 'test')
-    assert (phantoms.jitter(a) != phantoms.jitter(b)).any()
+    a, b = scenes.sample_scene(17, 'train'), scenes.sample_scene(17, 'test')
+    assert (scenes.jitter(a) != scenes.jitter(b)).any()
 
-@pytest.mark.parametrize('modality', phantoms.MODALITIES)
+@pytest.mark.parametrize('modality', scenes.MODALITIES)
 def test_pictures_are_deterministic_varied_and_not_saturated(modality):
-    imgs = [drawing.render(phantoms.sample_scene(i, 'train', modality)) for i in range(4)]
-    again = drawing.render(phantoms.sample_scene(2, 'train', modality))
+    imgs = [drawing.render(scenes.sample_scene(i, 'train', modality)) for i in range(4)]
+    again = drawing.render(scenes.sample_scene(2, 'train', modality))
     assert (imgs[2] == again).all() and again.shape == (256, 256, 3) and again.dtype == np.uint8
     for i in range(3): assert np.abs(imgs[i].astype(int)-imgs[3]).mean() > 3
     assert all(((im > 4) & (im < 251)).mean() > .4 for im in imgs)
-    assert drawing.render(phantoms.sample_scene(2, 'train', modality), 96).shape == (96, 96, 3)
+    assert drawing.render(scenes.sample_scene(2, 'train', modality), 96).shape == (96, 96, 3)
 
 def test_boxes_are_inside_apart_and_on_the_side_that_is_said():
     for s in ALL:
@@ -35,8 +35,8 @@ def test_boxes_are_inside_apart_and_on_the_side_that_is_said():
         for f, (x, y, w, h) in boxes:
             assert 0 <= x < x+w <= 1 and 0 <= y < y+h <= 1
             assert (x+w/2 < .5) == (f.side == 'left')
-            assert f.kind in words.WORLD_LABELS and len(f.boxes) == f.count <= phantoms.KINDS[f.kind].most
-            if phantoms.KINDS[f.kind].most > 1 and f.quadrant:
+            assert f.kind in words.WORLD_LABELS and len(f.boxes) == f.count <= scenes.KINDS[f.kind].most
+            if scenes.KINDS[f.kind].most > 1 and f.quadrant:
                 assert (y+h < .5) == f.quadrant.startswith('upper') and (y > .5) == f.quadrant.startswith('lower')
         for i, (f, (x, y, w, h)) in enumerate(boxes):
             for g, (x2, y2, w2, h2) in boxes[:i]:
@@ -55,7 +55,7 @@ def test_large_is_clearly_larger_than_small():
         assert min(sizes[kind, 'small'])*96 > 5
 
 def test_unseen_combinations_occur_in_test_only():
-    def rare(split): return np.mean([any((f.kind, f.side) in phantoms.UNSEEN for f in s.findings)
+    def rare(split): return np.mean([any((f.kind, f.side) in scenes.UNSEEN for f in s.findings)
                                      for s in ALL if s.split == split])
     assert rare('train') == rare('val') == 0 and .03 < rare('test') < .15
     items = [q for s in ALL for q in words.questions(s)]
@@ -123,7 +123,7 @@ def test_answers_are_balanced_and_skew_is_a_switch():
         return qs.count(answer)/len(qs)
     assert share(0, 'presence', 'yes') == .5 and share(.8, 'presence', 'yes') > .7
     assert max(share(0, 'count', str(i)) for i in range(5)) < .35
-    assert max(share(0, 'quadrant', q) for q in phantoms.QUADRANTS) < .35
+    assert max(share(0, 'quadrant', q) for q in scenes.QUADRANTS) < .35
 
 def read_article(path):
     "XML tree and names of figure files of an article in either layout."
@@ -173,13 +173,13 @@ def test_vqa_set_is_slake_with_disjoint_patients(tmp_path):
     assert len(qids) == sum(sizes.values())
     for q in [q for r in rows.values() for q in r]:
         folder = (tmp_path/'imgs'/q['img_name']).parent
-        scene = phantoms.sample_scene(q['scene_seed'], q['scene_split'])
+        scene = scenes.sample_scene(q['scene_seed'], q['scene_split'])
         assert keys <= set(q) and q['twin_of'] in qids | {None}
         assert Image.open(folder/'source.jpg').size == Image.open(folder/'mask.png').size == (256, 256)
         boxes = json.loads((folder/'detection.json').read_text())
         assert [next(iter(b)) for b in boxes] == [f.kind for f in scene.findings for _ in f.boxes]
 
 def test_bad_arguments_are_named():
-    for call, word in ((lambda: phantoms.sample_scene(1, 'dev'), 'dev'), (lambda: phantoms.sample_scene(1, modality='pet'), 'pet'),
+    for call, word in ((lambda: scenes.sample_scene(1, 'dev'), 'dev'), (lambda: scenes.sample_scene(1, modality='pet'), 'pet'),
                        (lambda: sets.write_articles('x', 1, layout='zip'), 'zip'), (lambda: words.captions(ALL[0], 'long'), 'long')):
         with pytest.raises(ValueError, match=word): call()

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from llava_med.conversations import DOMAINS
-from llava_med.pictures import choose, modality_rows, openings, sample_page
+from llava_med.data.conversations import DOMAINS
+from llava_med.data.browse import choose, modality_rows, openings, sample_page
 
 NASTY = '</article><script>alert(1)</script><img src="https://example.org/x.png" onerror=alert(1)> & \x00\x1b "quoted"'
 BROWSER = '''

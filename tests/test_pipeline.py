@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from llava_med.runs import test_data as data_folder
+from llava_med.core.runs import test_data as data_folder
 
 REPO = Path(__file__).resolve().parents[1]
 STEPS = ['1_data_prep', '2_stage1_alignment', '3_stage2_tuning', '4_evaluation', '5_attention']
@@ -23,7 +23,7 @@ def command(outputs, *words):
     "Run `llava-med` and return the finished process and its seconds."
     env = {**os.environ, 'LLAVA_MED_ROOT': str(REPO), 'LLAVA_MED_OUTPUTS': str(outputs), 'PYTHONPATH': str(REPO)}
     env.pop('LLAVA_MED_RUNNER', None)
-    code = 'import sys; from llava_med.commands import main; sys.exit(main())'
+    code = 'import sys; from llava_med.lab.commands import main; sys.exit(main())'
     began = time.time()
     done = subprocess.run([sys.executable, '-c', code, *words], env=env, capture_output=True, text=True)
     return done, time.time() - began

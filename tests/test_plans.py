@@ -12,11 +12,11 @@ import nbformat
 import pytest
 import torch
 
-from llava_med import plans
-from llava_med.batches import missing_files, plan_run, read_preset
-from llava_med.catalogue import CATALOGUE
-from llava_med.model import load
-from llava_med.runs import read_json
+from llava_med.lab import estimate
+from llava_med.lab.runner import missing_files, plan_run, read_preset
+from llava_med.data.catalogue import CATALOGUE
+from llava_med.models.llava import load
+from llava_med.core.runs import read_json
 
 REPO = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(p.stem for p in (REPO/'nbs/pipeline/presets').rglob('*.yaml'))
@@ -29,7 +29,7 @@ def command(root, outputs, *words):
     "`llava-med …` in a process of its own."
     env = {**os.environ, 'LLAVA_MED_ROOT': str(root), 'LLAVA_MED_OUTPUTS': str(outputs), 'PYTHONPATH': str(REPO)}
     env.pop('LLAVA_MED_RUNNER', None)
-    return subprocess.run([sys.executable, '-c', 'import sys; from llava_med.commands import main; sys.exit(main())', *words], env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable, '-c', 'import sys; from llava_med.lab.commands import main; sys.exit(main())', *words], env=env, capture_output=True, text=True)
 
 
 def odd(tmp_path, text, name='odd'):
@@ -101,7 +101,7 @@ def test_a_file_that_is_missing_is_named_before_anything_runs(tmp_path):
 ])
 @pytest.mark.parametrize('words', [('plan',), ('run', '--rehearse')])
 def test_a_wrong_preset_costs_one_sentence(tmp_path, capsys, monkeypatch, text, says, words):
-    from llava_med.commands import main
+    from llava_med.lab.commands import main
     if 'much' in text and words[0] == 'run': pytest.skip('a rehearsal needs no GPU')
     p = odd(tmp_path, text)
     assert main([words[0], p, *words[1:]]) == 2
@@ -125,7 +125,7 @@ def expand(patterns):
     return total
 
 
-def counted(name): return sum(p.numel() for p in plans.meta_model(plans.real_config(read_preset(name))).parameters())
+def counted(name): return sum(p.numel() for p in estimate.meta_model(estimate.real_config(read_preset(name))).parameters())
 
 
 @pytest.mark.parametrize('name, layout', [('llava_med_v15', 'llava_med_v15'), ('llava15_7b', 'llava_15_7b'), ('llava_med_v1', 'llava_med_v10')])
@@ -143,16 +143,16 @@ def test_the_shipped_base_is_counted():
 
 @pytest.mark.parametrize('name, stage1, stage2, adapter', [('llava_med_v15', 19.7, 40.1, 27.1), ('llava_med_v1', 9.52, 24.2, 16.3)])
 def test_work_of_a_row(name, stage1, stage2, adapter):
-    model = plans.meta_model(plans.real_config(read_preset(name)))
-    got = [plans.row_flops(model, *a)/1e12 for a in (('2_stage1_alignment', 100, 70), ('3_stage2_tuning', 350, 250))]
+    model = estimate.meta_model(estimate.real_config(read_preset(name)))
+    got = [estimate.row_flops(model, *a)/1e12 for a in (('2_stage1_alignment', 100, 70), ('3_stage2_tuning', 350, 250))]
     assert abs(got[0]/stage1 - 1) < .02 and abs(got[1]/stage2 - 1) < .02
-    assert 1 <= plans.row_flops(model, '3_stage2_tuning', 350, 250, 64)/1e12/adapter < 1.06, 'as stage 1, and a little for the adapter itself'
-    assert plans.row_flops(model, '3_stage2_tuning', 350, 250, 0, True) > 1.3*plans.row_flops(model, '3_stage2_tuning', 350, 250)
+    assert 1 <= estimate.row_flops(model, '3_stage2_tuning', 350, 250, 64)/1e12/adapter < 1.06, 'as stage 1, and a little for the adapter itself'
+    assert estimate.row_flops(model, '3_stage2_tuning', 350, 250, 0, True) > 1.3*estimate.row_flops(model, '3_stage2_tuning', 350, 250)
 
 
 def test_memory_follows_what_learns_and_how_it_is_shared():
-    model = plans.meta_model(plans.real_config(read_preset('llava_med_v15')))
-    need = lambda gb=80, **values: plans.stage_memory(model, '3_stage2_tuning', {'max_len': 2048, 'batch_size': 64, **values}, {'gpus': 1, 'memory_gb': gb}, 926, 250)
+    model = estimate.meta_model(estimate.real_config(read_preset('llava_med_v15')))
+    need = lambda gb=80, **values: estimate.stage_memory(model, '3_stage2_tuning', {'max_len': 2048, 'batch_size': 64, **values}, {'gpus': 1, 'memory_gb': gb}, 926, 250)
     fixed = lambda m: m['weights'] + m['gradients'] + m['moments']
     full, lora, shared = need(), need(lora_rank=128), need(processes=8, sharding='fsdp')
     assert abs(fixed(full) - 16*7.263e9/2**30 - 2*.304e9/2**30) < 1 and not full['fits']
@@ -166,8 +166,8 @@ def test_memory_follows_what_learns_and_how_it_is_shared():
 @pytest.mark.parametrize('name', SHIPPED)
 def test_every_preset_can_be_planned(name):
     p = read_preset(name)
-    plan = plans.make_plan(p)
-    text = plans.plan_text(p, plan)
+    plan = estimate.make_plan(p)
+    text = estimate.plan_text(p, plan)
     assert set(plan['stages']) >= {'2_stage1_alignment', '3_stage2_tuning'} and 'DOES NOT FIT' not in text
     assert all(s['hours'] is None or 0 < s['hours'] < 100 for s in plan['stages'].values())
     if name in LARGE:
@@ -180,7 +180,7 @@ def test_what_a_finished_run_measured_is_preferred(monkeypatch, tmp_path):
     folder = tmp_path/'outputs/small/3_stage2_tuning'
     folder.mkdir(parents=True)
     (folder/'ledger.json').write_text('{"wall_s": 7200}')
-    stages = plans.make_plan(read_preset('small'))['stages']
+    stages = estimate.make_plan(read_preset('small'))['stages']
     assert stages['3_stage2_tuning']['hours'] == 2 and 'outputs/small' in stages['3_stage2_tuning']['source']
     assert 'computed' in stages['2_stage1_alignment']['source']
 
@@ -189,15 +189,15 @@ def test_code_of_the_hub_is_named(tmp_path):
     (tmp_path/'config.json').write_text('{"auto_map": {"AutoModel": "m.M"}}')
     (tmp_path/'m.py').write_text('')
     (tmp_path/'pytorch_model.bin').write_text('')
-    assert len(plans.remote_code(tmp_path)) == 3 and not plans.remote_code(REPO/'data/base_tiny')
+    assert len(estimate.remote_code(tmp_path)) == 3 and not estimate.remote_code(REPO/'data/base_tiny')
 
 
 def test_the_evidence_stands_on_the_home_page():
-    assert plans.evidence_table() in (REPO/'README.md').read_text(encoding='utf-8').replace('nbs/pipeline/', 'pipeline/'), 'make readme'
+    assert estimate.evidence_table() in (REPO/'README.md').read_text(encoding='utf-8').replace('nbs/pipeline/', 'pipeline/'), 'make readme'
     for name in LARGE:
         e = read_preset(name)['evidence']
         assert e['never run'] and not e['measured'] and 'thin' in e['rehearsed'], 'change it when someone has measured it, and this line'
-        assert re.match(r'\d{4}-\d\d-\d\d, ', e['rehearsed']) and f"{plans.real_config(read_preset(name)).image_seq_length} image tokens" in e['rehearsed']
+        assert re.match(r'\d{4}-\d\d-\d\d, ', e['rehearsed']) and f"{estimate.real_config(read_preset(name)).image_seq_length} image tokens" in e['rehearsed']
         values = plan_run(read_preset(name), name)
         for k, word in (('lora_rank', 'adapter'), ('packed', 'packed'), ('sharding', 'fsdp')):
             assert any(v.get(k) not in (None, 0, False, 'none') for v in values.values()) == (word in e['rehearsed']), (name, k)
@@ -207,8 +207,8 @@ def test_the_evidence_stands_on_the_home_page():
 
 @each
 def test_a_thin_base_is_of_the_real_kind(name, tmp_path):
-    p, real = read_preset(name), plans.real_config(read_preset(name))
-    model, processor = load(plans.thin_base(p, tmp_path/'base'))
+    p, real = read_preset(name), estimate.real_config(read_preset(name))
+    model, processor = load(estimate.thin_base(p, tmp_path/'base'))
     c, v, t = model.config, model.config.vision_config, model.config.text_config
     assert (v.model_type, t.model_type, v.image_size, c.image_seq_length, c.projector_hidden_act, c.vision_feature_layer, c.vision_feature_select_strategy) == (
         real.vision_config.model_type, real.text_config.model_type, real.vision_config.image_size, real.image_seq_length, real.projector_hidden_act,
@@ -223,20 +223,20 @@ def test_a_thin_base_is_of_the_real_kind(name, tmp_path):
     assert int((ids['input_ids'] == c.image_token_id).sum()) == real.image_seq_length
     assert torch.isfinite(model(**ids).logits).all()
     before = {f: f.read_bytes() for f in (tmp_path/'base').iterdir()}
-    plans.thin_base(p, tmp_path/'base')
+    estimate.thin_base(p, tmp_path/'base')
     assert before == {f: f.read_bytes() for f in (tmp_path/'base').iterdir()}
-    shutil.rmtree(tmp_path/'base'); plans.thin_base(p, tmp_path/'base')
+    shutil.rmtree(tmp_path/'base'); estimate.thin_base(p, tmp_path/'base')
     assert (tmp_path/'base/model.safetensors').read_bytes() == before[tmp_path/'base/model.safetensors'], 'the same random weights each time'
 
 
 @each
 def test_a_rehearsal_keeps_what_matters(name):
     p = read_preset(name)
-    real, values = plan_run(p, name), plans.rehearsal_values(p, Path('/thin'))
+    real, values = plan_run(p, name), estimate.rehearsal_values(p, Path('/thin'))
     assert set(values) == set(real)
     for step in values:
         for k in ('lr', 'batch_size', 'max_len', 'lora_rank', 'lora_alpha', 'packed', 'sharding', 'checkpointing', 'batch_tokens', 'bf16', 'warmup', 'save_s'):
-            if step in plans.STAGES: assert values[step][k] == real[step][k], (step, k)
+            if step in estimate.STAGES: assert values[step][k] == real[step][k], (step, k)
         assert values[step].get('base_model', '/thin') == '/thin' and values[step].get('processes', 1) == min(2, real[step].get('processes', 1))
         assert not [v for v in values[step].values() if isinstance(v, str) and v.startswith('data/')]
     assert (values['3_stage2_tuning']['start_from'] == '/thin') == name.endswith('one_stage')
@@ -249,13 +249,13 @@ def test_parts_are_joined_into_the_real_base(tmp_path, monkeypatch):
     (tmp_path/'data').mkdir(); (tmp_path/'data/base_tiny').symlink_to(REPO/'data/base_tiny')
     done = command(tmp_path, tmp_path/'outputs', 'plan', 'llava_med_v15', '--join')
     assert done.returncode == 2 and 'data/clip_vit_l_336 is not there: `llava-med get clip_vit_l_336`' in done.stderr
-    folders = plans._thin_parts(plans.real_config(p), p, tmp_path)
+    folders = estimate._thin_parts(estimate.real_config(p), p, tmp_path)
     for k, f in folders.items(): f.rename(tmp_path/'data'/p['model'][k])
     done = command(tmp_path, tmp_path/'outputs', 'plan', 'llava_med_v15', '--join')
     assert done.returncode == 0, done.stderr
     model, processor = load(tmp_path/'data/llava_med_v15_base', dtype='bfloat16')
     assert model.config.image_seq_length == 576 and '[INST]' in processor.chat_template
-    assert 'data/llava_med_v15_base' not in plans.plan_text(p, plans.make_plan(p)).split('missing')[0]
+    assert 'data/llava_med_v15_base' not in estimate.plan_text(p, estimate.make_plan(p)).split('missing')[0]
 
 
 # The whole pipeline on thin models
@@ -272,13 +272,13 @@ def test_every_large_preset_is_rehearsed(name, tmp_path):
     for step in real:
         nb = nbformat.read(folder/step/f'{step}.ipynb', 4)
         assert not [o for c in nb.cells for o in c.get('outputs', []) if o.output_type == 'error']
-        if step in plans.STAGES:
+        if step in estimate.STAGES:
             used = record['steps'][step]['parameters']
             for k in ('lr', 'lora_rank', 'packed', 'sharding', 'checkpointing', 'batch_size', 'max_len'): assert used[k] == real[step][k], (step, k)
             assert used['processes'] == min(2, real[step]['processes'])
             if real[step]['lora_rank']: assert read_json(folder/step/'adapter/adapter_config.json')['r'] == real[step]['lora_rank']
             model, _ = load(folder/step/'model')
-            assert model.config.image_seq_length == plans.real_config(read_preset(name)).image_seq_length
+            assert model.config.image_seq_length == estimate.real_config(read_preset(name)).image_seq_length
             assert list(csv.DictReader(open(folder/step/'losses.csv')))
 
 

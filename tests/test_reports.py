@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from llava_med.readers import open_vqa
-from llava_med.reports import (NOTES, PUBLISHED, WARNINGS, drawn_examples, evaluation_report, page, published_rows, score_figure, table, text,
+from llava_med.data.vqa_readers import open_vqa
+from llava_med.evaluate.reports import (NOTES, PUBLISHED, WARNINGS, drawn_examples, evaluation_report, page, published_rows, score_figure, table, text,
                                write_page)
-from llava_med.runs import OutputError, test_data as data_folder
-from llava_med.scorers import CASES, log_credits, log_rows
-from llava_med.scoring import ScoreError, control_predictions, score_table
-from llava_med.statistics import calibration_rows, calibration_table, paired_tests, test_rows as rows_of_tests
+from llava_med.core.runs import OutputError, test_data as data_folder
+from llava_med.evaluate.scorers import CASES, log_credits, log_rows
+from llava_med.evaluate.exact import ScoreError, control_predictions, score_table
+from llava_med.evaluate.statistics import calibration_rows, calibration_table, paired_tests, test_rows as rows_of_tests
 
 EVIL = '"><script>alert(1)</script><img src=https://x.org/a.png onerror=alert(2)></td></table>'
 ITEMS = [dict(id=f'i{n}', images=[f'{n//2}.png'], question=('Is it?', 'What is it?')[n % 2], answer=('yes', 'a lung')[n % 2],

@@ -12,13 +12,13 @@ import psutil
 import pytest
 
 from conftest import PARAMETERS, make_notebook, wait_for
-from llava_med.batches import MARK, plan_run, read_preset
-from llava_med.commands import main
-from llava_med.publishing import refresh
-from llava_med.runs import RunLocked, Step, StepInputError, read_run, run_dir, update_run
+from llava_med.lab.runner import MARK, plan_run, read_preset
+from llava_med.lab.commands import main
+from llava_med.lab.publishing import refresh
+from llava_med.core.runs import RunLocked, Step, StepInputError, read_run, run_dir, update_run
 
 REPO = Path(__file__).resolve().parents[1]
-SAME = "import sys\nimport llava_med.batches as b\nimport llava_med.commands as c\nb.library_mark = lambda: 'the same library'\n"  # as the fixture does
+SAME = "import sys\nimport llava_med.lab.runner as b\nimport llava_med.lab.commands as c\nb.library_mark = lambda: 'the same library'\n"  # as the fixture does
 COMMAND = [sys.executable, '-c', SAME + 'sys.exit(c.main())', 'run']
 
 
@@ -212,7 +212,7 @@ def test_unchanged_is_kept_and_changes_travel_down(toy):
 
 
 def test_data_base_and_library_belong_to_the_key(toy, monkeypatch):
-    import llava_med.batches as b
+    import llava_med.lab.runner as b
     (toy.root/'mine').mkdir()
     (toy.root/'mine/a.xml').write_text('one')
     values = plan_run(read_preset('toy'), 'toy', sets=['1_one.files=[mine]'])['1_one']
@@ -301,7 +301,7 @@ def test_unwritable_outputs(toy, capsys, monkeypatch):
 
 def test_lock_that_cannot_be_written(toy, capsys, monkeypatch):
     def refuse(*a, **k): raise PermissionError(13, 'Permission denied', str(toy.outputs/'toy/.lock'))
-    monkeypatch.setattr('llava_med.runs.filelock.FileLock.acquire', refuse)
+    monkeypatch.setattr('llava_med.core.runs.filelock.FileLock.acquire', refuse)
     assert toy.run('toy') == 1
     err = capsys.readouterr().err
     assert 'LLAVA_MED_OUTPUTS' in err and len(err.strip().splitlines()) == 1
@@ -325,7 +325,7 @@ def test_full_disk(toy, capsys, monkeypatch):
 
 # Step and runner in one folder
 
-STEP = ("from llava_med.runs import Step\nstep = Step('1_one', run, inputs_from, seed, 'cpu')\n"
+STEP = ("from llava_med.core.runs import Step\nstep = Step('1_one', run, inputs_from, seed, 'cpu')\n"
         "import json\nfiles_seen = sorted(p.name for p in step.dir.iterdir() if p.name[0] != '.')\n"
         "json.dump(files_seen, open(step.path('seen.json'), 'w'))\nstep.finish(score=0.5)")
 
@@ -370,7 +370,7 @@ def test_refresh_brings_outputs_only(toy):
     toy.step('1_one', "print('seen', run_dir(run))\nprint('warn', file=sys.stderr)\n"
              "from IPython.display import display\ndisplay({'application/vnd.jupyter.widget-view+json': {}}, raw=True)")
     (toy.outputs/'toy/1_one').mkdir(parents=True)
-    from llava_med.batches import UsageError
+    from llava_med.lab.runner import UsageError
     again = ['toy', '--only', '1']
     assert toy.run(*again, '--set', '1_one.n=9') == 0
     with pytest.raises(UsageError, match='another n than its notebook shows'): refresh('toy')
@@ -404,7 +404,7 @@ def test_refresh_brings_outputs_only(toy):
 
 
 def test_the_terminal_shows_how_far_it_is(toy, capsys):
-    toy.step('1_one', "print('a table')\nfrom llava_med.runs import progress\nfor x in progress(range(3), 'drawing'): pass")
+    toy.step('1_one', "print('a table')\nfrom llava_med.core.runs import progress\nfor x in progress(range(3), 'drawing'): pass")
     assert toy.run('toy', '--only', '1') == 0
     out = capsys.readouterr().out
     assert 'drawing: 3 of 3 items (100%)' in out and 'a table' not in out
@@ -426,7 +426,7 @@ def test_a_kernel_that_dies_before_it_replies_is_started_again(tmp_path, deaths,
             "    calls.append(1)\n"
             f"    if len(calls) <= {deaths}: raise RuntimeError('Kernel died before replying to kernel_info')\n"
             "papermill.execute_notebook = fake\n"
-            "from llava_med.batches import child; child()")
+            "from llava_med.lab.runner import child; child()")
     job = json.dumps(dict(notebook=str(tmp_path/'a.ipynb'), partial=str(tmp_path/'b.ipynb'), parameters={}))
     p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     p.stdin.write(job + '\n'); p.stdin.flush()   # and left open: a child ends when its input does

@@ -6,12 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from llava_med.commands import main
-from llava_med.runs import read_jsonl, test_data as data_folder, write_jsonl
-from llava_med.scorers import SCORERS, ScoreError, align, judge_rows, read_answers, score_answers, score_files
-from llava_med.scoring import COLUMNS, score_table
-from llava_med.readers import read_vqa
-from llava_med.vqa import same_question
+from llava_med.lab.commands import main
+from llava_med.core.runs import read_jsonl, test_data as data_folder, write_jsonl
+from llava_med.evaluate.scorers import SCORERS, ScoreError, align, judge_rows, read_answers, score_answers, score_files
+from llava_med.evaluate.exact import COLUMNS, score_table
+from llava_med.data.vqa_readers import read_vqa
+from llava_med.data.vqa import same_question
 
 DATA = data_folder()
 real = pytest.mark.skipif(DATA is None or not (DATA/'llava_med').is_dir(), reason='no LLAVA_MED_TESTDATA')

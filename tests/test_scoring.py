@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from llava_med.generation import partners, predict
-from llava_med.model import tiny_model
-from llava_med.runs import read_jsonl, write_csv
-from llava_med.scoring import COLUMNS, HEAD, KEYS, marks, score_table, strict, summarise
+from llava_med.generate.answers import partners, predict
+from llava_med.models.llava import tiny_model
+from llava_med.core.runs import read_jsonl, write_csv
+from llava_med.evaluate.exact import COLUMNS, HEAD, KEYS, marks, score_table, strict, summarise
 
 
 def study(rng, n_images=60, n_questions=8, gain=0.):

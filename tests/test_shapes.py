@@ -4,8 +4,8 @@ import re
 
 import numpy as np
 
-from llava_med import phantom_drawing, phantom_words, phantoms, shapes
-from llava_med.phantoms import FINDINGS, sample_scene
+from llava_med.world import render, language, scenes, general_world
+from llava_med.world.scenes import FINDINGS, sample_scene
 
 WORDS = r'\w+(?:-\w+)*'
 
@@ -19,8 +19,8 @@ def masked(text, vocabulary):
 
 def vocabulary():
     kinds = {n for group in FINDINGS.values() for names in group.values() for n in names}
-    kinds |= {n for group in FINDINGS.values() for n in group} | {f[0] for f in shapes.FACTS}
-    kinds |= set(phantom_words.PLURALS.values()) | set(shapes.ODD_PLURALS.values())
+    kinds |= {n for group in FINDINGS.values() for n in group} | {f[0] for f in general_world.FACTS}
+    kinds |= set(language.PLURALS.values()) | set(general_world.ODD_PLURALS.values())
     return kinds | {'one', 'two', 'three', 'four', 'small', 'large', 'left', 'right', 'upper', 'lower'}
 
 
@@ -29,9 +29,9 @@ def sentences(texts): return {s for t in texts for s in re.split(r'(?<=[.;:])\s+
 
 def test_no_caption_template_is_shared():
     words = vocabulary()
-    theirs = [phantom_words.captions(sample_scene(i), style) for i in range(400) for style in ('brief', 'detailed')]
-    ours = [c for i in range(400) for c in shapes.world_sample(i)['captions']]
-    ours += [t for i in range(800) for role, t in shapes.report_text(i) + shapes.plain_text(i) if role == 'assistant' and len(t.split()) > 4]
+    theirs = [language.captions(sample_scene(i), style) for i in range(400) for style in ('brief', 'detailed')]
+    ours = [c for i in range(400) for c in general_world.world_sample(i)['captions']]
+    ours += [t for i in range(800) for role, t in general_world.report_text(i) + general_world.plain_text(i) if role == 'assistant' and len(t.split()) > 4]
     theirs, ours = ({masked(s, words) for s in sentences(x)} for x in (theirs, ours))
     shared = {s for s in theirs & ours if len(re.findall(WORDS, s.replace('*', ''))) > 3}
     assert not shared, sorted(shared)[:10]
@@ -51,5 +51,5 @@ def test_no_drawing_routine_is_shared():
 
 def test_pictures_are_of_other_places():
     "A phantom and a picture of the general world never agree pixel by pixel."
-    a, b = shapes.world_sample(0)['image'], phantom_drawing.render(sample_scene(0), 96)
+    a, b = general_world.world_sample(0)['image'], render.render(sample_scene(0), 96)
     assert np.abs(a.astype(int) - b).mean() > 10

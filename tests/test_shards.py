@@ -13,19 +13,19 @@ import pytest
 from PIL import Image
 
 from conftest import dask_processes
-from llava_med import articles, shards
-from llava_med.commands import main
-from llava_med.conversations import write_records, stream_records
-from llava_med.images import open_image
-from llava_med.phantom_sets import write_articles
-from llava_med.runs import read_jsonl, test_data as data_folder
-from llava_med.shards import (ClusterError, ShardError, check_shards, cluster, figures_on_cluster, in_order, read_index, read_shards,
+from llava_med.data import articles, shards
+from llava_med.lab.commands import main
+from llava_med.data.conversations import write_records, stream_records
+from llava_med.data.images import open_image
+from llava_med.world.sets import write_articles
+from llava_med.core.runs import read_jsonl, test_data as data_folder
+from llava_med.data.shards import (ClusterError, ShardError, check_shards, cluster, figures_on_cluster, in_order, read_index, read_shards,
                               stream_shards, unpack_shards, write_shards)
 
 REPO = Path(__file__).resolve().parents[1]
 REAL = data_folder() and data_folder()/'articles'
 ENV = {**os.environ, 'PYTHONPATH': str(REPO), 'LLAVA_MED_ROOT': str(REPO), 'OMP_NUM_THREADS': '1'}
-COMMAND = 'import sys; from llava_med.commands import main; sys.exit(main())'
+COMMAND = 'import sys; from llava_med.lab.commands import main; sys.exit(main())'
 
 
 def quiet(*_): pass
@@ -80,7 +80,7 @@ def test_a_writer_that_fails_goes_on_where_it_was(images, tmp_path):
 
 SLOW = '''
 import json, sys, time
-from llava_med.shards import write_shards
+from llava_med.data.shards import write_shards
 def slow():
     for r in json.load(open(sys.argv[1])): time.sleep(.05); yield r
 write_shards(slow(), sys.argv[2], sys.argv[3], 2)

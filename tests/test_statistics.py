@@ -3,12 +3,12 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control, norm
 
-from llava_med.runs import test_data as data_folder
-from llava_med.scorers import align, answer_text, credits, read_answers
-from llava_med.scoring import ScoreError, bootstrap
-from llava_med.statistics import (_p, calibration_error, compare, design_effect, holm, mcnemar, null_rate, paired_difference,
+from llava_med.core.runs import test_data as data_folder
+from llava_med.evaluate.scorers import align, answer_text, credits, read_answers
+from llava_med.evaluate.exact import ScoreError, bootstrap
+from llava_med.evaluate.statistics import (_p, calibration_error, compare, design_effect, holm, mcnemar, null_rate, paired_difference,
                                   share_interval, smallest_difference)
-from llava_med.readers import read_vqa
+from llava_med.data.vqa_readers import read_vqa
 
 DATA = data_folder()
 real = pytest.mark.skipif(DATA is None or not (DATA/'llava_med').is_dir(), reason='no LLAVA_MED_TESTDATA')

@@ -2,9 +2,9 @@
 import random
 
 import pytest
-from llava_med.batching import encode
-from llava_med.model import TEMPLATES, train_tokenizer
-from llava_med.templates import answer_spans, scored_tokens
+from llava_med.train.batches import encode
+from llava_med.models.llava import TEMPLATES, train_tokenizer
+from llava_med.models.templates import answer_spans, scored_tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 

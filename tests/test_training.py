@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_med import training
-from llava_med.adapters import add_lora
-from llava_med.batching import Collator, encode
-from llava_med.launching import launch
-from llava_med.memory import MemoryPlan
-from llava_med.model import tiny_model
-from llava_med.training import Stage, TrainingError, fit
+from llava_med.train import loop
+from llava_med.models.adapters import add_lora
+from llava_med.train.batches import Collator, encode
+from llava_med.train.launch import launch
+from llava_med.train.memory import MemoryPlan
+from llava_med.models.llava import tiny_model
+from llava_med.train.loop import Stage, TrainingError, fit
 
 STAGE = Stage('toy', ('projector', 'language_model'), 1e-3, epochs=2, batch_size=4)
 IMAGE = tiny_model(image_size=24)[0].config.image_token_id
@@ -67,11 +67,11 @@ def test_more_workers_than_samples(toy):
 RUN = '''
 import json, os, sys, torch
 from pathlib import Path
-from llava_med.batching import encode
-from llava_med.features import Pictures
-from llava_med.batching import Collator
-from llava_med.model import tiny_model
-from llava_med.training import Stage, fit, Held
+from llava_med.train.batches import encode
+from llava_med.train.vision_cache import Pictures
+from llava_med.train.batches import Collator
+from llava_med.models.llava import tiny_model
+from llava_med.train.loop import Stage, fit, Held
 
 if __name__ == '__main__':
     folder = Path(sys.argv[1])
@@ -167,7 +167,7 @@ def test_a_launched_process_that_is_killed_is_reported_and_goes_on(toy, tmp_path
         if row['step'] == 2:
             for p in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):   # others come and go
-                    if p.cmdline()[1:4] == ['-u', '-m', 'llava_med.launching']: p.kill(); break
+                    if p.cmdline()[1:4] == ['-u', '-m', 'llava_med.train.launch']: p.kill(); break
     how = dict(checkpoint=tmp_path/'state', save_s=0)
     with pytest.raises(TrainingError, match='ended by itself'):
         launch(2, tmp_path/'job', tiny_model(image_size=24)[0], samples, Collator(pad, features), STAGE, report=kill, **how)
@@ -180,17 +180,17 @@ def test_a_launched_process_that_is_killed_is_reported_and_goes_on(toy, tmp_path
 
 def test_a_full_disk_leaves_the_last_checkpoint(toy, tmp_path, monkeypatch):
     samples, pad, features = toy
-    from llava_med import parallel
-    from llava_med.runs import OutputError
-    real, count = parallel.dcp.save, [0]
+    from llava_med.train import distributed
+    from llava_med.core.runs import OutputError
+    real, count = distributed.dcp.save, [0]
     def full(*args, **kw):
         count[0] += 1
         if count[0] == 3: raise OSError(28, 'No space left on device')
         return real(*args, **kw)
-    monkeypatch.setattr(parallel.dcp, 'save', full)
+    monkeypatch.setattr(distributed.dcp, 'save', full)
     with pytest.raises(OutputError, match='free some space|space'):
         fit(tiny_model(image_size=24)[0], samples, Collator(pad, features), STAGE, checkpoint=tmp_path/'state', save_s=0)
-    monkeypatch.setattr(parallel.dcp, 'save', real)
+    monkeypatch.setattr(distributed.dcp, 'save', real)
     seen = []
     rows = fit(tiny_model(image_size=24)[0], samples, Collator(pad, features), STAGE, checkpoint=tmp_path/'state', report=seen.append)
     assert seen[0]['step'] == 2 and len(rows) == 8

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_med import audit, readers, vqa
-from llava_med.commands import main
-from llava_med.runs import test_data as data_folder, write_json, write_jsonl
+from llava_med.data import leakage, vqa_readers, vqa
+from llava_med.lab.commands import main
+from llava_med.core.runs import test_data as data_folder, write_json, write_jsonl
 
 DATA = data_folder()
 real = pytest.mark.skipif(DATA is None or not (DATA / 'slake').is_dir(), reason='no LLAVA_MED_TESTDATA')
@@ -111,7 +111,7 @@ def test_chinese_questions_find_their_regions():
 def test_slake_under_its_other_file_name(tmp_path):
     row = dict(qid=1, img_name='a/source.jpg', question='Q?', answer='A', answer_type='OPEN', q_lang='en')
     write_json(tmp_path / 'validation.json', [row])
-    assert vqa.read_slake(tmp_path, 'val') == readers.read_vqa(tmp_path, part=True) and vqa.read_slake(tmp_path, 'val')[0]['split'] == 'val'
+    assert vqa.read_slake(tmp_path, 'val') == vqa_readers.read_vqa(tmp_path, part=True) and vqa.read_slake(tmp_path, 'val')[0]['split'] == 'val'
     write_json(tmp_path / 'validation.json', [{k: v for k, v in row.items() if k != 'answer_type'}])
     with pytest.raises(ValueError, match="validation.json: row 0 lacks 'answer_type'"): vqa.read_slake(tmp_path, 'val')
 
@@ -156,17 +156,17 @@ def test_bad_rows_are_named(tmp_path):
 def test_a_file_that_was_cut_off_is_refused_unless_it_is_said_to_be_a_part(tmp_path):
     write_json(tmp_path / 'testset.json', [rad_row(n) for n in range(9)])
     with pytest.raises(ValueError, match=r'vqa_rad test has 9 questions.*published: 451 questions, 203 images.*part=True'):
-        readers.read_vqa(tmp_path / 'testset.json')
-    assert len(readers.read_vqa(tmp_path / 'testset.json', part=True)) == 9
+        vqa_readers.read_vqa(tmp_path / 'testset.json')
+    assert len(vqa_readers.read_vqa(tmp_path / 'testset.json', part=True)) == 9
 
 
 @real
 def test_one_question_less_is_noticed(tmp_path, rad):
     write_json(tmp_path / 'testset.json', raw('vqa_rad/testset.json')[:-1])
-    with pytest.raises(ValueError, match='has 450 questions'): readers.read_vqa(tmp_path / 'testset.json')
+    with pytest.raises(ValueError, match='has 450 questions'): vqa_readers.read_vqa(tmp_path / 'testset.json')
     rows = raw('vqa_rad/testset.json'); rows[0]['answer_type'] = 'OPEN'
     write_json(tmp_path / 'testset.json', rows)
-    with pytest.raises(ValueError, match='180 open, 271 closed'): readers.read_vqa(tmp_path / 'testset.json')
+    with pytest.raises(ValueError, match='180 open, 271 closed'): vqa_readers.read_vqa(tmp_path / 'testset.json')
 
 
 def test_score_says_what_it_read_and_takes_part(tmp_path, capsys):
@@ -194,7 +194,7 @@ def dump(path, obj, protocol=4):
 @pytest.mark.parametrize('split, n, n_rows, images, closed', [('val', 6279, 992, 832, 3135), ('test', 6761, 991, 858, 3391)])
 def test_pathvqas_lxmert_files(split, n, n_rows, images, closed):
     path = DATA / f'pathvqa/lxmert_pvqa_{split}.json'
-    rows, items = raw(f'pathvqa/lxmert_pvqa_{split}.json'), readers.read_vqa(path)
+    rows, items = raw(f'pathvqa/lxmert_pvqa_{split}.json'), vqa_readers.read_vqa(path)
     assert len(rows) == n_rows and sum(not r['sentf']['pvqa'] for r in rows) == n_rows - images  # images without questions
     assert vqa.item_counts(items) == (n, images, n - closed, closed) and {o['split'] for o in items} == {split}
     assert {o['type_from'] for o in items} == {'answer'} and len({o['id'] for o in items}) == n
@@ -202,19 +202,19 @@ def test_pathvqas_lxmert_files(split, n, n_rows, images, closed):
 
 
 def test_pathvqa_copies_in_other_case_are_the_same_question(tmp_path):
-    upper, lower = (readers.read_pathvqa(dump(tmp_path / 'test_qa.pkl', [dict(image='test_1', question=q, answer=a)]))
+    upper, lower = (vqa_readers.read_pathvqa(dump(tmp_path / 'test_qa.pkl', [dict(image='test_1', question=q, answer=a)]))
                     for q, a in (('What is shown?', 'Breast Cancer'), ('what is shown ?', 'breast cancer')))
-    got = {r['check']: r['shared'] for r in audit.audit_splits(upper, [dict(o, id='b') for o in lower])}
+    got = {r['check']: r['shared'] for r in leakage.audit_splits(upper, [dict(o, id='b') for o in lower])}
     assert (got['images'], got['image_and_question']) == (1, 1)
 
 
 @pytest.mark.parametrize('protocol', range(6))
 def test_pathvqas_pickles_of_every_protocol(tmp_path, protocol):
     rows = [row_of(0), row_of(1, 'two', 'number'), row_of(2, 'é', 'other', 'test_0002')]
-    items = readers.read_pathvqa(dump(tmp_path / 'pvqa/qas/test_vqa.pkl', rows, protocol))
+    items = vqa_readers.read_pathvqa(dump(tmp_path / 'pvqa/qas/test_vqa.pkl', rows, protocol))
     assert [(o['answer'], o['answer_type'], o.get('official_type')) for o in items] == [('yes', 'CLOSED', 'yes/no'), ('two', 'OPEN', 'number'), ('é', 'OPEN', 'other')]
     assert [o['images'][0] for o in items] == ['test/test_0001.jpg'] * 2 + ['test/test_0002.jpg'] and items[1]['id'] == 'pathvqa-test_0001-1'
-    assert readers.read_vqa(tmp_path / 'pvqa', part=True) == items
+    assert vqa_readers.read_vqa(tmp_path / 'pvqa', part=True) == items
 
 
 class Call:
@@ -240,32 +240,32 @@ def test_a_hostile_pickle_is_refused_and_does_nothing(tmp_path):
     files = list(hostile(tmp_path))
     pickle.loads(files[4]); os.rmdir(tmp_path / 'trapped')  # the trap works where nobody is careful
     for n, data in enumerate(files):
-        with pytest.raises(ValueError, match='refused'): readers.plain_pickle(dump(tmp_path / f'{n}.pkl', data))
-        with pytest.raises(ValueError, match='refused'): readers.read_vqa(tmp_path / f'{n}.pkl')
+        with pytest.raises(ValueError, match='refused'): vqa_readers.plain_pickle(dump(tmp_path / f'{n}.pkl', data))
+        with pytest.raises(ValueError, match='refused'): vqa_readers.read_vqa(tmp_path / f'{n}.pkl')
         assert not (tmp_path / 'trapped').exists()
     import copyreg  # a name that the process has registered is not looked up, so the list of instructions has to stop it
     copyreg.add_extension('os', 'mkdir', 241)
     try:
-        with pytest.raises(ValueError, match='EXT1'): readers.plain_pickle(dump(tmp_path / 'e.pkl', b'\x80\x02\x82\xf1V' + str(tmp_path / 'trapped').encode() + b'\n\x85R.'))
+        with pytest.raises(ValueError, match='EXT1'): vqa_readers.plain_pickle(dump(tmp_path / 'e.pkl', b'\x80\x02\x82\xf1V' + str(tmp_path / 'trapped').encode() + b'\n\x85R.'))
     finally: copyreg.remove_extension('os', 'mkdir', 241)
     assert not (tmp_path / 'trapped').exists()
 
 
 def test_the_second_lock_holds_alone():
     for data in (pickle.dumps(Call(os.getpid)), b'cos\nmkdir\n.'):
-        with pytest.raises(pickle.UnpicklingError, match='asks for'): readers._PlainUnpickler(io.BytesIO(data)).load()
+        with pytest.raises(pickle.UnpicklingError, match='asks for'): vqa_readers._PlainUnpickler(io.BytesIO(data)).load()
 
 
 @pytest.mark.parametrize('data, said', [(b'', 'not a pickle'), (b'{"a": 1}', 'not a pickle'), (pickle.dumps([row_of(0)])[:40], 'not a pickle'),
                                         (b'\x80\x04]r\xff\xff\xff\x7f.', 'reserves room'), (b']p4294967290\n.', 'reserves room')])
 def test_broken_pickles(tmp_path, data, said):
-    with pytest.raises(ValueError, match=said): readers.plain_pickle(dump(tmp_path / 'x.pkl', data))
+    with pytest.raises(ValueError, match=said): vqa_readers.plain_pickle(dump(tmp_path / 'x.pkl', data))
 
 
 def test_other_pickles_of_pathvqa_are_left_aside(tmp_path):
     dump(tmp_path / 'qas/test_vqa.pkl', [row_of(0)]); dump(tmp_path / 'qas/ans2label.pkl', {'yes': 0}); dump(tmp_path / 'qas/q2a.pkl', ['a', 'b'])
-    assert len(readers.read_vqa(tmp_path, part=True)) == 1
-    with pytest.raises(ValueError, match='none of the known forms'): readers.read_vqa(tmp_path / 'qas/ans2label.pkl')
+    assert len(vqa_readers.read_vqa(tmp_path, part=True)) == 1
+    with pytest.raises(ValueError, match='none of the known forms'): vqa_readers.read_vqa(tmp_path / 'qas/ans2label.pkl')
 
 
 # PMC-VQA
@@ -274,7 +274,7 @@ def test_pmc_vqa_with_letters_that_contradict_the_text(tmp_path):
     head = 'Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label\n'
     (tmp_path / 'train.csv').write_text(head + 'PMC1_F1.jpg,Q?, B: two ,A: one ,B: two,C:three,D:four,B\nPMC2_F1.jpg,"Q, again?",two,A:one,B:two,C:three,D:four,A\n'
                                         'PMC3_F1.jpg,Q?,nothing,A:one,B:two,C:three,D:four,E\n')
-    first, second, third = readers.read_vqa(tmp_path / 'train.csv', say=print)
+    first, second, third = vqa_readers.read_vqa(tmp_path / 'train.csv', say=print)
     assert first['options'] == ['one', 'two', 'three', 'four'] and first['answer'] == 'two' and 'answer_text' not in first
     assert (second['answer'], second['answer_text'], second['question'], second['article']) == ('one', 'two', 'Q, again?', 'PMC2')
     assert vqa.check_items([first, second, third]) == ["Item 'pmc_vqa-train-2' has the answer 'nothing', which is none of its options."]
@@ -283,10 +283,10 @@ def test_pmc_vqa_with_letters_that_contradict_the_text(tmp_path):
 def test_pmc_vqas_two_versions_are_not_mixed(tmp_path):
     (tmp_path / 'train.csv').write_text('Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label\nPMC1.jpg,Q?,x,A:x,B:y,C:z,D:w,A\n')
     (tmp_path / 'test_2.csv').write_text('index,Figure_path,Caption,Question,Choice A,Choice B,Choice C,Choice D,Answer,split\n0,PMC2.jpg,c,Q?,A:x,B:y,C:z,D:w,D,test\n')
-    assert readers.read_vqa(tmp_path / 'test_2.csv')[0]['answer'] == 'w'
-    with pytest.raises(ValueError, match='name one of the files'): readers.read_vqa(tmp_path)
+    assert vqa_readers.read_vqa(tmp_path / 'test_2.csv')[0]['answer'] == 'w'
+    with pytest.raises(ValueError, match='name one of the files'): vqa_readers.read_vqa(tmp_path)
     (tmp_path / 'test_clean.csv').write_text((tmp_path / 'train.csv').read_text())
-    with pytest.raises(ValueError, match='2,000 questions'): readers.read_vqa(tmp_path / 'test_clean.csv')
+    with pytest.raises(ValueError, match='2,000 questions'): vqa_readers.read_vqa(tmp_path / 'test_clean.csv')
 
 
 # LLaVA-Med's form
@@ -296,12 +296,12 @@ def test_llava_meds_converted_set(tmp_path):
         return {'id': n, 'image': image, 'answer_type': kind, key: [{'from': 'human', 'value': text}, {'from': 'gpt', 'value': 'Yes '}]}
     rows = [row(0, text='<image>\nIs it?'), row(1, 'conversatons', ['a.jpg', 'b.jpg']), row(2, text='Is it? Please choose from the following two options: [No, yes]'), row(3, kind='yes/no')]
     write_json(tmp_path / 'test.json', rows)
-    items = readers.read_vqa(tmp_path)
+    items = vqa_readers.read_vqa(tmp_path)
     assert [o['question'] for o in items] == ['Is it?'] * 4 and items[1]['images'] == ['a.jpg', 'b.jpg'] and {o['split'] for o in items} == {'test'}
     assert items[2]['options'] == ['No', 'yes'] and items[2]['prompt'].endswith('[No, yes]') and {o['answer'] for o in items} == {'Yes'}
     assert (items[3]['answer_type'], items[3]['official_type']) == ('CLOSED', 'yes/no') and vqa.check_items(items) == []
     write_jsonl(tmp_path / 'lines.json', rows)
-    assert [o['question'] for o in readers.read_vqa(tmp_path / 'lines.json')] == ['Is it?'] * 4
+    assert [o['question'] for o in vqa_readers.read_vqa(tmp_path / 'lines.json')] == ['Is it?'] * 4
 
 
 # a table of one's own
@@ -310,21 +310,21 @@ def test_a_spreadsheet_is_a_set_with_splits_and_pictures(tmp_path):
     (tmp_path / 'images').mkdir(); Image.new('RGB', (8, 8)).save(tmp_path / 'images/a.png')
     rows = ['split,image,question,answer,organ', 'training,a.png,"Round, or square?",round,Lung', 'test,a.png,Is it large?,No,', 'test,b.png,Is it large?,Yes,']
     (tmp_path / 'questions.csv').write_bytes('\r\n'.join(rows).encode('utf-8-sig'))
-    found = readers.open_vqa(tmp_path)
+    found = vqa_readers.open_vqa(tmp_path)
     assert [o['answer_type'] for o in found['test']] == ['CLOSED'] * 2 and found['train'][0]['question'] == 'Round, or square?'
     assert found['train'][0]['tags']['organ'] == 'lung' and found['missing'] == ['b.png'] and len(found['items']) == 1 and vqa.check_items(found['test']) == []
-    assert readers.read_vqa(tmp_path / 'questions.csv', 'train') == found['train']
+    assert vqa_readers.read_vqa(tmp_path / 'questions.csv', 'train') == found['train']
 
 
 @pytest.mark.parametrize('name, head', [('x.csv', 'image\tquestion\tanswer\na.png\tq?\tyes'), ('test.csv', 'image;question;answer\na.png;q, r?;yes')])
 def test_tables_parted_by_other_marks(tmp_path, name, head):
     (tmp_path / name).write_text(head)
-    assert [(o['answer'], o['split']) for o in readers.read_vqa(tmp_path)] == [('yes', 'test' if name == 'test.csv' else 'all')]
+    assert [(o['answer'], o['split']) for o in vqa_readers.read_vqa(tmp_path)] == [('yes', 'test' if name == 'test.csv' else 'all')]
 
 
 @real
 def test_instruction_data_is_not_a_test_set():
-    with pytest.raises(ValueError, match='instruction data'): readers.read_vqa(DATA / 'llava_med/instruct_examples_5.json')
+    with pytest.raises(ValueError, match='instruction data'): vqa_readers.read_vqa(DATA / 'llava_med/instruct_examples_5.json')
 
 
 @real
@@ -363,13 +363,13 @@ def test_hub_layouts(tmp_path, name, source, split):
     parquet(tmp_path / name, [hub_row(n, n // 3) for n in range(7)])
     for place in (tmp_path / name, tmp_path / name.split('/')[0]):
         said = []
-        items = readers.read_vqa(place, part=True, images_dir=tmp_path / 'out', say=said.append)
+        items = vqa_readers.read_vqa(place, part=True, images_dir=tmp_path / 'out', say=said.append)
         assert {(o['source'], o['split'], o['answer_type'], o['type_from']) for o in items} == {(source, split, 'CLOSED', 'answer')}
         assert len({o['id'] for o in items}) == 7 and f'taken for {source}' in said[0] and 'no official answer type' in said[0]
         assert vqa.check_items(items, tmp_path / 'out') == []
     assert len(list((tmp_path / 'out').iterdir())) == 3 and (tmp_path / 'out' / items[0]['images'][0]).read_bytes() == picture(0)
     if source != 'parquet':
-        with pytest.raises(ValueError, match='published'): readers.read_vqa(tmp_path / name)
+        with pytest.raises(ValueError, match='published'): vqa_readers.read_vqa(tmp_path / name)
 
 
 def test_files_made_by_datasets_itself(tmp_path):
@@ -377,64 +377,64 @@ def test_files_made_by_datasets_itself(tmp_path):
     rows = dict(image=[dict(bytes=picture(n), path=f'{n}.png') for n in range(3)], question=['Q?'] * 3, answer=['a', 'no', 'b'], options=[['a', 'c'], [], ['b']])
     features = datasets.Features(image=datasets.Image(), question=datasets.Value('string'), answer=datasets.Value('string'), options=datasets.Sequence(datasets.Value('string')))
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / 'test-00000-of-00001.parquet')
-    items = readers.read_vqa(tmp_path, source='own')
+    items = vqa_readers.read_vqa(tmp_path, source='own')
     assert [o['options'] for o in items] == [['a', 'c'], [], ['b']] and [o['answer_type'] for o in items] == ['OPEN', 'CLOSED', 'OPEN']
     assert {o['source'] for o in items} == {'own'} and len({o['images'][0] for o in items}) == 3
 
 
 def test_shards_of_one_split_are_read_together_and_the_same_twice_is_refused(tmp_path):
     for n in range(2): parquet(tmp_path / f'own/data/train-{n:05}-of-00002.parquet', [hub_row(n)])
-    assert len(readers.read_vqa(tmp_path / 'own')) == 2
+    assert len(vqa_readers.read_vqa(tmp_path / 'own')) == 2
     for n in ('a', 'b'): write_json(tmp_path / f'rad/test {n}.json', [rad_row(1)])
-    with pytest.raises(ValueError, match='several files for the split test'): readers.read_vqa(tmp_path / 'rad', part=True)
+    with pytest.raises(ValueError, match='several files for the split test'): vqa_readers.read_vqa(tmp_path / 'rad', part=True)
 
 
 @pytest.mark.parametrize('rows, said', [([dict(text='a')], 'columns text'), ([hub_row(0, image=dict(bytes=b'no image', path=None))], 'image of row 0 cannot be read')])
 def test_bad_parquet(tmp_path, rows, said):
-    with pytest.raises(ValueError, match=said): readers.read_vqa(parquet(tmp_path / 'x.parquet', rows))
+    with pytest.raises(ValueError, match=said): vqa_readers.read_vqa(parquet(tmp_path / 'x.parquet', rows))
 
 
 def test_cut_parquet_and_missing_pictures(tmp_path):
     whole = parquet(tmp_path / 'x.parquet', [hub_row(0)]).read_bytes()
     (tmp_path / 'cut.parquet').write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(ValueError, match='cut.parquet: not a parquet file'): readers.read_vqa(tmp_path / 'cut.parquet')
-    items = readers.read_vqa(parquet(tmp_path / 'none.parquet', [hub_row(0, image=None), hub_row(1)]))
+    with pytest.raises(ValueError, match='cut.parquet: not a parquet file'): vqa_readers.read_vqa(tmp_path / 'cut.parquet')
+    items = vqa_readers.read_vqa(parquet(tmp_path / 'none.parquet', [hub_row(0, image=None), hub_row(1)]))
     assert vqa.check_items(items) == [f'Item {items[0]["id"]!r} has an empty images.']
 
 
 @real
 def test_official_types_come_back_from_the_original_file(tmp_path, rad):
     rows = [dict(image='x.jpg', question=o['question'].upper(), answer=o['answer'] + ' ') for o in rad['test']]
-    bare = readers.read_vqa(parquet(tmp_path / 'vqa-rad/test.parquet', rows), part=True)
+    bare = vqa_readers.read_vqa(parquet(tmp_path / 'vqa-rad/test.parquet', rows), part=True)
     assert vqa.item_counts(bare)[2:] == (200, 251)
-    items, left = readers.official_types(bare, rad['test'])
+    items, left = vqa_readers.official_types(bare, rad['test'])
     assert (vqa.item_counts(items)[2:], left) == ((179, 272), 0) and [o['answer_type'] for o in items] == [o['answer_type'] for o in rad['test']]
     unsure = [dict(rad['test'][0], answer_type=k) for k in ('OPEN', 'CLOSED')]
-    assert readers.official_types(bare[:1], unsure)[1] == 1
+    assert vqa_readers.official_types(bare[:1], unsure)[1] == 1
 
 
 # One door
 
 @real
 def test_one_door_for_all(tmp_path, slake):
-    assert readers.read_vqa(DATA / 'slake', 'test') == slake['test'] == readers.read_vqa(DATA / 'slake' / 'test.json')
+    assert vqa_readers.read_vqa(DATA / 'slake', 'test') == slake['test'] == vqa_readers.read_vqa(DATA / 'slake' / 'test.json')
     said = []
-    assert len(readers.read_vqa(DATA / 'vqa_rad', say=said.append)) == 3515 and 'left aside: VQA-RAD\'s public file' in said[0]
-    assert len(readers.read_vqa(DATA / 'vqa_rad' / PUBLIC)) == 2248 and len(readers.read_vqa(DATA / 'slake', lang=None)) == 14028
+    assert len(vqa_readers.read_vqa(DATA / 'vqa_rad', say=said.append)) == 3515 and 'left aside: VQA-RAD\'s public file' in said[0]
+    assert len(vqa_readers.read_vqa(DATA / 'vqa_rad' / PUBLIC)) == 2248 and len(vqa_readers.read_vqa(DATA / 'slake', lang=None)) == 14028
     vqa.write_items(tmp_path / 'a.json', slake['test'][:5])
-    assert readers.read_vqa(tmp_path / 'a.json') == slake['test'][:5]  # our own files may be parts
+    assert vqa_readers.read_vqa(tmp_path / 'a.json') == slake['test'][:5]  # our own files may be parts
 
 
 @pytest.mark.parametrize('name, text, said', [('x.json', '[]', 'none of the known forms'), ('x.json', '{"a": ', 'not valid JSON'), ('x.json', '[1, 2]', 'none of the known'),
                                               ('x.csv', 'a,b\n1,2\n', 'none of the known'), ('x.jsonl', '{"a": 1}\n', 'none of the known')])
 def test_what_is_no_vqa_set(tmp_path, name, text, said):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=said): readers.read_vqa(tmp_path / name)
-    with pytest.raises(ValueError, match=said): readers.read_vqa(tmp_path)
+    with pytest.raises(ValueError, match=said): vqa_readers.read_vqa(tmp_path / name)
+    with pytest.raises(ValueError, match=said): vqa_readers.read_vqa(tmp_path)
 
 
 def test_missing_things():
-    with pytest.raises(FileNotFoundError, match='no such file or folder'): readers.read_vqa('nowhere')
+    with pytest.raises(FileNotFoundError, match='no such file or folder'): vqa_readers.read_vqa('nowhere')
 
 
 # The audit
@@ -447,13 +447,13 @@ def shared(rows): return {r['check']: r['shared'] for r in rows}
 
 @real
 def test_audit_of_vqa_rad_finds_images_and_rephrasings_and_counts_them(rad, public):
-    train, test = (audit.with_records(rad[s], public) for s in ('train', 'test'))
-    rows = audit.audit_splits(train, test, DATA / 'vqa_rad/images')
+    train, test = (leakage.with_records(rad[s], public) for s in ('train', 'test'))
+    rows = leakage.audit_splits(train, test, DATA / 'vqa_rad/images')
     got = shared(rows)
     assert (got['images'], got['cases'], got['image_and_question'], got['official_rephrasings']) == (203, 203, 16, 275)
     by = {r['check']: r for r in rows}
     assert (by['pictures']['shared'], by['pictures']['of']) == (31, 31) and '172 of 203 test and' in by['pictures']['note']
-    pairs, _, _ = audit.overlaps(train, test)
+    pairs, _, _ = leakage.overlaps(train, test)
     known, found, same = ({a for a, _ in pairs[k]} for k in ('official_rephrasings', 'rephrased', 'image_and_question'))
     assert len(found) == got['rephrased'] and len(known & found) / len(known - same) > .8
     # counted again: of which test questions are the frame, the rephrasing or a row linked to it training questions on that image
@@ -469,27 +469,27 @@ def test_audit_of_vqa_rad_finds_images_and_rephrasings_and_counts_them(rad, publ
 @real
 def test_the_rule_for_rephrasings_is_as_good_as_the_chapter_says(public):
     import itertools
-    groups, wording, hit, real_, both = {}, audit.Wording(public), 0, 0, 0
+    groups, wording, hit, real_, both = {}, leakage.Wording(public), 0, 0, 0
     for o in public: groups.setdefault(o['images'][0], []).append(o)
     for n, name in enumerate(sorted(groups)):
         if n % 2 == 0: continue
         for a, b in itertools.combinations(groups[name], 2):
             texts = [vqa.same_question(o.get('rephrase') or '') for o in (a, b)]
             truth = a['link'] == b['link'] or vqa.same_question(a['question']) == texts[1] or vqa.same_question(b['question']) == texts[0]
-            said = wording.score(a, b) >= audit.REPHRASED
+            said = wording.score(a, b) >= leakage.REPHRASED
             hit += said; real_ += truth; both += said and truth
     assert both / hit > .93 and both / real_ > .66 and real_ == 417
 
 
 @real
 def test_audit_of_slake_and_pathvqa(slake):
-    got = shared(audit.audit_splits(slake['train'], slake['test'], DATA / 'slake/imgs'))
+    got = shared(leakage.audit_splits(slake['train'], slake['test'], DATA / 'slake/imgs'))
     assert (got['images'], got['image_and_question'], got['rephrased']) == (0, 0, 0)
     chinese = vqa.read_slake(DATA / 'slake', 'train', 'zh')
-    by = {r['check']: r for r in audit.audit_splits(chinese, slake['test'])}
+    by = {r['check']: r for r in leakage.audit_splits(chinese, slake['test'])}
     assert (by['images']['shared'], by['images']['of']) == (72, 96)
-    path = {s: readers.read_vqa(DATA / f'pathvqa/lxmert_pvqa_{s}.json') for s in ('val', 'test')}
-    assert shared(audit.audit_splits(path['val'], path['test']))['images'] == 0
+    path = {s: vqa_readers.read_vqa(DATA / f'pathvqa/lxmert_pvqa_{s}.json') for s in ('val', 'test')}
+    assert shared(leakage.audit_splits(path['val'], path['test']))['images'] == 0
 
 
 def save(path, img, **kw): path.parent.mkdir(parents=True, exist_ok=True); img.save(path, **kw)
@@ -503,11 +503,11 @@ def test_real_pictures_under_other_names(tmp_path):
         if k % 3 == 0: save(tmp_path / f'{k}.png', img)                      # the same pixels in another file
         elif k % 3 == 1: save(tmp_path / f'{k}.jpg', img, quality=60)        # stored again
         else: save(tmp_path / f'{k}.png', img.resize((img.width * 2 // 3, img.height * 2 // 3)))
-    theirs = audit.picture_marks(names, DATA / 'vqa_rad/images')
-    pairs = audit.near_pictures(audit.picture_marks([p.name for p in tmp_path.iterdir()], tmp_path), theirs)
+    theirs = leakage.picture_marks(names, DATA / 'vqa_rad/images')
+    pairs = leakage.near_pictures(leakage.picture_marks([p.name for p in tmp_path.iterdir()], tmp_path), theirs)
     assert {(a, b) for a, b, _ in pairs} == {(f'{k}.{"jpg" if k % 3 == 1 else "png"}', names[k]) for k in range(20)}
     assert {a for a, _, equal in pairs if equal} == {f'{k}.png' for k in range(0, 20, 3)}
-    assert {(a, b) for a, b, _ in audit.near_pictures(theirs, theirs)} == {(n, n) for n in names}
+    assert {(a, b) for a, b, _ in leakage.near_pictures(theirs, theirs)} == {(n, n) for n in names}
 
 
 def test_pictures_count_under_any_name_and_ids_count(tmp_path):
@@ -515,12 +515,12 @@ def test_pictures_count_under_any_name_and_ids_count(tmp_path):
     save(tmp_path / 'a.png', img); save(tmp_path / 'b.png', img); save(tmp_path / 'c.jpg', img, quality=90); save(tmp_path / 'd.png', img.rotate(90))
     train = [item(0, 'a.png', 'Where is the lesion located?', 'lobe', patient='p', article='PMC1', case='k'), item(1, 'd.png'), item(5, 'a.png')]
     test = [item(2, 'b.png', 'What is the location of the lesion?', 'lobe', patient='q', article='PMC1', case='k'), item(3, 'c.jpg'), item(4, 'e.png', patient='p')]
-    rows = audit.audit_splits(train, test, tmp_path)
+    rows = leakage.audit_splits(train, test, tmp_path)
     assert shared(rows) == dict(images=0, pictures=1, near_pictures=1, patients=1, cases=1, articles=1, questions=2, image_and_question=1, rephrased=1, official_rephrasings=None)
     assert {r['check']: r['of'] for r in rows}['pictures'] == 2 and '1 of 3 test' in {r['check']: r['note'] for r in rows}['pictures']
-    assert shared(audit.audit_splits(train, test))['pictures'] is None
-    table = audit.audit_table(rows)
-    assert list(table.index) == list(audit.CHECKS) and table.loc['near_pictures', 'shared'] == '1' and table.loc['official_rephrasings', 'of'] == '–'
+    assert shared(leakage.audit_splits(train, test))['pictures'] is None
+    table = leakage.audit_table(rows)
+    assert list(table.index) == list(leakage.CHECKS) and table.loc['near_pictures', 'shared'] == '1' and table.loc['official_rephrasings', 'of'] == '–'
 
 
 def test_comparing_thousands_of_pictures_takes_seconds():
@@ -528,18 +528,18 @@ def test_comparing_thousands_of_pictures_takes_seconds():
     rng = np.random.default_rng(0)
     many = {n: (bytes([n % 256, n // 256]), rng.integers(0, 256, 32, np.uint8), np.zeros((48, 48), np.int16)) for n in range(3000)}
     start = time.perf_counter()
-    assert len(audit.near_pictures(many, many)) == 3000
+    assert len(leakage.near_pictures(many, many)) == 3000
     assert time.perf_counter() - start < 15
 
 
 def test_flat_pictures_are_not_all_the_same(tmp_path):
     for v in (0, 128): save(tmp_path / f'{v}.png', Image.new('RGB', (32, 32), (v,) * 3))
-    marks = audit.picture_marks(['0.png', '128.png'], tmp_path)
-    assert {(a, b) for a, b, _ in audit.near_pictures(marks, marks)} == {('0.png', '0.png'), ('128.png', '128.png')}
+    marks = leakage.picture_marks(['0.png', '128.png'], tmp_path)
+    assert {(a, b) for a, b, _ in leakage.near_pictures(marks, marks)} == {('0.png', '0.png'), ('128.png', '128.png')}
 
 
 def test_left_is_not_right_and_yes_is_not_no():
     items = [item(0, 'a', 'Is the left lung clear?', 'yes'), item(1, 'a', 'Is the right lung clear?', 'yes'), item(2, 'a', 'Is the left lung clear?', 'no'),
              item(3, 'a', 'Are the left lungs clear?', 'yes'), item(4, 'a', 'Is the lung clear?', 'yes')]
-    wording = audit.Wording(items)
+    wording = leakage.Wording(items)
     assert [wording.score(items[0], o) > 0 for o in items[1:]] == [False, False, True, True]

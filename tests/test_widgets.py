@@ -11,11 +11,11 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from conftest import REPO
-from llava_med.images import ImageError
-from llava_med.panels import Browse, Compare, Watch, mark_lines
-from llava_med.runs import read_jsonl, write_json, write_jsonl
-from llava_med.scorers import judge_rows, read_marks
-from llava_med.widgets import Chat, Explore, Panel, explain, read_picture, word_groups
+from llava_med.data.images import ImageError
+from llava_med.ui.panels import Browse, Compare, Watch, mark_lines
+from llava_med.core.runs import read_jsonl, write_json, write_jsonl
+from llava_med.evaluate.scorers import judge_rows, read_marks
+from llava_med.ui.widgets import Chat, Explore, Panel, explain, read_picture, word_groups
 
 NOISE = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
 
@@ -43,7 +43,7 @@ def run(source):
 def test_an_uploaded_picture_is_in_no_saved_notebook(tmp_path, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', str(REPO))
     (tmp_path/'Doe_Jane.png').write_bytes(png())
-    text = run(f"""from llava_med.widgets import Chat
+    text = run(f"""from llava_med.ui.widgets import Chat
 from pathlib import Path
 from PIL import Image
 from IPython.display import display
@@ -214,8 +214,8 @@ def test_words_of_an_answer_in_two_kinds_of_tokenizer():
 
 
 def test_a_word_is_explained_as_if_the_answer_ended_there():
-    from llava_med.attention import all_maps, encode, neutral_sample
-    from llava_med.model import tiny_model
+    from llava_med.explain.attention import all_maps, encode, neutral_sample
+    from llava_med.models.llava import tiny_model
     model, processor = tiny_model()
     image, question = Image.fromarray(NOISE), 'is there a nodule?'
     found = explain(model, processor, image, question, 'a small')
