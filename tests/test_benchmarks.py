@@ -7,7 +7,7 @@ import re
 import papermill
 import pytest
 import torch
-from llava_med.train import batches
+from llava_med.train import batches as library
 from llava_med.train.batches import IGNORE, Collator, batch_loss, share_pictures
 from llava_med.models.llava import set_trainable, tiny_model
 from llava_med.train.packing import PackedCollator, pack_rows
@@ -60,7 +60,7 @@ def test_rows_of_shared_pictures_pass_the_gates(toy, alone):
 
 def test_a_last_layer_on_all_tokens_is_the_same_step(toy, alone, monkeypatch):
     samples, features, _, pad = toy
-    monkeypatch.setattr(batching, '_last_layer_on', lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(library, '_last_layer_on', lambda *args: contextlib.nullcontext())
     loss, grad = step([Collator(pad, features)(samples)])
     assert abs(loss - alone[0]) < 1e-5 and off(grad, alone[1]) < 1e-4
 

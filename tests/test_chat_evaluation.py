@@ -9,8 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from llava_med.core import vocabulary
 from llava_med.world import language, scenes
-from llava_med.data.llm_api import LocalEndpoint
+from llava_med.core.testing import LocalEndpoint
 from llava_med.evaluate.judge import (JUDGE_CASES, ORDERS, TYPES, EndpointJudge, FindingJudge, LocalJudge, Pair, chat_counts, chat_rows, check_chat,
                                        finding_rows, judge_answers, orders_of, pair_of, phantom_chat, read_chat, read_judge_prompt, read_judgement,
                                        report_questions)
@@ -232,7 +233,7 @@ def test_a_model_on_this_machine_judges(tmp_path):
 
 def truths(n):
     scenes = [scenes.sample_scene(i) for i in range(n)]
-    return [dict(image=f'{i}.jpg', modality=s.modality, caption=language.captions(s, 'detailed'), claims=language.claims_dict(language.scene_claims(s)))
+    return [dict(image=f'{i}.jpg', modality=s.modality, caption=language.captions(s, 'detailed'), claims=vocabulary.claims_dict(language.scene_claims(s)))
             for i, s in enumerate(scenes)], scenes
 
 

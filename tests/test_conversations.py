@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from llava_med.data import articles
+from llava_med.core import runs, vocabulary
+from llava_med.data.claims import read_claims
 from llava_med.world import language, scenes
-from llava_med.core import runs
 from llava_med.data.conversations import (BRIEF, DETAILED, IMAGE, RecordError, TemplateGenerator, alignment_record,
                                      fault, instruct_record, instruct_records, leaks, read_records, to_messages, write_records)
 
@@ -25,10 +26,10 @@ def talks():
     return [(scene, generator(caption, said, np.random.default_rng([1, s])))
             for s in range(N) for scene, caption, said in [texts(s)]]
 
-def short(turns): return [t for t in turns if t.type in language.ASK]
+def short(turns): return [t for t in turns if t.type in vocabulary.ASK]
 
 def names(kind):
-    return re.compile('|'.join(rf'\b{re.escape(n)}\b' for name in scenes.KINDS[kind].names for n in (language.plural(name), name)))
+    return re.compile('|'.join(rf'\b{re.escape(n)}\b' for name in vocabulary.KINDS[kind].names for n in (vocabulary.plural(name), name)))
 
 def test_no_fact_is_told_before_it_is_asked(talks):
     assert sum(len(turns) for _, turns in talks) > 4*N
@@ -56,20 +57,20 @@ def test_answers_are_true_and_in_the_vocabulary(talks):
                 assert t.answer == str(truth.findings.get(t.kind, {'count': 0})['count'])
             if t.type in ('side', 'quadrant', 'size') and t.answer not in ('yes', 'no'):
                 assert t.answer == truth.findings[t.kind][t.type]
-            if t.type == 'modality': assert t.answer == language.SHORT['modality'][scene.modality]
+            if t.type == 'modality': assert t.answer == vocabulary.SHORT['modality'][scene.modality]
             if t.type == 'organ': assert t.answer == scene.organ
             if t.type == 'finding': assert t.answer in (*truth.findings, 'none') and (t.answer == 'none') == (not truth.findings)
-            if t.type == 'unanswerable': assert t.answer == language.CANNOT
+            if t.type == 'unanswerable': assert t.answer == vocabulary.CANNOT
 
 def test_presence_is_balanced_and_about_stated_kinds(talks):
     answers = [t.answer for _, turns in talks for t in turns if t.type == 'presence']
     assert abs(answers.count('yes')/len(answers) - .5) < .04
     for scene, turns in talks:
         for t in turns:
-            if t.kind: assert scenes.KINDS[t.kind].modality == scene.modality
+            if t.kind: assert vocabulary.KINDS[t.kind].modality == scene.modality
 
 def test_every_type_occurs_and_history_never(talks):
-    assert {t.type for _, turns in talks for t in turns} == {*language.ASK, 'description', 'report'}
+    assert {t.type for _, turns in talks for t in turns} == {*vocabulary.ASK, 'description', 'report'}
     for scene, turns in talks:
         assert scene.history not in ' '.join(t.answer for t in turns)
 
@@ -193,7 +194,7 @@ def test_single_questions_are_true_balanced_and_bounded():
         claims = language.scene_claims(texts(s)[0])
         single = list(instruct_records([scene_figure(s)], 0, generator, 10))[1:]
         assert len(single) <= 10 and len({r['id'] for r in single}) == len(single)
-        truth = {(q['question'], q['answer']) for k in range(40) for q in language.claim_questions(claims, np.random.default_rng(k))}
+        truth = {(q['question'], q['answer']) for k in range(40) for q in vocabulary.claim_questions(claims, np.random.default_rng(k))}
         for r in single:
             assert len(r['conversations']) == 2 and len(r['tags']['question_types']) == 1
             question, answer = r['conversations'][0]['value'].replace(IMAGE, '').strip(), r['conversations'][1]['value']

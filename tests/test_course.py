@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llava_med.lab.grading import (BEGIN, EXERCISES, PARTS, STEPS, check, grade, hint_for, made_run, points_of, total, unsolved)
-from llava_med.world.language import read_claims
+from llava_med.data.claims import read_claims
 from llava_med.core.runs import read_json, read_jsonl, write_csv, write_json, write_jsonl
 
 REPO = Path(__file__).resolve().parents[1]

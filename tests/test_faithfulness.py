@@ -8,6 +8,7 @@ from llava_med.explain import attention as at
 from llava_med.explain import faithfulness as fa
 from llava_med.core import runs
 from llava_med.models.llava import tiny_model
+from llava_med.world.edits import edits
 from llava_med.world.language import questions
 from llava_med.world.scenes import sample_scene
 from llava_med.data.vqa import read_slake
@@ -26,7 +27,7 @@ def items(n=30):
 def test_edits_change_the_boxes_and_nothing_else():
     seen = set()
     for o in items():
-        got = fa.edits(o, 64)
+        got = edits(o, 64)
         if got is None: continue
         seen.add(o['question_type'])
         a, b, c = [np.asarray(got[k]).astype(int) for k in ('original', 'edited', 'elsewhere')]
@@ -39,7 +40,7 @@ def test_edits_change_the_boxes_and_nothing_else():
 
 
 def test_the_answer_after_an_edit_is_true_of_the_edited_scene():
-    said = {(o['question'], o['answer']): fa.edits(o, 32) for o in items() if o['question_type'] in ('side', 'quadrant')}
+    said = {(o['question'], o['answer']): edits(o, 32) for o in items() if o['question_type'] in ('side', 'quadrant')}
     for (q, a), e in said.items():
         if e is None: continue
         if a in ('left', 'right'): assert {a, e['answer']} == {'left', 'right'}

@@ -144,7 +144,8 @@ def test_fetched_images_get_their_names(tmp_path):
     "From the addresses to the names that LLaVA-Med's records use, over a bucket on this machine."
     from llava_med.data.articles import read_articles
     from llava_med.data.llava_files import llava_url
-    from llava_med.data.pubmed import LocalBucket, get_pmc
+    from llava_med.core.testing import LocalBucket
+    from llava_med.data.pubmed import get_pmc
     from llava_med.world.sets import write_articles
     write_articles(tmp_path/'phantoms', 2, per_article=(2, 3))
     (tmp_path/'phantoms/truth.jsonl').unlink()

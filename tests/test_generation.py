@@ -99,8 +99,8 @@ def test_a_picture_is_read_once(monkeypatch):
     pictures = [quilt(rng) for _ in range(9)]
     def features(model, processor, images, *a): seen.append(len(images)); return prefix_cache.image_features(model, processor, images, *a)
     def reading(model, ids, feats): read.append(len(ids)); return prefix_cache.read_prefixes(model, ids, feats)
-    monkeypatch.setattr(generation, 'image_features', features)
-    monkeypatch.setattr(generation, 'read_prefixes', reading)
+    monkeypatch.setattr(answers, 'image_features', features)
+    monkeypatch.setattr(answers, 'read_prefixes', reading)
     asked = [(p, f'{q} {i}') for i in range(3) for q in QUESTIONS for p in pictures]   # the questions of a picture are far apart
     answer(model, processor, *zip(*asked), 2, batch_size=4)
     assert sum(seen) == 9 and sum(read) == 9
@@ -137,7 +137,7 @@ def next_model():
 
 
 def test_any_model_answers(capsys, monkeypatch):
-    monkeypatch.setattr(generation, '_SAID', set())
+    monkeypatch.setattr(answers, '_SAID', set())
     model, processor = next_model()
     rng = np.random.default_rng(0)
     pictures = [quilt(rng, s).resize((s, 96)) for s in (96, 48, 200)]

@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 import yaml
 
+from llava_med.core import vocabulary
 from llava_med.world import language, scenes
-from llava_med.data.llm_api import EndpointError, EndpointGenerator, LocalEndpoint, make_generator, token_bound
+from llava_med.data.llm_api import EndpointError, EndpointGenerator, make_generator, token_bound
+from llava_med.core.testing import LocalEndpoint
 from llava_med.data.conversations import IMAGE, TemplateGenerator, fault, read_records, write_records
 from llava_med.data.generators import Answers, AnswersError, LocalGenerator, TextGenerator, mend, read_prompts, read_talk, texts_of, written_records
 
@@ -32,7 +34,7 @@ WORKERS = 4
 def figure(seed):
     scene = scenes.sample_scene(seed)
     return dict(pmid=str(seed), fig_id='f1', caption=f'Case {seed}. ' + language.captions(scene, 'brief'), image=f'{seed}_f1.png', lang='en', licence='CC BY',
-                mentions=[dict(text=t) for t in language.mentions(scene)], modalities={m: m == scene.modality for m in scenes.MODALITIES}, source='x')
+                mentions=[dict(text=t) for t in language.mentions(scene)], modalities={m: m == scene.modality for m in vocabulary.MODALITIES}, source='x')
 
 
 def good(messages):
@@ -226,7 +228,7 @@ def test_the_cap_is_never_passed_and_the_ledger_adds_up(stream, tmp_path):
 
 
 def test_an_answer_without_usage_counts_with_its_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr('llava_med.data.llm_api._pieces', lambda text, finish, used: [dict(choices=[dict(delta=dict(content=text), finish_reason=finish)])])
+    monkeypatch.setattr('llava_med.core.testing._pieces', lambda text, finish, used: [dict(choices=[dict(delta=dict(content=text), finish_reason=finish)])])
     with LocalEndpoint(good) as e:
         g = generator(e.url, tmp_path/'a.jsonl', stream=True)
         assert len(run(FIGURES, g)[0]) == 3
@@ -298,7 +300,7 @@ def test_ctrl_c_stops_at_once_and_nothing_is_lost(tmp_path, monkeypatch):
             yield x
     with LocalEndpoint(good, delay=.2) as e:
         with monkeypatch.context() as m:
-            m.setattr(asking, 'progress', two)
+            m.setattr(llm_api, 'progress', two)
             began = time.monotonic()
             with pytest.raises(KeyboardInterrupt): run([figure(s) for s in range(40)], generator(e.url, tmp_path/'a.jsonl'))
             assert time.monotonic() - began < 2

@@ -16,8 +16,9 @@ import pytest
 
 from llava_med.data import pubmed
 from llava_med.data.articles import read_articles
-from llava_med.data.pubmed import (LocalBucket, NoAnswer, Web, WebError, get_articles, get_pmc, pairs, read_manifest,
-                               search_pmc)
+from llava_med.core.testing import LocalBucket
+from llava_med.data.pubmed import (NoAnswer, Web, WebError, get_articles, get_pmc, pairs,
+    read_manifest, search_pmc)
 from llava_med.world.sets import write_articles
 from llava_med.core.runs import OutputError, read_jsonl
 
@@ -239,7 +240,7 @@ def test_the_rate_is_kept_over_all_threads_and_a_wish_to_wait_is_respected(phant
 
 
 def test_a_dead_network_stops_the_run(phantoms, web, tmp_path, monkeypatch):
-    monkeypatch.setattr(getting, 'GIVE_UP', 3)
+    monkeypatch.setattr(pubmed, 'GIVE_UP', 3)
     web.tries = 1
     with pytest.raises(NoAnswer, match='goes on'): get_articles(dict.fromkeys(f'PMC{i}' for i in range(50)), tmp_path/'out', web, base='http://127.0.0.1:9')
     assert 3 <= len(read_manifest(tmp_path/'out')) < 50

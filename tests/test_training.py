@@ -134,7 +134,7 @@ def test_a_data_worker_that_dies_while_all_is_put_back_is_reported_too(toy, monk
     def interrupted(*args, **how):
         yield
         raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.')
-    monkeypatch.setattr(training, 'attention_for', interrupted)
+    monkeypatch.setattr(loop, 'attention_for', interrupted)
     with pytest.raises(TrainingError, match='fewer loaders'): fit(tiny_model(image_size=24)[0], samples[:4], Collator(pad, features), STAGE)
 
 

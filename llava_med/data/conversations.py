@@ -24,7 +24,8 @@ import ijson
 import numpy as np
 
 from . import articles
-from ..world import language, scenes
+from .claims import read_claims
+from ..core import vocabulary
 from ..core.runs import replacing
 
 # %% ../../nbs/03_data/08_conversations.ipynb #26b13b75
@@ -231,8 +232,8 @@ def facts_told(
     if question_type in ('side', 'quadrant'): told |= {f'side {kind}', f'quadrant {kind}'}
     if question_type in ('side', 'quadrant', 'size') or denies: told.add(f'count {kind}')
     if question_type == 'finding' or denies and not kind:
-        told |= {f'presence {k}' for k in scenes.KINDS}
-        told |= {f'count {k}' for k in scenes.KINDS if k != kind}
+        told |= {f'presence {k}' for k in vocabulary.KINDS}
+        told |= {f'count {k}' for k in vocabulary.KINDS if k != kind}
     return frozenset(told)
 
 # %% ../../nbs/03_data/08_conversations.ipynb #91f50daf
@@ -313,7 +314,7 @@ def rarer_twin(
     return [q] if excess(q, tally) < 2 + .2*n else []
 
 def short_turns(
-    claims:language.Claims,  # what the text says
+    claims:vocabulary.Claims,  # what the text says
     tally:Counter,           # yes and no so far
     rng:np.random.Generator, # draws wordings
     draws:int=6,             # how often the evaluation's questions are drawn
@@ -322,7 +323,7 @@ def short_turns(
     "Candidate turns with short answers, one for each fact and form of question."
     found = {}
     for i in range(draws):
-        questions = language.claim_questions(claims, rng, skew)
+        questions = vocabulary.claim_questions(claims, rng, skew)
         for twin in sorted({q['twin'] for q in questions if q['twin'] is not None}):
             pair = [q for q in questions if q['twin'] == twin]
             questions = [q for q in questions if q['twin'] != twin] + rarer_twin(pair, tally, rng)
@@ -335,7 +336,7 @@ def short_turns(
 
 def denied(
     q:dict,                 # a question of `claim_questions`
-    claims:language.Claims, # what the text says
+    claims:vocabulary.Claims, # what the text says
 )->bool:                    # whether its truth is an absence
     "Whether a question is about something that is absent."
     return q['kind'] in claims.absent or (q['kind'] is None and claims.normal)
@@ -361,7 +362,7 @@ def describe(
     "A longer turn about the size and the place of one finding."
     place, many = place_of(claim), (claim['count'] or 0) > 1
     if not (place and claim['size'] and claim['count']): return None
-    name = language.plural(kind, claim['count'])
+    name = vocabulary.plural(kind, claim['count'])
     question = str(rng.choice(ABOUT)).format(name=name, verb='are' if many else 'is')
     answer = f"{'these are' if many else 'this is a'} {claim['size']} {name}{place} of the image."
     facts = frozenset(f'{q} {kind}' for q in ('size', 'side', 'quadrant'))
@@ -374,18 +375,18 @@ def noun_phrase(
 )->str:         # "two small nodules in the upper left quadrant"
     "A finding in words, with nothing that was not stated."
     n = claim['count'] or 1
-    words = ' '.join(w for w in (claim['size'], language.plural(kind, n)) if w)
-    words = language.article(words) if n == 1 else f'{language.NUMBERS[n]} {words}'
+    words = ' '.join(w for w in (claim['size'], vocabulary.plural(kind, n)) if w)
+    words = vocabulary.article(words) if n == 1 else f'{vocabulary.NUMBERS[n]} {words}'
     return words + place_of(claim)
 
 def report(
-    claims:language.Claims,  # what the text says
+    claims:vocabulary.Claims,  # what the text says
     rng:np.random.Generator, # draws the wording
 )->Turn:                     # a turn that gives every finding away
     "A longer turn about everything that the image shows."
     found = [noun_phrase(k, f) for k, f in claims.findings.items()]
     answer = 'no abnormality is seen.'
-    if found: answer = f'the image shows {language.listing(found)}.'
+    if found: answer = f'the image shows {vocabulary.listing(found)}.'
     asks = {f'presence {k}' for k in claims.findings} or {'normal'}
     asks |= {f'{q} {k}' for k, f in claims.findings.items() for q in f if f[q]}
     tells = {f'{q} {k}' for k in claims.findings for q in ('side', 'quadrant', 'size')}
@@ -439,8 +440,8 @@ def general_turns(
     said = [s for s in map(visible, sentences(caption)) if s]
     turns, named = [], named_modalities(caption)
     if len(named) == 1:
-        question = str(rng.choice(language.ASK['modality']))
-        turns.append(turn(question, language.SHORT['modality'][named[0]], 'modality'))
+        question = str(rng.choice(vocabulary.ASK['modality']))
+        turns.append(turn(question, vocabulary.SHORT['modality'][named[0]], 'modality'))
         said = [s for s in said if not named_modalities(s)]
     if said:
         fact = frozenset({'caption'})
@@ -448,7 +449,7 @@ def general_turns(
     return turns
 
 # %% ../../nbs/03_data/08_conversations.ipynb #796b47a4
-_options = {**language.SHORT, 'modality': tuple(language.SHORT['modality'].values()), 'side': ('left', 'right')}
+_options = {**vocabulary.SHORT, 'modality': tuple(vocabulary.SHORT['modality'].values()), 'side': ('left', 'right')}
 
 def with_errors(
     turns:list,              # turns with short answers, and others, which stay
@@ -509,10 +510,10 @@ class TemplateGenerator:
     def claims(self,
         caption:str,             # the caption
         mentions:list,           # sentences of the article that mention the figure
-    )->language.Claims|None: # None if no findings are read, or the text says nothing of them
+    )->vocabulary.Claims|None: # None if no findings are read, or the text says nothing of them
         "What the text says of findings."
         if not self.read_findings: return None
-        claims = language.read_claims(' '.join([caption, *mentions]))
+        claims = read_claims(' '.join([caption, *mentions]))
         return claims if claims.findings or claims.normal else None
 
     def noted(self,
@@ -523,7 +524,7 @@ class TemplateGenerator:
         return turns
 
     def talk(self,
-        claims:language.Claims,  # what the text says
+        claims:vocabulary.Claims,  # what the text says
         rng:np.random.Generator, # draws turns, wordings and order
     )->list:                     # turns without leaks
         "A conversation about what the text claims."
@@ -548,11 +549,11 @@ class TemplateGenerator:
         most:int=2,              # how many such questions at most
     )->list:                     # with some that no picture answers, where turns are too few
         "Add questions that cannot be answered until there are enough turns."
-        for q in rng.permutation(language.ASK['unanswerable']):
+        for q in rng.permutation(vocabulary.ASK['unanswerable']):
             n = sum(t.type == 'unanswerable' for t in chosen)
             if len(chosen) >= self.n_turns[0] or n >= most: break
             if str(q) not in {t.question for t in chosen}:
-                more = turn(str(q), language.CANNOT, 'unanswerable')
+                more = turn(str(q), vocabulary.CANNOT, 'unanswerable')
                 chosen = without_leaks([*chosen, more], rng)
         return chosen
 

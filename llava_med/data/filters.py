@@ -20,8 +20,8 @@ from PIL import Image
 from .articles import count_panels, guess_modalities
 from .pubmed import LICENCES
 from .images import ImageError, open_image
-from ..world.sets import spread
-from ..world.language import DENIED_AFTER, NEGATION, TURN
+from ..core.parallel_map import parallel_map
+from .claims import DENIED_AFTER, NEGATION, TURN
 
 # %% ../../nbs/03_data/07_filters.ipynb #4715f7b8
 LICENCE_SETS = {'any': None, 'non-commercial': (*LICENCES, 'public domain'),
@@ -246,7 +246,7 @@ class HeldOut:
         else: raise ValueError(f'{source}: an evaluation set is a folder of images, an image, .json, .jsonl, or .txt with ids.')
         if not paths and not ids: raise ValueError(f'{source}: no image and no article id in it; name the folder of its images.')
         self.articles |= dict.fromkeys(ids, source.name)
-        for p, x in zip(paths, spread(look, [str(p) for p in paths], workers if len(paths) > 400 else 1)):
+        for p, x in zip(paths, parallel_map(look, [str(p) for p in paths], workers if len(paths) > 400 else 1)):
             if x.error: self.notes.append(f'{x.error} It cannot be compared.')
             else: self.seen.add(x, f'{source.name}: {p.name}'); self.n_images += 1
 
@@ -463,7 +463,7 @@ def apply_filters(
     reasons = [_reason(r, early, world) for r in records]
     alive = [i for i, (name, _) in enumerate(reasons) if name is None] if late else []
     refs = [str(records[i]['image']) for i in alive]
-    looks = spread(look, refs, workers) if workers > 1 and len(refs) > 400 else map(look, refs)
+    looks = parallel_map(look, refs, workers) if workers > 1 and len(refs) > 400 else map(look, refs)
     for i, x in zip(progress(alive) if progress else alive, looks): reasons[i] = _reason(records[i], late, world, x)
     kept = [r for r, (name, _) in zip(records, reasons) if name is None]
     dropped = [dict(record=r.get('id'), filter=name, reason=why) for r, (name, why) in zip(records, reasons) if name]

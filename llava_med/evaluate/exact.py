@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 import numpy as np
 import pandas as pd
-from ..world.language import read_claims
+from ..data.claims import read_claims
 
 # %% ../../nbs/06_evaluate/01_exact.ipynb #f110f36e
 NUMBERS = {w: str(i) for i, w in enumerate(

@@ -21,7 +21,8 @@ import pandas as pd
 
 from ..data.llm_api import EndpointGenerator
 from ..data.generators import REFUSAL, LocalGenerator, _read_words
-from ..world.language import claims_dict, read_claims
+from ..core.vocabulary import claims_dict
+from ..data.claims import read_claims
 from ..core.runs import write_csv, write_jsonl
 from .scorers import CASES, DOMAINS, align, answer_text, head_numbers, read_answers, read_rows, word_scores
 from .exact import COLUMNS, HEAD, KEYS, ScoreError, finding_kinds, strict_normalise, summarise

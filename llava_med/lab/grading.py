@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from ..generate.answers import Speaker, answer
 from ..models.llava import load
-from ..world.language import read_claims
+from ..data.claims import read_claims
 from ..core.runs import read_json, read_jsonl
 from ..evaluate.exact import HEAD, ScoreError, control_predictions, score_table, strict, strict_normalise
 

@@ -4,23 +4,22 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'JOURNALS', 'LICENCES', 'FRONT', 'ARTICLE', 'FIG', 'FIELD_NAMES', 'SLAKE_MODALITY', 'CONTENT', 'plot_picture',
-           'make_figure', 'jats_case', 'jats_article', 'article_files', 'pack', 'save_article', 'spread',
-           'write_articles', 'save_vqa_image', 'write_vqa']
+           'make_figure', 'jats_case', 'jats_article', 'article_files', 'pack', 'save_article', 'write_articles',
+           'save_vqa_image', 'write_vqa']
 
 # %% ../../nbs/01_world/04_sets.ipynb #c3e9e23e
 import gzip, io, json, os, shutil, tarfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from html import escape
-from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
-from .render import jpeg, render
-from .language import KEPT, WORLD_LABELS, captions, claims_dict, listing, mentions
-from .language import pick, questions, scene_claims
-from .scenes import MODALITIES, SPLITS, sample_scene, scene_rng
+from ..core.parallel_map import parallel_map
 from ..core.runs import read_jsonl, replacing, write_json, write_jsonl
+from ..core.vocabulary import MODALITIES, claims_dict, listing, pick
+from .language import KEPT, WORLD_LABELS, captions, mentions, questions, scene_claims
+from .render import jpeg, render
+from .scenes import SPLITS, sample_scene, scene_rng
 
 # %% ../../nbs/01_world/04_sets.ipynb #eff486f7
 def plot_picture(rng)->np.ndarray:
@@ -181,23 +180,6 @@ def save_article(
         shutil.rmtree(path, ignore_errors=True); os.replace(tmp, path)
     return str(path), rows
 
-# %% ../../nbs/01_world/04_sets.ipynb #bfa10dfe
-def spread(
-    fn,            # a function of one job, at the top level of a module
-    jobs:list,     # what it is called with
-    n_workers:int, # processes
-)->list:           # its results, in the order of the jobs
-    "Do the jobs in order, in worker processes if there is more than one worker."
-    if n_workers <= 1: return [fn(j) for j in jobs]
-    names = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
-    old = {k: os.environ.get(k) for k in names}
-    os.environ.update(dict.fromkeys(names, '1'))  # one thread a worker, or they fight for the cores
-    try:
-        with ProcessPoolExecutor(n_workers, mp_context=get_context('spawn')) as pool:
-            return list(pool.map(fn, jobs, chunksize=max(1, min(32, len(jobs)//(4*n_workers)))))
-    finally:
-        for k, v in old.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
-
 # %% ../../nbs/01_world/04_sets.ipynb #7f36cb03
 def write_articles(
     out_dir,                  # a folder; made if missing
@@ -213,8 +195,8 @@ def write_articles(
     if layout not in ('pmc', 'oa_package'):
         raise ValueError(f'layout is {layout!r}; it must be pmc or oa_package.')
     out_dir = Path(out_dir); out_dir.mkdir(parents=True, exist_ok=True)
-    done = spread(save_article, [(str(out_dir), layout, i, seed, split, tuple(per_article))
-                                 for i in range(start, start+n)], n_workers)
+    done = parallel_map(save_article, [(str(out_dir), layout, i, seed, split, tuple(per_article))
+                                       for i in range(start, start+n)], n_workers)
     old = out_dir/'truth.jsonl'; names = {r['pmcid'] for _, rows in done for r in rows}
     kept = [r for r in (read_jsonl(old) if old.exists() else []) if r['pmcid'] not in names]
     write_jsonl(old, kept+[r for _, rows in done for r in rows])
@@ -267,7 +249,7 @@ def write_vqa(
         jobs += [(str(out_dir), number+i, 500_000_000+seed*1_000_000+i, split,
                   skew if split == 'train' else 0.) for i in range(n)]
         number += n
-    rows = spread(save_vqa_image, jobs, n_workers); sizes = {}
+    rows = parallel_map(save_vqa_image, jobs, n_workers); sizes = {}
     for split, file in (('train', 'train'), ('val', 'validate'), ('test', 'test')):
         part = [q for qs in rows for q in qs if q['scene_split'] == split]; sizes[split] = len(part)
         write_json(out_dir/f'{file}.json', part)
