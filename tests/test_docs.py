@@ -90,10 +90,10 @@ def test_links_become_pages_and_copies(tmp_path):
 
 
 def test_names_are_linked_only_where_they_are_sure():
-    names = {'run': ['batches'], 'read_run': ['runs'], 'load': ['model', 'images'], 'Judge': ['chat']}
+    names = {'run': ['lab.runner'], 'read_run': ['core.runs'], 'load': ['models.llava', 'data.images'], 'Judge': ['evaluate.judge']}
     links = lambda text, own='': re.findall(r'{py:obj}`(\S+) <(\S+)>`', name_links(text, names, own))
     assert links('`run` `read_run` `load` `load()` `none`') == [('read_run', 'llava_med.core.runs.read_run')]
-    assert links('`load`, `run()`', 'images') == [('load', 'llava_med.data.images.load'), ('run()', 'llava_med.lab.runner.run')]
+    assert links('`load`, `run()`', 'data.images') == [('load', 'llava_med.data.images.load'), ('run()', 'llava_med.lab.runner.run')]
     assert not links('[`read_run`](x.ipynb) <b title="`read_run`">\n```\n`read_run`\n```')
 
 

@@ -8,7 +8,7 @@ from llava_med.explain import attention as at
 from llava_med.explain import faithfulness as fa
 from llava_med.core import runs
 from llava_med.models.llava import tiny_model
-from llava_med.world.edits import edits
+from llava_med.world.edits import _pixels, edits
 from llava_med.world.language import questions
 from llava_med.world.scenes import sample_scene
 from llava_med.data.vqa import read_slake
@@ -35,7 +35,7 @@ def test_edits_change_the_boxes_and_nothing_else():
         assert not ((a != b) & (a != c)).any(), o['question']
         boxes = [box for f in sample_scene(o['scene_seed'], 'val').findings if o['kind'] in (None, f.kind) for box in f.boxes]
         if o['question_type'] in ('presence', 'finding', 'count'):
-            assert not (a != b).any(-1)[~fa._pixels(boxes, 64)].any()
+            assert not (a != b).any(-1)[~_pixels(boxes, 64)].any()
     assert seen == {'presence', 'finding', 'side', 'quadrant', 'size', 'count'}
 
 

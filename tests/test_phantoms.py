@@ -1,12 +1,12 @@
-"What a cell of 01_phantoms to 01c_phantom_sets cannot say: many scenes, both layouts, worker processes, real captions."
+"What the chapters of the world cannot say: many scenes, both layouts, worker processes, real captions."
 import csv, json, tarfile
 from collections import Counter
 import numpy as np, pytest
 from lxml import etree
 from PIL import Image
 from llava_med.world import render as drawing
-from llava_med.core import vocabulary
-from llava_med.data import claims
+from llava_med.core.vocabulary import ASK, KINDS, MODALITIES, QUADRANTS, Claims
+from llava_med.data.claims import read_claims
 from llava_med.world import language as words, scenes, sets
 from llava_med.core.runs import test_data as real_data
 
@@ -20,7 +20,7 @@ def test_scenes_are_deterministic_and_patients_disjoint():
     a, b = scenes.sample_scene(17, 'train'), scenes.sample_scene(17, 'test')
     assert (scenes.jitter(a) != scenes.jitter(b)).any()
 
-@pytest.mark.parametrize('modality', vocabulary.MODALITIES)
+@pytest.mark.parametrize('modality', MODALITIES)
 def test_pictures_are_deterministic_varied_and_not_saturated(modality):
     imgs = [drawing.render(scenes.sample_scene(i, 'train', modality)) for i in range(4)]
     again = drawing.render(scenes.sample_scene(2, 'train', modality))
@@ -35,8 +35,8 @@ def test_boxes_are_inside_apart_and_on_the_side_that_is_said():
         for f, (x, y, w, h) in boxes:
             assert 0 <= x < x+w <= 1 and 0 <= y < y+h <= 1
             assert (x+w/2 < .5) == (f.side == 'left')
-            assert f.kind in words.WORLD_LABELS and len(f.boxes) == f.count <= vocabulary.KINDS[f.kind].most
-            if vocabulary.KINDS[f.kind].most > 1 and f.quadrant:
+            assert f.kind in words.WORLD_LABELS and len(f.boxes) == f.count <= KINDS[f.kind].most
+            if KINDS[f.kind].most > 1 and f.quadrant:
                 assert (y+h < .5) == f.quadrant.startswith('upper') and (y > .5) == f.quadrant.startswith('lower')
         for i, (f, (x, y, w, h)) in enumerate(boxes):
             for g, (x2, y2, w2, h2) in boxes[:i]:
@@ -69,11 +69,11 @@ def test_texts_are_read_back_exactly():
             for draw in range(2):
                 caption = words.captions(s, style, draw)
                 assert (len(caption.split()) < 30) == (style == 'brief')
-                read = claims.read_claims(' '.join([caption, *words.mentions(s, 'Figure 12')]))
+                read = read_claims(' '.join([caption, *words.mentions(s, 'Figure 12')]))
                 for k in ('modality', 'organ', 'findings', 'absent', 'normal'):
                     assert getattr(read, k) == getattr(truth, k), (k, caption)
                 assert read.history in (None, s.history)
-                alone = claims.read_claims(caption)
+                alone = read_claims(caption)
                 assert set(alone.findings) == set(truth.findings) and alone.absent <= truth.absent
                 for kind, f in alone.findings.items():
                     assert all(v in (None, truth.findings[kind][k]) for k, v in f.items()), caption
@@ -87,7 +87,7 @@ def test_texts_are_read_back_exactly():
     ('Multiple cysts in the uterine cavity', {'cyst'}, set()),
     ('Survival curves of both groups (p < 0.05).', {}, set())])
 def test_denials(text, present, absent):
-    c = claims.read_claims(text)
+    c = read_claims(text)
     assert (set(c.findings), c.absent) == (set(present), absent)
 
 def test_real_captions_never_break_the_reader():
@@ -95,9 +95,9 @@ def test_real_captions_never_break_the_reader():
     if data is None or not (data/'rocov2').exists(): pytest.skip('no real captions: set LLAVA_MED_TESTDATA')
     with open(data/'rocov2'/'sample_test_captions.csv', newline='', encoding='utf-8') as f:
         captions = [r['Caption'] for r in csv.DictReader(f)]
-    claims = [claims.read_claims(c) for c in captions]
+    claims = [read_claims(c) for c in captions]
     assert len(claims) >= 30 and any(c.modality == 'ct_scan' for c in claims)
-    for t in ('', 'no', 'a '*2000+'nodule', '((', 'Fig. 1A) Ω\u00a0nodule'): claims.read_claims(t)
+    for t in ('', 'no', 'a '*2000+'nodule', '((', 'Fig. 1A) Ω\u00a0nodule'): read_claims(t)
 
 def test_questions_have_one_right_short_answer():
     items = [q for s in ALL for q in words.questions(s)]
@@ -113,7 +113,7 @@ def test_questions_have_one_right_short_answer():
         else: assert q['twin_of'] is None
     answers = {}
     for q in items: assert answers.setdefault((q['patient'], q['question']), q['answer']) == q['answer']
-    assert {q['question_type'] for q in items} == set(vocabulary.ASK) == {
+    assert {q['question_type'] for q in items} == set(ASK) == {
         'presence', 'modality', 'organ', 'finding', 'side', 'quadrant', 'count', 'size', 'unanswerable'}
 
 def test_answers_are_balanced_and_skew_is_a_switch():
@@ -123,7 +123,7 @@ def test_answers_are_balanced_and_skew_is_a_switch():
         return qs.count(answer)/len(qs)
     assert share(0, 'presence', 'yes') == .5 and share(.8, 'presence', 'yes') > .7
     assert max(share(0, 'count', str(i)) for i in range(5)) < .35
-    assert max(share(0, 'quadrant', q) for q in scenes.QUADRANTS) < .35
+    assert max(share(0, 'quadrant', q) for q in QUADRANTS) < .35
 
 def read_article(path):
     "XML tree and names of figure files of an article in either layout."
@@ -148,9 +148,9 @@ def test_articles_hold_what_the_truth_says(tmp_path, layout):
             assert (fig.get('id'), href) == (row['fig_id'], row['file']) and (href in files) == (row['role'] != 'missing')
             assert tree.findall(f'.//xref[@rid="{fig.get("id")}"]')
             if row['role'] == 'image':
-                claims = vocabulary.Claims(**{**row['claims'], 'absent': set(row['claims']['absent'])})
+                claims = Claims(**{**row['claims'], 'absent': set(row['claims']['absent'])})
                 text = ' '.join(' '.join(p.itertext()) for p in fig.getparent().iter('p'))
-                assert claims.read_claims(text).findings == claims.findings
+                assert read_claims(text).findings == claims.findings
 
 def test_workers_do_not_change_the_files(tmp_path):
     one = sets.write_articles(tmp_path/'one', 4, seed=1); two = sets.write_articles(tmp_path/'two', 4, seed=1, n_workers=2)
