@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from conftest import PARAMETERS, Toy, dask_processes, wait_for
-from llava_med.lab.runner import library_dir
+from llava_med.lab.runner import library_mark
 from llava_med.lab.commands import main
 from llava_med.lab.grids import Guard, batch_rows, grids, lay_out, over_seeds, plan_grid, read_grid
-from llava_med.core.runs import folder_hash, read_json, read_run
+from llava_med.core.runs import read_json, read_run
 from llava_med.lab.sweeps import gpus_here, run_batch
 
 REPO = Path(__file__).resolve().parents[1]
@@ -45,7 +45,7 @@ class Lab(Toy):
         self.mark(monkeypatch)
         self.step('2_two', work)
 
-    def mark(self, monkeypatch): monkeypatch.setattr('llava_med.lab.runner.library_mark', lambda: folder_hash(library_dir(), '*.py'))
+    def mark(self, monkeypatch): monkeypatch.setattr('llava_med.lab.runner.library_mark', library_mark)   # as workers compute it
 
     def grid(self, text, name='g'):
         (self.root/f'{name}.yaml').write_text(text)

@@ -37,6 +37,7 @@ import nbformat
 import psutil
 import yaml
 
+from ..core.imports import modules_hash
 from ..core.runs import (FULL, RunLock, clock, file_hash, folder_hash, git_state, machine, now,
                             outputs_dir, read_run, root, run_dir, update_run, versions, writing)
 
@@ -359,9 +360,13 @@ def library_dir()->Path: # the folder of llava_med
     "Where the exported library lies."
     return Path(importlib.util.find_spec('llava_med').origin).parent
 
-def library_mark()->str: # a hash
-    "A fingerprint of the exported library."
-    return folder_hash(library_dir(), '**/*.py')
+def library_mark(
+    nb_path:Path, # a notebook
+)->str:           # a hash
+    "A fingerprint of the modules that a notebook imports, of those that they import, and so on."
+    code = [c.source for c in nbformat.read(nb_path, 4).cells if c.cell_type == 'code']
+    lines = '\n'.join(code).splitlines()
+    return modules_hash('\n'.join(x for x in lines if not re.match(r'\s*[%!]', x)), library_dir())
 
 def step_inputs(
     step:str,    # name of the step
@@ -376,7 +381,7 @@ def step_inputs(
     if base.is_dir() and not step.startswith('0_'): data.setdefault('data/base_tiny', path_mark(base))
     before = {s: r.get('key') or r.get('ended') for s, r in sorted(record['steps'].items())
               if order(s) < order(step) and (not s.startswith('0_') or s in {v.split('/')[0] for v in own.values()})}  # the base counts as data, above
-    return {'notebook': notebook_mark(pipeline()[step]), 'library': library_mark(), 'data': data,
+    return {'notebook': notebook_mark(pipeline()[step]), 'library': library_mark(pipeline()[step]), 'data': data,
             'parameters': {k: '{run}/' + own[k] if k in own else v for k, v in values.items() if k not in GIVEN}, 'before': before}
 
 def step_key(

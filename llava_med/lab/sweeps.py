@@ -27,7 +27,7 @@ from pathlib import Path
 import filelock
 import nbformat
 
-from .runner import (StepFailed, UsageError, files_mark, is_done, is_progress, library_mark, order, pipeline, run_step,
+from .runner import (StepFailed, UsageError, files_mark, is_done, is_progress, order, pipeline, run_step,
                                shown, step_inputs, step_key)
 from .grids import (Guard, Run, Unit, default_workers, gpus_here, headline, lacking, lay_out, main_scores, most_threads, over_seeds, plan_lines, plan_record, read_grid, summary_rows,
                              total_time)
@@ -162,7 +162,7 @@ def _attempts(job, out):
 
 def _changed(inputs, job): # why a key is another than was planned
     planned = job['inputs']
-    what = {'notebook': 'the notebook', 'library': f'the library ({library_mark()[:8]} here, {planned["library"][:8]} in the plan)', 'data': 'its data',
+    what = {'notebook': 'the notebook', 'library': f'the library ({inputs["library"][:8]} here, {planned["library"][:8]} in the plan)', 'data': 'its data',
             'parameters': 'its parameters', 'before': 'an earlier step'}
     differ = [text for k, text in what.items() if inputs.get(k) != planned.get(k)] or ['something']
     return f"{' and '.join(differ)} changed since the batch was planned, or is another on {socket.gethostname()}: call the batch again."
