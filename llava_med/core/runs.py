@@ -42,8 +42,9 @@ def root()->Path: # the folder that holds settings.ini and nbs/
     for start in (Path.cwd(), Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()):
         for d in (start, *start.parents):
             if (d/'settings.ini').is_file() and (d/'nbs').is_dir(): return d
-    raise FileNotFoundError('No settings.ini was found above the current folder: '
-                            'set LLAVA_MED_ROOT to the folder of the repository.')
+    raise FileNotFoundError('No settings.ini was found above the current folder, and this needs the notebooks and presets of '
+                            'the repository: work in a clone of it, or set LLAVA_MED_ROOT to one (llava-med score, judge, lmms, '
+                            'convert, figures and get --out work without).')
 
 # %% ../../nbs/00_core/01_runs.ipynb #7d9c06bd
 def outputs_dir()->Path: # where run folders lie
