@@ -45,7 +45,7 @@ readme: $(READY) ## run nbs/index.ipynb and make README.md of it
 	$(BIN)/llava-med readme
 
 docs: $(READY)  ## make the book of all notebooks, _docs/index.html; nothing is run
-	@$(BIN)/python -c 'import sys; from llava_med.lab.book import main; sys.exit(main())'
+	@$(BIN)/python -c 'import sys; from llava_med.lab.book import book_command; sys.exit(book_command())'
 
 clean:          ## remove caches and the scratch run; runs and .venv stay
 	rm -rf outputs/scratch build _proc _docs .pytest_cache *.egg-info

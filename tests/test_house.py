@@ -28,13 +28,13 @@ def notebooks(folder, *but):
 
 
 PIPELINE, OTHERS = notebooks('pipeline'), notebooks('benchmarks') + notebooks('course')
-CHAPTERS = notebooks('', 'pipeline', 'benchmarks', 'course')
-NOTEBOOKS = CHAPTERS + PIPELINE + OTHERS
+CHAPTERS, RECIPES = notebooks('', 'pipeline', 'benchmarks', 'course', 'recipes'), notebooks('recipes')
+NOTEBOOKS = CHAPTERS + RECIPES + PIPELINE + OTHERS
 PAGES = ('index', 'start')   # chapters that export nothing
 PRESETS = sorted((REPO/'nbs/pipeline/presets').rglob('*.yaml'))
 MODULES = sorted(p for p in (REPO/'llava_med').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
 TESTS = sorted((REPO/'tests').rglob('test_*.py'))
-LEAST = dict(CHAPTERS=65, PIPELINE=7, OTHERS=27, PRESETS=11, MODULES=63, TESTS=43)   # what there is
+LEAST = dict(CHAPTERS=65, RECIPES=1, PIPELINE=7, OTHERS=27, PRESETS=11, MODULES=64, TESTS=44)   # what there is
 each = lambda paths: pytest.mark.parametrize('path', paths, ids=name)
 
 
@@ -125,7 +125,7 @@ def exports(path):
 
 def chapter_numbers():
     "Module → number of its chapter within its package, from all notebooks."
-    return {exports(p): int(PLACE.fullmatch(p.relative_to(REPO/'nbs').as_posix())[3]) for p in CHAPTERS if p.stem not in PAGES}
+    return {exports(p): int(p.name[:2]) for p in CHAPTERS + RECIPES if p.stem not in PAGES}
 
 
 def upward(module, imported, numbers):
@@ -151,7 +151,7 @@ def test_nbdev_tests_every_chapter():
     from nbdev.config import get_config
     from nbdev.doclinks import nbglob
     found = {Path(p).resolve() for p in nbglob(get_config(cfg_name='settings.ini', path=REPO).nbs_path) if not Path(p).with_name('.notest').exists()}
-    assert found >= set(CHAPTERS) and not found & set(PIPELINE + OTHERS)
+    assert found >= set(CHAPTERS) and not found & set(PIPELINE + OTHERS + RECIPES)
 
 
 # All notebooks
@@ -189,13 +189,13 @@ def test_no_export_cell_and_no_shell(path):
         if re.match(r'#\s*\|\s*export', c.source): assert not re.search(r'^\s*[%!]', c.source, re.M)
 
 
-@each([p for p in CHAPTERS + PIPELINE if p.stem != 'index'])
+@each([p for p in CHAPTERS + RECIPES + PIPELINE if p.stem != 'index'])
 def test_opening_and_end(path):
     cells = nbformat.read(path, 4).cells
     assert re.match(r'# .+\n+> .+', cells[0].source), 'begins with a title and one line that says what one will have'
     assert 'markdown' in (cells[1].cell_type, cells[2].cell_type), 'then says what goes in, what comes out, and how long it takes'
     headings = [x for c in cells if c.cell_type == 'markdown' for x in c.source.splitlines() if x.startswith('## ')]
-    if path in CHAPTERS: assert '## What you have now' in headings and '## Try' in headings
+    if path in CHAPTERS + RECIPES: assert '## What you have now' in headings and '## Try' in headings
 
 
 def links(text):
@@ -245,7 +245,7 @@ def test_the_page_of_data_is_made_from_the_catalogue():
 
 def test_index_names_every_chapter_and_step():
     found = set(links(markdown_of(nbformat.read(REPO/'nbs/index.ipynb', 4))))
-    wanted = {p.relative_to(REPO/'nbs').as_posix() for p in CHAPTERS + PIPELINE if p.stem != 'index'}
+    wanted = {p.relative_to(REPO/'nbs').as_posix() for p in CHAPTERS + RECIPES + PIPELINE if p.stem != 'index'}
     assert not wanted - found
 
 
@@ -283,7 +283,7 @@ def test_one_number_one_chapter_one_module():
     assert len(set(numbers)) == len(numbers)
     packages = {PLACE.fullmatch(f)[2]: PLACE.fullmatch(f)[1] for f in chapters}
     assert sorted(packages, key=packages.get) == [p for p in RANKS if p != 'recipes']
-    assert sorted(chapters.values()) == sorted(map(module_of, MODULES))
+    assert sorted([*chapters.values(), *map(exports, RECIPES)]) == sorted(map(module_of, MODULES))
 
 
 def test_every_package_is_known():
@@ -371,3 +371,35 @@ def test_the_sync_check_can_fail(tmp_path):
     nbformat.write(nb, p)
     subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=tmp_path, check=True, capture_output=True)
     assert library(tmp_path)[key] != first
+
+
+# One name, one meaning
+
+SHARED = {'world_sample', 'WORLD_LABELS'}   # the two worlds of the base model answer to the same names: `0_base_model` names one of them
+
+
+def public_names(text):
+    "The names that a module defines for others."
+    found = set()
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): found.add(node.name)
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        found |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    return {n for n in found if not n.startswith('_')}
+
+
+def in_several(texts):
+    "Name → modules, where more than one module defines it."
+    where = {}
+    for module, text in texts.items():
+        for n in public_names(text): where.setdefault(n, []).append(module)
+    return {n: ms for n, ms in where.items() if len(ms) > 1}
+
+
+def test_no_public_name_stands_in_two_modules():
+    found = in_several({module_of(p): p.read_text() for p in MODULES})
+    assert set(found) == SHARED, {n: ms for n, ms in found.items() if n not in SHARED}
+
+
+def test_names_in_two_modules_are_found():
+    assert in_several({'a.x': 'N, M = 1, 2\ndef f(): ...\n_p = 3', 'b.y': 'class f: ...\nN: int = 2\n_p = 4'}) == {'N': ['a.x', 'b.y'], 'f': ['a.x', 'b.y']}

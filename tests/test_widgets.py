@@ -214,12 +214,12 @@ def test_words_of_an_answer_in_two_kinds_of_tokenizer():
 
 
 def test_a_word_is_explained_as_if_the_answer_ended_there():
-    from llava_med.explain.attention import all_maps, encode, neutral_sample
+    from llava_med.explain.attention import all_maps, encode_sample, neutral_sample
     from llava_med.models.llava import tiny_model
     model, processor = tiny_model()
     image, question = Image.fromarray(NOISE), 'is there a nodule?'
     found = explain(model, processor, image, question, 'a small')
-    first = encode(processor, image, question, processor.tokenizer('a', add_special_tokens=False)['input_ids'])
+    first = encode_sample(processor, image, question, processor.tokenizer('a', add_special_tokens=False)['input_ids'])
     alone = all_maps(model, [first], [neutral_sample(processor, image)])
     for k, m in found['maps'].items(): assert np.allclose(m[1], alone[k][0], atol=1e-5), k
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lxml import etree
 
-from .images import PACKAGES, ImageError, Package, PackageError
+from .images import ARCHIVE_ENDINGS, ImageError, Package, PackageError
 from .images import image_size, is_dicom, open_image
 from .jats import SKIPPED, ArticleError, element_text, figure_numbers
 from .jats import local_name, parse_jats, says_figure, sentence_spans
@@ -357,7 +357,7 @@ def read_article(
     return records
 
 # %% ../../nbs/03_data/03_articles.ipynb #2c15902f
-_KINDS = ('.nxml', '.xml', *PACKAGES)
+_KINDS = ('.nxml', '.xml', *ARCHIVE_ENDINGS)
 
 def _is_supplement(path): # a .zip without any XML is no article
     if not path.name.lower().endswith('.zip'): return False

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODALITY_WORDS', 'ORGAN_WORDS', 'NAME_TO_KIND', 'NAMES', 'HISTORY', 'NEGATION', 'TURN', 'DENIED_AFTER', 'SPLIT',
-           'COUNT', 'COUNTS', 'NORMAL', 'best_word', 'denied', 'read_place', 'read_size', 'read_clause',
+           'COUNT', 'COUNT_WORDS', 'NORMAL', 'best_word', 'denied', 'read_place', 'read_size', 'read_clause',
            'read_sentence', 'add_claim', 'read_claims']
 
 # %% ../../nbs/03_data/06_claims.ipynb #729ad4e3
@@ -47,7 +47,7 @@ DENIED_AFTER = re.compile(
 SPLIT = re.compile(r',|:|\b(?:and|with|while|whereas|but|plus|as well as|along with'
                    r'|show(?:ing|s|ed)|reveal(?:s|ed)|demonstrate(?:s|d))\b')
 COUNT = re.compile(r'\b(one|two|three|four|single|solitary|an?|[1-4])\b')
-COUNTS = {'one': 1, 'two': 2, 'three': 3, 'four': 4, 'single': 1, 'solitary': 1, 'a': 1, 'an': 1,
+COUNT_WORDS = {'one': 1, 'two': 2, 'three': 3, 'four': 4, 'single': 1, 'solitary': 1, 'a': 1, 'an': 1,
           **{str(i): i for i in range(1, 5)}}
 NORMAL = re.compile(r'\b(normal (?!size)\w+|unremarkable|within normal limits|(?:is|was) normal'
                     r'|(?:no|without)(?: any)? (?:focal |acute |evident )?'
@@ -97,7 +97,7 @@ def read_clause(
 )->dict:        # count, size, quadrant and side, as far as given
     "Count, size and place that a clause gives for the finding named in it."
     head, tail = clause[:m.start()], clause[m.end():]
-    nums = [COUNTS[x[1]] for x in COUNT.finditer(head)]
+    nums = [COUNT_WORDS[x[1]] for x in COUNT.finditer(head)]
     got = dict(count=nums[-1]) if nums else {}
     kind = NAME_TO_KIND[re.sub(r'\s+', ' ', m[0])]
     if KINDS[kind].most == 1: got['count'] = 1

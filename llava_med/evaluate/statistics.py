@@ -12,7 +12,8 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, norm
-from .exact import COLUMNS, HEAD, KEYS, MODEL_PAIRS, ScoreError, _contrasts, bootstrap, item_tag, limits, strict
+from .exact import (SCORE_COLUMNS, HEAD, SLICE_KEYS, MODEL_PAIRS, ScoreError,
+    _contrasts, bootstrap, item_tag, limits, strict)
 
 # %% ../../nbs/06_evaluate/03_statistics.ipynb #41b8f3fd
 def share_interval(
@@ -119,7 +120,7 @@ def compare(
     for x, y in pairs:
         unknown = [m for m in (x, y) if m not in tables]
         if unknown: raise ScoreError(f'No answers of {unknown[0]!r}; there are {", ".join(map(repr, tables))}.')
-        own = [m for m in tables[x] if m in tables[y] and m not in {'item', 'image', *KEYS}]
+        own = [m for m in tables[x] if m in tables[y] and m not in {'item', 'image', *SLICE_KEYS}]
         both = tables[x].merge(tables[y], on='item', suffixes=('', ' of b'), validate='1:1')
         if not len(both): raise ScoreError(f'{x} and {y} answered no item in common; compare them on one set.')
         for m in own if metrics is None else metrics:
@@ -157,7 +158,7 @@ def test_rows(
     tests:pd.DataFrame, # from `paired_tests`
 )->list:                # rows of scores.csv: p-values, the smallest difference, and shares of items won, tied and lost
     "Paired tests as rows, whose metric is `paired.<metric>.<what>`."
-    return [dict(zip(COLUMNS, [*(t[h] for h in HEAD), 'all', f"paired.{t['metric']}.{k}", round(float(v), 4), '', '', t['n_items'], t['n_images']]))
+    return [dict(zip(SCORE_COLUMNS, [*(t[h] for h in HEAD), 'all', f"paired.{t['metric']}.{k}", round(float(v), 4), '', '', t['n_items'], t['n_images']]))
             for t in tests.to_dict('records')
             for k, v in dict(p=t['p'], p_holm=t['p_holm'], p_mcnemar=t['p_mcnemar'], smallest=t['smallest'], win=t['win']/t['n_items'],
                              tie=t['tie']/t['n_items'], loss=t['loss']/t['n_items']).items() if np.isfinite(v)]
@@ -243,5 +244,5 @@ def calibration_rows(
     table:pd.DataFrame, # from `calibration_table`
 )->list:                # rows of scores.csv with metrics `calibration.<what>`
     "Calibration as rows."
-    return [dict(zip(COLUMNS, [*(t[h] for h in HEAD), 'answer_type=closed', f'calibration.{k}', round(float(t[k]), 4), '', '', t['n_items'], t['n_images']]))
+    return [dict(zip(SCORE_COLUMNS, [*(t[h] for h in HEAD), 'answer_type=closed', f'calibration.{k}', round(float(t[k]), 4), '', '', t['n_items'], t['n_images']]))
             for t in table.to_dict('records') for k in ('accuracy', 'confidence', 'ece', 'chance', 'chance_high')]

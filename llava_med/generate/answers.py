@@ -21,7 +21,7 @@ from accelerate.utils import gather_object, get_int_from_env
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from ..data.articles import open_image
-from ..data.conversations import DETAILED
+from ..data.conversations import DETAILED_PROMPTS
 from ..models.llava import load, weights_hash
 from .prefix_cache import (as_turns, cache_rows, chat, decode, image_features, read_prefixes, reply_logprobs,
                                 split_ids, text_ids)
@@ -523,7 +523,7 @@ def settled(
     return [found[k] for k in want]
 
 # %% ../../nbs/05_generate/02_answers.ipynb #65947611
-DESCRIBE = DETAILED[0]
+DESCRIBE = DETAILED_PROMPTS[0]
 
 def caption_items(
     names:Iterable,          # image names

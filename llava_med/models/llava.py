@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'TURNS', 'CHAT_TEMPLATE', 'CONNECTORS', 'PLACE', 'POSITIONS', 'FLATTEN', 'POLITE', 'TEMPLATES',
-           'VISION_MODEL', 'SPARE', 'USE', 'LIMITS', 'PARTS', 'train_tokenizer', 'make_processor', 'assemble',
+           'VISION_MODEL', 'SPARE', 'MODEL_USE', 'LIMITS', 'PARTS', 'train_tokenizer', 'make_processor', 'assemble',
            'tiny_model', 'few', 'read_tower', 'chat_template', 'prepare_tokenizer', 'grown', 'rows_for', 'tensors_hash',
            'weights_hash', 'join', 'disk_name', 'for_older_readers', 'new_folder', 'save', 'load', 'write_card',
            'part_of', 'set_trainable', 'part_table', 'vision_features']
@@ -522,7 +522,7 @@ def _agree(config, processor, where):
                          'processor_config.json and config.json agree.')
 
 # %% ../../nbs/02_models/01_llava.ipynb #efa48604
-USE = 'Research and teaching only. It is no medical device: nothing that it says may guide the care of a patient.'
+MODEL_USE = 'Research and teaching only. It is no medical device: nothing that it says may guide the care of a patient.'
 LIMITS = ('It invents findings, it overlooks findings, and it answers in the same sure tone when it is wrong. Its answers may rest on '
           'the question alone: compare the scores with those for a blank image. It was not tested on people, hospitals or devices '
           'other than those of its data.')
@@ -547,7 +547,7 @@ def write_card(
     base:str=None,           # what it was made from
     scores:Path=None,        # scores.csv of an evaluation
     model:str=None,          # which model's rows of it; default: all
-    use:str=USE,             # what it is for
+    use:str=MODEL_USE,             # what it is for
     limits:str=LIMITS,       # where it fails
 )->Path:                     # README.md
     "Write a model card: data, licence, use, limits, and scores where there are any."

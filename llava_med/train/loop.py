@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 from .batches import batch_loss, length_batches
 from .memory import MemoryPlan, checkpointed, token_groups
 from ..models.llava import PARTS, part_of, set_trainable, weights_hash
-from .distributed import (Helpers, Job, TrainingError, last_turn, learning, load_state, rank_turns, read_progress,
-                                save_state, spread)
+from .distributed import (Helpers, Job, TrainingError, last_turn,
+    trainable_parameters, load_state, rank_turns, read_progress, save_state, prepare_job)
 from ..core.runs import figure_style, shows_bars, write_csv
 
 # %% ../../nbs/04_train/06_loop.ipynb #8465c7ab
@@ -258,7 +258,7 @@ def fit(
     adapter = getattr(model, 'peft_config', {}).get('default')
     inner = model.get_base_model() if adapter else model
     if not adapter: set_trainable(inner, stage.parts)
-    for p in learning(inner): p.data = p.data.float()
+    for p in trainable_parameters(inner): p.data = p.data.float()
     acc, samples = Accelerator(cpu=cpu), _weighed(samples, stage)
     lengths, padded = [len(s['input_ids']) for s in samples], getattr(collate, 'padded', True)
     plan = [s for s in _steps(samples, stage, seed) if not whole or len(s[1]) == stage.batch_size]
@@ -267,9 +267,9 @@ def fit(
     tokens, again = (past['tokens'], past['again']) if past else (memory.tokens, memory.checkpointing) if memory else (0, False)
     alone = acc.num_processes == 1 and acc.device.type == 'cpu' and not extra and all(p.dtype == torch.float32 for p in inner.parameters())
     workers = max(1, min(workers, stage.batch_size)) if alone else 1
-    job = spread(Job(inner, loss, extra).to(acc.device), acc, sharding)
+    job = prepare_job(Job(inner, loss, extra).to(acc.device), acc, sharding)
     opt = torch.optim.AdamW(_parameter_groups(job, stage), weight_decay=stage.weight_decay, fused=True)
-    params = learning(job)
+    params = trainable_parameters(job)
     best = _Best(params, held.patience if held else 0)
     done, rows = 0, []
     if where:

@@ -18,7 +18,8 @@ import psutil
 
 from ..data.conversations import DOMAINS, IMAGE, read_records, turns_of
 from ..data.images import ImageError, open_image
-from ..core.runs import COLOURS, clock, figure_bytes, figure_style, now, read_json, read_jsonl, run_dir, write_jsonl
+from ..core.runs import (SERIES_COLOURS, clock, figure_bytes, figure_style, now, read_json,
+    read_jsonl, run_dir, write_jsonl)
 from ..data.vqa import read_items
 from .widgets import Panel, control, image_html, one_sentence
 
@@ -316,7 +317,7 @@ def loss_curves(
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 2.8), layout='constrained')
     ax = fig.subplots()
-    for (name, rows), colour in zip(losses.items(), COLOURS):
+    for (name, rows), colour in zip(losses.items(), SERIES_COLOURS):
         x, y = [r['step'] for r in rows], np.array([r['loss'] for r in rows])
         n = max(1, min(20, len(y)//5))
         ax.plot(x, y, alpha=.25, color=colour)

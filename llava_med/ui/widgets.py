@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from transformers import TextIteratorStreamer
 
-from ..explain.attention import METHODS, all_maps, encode, generate, neutral_sample, overlay, plot_maps
+from ..explain.attention import (ATTENTION_METHODS, all_maps, encode_sample, generate,
+    neutral_sample, overlay, plot_maps)
 from ..generate.api import data_url
 from ..explain.explorer import word_groups
 from ..generate.answers import Speaker
@@ -309,10 +310,10 @@ def explain(
     tok = processor.tokenizer
     ids = generate(model, processor, image, question) if answer is None else tok(answer, add_special_tokens=False)['input_ids']
     words = word_groups(tok, ids)
-    whole = encode(processor, image, question, ids)
-    parts = [replace(encode(processor, image, question, ids[:b]), n_answer=b - a) for _, a, b in words]
+    whole = encode_sample(processor, image, question, ids)
+    parts = [replace(encode_sample(processor, image, question, ids[:b]), n_answer=b - a) for _, a, b in words]
     samples, plain = [whole, *parts], [neutral_sample(processor, image)]*(len(parts) + 1)
-    maps = {k: v for k, v in all_maps(model, samples, plain).items() if k in METHODS}
+    maps = {k: v for k, v in all_maps(model, samples, plain).items() if k in ATTENTION_METHODS}
     for name, f in (methods or {}).items(): maps[name] = np.asarray(f(model, samples, plain))
     return dict(answer=whole.answer, words=['whole answer', *(w for w, *_ in words)], maps=maps, window=whole.window, grid=whole.grid)
 
