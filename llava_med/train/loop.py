@@ -46,6 +46,8 @@ class Stage:
 
     def __post_init__(self):
         if unknown := sorted(set(self.parts) - set(PARTS)): raise ValueError(f'{self.name}: there is no part {unknown[0]!r} to train; known: {list(PARTS)}.')
+        if min(self.epochs, self.batch_size) < 1:
+            raise ValueError(f'{self.name}: epochs is {self.epochs} and batch_size {self.batch_size}; each must be at least 1.')
         if strange := sorted(set(self.rates or ()) - set(self.parts)):
             raise ValueError(f'{self.name}: a rate for {strange}, which does not learn; what learns: {list(self.parts)}.')
 
