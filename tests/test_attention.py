@@ -106,7 +106,7 @@ def test_other_towers_and_decoders_with_shared_keys(pair, vision, text, strategy
     own = type(processor)(image_processor=processor.image_processor, tokenizer=tok, patch_size=12,
                           vision_feature_select_strategy=strategy, chat_template=processor.chat_template,
                           num_additional_image_tokens=int(vision is CLIPVisionConfig))
-    samples = [at.encode(own, picture(seed=i), q, a) for i, (q, a) in
+    samples = [at.encode_sample(own, picture(seed=i), q, a) for i, (q, a) in
                enumerate([('Where?', 'left'), ('In which quadrant is it?', 'upper right')])]
     for s, one in zip(samples, at.trace(model, samples)):          # left-padded batch
         assert s.grid == (8, 8) and len(s.image_at) == 64
@@ -135,7 +135,7 @@ def test_the_implementation_is_put_back_after_an_error(pair):
 
 def test_a_portrait_picture_gives_the_marked_patch_back(pair):
     model, processor = pair
-    s = at.encode(processor, picture((100, 300)), 'Where?', 'left')
+    s = at.encode_sample(processor, picture((100, 300)), 'Where?', 'left')
     assert s.window == (-1.0, 0.0, 2.0, 1.0)                           # padded to a square
     mark = np.zeros(len(s.ids))
     mark[s.image_at[3*8 + 4]] = 1
@@ -152,7 +152,7 @@ def test_a_portrait_picture_gives_the_marked_patch_back(pair):
 def test_bad_requests_are_refused_in_a_sentence(pair, change, words):
     _, processor = pair
     args = dict(image=picture(), question='Where?', answer='left', prompt=None) | change(processor)
-    with pytest.raises(ValueError, match=words): at.encode(processor, **args)
+    with pytest.raises(ValueError, match=words): at.encode_sample(processor, **args)
 
 
 def test_a_model_without_the_parts_is_refused():
@@ -165,4 +165,4 @@ def test_a_grid_that_does_not_fit_the_tokens_is_refused(pair):
     other = type(processor)(image_processor=processor.image_processor, tokenizer=processor.tokenizer,
                             patch_size=12, vision_feature_select_strategy='default',
                             num_additional_image_tokens=5, chat_template=processor.chat_template)
-    with pytest.raises(ValueError, match='8 x 8 patches'): at.encode(other, picture(), 'Where?', 'left')
+    with pytest.raises(ValueError, match='8 x 8 patches'): at.encode_sample(other, picture(), 'Where?', 'left')

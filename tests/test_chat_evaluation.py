@@ -12,14 +12,14 @@ import pytest
 from llava_med.core import vocabulary
 from llava_med.world import language, scenes
 from llava_med.core.testing import LocalEndpoint
-from llava_med.evaluate.judge import (JUDGE_CASES, ORDERS, TYPES, EndpointJudge, FindingJudge, LocalJudge, Pair, chat_counts, chat_rows, check_chat,
-                                       finding_rows, judge_answers, orders_of, pair_of, phantom_chat, read_chat, read_judge_prompt, read_judgement,
-                                       report_questions)
+from llava_med.evaluate.judge import (JUDGE_CASES, ORDERS, CHAT_TYPES, EndpointJudge, FindingJudge,
+    LocalJudge, Pair, chat_counts, chat_rows, check_chat, finding_rows, judge_answers, orders_of,
+    pair_of, phantom_chat, read_chat, read_judge_prompt, read_judgement, report_questions)
 from llava_med.lab.commands import main
 from llava_med.data.generators import Answers, AnswersError
 from llava_med.core.runs import read_jsonl, test_data as data_folder, write_jsonl
 from llava_med.evaluate.scorers import DOMAINS, align, judge_rows, read_answers
-from llava_med.evaluate.exact import COLUMNS, ScoreError
+from llava_med.evaluate.exact import SCORE_COLUMNS, ScoreError
 
 DATA = data_folder()
 REAL = DATA/'llava_med' if DATA else None
@@ -28,7 +28,7 @@ TINY = Path(__file__).resolve().parents[1]/'data/base_tiny'
 
 
 def questions(n=6):
-    return check_chat([dict(question_id=i, image=f'{i//2}.jpg', text=f'What is shown in number {i}?\n<image>', gpt4_answer=f'Reference {i}.', type=TYPES[i % 3 == 2],
+    return check_chat([dict(question_id=i, image=f'{i//2}.jpg', text=f'What is shown in number {i}?\n<image>', gpt4_answer=f'Reference {i}.', type=CHAT_TYPES[i % 3 == 2],
                             fig_caption=f'Figure {i}.', in_text_mention=None, domain={DOMAINS[i % 5]: True}) for i in range(n)])
 
 
@@ -48,7 +48,7 @@ def quiet(url, path, **kw): return EndpointJudge(url, 'judge', path, say=lambda 
 def test_the_questions_of_the_paper_and_their_answers():
     qs = read_chat(REAL/'llava_med_eval_qa50_qa.jsonl')
     assert len(qs) == 193 and len({q['image'] for q in qs}) == 50
-    assert [chat_counts(qs)[k] for k in TYPES + DOMAINS] == [143, 50, 37, 38, 44, 34, 40]
+    assert [chat_counts(qs)[k] for k in CHAT_TYPES + DOMAINS] == [143, 50, 37, 38, 44, 34, 40]
     assert not any('<image>' in q['question'] for q in qs)
     said = read_answers(REAL/'llava_med_qa50_instruct_caption_in_text_cleaned-60k-3epoch.json')
     judged, rule, n = judge_answers(qs, said, FindingJudge())
@@ -62,12 +62,12 @@ def test_real_judgements_to_the_printed_digit(tmp_path, capsys):
     path = REAL/'llava_med_eval_qa50_qa_ans_2v_thirdparty.jsonl'
     assert main(['judge', str(path), '--out', str(tmp_path/'s.csv')]) == 0
     d = pd.read_csv(tmp_path/'s.csv')
-    assert list(d) == COLUMNS
+    assert list(d) == SCORE_COLUMNS
     at = {(r.metric, r.slice): r for r in d.itertuples()}
     print(capsys.readouterr().out)
     means = ('judge.mean_of_ratios', 'judge.ratio_of_means')
     assert [f'{100*at[m, "all"].value:.1f}' for m in means] == ['46.2', '44.4']
-    assert [f'{100*at[m, f"question_type={t}"].value:.1f}' for t in TYPES for m in means] == ['47.9', '47.2', '41.2', '35.4']
+    assert [f'{100*at[m, f"question_type={t}"].value:.1f}' for t in CHAT_TYPES for m in means] == ['47.9', '47.2', '41.2', '35.4']
     assert at[means[0], 'all'].n_items == 192 and at[means[0], 'all'].n_images == 50
     assert all(at[m, 'all'].low < at[m, 'all'].value < at[m, 'all'].high for m in means)
     assert all(at[f'judge.{k}', 'all'].value == 0 for k in JUDGE_CASES)
@@ -241,7 +241,7 @@ def test_phantoms_are_judged_by_their_findings():
     known, scenes = truths(40)
     items = [dict(o, id=f'{i}-{k}', images=[f'{i}.jpg']) for i, s in enumerate(scenes) for k, o in enumerate(language.questions(s)[:3])]
     qs = phantom_chat(known, items)
-    assert chat_counts(qs)[TYPES[1]] == 40 and chat_counts(qs)[TYPES[0]] == len(items)
+    assert chat_counts(qs)[CHAT_TYPES[1]] == 40 and chat_counts(qs)[CHAT_TYPES[0]] == len(items)
     right = [dict(question_id=q['question_id'], prompt=q['text'], text=q['gpt4_answer']) for q in qs]
     judged, _, _ = judge_answers(qs, right, FindingJudge())
     rows = chat_rows(judged, n_draws=50)

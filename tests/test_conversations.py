@@ -11,8 +11,9 @@ from llava_med.data import articles
 from llava_med.core import runs, vocabulary
 from llava_med.data.claims import read_claims
 from llava_med.world import language, scenes
-from llava_med.data.conversations import (BRIEF, DETAILED, IMAGE, RecordError, TemplateGenerator, alignment_record,
-                                     fault, instruct_record, instruct_records, leaks, read_records, to_messages, write_records)
+from llava_med.data.conversations import (BRIEF_PROMPTS, DETAILED_PROMPTS, IMAGE, RecordError,
+    TemplateGenerator, alignment_record, fault, instruct_record, instruct_records, leaks,
+    read_records, to_messages, write_records)
 
 N = 500
 
@@ -96,7 +97,7 @@ def test_records_keep_llava_meds_keys_and_say_who_wrote_them():
         said = json.dumps(r['conversations'])
         assert said.count(IMAGE) == 1 == r['conversations'][0]['value'].count(IMAGE)
 
-@pytest.mark.parametrize('n,options', [(29, BRIEF), (30, DETAILED)])
+@pytest.mark.parametrize('n,options', [(29, BRIEF_PROMPTS), (30, DETAILED_PROMPTS)])
 def test_thirty_words(n, options):
     r = alignment_record({**FIGURE, 'caption': ' '.join(['word']*n)})
     assert r['conversations'][0]['value'].replace(IMAGE, '').strip() in options

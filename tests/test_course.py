@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
-from llava_med.lab.grading import (BEGIN, EXERCISES, PARTS, STEPS, check, grade, hint_for, made_run, points_of, total, unsolved)
+from llava_med.lab.grading import (BEGIN, EXERCISES, GRADE_PARTS, GRADED_STEPS, check, grade,
+    hint_for, made_run, points_of, total, unsolved)
 from llava_med.data.claims import read_claims
 from llava_med.core.runs import read_json, read_jsonl, write_csv, write_json, write_jsonl
 
@@ -132,13 +133,13 @@ def verdict(run, **kw): return {r['part']: r for r in grade(run, **kw)}
 
 def test_accepts_a_true_run(run):
     got = verdict(run)
-    assert {k: r['points'] for k, r in got.items()} == {**PARTS, 'weights': 0}, 'a made-up run has no weights'
+    assert {k: r['points'] for k, r in got.items()} == {**GRADE_PARTS, 'weights': 0}, 'a made-up run has no weights'
     assert 'could not be asked again' in got['weights']['why']
 
 
 @pytest.mark.parametrize('column, to', [('value', '0.99'), ('low', '0.9'), ('n_items', '4800'), ('value', 'high'), ('n_images', '')])
 def test_refuses_an_edited_table(run, column, to):
-    path = run/STEPS['scores']/'scores.csv'
+    path = run/GRADED_STEPS['scores']/'scores.csv'
     rows = rows_of(path)
     next(r for r in rows if (r['model'], r['condition'], r['slice'], r['metric']) == ('stage2', 'image', 'all', 'strict'))[column] = to
     write_csv(path, rows)
@@ -147,13 +148,13 @@ def test_refuses_an_edited_table(run, column, to):
 
 
 def test_refuses_a_table_with_a_row_removed(run):
-    path = run/STEPS['scores']/'scores.csv'
+    path = run/GRADED_STEPS['scores']/'scores.csv'
     write_csv(path, [r for r in rows_of(path) if r['condition'] != 'blank'])
     assert 'this row is missing' in verdict(run)['scores']['why']
 
 
 def test_answers_left_out_or_doubled(run):
-    path = run/STEPS['scores']/'predictions.jsonl'
+    path = run/GRADED_STEPS['scores']/'predictions.jsonl'
     log = read_jsonl(path)
     write_jsonl(path, log[:-1])
     assert 'left out' in verdict(run)['answers']['why'] and total(grade(run)) == (5, 20), 'files and losses are there'
@@ -176,24 +177,24 @@ def test_few_images(tmp_path):
 @pytest.mark.parametrize('text, why', [('step,loss\n1,3\n2,2\n', 'at least 4'), ('step,loss\n1,3\n2,nan\n3,1\n4,1\n', 'nan at step 2'), ('a,b\n1,2\n', 'columns'),
                                        ('step,loss\n1,1\n2,2\n3,3\n4,4\n', 'does not fall'), ('step,loss\n1,4\n2,3\n1,2\n2,1\n', 'do not rise')])
 def test_losses(run, text, why):
-    (run/STEPS['stage2']/'losses.csv').write_text(text)
+    (run/GRADED_STEPS['stage2']/'losses.csv').write_text(text)
     assert why in verdict(run)['losses']['why'] and verdict(run)['losses']['points'] == 0
 
 
 def test_missing_files_are_named(run, tmp_path):
-    shutil.rmtree(run/STEPS['scores'])
+    shutil.rmtree(run/GRADED_STEPS['scores'])
     got = verdict(run)
-    assert '4_evaluation/scores.csv' in got['files']['why'] and set(got) == set(PARTS)
+    assert '4_evaluation/scores.csv' in got['files']['why'] and set(got) == set(GRADE_PARTS)
     assert total(grade(tmp_path/'nowhere')) == (0, 20)
 
 
 def test_the_instructors_key_counts(run, tmp_path):
     mine = made_run(tmp_path/'mine')
-    key = run/STEPS['data']/'vqa/test.json'
+    key = run/GRADED_STEPS['data']/'vqa/test.json'
     items = read_json(key)
     write_json(key, [dict(o, answer='yes') for o in items])   # the student's copy
     assert verdict(run)['scores']['points'] == 0
-    assert verdict(run, key=mine/STEPS['data']/'vqa/test.json')['scores']['points'] == 4
+    assert verdict(run, key=mine/GRADED_STEPS['data']/'vqa/test.json')['scores']['points'] == 4
 
 
 @pytest.mark.slow
@@ -204,10 +205,10 @@ def test_weights_are_asked_again(run):
     from llava_med.lab.grading import asked_of
     from llava_med.models.llava import load
     from llava_med.evaluate.exact import score_table
-    shutil.copytree(REPO/'data/base_tiny', run/STEPS['stage2']/'model')
-    model, processor = load(run/STEPS['stage2']/'model')
-    items, log = read_json(run/STEPS['data']/'vqa/test.json'), read_jsonl(run/STEPS['scores']/'predictions.jsonl')
-    images = run/STEPS['data']/'images'
+    shutil.copytree(REPO/'data/base_tiny', run/GRADED_STEPS['stage2']/'model')
+    model, processor = load(run/GRADED_STEPS['stage2']/'model')
+    items, log = read_json(run/GRADED_STEPS['data']/'vqa/test.json'), read_jsonl(run/GRADED_STEPS['scores']/'predictions.jsonl')
+    images = run/GRADED_STEPS['data']/'images'
     images.mkdir()
     for i, n in enumerate(sorted({o['images'][0] for o in items})): Image.new('RGB', (96, 96), (9*i, 90, 200 - 8*i)).save(images/n)
     mark = Speaker(model, processor).marks()['model_hash']
@@ -215,8 +216,8 @@ def test_weights_are_asked_again(run):
     log = [dict(p, text=next(texts), model_hash=mark) if (p['model'], p['condition']) == ('stage2', 'image') else p for p in log]
 
     def hand_in(log):
-        write_jsonl(run/STEPS['scores']/'predictions.jsonl', log)
-        write_csv(run/STEPS['scores']/'scores.csv', score_table(items, log, asked_of(log), 'wrong', 500))
+        write_jsonl(run/GRADED_STEPS['scores']/'predictions.jsonl', log)
+        write_csv(run/GRADED_STEPS['scores']/'scores.csv', score_table(items, log, asked_of(log), 'wrong', 500))
         return verdict(run)
     assert hand_in(log)['weights']['points'] == 4
     right = {o['id']: o['answer'] for o in items}

@@ -15,8 +15,9 @@ import nbformat
 import pytest
 from conftest import NO_BROWSER, browser, wait_for
 from llava_med.lab.runner import UsageError
-from llava_med.lab.book import (PARTS, api_page, book_links, book_page, chapter_rows, check_site, configuration, described, library, main, make_book, name_links,
-                            package_rows, page_of, parts, slug, words, write_sources)
+from llava_med.lab.book import (BOOK_PARTS, api_page, book_links, book_page, chapter_rows,
+    check_site, configuration, described, library, book_command, make_book, name_links,
+    package_rows, page_of, parts, slug, words, write_sources)
 
 REPO = Path(__file__).resolve().parents[1]
 NO_BUILDER = '' if all(map(find_spec, ('sphinx', 'furo', 'myst_nb'))) else "Sphinx, Furo or MyST-NB is missing (pip install -c constraints.txt -e '.[dev]')"
@@ -29,14 +30,14 @@ md, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
 
 def test_every_notebook_has_its_place():
     rows = [r[2] for r in chapter_rows(nbformat.read(INDEX, 4))]
-    there = sorted(p.relative_to(REPO/'nbs').with_suffix('').as_posix() for p in (REPO/'nbs').rglob('[0-9]*.ipynb') if p.relative_to(REPO/'nbs').parts[0] not in PARTS)
+    there = sorted(p.relative_to(REPO/'nbs').with_suffix('').as_posix() for p in (REPO/'nbs').rglob('[0-9]*.ipynb') if p.relative_to(REPO/'nbs').parts[0] not in BOOK_PARTS)
     assert len(there) >= 57
     assert sorted(rows) == there and len(set(rows)) == len(rows)
     assert rows == sorted(rows), 'the reading order is the order of the numbers'
     assert [(f'{int(f[:2])}.{int(f.split("/")[1][:2])}') for f in rows] == [r[0] for r in chapter_rows(nbformat.read(INDEX, 4))]
     assert {f.split('/')[0] for f in rows} == set(package_rows(nbformat.read(INDEX, 4)))
     listed = [f for files in parts().values() for f in files]
-    assert sorted(listed) == sorted(p.relative_to(REPO/'nbs').as_posix() for d in PARTS for p in (REPO/'nbs'/d).rglob('*.ipynb')
+    assert sorted(listed) == sorted(p.relative_to(REPO/'nbs').as_posix() for d in BOOK_PARTS for p in (REPO/'nbs'/d).rglob('*.ipynb')
                                     if not p.name.startswith('_') and '.ipynb_checkpoints' not in p.parts)
 
 
@@ -116,7 +117,7 @@ def toy(folder, monkeypatch, **pages):
 def test_a_repository_without_home_page(tmp_path, monkeypatch):
     toy(tmp_path, monkeypatch)
     with pytest.raises(UsageError, match='index.ipynb is missing'): make_book()
-    assert main([]) == 2 and not (tmp_path/'_docs').exists() and not list(tmp_path.glob('.book*'))
+    assert book_command([]) == 2 and not (tmp_path/'_docs').exists() and not list(tmp_path.glob('.book*'))
 
 
 def test_a_table_that_lists_too_much_or_too_little(tmp_path, monkeypatch):
@@ -131,7 +132,7 @@ def test_a_folder_that_is_no_book_is_left_alone(tmp_path, monkeypatch, capsys):
     toy(tmp_path, monkeypatch, index='# T')
     (tmp_path/'mine').mkdir()
     (tmp_path/'mine/thesis.txt').write_text('x')
-    assert main([str(tmp_path/'mine')]) == 2 and 'holds something that is no book' in capsys.readouterr().err
+    assert book_command([str(tmp_path/'mine')]) == 2 and 'holds something that is no book' in capsys.readouterr().err
     assert (tmp_path/'mine/thesis.txt').exists()
 
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from conftest import NO_BROWSER, browser, wait_for
-from llava_med.explain.explorer import CHEAP, best_lines, explained, explorer_page, pack, reliability, unpack, write_explorer
-from llava_med.explain.maps import FACTS
+from llava_med.explain.explorer import (CHEAP, best_lines, explained, explorer_page, pack_maps,
+    map_reliability, unpack_maps, write_explorer)
+from llava_med.explain.maps import METHOD_FACTS
 from llava_med.core.runs import OutputError
 
 in_browser = [pytest.mark.slow, pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER)]
@@ -61,10 +62,10 @@ def page(n=3): return explorer_page([question(i) for i in range(n)], rows(), not
 def test_maps_survive_their_bytes():
     d = data(page())
     for m, a in d['questions'][1]['answers'].items():
-        for k, p in a['maps'].items(): assert np.abs(unpack(p) - answer(seed=['base', 'stage1', 'stage2'].index(m))['maps'][k]).max() < 3/250
-    assert {o['name']: o['of'] for o in d['methods']} == {k: FACTS[k]['of'] for k in ('attention', 'relevancy', 'tam', 'pixel_gradient')}
+        for k, p in a['maps'].items(): assert np.abs(unpack_maps(p) - answer(seed=['base', 'stage1', 'stage2'].index(m))['maps'][k]).max() < 3/250
+    assert {o['name']: o['of'] for o in d['methods']} == {k: METHOD_FACTS[k]['of'] for k in ('attention', 'relevancy', 'tam', 'pixel_gradient')}
     signed = np.array([[-2., 0], [1, 5]])[None, None]
-    assert np.abs(unpack(pack(signed)) - signed).max() < 7/255
+    assert np.abs(unpack_maps(pack_maps(signed)) - signed).max() < 7/255
 
 
 def test_what_is_not_a_map_is_refused():
@@ -79,7 +80,7 @@ def test_what_is_not_a_map_is_refused():
         with pytest.raises(ValueError, match=words): explorer_page([q])
     with pytest.raises(ValueError, match='No question'): explorer_page([])
     with pytest.raises(ValueError, match='No answer has a map'): explorer_page([question(answers=dict(base=dict(answer(), answer='', words=[], maps={})))])
-    with pytest.raises(ValueError, match='shape'): pack(np.zeros((2, 2)))
+    with pytest.raises(ValueError, match='shape'): pack_maps(np.zeros((2, 2)))
 
 
 def test_text_stays_text():
@@ -116,18 +117,18 @@ def test_reliability_is_read_and_never_mixed():
     assert r['relevancy']['confirmed'] and not r['attention']['confirmed'] and r['relevancy']['layer'] == 2 and d['first'] == 'relevancy'
     assert list(r['relevancy']['gains']) == ['tokens', 'pixels'] and list(d['reliability']) == ['stage2']
     pixels = [dict(o, method='occlusion') for o in rows() if o['method'] == 'relevancy']
-    assert list(reliability(pixels)['stage2']['occlusion']['gains']) == ['pixels'], 'a map of pixels is not judged by tokens'
+    assert list(map_reliability(pixels)['stage2']['occlusion']['gains']) == ['pixels'], 'a map of pixels is not judged by tokens'
     assert any('no map beats' in t for t in best_lines(rows())['stage2'][1:]) and 'relevancy' in best_lines(rows())['stage2'][0]
-    gone = reliability([dict(o, value=float('nan'), low=float('nan'), high=float('nan')) if '.' in o['metric'] else o for o in rows()])
+    gone = map_reliability([dict(o, value=float('nan'), low=float('nan'), high=float('nan')) if '.' in o['metric'] else o for o in rows()])
     assert gone['stage2']['relevancy']['verdict'].startswith('Not measured')
 
 
 def test_rows_from_a_file_are_the_same(tmp_path):
     from csv import DictReader
-    from llava_med.explain.faithfulness import COLUMNS
+    from llava_med.explain.faithfulness import FAITHFULNESS_COLUMNS
     from llava_med.core.runs import write_csv
     write_csv(tmp_path/'faithfulness.csv', rows(), COLUMNS)
-    with open(tmp_path/'faithfulness.csv', newline='') as f: assert reliability(list(DictReader(f))) == reliability(rows())
+    with open(tmp_path/'faithfulness.csv', newline='') as f: assert map_reliability(list(DictReader(f))) == map_reliability(rows())
 
 
 def test_unknown_methods_are_named():

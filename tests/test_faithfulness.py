@@ -69,7 +69,7 @@ def test_curves_of_the_true_order_enclose_all_others(pair, monkeypatch):
 
 def test_a_blind_model_gains_nothing_and_is_chosen_for_nothing(pair):
     model, processor = pair
-    samples = [at.encode(processor, picture(seed=i), 'Where?', 'left') for i in range(4)]
+    samples = [at.encode_sample(processor, picture(seed=i), 'Where?', 'left') for i in range(4)]
     no_eyes = fa.blind(model, samples)
     maps = fa.make_maps(no_eyes, processor, samples, ['attention', 'relevancy', 'gradient', 'pixel_gradient', 'occlusion'])
     assert np.allclose(maps['relevancy'][0], maps['relevancy'][1], atol=1e-6) and not maps['pixel_gradient'].any()
@@ -77,7 +77,7 @@ def test_a_blind_model_gains_nothing_and_is_chosen_for_nothing(pair):
     gains = [o for o in rows if o['metric'].startswith(('deletion', 'insertion')) and o['baseline']]
     assert gains and all(abs(o['value']) < 1e-3 for o in gains)
     best, why = fa.best_method(rows)
-    assert best is None and 'no map beats' in why and set(rows[0]) == set(fa.COLUMNS)
+    assert best is None and 'no map beats' in why and set(rows[0]) == set(fa.FAITHFULNESS_COLUMNS)
 
 
 def test_what_cannot_be_scaled_is_not_a_number():
@@ -114,7 +114,7 @@ def test_random_weights_change_maps_and_leave_the_model_alone(pair):
 def test_sanity_rows_and_mirrors(pair):
     model, processor = pair
     texts = [('Where is it, left or right?', 'left'), ('Where is the nodule, left or right?', 'right')]*2
-    samples = [at.encode(processor, picture(seed=i//2), *t) for i, t in enumerate(texts)]
+    samples = [at.encode_sample(processor, picture(seed=i//2), *t) for i, t in enumerate(texts)]
     boxes = [[(.1, .1, .2, .2)], [(.6, .6, .2, .2)]]*2
     rows = fa.sanity(model, processor, samples, texts, boxes, ['a', 'a', 'b', 'b'], {'attention': 0})
     assert {o['metric'] for o in rows} == {'sanity.random_weights', 'sanity.mirror', 'sanity.question_swap'}
@@ -145,7 +145,7 @@ def test_slake_masks_become_cells():
     (lambda m, p, s: fa.make_maps(m, p, s, ['grad_cam']), "no method 'grad_cam'"),
     (lambda m, p, s: fa.make_maps(m, p, []), 'No question is left'),
     (lambda m, p, s: fa.elsewhere_mean(np.ones((2, 3, 3)), ['a', 'a']), 'at least two pictures'),
-    (lambda m, p, s: fa.partners(['a', 'a']), 'all questions are about one'),
+    (lambda m, p, s: fa.next_partners(['a', 'a']), 'all questions are about one'),
     (lambda m, p, s: fa.best_method([dict(model='a'), dict(model='b')]), '2 models'),
     (lambda m, p, s: fa.best_method([dict(model='a', method='x', metric='iou', baseline='', value=0.)]), 'no curves')])
 def test_bad_requests_are_refused_in_a_sentence(pair, call, words):

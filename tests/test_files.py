@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from llava_med.data.conversations import DOMAINS, RecordError, fault, read_records, write_records
-from llava_med.data.llava_files import (Form, ImageFolder, conversation_of, domain_counts, figure_of, form_of, llava_caption, llava_question,
-                             llava_record, missing_words, place_images, read_llava, read_rows, with_images, write_rows)
+from llava_med.data.llava_files import (Form, ImageFolder, conversation_of, domain_counts,
+    figure_of, form_of, llava_caption, llava_question, llava_record, missing_words, place_images,
+    read_llava_file, stream_rows, with_images, write_rows)
 from llava_med.core.runs import test_data as data_folder
 
 REPO = Path(__file__).resolve().parents[1]
@@ -28,7 +29,7 @@ QUESTIONS = 'llava_med_eval_qa50_qa.jsonl'
 def test_official_files_are_equal_after_reading_and_writing(name, tmp_path):
     ending, kind, n = OFFICIAL[name]
     path = DATA/f'{name}.{ending}'
-    form, rows = form_of(path), list(read_rows(path))
+    form, rows = form_of(path), list(stream_rows(path))
     assert (form.kind, len(rows)) == (kind, n)
     write_rows(tmp_path/'again', rows, form)
     assert (tmp_path/'again').read_bytes() == path.read_bytes()
@@ -36,17 +37,17 @@ def test_official_files_are_equal_after_reading_and_writing(name, tmp_path):
 
 @real
 def test_modality_counts_of_the_questions():
-    rows = list(read_rows(DATA/QUESTIONS))
+    rows = list(stream_rows(DATA/QUESTIONS))
     assert domain_counts(rows) == dict(zip(DOMAINS, (37, 38, 44, 34, 40)))
     assert sum(sum(r['domain'].values()) > 1 for r in rows) == 8
-    grouped = list(read_rows(DATA/'llava_med_eval_qa50_fig_captions.json'))
+    grouped = list(stream_rows(DATA/'llava_med_eval_qa50_fig_captions.json'))
     assert domain_counts(grouped) == {d: sum(r['group'] == d for r in grouped) for d in DOMAINS}
 
 
 @real
 def test_questions_go_through_our_records_and_back(tmp_path):
-    rows = list(read_rows(DATA/QUESTIONS))
-    records = list(read_llava(DATA/QUESTIONS))
+    rows = list(stream_rows(DATA/QUESTIONS))
+    records = list(read_llava_file(DATA/QUESTIONS))
     assert len({r['id'] for r in records}) == 193 and not [r for r in records if fault(r)]
     write_records(tmp_path/'ours.json', records)
     assert [llava_question(r, i) for i, r in enumerate(read_records(tmp_path/'ours.json'))] == rows
@@ -55,7 +56,7 @@ def test_questions_go_through_our_records_and_back(tmp_path):
 
 @real
 def test_captions_go_through_figure_records_and_back():
-    for row in read_rows(DATA/'llava_med_eval_qa50_fig_captions.json'):
+    for row in stream_rows(DATA/'llava_med_eval_qa50_fig_captions.json'):
         figure, row = figure_of(row), {k: v for k, v in row.items() if k != 'group'}
         back = llava_caption(figure)
         assert back['in_text_mention'] == row['in_text_mention']
@@ -66,16 +67,16 @@ def test_captions_go_through_figure_records_and_back():
 
 @real
 def test_instruct_examples_of_somebodys_disk():
-    records = list(read_llava(DATA/'instruct_examples_5.json'))
+    records = list(read_llava_file(DATA/'instruct_examples_5.json'))
     assert [r['image'] for r in records] == [f"{r['id']}.jpg" for r in records]
-    assert [r['domain']['ct_scan'] for r in records] == [bool((r.get('domain') or {}).get('ct_scan')) for r in read_rows(DATA/'instruct_examples_5.json')]
+    assert [r['domain']['ct_scan'] for r in records] == [bool((r.get('domain') or {}).get('ct_scan')) for r in stream_rows(DATA/'instruct_examples_5.json')]
     assert [list(llava_record(r)) for r in records] == [['id', 'image', 'domain', 'conversations']]*5
 
 
 @real
 def test_answers_lose_the_role_and_empty_ones_are_noted():
     path, faults = DATA/'v1_vqarad_answer-file.jsonl', []
-    rows, records = list(read_rows(path)), list(read_llava(path, faults))
+    rows, records = list(stream_rows(path)), list(read_llava_file(path, faults))
     assert sum(r['text'].startswith('Human:') for r in rows) > 100
     assert not [r for r in records if re.match('human|assistant', r['conversations'][1]['value'], re.I)]
     empty = [str(r['question_id']) for r in rows if not re.sub(r'^\s*\w+:', '', r['text']).strip()]
@@ -84,7 +85,7 @@ def test_answers_lose_the_role_and_empty_ones_are_noted():
 
 @real
 def test_every_image_of_the_questions_is_missing_here(tmp_path):
-    records, missing = list(read_llava(DATA/QUESTIONS)), []
+    records, missing = list(read_llava_file(DATA/QUESTIONS)), []
     Image.new('RGB', (9, 9)).save(tmp_path/records[0]['image'])
     kept = list(with_images(records, tmp_path, missing))
     assert {r['image'] for r in kept} == {records[0]['image']} and len(kept) + len(missing) == 193
@@ -96,7 +97,7 @@ def test_damaged_files_end_in_a_sentence(tmp_path):
     for text, words in (('[{"id": 1, ', 'neither JSON'), ('', 'no record'), ('{"mri": [{"pair_id": "1", "fig_caption": "a"}, ', 'dictionary of lists'),
                         ('[1, 2]', 'no record'), ('{"pair_id": 1, "image_file_path": 2}\n{"a', 'line 2')):
         p.write_text(text)
-        with pytest.raises(RecordError, match=f'a.json.*{words}'): form_of(p), list(read_rows(p))
+        with pytest.raises(RecordError, match=f'a.json.*{words}'): form_of(p), list(stream_rows(p))
     with pytest.raises(RecordError, match='does not exist'): form_of(tmp_path/'b.json')
 
 
@@ -105,7 +106,7 @@ def test_a_bad_row_costs_one_line(tmp_path):
     bad = [7, {'id': 'b'}, {'id': 'c', 'conversations': [1, 2]}, {'question_id': 3, 'text': 'q', 'gpt4_answer': 'a'}, None]
     write_rows(tmp_path/'x.json', [good, *bad, good], Form('conversations'))
     faults = []
-    assert len(list(read_llava(tmp_path/'x.json', faults))) == 2
+    assert len(list(read_llava_file(tmp_path/'x.json', faults))) == 2
     assert [f['record'] for f in faults] == [2, 'b', 'c', 3, 6] and all(f['reason'].strip() for f in faults)
 
 
@@ -116,7 +117,7 @@ def test_letters_of_other_scripts_and_odd_line_ends(tmp_path):
             for indent in (None, 3) if layout == 'list' else (None,):
                 form = Form('conversations', layout, indent, plain, '\n')
                 write_rows(tmp_path/'x', [row, row], form)
-                assert list(read_rows(tmp_path/'x')) == [row, row] and form_of(tmp_path/'x') == form
+                assert list(stream_rows(tmp_path/'x')) == [row, row] and form_of(tmp_path/'x') == form
 
 
 def test_nothing_is_written_when_a_row_fails(tmp_path):

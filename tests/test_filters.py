@@ -331,7 +331,7 @@ def test_head_and_tail_adds_up(phantoms):
     rows = F.head_and_tail(phantoms, dropped)
     modality = {r['name']: r for r in rows if r['kind'] == 'modality'}
     for k, r in modality.items():
-        if k != 'none named': assert (r['before'], r['single_panel']) == tuple(sum(k in F.named_modalities(x) for x in part) for part in (phantoms, kept))
+        if k != 'none named': assert (r['before'], r['single_panel']) == tuple(sum(k in F.record_modalities(x) for x in part) for part in (phantoms, kept))
     assert modality['none named']['before'] == 6 and modality['none named']['modality'] == 0
     finding = [r['before'] for r in rows if r['kind'] == 'finding' and r['name'] != 'none named']
     assert finding == sorted(finding, reverse=True) and list(rows[0]) == ['kind', 'name', 'before', 'modality', 'single_panel']
@@ -344,6 +344,6 @@ def test_findings_of_phantoms_are_read_and_denials_are_not(tmp_path):
     n = wrong = 0
     for r in records:
         claims = truth[r['pmcid'], r['fig_id']]['claims']
-        denied = {k for k in claims['absent'] if k in F.FINDINGS} - set(claims['findings'])
+        denied = {k for k in claims['absent'] if k in F.FINDING_WORDS} - set(claims['findings'])
         n += len(denied); wrong += len(denied & F.named_findings(r['caption']))
     assert n > 20 and wrong <= .05*n

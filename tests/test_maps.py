@@ -24,7 +24,7 @@ def picture(size=(96, 96), seed=0):
 
 
 def asked(processor, size=(96, 96)):
-    return [at.encode(processor, picture(size, i), q, a) for i, (q, a) in enumerate(QUESTIONS)]
+    return [at.encode_sample(processor, picture(size, i), q, a) for i, (q, a) in enumerate(QUESTIONS)]
 
 
 @pytest.fixture(scope='module')
@@ -140,7 +140,7 @@ def test_a_tower_that_mixes_nothing_keeps_a_token_in_its_patch(pair):
 def test_ask_again_is_encoding_again(pair):
     _, processor = pair
     for i, (q, a) in enumerate(QUESTIONS):
-        want, got = at.encode(processor, picture(seed=5), q, a), mp.ask_again(processor, at.encode(processor, picture(seed=5), 'x', 'b'), q, a)
+        want, got = at.encode_sample(processor, picture(seed=5), q, a), mp.other_question(processor, at.encode_sample(processor, picture(seed=5), 'x', 'b'), q, a)
         assert torch.equal(want.ids, got.ids) and (want.kinds == got.kinds).all() and (want.image_at == got.image_at).all()
 
 
@@ -191,12 +191,12 @@ def test_a_changed_patch_of_the_picture_is_the_patch_that_occlusion_moves(pair, 
     own = type(processor)(image_processor=type(processor.image_processor)(**{**processor.image_processor.to_dict(), 'do_pad': not crop}),
                           tokenizer=processor.tokenizer, patch_size=12, vision_feature_select_strategy='default',
                           num_additional_image_tokens=1, chat_template=processor.chat_template)
-    s = at.encode(own, picture(size), *QUESTIONS[0])
+    s = at.encode_sample(own, picture(size), *QUESTIONS[0])
     cell = at.cell_boxes(s.grid, s.window)[3, 4]
     x, y = round((cell[0] + cell[2])/2*size[0]), round((cell[1] + cell[3])/2*size[1])
     dark, bright = np.zeros((size[1], size[0], 3), np.uint8), np.zeros((size[1], size[0], 3), np.uint8)
     bright[y, x] = 255
-    change = (at.encode(own, Image.fromarray(bright), *QUESTIONS[0]).pixels - at.encode(own, Image.fromarray(dark), *QUESTIONS[0]).pixels)
+    change = (at.encode_sample(own, Image.fromarray(bright), *QUESTIONS[0]).pixels - at.encode_sample(own, Image.fromarray(dark), *QUESTIONS[0]).pixels)
     patch = change.abs().sum(0)[:96, :96].reshape(8, 12, 8, 12).sum((1, 3)).numpy()
     assert np.unravel_index(patch.argmax(), (8, 8)) == (3, 4)
     layer = at.overlay(patch, s.window, s.size)
@@ -222,8 +222,8 @@ def test_quantised_weights_give_maps_without_gradients_and_a_sentence_with_them(
     quantised = torch.ao.quantization.quantize_dynamic(model.float(), {torch.nn.Linear}, dtype=torch.qint8)
     quantised.lm_head = model.lm_head
     samples = asked(processor)
-    every_method(quantised, processor, samples, [k for k, v in mp.FACTS.items() if v['sees'] != 'white'])
-    for k in [k for k, v in mp.FACTS.items() if v['sees'] == 'white']:
+    every_method(quantised, processor, samples, [k for k, v in mp.METHOD_FACTS.items() if v['sees'] != 'white'])
+    for k in [k for k, v in mp.METHOD_FACTS.items() if v['sees'] == 'white']:
         with pytest.raises(ValueError, match='No gradient passes'): mp.METHODS[k](quantised, processor, samples)
     quantised.is_quantized = True
     with pytest.raises(ValueError, match='without quantisation'): fa.randomised(quantised, 1)
@@ -244,8 +244,8 @@ def test_tokens_that_are_not_there(pair, tokens, words):
 
 def test_no_picture_several_pictures_and_no_sample(pair):
     model, processor = pair
-    with pytest.raises(ValueError, match='No picture'): at.encode(processor, None, *QUESTIONS[0])
-    with pytest.raises(ValueError, match='2 were given'): at.encode(processor, [picture(), picture()], *QUESTIONS[0])
+    with pytest.raises(ValueError, match='No picture'): at.encode_sample(processor, None, *QUESTIONS[0])
+    with pytest.raises(ValueError, match='2 were given'): at.encode_sample(processor, [picture(), picture()], *QUESTIONS[0])
     with pytest.raises(ValueError, match='nothing to map'): mp.METHODS['tam'](model, processor, [])
     with pytest.raises(ValueError, match='another picture'): mp.infill(asked(processor)[0], 'other')
     with pytest.raises(ValueError, match="choose one of mean"): mp.infill(asked(processor)[0], 'black')

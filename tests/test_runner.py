@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from conftest import PARAMETERS, make_notebook, wait_for
-from llava_med.lab.runner import MARK, plan_run, read_preset
+from llava_med.lab.runner import OUTCOME_MARK, plan_run, read_preset
 from llava_med.lab.commands import main
 from llava_med.lab.publishing import refresh
 from llava_med.core.runs import RunLocked, Step, StepInputError, read_run, run_dir, update_run
@@ -430,6 +430,6 @@ def test_a_kernel_that_dies_before_it_replies_is_started_again(tmp_path, deaths,
     job = json.dumps(dict(notebook=str(tmp_path/'a.ipynb'), partial=str(tmp_path/'b.ipynb'), parameters={}))
     p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     p.stdin.write(job + '\n'); p.stdin.flush()   # and left open: a child ends when its input does
-    outcome = json.loads(p.stdout.read().split(MARK)[-1])
+    outcome = json.loads(p.stdout.read().split(OUTCOME_MARK)[-1])
     p.communicate()
     assert outcome['ok'] is ok and (ok or 'died before replying' in outcome['error'])

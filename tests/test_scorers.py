@@ -9,7 +9,7 @@ import pytest
 from llava_med.lab.commands import main
 from llava_med.core.runs import read_jsonl, test_data as data_folder, write_jsonl
 from llava_med.evaluate.scorers import SCORERS, ScoreError, align, judge_rows, read_answers, score_answers, score_files
-from llava_med.evaluate.exact import COLUMNS, score_table
+from llava_med.evaluate.exact import SCORE_COLUMNS, score_table
 from llava_med.data.vqa_readers import read_vqa
 from llava_med.data.vqa import same_question
 
@@ -82,7 +82,7 @@ def test_real_answer_files_to_the_printed_digit(name, items, tmp_path, capsys):
     assert main(['score', str(DATA/'vqa_rad'/items), str(DATA/'llava_med'/f'{name}.jsonl'), '--scorer', 'llavamed_v1', '--out', str(out)]) == 0
     import pandas as pd
     d = pd.read_csv(out)
-    assert list(d) == COLUMNS and set(d.split) == {'test'} and set(d.model) == {name}
+    assert list(d) == SCORE_COLUMNS and set(d.split) == {'test'} and set(d.model) == {name}
     d = d[d.slice == 'all'].set_index('metric')
     want, n = GOLDEN[name]
     assert ' '.join(f'{100*d.value[f"llavamed_v1.{k}"]:.2f}' for k in NAMES) == want

@@ -9,7 +9,8 @@ from PIL import Image
 from llava_med.generate.answers import partners, predict
 from llava_med.models.llava import tiny_model
 from llava_med.core.runs import read_jsonl, write_csv
-from llava_med.evaluate.exact import COLUMNS, HEAD, KEYS, marks, score_table, strict, summarise
+from llava_med.evaluate.exact import (SCORE_COLUMNS, HEAD, SLICE_KEYS, marks, score_table, strict,
+    summarise)
 
 
 def study(rng, n_images=60, n_questions=8, gain=0.):
@@ -20,8 +21,8 @@ def study(rng, n_images=60, n_questions=8, gain=0.):
         mine = np.clip(p + rng.choice([-.15, .15], n_images), 0, 1)   # an image suits one model more than the other
         parts.append(pd.DataFrame(dict(
             model=model, dataset='d', split='test', condition='image', item=image*n_questions + question, image=image,
-            num=(rng.random(len(image)) < mine[image]).astype(float), den=1., **dict.fromkeys(KEYS, ''))))
-    return pd.concat(parts)[HEAD + ['item', 'image', 'num', 'den'] + KEYS]
+            num=(rng.random(len(image)) < mine[image]).astype(float), den=1., **dict.fromkeys(SLICE_KEYS, ''))))
+    return pd.concat(parts)[HEAD + ['item', 'image', 'num', 'den'] + SLICE_KEYS]
 
 
 def difference(d, **kw):
@@ -76,7 +77,7 @@ def table_of(items, folder, out, batch_size):
     model, processor = tiny_model()
     for c in ('image', 'blank', 'shuffled', 'noise'):
         predict(model, processor, items, folder, out/'predictions.jsonl', 'stage2', c, max_new_tokens=4, batch_size=batch_size)
-    write_csv(out/'scores.csv', score_table(items, read_jsonl(out/'predictions.jsonl'), n_draws=200), COLUMNS)
+    write_csv(out/'scores.csv', score_table(items, read_jsonl(out/'predictions.jsonl'), n_draws=200), SCORE_COLUMNS)
     return (out/'scores.csv').read_bytes()
 
 
@@ -84,7 +85,7 @@ def test_same_seed_same_bytes(tmp_path):
     items = small_world(tmp_path)
     tables = [table_of(items, tmp_path, tmp_path/f'r{i}', 4) for i in range(2)]
     assert tables[0] == tables[1]
-    assert tables[0].splitlines()[0].decode() == ','.join(COLUMNS)
+    assert tables[0].splitlines()[0].decode() == ','.join(SCORE_COLUMNS)
 
 
 def test_a_stopped_prediction_goes_on(tmp_path):

@@ -214,7 +214,7 @@ def test_words_of_an_answer_in_two_kinds_of_tokenizer():
 
 
 def test_a_word_is_explained_as_if_the_answer_ended_there():
-    from llava_med.explain.attention import all_maps, encode, neutral_sample
+    from llava_med.explain.attention import all_maps, encode_sample, neutral_sample
     from llava_med.models.llava import tiny_model
     model, processor = tiny_model()
     image, question = Image.fromarray(NOISE), 'is there a nodule?'
