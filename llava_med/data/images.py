@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_PACKAGE', 'MAX_MEMBERS', 'MAX_FILE', 'MAX_PIXELS', 'ARCHIVE_ENDINGS', 'PackageError', 'ImageError', 'Package',
-           'image_bytes', 'is_dicom', 'open_image', 'image_size']
+           'image_bytes', 'is_dicom', 'open_image', 'image_size', 'image_or_grey']
 
 # %% ../../nbs/03_data/01_images.ipynb #4856f238
 import bz2, gzip, io, lzma, stat, tarfile, warnings, zipfile, zlib
@@ -305,3 +305,12 @@ def image_size(
                 turned = img.format != 'TIFF' and img.getexif().get(274, 1) >= 5  # Pillow turns a TIFF itself
                 return img.size[::-1] if turned else img.size
     except Exception: return None, None
+
+# %% ../../nbs/03_data/01_images.ipynb #37a42dcf
+def image_or_grey(
+    ref:str|Path|bytes, # as for `open_image`
+    size:int=96,        # side of the grey square in pixels
+)->Image.Image:         # RGB
+    "An image to show, or a grey square where it cannot be read."
+    try: return open_image(ref)
+    except (ImageError, OSError): return Image.new('RGB', (size, size), 'grey')

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NUMBER_WORDS', 'ARTICLES', 'HEAD', 'SLICE_KEYS', 'SCORE_COLUMNS', 'CONTRASTS', 'MODEL_PAIRS', 'strict_normalise',
            'strict', 'ScoreError', 'item_tag', 'latest', 'marks', 'pair_marks', 'draw_counts', 'bootstrap', 'limits',
-           'summarise', 'score_table', 'score_of', 'prior_predictions', 'control_predictions', 'finding_kinds',
-           'finding_marks', 'finding_table', 'perplexity_table']
+           'summarise', 'score_table', 'score_of', 'scores_by', 'prior_predictions', 'control_predictions',
+           'finding_kinds', 'finding_marks', 'finding_table', 'perplexity_table']
 
 # %% ../../nbs/06_evaluate/01_exact.ipynb #b8c3abb0
 import re, unicodedata
@@ -270,6 +270,19 @@ def score_of(
     if len(fit) != 1: raise ScoreError(
         f'{len(fit)} rows fit {want}; name a model, condition, slice and metric that occur once.')
     return fit[0]
+
+# %% ../../nbs/06_evaluate/01_exact.ipynb #5ff27a3d
+def scores_by(
+    rows:list,            # rows of scores.csv
+    key:str,              # tag of the slices, such as question_type
+    model:str,            # as in the row
+    condition:str='image', # as in the row
+    metric:str='strict',  # as in the row
+)->dict:                  # value of the tag → the row
+    "The rows of one model and condition, by the value of a tag."
+    fit = [r for r in rows if (r['model'], r['condition'], r['metric']) == (model, condition, metric)]
+    parts = [(r['slice'].partition('='), r) for r in fit]
+    return {value: r for (name, _, value), r in parts if name == key and value}
 
 # %% ../../nbs/06_evaluate/01_exact.ipynb #a914bb95
 def _commonest(answers):

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['WARNINGS', 'SET_NOTES', 'PUBLISHED', 'MARKS', 'REPORT_USE', 'RULES', 'ORDER', 'NOTES', 'text', 'table', 'data_uri',
-           'figure', 'picture_uri', 'page', 'write_page', 'value_with_interval', 'side_by_side', 'published_rows',
-           'drawn_examples', 'gallery', 'score_figure', 'calibration_figure', 'case_table', 'in_words',
-           'evaluation_report']
+           'figure', 'picture_uri', 'page', 'write_page', 'value_with_interval', 'side_by_side', 'row_table', 'wrapped',
+           'published_rows', 'drawn_examples', 'gallery', 'example_figure', 'score_figure', 'calibration_figure',
+           'case_table', 'in_words', 'evaluation_report']
 
 # %% ../../nbs/06_evaluate/05_reports.ipynb #0fcec0ba
-import base64, io, re
+import base64, io, re, textwrap
 from collections.abc import Iterable
 from math import isfinite
 from pathlib import Path
@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from ..data.leakage import audit_table
-from ..data.images import ImageError, open_image
+from ..data.images import ImageError, image_or_grey, open_image
 from ..core.runs import SERIES_COLOURS, OutputError, figure_bytes, figure_style, replacing
 from .scorers import CASES
-from .exact import strict
+from .exact import SCORE_COLUMNS, strict
 from .statistics import confidence_of, reliability
 
 # %% ../../nbs/06_evaluate/05_reports.ipynb #b9a6b8e5
@@ -169,6 +169,24 @@ def side_by_side(
     columns = [c for c in (columns or dict.fromkeys(r[across] for r in fit)) if any(b == c and a in lines for a, b in by)]
     return pd.DataFrame([{down: l, **{c: value_with_interval(by.get((l, c))) for c in columns}} for l in lines])
 
+# %% ../../nbs/06_evaluate/05_reports.ipynb #23e12563
+def row_table(
+    rows:list, # rows of scores.csv
+    **want,    # columns and the values that they may have
+)->pd.DataFrame: # the rows that fit, value and interval as one text
+    "Rows of a score table as a table."
+    fit = [r for r in rows if all(r[k] in v for k, v in want.items())]
+    d = pd.DataFrame(fit, columns=SCORE_COLUMNS)
+    d['value [95 %]'] = [f'{v:.3f} [{a:.3f}, {b:.3f}]' for v, a, b in zip(d.value, d.low, d.high)]
+    return d.drop(columns=['dataset', 'split', 'value', 'low', 'high'])
+
+def wrapped(
+    *pairs:tuple,  # (label, text)
+    width:int=100, # columns of a line
+)->str:            # the texts, one after the other, each with its label
+    "Labelled texts, wrapped."
+    return '\n'.join(textwrap.fill(f'{k}: {v}', width, subsequent_indent='    ') for k, v in pairs)
+
 # %% ../../nbs/06_evaluate/05_reports.ipynb #59fa83ab
 WARNINGS = dict(
     zero='Not trained on the set. Closed questions are near chance for yes or no, and open recall grows with the length of the answers: '
@@ -243,6 +261,26 @@ def gallery(
                           lines=[('question', o['question']), ('key', o['answer']),
                                  *((who, verdict(said[o['id']])) for who, said in replies.items() if o['id'] in said)]))
     return dict(kind='gallery', caption=caption, cards=cards) if cards else None
+
+# %% ../../nbs/06_evaluate/05_reports.ipynb #4a5e160c
+def example_figure(
+    items:list,      # VQA items, at most n
+    answers:dict,    # item id → what the model said
+    images_dir:Path, # folder of the images
+    keys:bool=True,  # whether the key is shown, too
+    n:int=4,         # places side by side
+):                   # a matplotlib figure
+    "Questions and answers with their images side by side."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, n, figsize=(1.8*n, 2.9), squeeze=False)
+    for ax in axes[0]: ax.axis('off')
+    for ax, o in zip(axes[0], items):
+        image = image_or_grey(Path(images_dir)/o['images'][0]).resize((96, 96))
+        ax.imshow(image, interpolation='nearest')
+        reply, key = (textwrap.shorten(t, 24) for t in (answers[o['id']], o['answer']))
+        lines = [textwrap.fill(o['question'], 25), reply, *([f'key: {key}'] if keys else [])]
+        ax.set_title('\n'.join(lines), fontsize=9)
+    return fig
 
 # %% ../../nbs/06_evaluate/05_reports.ipynb #48826b1a
 MARKS = dict(image=('o', 'right picture'), blank=('s', 'grey picture'), shuffled=('D', "another patient's"), noise=('^', 'noise'))

@@ -235,7 +235,7 @@ def next_partners(
 )->list:         # for each item the number of the next one about another picture
     "Whose picture fills in for whose."
     n = len(images)
-    if len(set(images)) < 2: raise ValueError("Another patient's picture is needed, but all questions are about one.")
+    if len(set(images)) < 2: raise ValueError("Another patient's picture is needed, but all questions are about one: ask more of them (n_questions).")
     return [next(j % n for j in range(i + 1, i + n) if images[j % n] != images[i]) for i in range(n)]
 
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #7cd44a5f

@@ -71,6 +71,7 @@ def edits(
     seed:int=0,   # of the place elsewhere
 ):                # dict original, edited, elsewhere (PIL pictures), answer (true after the edit), boxes (asked for, fractions); None where no edit is known
     "A phantom picture, the same with the asked finding changed, and with as much background changed."
+    if 'scene_seed' not in item: return None   # not drawn by this world
     scene = sample_scene(item['scene_seed'], item['split'])
     got = _changed(scene, item)
     if got is None: return None
