@@ -42,13 +42,14 @@ def root()->Path: # the folder that holds settings.ini and nbs/
     for start in (Path.cwd(), Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()):
         for d in (start, *start.parents):
             if (d/'settings.ini').is_file() and (d/'nbs').is_dir(): return d
-    raise FileNotFoundError('No settings.ini was found above the current folder, and this needs the notebooks and presets of '
-                            'the repository: work in a clone of it, or set LLAVA_MED_ROOT to one (llava-med score, judge, lmms, '
-                            'convert, figures and get --out work without).')
+    raise FileNotFoundError(
+        'No settings.ini was found above the current folder, and this needs the notebooks and '
+        'presets of the repository: work in a clone of it, or set LLAVA_MED_ROOT to one '
+        '(llava-med score, judge, lmms, convert, figures and get --out work without).')
 
 # %% ../../nbs/00_core/01_runs.ipynb #09ae9a9b
 def from_root(
-    path:str|Path, # absolute, or relative to the current folder or to the repository; ~ is the home folder
+    path:str|Path, # absolute, or from the current folder or the repository; ~ is home
 )->Path:           # as given where that exists, else below the repository
     "Where the path in a parameter leads."
     given = Path(path).expanduser()
@@ -540,7 +541,7 @@ class Step:
     def count(self,
         samples:int=0, tokens:int=0, flops:float=0, # what went through since the last call
         trainable:int|None=None,                    # parameters that are trained
-        part:str='',                                # a name: what it counted before is replaced, so that its cell may run again
+        part:str='',                                # a name; it counts in place of what it counted before
     )->None:
         "Add to the ledger."
         new, old = {'samples': samples, 'tokens': tokens, 'flops': flops}, self.parts.get(part, {})

@@ -17,7 +17,7 @@ from ..generate.answers import item_patient, predict
 def run_set(
     parts:dict,      # train, val, test → VQA items
     images_dir:Path, # folder of the images
-    n_test_images:int|None=None, # the first so many test images with all their questions; None for all
+    n_test_images:int|None=None, # the first so many test images; None for all
     name:str='phantoms', # of the set
 )->dict:             # as `open_vqa` gives it
     "The questions that a run has drawn, as an evaluation needs them."
@@ -29,8 +29,9 @@ def run_set(
         f'vqa/test.json and vqa/train.json of 1_data_prep share {len(shared)} patients '
         f'(such as {min(map(str, shared))}), so the scores would be of pictures seen in training; '
         'run 1_data_prep again with splits that share no patient.')
-    return dict(train=parts['train'], val=parts['val'], test=test, name=name, train_is='train', test_is='test',
-                split='test', items=test, missing=[], public=[], images_dir=images_dir)
+    return dict(train=parts['train'], val=parts['val'], test=test, items=test, name=name,
+                train_is='train', test_is='test', split='test', missing=[], public=[],
+                images_dir=images_dir)
 
 # %% ../../nbs/06_evaluate/07_protocol.ipynb #cd5d6c77
 def whole_images(
@@ -49,20 +50,21 @@ def whole_images(
 
 # %% ../../nbs/06_evaluate/07_protocol.ipynb #e9ef2934
 def ask_all(
-    models:dict,     # name → (model, processor), or another speaker such as a `Chooser` or an endpoint
+    models:dict,     # name → (model, processor), or a speaker such as a `Chooser`
     plan:dict,       # (model, condition) → VQA items
     images_dir:Path, # folder that the items' image names refer to
     log_fn:Path,     # the prediction log; lines are appended
     ways:dict|None=None, # model → `Prompting`; the bare question where there is none
     **kw,            # further arguments of `predict`
 )->list:             # what `predict` returned, one for each entry of the plan
-    "Ask every model its questions under every condition of a plan; what the log holds is not asked again."
+    "Ask all questions of a plan; what the log holds is not asked again."
     done = []
     for (name, condition), items in plan.items():
         pair, way = models[name], (ways or {}).get(name)
         model, processor = pair if isinstance(pair, tuple) else (pair, None)
         asks, prompt_of = (way.items(items), way.prompt_of) if way else (items, None)
-        done.append(predict(model, processor, asks, images_dir, log_fn, name, condition, prompt_of=prompt_of, **kw))
+        done.append(predict(model, processor, asks, images_dir, log_fn, name, condition,
+                            prompt_of=prompt_of, **kw))
     return done
 
 # %% ../../nbs/06_evaluate/07_protocol.ipynb #7cbfe3e7
@@ -86,7 +88,7 @@ def decline_rates(
     log:list,              # lines of a prediction log
     model:str,             # as in the log
     condition:str='image', # as in the log
-)->dict:                   # where it should, where it should not → (share, answers); only what was asked
+)->dict:                   # where it should, where it should not → (share, answers)
     "How often a model declines, where it should and where it should not."
     by_id, keys = {o['id']: o for o in items}, refusals(items)
     said = {True: [], False: []}

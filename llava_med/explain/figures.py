@@ -20,13 +20,15 @@ def rate_figure(
 ):               # a matplotlib figure
     "Pointing-game rate of every method by layer, one panel a model."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(tables), figsize=(10/3*len(tables), 3.4), sharey=True, squeeze=False)
+    n = len(tables)
+    fig, axes = plt.subplots(1, n, figsize=(10/3*n, 3.4), sharey=True, squeeze=False)
     for ax, (title, rows) in zip(axes[0], tables.items()):
         for k, (method, label) in enumerate(labels.items()):
-            own = [o for o in rows if (o['method'], o['metric'], o['baseline']) == (method, 'pointing', '')]
+            want = (method, 'pointing', '')
+            own = [o for o in rows if (o['method'], o['metric'], o['baseline']) == want]
             v, lo, hi = np.array([(o['value'], o['low'], o['high']) for o in own]).T
-            x = np.arange(len(v))
-            ax.errorbar(x + .06*(k - (len(labels) - 1)/2), v, [v - lo, hi - v], marker='os^Dv'[k % 5], capsize=2, label=label)
+            x, aside = np.arange(len(v)), .06*(k - (len(labels) - 1)/2)
+            ax.errorbar(x + aside, v, [v - lo, hi - v], marker='os^Dv'[k % 5], capsize=2, label=label)
         ax.axhline(rate_of(rows, 'random')['value'], color='black', ls=':', label='random cell')
         ax.set(xlabel='layer', xticks=list(x), title=title)
     axes[0, 0].set_ylabel('pointing-game rate')
@@ -39,11 +41,13 @@ def share_figure(
 ):               # a matplotlib figure
     "Shares of the attention by layer and kind of token, one panel a model."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(shares), figsize=(4.25*len(shares), 3), sharey=True, squeeze=False)
+    n = len(shares)
+    fig, axes = plt.subplots(1, n, figsize=(4.25*n, 3), sharey=True, squeeze=False)
     for ax, (title, share) in zip(axes[0], shares.items()):
         layers, bottom = list(range(len(share))), np.zeros(len(share))
         for i, kind in enumerate(TOKEN_KINDS):
-            ax.bar(layers, share[:, i], bottom=bottom, label=kind, hatch=['', '//', '..', 'xx'][i], edgecolor='white')
+            hatch = ['', '//', '..', 'xx'][i]
+            ax.bar(layers, share[:, i], bottom=bottom, label=kind, hatch=hatch, edgecolor='white')
             bottom += share[:, i]
         ax.set(xlabel='layer', xticks=layers, title=title)
     axes[0, 0].set_ylabel('share of attention')
@@ -65,10 +69,12 @@ def gallery_figure(
     import matplotlib.pyplot as plt
     cells, n = cells or {}, 1 + len(maps)
     across = n + len(cells)
-    fig, axes = plt.subplots(len(images), across, figsize=(size[0]*across, size[1]*len(images)), squeeze=False)
+    inches = size[0]*across, size[1]*len(images)
+    fig, axes = plt.subplots(len(images), across, figsize=inches, squeeze=False)
     for i, (row, im) in enumerate(zip(axes, images)):
-        plot_maps(im, [None, *(m[i] for m in maps.values())], windows[i], [first, *maps], boxes[i], row[:n])
-        if cells: plot_maps(im, [m[i] for m in cells.values()], windows[i], list(cells), boxes[i], row[n:], opacity=1)
+        over, bare = [None, *(m[i] for m in maps.values())], [m[i] for m in cells.values()]
+        plot_maps(im, over, windows[i], [first, *maps], boxes[i], row[:n])
+        if cells: plot_maps(im, bare, windows[i], list(cells), boxes[i], row[n:], opacity=1)
         row[0].set_ylabel(labels[i])
     return fig
 
@@ -95,9 +101,11 @@ def gain_figure(
             gains = curve_gains(rows, curve, unit)
             mid, lo, hi = np.array([(o['value'], o['low'], o['high']) for o in gains.values()]).T
             y = np.arange(len(gains))
-            ax.errorbar(mid, y + .25*(k - .5), xerr=[mid - lo, hi - mid], fmt='os'[k], capsize=2, label=curve)
+            far = [mid - lo, hi - mid]
+            ax.errorbar(mid, y + .25*(k - .5), xerr=far, fmt='os'[k], capsize=2, label=curve)
         ax.axvline(0, color='black', lw=1)
-        ax.set(yticks=y, yticklabels=[LABELS[o] for o in gains], xlabel='gain over a random order', title=title)
+        names = [LABELS[o] for o in gains]
+        ax.set(yticks=y, yticklabels=names, xlabel='gain over a random order', title=title)
     axes[0, 0].invert_yaxis()
     axes[0, -1].legend(loc='upper left', bbox_to_anchor=(1, 1))
     return fig

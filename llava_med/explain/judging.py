@@ -16,7 +16,8 @@ from .maps import METHOD_FACTS, METHODS
 from .pointing import says
 
 # %% ../../nbs/07_explain/06_judging.ipynb #d778d6db
-LAYERED = ('attention', 'relative', 'attention_gradient', 'rollout', 'relevancy', 'gradient', 'logit_lens')   # methods with a map for each layer
+LAYERED = ('attention', 'relative', 'attention_gradient', 'rollout', 'relevancy', 'gradient',
+           'logit_lens')   # methods with a map for each layer
 
 def validation_layers(
     model, processor, # the model under test
@@ -42,8 +43,8 @@ def gate_rows(
     images, out = [o['item']['images'][0] for o in asked], []
     for k in GATES:
         value, low, high = map(float, over_pictures([o[k] for o in asked], images, seed=seed))
-        out.append(dict(model=name, method='questions', layer='', metric=f'gates.{k}', baseline='', value=value, low=low,
-                        high=high, n_items=len(asked), n_images=len(set(images))))
+        about = dict(model=name, method='questions', layer='', metric=f'gates.{k}', baseline='')
+        out.append(dict(about, value=value, low=low, high=high, n_items=len(asked), n_images=len(set(images))))
     return out
 
 # %% ../../nbs/07_explain/06_judging.ipynb #97760332
@@ -55,14 +56,15 @@ def judging_rows(
     seed:int=0,        # of random orders and bootstrap
     batch_size:int=4,  # questions at once
 )->list:               # rows with the keys `faithfulness.COLUMNS`
-    "All numbers about all maps of one model: pixels exchanged, and for maps of tokens tokens exchanged."
+    "All numbers about all maps of one model; maps of tokens are judged twice."
     samples, boxes = ([o[k] for o in passed] for k in ('sample', 'boxes'))
     images = [o['item']['images'][0] for o in passed]
     maps = make_maps(model, processor, samples, batch_size=batch_size)
     of_tokens = [k for k in METHOD_FACTS if METHOD_FACTS[k]['of'] == 'tokens']
     about = (model, processor, samples, boxes, images, layers, name)
-    rows = faithfulness(*about, controls=('random', 'centre', 'box'), maps=maps, seed=seed)
-    tokens = faithfulness(*about, ('tokens',), controls=('random', 'centre'), curves_of=of_tokens, maps=maps, seed=seed)
+    kw = dict(maps=maps, seed=seed)
+    rows = faithfulness(*about, controls=('random', 'centre', 'box'), **kw)
+    tokens = faithfulness(*about, ('tokens',), controls=('random', 'centre'), curves_of=of_tokens, **kw)
     return rows + [o for o in tokens if '.tokens.' in o['metric']]
 
 def judge(
@@ -80,9 +82,10 @@ def judge(
     passed = [o for o in asked if o['passed']][:n]
     enough = min(len(passed), len({o['item']['images'][0] for o in passed})) >= ENOUGH
     layers = validation_layers(model, processor, samples) if samples else None
-    rows = gate_rows(asked, name, seed) + (judging_rows(model, processor, passed, layers, name, seed) if enough else [])
-    note = '' if enough else (f'Not measured: {sum(o["passed"] for o in asked)} of {len(asked)} questions pass the gates of {name}; '
-                              'at least three, about three pictures, must.')
+    rows, note = gate_rows(asked, name, seed), ''
+    if enough: rows += judging_rows(model, processor, passed, layers, name, seed)
+    else: note = (f'Not measured: {sum(o["passed"] for o in asked)} of {len(asked)} questions pass the gates '
+                  f'of {name}; at least three, about three pictures, must.')
     return dict(layers=layers, passed=passed if enough else [], rows=rows, note=note)
 
 # %% ../../nbs/07_explain/06_judging.ipynb #cdef8a50
@@ -127,7 +130,8 @@ def sanity_rows(
     texts = [(o['item']['question'], str(o['item']['answer'])) for o in some]
     samples, boxes = ([o[k] for o in some] for k in ('sample', 'boxes'))
     images = [o['item']['images'][0] for o in some]
-    return sanity(model, processor, samples, texts, boxes, images, {k: verdict['layers'][k] for k in methods}, name, seed)
+    layers = {k: verdict['layers'][k] for k in methods}
+    return sanity(model, processor, samples, texts, boxes, images, layers, name, seed)
 
 def survivors(
     checks:list,    # from `sanity_rows`
@@ -146,11 +150,18 @@ def look_row(
 )->dict:                  # words → text or number
     "Whether a model looks at the right place, in one line of a table."
     rows, passed = verdict['rows'], verdict['passed']
-    share = {o['metric']: says(o) for o in rows if o['method'] == 'questions'}
+    share = dict.fromkeys([f'gates.{k}' for k in GATES], '–')
+    share |= {o['metric']: says(o) for o in rows if o['method'] == 'questions'}
     k = best_method(map_rows(rows))[0] if passed else None
     gain = {c: says(curve_gains(rows, c)[k]) if k else '–' for c in ('deletion', 'insertion')}
-    return {'model': name, 'right': share.get('gates.right', '–'), 'turns with the finding': share.get('gates.flipped', '–'),
-            'stays with the background': share.get('gates.steady', '–'), 'passes all three': share.get('gates.passed', '–'),
-            'points into the box': says(top) if top else '–', 'times random': says(ratio) if ratio else '–',
+    return {'model': name,
+            'right': share['gates.right'],
+            'turns with the finding': share['gates.flipped'],
+            'stays with the background': share['gates.steady'],
+            'passes all three': share['gates.passed'],
+            'points into the box': says(top) if top else '–',
+            'times random': says(ratio) if ratio else '–',
             'best, pixels exchanged': LABELS[k] if k else 'none' if passed else 'not measured',
-            'its deletion gain': gain['deletion'], 'its insertion gain': gain['insertion'], 'questions that judge': len(passed)}
+            'its deletion gain': gain['deletion'],
+            'its insertion gain': gain['insertion'],
+            'questions that judge': len(passed)}

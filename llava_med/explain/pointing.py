@@ -13,7 +13,7 @@ from .attention import (ATTENTION_METHODS, all_maps, best_layer, encode_sample,
 from .faithfulness import next_partners
 
 # %% ../../nbs/07_explain/05_pointing.ipynb #806871f6
-LOCATED = ('side', 'quadrant', 'count', 'size', 'presence')   # types of question whose answer has a place
+LOCATED = ('side', 'quadrant', 'count', 'size', 'presence')   # question types with a place
 
 def located(
     item:dict, # VQA item
@@ -44,7 +44,8 @@ def measure(
     samples = [encode_sample(processor, im, o['question'], o['answer']) for o, im in zip(items, images)]
     neutral = [neutral_sample(processor, im) for im in images]
     tokens = sum(len(o.ids) for o in (*samples, *neutral))
-    return dict(all_maps(model, samples, neutral), windows=[o.window for o in samples], tokens=tokens)
+    windows = [o.window for o in samples]
+    return dict(all_maps(model, samples, neutral), windows=windows, tokens=tokens)
 
 # %% ../../nbs/07_explain/05_pointing.ipynb #5c07b34c
 def rate_of(
@@ -58,7 +59,8 @@ def rate_of(
     want = (method, layer, metric, baseline)
     for o in rows:
         if (o['method'], o['layer'], o['metric'], o['baseline']) == want: return o
-    raise ValueError(f'There is no row of {method!r}, layer {layer!r}, {metric}: choose a method and layer that were measured.')
+    raise ValueError(f'There is no row of {method!r}, layer {layer!r}, {metric}: choose a method and layer '
+                     'that were measured.')
 
 def says(
     row:dict,    # value, low, high
@@ -79,7 +81,8 @@ def control_rates(
     "Rates of maps that ignore the image they are judged on."
     method, layer = best
     own = test[method][:, layer]
-    maps = dict(static_map=static_map(val[method][:, layer], len(own)), swapped_map=own[next_partners(images)][:, None])
+    static, swapped = static_map(val[method][:, layer], len(own)), own[next_partners(images)][:, None]
+    maps = dict(static_map=static, swapped_map=swapped)
     rows = layer_rates(maps, boxes, test['windows'], images, seed)
     return [o for o in rows if o['method'] != 'random']
 
@@ -110,10 +113,13 @@ def sink_share(
 
 # %% ../../nbs/07_explain/05_pointing.ipynb #a6ac61e5
 def _enough(ratio, on_image, sinks, n_patches):
-    "Whether the rate is what one may expect of a model that looks, and what else the attention does."
-    if ratio['value'] >= 3: return 'The threefold that one may expect of a model that looks is reached.'
-    return (f'Less than the threefold that one may expect. On average {np.mean(on_image):.0%} of the attention goes to '
-            f'the picture, and three of {n_patches} patches hold {max(sinks):.0%} of it in layer {int(np.argmax(sinks))} whatever is asked.')
+    "Whether the rate is that of a model that looks, and what else the attention does."
+    if ratio['value'] >= 3:
+        return 'The threefold that one may expect of a model that looks is reached.'
+    return ('Less than the threefold that one may expect. '
+            f'On average {np.mean(on_image):.0%} of the attention goes to the picture, '
+            f'and three of {n_patches} patches hold {max(sinks):.0%} of it '
+            f'in layer {int(np.argmax(sinks))} whatever is asked.')
 
 def pointing_words(
     best:tuple,          # method and layer
@@ -129,17 +135,20 @@ def pointing_words(
     name:str='stage-2',  # of the model
 )->str:
     "What the numbers say about one model."
-    top, ratio, chance = rate_of(test, *best), rate_of(test, *best, baseline='random'), rate_of(test, 'random')
-    text = [f"The {name} model's {label or best[0]} map of layer {best[1]} points into the box for {top['value']:.1%} of {top['n_items']} "
-            f"questions on {top['n_images']} test pictures: {says(ratio)} times the random rate of {chance['value']:.0%}."]
+    top, ratio = rate_of(test, *best), rate_of(test, *best, baseline='random')
+    chance = rate_of(test, 'random')['value']
+    text = [f"The {name} model's {label or best[0]} map of layer {best[1]} points into the box for "
+            f"{top['value']:.1%} of {top['n_items']} questions on {top['n_images']} test pictures: "
+            f"{says(ratio)} times the random rate of {chance:.0%}."]
     raw = best_layer([o for o in val if o['method'] == 'attention'])
-    text.append(f"Raw attention reaches {rate_of(test, *raw)['value']:.0%} in its best layer ({raw[1]}).")
+    reached = rate_of(test, *raw)['value']
+    text.append(f'Raw attention reaches {reached:.0%} in its best layer ({raw[1]}).')
     text.append(_enough(ratio, on_image, sinks, n_patches))
     static = rate_of(controls, 'static_map', 0)['value']
-    habit = ', so most of the rate is a habit.' if static > .7*top['value'] else ', so the rate is not a habit of these pictures.'
-    text.append(f'A map that ignores the picture hits {static:.0%}' + habit)
+    habit = 'most of the rate is a habit' if static > .7*top['value'] else 'the rate is not a habit of these pictures'
+    text.append(f'A map that ignores the picture hits {static:.0%}, so {habit}.')
     less = ', clearly less.' if untrained['high'] < top['low'] else ': the rate alone shows no learning.'
-    text.append(f'An untrained model reaches {says(untrained)} by what is conspicuous in the pictures' + less)
-    gain = top['value'] - base['value']
-    text.append(f"The curriculum moved the rate by {gain:+.2f} from the base's {base['value']:.2f}.")
+    text.append(f'An untrained model reaches {says(untrained)} by what is conspicuous in the pictures{less}')
+    before, gain = base['value'], top['value'] - base['value']
+    text.append(f"The curriculum moved the rate by {gain:+.2f} from the base's {before:.2f}.")
     return ' '.join(text)
