@@ -13,7 +13,7 @@ from llava_med.explain import attention as at
 from llava_med.explain import faithfulness as fa
 from llava_med.explain import maps as mp
 from llava_med.models.llava import join, make_processor, tiny_model, train_tokenizer
-from test_model import language, tower
+from test_llava import language, tower
 
 QUESTIONS = [('Where is the nodule?', 'left lung'), ('In which quadrant is the small nodule, left or right?', 'a')]
 

@@ -198,7 +198,7 @@ def judge_all(url, folder):
 
 @pytest.mark.slow
 def test_killed_and_begun_again_it_ends_the_same_and_asks_nothing_twice(tmp_path, forks):
-    start = forks('llava_med.evaluate.judge', 'test_chat_evaluation')
+    start = forks('llava_med.evaluate.judge', 'test_judge')
     for d in ('calm', 'killed'): (tmp_path/d).mkdir()
     with LocalEndpoint(marks_by_length, delay=.02) as e:
         judge_all(e.url, tmp_path/'calm')

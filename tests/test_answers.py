@@ -202,7 +202,7 @@ def questions_of(asked_fn): return [tuple(l.split()) for l in asked_fn.read_text
 def test_ten_kills_lose_nothing(tmp_path, forks):
     items = world(tmp_path)
     (tmp_path/'items.json').write_text(json.dumps(items))
-    context = forks('test_generation')
+    context = forks('test_answers')
     log, asked_fn, rng = tmp_path/'killed.jsonl', tmp_path/'asked.txt', random.Random(5)
     for kill in range(10):
         before, start = read_complete(log), len(questions_of(asked_fn))
@@ -272,7 +272,7 @@ SCRIPT = '''
 import sys; sys.path[:0] = [{tests!r}]
 import json, os
 from pathlib import Path
-from test_generation import evaluate
+from test_answers import evaluate
 done = evaluate(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[2] + '.asked' + os.environ.get('RANK', '')))
 Path(sys.argv[2] + '.done' + os.environ.get('RANK', '')).write_text(json.dumps(done))
 '''
