@@ -95,7 +95,7 @@ def test_solutions_are_right(n):
         if c.cell_type != 'code' or BEGIN not in c.source: continue
         k, fn = re.search(r"check\('([\d.]+)', (\w+)\)", c.source).groups()
         space = {}
-        exec('import math\nimport numpy as np\nfrom llava_med.world.language import read_claims\nfrom llava_med.evaluate.exact import strict_normalise\n'
+        exec('import math\nimport numpy as np\nfrom llava_med.data.claims import read_claims\nfrom llava_med.evaluate.exact import strict_normalise\n'
              + c.source.split('\nif check(')[0], space)
         assert hint_for(EXERCISES[k], space[fn]) == '', k
 

@@ -233,9 +233,9 @@ def test_a_model_on_this_machine_judges(tmp_path):
 # Findings
 
 def truths(n):
-    scenes = [scenes.sample_scene(i) for i in range(n)]
+    drawn = [scenes.sample_scene(i) for i in range(n)]
     return [dict(image=f'{i}.jpg', modality=s.modality, caption=language.captions(s, 'detailed'), claims=vocabulary.claims_dict(language.scene_claims(s)))
-            for i, s in enumerate(scenes)], scenes
+            for i, s in enumerate(drawn)], drawn
 
 
 def test_phantoms_are_judged_by_their_findings():

@@ -163,7 +163,7 @@ def test_fetched_images_get_their_names(tmp_path):
 
 HALF_A_MILLION = '''
 import json, sys, time
-from llava_med.data.llava_files import Form, read_llava, write_rows
+from llava_med.data.llava_files import Form, read_llava_file, write_rows
 from llava_med.core.runs import peak_memory_mib
 path, n = sys.argv[1], int(sys.argv[2])
 caption = 'Axial computed tomography image with a hypodense lesion of the left hepatic lobe and the vessels around it, as the text describes. '
@@ -173,7 +173,7 @@ def rows():
                {'from': 'gpt', 'value': f'{i} ' + caption*4}]}
 write_rows(path, rows(), Form('conversations'))
 before, start = peak_memory_mib(), time.monotonic()
-found = sum(1 for _ in read_llava(path))
+found = sum(1 for _ in read_llava_file(path))
 print(json.dumps(dict(found=found, before=before, peak=peak_memory_mib(), seconds=time.monotonic() - start)))
 '''
 
