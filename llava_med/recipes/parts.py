@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['FIRST_SCENE', 'StudyWorld', 'study_world', 'shipped', 'world_samples', 'leaked_records', 'measured_fit', 'ask_items',
-           'arm_result', 'TextTower', 'TwoTowers', 'text_batch']
+           'arm_result', 'TextTower', 'TwoTowers', 'text_batch', 'registry_rows']
 
 # %% ../../nbs/recipes/03_parts.ipynb #e401f7a6
 import time
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from ..core.imports import every_module
+from ..core.registry import Registry
 from ..core.runs import data_dir
 from ..data.vqa import question_record
 from ..generate.answers import answer
@@ -22,6 +26,7 @@ from .rewards import reward_of
 from .study import ArmResult
 from ..train.batches import Collator, record_samples
 from ..train.loop import Stage, fit
+from ..train.objectives import Objective, as_objective
 from ..train.vision_cache import Pictures
 from ..world.language import captions, questions
 from ..world.render import jpeg, render
@@ -81,11 +86,13 @@ def world_samples(
     images:Path,       # folder that they name their images in
     model,             # its tower reads the images
     processor,         # of the model
+    objective='cross_entropy', # an Objective or its name: it may make samples of its own
     pixels:bool=False, # hand over pixels, for a tower that learns; else its features, computed once
 )->tuple:              # (encoded samples, what makes a batch of them)
     "Samples and a collator for `fit`."
     tok = processor.tokenizer
-    samples, names = record_samples(records, tok, model.config.image_seq_length)
+    encode = partial(record_samples, tokenizer=tok, image_tokens=model.config.image_seq_length)
+    samples, names = as_objective(objective).encode(records, encode)
     pictures = Pictures(processor, [Path(images)/n for n in names])
     if not pixels: pictures = vision_features(model, pictures[range(len(names))])
     return samples, Collator(tok.pad_token_id, pictures)
@@ -102,15 +109,19 @@ def measured_fit(
     collate,     # from `world_samples`
     stage:Stage, # what to train and how
     seed:int=0,  # decides the order of samples
-    **more,      # further arguments of `fit`, such as its objective
+    objective:Objective=None, # None: the one that the stage names
+    **more,      # further arguments of `fit`
 )->dict:         # steps, tokens, train_s, params: the cost fields of an ArmResult
     "Train a stage and count what it costs."
     tokens, began = [], time.monotonic()
+    objective = as_objective(objective or stage.objective)
     note = lambda r: tokens.append(r['tokens'])
-    rows = fit(model, samples, collate, stage, seed, report=note, **more)
-    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows = fit(model, samples, collate, stage, seed, objective=objective, report=note, **more)
     took = round(time.monotonic() - began, 2)
-    return dict(steps=len(rows), tokens=int(sum(tokens)), train_s=took, params=learned)
+    learn = {p for m in (model, *objective.modules().values()) for p in m.parameters()
+             if p.requires_grad}
+    return dict(steps=len(rows), tokens=int(sum(tokens)), train_s=took,
+                params=sum(p.numel() for p in learn))
 
 def ask_items(
     model,                 # any image-text-to-text model
@@ -210,3 +221,20 @@ def text_batch(
     n = max(map(len, found))
     ids = torch.tensor([x + [tok.pad_token_id]*(n - len(x)) for x in found])
     return ids, torch.tensor([[1]*len(x) + [0]*(n - len(x)) for x in found])
+
+# %% ../../nbs/recipes/03_parts.ipynb #367183c6
+def registry_rows()->list: # dicts kind, name, what, module
+    "Every name of every registry of the library, outside recipes."
+    import llava_med
+    found = {}
+    for m in every_module(Path(llava_med.__file__).parent):
+        if m.startswith('recipes.') and m != 'recipes.rewards': continue
+        inside = vars(import_module(f'llava_med.{m}')).values()
+        found |= {x.kind: x for x in inside if isinstance(x, Registry)}
+    rows = []
+    for kind, registry in sorted(found.items()):
+        for row in registry.table():
+            home = getattr(registry[row['name']], '__module__', '').removeprefix('llava_med.')
+            if not home.startswith('recipes.') or kind == 'reward':
+                rows.append(dict(kind=kind, **row, module=home))
+    return rows
