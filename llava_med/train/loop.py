@@ -27,7 +27,8 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from ..core.registry import Registry
 from ..core.runs import clock, figure_style, shows_bars, write_csv
-from ..models.llava import PARTS, part_of, set_trainable, weights_hash
+from ..models.anatomy import PARTS, check_patterns, decoder_layers, set_trainable, trainable_names
+from ..models.llava import weights_hash
 from .memory import MemoryPlan, checkpointed
 from .objectives import CrossEntropy, Objective, as_objective, objective_name
 from .samplers import SAMPLERS, group_keys
@@ -110,7 +111,7 @@ class Stage:
     def __post_init__(self):
         self.parts = (self.parts,) if isinstance(self.parts, str) else tuple(self.parts)
         if not self.parts: raise ValueError(f'{self.name}: nothing learns; name parts among {list(PARTS)}.')
-        if unknown := sorted(set(self.parts) - set(PARTS)): raise ValueError(f'{self.name}: there is no part {unknown[0]!r} to train; known: {list(PARTS)}.')
+        check_patterns(self.parts, self.name)
         if min(self.epochs, self.batch_size) < 1:
             raise ValueError(f'{self.name}: epochs is {self.epochs} and batch_size {self.batch_size}; each must be at least 1.')
         if strange := sorted(set(self.rates or ()) - set(self.parts)):
@@ -167,17 +168,17 @@ def _fingerprint(model, samples, features, *what):
     h.update(repr(mark).encode())
     return h.hexdigest()
 
-def _rate(name, stage):
-    "Peak learning rate of a parameter of a job."
-    name, inside = name.removeprefix('module.'), 'model.'
-    if not name.startswith(inside): return stage.lr
-    return (stage.rates or {}).get(part_of(name.removeprefix(inside)), stage.lr)
+def _rates(model, stage):
+    "Peak learning rates of parameters by their names in a job, where they differ from the stage's."
+    return {f'model.{n}': rate for pattern, rate in (stage.rates or {}).items()
+            for n in trainable_names(model, [pattern])}
 
-def _parameter_groups(job, stage):
+def _parameter_groups(job, stage, rates):
     "Parameters that learn, by their peak learning rate."
     groups = {}
     for n, p in job.named_parameters():
-        if p.requires_grad: groups.setdefault(_rate(n, stage), []).append(p)
+        rate = rates.get(n.removeprefix('module.'), stage.lr)
+        if p.requires_grad: groups.setdefault(rate, []).append(p)
     return [dict(params=ps, lr=r, peak=r) for r, ps in groups.items()]
 
 # %% ../../nbs/04_train/09_loop.ipynb #9d792c45
@@ -381,14 +382,16 @@ class _Run:
     def _build(self):
         "Job and optimizer, in the state of the checkpoint."
         o, stage = self.how, self.stage
+        rates = _rates(self.model, stage)
         modules = (*o.extra, *self.objective.modules().values())
         self.job = prepare_job(Job(self.model, self.objective.loss, modules).to(self.acc.device), self.acc, o.sharding)
-        self.opt = OPTIMIZERS.named(stage.optimizer)(_parameter_groups(self.job, stage), stage.weight_decay)
+        groups = _parameter_groups(self.job, stage, rates)
+        self.opt = OPTIMIZERS.named(stage.optimizer)(groups, stage.weight_decay)
         self.params = trainable_parameters(self.job)
         self.best = _Best(self.params, o.held.patience if o.held else 0)
         if self.where: self._restore()
         if o.compile and self.acc.device.type == 'cuda':
-            for layer in self.model.model.language_model.layers: layer.compile()
+            for layer in decoder_layers(self.model): layer.compile()
 
     def _more(self):
         "Tensors that a checkpoint keeps beside what learns."

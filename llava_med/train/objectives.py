@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'OBJECTIVES', 'Objective', 'CrossEntropy', 'FunctionObjective', 'as_objective', 'objective_name',
-           'gather_rows']
+           'learned_modules', 'save_modules', 'load_modules', 'gather_rows']
 
 # %% ../../nbs/04_train/03_objectives.ipynb #70af4eda
 from collections.abc import Callable
+from pathlib import Path
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from ..core.registry import Registry
+from ..core.runs import replacing
 from .batches import batch_loss
 
 # %% ../../nbs/04_train/03_objectives.ipynb #bf25de70
@@ -141,6 +144,40 @@ def objective_name(
     known = [k for k, v in OBJECTIVES.items() if v is type(objective)]
     if isinstance(objective, FunctionObjective): return _name(objective.function)
     return known[0] if known else _name(objective)
+
+# %% ../../nbs/04_train/03_objectives.ipynb #86782c23
+def learned_modules(
+    objective:Objective, # with modules or without
+)->dict:                 # name → tensor on the CPU, of the modules in which something learns
+    "The weights of an objective's own modules."
+    out = {}
+    for name, m in objective.modules().items():
+        if not any(p.requires_grad for p in m.parameters()): continue
+        out |= {f'{name}.{k}': v.detach().cpu().contiguous() for k, v in m.state_dict().items()}
+    return out
+
+def save_modules(
+    objective:Objective, # after training
+    file:Path,           # a safetensors file; nothing is written where nothing has learned
+)->Path|None:            # the file
+    "Write the weights of an objective's own modules."
+    weights = learned_modules(objective)
+    if not weights: return None
+    with replacing(file) as part: save_file(weights, part)
+    return Path(file)
+
+def load_modules(
+    objective:Objective, # with modules of the same shapes; changed in place
+    file:Path,           # from `save_modules`
+)->None:
+    "Read them back; ValueError where they do not fit."
+    weights, known = load_file(file), learned_modules(objective)
+    odd = sorted(set(weights) ^ set(known)) or [k for k in known if weights[k].shape != known[k].shape]
+    if odd: raise ValueError(f"{file} does not fit {type(objective).__name__}: '{odd[0]}' is missing "
+                             'on one side or has another shape.')
+    for name, m in objective.modules().items():
+        own = {k.removeprefix(f'{name}.'): v for k, v in weights.items() if k.startswith(f'{name}.')}
+        if own: m.load_state_dict(own)
 
 # %% ../../nbs/04_train/03_objectives.ipynb #2c148288
 class _Gather(torch.autograd.Function):
