@@ -207,7 +207,7 @@ def prepare(
     "Encode records and compute the features of their images; an unusable record is named."
     model, processor, s = work.model, work.processor, work.settings
     tok, config = processor.tokenizer, model.config
-    encoded, names = record_samples([*records, *val], tok, config.image_seq_length, s.max_len)
+    encoded, names = record_samples([*records, *val], processor, config.image_seq_length, s.max_len)
     samples, held = encoded[:len(records)], encoded[len(records):]
     join = lambda x: share_pictures(x, config.image_token_id, s.max_len) if share else x
     rows, held = join(samples), join(held)
