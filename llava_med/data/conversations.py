@@ -74,11 +74,14 @@ def image_fault(
     image, marks = record.get('image'), sum(counts)
     images = image if isinstance(image, list) else [image]*(image is not None)
     if image == []: return "has an empty list 'image'"
-    if any(not isinstance(n, str) or not n for n in images): return "has an 'image' that is no file name"
+    named = all(isinstance(n, str) and n for n in images)
+    if not named: return "has an 'image' that is no file name"
     if not images: return '' if not marks else f"says {IMAGE} but names no 'image'"
     if sum(counts[1::2]): return f'has {IMAGE} in an answer'
-    if len(images) > 1: return '' if marks == len(images) else (
-        f'names {len(images)} images and has {marks} marks {IMAGE}: each image needs one, in the same order')
+    if len(images) > 1 and marks != len(images):
+        return (f'names {len(images)} images and has {marks} marks {IMAGE}: '
+                'each image needs one, in the same order')
+    if len(images) > 1: return ''
     if counts[0] == 1 and marks == 1: return ''
     return (f'has {IMAGE} {counts[0]} times in its first question and {sum(counts[1:])} times '
             'later: once and never is right')
@@ -147,10 +150,11 @@ def to_messages(
 )->list:         # messages for a chat template
     "The conversation as chat messages, with each image as a part of its own, where it stands."
     role = dict(human='user', system='system')
-    return [{'role': role.get(t['from'], 'assistant'), 'content': _parts(t['value'].strip())} for t in turns_of(record)]
+    return [{'role': role.get(t['from'], 'assistant'), 'content': _parts(t['value'].strip())}
+            for t in turns_of(record)]
 
 def _parts(text):
-    "Image and text parts of a turn; a line break between an image and the text at either end is no text."
+    "Image and text parts of a turn; a line break between an image and its text is no text."
     pieces = text.split(IMAGE)
     words = [i for i, p in enumerate(pieces) if p.strip()] or [len(pieces) - 1]
     out = []

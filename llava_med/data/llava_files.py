@@ -301,8 +301,9 @@ def with_images(
     look = folder if isinstance(folder, ImageFolder) else ImageFolder(folder)
     for r in records:
         names = images_of(r) or [n for n in [r.get('image')] if n is not None]
-        gone = [(n, why) for n in names if (why := look.why_not(n) if isinstance(n, str) and n else 'it is no file name')]
-        if gone: missing.append(dict(id=r.get('id'), image=gone[0][0], reason=gone[0][1]))
+        found = {str(n): look.why_not(n) if isinstance(n, str) and n else 'it is no file name' for n in names}
+        gone = [n for n, why in found.items() if why]
+        if gone: missing.append(dict(id=r.get('id'), image=gone[0], reason=found[gone[0]]))
         else: yield r
 
 def missing_words(

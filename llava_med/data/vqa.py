@@ -330,7 +330,8 @@ def item_options(
     "The options of an item with their letters; ValueError where there are more than letters."
     options = list(item.get('options') or ())
     if len(options) > len(LETTERS): raise ValueError(
-        f"Item '{item.get('id')}' has {len(options)} options and there are {len(LETTERS)} letters; leave some out.")
+        f"Item '{item.get('id')}' has {len(options)} options and there are {len(LETTERS)} letters; "
+        'leave some out.')
     return '\n'.join(f'{l}. {o}' for l, o in zip(LETTERS, options))
 
 def item_question(
@@ -351,7 +352,8 @@ def question_record(
     asked = '<image>\n'*len(images) + item_question(item)
     said = [{'from': 'human', 'value': asked}, {'from': 'gpt', 'value': item['answer']}]
     source = {k: item[k] for k in ('source',) if item.get(k)}
-    return dict(id=item['id'], image=images[0] if len(images) == 1 else list(images), conversations=said, **source)
+    image = images[0] if len(images) == 1 else list(images)
+    return dict(id=item['id'], image=image, conversations=said, **source)
 
 # %% ../../nbs/03_data/14_vqa.ipynb #5004198e
 def write_items(

@@ -26,8 +26,8 @@ from ..models.llava import load, weights_hash
 from ..data.vqa import item_question
 from .prefix_cache import (cache_rows, decode, image_features, read_prefixes, reply_logprobs,
                                              split_ids)
-from ..models.templates import (as_turns, chat, chat_text, model_inputs, needs_bos, prompt_ids, prompt_texts,
-                                        text_ids)
+from ..models.templates import (as_turns, chat, chat_text, model_inputs, needs_bos, prompt_ids,
+                                        prompt_texts, text_ids)
 from ..core.runs import file_hash, folder_hash, progress, read_jsonl, writing
 
 # %% ../../nbs/05_generate/02_answers.ipynb #59e984d4
@@ -232,7 +232,7 @@ def option_logprobs(
     return out
 
 def _option_ids(processor, prompts, counts, options):
-    "For each prompt the ids of its options; prompts that are equal, options included, are read once."
+    "For each prompt the ids of its options; equal prompts with equal options are read once."
     keys = [(json.dumps(p), n, tuple(os)) for p, n, os in zip(prompts, counts, options)]
     found = {}
     for (_, n, os), p in zip(keys, prompts):
@@ -247,8 +247,8 @@ def _reply_ids(processor, prompt, n_images, replies):
     whole = [chat_text(processor, t) for t in said]
     for text, reply in zip(whole, replies):
         if not text.startswith(before): raise ValueError(
-            f'The chat template writes a reply otherwise than after its cue ({before[-40:]!r}), so the probability of the '
-            f'option {reply!r} cannot be told; ask this model in words.')
+            f'The chat template writes a reply otherwise than after its cue ({before[-40:]!r}), so the '
+            f'probability of the option {reply!r} cannot be told; ask this model in words.')
     first, *ids = text_ids(processor.tokenizer, [before, *whole])
     for b, reply in zip(ids, replies):   # a cue may merge with the reply
         if b[:len(first)] != first: raise ValueError(

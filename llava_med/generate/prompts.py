@@ -20,7 +20,7 @@ import numpy as np
 class Prompting:
     "A way to put a question."
     name:str                 # in tables and logs
-    text:str='{question}'    # may say where the {options} go; else they stand under the {question}, as in training
+    text:str='{question}'    # {options} stand under it, as in training, unless named here
     shots:tuple=()           # VQA items that come first, with their answers
     pictures:bool=True       # whether the shots are shown with their images
 
@@ -102,7 +102,7 @@ class Chooser(Speaker):
         model,                # as in `Speaker`
         processor=None,       # as in `Speaker`
         per_token:bool=False, # compare the mean log-probability of a token instead of the sum
-        options:tuple=(),     # replies to choose from where an item has none of its own; the prompt does not list them
+        options:tuple=(),     # replies for items without options; not listed in the prompt
         **kw,                 # further arguments of `Speaker`
     ):
         super().__init__(model, processor, **kw)

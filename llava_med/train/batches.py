@@ -76,15 +76,15 @@ def share_pictures(
     image_id:int, # the token that stands for a patch
     max_len:int=None, # a row that would become longer is closed, and another begun
 )->list:          # rows with segments and positions, one for each picture; text-only samples stay alone
-    "Join the samples of each picture, or set of pictures, to one row in which they cannot see each other."
+    "Join the samples of the same pictures to one row in which they cannot see each other."
     rows, at = [], {}
     for i, s in enumerate(samples):
         n, k = _prefix(s, image_id), len(s['input_ids'])
         key = (str(s.get('image')), s.get('source'), tuple(s['input_ids'][:n])) if n else i
         if key not in at or max_len and len(rows[at[key]]['input_ids']) + k - n > max_len:
             at[key] = len(rows)
-            rows.append(dict(input_ids=s['input_ids'][:n], labels=s['labels'][:n], positions=list(range(n)),
-                             segments=[0]*n, image=s.get('image'), **_source(s)))
+            rows.append(dict(input_ids=s['input_ids'][:n], labels=s['labels'][:n], segments=[0]*n,
+                             positions=list(range(n)), image=s.get('image'), **_source(s)))
         row = rows[at[key]]
         row['segments'] += [max(row['segments'], default=0) + 1]*(k - n)
         row['input_ids'] += s['input_ids'][n:]; row['labels'] += s['labels'][n:]
@@ -92,10 +92,11 @@ def share_pictures(
     return rows
 
 def _prefix(sample, image_id):
-    "How many first tokens a sample can share: up to its last image, unless some of them or the next one are scored."
+    "How many first tokens a sample can share: up to its last image, if they predict nothing scored."
     ids, labels = sample['input_ids'], sample['labels']
     n = len(ids) - ids[::-1].index(image_id) if image_id in ids else 0
-    return 0 if any(l != IGNORE for l in labels[:n + 1]) else n   # a second sample would not lie behind it, nor score it again
+    scored = any(l != IGNORE for l in labels[:n + 1])   # a second sample would not score them again
+    return 0 if scored else n
 
 def _source(record): return {k: record[k] for k in ('source',) if record.get(k)}
 
@@ -240,11 +241,11 @@ def scored_hits(
 
 # %% ../../nbs/04_train/01_batches.ipynb #2122eea0
 def record_samples(
-    records:list,        # LLaVA-Med records: conversations, and if they have them image (a name, or a list) and source
+    records:list,        # LLaVA-Med records: conversations; image (a name, or a list); source
     tokenizer,           # a fast one with a chat template, or a processor that has both
     image_tokens:int=64, # patches of a picture
     max_len:int=2048,    # the end of a longer conversation is cut off, and said so
-)->tuple:                # (encoded samples with the number, or numbers, of their pictures; picture names by number)
+)->tuple:                # (encoded samples with the numbers of their pictures; picture names by number)
     "Encode conversation records; a record that cannot be used is named in the ValueError."
     names, samples, cut, mark = {}, [], 0, image_mark(tokenizer)
     for r in records:
