@@ -229,7 +229,7 @@ def prepare(
     "Encode records and compute the features of their images; an unusable record is named."
     model, processor, s = work.model, work.processor, work.settings
     tok = processor.tokenizer
-    encode = partial(record_samples, tokenizer=tok, image_tokens=image_tokens(model), max_len=s.max_len)
+    encode = partial(record_samples, tokenizer=processor, image_tokens=image_tokens(model), max_len=s.max_len)
     samples, names = work.objective.encode(list(records), encode)
     held, others = work.objective.encode(list(val), encode) if val else ([], [])
     names = list(dict.fromkeys([*names, *others]))
