@@ -35,7 +35,7 @@ def step_sums(
     logs:dict={},       # further sums
 )->Counter:             # name → number
     "The sums of a micro-batch; those of a step are their sum."
-    return Counter({LOSS: total.item(), COUNT: n} | {k: float(v) for k, v in logs.items()})
+    return Counter({LOSS: total.item(), COUNT: n} | {k: v.item() if hasattr(v, 'item') else v for k, v in logs.items()})
 
 class TrainingError(RuntimeError): "The loss is no longer a number, or a helper is gone."
 
