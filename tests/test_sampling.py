@@ -127,3 +127,13 @@ def test_an_unknown_processor_is_refused_with_the_known_ones(loud):
     with pytest.raises(UnknownName, match='no logits processor named .bam.*Did you mean ban.*Known: ban, no_repeat_ngram, repetition_penalty'):
         sample(*loud, IMAGES[:1], PROMPTS[:1], processors={'bam': {}})
     assert set(PROCESSORS) == {'ban', 'no_repeat_ngram', 'repetition_penalty'} and ban([])([], torch.ones(3)).tolist() == [1, 1, 1]
+
+
+def test_a_template_that_leaves_the_beginning_to_the_tokenizer(loud, monkeypatch):
+    model, processor = loud
+    import copy
+    processor = copy.deepcopy(processor)
+    processor.chat_template = processor.tokenizer.chat_template = processor.chat_template.replace('{{ bos_token }}', '')
+    fast = sample(model, processor, IMAGES, PROMPTS, n=2, max_new_tokens=4)
+    plainly(monkeypatch)
+    assert ids(sample(model, processor, IMAGES, PROMPTS, n=2, max_new_tokens=4)) == ids(fast)

@@ -14,9 +14,10 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from ..core.registry import Registry
 from .answers import _as_refs, _say_once, _walk, end_ids, open_picture, slow_because
-from .prefix_cache import (_Asked, _attention_mask, _grid, _places, chat, read_packed,
+from .prefix_cache import (_Asked, _attention_mask, _grid, _places, read_packed,
                                              visible_keys)
 from ..models.anatomy import base_of, decoder, head
+from ..models.templates import model_inputs, needs_bos, prompt_texts
 
 # %% ../../nbs/05_generate/05_sampling.ipynb #dddfe106
 def draw(
@@ -188,14 +189,13 @@ def _plain_batches(kinds, texts, size):
 def _draw_plain(model, processor, refs, prompts, drawn, pick, max_new_tokens, batch_size):
     "Draw all answers with `generate`; each reads its picture anew."
     tok = processor.tokenizer
-    texts = [chat(processor, p, len(r)) for p, r in zip(prompts, refs)]
-    kinds = [(len(r), bool(tok.bos_token) and t.startswith(tok.bos_token)) for r, t in zip(refs, texts)]
+    texts = prompt_texts(processor, prompts, map(len, refs))
+    kinds = [(len(r), needs_bos(tok, t)) for r, t in zip(refs, texts)]
     pad = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
     for some in _plain_batches(kinds, texts, batch_size):
-        n, bos = kinds[some[0]]
-        pictures = dict(images=[[open_picture(o) for o in refs[i]] for i in some]) if n else {}
-        x = processor(text=[texts[i] for i in some], **pictures, return_tensors='pt', padding=True,
-                      padding_side='left', add_special_tokens=not bos).to(model.device, model.dtype)
+        pictures = [[open_picture(o) for o in refs[i]] for i in some]
+        x = model_inputs(processor, [texts[i] for i in some], pictures, padding=True, padding_side='left')
+        x = x.to(model.device, model.dtype)
         step = _Pick([drawn[i] for i in some], pick)
         # settings of generation may change the scores; the head says what the model itself thinks
         hook = head(model).register_forward_hook(lambda m, given, out: setattr(step, 'own', out[:, -1]))
