@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'GIB', 'ROOM', 'REHEARSAL_SIZES', 'EMPTY', 'HERE_ONLY', 'architectures', 'model_parts', 'real_config',
-           'meta_model', 'trainable_counts', 'kept_bytes', 'stage_memory', 'row_flops', 'measured_hours',
-           'measured_mfu', 'stage_hours', 'gigabytes', 'disk_use', 'remote_code', 'make_plan', 'plan_text',
-           'template_of', 'thin_config', 'thin_tokenizer', 'thin_depth', 'thin_base', 'rehearsal_values', 'rehearse',
-           'evidence_table', 'join_base', 'plan_command']
+           'meta_model', 'trained_parts', 'trainable_counts', 'kept_bytes', 'stage_memory', 'row_flops',
+           'measured_hours', 'measured_mfu', 'rows_of', 'stage_hours', 'gigabytes', 'is_trained', 'disk_use',
+           'remote_code', 'make_plan', 'plan_text', 'template_of', 'thin_config', 'thin_tokenizer', 'thin_depth',
+           'thin_base', 'rehearsal_values', 'steps_text', 'rehearse', 'evidence_table', 'join_base', 'plan_command']
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #9c73de9a
 import copy
@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
-from .runner import GIVEN, UsageError, known_name, plan_run, presets, read_preset, read_yaml, run_pipeline
+from .steps import GIVEN, UsageError, known_name, mapped, origin, stem_of
+from .runner import as_planned, plan_run, presets, read_preset, read_yaml, run_pipeline
 from ..data.catalogue import CATALOGUE
 from ..models.llava import (CONNECTORS, TEMPLATES, _no_bars, _processor, assemble, chat_template, join, part_table, prepare_tokenizer, rows_for, save,
                              set_trainable)
@@ -98,15 +99,25 @@ def meta_model(
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #bd487a13
 STAGES = {'2_stage1_alignment': ('projector',), '3_stage2_tuning': ('projector', 'language_model'),
-          '3b_vqa_tuning': ('projector', 'language_model')}   # step → the parts that it trains
+          '3b_vqa_tuning': ('projector', 'language_model')}   # notebook → the parts that it trains
+
+def trained_parts(
+    notebook:str,     # its stem
+    values:dict|None=None, # parameters of the step; a `stage` among them may say what is `trainable`
+)->tuple:             # names of parts; empty where none are known
+    "The parts of the model that a step trains."
+    stage = (values or {}).get('stage')
+    said = stage.get('trainable') if isinstance(stage, dict) else None
+    return tuple(said or STAGES.get(notebook, ()))
 
 def trainable_counts(
     model:LlavaForConditionalGeneration, # on any device; its frozen parts are set
-    step:str,     # key of `STAGES`
+    step:str,     # the stem of its notebook
     rank:int=0,   # of an adapter on the language model; 0 is none
+    values:dict|None=None, # parameters of the step, see `trained_parts`
 )->dict:          # part → parameters that learn
     "How many parameters a step trains, part by part."
-    parts = STAGES[step]
+    parts = trained_parts(step, values)
     adapted = rank > 0 and 'language_model' in parts
     set_trainable(model, ['projector'] if adapted else parts)
     out = {r['part']: r['trainable'] for r in part_table(model) if r['trainable']}
@@ -135,7 +146,7 @@ GIB, ROOM = 2**30, 0.95   # the share of a GPU's memory that a plan fills
 
 def stage_memory(
     model,           # from `meta_model`
-    step:str,        # key of `STAGES`
+    step:str,        # the stem of its notebook
     values:dict,     # its parameters
     hardware:dict,   # of the preset: gpus, memory_gb
     row:int,         # tokens of a mean row, picture included
@@ -143,7 +154,7 @@ def stage_memory(
 )->dict:             # GiB of each GPU: weights, gradients, moments, kept; tokens at once, checkpointing, fits
     "What a stage needs on each GPU."
     text, rank, bf16 = model.config.text_config, values.get('lora_rank', 0), values.get('bf16', True) and hardware.get('gpus', 0) > 0
-    learn = trainable_counts(model, step, rank)
+    learn = trainable_counts(model, step, rank, values)
     n, total = sum(learn.values()), sum(p.numel() for p in model.parameters())
     frozen = total - sum(v for k, v in learn.items() if k != 'adapter')
     shards = values.get('processes', 1) if values.get('sharding') == 'fsdp' else 1
@@ -165,11 +176,12 @@ def _matrix(model): # weights of the language model that every token is multipli
 
 def row_flops(
     model,           # from `meta_model`
-    step:str,        # key of `STAGES`
+    step:str,        # the stem of its notebook
     text_tokens:int, # of a row, beside its picture
     scored:int,      # those that are scored
     rank:int=0,      # of an adapter
     checkpointing:bool=False, # the forward pass of the language model counts twice
+    values:dict|None=None, # parameters of the step, see `trained_parts`
 )->float:            # floating-point operations
     "The work of training on one row: a picture with its text."
     c, v, t = model.config, model.config.vision_config, model.config.image_seq_length + text_tokens
@@ -179,9 +191,10 @@ def row_flops(
     tower = seen*(2*n*(4*v.hidden_size**2 + 2*v.hidden_size*v.intermediate_size) + 4*n*n*v.hidden_size)
     project = 2*c.image_seq_length*sum(p.numel() for p in model.model.multi_modal_projector.parameters())
     linear, attend, head = 2*_matrix(model)*t, 2*lm.num_hidden_layers*d*t*t, 2*lm.vocab_size*d*scored
-    full = 'language_model' in STAGES[step] and not rank
+    moves = 'language_model' in trained_parts(step, values)
+    full = moves and not rank
     work = 3*(linear + attend + head) if full else 2*linear + 3*attend + 2*head
-    if rank and 'language_model' in STAGES[step]: work += 3*2*t*trainable_counts(model, step, rank)['adapter']
+    if rank and moves: work += 3*2*t*trainable_counts(model, step, rank, values)['adapter']
     return tower + 3*project + work + checkpointing*(linear + attend)
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #a1b7b95e
@@ -197,7 +210,7 @@ def measured_hours(
 
 def measured_mfu(
     gpu:str,  # of the preset, such as H200
-    step:str, # key of `STAGES`
+    step:str, # the stem of its notebook
     lora:bool,# whether an adapter is trained
 )->tuple:     # share of the peak and where it comes from; (None, '') where nothing was measured
     "The share of a GPU's peak that a committed benchmark reached."
@@ -209,20 +222,28 @@ def measured_mfu(
                 return (r['value']/100 if r['value'] > 1 else r['value']), f'measured: nbs/benchmarks/results/{path.name}'
     return None, ''
 
+def rows_of(
+    preset:dict, # from read_preset
+    step:str,    # of its run
+)->dict|None:    # rows, text_tokens, scored_tokens; None where the preset does not say
+    "What a preset says of a step's data, under its name or under its notebook's."
+    return preset['data'].get(step) or preset['data'].get(stem_of(step, preset))
+
 def stage_hours(
-    model, step:str, # from `meta_model`, and key of `STAGES`
+    model, step:str, # from `meta_model`, and the step's name
     values:dict,     # parameters of the step
     preset:dict,     # from read_preset
     checkpointing:bool=False, # as `stage_memory` found
 )->tuple:            # hours (None where nothing is known) and where they come from
     "How long a stage takes, measured where it was, else from its work."
     hours, source = measured_hours(preset['name'], step)
-    d, h = preset['data'].get(step), preset['hardware']
+    stem = stem_of(step, preset)
+    d, h = rows_of(preset, step), preset['hardware']
     if hours is not None or not d or not h.get('tflops'): return hours, source or 'unknown: the preset says nothing of rows and tflops'
     rank = values.get('lora_rank', 0)
-    mfu, source = measured_mfu(h.get('gpu', ''), step, rank > 0)
+    mfu, source = measured_mfu(h.get('gpu', ''), stem, rank > 0)
     mfu, source = (mfu, source) if mfu else (h.get('mfu', 0.4), f"computed: {h.get('mfu', 0.4):.0%} of {h['tflops']} TFLOP/s assumed")
-    work = d['rows']*values['epochs']*row_flops(model, step, d['text_tokens'], d['scored_tokens'], rank, checkpointing)
+    work = d['rows']*values['epochs']*row_flops(model, stem, d['text_tokens'], d['scored_tokens'], rank, checkpointing, values)
     return work/(h['tflops']*1e12*mfu*min(h['gpus'], values.get('processes', 1)))/3600, source
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #44b8f0e9
@@ -233,6 +254,14 @@ def gigabytes(
     m = re.match(r'([\d.,]+) *([kMGT])B', text)
     return float(m[1].replace(',', ''))*{'k': 1e-6, 'M': 1e-3, 'G': 1, 'T': 1e3}[m[2]] if m else 0.
 
+def is_trained(
+    step:str,    # of a run
+    values:dict, # its parameters
+    preset:dict, # from read_preset
+)->bool:
+    "Whether a step is known to train something."
+    return bool(trained_parts(stem_of(step, preset), values))
+
 def disk_use(
     preset:dict,  # from read_preset
     model,        # from `meta_model`
@@ -242,8 +271,8 @@ def disk_use(
     total, d = sum(p.numel() for p in model.parameters()), preset['data']
     sizes, names = {e.name: gigabytes(e.size) for e in CATALOGUE}, re.findall(r'llava-med get ([\w.-]+)', ' '.join(preset['needs'].values()))
     made = sum(not c.startswith('llava-med get') and re.search(r'--join|--base', c) is not None for c in preset['needs'].values())
-    learn = {s: trainable_counts(model, s, v.get('lora_rank', 0)) for s, v in plan.items() if s in STAGES}
-    v, pictures = model.config.vision_config, max((x.get('rows', 0) for k, x in d.items() if k in STAGES), default=0)
+    learn = {s: trainable_counts(model, stem_of(s, preset), v.get('lora_rank', 0), v) for s, v in plan.items() if is_trained(s, v, preset)}
+    v, pictures = model.config.vision_config, max(((rows_of(preset, s) or {}).get('rows', 0) for s in [*learn, *STAGES]), default=0)
     return {'downloads': sum(sizes.get(n, 0) for n in names), 'the base that is made of them': 2*total*made/1e9, 'articles and images': float(d.get('disk_gb', 0)),
             'models of the stages': sum(2*total + 2*sum(n.values()) for n in learn.values())/1e9,
             'state to go on from': max((12*sum(n.values()) for n in learn.values()), default=0)/1e9,
@@ -262,21 +291,22 @@ def remote_code(
 # %% ../../nbs/09_lab/03_estimate.ipynb #6bc0c76d
 def make_plan(
     preset:dict, # from read_preset
-)->dict:         # parts, image_tokens, stages, disk, missing, warnings
+)->dict:         # parts, image_tokens, stages, others (of a list of steps, without numbers), disk, missing, warnings
     "Everything that can be said about a preset before it runs."
     parts, model, plan = model_parts(preset), meta_model(real_config(preset)), plan_run(preset, preset['name'])
     for k, v in preset['hardware'].items():
         if k != 'gpu' and (isinstance(v, bool) or not isinstance(v, (int, float)) or v < 0): raise UsageError(f"{preset['file']}: hardware.{k} is {v!r}, and must be a number.")
     template_of(preset)
     stages = {}
-    for step in (s for s in plan if s in STAGES):
-        d = {'text_tokens': 100, 'scored_tokens': 70, **(preset['data'].get(step) or {})}
+    for step in (s for s, v in plan.items() if is_trained(s, v, preset)):
+        d = {'text_tokens': 100, 'scored_tokens': 70, **(rows_of(preset, step) or {})}
         row = model.config.image_seq_length + d['text_tokens']
-        m = stage_memory(model, step, plan[step], preset['hardware'], row, d['scored_tokens'])
+        m = stage_memory(model, stem_of(step, preset), plan[step], preset['hardware'], row, d['scored_tokens'])
         hours, source = stage_hours(model, step, plan[step], preset, m['checkpointing'] == 'on')
         stages[step] = {**m, 'hours': hours, 'source': source, 'processes': plan[step].get('processes', 1)}
     here = [root()/p for p in dict.fromkeys(v.get('base_model') for v in plan.values()) if p and (root()/p).is_dir()]
-    return {'parts': {r['part']: r['parameters'] for r in part_table(model)}, 'config': model.config, 'names': parts, 'stages': stages,
+    others = [s for s in plan if preset['notebooks'] and s not in stages]
+    return {'others': others, 'parts': {r['part']: r['parameters'] for r in part_table(model)}, 'config': model.config, 'names': parts, 'stages': stages,
             'disk': disk_use(preset, model, plan), 'missing': {p: c for p, c in preset['needs'].items() if not (root()/p).exists()},
             'warnings': [f'{f.name}: {w}' for f in here for w in remote_code(f)]}
 
@@ -306,6 +336,7 @@ def plan_text(
                   f"kept {s['kept']:.1f} for {s['tokens']:,} tokens at once (checkpointing {s['checkpointing']})"
                   + ('' if s['fits'] or not h.get('memory_gb') else f"; THAT DOES NOT FIT in {h['memory_gb']} GB: {s['most']:,} tokens would"),
                   '    ' + (f"{s['hours']:.1f} h" if s['hours'] and s['hours'] >= 1 else f"{(s['hours'] or 0)*60:.1f} min" if s['hours'] is not None else 'time') + f" ({s['source']})"]
+    if plan['others']: lines.append('  not counted, since a plan does not know what they train: ' + ', '.join(plan['others']))
     lines += ['', f"disk       {_size(sum(plan['disk'].values()))}: " + ', '.join(f'{k} {_size(v)}' for k, v in plan['disk'].items() if v)]
     lines += ['evidence   ' + '; '.join(f'{k}: {v}' for k, v in preset['evidence'].items() if v)] if preset['evidence'] else []
     lines += ['', 'missing, in this order:'] + [f'  {p:32} {cmd}' for p, cmd in plan['missing'].items()] if plan['missing'] else ['', 'Nothing is missing.']
@@ -403,23 +434,30 @@ def rehearsal_values(
     base:Path,   # the thin model
 )->dict:         # step → parameters
     "The parameters of a rehearsal: the preset's, with few data."
-    plan = plan_run(preset, 'rehearsal')
+    plan = {s: as_planned(v, 'rehearsal') for s, v in plan_run(preset, 'rehearsal').items()}
     bases = {v['base_model'] for v in plan.values() if v.get('base_model')}
     out = {}
     for step, values in plan.items():
         empty = {k: type(values[k])() for k in EMPTY if k in values}
-        new = {k: v for k, v in {**values, **empty, **HERE_ONLY, **REHEARSAL_SIZES.get(step, {})}.items() if k in values and k not in GIVEN}
-        for k in ('base_model', 'start_from'):
-            if new.get(k) in bases: new[k] = str(base)
+        new = {k: v for k, v in {**values, **empty, **HERE_ONLY, **REHEARSAL_SIZES.get(stem_of(step, preset), {})}.items() if k in values and k not in GIVEN}
+        for k in {'base_model', 'start_from', 'models'} & new.keys(): new[k] = mapped(new[k], lambda v: str(base) if v in bases else v)
         if new.get('processes', 1) > 2: new['processes'] = 2
         out[step] = new
     return out
+
+def steps_text(
+    preset:dict, # from read_preset
+)->dict:         # steps and recipes, each only where the preset has them
+    "The list of steps of a preset as another file can hold it."
+    said = origin(preset)
+    if 'notebooks' in said: said['steps'] = [{'name': s, 'notebook': b} for s, b in said.pop('notebooks').items()]
+    return said
 
 def rehearse(
     name:str,            # of a preset, or its path
     run:str|None=None,   # name of the run; default: the preset's and `-rehearsal`
     only:list=(),        # steps to run; empty: all that the preset runs
-    sets:list=(),        # NOTEBOOK.PARAM=VALUE texts
+    sets:list=(),        # STEP.PARAM=VALUE texts
     say=print,           # gets each line of the report
     verbose:bool=False,  # everything that the notebooks print
 )->dict:                 # step → 'kept' or seconds
@@ -431,7 +469,7 @@ def rehearse(
     real_config(preset), template_of(preset)
     say(f"A rehearsal of {preset['name']}: two thin random layers, phantom pictures. Its numbers mean nothing.")
     base = thin_base(preset, folder/'base')
-    said = {'description': f"Rehearsal of {preset['name']}: its numbers mean nothing.", 'parameters': rehearsal_values(preset, base)}
+    said = {'description': f"Rehearsal of {preset['name']}: its numbers mean nothing.", 'parameters': rehearsal_values(preset, base), **steps_text(preset)}
     with replacing(folder/'preset.yaml') as part: part.write_text(json.dumps(said, indent=1), encoding='utf-8')   # JSON is YAML
     return run_pipeline(str(folder/'preset.yaml'), run, only, sets, say, verbose)
 
@@ -439,9 +477,9 @@ def rehearse(
 def evidence_table()->str: # Markdown
     "For each shipped preset: what is measured, what is rehearsed, what was never run."
     rows = ['| preset | what it is | measured | rehearsed | never run |', '|---|---|---|---|---|']
-    for name, path in sorted(presets().items(), key=lambda kv: (not read_preset(kv[0])['evidence'].get('measured'), kv[0])):
+    for name in sorted(presets(), key=lambda n: (not read_preset(n)['evidence'].get('measured'), n)):
         p = read_preset(name)
-        rows.append(f"| [{name}](pipeline/presets/{path.name}) | {p['description']} | " + ' | '.join(p['evidence'].get(k) or '–' for k in ('measured', 'rehearsed', 'never run')) + ' |')
+        rows.append(f"| [{name}](pipeline/presets/{name}.yaml) | {p['description']} | " + ' | '.join(p['evidence'].get(k) or '–' for k in ('measured', 'rehearsed', 'never run')) + ' |')
     return '\n'.join(rows)
 
 def join_base(
