@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'TURNS', 'CHAT_TEMPLATE', 'CONNECTORS', 'PLACE', 'POSITIONS', 'FLATTEN', 'POLITE', 'TEMPLATES',
-           'VISION_MODEL', 'SPARE', 'MODEL_USE', 'LIMITS', 'PARTS', 'train_tokenizer', 'make_processor', 'assemble',
+           'VISION_MODEL', 'SPARE', 'MODEL_USE', 'LIMITS', 'train_tokenizer', 'make_processor', 'assemble',
            'tiny_model', 'few', 'read_tower', 'chat_template', 'prepare_tokenizer', 'grown', 'rows_for', 'tensors_hash',
-           'weights_hash', 'join', 'disk_name', 'for_older_readers', 'new_folder', 'save', 'load', 'write_card',
-           'part_of', 'set_trainable', 'part_table', 'vision_features']
+           'weights_hash', 'join', 'disk_name', 'for_older_readers', 'new_folder', 'save', 'load', 'write_card']
 
 # %% ../../nbs/02_models/03_llava.ipynb #a5d5133b
 import contextlib
@@ -18,6 +17,7 @@ import math
 import os
 import re
 import shutil
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 import torch
@@ -29,6 +29,9 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
                           LlavaProcessor, PreTrainedTokenizerFast)
 from transformers.tokenization_utils_base import AddedToken
 from transformers.utils import logging as hf_logging
+from . import anatomy
+from .anatomy import (PARTS, part_of, part_table, set_trainable,
+                                      vision_features)
 from ..core.runs import BASE_REMEDY, read_json, replacing, write_json, writing
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -123,7 +126,7 @@ def assemble(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
-    if connector == 'linear': _identity(model.model.multi_modal_projector.linear_2)
+    if connector == 'linear': _identity(anatomy.connector(model).linear_2)
     model.generation_config.update(pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id,
                                    eos_token_id=tok.eos_token_id)
     return model.eval()
@@ -321,11 +324,27 @@ def tensors_hash(
     for n, p in state.items(): h.update(n.encode() + p.detach().cpu().float().numpy().tobytes())
     return h.hexdigest()
 
+# %% ../../nbs/02_models/03_llava.ipynb #9e153c3c
+_HASHES = weakref.WeakKeyDictionary()   # module → (its tensors, what they looked like, hash)
+
+def _looks(p):
+    "What changes when a tensor does, as far as can be seen without reading it all."
+    some = p.detach().flatten()[::max(1, p.numel()//64)].double().sum().item() if p.numel() else 0
+    return p.data_ptr(), p._version, tuple(p.shape), p.dtype, p.device, some
+
 def weights_hash(
     module:torch.nn.Module, # a model or a part of one
 )->str:                     # SHA-256 of names and values
-    "A hash that changes with any weight, whatever its device and number format."
-    return tensors_hash(module.state_dict())
+    "A hash that changes with any weight, whatever its device and number format; free while nothing changes."
+    state = module.state_dict(keep_vars=True)
+    known = all(type(p) in (torch.Tensor, nn.Parameter) and not p.is_inference() for p in state.values())
+    looks = {n: _looks(p) for n, p in state.items()} if known else None
+    tensors, before, digest = _HASHES.get(module, ((), None, ''))
+    same = known and looks == before and all(r() is p for r, p in zip(tensors, state.values()))
+    if same: return digest
+    digest = tensors_hash(state)
+    if known: _HASHES[module] = [weakref.ref(p) for p in state.values()], looks, digest
+    return digest
 
 # %% ../../nbs/02_models/03_llava.ipynb #6a3a6336
 def join(
@@ -375,14 +394,15 @@ def _joined(tower, lm, processor, connector, layers, seed):
     "Put a tower and a language model into a LLaVA whose projector is new."
     config = _config(tower.config, lm.config, processor, connector, layers)
     with torch.device('meta'): model = LlavaForConditionalGeneration(config)
-    body = model.model
-    if type(body.language_model) is not type(lm.base_model):
+    if type(anatomy.decoder(model)) is not type(lm.base_model):
         raise ValueError(f'The body of {type(lm).__name__} is no model of its own, so it cannot be put into a LLaVA.')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        body.multi_modal_projector = type(body.multi_modal_projector)(config).to(lm.dtype)
-    if connector == 'linear': _identity(body.multi_modal_projector.linear_2)
-    body.vision_tower, body.language_model, model.lm_head.weight = tower, lm.base_model, lm.get_output_embeddings().weight
+        new = type(anatomy.connector(model))(config).to(lm.dtype)
+    if connector == 'linear': _identity(new.linear_2)
+    parts = dict(vision_tower=tower, projector=new, language_model=lm.base_model)
+    for part, module in parts.items(): anatomy.put_part(model, part, module)
+    anatomy.head(model).weight = lm.get_output_embeddings().weight
     model.config.vision_config, model.config.text_config = tower.config, lm.config
     model.generation_config = copy.deepcopy(lm.generation_config)
     tok = processor.tokenizer
@@ -459,7 +479,7 @@ def save(
     def one(v):   # tied weights stay tied
         if dtype and v.is_floating_point(): v = cast.setdefault(v.data_ptr(), v.to(getattr(torch, dtype)))
         return v
-    old, new = 'model.vision_tower.', 'model.vision_tower.' + 'vision_model.'*(kind in VISION_MODEL)
+    old, new = PARTS['vision_tower'], PARTS['vision_tower'] + 'vision_model.'*(kind in VISION_MODEL)
     state = {n if n.startswith(new) else n.replace(old, new, 1): one(v) for n, v in (state or model.state_dict()).items()}
     with new_folder(path) as tmp:
         model.save_pretrained(tmp, state_dict=state)
@@ -570,76 +590,3 @@ def write_card(
                   f"processor = AutoProcessor.from_pretrained('{folder.name}')", '```', '']
     with replacing(folder/'README.md') as part: Path(part).write_text('\n'.join(lines), encoding='utf-8')
     return folder/'README.md'
-
-# %% ../../nbs/02_models/03_llava.ipynb #c86158f0
-PARTS = {'vision_tower': 'model.vision_tower.', 'projector': 'model.multi_modal_projector.',
-         'language_model': ('model.language_model.', 'lm_head.')}
-
-def part_of(
-    name:str, # of a parameter
-)->str:       # key of `PARTS`
-    "The part of the model to which a parameter belongs; raises KeyError for a stranger."
-    for part, prefix in PARTS.items():
-        if name.startswith(prefix): return part
-    raise KeyError(f"Parameter '{name}' belongs to none of {list(PARTS)}.")
-
-def set_trainable(
-    model:LlavaForConditionalGeneration, # changed in place
-    parts:Iterable,                      # names from `PARTS`
-)->int:                                  # number of trainable parameters
-    "Freeze all parts but those named; raises ValueError for an unknown part."
-    unknown = set(parts) - set(PARTS)
-    if unknown: raise ValueError(f'Unknown part {sorted(unknown)}; known: {list(PARTS)}.')
-    for n, p in model.named_parameters(): p.requires_grad_(part_of(n) in parts)
-    if model.config.projector_hidden_act == 'linear':   # the identity stays the identity
-        model.model.multi_modal_projector.linear_2.requires_grad_(False)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-def part_table(
-    model:LlavaForConditionalGeneration, # with parts frozen or not
-)->list:                                 # dicts part, parameters, trainable
-    "Parameters of each part, and how many of them learn."
-    rows = {p: dict(part=p, parameters=0, trainable=0) for p in PARTS}
-    for n, p in model.named_parameters():
-        rows[part_of(n)]['parameters'] += p.numel()
-        rows[part_of(n)]['trainable'] += p.numel()*p.requires_grad
-    return list(rows.values())
-
-# %% ../../nbs/02_models/03_llava.ipynb #3c50a510
-class _Enough(Exception): "Raised inside a tower when the last layer that is needed has spoken."
-
-def _layer_outputs(tower, layers, px):
-    "Outputs of some layers of a tower; those above the highest are not computed. None where the tower hides its layers."
-    blocks = next((m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == tower.config.num_hidden_layers), None)
-    if blocks is None: return None
-    caught = {}
-    def catch(i, out):
-        caught[i] = out[0] if isinstance(out, tuple) else out
-        if i == max(layers): raise _Enough
-    hooks = [blocks[i - 1].register_forward_hook(lambda m, given, out, i=i: catch(i, out)) for i in set(layers)]
-    try: tower(px)
-    except _Enough: pass
-    finally:
-        for h in hooks: h.remove()
-    return [caught[i] for i in layers]
-
-def vision_features(
-    model:LlavaForConditionalGeneration, # its tower is used
-    pixel_values:torch.Tensor,           # (n, 3, height, width)
-    batch_size:int=256,                  # pictures at once
-    graph:bool=False,                    # keep the graph of a tower that learns
-)->torch.Tensor:                         # (n, patches, width of the tower)
-    "Patch vectors of the vision tower, before the projector; layers above the one that is used are not computed."
-    c, device, tower = model.config, model.device, model.model.vision_tower
-    chosen = [c.vision_feature_layer] if isinstance(c.vision_feature_layer, int) else list(c.vision_feature_layer)
-    n, first = getattr(tower.config, 'num_hidden_layers', -1), 1 if c.vision_feature_select_strategy == 'default' else 0
-    inner = [i if i >= 0 else n + 1 + i for i in chosen]
-    last = chosen == [-1] and tower.config.model_type == 'clip_vision_model'      # whose last layer is handed over as it is
-    def one(px):
-        px = px.to(device, model.dtype)
-        if all(0 < i < n for i in inner) and (outs := _layer_outputs(tower, inner, px)): return torch.cat([o[:, first:] for o in outs], -1)
-        out = tower(px, output_hidden_states=not last)
-        if last: return out.last_hidden_state[:, first:]
-        return torch.cat([out.hidden_states[i][:, first:] for i in chosen], -1)
-    with torch.set_grad_enabled(graph and any(p.requires_grad for p in tower.parameters())):
-        return torch.cat([one(px) for px in pixel_values.split(batch_size)])

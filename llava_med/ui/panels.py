@@ -252,7 +252,7 @@ def rows_of_losses(
     for place in ('.checkpoint', '..checkpoint.old'):
         with suppress(OSError, ValueError, KeyError): rows = rows or [dict(step=r['step'], loss=r['loss']) for r in read_json(folder/place/'progress.json')['rows']]
     last = rows[-1]['step'] if rows else -1
-    found = (re.match(r'step (\d+): loss ([\d.]+)', x) for x in printed_lines(folder))
+    found = (re.match(r'step (\d+)[^:]*: loss ([\d.]+)', x) for x in printed_lines(folder))
     return rows + [dict(step=int(m[1]), loss=float(m[2])) for m in found if m and int(m[1]) > last]
 
 def printed_lines(
