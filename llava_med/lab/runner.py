@@ -246,11 +246,9 @@ def check_stage(
 )->None:
     "Refuse a stage that training would refuse; raises UsageError with its sentence."
     if not values: return
-    from llava_med.train import loop
-    make = getattr(loop, 'stage_record', None)
-    if make is None: return
+    from llava_med.train.loop import STEP_STAGES, stage_record   # here, since it brings PyTorch along
     import_recipes(recipes)
-    try: make(getattr(loop, 'STEP_STAGES', {}).get(notebook, notebook), **values)
+    try: stage_record(STEP_STAGES.get(notebook, 'stage2'), **values)
     except (ValueError, TypeError) as e: raise UsageError(f'{step}.stage: {e}') from None
 
 def check_stages(
