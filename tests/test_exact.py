@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from llava_med.generate.answers import partners, predict
+from llava_med.evaluate.conditions import partners
+from llava_med.evaluate.subjects import predict
 from llava_med.models.llava import tiny_model
 from llava_med.core.runs import read_jsonl, write_csv
 from llava_med.evaluate.exact import (SCORE_COLUMNS, HEAD, SLICE_KEYS, marks, score_table, strict,
