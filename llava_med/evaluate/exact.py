@@ -69,7 +69,8 @@ def slice_keys(
     "The tags that scores are sliced by; UnknownName where no item has one, ScoreError for too many values."
     own = {k for o in items for k in o.get('tags') or {}} | set(SLICE_KEYS)
     own |= {k for o in items for k, v in o.items() if k not in _NO_TAGS and isinstance(v, (str, int, float))}
-    known = Registry('tag', **{k: k for k in own if any(item_tag(o, k) for o in items)})
+    known = Registry('tag')
+    known.update({k: k for k in own if any(item_tag(o, k) for o in items)})
     new = [known.named(k, 'slices') for k in dict.fromkeys(more) if k not in SLICE_KEYS]
     for k in new:
         n = len({item_tag(o, k) for o in items})
@@ -210,9 +211,14 @@ def limits(
 def cluster_codes(
     d:pd.DataFrame, # with a column `image`, and `cluster` where there is one
 )->np.ndarray:      # number of each row's cluster, from 0
-    "Which rows are drawn together: those of one cluster, or of one image where no clusters are known."
+    "Which rows are drawn together: those of one cluster; ScoreError for an image that is of two."
     codes, _ = pd.factorize(d['image'], sort=True)
     if 'cluster' not in d or not len(d): return codes
+    both = d[['image', 'cluster']].drop_duplicates()
+    twice = both[both['image'].duplicated(keep=False)]
+    if len(twice): raise ScoreError(
+        f'The image {twice["image"].iloc[0]!r} is of {" and ".join(map(repr, sorted(twice["cluster"])[:2]))}; '
+        'give all questions about an image one patient or cluster.')
     first = pd.Series(codes).groupby(d['cluster'].to_numpy()).min().sort_values(kind='stable')
     return pd.Index(first.index).get_indexer(d['cluster'])
 

@@ -201,8 +201,8 @@ def _merge(out_fn, state):
 def _records(who, items, shown, head, prompt_of, settings):
     "Log lines without answers, in the order of the items; what cannot be asked has its error."
     rows, hashes, who_is = [], {}, who.fingerprint()
-    rest = dict(item_hash=None, prompt_hash=None, seconds=None, error=None,
-                settings_hash=short_hash(json.dumps(settings, sort_keys=True)))
+    how = short_hash(json.dumps(settings, sort_keys=True))
+    rest = dict(item_hash=None, prompt_hash=None, settings_hash=how, seconds=None, error=None)
     for o in items:
         row = dict(head, item=o['id'], prompt=None, text=None, **who_is, **rest)
         rows.append(row)
