@@ -22,11 +22,12 @@ from transformers import AutoProcessor
 from ..core.runs import (file_hash, folder_hash, from_root, progress, read_jsonl, root, run_dir,
                                  write_csv, writing)
 from ..data.conversations import DETAILED_PROMPTS
+from ..data.vqa import item_question
 from .conditions import Pool, condition_images
 from ..generate.answers import _key, answer, option_logprobs, short_hash
 from ..generate.api import Endpoint
-from ..generate.prefix_cache import chat
 from ..models.llava import load, weights_hash
+from ..models.templates import chat
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #4b184664
 def prompt_hash(
@@ -207,7 +208,7 @@ def _records(who, items, shown, head, prompt_of, settings):
         row = dict(head, item=o['id'], prompt=None, text=None, **who_is, **rest)
         rows.append(row)
         try:
-            row['prompt'] = prompt_of(o) if prompt_of else o['question']
+            row['prompt'] = (prompt_of or item_question)(o)
             key = tuple(map(_key, shown[o['id']])), json.dumps(o.get('options') or None)
             if key not in hashes: hashes[key] = item_hash(o, shown[o['id']])
             text = who.render(row['prompt'], len(shown[o['id']]))
@@ -243,7 +244,7 @@ def predict(
     max_new_tokens:int=24, # longest answer
     batch_size:int=64,    # questions decoded together
     model_hash:str='',    # hash of the weights; computed if empty
-    prompt_of:Callable=None, # prompt of an item; its question if None
+    prompt_of:Callable=None, # prompt of an item; its question, options included, if None
 )->dict:                  # asked, answered before, errors, seconds, and the keys of all lines
     "Append the answers of one model under one condition to a prediction log."
     is_subject = hasattr(model, 'fingerprint')
@@ -312,11 +313,20 @@ class Chooser(LocalModel):
         model,                # as in `LocalModel`
         processor=None,       # as in `LocalModel`
         per_token:bool=False, # compare the mean log-probability of a token instead of the sum
+        options:tuple=(),     # replies for items without options; not listed in the prompt
         **kw,                 # further arguments of `LocalModel`
     ):
         super().__init__(model, processor, **kw)
-        self.per_token = per_token
-        self.settings = 'most probable option' + (' per token' if per_token else '')
+        self.per_token, self.options = per_token, list(options)
+        self.settings = ('most probable option' + (' per token' if per_token else '')
+                         + (f' of {", ".join(options)}' if options else ''))
+    def choices(self,
+        item:dict, # VQA item
+    )->list:       # replies to choose from
+        "The options of an item, or those of this chooser; ValueError where there are none."
+        found = list(item.get('options') or self.options)
+        if not found: raise ValueError(f'Item {item["id"]!r} has no options; ask it in words.')
+        return found
     def generate(self,
         items:list, images:list, prompts:list, # of each question the item, what is shown and asked
         max_new_tokens:int=0, # of no effect
@@ -324,12 +334,10 @@ class Chooser(LocalModel):
     ):                        # lists of (place, fields of the log line)
         "The chosen option, the choice of the other rule, and the log-probabilities of all."
         def ask(places):
-            for i in places:
-                if not items[i].get('options'): raise ValueError(
-                    f'Item {items[i]["id"]!r} has no options; ask it in words.')
-            got = self.loglikelihood([images[i] for i in places], [prompts[i] for i in places],
-                                     [items[i]['options'] for i in places], batch_size)
-            return [self._fields(items[i]['options'], o) for i, o in zip(places, got)]
+            options = [self.choices(items[i]) for i in places]
+            shown, asked = [images[i] for i in places], [prompts[i] for i in places]
+            got = self.loglikelihood(shown, asked, options, batch_size)
+            return [self._fields(o, scores) for o, scores in zip(options, got)]
         yield _try(ask, range(len(prompts)))
     def _fields(self, options, scores):
         best = {'sum': max(range(len(options)), key=lambda i: scores[i][0]),

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaForConditionalGeneration
+from .anatomy import connector, decoder, has_identity
 from .llava import few, load, new_folder, save, tensors_hash
 from ..core.runs import read_json, write_json
 
@@ -23,8 +24,9 @@ def lora_targets(
     model:LlavaForConditionalGeneration, # whose language model is adapted
 )->str:                                  # a regular expression for `peft`
     "The linear layers of the language model, and none of the tower or the projector."
-    inside = {n for n, m in model.model.language_model.named_modules() if isinstance(m, nn.Linear)}
-    if not inside: raise ValueError(f'{type(model.model.language_model).__name__} has no linear layers that an adapter could change.')
+    lm = decoder(model)
+    inside = {n for n, m in lm.named_modules() if isinstance(m, nn.Linear)}
+    if not inside: raise ValueError(f'{type(lm).__name__} has no linear layers that an adapter could change.')
     return rf"(?:.*\.)?language_model\..*\.({'|'.join(sorted({n.split('.')[-1] for n in inside}))})"
 
 def base_hash(
@@ -52,7 +54,7 @@ def add_lora(
 )->PeftModel:                            # gives the same logits as before, until it is trained
     "Put a new adapter on the language model."
     if rank < 1: raise ValueError(f'rank {rank} is no number of columns; choose 1 or more.')
-    linear = model.config.projector_hidden_act == 'linear'     # whose second layer is the identity and stays so
+    linear = has_identity(model)     # whose second layer stays as it is
     whole = ['multi_modal_projector.linear_1' if linear else 'multi_modal_projector'] if projector else None
     record = getattr(model, 'base_record', None) or dict(base=base_hash(model), source=str(getattr(model.config, '_name_or_path', '') or ''))
     config = LoraConfig(r=rank, lora_alpha=alpha or 2*rank, lora_dropout=dropout, target_modules=lora_targets(model),
@@ -136,6 +138,6 @@ def load_quantised(
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
                              llm_int8_skip_modules=['vision_tower', 'multi_modal_projector', 'lm_head'])
     model = AutoModelForImageTextToText.from_pretrained(path, quantization_config=how, device_map={'': device}, dtype=torch.bfloat16)
-    model.model.multi_modal_projector.float()
+    connector(model).float()
     model.base_record = record
     return model.eval(), processor

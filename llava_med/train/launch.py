@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save_file
 import llava_med
 from ..models.adapters import add_lora, attach
 from .memory import free_bytes, plan_memory
-from ..models.llava import set_trainable
+from ..models.anatomy import set_trainable
+from .objectives import as_objective, load_modules, save_modules
 from .distributed import SHARDINGS, Job, TrainingError, whole_weights
 from ..core.runs import read_json, replacing, write_json, writing
-from .loop import Stage, TensorBoard, fit, watch
+from .loop import TensorBoard, fit, watch
 
 # %% ../../nbs/04_train/10_launch.ipynb #ec6e4c3c
 def write_job(
@@ -69,11 +70,13 @@ def work(
     try:
         model, arguments = read_job(folder)
         tell = lambda r: print(ROW_MARK + json.dumps(r), flush=True)
-        rows = fit(model, report=tell, **arguments)
+        objective = as_objective(arguments.pop('objective', None) or arguments['stage'].objective)
+        rows = fit(model, report=tell, objective=objective, **arguments)
         acc = Accelerator(cpu=arguments.get('cpu', True))
         learned = whole_weights(Job(model.get_base_model() if hasattr(model, 'peft_config') else model, None))
         if acc.is_main_process:
             with replacing(folder/'learned.safetensors') as part: save_file({k: v.contiguous().clone() for k, v in learned.items()}, part)
+            save_modules(objective, folder/'modules.safetensors')
             write_json(folder/'rows.json', rows)
         acc.wait_for_everyone()
         acc.end_training()
@@ -112,17 +115,14 @@ def launch(
     if processes < 1: raise ValueError(f'processes is {processes}; it must be at least 1.')
     if not arguments.get('cpu', True) and processes > torch.cuda.device_count():
         raise ValueError(f'processes is {processes}, but there are {torch.cuda.device_count()} GPUs here; each process needs one.')
+    arguments['objective'] = as_objective(arguments.get('objective') or stage.objective)
     folder = write_job(folder, model, samples=samples, collate=collate, stage=stage, seed=seed, **arguments)
     path = os.pathsep.join(filter(None, [str(Path(llava_med.__file__).parents[1]), os.environ.get('PYTHONPATH')]))
     env = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': str(threads), 'TOKENIZERS_PARALLELISM': 'false',
            **({'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''} if arguments.get('cpu', True) else {})}
     with writing(folder), open(folder/'output.txt', 'w+', encoding='utf-8') as errors:
         p = subprocess.Popen(launch_command(folder, processes), stdout=subprocess.PIPE, stderr=errors, text=True, encoding='utf-8', env=env)
-        try:
-            for line in p.stdout:
-                if line.startswith(ROW_MARK):
-                    for tell in (report if isinstance(report, tuple) else (report,)) if report else (): tell(json.loads(line[1:]))
-            p.wait()
+        try: _relay(p, report)
         finally: _end(p)
         if not (folder/'rows.json').exists(): raise TrainingError(_why(folder, processes))   # written last; what happens after it does no harm
     inner = model.get_base_model() if hasattr(model, 'peft_config') else model
@@ -131,15 +131,27 @@ def launch(
         for n, w in inner.named_parameters():
             if n in learned: w.data = learned[n].to(w.device)
     model.eval()
+    if (folder/'modules.safetensors').exists(): load_modules(arguments['objective'], folder/'modules.safetensors')
     rows = read_json(folder/'rows.json')
     shutil.rmtree(folder, ignore_errors=True)
     return rows
+
+def _relay(p, report):
+    "Hand every row of a launched training on, and print what it says by itself."
+    reports = report if isinstance(report, tuple) else (report,) if report else ()
+    with contextlib.ExitStack() as stack:
+        for r in reports:
+            if hasattr(r, '__enter__'): stack.enter_context(r)
+        for line in p.stdout:
+            if not line.startswith(ROW_MARK): continue
+            for tell in reports: tell(json.loads(line[1:]))
+        p.wait()
 
 def _why(folder, processes):
     "One sentence about a training that failed."
     errors = (folder/'error.txt').read_text(encoding='utf-8').splitlines() if (folder/'error.txt').exists() else []
     own = [e for e in errors if not re.search('gloo|NCCL|Connection (reset|closed)|distributed', e)]   # the others lost a companion
-    if own: return own[0].removeprefix('TrainingError: ')
+    if own: return own[0].removeprefix('TrainingError: ').removeprefix('ValueError: ')
     killed = re.findall(r'exitcode\s*:\s*(-\d+)', (folder/'output.txt').read_text(encoding='utf-8', errors='replace'))
     return (f'One of {processes} processes ended by itself{f" (signal {killed[0][1:]})" if killed else ""}, perhaps for want of memory; '
             f'what they printed is in {folder/"output.txt"}. Started again, training goes on from its last checkpoint.')
@@ -160,6 +172,10 @@ def train(
 )->tuple:              # model (with the adapter, if any), rows of losses
     "Train a stage as the machine allows, after measuring what fits."
     folder, device = Path(folder), next(model.parameters()).device
+    more['objective'] = objective = as_objective(more.get('objective') or stage.objective)
+    if threads > 1 and processes == 1 and objective.unit == 'batch':
+        print('This objective is a loss of the whole batch, so one process takes it.')
+        threads = 1
     if processes < 1: raise ValueError(f'processes is {processes}; it must be at least 1.')
     if (kind := more.get('sharding', 'none')) not in SHARDINGS: raise ValueError(f"sharding is '{kind}'; known: {', '.join(SHARDINGS)}.")
     if lora_rank: model = add_lora(model, lora_rank, lora_alpha or None, projector='projector' in stage.parts, seed=seed)
@@ -169,7 +185,7 @@ def train(
     memory = plan_memory(inner, samples, collate, checkpointing, batch_tokens, more.get('bf16', False),
                          free_bytes(device)//(parts if device.type == 'cpu' else 1), processes if more.get('sharding') == 'fsdp' else 1)
     print(f'Memory: {memory}.')
-    report = report or (watch(100), TensorBoard(folder/'logs'))
+    report = report or (watch(), TensorBoard(folder/'logs'))
     arguments = dict(checkpoint=folder/'.checkpoint', memory=memory, cpu=device.type == 'cpu', **more)
     if processes > 1: rows = launch(processes, folder/'.job', model, samples, collate, stage, seed, report, threads, **arguments)
     else: rows = fit(model, samples, collate, stage, seed, report=report, workers=threads, **arguments)

@@ -16,7 +16,7 @@ import ipywidgets as W
 import numpy as np
 import psutil
 
-from ..data.conversations import DOMAINS, IMAGE, read_records, turns_of
+from ..data.conversations import DOMAINS, IMAGE, images_of, read_records, turns_of
 from ..data.images import ImageError, open_image
 from ..core.runs import (SERIES_COLOURS, clock, figure_bytes, figure_style, now, read_json,
     read_jsonl, run_dir, write_jsonl)
@@ -44,7 +44,7 @@ def facets(
         lines, what = [(t['from'], t['value'].replace(IMAGE, '').strip()) for t in turns_of(record)], many(tags.get('question_types'))
     elif 'question' in record: lines, what = [('question', record['question']), ('answer', str(record['answer']))], many(tags.get('question_type'))
     else: lines, what = [('caption', record.get('caption') or ''), *(('mention', m['text']) for m in record.get('mentions') or [])], []
-    return dict(modality=kinds, type=list(dict.fromkeys(what)), image=record.get('image') or next(iter(record.get('images') or []), None), lines=lines)
+    return dict(modality=kinds, type=list(dict.fromkeys(what)), image=next(iter(images_of(record) or record.get('images') or []), None), lines=lines)
 
 class Browse(Panel):
     "Turn over the records of a run, with filters."
@@ -252,7 +252,7 @@ def rows_of_losses(
     for place in ('.checkpoint', '..checkpoint.old'):
         with suppress(OSError, ValueError, KeyError): rows = rows or [dict(step=r['step'], loss=r['loss']) for r in read_json(folder/place/'progress.json')['rows']]
     last = rows[-1]['step'] if rows else -1
-    found = (re.match(r'step (\d+): loss ([\d.]+)', x) for x in printed_lines(folder))
+    found = (re.match(r'step (\d+)[^:]*: loss ([\d.]+)', x) for x in printed_lines(folder))
     return rows + [dict(step=int(m[1]), loss=float(m[2])) for m in found if m and int(m[1]) > last]
 
 def printed_lines(
