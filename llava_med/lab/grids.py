@@ -449,7 +449,7 @@ def over_seeds(
     groups = {}
     for r in rows:
         if r.get('value') in (None, ''): continue
-        same = {k: v for k, v in r.items() if k not in ('run', 'seed', 'state', 'value', 'low', 'high', 'n_items', 'n_images')}
+        same = {k: v for k, v in r.items() if k not in ('run', 'seed', 'state', 'value', 'low', 'high', 'n_items', 'n_images', 'n_clusters')}
         groups.setdefault(json.dumps(same, default=str), (same, []))[1].append(float(r['value']))
     out = []
     for same, x in groups.values():
