@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .conversations import DOMAINS, IMAGE, turns_of
+from .conversations import DOMAINS, IMAGE, images_of, turns_of
 from .images import ImageError, open_image
 from ..core.runs import SERIES_COLOURS, replacing
 
@@ -70,7 +70,7 @@ def modality_rows(
     images, asked = {}, Counter()
     for r in records:
         for d in [d for d in DOMAINS if (r.get('domain') or {}).get(d)] or ['none named']:
-            if r.get('image'): images.setdefault(d, set()).add(r['image'])
+            if shown := images_of(r): images.setdefault(d, set()).update(shown)
             asked[d] += len(turns_of(r))//2
     names = [*DOMAINS, *(['none named'] if asked['none named'] else [])]
     return [dict(modality=d, images=len(images.get(d, ())), questions=asked[d]) for d in names]
@@ -161,7 +161,8 @@ def sample_page(
     chosen = choose(figures, n, seed)
     about = {f['image']: [] for f in chosen if f.get('image')}
     for r in records:
-        if r.get('image') in about: about[r['image']].append(r)
+        for n in images_of(r):
+            if n in about: about[n].append(r)
     body = ''.join(_article(i, f, about.get(f.get('image'), []), images, side) for i, f in enumerate(chosen, 1))
     kinds = sorted({k for f in chosen for k, v in (f.get('modalities') or {}).items() if v})
     options = ''.join(f'<option value="{_text(k)}">{_text(k.replace("_", " "))}</option>' for k in kinds)

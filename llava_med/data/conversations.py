@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE', 'DOMAINS', 'CUT_WORDS', 'BRIEF_PROMPTS', 'DETAILED_PROMPTS', 'RANK', 'ABOUT', 'REPORT', 'NOT_VISIBLE', 'LEAD',
-           'POINTER', 'OVERALL', 'RecordError', 'turns_of', 'fault', 'image_fault', 'stream_json', 'stream_records',
-           'read_records', 'one_spelling', 'write_records', 'to_messages', 'record_id', 'rng_of', 'frame',
-           'alignment_record', 'Turn', 'facts_told', 'turn', 'leaks', 'without_leaks', 'compose', 'excess',
+           'POINTER', 'OVERALL', 'RecordError', 'turns_of', 'images_of', 'fault', 'image_fault', 'stream_json',
+           'stream_records', 'read_records', 'one_spelling', 'write_records', 'to_messages', 'record_id', 'rng_of',
+           'frame', 'alignment_record', 'Turn', 'facts_told', 'turn', 'leaks', 'without_leaks', 'compose', 'excess',
            'rarer_twin', 'short_turns', 'is_denial', 'place_of', 'describe', 'noun_phrase', 'report_turn', 'sentences',
            'visible_statement', 'named_modalities', 'general_turns', 'with_errors', 'TemplateGenerator',
            'instruct_record', 'instruct_records', 'swap_texts']
@@ -41,6 +41,14 @@ def turns_of(
     "The turns of a record, whichever way its key is spelt."
     return record.get('conversations', record.get('conversatons'))
 
+def images_of(
+    record:dict, # a conversation record
+)->list:         # image names, in the order of the marks; empty where it names none
+    "The images of a record, whether it names one, lists several, or has none."
+    image = record.get('image')
+    if isinstance(image, list): return list(image)
+    return [image] if image else []
+
 # %% ../../nbs/03_data/08_conversations.ipynb #a0c116c5
 def fault(
     record, # anything that was found in a file
@@ -62,14 +70,19 @@ def image_fault(
     record:dict,  # a record whose turns are sound
     counts:list,  # how often each turn says <image>
 )->str:           # what is wrong, or ''
-    "Say what is wrong with the image of a record and its place in the text."
-    image = record.get('image')
-    if isinstance(image, list) and len(image) != 1:
-        return f'lists {len(image)} images: one image a record is read'
-    image = image[0] if isinstance(image, list) else image
-    if image is None: return '' if not sum(counts) else f"says {IMAGE} but names no 'image'"
-    if not isinstance(image, str) or not image: return "has an 'image' that is no file name"
-    if counts[0] == 1 and sum(counts) == 1: return ''
+    "Say what is wrong with the image of a record, or its images, and their places in the text."
+    image, marks = record.get('image'), sum(counts)
+    images = image if isinstance(image, list) else [image]*(image is not None)
+    if image == []: return "has an empty list 'image'"
+    named = all(isinstance(n, str) and n for n in images)
+    if not named: return "has an 'image' that is no file name"
+    if not images: return '' if not marks else f"says {IMAGE} but names no 'image'"
+    if sum(counts[1::2]): return f'has {IMAGE} in an answer'
+    if len(images) > 1 and marks != len(images):
+        return (f'names {len(images)} images and has {marks} marks {IMAGE}: '
+                'each image needs one, in the same order')
+    if len(images) > 1: return ''
+    if counts[0] == 1 and marks == 1: return ''
     return (f'has {IMAGE} {counts[0]} times in its first question and {sum(counts[1:])} times '
             'later: once and never is right')
 
@@ -110,11 +123,11 @@ def read_records(
 
 def one_spelling(
     record:dict, # a sound record
-)->dict:         # the same with `conversations`, and `image` as one name
-    "A copy of a record with the usual key and one image name."
+)->dict:         # the same with `conversations`, and `image` as a name or a list of several
+    "A copy of a record with the usual key; a list of one image becomes its name."
     r = {k: v for k, v in record.items() if k != 'conversatons'}
     r['conversations'] = turns_of(record)
-    if isinstance(r.get('image'), list): r['image'] = r['image'][0]
+    if isinstance(r.get('image'), list) and len(r['image']) == 1: r['image'] = r['image'][0]
     return r
 
 # %% ../../nbs/03_data/08_conversations.ipynb #b3e7587d
@@ -134,16 +147,23 @@ def write_records(
 # %% ../../nbs/03_data/08_conversations.ipynb #7f981702
 def to_messages(
     record:dict, # a conversation record
-)->list:         # messages for processor.apply_chat_template
-    "The conversation as chat messages, with the image as an item of its own."
-    messages = []
-    for t in turns_of(record):
-        text, before = t['value'], t['value'].lstrip().startswith(IMAGE)
-        content = [{'type': 'text', 'text': text.replace(IMAGE, '').strip()}]
-        if IMAGE in text: content.insert(0 if before else 1, {'type': 'image'})
-        role = 'user' if t['from'] == 'human' else 'assistant'
-        messages.append({'role': role, 'content': content})
-    return messages
+)->list:         # messages for a chat template
+    "The conversation as chat messages, with each image as a part of its own, where it stands."
+    role = dict(human='user', system='system')
+    return [{'role': role.get(t['from'], 'assistant'), 'content': _parts(t['value'].strip())}
+            for t in turns_of(record)]
+
+def _parts(text):
+    "Image and text parts of a turn; a line break between an image and its text is no text."
+    pieces = text.split(IMAGE)
+    words = [i for i, p in enumerate(pieces) if p.strip()] or [len(pieces) - 1]
+    out = []
+    for i, p in enumerate(pieces):
+        if i: out.append({'type': 'image'})
+        if i == words[0]: p = p.lstrip()
+        if i == words[-1]: p = p.rstrip()
+        if i in words: out.append({'type': 'text', 'text': p})
+    return out
 
 # %% ../../nbs/03_data/08_conversations.ipynb #6d07d9f7
 CUT_WORDS = 30

@@ -16,7 +16,7 @@ from pathlib import Path, PureWindowsPath
 
 import ijson
 
-from .conversations import DOMAINS, IMAGE, RecordError, fault, one_spelling, stream_json, turns_of
+from .conversations import DOMAINS, IMAGE, RecordError, fault, images_of, one_spelling, stream_json, turns_of
 from .images import ImageError, image_size
 from .jats import figure_numbers
 from ..core.runs import read_jsonl, replacing
@@ -300,10 +300,10 @@ def with_images(
     "Records whose images are there; what is missing is listed, never replaced."
     look = folder if isinstance(folder, ImageFolder) else ImageFolder(folder)
     for r in records:
-        image = r.get('image')
-        image = image[0] if isinstance(image, list) and len(image) == 1 else image
-        why = '' if image is None else look.why_not(image) if isinstance(image, str) and image else 'it is no file name'
-        if why: missing.append(dict(id=r.get('id'), image=image, reason=why))
+        names = images_of(r) or [n for n in [r.get('image')] if n is not None]
+        found = {str(n): look.why_not(n) if isinstance(n, str) and n else 'it is no file name' for n in names}
+        gone = [n for n, why in found.items() if why]
+        if gone: missing.append(dict(id=r.get('id'), image=gone[0], reason=found[gone[0]]))
         else: yield r
 
 def missing_words(
@@ -348,8 +348,8 @@ def training_records(
         nonlocal n
         for n, r in enumerate(read_llava_file(path, faults), 1): yield r
     def placed(r):
-        name = r.get('image')
-        return r | dict(image=str(folder/(name[0] if isinstance(name, list) else name))) if name else r
+        paths = [str(folder/n) for n in images_of(r)]
+        return r | dict(image=paths[0] if len(paths) == 1 else paths) if paths else r
     found = [placed(r) for r in with_images(counted(), folder, missing)]
     said = (f'{path.name}: ' + missing_words(missing, n) + (f" {len(faults)} more cannot be read, the first, {faults[0]['record']}: {faults[0]['reason']}" if faults else ''))
     if not found: raise RecordError(f'{path}: no record can be used. {said}')

@@ -32,9 +32,15 @@ def _features():
 def pictures(
     records:Iterable, # conversation or figure records
 )->Iterator:          # (image or None, its records)
-    "Records grouped by picture, where those of one picture stand together; each record without one stands alone."
+    "Records grouped by picture, each without one alone; ShardError where a record has several."
     places = itertools.count()
-    for (image, _), group in itertools.groupby(records, lambda r: (r.get('image'), None if r.get('image') else next(places))):
+    def place(r):
+        image = r.get('image')
+        if isinstance(image, list) and len(image) > 1: raise ShardError(
+            f"Record '{r.get('id')}' has {len(image)} images, and a row of a shard holds one; "
+            'train on its JSON file.')
+        return image, None if image else next(places)
+    for (image, _), group in itertools.groupby(records, place):
         yield image, list(group)
 
 # %% ../../nbs/03_data/12_shards.ipynb #c7f5059f

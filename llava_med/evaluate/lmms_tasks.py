@@ -13,6 +13,7 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
+from ..data.vqa import item_question
 from ..data.vqa_readers import read_vqa
 from ..core.runs import replacing, writing
 from .scorers import SCORERS
@@ -56,9 +57,9 @@ def doc_text(
     doc:dict, # a row
     lmms_eval_specific_kwargs:dict|None=None, # pre_prompt and post_prompt
 )->str:       # what is asked
-    "The question of a row, with what stands around it."
+    "The question of a row, its options included, with what stands around it."
     around = lmms_eval_specific_kwargs or {}
-    return around.get('pre_prompt', '') + doc['question'] + around.get('post_prompt', '')
+    return around.get('pre_prompt', '') + item_question(doc) + around.get('post_prompt', '')
 
 def doc_messages(
     doc:dict, # a row

@@ -19,6 +19,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from ..models.templates import chat, model_inputs, needs_bos
 from ..train.batches import splice
 from ..evaluate.exact import bootstrap, limits
 
@@ -144,24 +145,12 @@ class Sample:
     tokens: list = field(default_factory=list) # the answer's tokens as text
 
 # %% ../../nbs/07_explain/01_attention.ipynb #f81d7d40
-def _prompt(processor, question):
-    "The chat template around one image and a question."
-    if getattr(processor, 'chat_template', None) is None:
-        raise ValueError('The processor has no chat template: pass the whole prompt as `prompt`.')
-    content = [{'type': 'image'}, {'type': 'text', 'text': question}]
-    return processor.apply_chat_template([{'role': 'user', 'content': content}],
-                                         add_generation_prompt=True, tokenize=False)
-
-def _add_special(tok, prompt):
-    "Whether the tokenizer still has to put its begin token before the prompt."
-    return not (tok.bos_token and prompt.startswith(tok.bos_token))
-
 def _kinds(processor, ids, prompt, question):
     "Kind of each prompt token; question tokens are found by their place in the text."
     tok, image_token = processor.tokenizer, processor.image_token
     is_image = ids == processor.image_token_id
     text = prompt.replace(image_token, image_token*int(is_image.sum()), 1)
-    enc = tok(text, return_offsets_mapping=True, add_special_tokens=_add_special(tok, prompt))
+    enc = tok(text, return_offsets_mapping=True, add_special_tokens=needs_bos(tok, prompt))
     kinds = np.where(is_image, TOKEN_KINDS.index('image'), TOKEN_KINDS.index('template'))
     start = text.rfind(question) if question else -1
     if len(enc['input_ids']) == len(ids) and start >= 0:
@@ -200,9 +189,8 @@ def encode_sample(
     if isinstance(image, (list, tuple)):
         raise ValueError(f'Maps are drawn for one picture a question; {len(image)} were given.')
     image, tok = image.convert('RGB'), processor.tokenizer
-    prompt = _prompt(processor, question) if prompt is None else prompt
-    x = processor(images=image, text=prompt, return_tensors='pt',
-                  add_special_tokens=_add_special(tok, prompt))
+    prompt = chat(processor, question) if prompt is None else prompt
+    x = model_inputs(processor, [prompt], [[image]])
     ids, pixels = x['input_ids'][0], x['pixel_values'][0]
     new = tok(answer, add_special_tokens=False)['input_ids'] if isinstance(answer, str) else answer
     if len(new) == 0: raise ValueError(f'The answer to {question!r} has no tokens: nothing to map.')

@@ -19,7 +19,7 @@ from .attention import (Sample, box_cover, cell_boxes, encode_sample, energy_lif
     hits, image_vectors, item_boxes, language_model, over_pictures, target_cells, untrained)
 from llava_med.explain.maps import (METHODS, answer_scores, other_question, infill, mix_patches,
     mix_vectors)
-from ..data.vqa import region_mask
+from ..data.vqa import item_question, region_mask
 
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #79ac6dd6
 def gates(
@@ -35,7 +35,7 @@ def gates(
         if got is None: continue
         views = [got[k] for k in ('original', 'edited', 'elsewhere')]
         if pictures is not None: views[0] = pictures[i]
-        samples = [encode_sample(processor, o, item['question'], str(item['answer'])) for o in views]
+        samples = [encode_sample(processor, o, item_question(item), str(item['answer'])) for o in views]
         first = answer_scores(model, samples[0], torch.stack([o.pixels for o in samples]), first=True)[1]
         right, flipped, steady = bool(first[0]), not first[1], bool(first[2])
         boxes = item_boxes(item, views[0].size) if item.get('regions') else got['boxes']

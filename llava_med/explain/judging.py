@@ -9,6 +9,7 @@ __all__ = ['LAYERED', 'GATES', 'ENOUGH', 'validation_layers', 'gate_rows', 'judg
 # %% ../../nbs/07_explain/06_judging.ipynb #44f8710d
 from collections.abc import Callable, Iterable
 import numpy as np
+from ..data.vqa import item_question
 from .attention import over_pictures
 from .explorer import LABELS
 from .faithfulness import best_method, choose_layers, faithfulness, gates, make_maps, sanity
@@ -127,7 +128,7 @@ def sanity_rows(
 )->list:               # rows with the metrics sanity.<check>
     "The checks of `sanity` on the first questions that judged a model."
     some = verdict['passed'][:n]
-    texts = [(o['item']['question'], str(o['item']['answer'])) for o in some]
+    texts = [(item_question(o['item']), str(o['item']['answer'])) for o in some]
     samples, boxes = ([o[k] for o in some] for k in ('sample', 'boxes'))
     images = [o['item']['images'][0] for o in some]
     layers = {k: verdict['layers'][k] for k in methods}

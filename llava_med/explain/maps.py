@@ -18,9 +18,10 @@ from scipy.optimize import nnls
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from .attention import NEUTRAL, TOKEN_KINDS, Sample, _add_special, _kinds, _prompt
+from .attention import NEUTRAL, TOKEN_KINDS, Sample, _kinds
 from .attention import (collate, encode_sample, image_vectors, language_model,
     row_weights, to_grid, token_shares, trace)
+from ..models.templates import chat, text_ids
 from ..train.batches import splice
 
 # %% ../../nbs/07_explain/02_maps.ipynb #006b56ec
@@ -301,10 +302,10 @@ def other_question(
     answer='',     # its answer: text or token ids; one placeholder token when empty
 )->Sample:         # tokens of the other question, the same picture and geometry
     "Another question about the picture of a sample."
-    tok, prompt = processor.tokenizer, _prompt(processor, question)
+    tok, prompt = processor.tokenizer, chat(processor, question)
     n = int((sample.ids == processor.image_token_id).sum())
     text = prompt.replace(processor.image_token, processor.image_token*n, 1)
-    ids = torch.tensor(tok(text, add_special_tokens=_add_special(tok, prompt))['input_ids'])
+    ids = torch.tensor(text_ids(tok, [text])[0])
     new = tok(answer, add_special_tokens=False)['input_ids'] if isinstance(answer, str) else list(answer)
     new, kinds = new or [0], _kinds(processor, ids.numpy(), prompt, question)
     at = np.flatnonzero(kinds == TOKEN_KINDS.index('image'))[-len(sample.image_at):]

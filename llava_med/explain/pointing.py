@@ -8,6 +8,7 @@ __all__ = ['LOCATED', 'located', 'draw_located', 'measure', 'rate_of', 'says', '
 
 # %% ../../nbs/07_explain/05_pointing.ipynb #8dbdcd45
 import numpy as np
+from ..data.vqa import item_question
 from .attention import (ATTENTION_METHODS, all_maps, best_layer, encode_sample,
     layer_rates, neutral_sample, over_pictures, pointing_game, static_map)
 from .faithfulness import next_partners
@@ -41,7 +42,7 @@ def measure(
     images:list,      # the PIL image of each
 )->dict:              # what `all_maps` gives; windows, one an item; tokens, how many were read
     "All maps of many questions with their right answers, with where they lie on the images."
-    samples = [encode_sample(processor, im, o['question'], o['answer']) for o, im in zip(items, images)]
+    samples = [encode_sample(processor, im, item_question(o), o['answer']) for o, im in zip(items, images)]
     neutral = [neutral_sample(processor, im) for im in images]
     tokens = sum(len(o.ids) for o in (*samples, *neutral))
     windows = [o.window for o in samples]

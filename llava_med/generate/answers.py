@@ -24,8 +24,11 @@ from ..data.articles import open_image
 from ..data.conversations import DETAILED_PROMPTS
 from ..models.anatomy import base_of
 from ..models.llava import load, weights_hash
-from .prefix_cache import (as_turns, cache_rows, chat, decode, image_features, read_prefixes, reply_logprobs,
-                                split_ids, text_ids)
+from ..data.vqa import item_question
+from .prefix_cache import (cache_rows, decode, image_features, read_prefixes, reply_logprobs,
+                                             split_ids)
+from ..models.templates import (as_turns, chat, chat_text, model_inputs, needs_bos, prompt_ids,
+                                        prompt_texts, text_ids)
 from ..core.runs import file_hash, folder_hash, progress, read_jsonl, writing
 
 # %% ../../nbs/05_generate/02_answers.ipynb #59e984d4
@@ -59,8 +62,9 @@ def plain_answer(
 )->list:                   # answers as text, in the order of the prompts
     "Greedy answers from `generate`, in left-padded batches of similar length."
     refs, tok, out = [_as_refs(o) for o in images], processor.tokenizer, [None]*len(prompts)
-    texts = [chat(processor, p, len(r)) for p, r in zip(prompts, refs)]
-    def kind(i): return len(refs[i]), bool(tok.bos_token) and texts[i].startswith(tok.bos_token)
+    texts = prompt_texts(processor, prompts, map(len, refs))
+    kinds = [(len(r), needs_bos(tok, t)) for r, t in zip(refs, texts)]
+    def kind(i): return kinds[i]
     order, pad = sorted(range(len(texts)), key=lambda i: (kind(i), len(texts[i]))), tok.pad_token_id
     batches = [[]]
     for i in order:   # of one kind: with as many pictures, and the beginning token written or not
@@ -68,10 +72,9 @@ def plain_answer(
         batches[-1].append(i)
     ends = end_ids(model, tok)
     for some in filter(None, batches):
-        n, bos = kind(some[0])
-        pictures = dict(images=[[open_picture(o) for o in refs[i]] for i in some]) if n else {}
-        x = processor(text=[texts[i] for i in some], **pictures, return_tensors='pt', padding=True,
-                      padding_side='left', add_special_tokens=not bos).to(model.device, model.dtype)
+        pictures = [[open_picture(o) for o in refs[i]] for i in some]
+        x = model_inputs(processor, [texts[i] for i in some], pictures, padding=True, padding_side='left')
+        x = x.to(model.device, model.dtype)
         ids = model.generate(**x, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
                              pad_token_id=tok.eos_token_id if pad is None else pad)
         for i, said in zip(some, ids[:, x['input_ids'].shape[1]:].tolist()):
@@ -133,13 +136,12 @@ def _batches(groups, size, weight):
 # %% ../../nbs/05_generate/02_answers.ipynb #a3fb6d06
 def _walk(model, processor, refs, prompts, length, batch_size):
     "Visit all prompts picture by picture: yields places in rows, their suffixes, and the cache of their prefixes."
+    asked = prompt_ids(processor, prompts, map(len, refs))
     for shard in _shards(refs, batch_size):
         distinct = {_key(r): r for i in shard for r in refs[i]}
         feats = image_features(model, processor, [open_picture(o) for o in distinct.values()]) if distinct else []
         at, n = dict(zip(distinct, feats)), len(feats[0]) if distinct else 0
-        texts = list(dict.fromkeys(chat(processor, prompts[i], len(refs[i])) for i in shard))
-        ids = dict(zip(texts, text_ids(processor.tokenizer, texts)))
-        split = {i: split_ids(ids[chat(processor, prompts[i], len(refs[i]))], model.config.image_token_id, n) for i in shard}
+        split = {i: split_ids(asked[i], model.config.image_token_id, n) for i in shard}
         users = defaultdict(list)
         for i in shard: users[split[i][0], tuple(map(_key, refs[i]))].append(i)
         yield from _walk_shard(model, users, split, lambda i: [at[_key(r)] for r in refs[i]], length, batch_size)
@@ -209,11 +211,12 @@ def option_logprobs(
 )->list:               # for each prompt a list of (log-probability in nats, tokens), one for each option
     "How probable each option is as the reply, its end included."
     refs, model = [_as_refs(o) for o in images], base_of(model)
-    replies = [[_reply_ids(processor, p, len(r), o) for o in os] for r, p, os in zip(refs, prompts, options)]
+    replies = _option_ids(processor, prompts, map(len, refs), options)
     out, one_by_one = [None]*len(prompts), slow_because(model) is not None
     if one_by_one:
-        for i, (r, p, rs) in enumerate(zip(refs, prompts, replies)):
-            out[i] = [(_plain_logprob(model, processor, r, chat(processor, p, len(r)), ids), len(ids)) for ids in rs]
+        texts = prompt_texts(processor, prompts, map(len, refs))
+        for i, (r, text, rs) in enumerate(zip(refs, texts, replies)):
+            out[i] = [(_plain_logprob(model, processor, r, text, ids), len(ids)) for ids in rs]
         return out
     def length(i, suffix): return sum(len(suffix) + len(ids) for ids in replies[i])
     for rows, suffixes, cache in _walk(model, processor, refs, prompts, length, batch_size):
@@ -223,23 +226,32 @@ def option_logprobs(
             for i in places: out[i] = [(next(sums), len(ids)) for ids in replies[i]]
     return out
 
-def _reply_ids(processor, prompt, n_images, reply):
-    "Ids of a reply as the template writes it after the prompt."
-    before = chat(processor, prompt, n_images)
-    turns = as_turns(prompt, n_images) + [{'role': 'assistant', 'content': [{'type': 'text', 'text': reply}]}]
-    whole = processor.apply_chat_template(turns, tokenize=False)
-    if not whole.startswith(before): raise ValueError(
-        f'The chat template writes a reply otherwise than after its cue ({before[-40:]!r}), so the probability of the '
-        f'option {reply!r} cannot be told; ask this model in words.')
-    a, b = text_ids(processor.tokenizer, [before, whole])
-    n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a))   # a cue may merge with the reply
-    if n < len(a): raise ValueError(f'The reply {reply!r} changes the tokens of its prompt; ask this model in words.')
-    return b[n:]
+def _option_ids(processor, prompts, counts, options):
+    "For each prompt the ids of its options; equal prompts with equal options are read once."
+    keys = [(json.dumps(p), n, tuple(os)) for p, n, os in zip(prompts, counts, options)]
+    found = {}
+    for (_, n, os), p in zip(keys, prompts):
+        key = json.dumps(p), n, os
+        if key not in found: found[key] = _reply_ids(processor, p, n, os)
+    return [found[k] for k in keys]
+
+def _reply_ids(processor, prompt, n_images, replies):
+    "Ids of replies as the template writes them after the prompt."
+    before, turns = chat(processor, prompt, n_images), as_turns(prompt, n_images)
+    said = [turns + [{'role': 'assistant', 'content': [{'type': 'text', 'text': r}]}] for r in replies]
+    whole = [chat_text(processor, t) for t in said]
+    for text, reply in zip(whole, replies):
+        if not text.startswith(before): raise ValueError(
+            f'The chat template writes a reply otherwise than after its cue ({before[-40:]!r}), so the '
+            f'probability of the option {reply!r} cannot be told; ask this model in words.')
+    first, *ids = text_ids(processor.tokenizer, [before, *whole])
+    for b, reply in zip(ids, replies):   # a cue may merge with the reply
+        if b[:len(first)] != first: raise ValueError(
+            f'The reply {reply!r} changes the tokens of its prompt; ask this model in words.')
+    return [b[len(first):] for b in ids]
 
 def _plain_logprob(model, processor, refs, text, ids):
-    bos, pictures = processor.tokenizer.bos_token, [open_picture(o) for o in refs]
-    x = processor(text=[text], **(dict(images=[pictures]) if pictures else {}), return_tensors='pt',
-                  add_special_tokens=not (bool(bos) and text.startswith(bos))).to(model.device, model.dtype)
+    x = model_inputs(processor, [text], [[open_picture(o) for o in refs]]).to(model.device, model.dtype)
     reply = torch.tensor([ids], device=model.device)
     for k in ('input_ids', 'attention_mask', 'token_type_ids', 'mm_token_type_ids'):
         if k in x: x[k] = torch.cat([x[k], reply if k == 'input_ids' else torch.full_like(reply, k == 'attention_mask')], 1)
@@ -432,7 +444,7 @@ def _records(who, items, shown, head, prompt_of, settings):
                    settings_hash=_short(json.dumps(settings, sort_keys=True)), seconds=None, error=None)
         rows.append(row)
         try:
-            row['prompt'] = prompt_of(o) if prompt_of else o['question']
+            row['prompt'] = (prompt_of or item_question)(o)
             key = tuple(map(_key, shown[o['id']])), json.dumps(o.get('options') or None)
             if key not in hashes: hashes[key] = item_hash(o, shown[o['id']])
             row |= dict(item_hash=hashes[key], prompt_hash=prompt_hash(who.reads(row['prompt'], len(shown[o['id']]))))
@@ -467,7 +479,7 @@ def predict(
     max_new_tokens:int=24, # longest answer
     batch_size:int=64,    # questions decoded together
     model_hash:str='',    # hash of the weights; computed if empty
-    prompt_of:Callable=None, # prompt of an item; its question if None
+    prompt_of:Callable=None, # prompt of an item; its question, options included, if None
 )->dict:                  # asked, answered before, errors, seconds, and the keys of all lines
     "Append the answers of one model under one condition to a prediction log."
     who, out_fn, t0 = model if hasattr(model, 'replies') else Speaker(model, processor, model_hash=model_hash), Path(out_fn), time.perf_counter()
@@ -534,17 +546,15 @@ def caption_items(
 def talk(
     model,           # LlavaForConditionalGeneration
     processor,       # its processor
-    image,           # path or PIL image
+    image,           # path or PIL image, a list of them, or None
     questions:list,  # asked in turn
     max_new_tokens:int=48, # longest answer
 )->list:             # (question, answer) pairs
     "Ask one question after the other about an image, keeping the talk so far."
-    turns, pairs = [], []
+    turns, pairs, shown = [], [], list(_as_refs(image))
     for q in questions:
-        content = [{'type': 'text', 'text': q}]
-        if not turns: content = [{'type': 'image'}] + content
-        turns.append({'role': 'user', 'content': content})
-        a = answer(model, processor, [image], [turns], max_new_tokens=max_new_tokens)[0]
+        turns += as_turns(q, 0 if turns else len(shown))
+        a = answer(model, processor, [shown], [turns], max_new_tokens=max_new_tokens)[0]
         turns.append({'role': 'assistant', 'content': [{'type': 'text', 'text': a}]})
         pairs.append((q, a))
     return pairs
@@ -557,11 +567,10 @@ def reply_losses(
     talks:list,   # (prompt, reply) pairs without images
 )->list:          # for each talk the summed loss of the reply in nats, and its tokens
     "How surprised a model is by replies to text prompts."
-    tok, out = processor.tokenizer, []
+    out = []
     for prompt, reply in talks:
         turns = [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': reply}]
-        ids = [tok(t, add_special_tokens=False)['input_ids'] for t in (
-            chat(processor, prompt, 0), processor.apply_chat_template(turns, tokenize=False))]
+        ids = text_ids(processor.tokenizer, [chat(processor, prompt, 0), chat_text(processor, turns)])
         x, n = torch.tensor([ids[1]], device=model.device), len(ids[1])-len(ids[0])
         logits = model(input_ids=x, logits_to_keep=n+1).logits[0, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits, x[0, -n:], reduction='sum')

@@ -10,7 +10,7 @@ import base64, io, json, os
 from concurrent.futures import ThreadPoolExecutor, as_completed
 import openai
 from .answers import _key, _short, open_picture
-from .prefix_cache import as_turns
+from ..models.templates import as_turns
 
 # %% ../../nbs/05_generate/04_api.ipynb #22914308
 def data_url(

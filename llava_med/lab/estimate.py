@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from .runner import GIVEN, UsageError, known_name, plan_run, presets, read_preset, read_yaml, run_pipeline
 from ..data.catalogue import CATALOGUE
-from ..models.llava import (CONNECTORS, TEMPLATES, _no_bars, _processor, assemble, chat_template, join, part_table, prepare_tokenizer, rows_for, save,
+from ..models.connectors import ACTIVATIONS
+from ..models.llava import (TEMPLATES, _no_bars, _processor, assemble, chat_template, join, part_table, prepare_tokenizer, rows_for, save,
                              set_trainable)
 from ..core.runs import read_json, replacing, root, run_dir, write_json
 
@@ -62,7 +63,7 @@ def model_parts(
     for k in ('connector', 'layers'):
         if said.get(k, out[k]) != out[k] and out['name']: raise UsageError(f"{file}: {k} {said[k]!r} is not that of {out['name']}, which has {out[k]!r}.")
         out[k] = said.get(k, out[k])
-    if out['connector'] not in CONNECTORS: known_name(str(out['connector']), CONNECTORS, f'connector ({file})')
+    if out['connector'] not in ACTIVATIONS: known_name(str(out['connector']), ACTIVATIONS, f'connector ({file})')
     parts = {k: out.get(k) or said.get(k) for k in ('tower', 'language_model')}
     if not out['folder']: out.update({k: _numbers(k + 's', v, file) for k, v in parts.items()})
     return {**out, 'image_size': said.get('image_size'), 'template': said.get('template'), 'ends': bool(said.get('image_ends'))}
@@ -88,7 +89,7 @@ def real_config(
     full = not parts['tower']['extra']
     return LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=parts['layers'], image_seq_length=(size//patch)**2,
                        vision_feature_select_strategy='full' if full else 'default', tie_word_embeddings=text.tie_word_embeddings,
-                       projector_hidden_act=CONNECTORS[parts['connector']])
+                       projector_hidden_act=ACTIVATIONS[parts['connector']])
 
 def meta_model(
     config:LlavaConfig, # of any size
@@ -385,7 +386,7 @@ def thin_base(
             tok, vision, text = thin_tokenizer(preset), thin_config(config.vision_config, thin_depth(config)), thin_config(config.text_config)
             text.vocab_size = rows_for(len(tok), 64)
             processor = _processor(tok, vision.image_size, vision.patch_size, int(config.vision_feature_select_strategy == 'default'), {})
-            connector = next(k for k, v in CONNECTORS.items() if v == config.projector_hidden_act)
+            connector = next(k for k, v in ACTIVATIONS.items() if v == config.projector_hidden_act)
             save(assemble(vision, text, processor, connector, 0, config.vision_feature_layer), processor, folder)
     old = read_json(folder/'provenance.json') if (folder/'provenance.json').exists() else {}
     write_json(folder/'provenance.json', {**old, **said})

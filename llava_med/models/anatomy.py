@@ -18,7 +18,7 @@ from ..core.registry import Registry
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #5b77746b
 PARTS = {'vision_tower': 'model.vision_tower.', 'projector': 'model.multi_modal_projector.',
-         'language_model': ('model.language_model.', 'lm_head.')}   # part → how its weights' names begin
+         'language_model': ('model.language_model.', 'lm_head.')}   # part → begin of its weights' names
 _PLACE = {'vision_tower': 'vision_tower', 'projector': 'multi_modal_projector',
           'language_model': 'language_model'}
 
@@ -79,7 +79,8 @@ def decoder_layers(
 )->nn.ModuleList:
     "The layers of the language model, from first to last; ValueError where it hides them."
     found = layers_of(decoder(model))
-    if found is None: raise ValueError(f'{type(decoder(model)).__name__} has no list of its layers.')
+    if found is None:
+        raise ValueError(f'{type(decoder(model)).__name__} has no list of its layers.')
     return found
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #99a3458b
@@ -105,7 +106,7 @@ def position_ids(
 class _Enough(Exception): "Raised inside a tower when the last layer that is needed has spoken."
 
 def _layer_outputs(tower, layers, px):
-    "Outputs of some layers; those above the highest are not computed. None where the tower hides them."
+    "Outputs of some layers; no layer above them is computed. None where the tower hides them."
     blocks, caught, hooks = layers_of(tower), {}, []
     if blocks is None: return None
     def catch(i, out):
@@ -120,14 +121,15 @@ def _layer_outputs(tower, layers, px):
     return [caught[i] for i in layers]
 
 def _tower_output(tower, config, px):
-    "The layers that a configuration chooses, side by side, without the class vector where it says so."
+    "The layers that a configuration chooses, side by side, and the class vector only if it says so."
     chosen, n = config.vision_feature_layer, getattr(tower.config, 'num_hidden_layers', -1)
     chosen = [chosen] if isinstance(chosen, int) else list(chosen)
     first = int(config.vision_feature_select_strategy == 'default')
     inner = [i if i >= 0 else n + 1 + i for i in chosen]
     outs = _layer_outputs(tower, inner, px) if all(0 < i < n for i in inner) else None
     if outs is None:
-        last = chosen == [-1] and tower.config.model_type == 'clip_vision_model'   # handed over as it is
+        clip = tower.config.model_type == 'clip_vision_model'
+        last = chosen == [-1] and clip                    # handed over as it is
         said = tower(px, output_hidden_states=not last)
         outs = [said.last_hidden_state] if last else [said.hidden_states[i] for i in chosen]
     return torch.cat([o[:, first:] for o in outs], -1)
@@ -138,7 +140,7 @@ def vision_features(
     batch_size:int=256,                  # images at once
     graph:bool=False,                    # keep the graph of a tower that learns
 )->torch.Tensor:                         # (n, patches, width of the tower)
-    "Patch vectors of the vision encoder, before the connector; layers above the one used are not computed."
+    "Patch vectors of the vision encoder, before the connector."
     base, sees = base_of(model), tower(model)
     parts = (px.to(base.device, base.dtype) for px in pixel_values.split(batch_size))
     with torch.set_grad_enabled(graph and any(p.requires_grad for p in sees.parameters())):
@@ -213,7 +215,7 @@ def trainable_names(
     model,             # a LLaVA
     patterns:Iterable, # names from `TRAINABLE`, or texts with `*` compared with weights' names
 )->list:               # names of weights, in the model's order
-    "The weights that some patterns name; ValueError where a pattern finds none, or none would learn."
+    "The weights that patterns name; ValueError where a pattern finds none, or none would learn."
     check_patterns(patterns)
     chosen, named = set(), list(base_of(model).named_parameters())
     for pattern in patterns:
@@ -222,9 +224,11 @@ def trainable_names(
             raise ValueError(f"The trainable pattern '{pattern}' fits no weight of this model; its "
                              f'names are like {named[-1][0]}.')
         chosen |= found
-    fixed = {id(p) for p in connector(model).linear_2.parameters()} if has_identity(model) else set()
-    names = [n for n, p in named if id(p) in chosen - fixed]
-    if not names: raise ValueError(f'With the trainable patterns {list(patterns)} nothing would learn.')
+    fixed = connector(model).linear_2.parameters() if has_identity(model) else ()
+    chosen -= {id(p) for p in fixed}
+    names = [n for n, p in named if id(p) in chosen]
+    if not names:
+        raise ValueError(f'With the trainable patterns {list(patterns)} nothing would learn.')
     return names
 
 def set_trainable(

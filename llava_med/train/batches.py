@@ -14,30 +14,24 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
-from ..data.conversations import to_messages
-from ..models.llava import vision_features
-from ..models.templates import scored_tokens
+from ..data.conversations import images_of, to_messages
+from ..models.anatomy import connector, decoder, decoder_layers, head, vision_features
+from ..models.templates import encode_turns, image_mark
 
 # %% ../../nbs/04_train/01_batches.ipynb #cd4151bf
 IGNORE = -100   # label that the loss skips
 
 def encode(
-    tokenizer,       # a fast one, with a chat template
+    tokenizer,       # a fast one with a chat template, or a processor that has both
     messages:list,   # chat messages; content is text or a list of image and text parts
     image_tokens:int=64, # patches of one picture
     max_len:int=None,    # the end of a longer sequence is cut off; the image never is
 )->dict:             # input_ids and labels, lists of equal length
     "Token ids and labels of one conversation; raises ValueError when nothing can be learned."
-    image, ids, labels = tokenizer.convert_tokens_to_ids('<image>'), [], []
-    for i, said in zip(*scored_tokens(tokenizer, messages)):
-        n = image_tokens if i == image else 1
-        ids += [i]*n; labels += [i if said else IGNORE]*n
-    if max_len and image in ids[max_len:]:
-        raise ValueError(f'The image does not fit into max_len = {max_len} tokens; raise it: {str(messages)[:120]}')
-    ids, labels = ids[:max_len], labels[:max_len]
-    if all(l == IGNORE for l in labels):
-        raise ValueError('No token of this conversation is scored; it has no answer, or its answer lies beyond max_len: ' + str(messages)[:120])
-    return dict(input_ids=ids, labels=labels)
+    ids, scored = encode_turns(tokenizer, messages, image_tokens, max_len=max_len)
+    if not any(scored): raise ValueError('No token of this conversation is scored; it has no answer, '
+                                         'or its answer lies beyond max_len: ' + str(messages)[:120])
+    return dict(input_ids=ids, labels=[i if s else IGNORE for i, s in zip(ids, scored)])
 
 # %% ../../nbs/04_train/01_batches.ipynb #47a3be48
 def length_batches(
@@ -63,7 +57,7 @@ def encode_questions(
     max_len:int=None,    # stop before the question that no longer fits
 )->dict:                 # input_ids, labels, positions, segments: lists; segment 0 is the shared picture
     "One row in which every question sees the picture and itself only."
-    image, row = tokenizer.convert_tokens_to_ids('<image>'), None
+    image, row = image_mark(tokenizer), None
     for s, (q, a) in enumerate(pairs, 1):
         e = encode(tokenizer, [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': q}]},
                                {'role': 'assistant', 'content': a}], image_tokens)
@@ -78,26 +72,33 @@ def encode_questions(
 
 # %% ../../nbs/04_train/01_batches.ipynb #ac4693b9
 def share_pictures(
-    samples:list, # encoded samples with the number of their picture
+    samples:list, # encoded samples with the number of their picture, or a list of numbers
     image_id:int, # the token that stands for a patch
     max_len:int=None, # a row that would become longer is closed, and another begun
 )->list:          # rows with segments and positions, one for each picture; text-only samples stay alone
-    "Join the samples of each picture to one row in which they cannot see each other."
+    "Join the samples of the same pictures to one row in which they cannot see each other."
     rows, at = [], {}
     for i, s in enumerate(samples):
-        ids = s['input_ids']
-        n = len(ids) - ids[::-1].index(image_id) if image_id in ids else 0
-        if n < len(ids) and s['labels'][n] != IGNORE: n = 0   # scored right behind the picture, where a second sample would not lie
-        key = (str(s.get('image')), s.get('source'), tuple(ids[:n])) if n else i
-        if key not in at or max_len and len(rows[at[key]]['input_ids']) + len(ids) - n > max_len:
+        n, k = _prefix(s, image_id), len(s['input_ids'])
+        key = (str(s.get('image')), s.get('source'), tuple(s['input_ids'][:n])) if n else i
+        if key not in at or max_len and len(rows[at[key]]['input_ids']) + k - n > max_len:
             at[key] = len(rows)
-            rows.append(dict(input_ids=ids[:n], labels=s['labels'][:n], positions=list(range(n)),
-                             segments=[0]*n, image=s.get('image'), **{k: s[k] for k in ('source',) if k in s}))
-        row, k = rows[at[key]], len(ids) - n
-        row['segments'] += [max(row['segments'], default=0) + 1]*k
-        row['input_ids'] += ids[n:]; row['labels'] += s['labels'][n:]
-        row['positions'] += range(n, n + k)
+            rows.append(dict(input_ids=s['input_ids'][:n], labels=s['labels'][:n], segments=[0]*n,
+                             positions=list(range(n)), image=s.get('image'), **_source(s)))
+        row = rows[at[key]]
+        row['segments'] += [max(row['segments'], default=0) + 1]*(k - n)
+        row['input_ids'] += s['input_ids'][n:]; row['labels'] += s['labels'][n:]
+        row['positions'] += range(n, k)
     return rows
+
+def _prefix(sample, image_id):
+    "How many first tokens a sample can share: up to its last image, if they predict nothing scored."
+    ids, labels = sample['input_ids'], sample['labels']
+    n = len(ids) - ids[::-1].index(image_id) if image_id in ids else 0
+    scored = any(l != IGNORE for l in labels[:n + 1])   # a second sample would not score them again
+    return 0 if scored else n
+
+def _source(record): return {k: record[k] for k in ('source',) if record.get(k)}
 
 # %% ../../nbs/04_train/01_batches.ipynb #77a738e8
 def segment_mask(
@@ -164,7 +165,7 @@ def embed(
     ids, features = batch['input_ids'], batch.get('features')
     if 'pixels' in batch: features = vision_features(model, batch['pixels'], graph=torch.is_grad_enabled())
     if features is None: return model.get_input_embeddings()(ids)
-    return splice(model, ids, model.model.multi_modal_projector(features.to(model.dtype)))
+    return splice(model, ids, connector(model)(features.to(model.dtype)))
 
 def plain_attention(
     module,              # attention layer of the language model
@@ -188,19 +189,19 @@ AttentionMaskInterface.register('plain', eager_mask)
 def _hidden(model, batch):
     "Last hidden states of the language model over projected patches and words."
     if 'layout' in batch and model.config.text_config._attn_implementation == 'segmented':   # see the chapter on packing
-        return model.model.language_model(inputs_embeds=embed(model, batch), attention_mask=None, position_ids=batch['positions'],
+        return decoder(model)(inputs_embeds=embed(model, batch), attention_mask=None, position_ids=batch['positions'],
                                           use_cache=False, layout=batch['layout']).last_hidden_state
     mask = batch['attention_mask'] if 'attention_mask' in batch else segment_mask(batch['segments'], batch['blocks'])
     if mask.dtype == torch.bool and model.config.text_config._attn_implementation in ('eager', 'plain'):
         mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e9)  # these add their mask
-    return model.model.language_model(
+    return decoder(model)(
         inputs_embeds=embed(model, batch), attention_mask=mask, position_ids=batch.get('positions'),
         use_cache=False).last_hidden_state
 
 @contextlib.contextmanager
 def _last_layer_on(model, keep):
     "For a while, queries and MLP of the last layer are computed where `keep` is True only: no later layer looks at the other tokens."
-    layer = model.model.language_model.layers[-1]
+    layer = decoder_layers(model)[-1]
     attention, mlp = getattr(layer, 'self_attn', None), getattr(layer, 'mlp', None)
     parts = [mlp, *(getattr(attention, n, None) for n in ('q_proj', 'o_proj'))]
     again = getattr(layer, 'gradient_checkpointing', False) or getattr(layer, '_compiled_call_impl', None)   # computed later, or already translated
@@ -222,7 +223,7 @@ def batch_loss(
     keep = labels != IGNORE
     with _last_layer_on(model, keep): hidden, target = _hidden(model, batch)[keep], labels[keep]
     n, more = len(target), -len(target) % 64   # few shapes, as in `Collator`
-    logits = model.lm_head(F.pad(hidden, (0, 0, 0, more))).float()
+    logits = head(model)(F.pad(hidden, (0, 0, 0, more))).float()
     target, kind = F.pad(target, (0, more), value=IGNORE), 'none' if 'weights' in batch else 'sum'
     total = F.cross_entropy(logits, target, reduction=kind, ignore_index=IGNORE)
     if kind == 'sum': return total, n
@@ -235,23 +236,31 @@ def scored_hits(
 )->torch.Tensor: # (rows, length - 1) booleans; True where unscored or predicted rightly
     "Whether the most likely token is the right one, given the right tokens before it."
     labels = batch['labels'][:, 1:]
-    guess = model.lm_head(_hidden(model, batch)[:, :-1]).argmax(-1)
+    guess = head(model)(_hidden(model, batch)[:, :-1]).argmax(-1)
     return (guess == labels) | (labels == IGNORE)
 
 # %% ../../nbs/04_train/01_batches.ipynb #2122eea0
 def record_samples(
-    records:list,        # LLaVA-Med records: image, conversations
-    tokenizer,           # with a chat template
+    records:list,        # LLaVA-Med records: conversations; image (a name, or a list); source
+    tokenizer,           # a fast one with a chat template, or a processor that has both
     image_tokens:int=64, # patches of a picture
     max_len:int=2048,    # the end of a longer conversation is cut off, and said so
-)->tuple:                # (encoded samples with the number of their picture, picture names by number)
+)->tuple:                # (encoded samples with the numbers of their pictures; picture names by number)
     "Encode conversation records; a record that cannot be used is named in the ValueError."
-    names, samples, cut = {}, [], 0
+    names, samples, cut, mark = {}, [], 0, image_mark(tokenizer)
     for r in records:
-        try: e = encode(tokenizer, to_messages(r), image_tokens, max_len)
+        shown = images_of(r)
+        try:
+            e = encode(tokenizer, to_messages(r), image_tokens, max_len)
+            _same_number(e['input_ids'].count(mark)//image_tokens, len(shown))
         except ValueError as err: raise ValueError(f"Record '{r.get('id')}': {err}") from None
-        image = names.setdefault(r['image'], len(names)) if r.get('image') else None
-        samples.append(dict(e, image=image))
+        numbers = [names.setdefault(n, len(names)) for n in shown]
+        image = numbers if len(numbers) > 1 else next(iter(numbers), None)
+        samples.append(dict(e, image=image, **_source(r)))
         cut += len(e['input_ids']) == max_len
     if cut: print(f'{cut} of {len(records)} conversations were cut at {max_len} tokens (max_len).')
     return samples, list(names)
+
+def _same_number(marks, images):
+    if marks != images: raise ValueError(f'its text has {marks} <image> marks and it names {images} images; '
+                                         'each image needs one mark, in the same order.')

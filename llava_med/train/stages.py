@@ -10,19 +10,23 @@ __all__ = ['IMAGE_ENDS', 'Settings', 'recorded', 'StageRun', 'begin_stage', 'sta
 # %% ../../nbs/04_train/12_stages.ipynb #e55153bd
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch.nn import functional as F
 from ..core.runs import Step, outputs_dir, root
-from ..models.llava import load, save, set_trainable
+from ..models.anatomy import image_token, image_tokens, set_trainable
+from ..models.llava import load, save
 from ..models.adapters import merge, save_adapter
 from ..data.conversations import read_records
 from ..data.llava_files import training_records
 from ..data.vqa import read_items
 from ..data.vqa_readers import read_vqa
 from .batches import IGNORE, Collator, embed, record_samples, share_pictures
+from .gates import prefix_gate, taken
+from .objectives import Objective, as_objective, objective_name, save_modules
 from .packing import PackedCollator
 from .vision_cache import cached_features
 from .loop import Held, Stage, has_bf16, loss_figure, train_flops, write_losses
@@ -69,6 +73,7 @@ class StageRun:
     model:object       # a LlavaForConditionalGeneration; `run_stage` puts the trained one here
     processor:object   # its processor
     precision:str      # number format of the weights that do not learn, and of the saved model
+    objective:Objective # what a step minimises
     losses:list=None   # rows of losses, after `run_stage`
 
     @property
@@ -85,7 +90,7 @@ def begin_stage(
     precision = 'bfloat16' if half else 'float32'
     model, processor = load(start, step.device, precision)
     set_trainable(model, stage.parts)
-    return StageRun(step, stage, settings, Path(start), model, processor, precision)
+    return StageRun(step, stage, settings, Path(start), model, processor, precision, as_objective(stage.objective))
 
 # %% ../../nbs/04_train/12_stages.ipynb #fe940a4c
 def stage_records(
@@ -197,6 +202,23 @@ class TrainingSet:
         return (f'{len(self.samples):,} {noun} in {len(self.rows):,} rows: {n:,} tokens '
                 f'instead of {alone:,} ({alone/n:.1f} times as many)')
 
+def _renumbered(sample, new):
+    "A sample whose images have new numbers."
+    image = sample.get('image')
+    if image is None: return sample
+    return dict(sample, image=[new[i] for i in image] if isinstance(image, (list, tuple)) else new[image])
+
+def _rows(samples, model, max_len): return share_pictures(samples, image_token(model), max_len)
+
+def _may_share(work, wanted):
+    "Whether samples of one image may stand in one row."
+    if wanted and work.objective.unit != 'token':
+        name = objective_name(work.objective)
+        print(f"Without sharing of images: the objective '{name}' compares whole samples.")
+        return False
+    gate = partial(prefix_gate, work.model, work.processor, work.settings.packed)
+    return taken(wanted, gate, 'sharing of images')
+
 def prepare(
     work:StageRun,     # from `begin_stage`
     records:list,      # conversation records to learn from
@@ -206,11 +228,15 @@ def prepare(
 )->TrainingSet:        # with the features of all images
     "Encode records and compute the features of their images; an unusable record is named."
     model, processor, s = work.model, work.processor, work.settings
-    tok, config = processor.tokenizer, model.config
-    encoded, names = record_samples([*records, *val], tok, config.image_seq_length, s.max_len)
-    samples, held = encoded[:len(records)], encoded[len(records):]
-    join = lambda x: share_pictures(x, config.image_token_id, s.max_len) if share else x
-    rows, held = join(samples), join(held)
+    tok = processor.tokenizer
+    encode = partial(record_samples, tokenizer=processor, image_tokens=image_tokens(model), max_len=s.max_len)
+    samples, names = work.objective.encode(list(records), encode)
+    held, others = work.objective.encode(list(val), encode) if val else ([], [])
+    names = list(dict.fromkeys([*names, *others]))
+    number = {n: i for i, n in enumerate(names)}
+    held = [_renumbered(h, [number[n] for n in others]) for h in held]
+    share = _may_share(work, share)
+    rows, held = (_rows(x, model, s.max_len) if share else x for x in (samples, held))
     files = [images[n] if isinstance(images, dict) else images/n for n in names]
     features = cached_features(model, processor, files, outputs_dir()/'.features',
                                threads=work.step.params['threads'], bf16=work.bf16)
@@ -264,10 +290,11 @@ def run_stage(
 )->list:                   # rows of losses
     "Train a stage, and write its losses and its costs; raises what `train` raises."
     step, s, val = work.step, work.settings, train_set.val
-    if step.by_hand: work.model = load(work.start, step.device, work.precision)[0]
+    if step.by_hand: work.model, work.objective = load(work.start, step.device, work.precision)[0], as_objective(work.stage.objective)
     with step.timed():
         work.model, work.losses = train(
             work.model, train_set.rows, train_set.collate, work.stage, step.dir, step.seed,
+            objective=work.objective,
             lora_rank=s.lora_rank, lora_alpha=s.lora_alpha, batch_tokens=s.batch_tokens,
             checkpointing=s.checkpointing, processes=s.processes, sharding=s.sharding,
             threads=step.params['threads'], bf16=work.bf16, save_s=s.save_s,
@@ -306,6 +333,7 @@ def finish_stage(
     "Save the model, close the step, and say in one row what was trained at which cost."
     step, (first, last) = work.step, _loss_ends(work.losses)
     save(work.model, work.processor, step.path('model'), work.precision)
+    save_modules(work.objective, step.path('objective.safetensors'))
     ledger = step.finish(first_loss=round(first, 4), last_loss=round(last, 4), **results)
     speed = ledger['samples']/max(ledger['device_s'], 1e-9)
     losses = dict(first_loss=round(first, 3), last_loss=round(last, 3))

@@ -16,7 +16,7 @@ import ipywidgets as W
 import numpy as np
 import psutil
 
-from ..data.conversations import DOMAINS, IMAGE, read_records, turns_of
+from ..data.conversations import DOMAINS, IMAGE, images_of, read_records, turns_of
 from ..data.images import ImageError, open_image
 from ..core.runs import (SERIES_COLOURS, clock, figure_bytes, figure_style, now, read_json,
     read_jsonl, run_dir, write_jsonl)
@@ -44,7 +44,7 @@ def facets(
         lines, what = [(t['from'], t['value'].replace(IMAGE, '').strip()) for t in turns_of(record)], many(tags.get('question_types'))
     elif 'question' in record: lines, what = [('question', record['question']), ('answer', str(record['answer']))], many(tags.get('question_type'))
     else: lines, what = [('caption', record.get('caption') or ''), *(('mention', m['text']) for m in record.get('mentions') or [])], []
-    return dict(modality=kinds, type=list(dict.fromkeys(what)), image=record.get('image') or next(iter(record.get('images') or []), None), lines=lines)
+    return dict(modality=kinds, type=list(dict.fromkeys(what)), image=next(iter(images_of(record) or record.get('images') or []), None), lines=lines)
 
 class Browse(Panel):
     "Turn over the records of a run, with filters."

@@ -24,7 +24,7 @@ from ..generate.api import data_url
 from ..explain.explorer import word_groups
 from ..generate.answers import Speaker
 from ..data.images import ImageError, image_bytes, is_dicom, open_image
-from ..generate.prefix_cache import as_turns, chat
+from ..models.templates import as_turns, chat, model_inputs
 from ..generate.prompts import Prompting
 from ..core.runs import figure_style, shows_bars
 
@@ -131,9 +131,8 @@ def stream_answer(
     max_new_tokens:int=48, # longest answer
 ):                    # yields pieces of the greedy answer
     "An answer, piece by piece while it is made."
-    text, tok = chat(processor, turns), processor.tokenizer
-    own = bool(tok.bos_token) and text.startswith(tok.bos_token)
-    x = processor(text=text, images=[image], return_tensors='pt', add_special_tokens=not own).to(model.device, model.dtype)
+    tok = processor.tokenizer
+    x = model_inputs(processor, [chat(processor, turns)], [[image]]).to(model.device, model.dtype)
     streamer, failed = TextIteratorStreamer(tok, skip_prompt=True, skip_special_tokens=True), []
     def work():
         try: model.generate(**x, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=tok.pad_token_id)
