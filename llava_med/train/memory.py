@@ -212,8 +212,8 @@ def _probe_rows(samples, length):
 def _line(measure, row, dense, room, layer):
     "(tokens of the longest row, its bytes, bytes of a pass, bytes of a token): no measurement lies above this line."
     n, kept, peak = measure([row])
-    if 2*peak > room: return n, peak, 0, math.ceil(peak/n)
-    many = 4 if 5*peak <= room else 2   # scored tokens are padded to 64, so two rows may need no more logits than one
+    many = min(4, int(room//max(1, peak)))   # scored tokens are padded to 64: two rows may need no more logits than one
+    if many < 2: return n, peak, 0, math.ceil(peak/n)
     n2, kept2, peak2 = measure([row]*many)
     each = max((peak2 - peak)/(n2 - n), (kept2 - kept)/(n2 - n) + layer)
     fixed = max(0, peak - each*n, peak2 - each*n2)
