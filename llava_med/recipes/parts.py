@@ -25,7 +25,8 @@ from ..models.llava import load, vision_features
 from .rewards import reward_of
 from .study import ArmResult
 from ..train.batches import Collator, record_samples
-from ..train.loop import ProgressLines, Stage, fit
+from ..train.loop import Stage, fit
+from ..train.monitor import ProgressLines
 from ..train.objectives import Objective, as_objective
 from ..train.vision_cache import Pictures
 from ..world.language import captions, questions
