@@ -7,6 +7,7 @@ __all__ = ['ROW_MARK', 'write_job', 'read_job', 'work', 'launch_command', 'launc
 
 # %% ../../nbs/04_train/11_launch.ipynb #f6efc684
 import contextlib
+import copy
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 import psutil
 import torch
@@ -22,7 +24,9 @@ from accelerate import Accelerator, init_empty_weights
 from safetensors.torch import load_file, save_file
 import llava_med
 from ..models.adapters import add_lora, attach
-from .memory import free_bytes, plan_memory
+from .batches import batch_loss
+from .memory import plan_memory
+from .samplers import group_keys
 from ..models.anatomy import set_trainable
 from .objectives import as_objective, load_modules, save_modules
 from .distributed import SHARDINGS, Job, TrainingError, whole_weights
@@ -158,6 +162,31 @@ def _why(folder, processes):
             f'what they printed is in {folder/"output.txt"}. Started again, training goes on from its last checkpoint.')
 
 # %% ../../nbs/04_train/11_launch.ipynb #db1f6979
+def _least(objective, samples, stage, padded):
+    "Tokens of the largest piece of a step that the objective does not let the loop divide."
+    lengths = [objective.length(s) for s in samples]
+    cost = lambda numbers: max(lengths[j] for j in numbers)*len(numbers) if padded else sum(lengths[j] for j in numbers)
+    if objective.unit == 'batch': return cost(sorted(range(len(lengths)), key=lambda j: -lengths[j])[:stage.batch_size])
+    if objective.unit != 'group': return 0
+    groups = {}
+    for j, k in enumerate(group_keys(samples)): groups.setdefault(k, []).append(j)
+    return max(map(cost, groups.values()))
+
+def _planned(model, samples, collate, stage, objective, checkpointing, tokens, processes, threads, more):
+    "What fits into memory, with all processes and modules that take some."
+    probe = copy.deepcopy(objective)
+    probe.start(model)
+    cpu = next(model.parameters()).device.type == 'cpu'
+    whole = objective.unit in ('group', 'batch')   # a lone row has no such loss; that of its tokens stands for it
+    loss, make = (batch_loss, collate) if whole else (probe.loss, partial(probe.collate, collate=collate))
+    return plan_memory(
+        model, samples, make, checkpointing, tokens, more.get('bf16', False), loss=loss,
+        processes=processes if more.get('sharding') == 'fsdp' else 1,
+        helpers=max(processes, threads) if cpu else 1, launched=processes > 1,
+        modules=tuple(probe.modules().values()), length=objective.length,
+        least=_least(objective, samples, stage, getattr(collate, 'padded', True)),
+        best=bool(getattr(more.get('held'), 'patience', 0)))
+
 def train(
     model, samples, collate, stage, # as in `fit`; the model is changed in place
     folder:Path,       # for checkpoints (`.checkpoint`) and what TensorBoard reads (`logs`)
@@ -182,9 +211,7 @@ def train(
     if lora_rank: model = add_lora(model, lora_rank, lora_alpha or None, projector='projector' in stage.parts, seed=seed)
     else: set_trainable(model, stage.parts)
     inner = model.get_base_model() if lora_rank else model
-    parts = max(processes, threads if device.type == 'cpu' else 1)
-    memory = plan_memory(inner, samples, collate, checkpointing, batch_tokens, more.get('bf16', False),
-                         free_bytes(device)//(parts if device.type == 'cpu' else 1), processes if more.get('sharding') == 'fsdp' else 1)
+    memory = _planned(inner, samples, collate, stage, objective, checkpointing, batch_tokens, processes, threads, more)
     print(f'Memory: {memory}.')
     report = report or (watch(), TensorBoard(folder/'logs'))
     arguments = dict(checkpoint=folder/'.checkpoint', memory=memory, cpu=device.type == 'cpu', **more)
