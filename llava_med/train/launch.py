@@ -179,10 +179,13 @@ def _planned(model, samples, collate, stage, objective, checkpointing, tokens, p
     cpu = next(model.parameters()).device.type == 'cpu'
     whole = objective.unit in ('group', 'batch')   # a lone row has no such loss; that of its tokens stands for it
     loss, make = (batch_loss, collate) if whole else (probe.loss, partial(probe.collate, collate=collate))
+    if make is not collate: make.attention = getattr(collate, 'attention', None)
+    alone = probe.modules() or any(p.dtype != torch.float32 for p in model.parameters())   # then `fit` takes no helpers
+    shares = 1 if alone else min(threads, stage.batch_size)
     return plan_memory(
         model, samples, make, checkpointing, tokens, more.get('bf16', False), loss=loss,
         processes=processes if more.get('sharding') == 'fsdp' else 1,
-        helpers=max(processes, threads) if cpu else 1, launched=processes > 1,
+        helpers=max(processes, shares) if cpu else 1, launched=processes > 1,
         modules=tuple(probe.modules().values()), length=objective.length,
         least=_least(objective, samples, stage, getattr(collate, 'padded', True)),
         best=bool(getattr(more.get('held'), 'patience', 0)))

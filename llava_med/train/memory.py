@@ -106,7 +106,7 @@ def step_bytes(
     return kept, alive.peak
 
 # %% ../../nbs/04_train/06_memory.ipynb #8e5f0e59
-INTERPRETER = 350*2**20   # bytes that a fresh process takes which has imported the library; measured on Linux
+INTERPRETER = 350*2**20   # bytes that a fresh process takes which has imported the library; an estimate, from trials on Linux
 
 def _amount(b): return f'{b/2**30:.1f} GiB' if b >= 2**30 else f'{b/2**20:.1f} MiB'
 
