@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from ..models.adapters import attach
 from .memory import token_groups
 
-from ..models.llava import part_of
+from ..models.anatomy import connector, decoder_layers
 from ..core.runs import writing
 
 # %% ../../nbs/04_train/08_distributed.ipynb #3846f518
@@ -229,7 +229,7 @@ class Job(nn.Module):
         total, n, *logs = self.loss(self.model, batch)
         logs = logs[0] if logs else {}
         if 'features' not in batch and 'pixels' not in batch:
-            total = total + sum(0*p.sum() for p in trainable_parameters(self.model.model.multi_modal_projector))
+            total = total + sum(0*p.sum() for p in trainable_parameters(connector(self.model)))
         return (total, n, logs) if counts else (total*0, 0, dict.fromkeys(logs, 0.))
 
 SHARDINGS = ('none', 'fsdp')
@@ -246,7 +246,7 @@ def prepare_job(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(acc.device.type, (acc.num_processes,))
-    for layer in job.model.model.language_model.layers: fully_shard(layer, mesh=mesh)
+    for layer in decoder_layers(job.model): fully_shard(layer, mesh=mesh)
     return fully_shard(job, mesh=mesh)
 
 @contextlib.contextmanager

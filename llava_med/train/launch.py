@@ -27,7 +27,7 @@ from ..models.anatomy import set_trainable
 from .objectives import as_objective, load_modules, save_modules
 from .distributed import SHARDINGS, Job, TrainingError, whole_weights
 from ..core.runs import read_json, replacing, write_json, writing
-from .loop import Stage, TensorBoard, fit, watch
+from .loop import TensorBoard, fit, watch
 
 # %% ../../nbs/04_train/10_launch.ipynb #ec6e4c3c
 def write_job(

@@ -30,7 +30,7 @@ from ..core.runs import clock, figure_style, shows_bars, write_csv
 from ..models.anatomy import PARTS, check_patterns, decoder_layers, set_trainable, trainable_names
 from ..models.llava import weights_hash
 from .memory import MemoryPlan, checkpointed
-from .objectives import CrossEntropy, Objective, as_objective, objective_name
+from .objectives import CrossEntropy, as_objective, objective_name
 from .samplers import SAMPLERS, group_keys
 from llava_med.train.distributed import (COUNT, LOSS, Helpers, Job, TrainingError, last_turn, load_state,
     micro_batches, prepare_job, rank_turns, read_progress, save_state, step_shares, step_sums,

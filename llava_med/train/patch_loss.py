@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from .batches import IGNORE, Collator, batch_loss, encode, encode_questions, scored_hits
-from ..models.llava import vision_features
+from ..models.anatomy import tower, vision_features
 
 # %% ../../nbs/04_train/11_patch_loss.ipynb #b40d2f4f
 def patch_targets(
@@ -44,7 +44,7 @@ class LookingLoss:
         batch:dict, # from a `WorldSet`
     )->tuple:       # (loss, 1): the parts are means already
         "Loss of the picture rows, the text rows and the patches, each with its weight."
-        feats = model.model.vision_tower(batch['pixels']).last_hidden_state[:, 1:]
+        feats = tower(model)(batch['pixels']).last_hidden_state[:, 1:]
         picture, n = batch_loss(model, {**batch, 'features': feats})
         text, m = batch_loss(model, batch['text'])
         seen = F.cross_entropy(self.head(feats).float().view(-1, len(self.weight)), batch['patches'].flatten(),
