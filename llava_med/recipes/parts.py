@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIRST_SCENE', 'StudyWorld', 'study_world', 'shipped', 'world_samples', 'leaked_records', 'measured_fit', 'ask_items',
-           'arm_result', 'TextTower', 'TwoTowers', 'text_batch', 'registry_rows']
+           'arm_result', 'answer_logprobs', 'TextTower', 'TwoTowers', 'text_batch', 'registry_rows']
 
 # %% ../../nbs/recipes/03_parts.ipynb #e401f7a6
 import time
@@ -21,10 +21,11 @@ from ..core.registry import Registry
 from ..core.runs import data_dir
 from ..data.vqa import question_record
 from ..generate.answers import answer
+from ..models.anatomy import decoder, head
 from ..models.llava import load, vision_features
 from .rewards import reward_of
 from .study import ArmResult
-from ..train.batches import Collator, record_samples
+from ..train.batches import IGNORE, Collator, embed, record_samples
 from ..train.loop import Stage, fit
 from ..train.objectives import Objective, as_objective
 from ..train.vision_cache import Pictures
@@ -147,6 +148,23 @@ def arm_result(
 )->ArmResult:              # what `run_arm` returns
     "Ask the test items of a world; credits and cost in one."
     return ArmResult(*ask_items(model, processor, world.items, world.images, reward), **cost)
+
+# %% ../../nbs/recipes/03_parts.ipynb #d1c0892e
+def answer_logprobs(
+    model,      # a LlavaForConditionalGeneration
+    batch:dict, # from a `Collator`, one conversation a row
+)->torch.Tensor: # (rows,) nats; ValueError where conversations share a row
+    "Log-probability of the scored tokens of each row."
+    if batch.get('positions') is not None or 'layout' in batch: raise ValueError(
+        'A row holds several conversations, so its answers have no log-probability of their own: '
+        'train this objective on rows that are neither packed nor shared.')
+    labels = F.pad(batch['labels'], (0, 1), value=IGNORE)[:, 1:]
+    keep = labels != IGNORE
+    out = decoder(model)(inputs_embeds=embed(model, batch), use_cache=False,
+                         attention_mask=batch['attention_mask'])
+    logp = head(model)(out.last_hidden_state[keep]).float().log_softmax(-1)
+    said = logp.gather(1, labels[keep][:, None])[:, 0]
+    return said.new_zeros(len(labels)).index_add(0, keep.nonzero()[:, 0], said)
 
 # %% ../../nbs/recipes/03_parts.ipynb #029310af
 class TextTower(nn.Module):
