@@ -201,7 +201,8 @@ def test_the_instructors_key_counts(run, tmp_path):
 def test_weights_are_asked_again(run):
     "The shipped base answers as stage 2; then three of four answers are improved by hand, and the table with them."
     from PIL import Image
-    from llava_med.generate.answers import Speaker, answer
+    from llava_med.evaluate.subjects import LocalModel
+    from llava_med.generate.answers import answer
     from llava_med.lab.grading import asked_of
     from llava_med.models.llava import load
     from llava_med.evaluate.exact import score_table
@@ -211,7 +212,7 @@ def test_weights_are_asked_again(run):
     images = run/GRADED_STEPS['data']/'images'
     images.mkdir()
     for i, n in enumerate(sorted({o['images'][0] for o in items})): Image.new('RGB', (96, 96), (9*i, 90, 200 - 8*i)).save(images/n)
-    mark = Speaker(model, processor).marks()['model_hash']
+    mark = LocalModel(model, processor).fingerprint()['model_hash']
     texts = iter(answer(model, processor, [images/o['images'][0] for o in items], [o['question'] for o in items]))
     log = [dict(p, text=next(texts), model_hash=mark) if (p['model'], p['condition']) == ('stage2', 'image') else p for p in log]
 

@@ -236,7 +236,7 @@ def test_a_rehearsal_keeps_what_matters(name):
     assert set(values) == set(real)
     for step in values:
         for k in ('lr', 'batch_size', 'max_len', 'lora_rank', 'lora_alpha', 'packed', 'sharding', 'checkpointing', 'batch_tokens', 'bf16', 'warmup', 'save_s'):
-            if step in estimate.STAGES: assert values[step][k] == real[step][k], (step, k)
+            if step in estimate.STEP_STAGES: assert values[step][k] == real[step][k], (step, k)
         assert values[step].get('base_model', '/thin') == '/thin' and values[step].get('processes', 1) == min(2, real[step].get('processes', 1))
         assert not [v for v in values[step].values() if isinstance(v, str) and v.startswith('data/')]
     assert (values['3_stage2_tuning']['start_from'] == '/thin') == name.endswith('one_stage')
@@ -272,7 +272,7 @@ def test_every_large_preset_is_rehearsed(name, tmp_path):
     for step in real:
         nb = nbformat.read(folder/step/f'{step}.ipynb', 4)
         assert not [o for c in nb.cells for o in c.get('outputs', []) if o.output_type == 'error']
-        if step in estimate.STAGES:
+        if step in estimate.STEP_STAGES:
             used = record['steps'][step]['parameters']
             for k in ('lr', 'lora_rank', 'packed', 'sharding', 'checkpointing', 'batch_size', 'max_len'): assert used[k] == real[step][k], (step, k)
             assert used['processes'] == min(2, real[step]['processes'])

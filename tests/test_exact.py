@@ -6,11 +6,18 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from llava_med.generate.answers import partners, predict
+from llava_med.core.registry import UnknownName
+from llava_med.data.leakage import audit_splits
+from llava_med.data.vqa import item_cluster
+from llava_med.evaluate.conditions import partners
+from llava_med.evaluate.subjects import predict
 from llava_med.models.llava import tiny_model
 from llava_med.core.runs import read_jsonl, write_csv
-from llava_med.evaluate.exact import (SCORE_COLUMNS, HEAD, SLICE_KEYS, marks, score_table, strict,
-    summarise)
+from llava_med.evaluate.exact import (SCORE_COLUMNS, HEAD, SLICE_KEYS, ScoreError, cluster_codes, finding_table, marks, score_of, score_table,
+    strict, summarise)
+from llava_med.evaluate.protocol import run_set
+from llava_med.evaluate.scorers import credit_rows, log_credits
+from llava_med.evaluate.statistics import compare, paired_tests, with_tests
 
 
 def study(rng, n_images=60, n_questions=8, gain=0.):
@@ -159,3 +166,105 @@ def test_order_of_the_log_changes_nothing():
            for m in ('base', 'stage2') for c in ('image', 'blank') for o in items]
     def rows(log): return sorted(json.dumps(r) for r in score_table(items, log, n_draws=100))
     assert rows(log) == rows([log[i] for i in rng.permutation(len(log))])
+
+
+# Patients and other clusters
+
+def clinic(n_patients=100, views=2, n_questions=2, names='patient', seed=0):
+    "Items of patients with several images each, and answers that are right for all of a patient or for none: the variance is known."
+    skill, items, log = np.random.default_rng(seed).permutation(np.arange(n_patients) % 2), [], []
+    for p, v, q in np.ndindex(n_patients, views, n_questions):
+        own = {names: f'p{p}'} if names in ('patient', 'cluster') else dict(tags={'patient': f'p{p}'}) if names else {}
+        items.append(dict(dict(id=f'{p}-{v}-{q}', images=[f'{p}-{v}.png'], question='?', answer='yes', answer_type='CLOSED', tags={}), **own))
+        log.append(dict(model='stage2', dataset='d', split='test', condition='image', item=items[-1]['id'], text='yes' if skill[p] else 'no', error=None))
+    return items, log
+
+
+def half_width(items, log): r = score_of(score_table(items, log, n_draws=4000), 'stage2'); return (r['high'] - r['low'])/2, r
+
+
+@pytest.mark.parametrize('names', ['patient', 'cluster', 'tag'])
+def test_two_images_of_one_patient_are_one_piece_of_evidence(names):
+    known = 1.96*.5/100**.5   # a hundred patients, each all right or all wrong
+    by_patient, r = half_width(*clinic(names=names))
+    by_image, q = half_width(*clinic(names=''))
+    assert abs(by_patient/known - 1) < .06 and abs(by_image/known - .5**.5) < .06
+    assert (r['n_items'], r['n_images'], r['n_clusters']) == (400, 200, 100) and q['n_clusters'] == 200
+
+
+def test_every_rule_and_every_test_draws_patients():
+    items, log = clinic()
+    base = [dict(p, model='base', text='no') for p in log]
+    tables, _ = log_credits(items, log + base, ('strict',))
+    row = next(r for r in credit_rows(('stage2', 'd', 'test', 'image'), [tables['stage2', 'd', 'test', 'image']], 4000) if r['metric'] == 'strict')
+    assert abs((row['high'] - row['low'])/2 - half_width(items, log)[0]) < 1e-9 and row['n_clusters'] == 100
+    t = paired_tests(tables, ['strict']).iloc[0]
+    assert (t.n_images, t.n_clusters) == (200, 100) and abs((t.high - t.low)/2/(1.96*.05) - 1) < .06
+    captions = [dict(p, item=f"caption:{o['images'][0]}", text='') for o, p in zip(items[::2], log[::2])]
+    truth = {o['images'][0]: dict(findings=['nodule']) for o in items}
+    rows = finding_table(truth, captions, tags={o['images'][0]: dict(patient=o['patient']) for o in items}, n_draws=50)
+    assert {(r['n_images'], r['n_clusters']) for r in rows if r['metric'] == 'finding_recall' and r['slice'] == 'all'} == {(200, 100)}
+
+
+def test_one_image_a_patient_is_drawn_as_images_are():
+    items, log = clinic(40, views=1)
+    rng = np.random.default_rng(1)
+    name = {p: f'{rng.integers(10**9)}' for p in {o['patient'] for o in items}}   # in another order than the images
+    renamed = [dict(o, patient=name[o['patient']]) for o in items]
+    assert score_table(renamed, log, n_draws=300) == score_table([{k: v for k, v in o.items() if k != 'patient'} for o in items], log, n_draws=300)
+    assert len(set(cluster_codes(marks(items, log)))) == 40
+    with pytest.raises(ScoreError, match="The image '0-0.png' is of 'else' and 'p0'; give all questions"): score_table([dict(items[0], patient='else'), *items[1:]], log)
+
+
+def test_swaps_splits_and_audit_know_clusters(tmp_path):
+    items = clinic(5, 3, 1, 'cluster')[0]
+    for name, other in partners(items).items(): assert name.split('-')[0] != other.split('-')[0]
+    assert {item_cluster(o) for o in items} == {f'p{i}' for i in range(5)}
+    with pytest.raises(ValueError, match='share 1 patients'): run_set(dict(train=items[:4], val=[], test=items[4:]), tmp_path)
+    shared = {r['check']: r for r in audit_splits(items[:4], items[4:])}['patients']
+    assert (shared['shared'], shared['of']) == (1, 4)
+
+
+# Slices of one's own
+
+def test_any_tag_is_a_slice():
+    items, log = clinic(20)
+    items = [dict(o, tags=dict(sex='FM'[i % 2], age_group=i % 3), scanner='A') for i, o in enumerate(items)]
+    rows = score_table(items, log, n_draws=50, slices=['sex', 'age_group', 'scanner', 'answer_type'])
+    wanted = [r['slice'] for r in rows if r['metric'] == 'strict']
+    assert wanted == ['all', 'answer_type=closed', 'sex=f', 'sex=m', 'age_group=0', 'age_group=1', 'age_group=2', 'scanner=a']
+    assert sum(r['n_items'] for r in rows if r['slice'].startswith('age_group=') and r['metric'] == 'strict') == len(items)
+    with pytest.raises(UnknownName, match="slices: there is no tag named 'six'. Did you mean sex. Known: age_group, .*sex"): score_table(items, log, slices=['six'])
+    with pytest.raises(ScoreError, match="the tag 'id_no' has 80 values"): score_table([dict(o, id_no=i) for i, o in enumerate(items)], log, slices=['id_no'])
+
+
+def test_a_condition_of_a_recipe_has_its_difference():
+    items, log = clinic(20)
+    more = [dict(p, condition=c, text='no') for p in log for c in ('half', 'blank')]
+    rows = score_table(items, log + more, n_draws=50)
+    assert [c for c in dict.fromkeys(r['condition'] for r in rows)] == ['image', 'half', 'blank', 'image-blank', 'image-half']
+    assert score_of(rows, 'stage2', 'image-half')['value'] == .5
+
+
+# One interval, one p
+
+@pytest.mark.parametrize('n_patients', [1, 4, 5, 6, 9, 13, 14, 40])
+def test_a_difference_and_its_p_say_the_same(n_patients):
+    rng = np.random.default_rng(n_patients)
+    for gain in np.linspace(-.6, .6, 13):
+        items, log = clinic(n_patients, 2, 2)
+        texts = lambda p: ['yes' if rng.random() < p else 'no' for _ in log]
+        said = [dict(p, model=m, text=t) for m, p0 in (('stage2', .5 + gain/2), ('base', .5 - gain/2)) for p, t in zip(log, texts(p0))]
+        rows = score_table(items, said, n_draws=200)
+        tests = paired_tests(log_credits(items, said, ('strict',))[0], ['strict'], n_draws=10_000)
+        r, t = score_of(with_tests(rows, tests), 'stage2-base'), tests.iloc[0]
+        assert (t.p < .05) == (t.low > 0 or t.high < 0) == (r['low'] > 0 or r['high'] < 0)
+        assert r['low'] <= r['value'] <= r['high'] and (n_patients > 5 or (r['low'], r['high']) == (-1, 1))
+
+
+def test_few_patients_are_compared_exactly():
+    items, log = clinic(6, 2, 2)
+    said = [dict(p, model=m, text=t) for m, t in (('stage2', 'yes'), ('base', 'no')) for p in log]
+    t = compare({m: log_credits(items, [p for p in said if p['model'] == m], ('strict',))[0][m, 'd', 'test', 'image'] for m in ('stage2', 'base')},
+                [('stage2', 'base')], ['strict']).iloc[0]
+    assert t.p == 2/64 and (t.low, t.high) == (1, 1) and t.n_clusters == 6   # one of 64 sets of signs is as far, on each side

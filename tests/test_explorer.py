@@ -132,7 +132,7 @@ def test_rows_from_a_file_are_the_same(tmp_path):
 
 
 def test_unknown_methods_are_named():
-    with pytest.raises(ValueError, match="no method 'eyes'"): explained(None, None, picture(), 'what?', methods=['eyes'])
+    with pytest.raises(ValueError, match="no map method named 'eyes'"): explained(None, None, picture(), 'what?', methods=['eyes'])
 
 
 # In a browser

@@ -142,7 +142,7 @@ def test_slake_masks_become_cells():
 @pytest.mark.parametrize('call,words', [
     (lambda m, p, s: fa.curves(m, p, s[0], {'x': np.full((8, 8), np.nan)}), 'NaN'),
     (lambda m, p, s: fa.curves(m, p, s[0], {'x': np.ones((8, 8))}, unit='heads'), "'pixels' or 'tokens'"),
-    (lambda m, p, s: fa.make_maps(m, p, s, ['grad_cam']), "no method 'grad_cam'"),
+    (lambda m, p, s: fa.make_maps(m, p, s, ['grad_cam']), "no map method named 'grad_cam'"),
     (lambda m, p, s: fa.make_maps(m, p, []), 'No question is left'),
     (lambda m, p, s: fa.elsewhere_mean(np.ones((2, 3, 3)), ['a', 'a']), 'at least two pictures'),
     (lambda m, p, s: fa.next_partners(['a', 'a']), 'all questions are about one'),

@@ -123,7 +123,7 @@ def alive(p): return p.is_running() and p.status() != 'zombie'
     ('preset: toy\nparameters: {2_two.lr: .nan}', 'nan is no number'), ('preset: toy\nparameters: {2_two.tag: 5}', 'Put it between quotes'),
     ("preset: toy\nparameters: {2_two.lr: '1e-5'}", 'Write the number without quotes'),
     ("preset: toy\nparameters: {2_two.tag: '{run}/9_none/x'}", "'9_none' is none of the steps"),
-    ("preset: toy\nparameters: {1_one.tag: '{run}/2_two/x'}", 'come before 1_one'), ('preset: toy\nparameters: {2_two.run: x}', 'the name of the grid'),
+    ("preset: toy\nparameters: {1_one.tag: '{run}/2_two/x'}", 'which is a later step: name one that comes before'), ('preset: toy\nparameters: {2_two.run: x}', 'the name of the grid'),
     ('preset: toy\ngrid: {2_two.n: {from: 1, to: 2, step: 0.5}}', 'must be whole numbers'), ('preset: toy\ngrid: {2_two.n: {from: 1, to: 1000000000, step: 1}}', 'more than 1000 values'),
     ('preset: toy\ngrid: {2_two.lr: {from: 0, to: 1e308, step: 1e-308}}', 'parts of a range are numbers'),
     ('preset: toy\ngrid: {2_two.n: {from: 1, to: 1' + '0'*400 + ', n: 3}}', 'parts of a range are numbers'),

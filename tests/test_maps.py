@@ -265,3 +265,12 @@ def test_a_tower_without_attention_has_no_way_back(pair):
     model.model.vision_tower = torch.nn.Conv2d(3, 8, 3)
     with pytest.raises(ValueError, match='Conv2d has no layers of self-attention'): mp.tower_layers(model)
     with pytest.raises(ValueError, match='model.language_model.layers'): mp.METHODS['relevancy'](torch.nn.Linear(2, 2), processor, s)
+
+
+def test_a_method_is_found_by_name_and_refused_with_the_known_ones(monkeypatch):
+    from llava_med.core.registry import UnknownName
+    with pytest.raises(UnknownName, match="no map method named 'atention'. Did you mean attention.*Known: attention, "): mp.MAP_METHODS.named('atention')
+    assert mp.METHODS is mp.MAP_METHODS and set(mp.MAP_METHODS) == set(mp.METHOD_FACTS)
+    with pytest.raises(ValueError, match="already a map method named 'attention'"): mp.method('attention', 'black', 'pixels', '0', 'a toy')(lambda *a: [])
+    assert mp.METHOD_FACTS['attention']['sees'] == 'grey', 'the facts of the first stay'
+    with pytest.raises(ValueError, match="sees 'blue' and is of 'tokens'"): mp.method('toy', 'blue', 'tokens', '1', '')

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from llava_med.models.llava import tiny_model
 from llava_med.train.batches import Collator, batch_loss, encode
 from llava_med.train.launch import launch
-from llava_med.train.loop import ProgressLines, Stage, fit
+from llava_med.train.loop import Stage, fit
 from llava_med.train.memory import MemoryPlan
+from llava_med.train.monitor import ProgressLines
 from llava_med.train.objectives import Objective, as_objective
 
 CODE = '''

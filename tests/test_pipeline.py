@@ -16,7 +16,7 @@ from llava_med.core.runs import test_data as data_folder
 REPO = Path(__file__).resolve().parents[1]
 STEPS = ['1_data_prep', '2_stage1_alignment', '3_stage2_tuning', '4_evaluation', '5_attention']
 LEDGER = {'wall_s', 'device', 'device_s', 'peak_memory_mib', 'trainable_params', 'samples', 'tokens', 'tokens_per_s', 'model_flops'}
-SCORES = 'model,dataset,split,condition,slice,metric,value,low,high,n_items,n_images'.split(',')
+SCORES = 'model,dataset,split,condition,slice,metric,value,low,high,n_items,n_images,n_clusters'.split(',')
 
 
 def command(outputs, *words):
@@ -213,6 +213,35 @@ def test_a_prompt_is_chosen_and_a_tuned_model_joins(outputs, smoke):
     finally: shutil.rmtree(model.parent)
     assert {'tuned', 'tuned-stage2', 'tuned-base'} <= {r['model'] for r in table} and 'Choice of prompts' in html
     assert (outputs/'asked/4_evaluation/cards/3b_vqa_tuning/model/README.md').exists()
+
+
+@pytest.mark.slow
+def test_named_models_and_pairs_are_asked_and_subtracted(outputs, smoke):
+    import shutil
+    shutil.copytree(outputs/'smoke/3_stage2_tuning/model', outputs/'smoke/dpo/model')
+    named = dict(models={'dpo': 'dpo', 'untuned': 'data/base_tiny', 'stage2': '3_stage2_tuning'}, pairs=[['dpo', 'stage2'], ['dpo', 'untuned']])
+    try: table, html = by_hand(outputs, run='named', **named, slices=['kind'], n_test_images=4, n_small_questions=20, n_captions=2, n_text=4)
+    finally: shutil.rmtree(outputs/'smoke/dpo')
+    assert {r['model'] for r in table} >= {'dpo', 'untuned', 'stage2', 'dpo-stage2', 'dpo-untuned'} and 'weights of dpo' in html
+    assert not {'base', 'stage2-base', 'stage1'} & {r['model'] for r in table}
+    at = {(r['model'], r['condition']): r for r in table if (r['slice'], r['metric']) == ('all', 'strict')}
+    assert float(at['dpo-stage2', 'image']['value']) == 0 and at['dpo', 'blank']['n_items'] == at['dpo', 'image']['n_items']
+    assert {r['metric'] for r in table if r['model'] == 'dpo-untuned'} >= {'strict', 'perplexity', 'paired.strict.p'}
+    assert any(r['slice'].startswith('kind=') for r in table)
+    for r in table:   # a difference and its test say the same
+        if r['metric'] != 'strict' or r['slice'] != 'all' or '-' not in r['model'] + r['condition']: continue
+        p = next(x for x in table if x['metric'] == 'paired.strict.p' and (x['model'], x['condition']) == (r['model'], r['condition']))
+        assert (float(p['value']) < .05) == (float(r['low']) > 0 or float(r['high']) < 0)
+
+
+@pytest.mark.parametrize('parameters, why', [
+    (dict(models={'dpo': 'dpo'}), "neither such a step with a model in smoke or wrong"),
+    (dict(pairs=[['stage2', 'dpo']]), "no model named 'dpo' among those asked. Known: base, stage1, stage2"),
+    (dict(conditions=['blnk']), "conditions: there is no condition named 'blnk'. Did you mean blank"),
+    (dict(slices=['sight']), "slices: there is no tag named 'sight'")])
+def test_a_wrong_name_stops_the_evaluation_before_it_asks(outputs, smoke, parameters, why):
+    with pytest.raises(Exception, match=why): alone(outputs, '4_evaluation', run='wrong', **parameters)
+    assert not (outputs/'wrong/4_evaluation/.answers.jsonl').exists()
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def family(pid): return [psutil.Process(pid), *psutil.Process(pid).children(recu
     (['--set', '2_two.lr=fast'], 'must be of type float'),
     (['--set', '2_two.files=a'], 'must be of type list'),
     (['--set', '2_two.run=other'], '--name'),
-    (['--set', 'n=1'], 'NOTEBOOK.PARAM=VALUE'),
+    (['--set', 'n=1'], 'STEP.PARAM=VALUE'),
     (['--only', '4'], 'Known: 1_one, 2_two, 3_three'),
     (['--only', '1', '--set', '2_two.n=1'], 'not among the steps'),
     (['--name', '../elsewhere'], 'cannot name a run'),

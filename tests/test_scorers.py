@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from llava_med.core.registry import UnknownName
 from llava_med.lab.commands import main
 from llava_med.core.runs import read_jsonl, test_data as data_folder, write_jsonl
 from llava_med.evaluate.scorers import SCORERS, ScoreError, align, judge_rows, read_answers, score_answers, score_files
@@ -186,7 +187,7 @@ def test_other_questions_and_unknown_rules_are_refused(tmp_path, capsys):
     assert e.value.code == 2
     said = capsys.readouterr().err
     assert all(repr(s) in said or s in said for s in SCORERS)
-    with pytest.raises(ScoreError, match='known are llavamed_v1'): score_files(tmp_path/'items.jsonl', tmp_path/'a.json', 'best')
+    with pytest.raises(UnknownName, match="no scorer named 'best'. Known: llavamed_v1"): score_files(tmp_path/'items.jsonl', tmp_path/'a.json', 'best')
     (tmp_path/'b.json').write_bytes(b'\xff\xfe\x00')
     assert main(['score', str(tmp_path/'items.jsonl'), str(tmp_path/'b.json')]) == 1
     assert 'is not UTF-8' in capsys.readouterr().err
@@ -248,3 +249,12 @@ def test_captions_are_named_and_not_scored():
     assert {r['model'] for r in rows} == {'m'}
     assert notes[1].startswith('n, image: ') and '1 captions, not answers' in notes[1] and notes[1].endswith('not scored')
     assert next(r['value'] for r in rows if r['metric'] == 'answers.caption') == 1
+
+
+def test_a_scorer_of_a_recipe_joins_the_tables():
+    @SCORERS.register('length')
+    def length(item, text): return {'words': float(len(text.split()))}
+    try: rows, _ = score_answers([item('yes')], [dict(prompt=item('yes')['question'], text='yes it is')], model='m', n_draws=50)
+    finally: del SCORERS['length']
+    assert [r['value'] for r in rows if (r['metric'], r['slice']) == ('length.words', 'all')] == [3]
+    with pytest.raises(UnknownName, match="no scorer named 'length'. Known"): score_answers([item('yes')], [dict(prompt=item('yes')['question'], text='yes')], ['length'])

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .filters import NEAR_BITS, NEAR_GREY, look
-from .vqa import same_question
+from .vqa import named_cluster, same_question
 
 # %% ../../nbs/03_data/16_leakage.ipynb #d070d100
 def picture_marks(
@@ -93,12 +93,12 @@ class Wording:
 # %% ../../nbs/03_data/16_leakage.ipynb #8d975226
 CHECKS = dict( # check: what its number counts
     images='test images whose name is in training', pictures='test images with equal pixels in training',
-    near_pictures='test images nearly equal to a training image, pixels differ', patients='patients in both',
+    near_pictures='test images nearly equal to a training image, pixels differ', patients='patients, or clusters that the items name, in both',
     cases='cases in both', articles='articles in both', questions='test questions asked in training, on any image',
     image_and_question='test questions asked in training on the same picture',
     rephrased='further test questions asked in training on the same picture in other words, by a measured rule',
     official_rephrasings="test questions whose rephrasing is in training on the same picture, by the set's own record")
-_IDS = dict(patients='patient', cases='case', articles='article')
+_IDS = dict(patients=named_cluster, cases=lambda o: o.get('case'), articles=lambda o: o.get('article'))   # what an item belongs to
 
 def with_records(
     items:list,  # VQA-RAD items from the two files
@@ -138,8 +138,8 @@ def overlaps(
     same, pairs, note, n_seen = _same_pictures(train, test, images_dir, train_images_dir)
     pairs['images'] = [(n, n) for n in same if n in same[n]]
     of = dict(images=len(same), pictures=n_seen, near_pictures=n_seen)
-    for check, key in _IDS.items():
-        mine, theirs = ({o[key] for o in part if o.get(key)} for part in (test, train))
+    for check, of_item in _IDS.items():
+        mine, theirs = ({of_item(o) for o in part} - {None, ''} for part in (test, train))
         pairs[check], of[check] = sorted((i, i) for i in mine & theirs), len(mine)
     on, asked, wording = defaultdict(list), {}, Wording(train + test)
     for o in train:

@@ -26,7 +26,7 @@ from ..data.generators import REFUSAL, LocalGenerator, _read_words
 from ..core.vocabulary import claims_dict
 from ..data.claims import read_claims
 from ..core.runs import write_csv, write_jsonl
-from .scorers import CASES, align, answer_text, head_numbers, read_answers, read_rows, word_scores
+from .scorers import _size, CASES, align, answer_text, head_numbers, read_answers, read_rows, word_scores
 from .exact import (SCORE_COLUMNS, HEAD, SLICE_KEYS, ScoreError, finding_kinds,
     strict_normalise, summarise)
 
@@ -290,7 +290,7 @@ def _position(d, head, kw):
     if d.order.nunique() < 2: return []
     if flips.isna().any(axis=None):   # one order a question
         means = d.groupby('order').lead.mean()
-        return [dict(zip(SCORE_COLUMNS, [*head, 'all', 'judge.first_place_points', round(float(means.mean()), 4), '', '', len(d), d.image.nunique()]))]
+        return [dict(zip(SCORE_COLUMNS, [*head, 'all', 'judge.first_place_points', round(float(means.mean()), 4), '', '', *_size(d)]))]
     better = (d.mark - d.reference).apply(lambda x: (x > 0) - (x < 0))
     same = better.groupby(d['item']).nunique().eq(1)
     by = _by_question(d)
@@ -328,7 +328,7 @@ def chat_rows(
             part = _by_question(d[d.order == o])
             out += [dict(r, slice=f'order={o}') for r in summarise(_with_head(part, head, num, den), name, **kw)]
     out += _position(d, head, kw)
-    return out + [dict(zip(SCORE_COLUMNS, [*head, 'all', f'judge.{k}', n[k], '', '', len(judgements), by.image.nunique()])) for k in JUDGE_CASES]
+    return out + [dict(zip(SCORE_COLUMNS, [*head, 'all', f'judge.{k}', n[k], '', '', len(judgements), *_size(by)[1:]])) for k in JUDGE_CASES]
 
 def said_cases(
     n:Counter, # counts of JUDGE_CASES
@@ -420,7 +420,8 @@ def judge_files(
         new = chat_rows(part, **how)
         known = dict(zip(SCORE_COLUMNS, [new[0][h] for h in HEAD]))
         new += finding_rows(part, **how)
-        new += [known | dict(slice='all', metric=f'answers.{k}', value=v, low='', high='', n_items=len(part), n_images=new[0]['n_images'])
+        size = dict(n_items=len(part), **{k: new[0][k] for k in ('n_images', 'n_clusters')})
+        new += [known | dict(slice='all', metric=f'answers.{k}', value=v, low='', high='', **size)
                 for k, v in (part[0].get('counts') or {}).items()]
         _show(new)
         scores += new

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 import numpy as np
 from .exact import item_tag, strict
-from ..generate.answers import item_patient, predict
+from ..data.vqa import item_cluster
+from .subjects import predict
 
 # %% ../../nbs/06_evaluate/09_protocol.ipynb #d381c9f0
 def run_set(
@@ -24,7 +25,7 @@ def run_set(
     names = list(dict.fromkeys(o['images'][0] for o in parts['test']))
     kept = set(names[:n_test_images])
     test = [o for o in parts['test'] if o['images'][0] in kept]
-    shared = {item_patient(o) for o in parts['train']} & {item_patient(o) for o in test}
+    shared = {item_cluster(o) for o in parts['train']} & {item_cluster(o) for o in test}
     if shared: raise ValueError(
         f'vqa/test.json and vqa/train.json of 1_data_prep share {len(shared)} patients '
         f'(such as {min(map(str, shared))}), so the scores would be of pictures seen in training; '
@@ -50,7 +51,7 @@ def whole_images(
 
 # %% ../../nbs/06_evaluate/09_protocol.ipynb #e9ef2934
 def ask_all(
-    models:dict,     # name → (model, processor), or a speaker such as a `Chooser`
+    models:dict,     # name → (model, processor), or a subject such as a `Chooser`
     plan:dict,       # (model, condition) → VQA items
     images_dir:Path, # folder that the items' image names refer to
     log_fn:Path,     # the prediction log; lines are appended

@@ -178,7 +178,8 @@ def row_table(
     fit = [r for r in rows if all(r[k] in v for k, v in want.items())]
     d = pd.DataFrame(fit, columns=SCORE_COLUMNS)
     d['value [95 %]'] = [f'{v:.3f} [{a:.3f}, {b:.3f}]' for v, a, b in zip(d.value, d.low, d.high)]
-    return d.drop(columns=['dataset', 'split', 'value', 'low', 'high'])
+    as_images = ['n_clusters'] if (d.n_clusters == d.n_images).all() else []   # nothing new
+    return d.drop(columns=['dataset', 'split', 'value', 'low', 'high', *as_images])
 
 def wrapped(
     *pairs:tuple,  # (label, text)
@@ -374,7 +375,7 @@ def _tests(tests):
                           'points': f"{pc(t['difference'])} [{pc(t['low'])},\u00a0{pc(t['high'])}]", 'p': p(t['p']), 'p, Holm': p(t['p_holm']),
                           'McNemar': p(t['p_mcnemar']),
                           'win / tie / loss': f"{t['win']}\u00a0/\u00a0{t['tie']}\u00a0/\u00a0{t['loss']}",
-                          'could be found': pc(t['smallest']), 'questions': t['n_items'], 'images': t['n_images'],
+                          'could be found': pc(t['smallest']) if np.isfinite(t['smallest']) else '–', 'questions': t['n_items'], 'images': t['n_images'],
                           'verdict': 'different' if t['p_holm'] < .05 else 'not shown to differ'}
                          for t in sorted(tests.to_dict('records'), key=lambda t: '-' not in t['model'])])
 
@@ -415,8 +416,9 @@ NOTES = dict(
           'the length stands under it. Where models were asked different numbers of questions, the differences below are of common ones.',
     controls='always_yes_no says "yes no" to everything, echo repeats the question, the priors give the commonest training answer: of all, '
              'to the type of question, to its wording. A rule under which they score high is a weak rule.',
-    tests='Could be found: the smallest difference in points that 80 % of such comparisons would call different. More draws were made '
-          'than for the tables above, so the last digit of an interval may differ. Not shown to differ is not the same as equal.',
+    tests='Could be found: the smallest difference in points that 80 % of such comparisons would call different. An interval excludes '
+          'zero exactly where p, before the correction, is below 0.05. Few images mean an exact test; five or fewer cannot show '
+          'anything. Not shown to differ is not the same as equal.',
     calibration='Per cent. By chance at most: what 95 % of perfectly calibrated models would stay below with as many questions.',
     own='These are per cent as printed by others, on their own machines and by their own rules.',
     other='For orientation only: these are of other data, and no number of this page may be held against them.')
@@ -425,6 +427,7 @@ def _score_sections(own, whole, rows, models, guessers):
     "Summary, rules, controls and slices."
     pairs = [m for m in dict.fromkeys(r['model'] for r in own) if '-' in m and m.split('-')[0] in models]
     conditions = ['blank', 'shuffled', 'noise', 'image', 'image-blank', 'image-shuffled', 'image-noise']
+    conditions += [c for c in dict.fromkeys(r['condition'] for r in own) if c not in (*conditions, 'none')]   # of recipes
     summary = side_by_side(own, 'model', 'condition', lines=guessers + models, columns=conditions, metric='strict', slice='all')
     def part(d, caption, note=''): return table(d, caption, note) if len(d) else None
     return [('Summary', [part(summary, 'Strict exact match, per cent with 95 % intervals, by model and by what was shown', NOTES['summary']),
@@ -486,7 +489,7 @@ def evaluation_report(
     def have(d): return d is not None and len(d) > 0
     shared = audit_table(list(audit)).drop(columns='example or note').assign(note=[r['note'] for r in audit]) if audit else []
     sections = _score_sections(own, whole, rows, models, guessers) + [
-        ('Paired tests', [table(_tests(tests), 'All comparisons, by a bootstrap over images, corrected together', NOTES['tests'])] if have(tests) else []),
+        ('Paired tests', [table(_tests(tests), 'All comparisons, by an exact test on few images and else by a bootstrap over images, corrected together', NOTES['tests'])] if have(tests) else []),
         ('Calibration', [table(_calibration(calibration), 'Yes or no by probability: does the model know what it knows?', NOTES['calibration']),
                          calibration_figure(items, chosen)] if have(calibration) else []),
         ('Split audit', [table(shared, 'What the test split shares with training', audit_note)] if audit

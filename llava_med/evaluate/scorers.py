@@ -6,8 +6,8 @@
 __all__ = ['PUNCTUATION', 'DIGITS', 'CONTRACTIONS', 'YES_NO', 'SCORERS', 'CASES', 'vqa_normalise', 'word_scores', 'bleu',
            'is_closed', 'llavamed_v1', 'answer_part', 'medevalkit', 'lmms_normalise', 'lmms_slake', 'plain', 'rivals',
            'closed_right', 'strict_scores', 'read_rows', 'read_answers', 'questions_in', 'align', 'answer_text',
-           'credits', 'credit_rows', 'score_answers', 'log_credits', 'log_rows', 'score_files', 'head_numbers',
-           'read_marks', 'judge_rows']
+           'credits', 'metric_columns', 'credit_rows', 'score_answers', 'log_credits', 'log_rows', 'score_files',
+           'head_numbers', 'read_marks', 'judge_rows']
 
 # %% ../../nbs/06_evaluate/04_scorers.ipynb #50c5f59b
 import html, json, re, string
@@ -18,12 +18,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..core.runs import write_csv
+from ..core.registry import Registry
 from .exact import (SCORE_COLUMNS, HEAD, SLICE_KEYS, MODEL_PAIRS, ScoreError,
-    _contrasts, _index, _slices, draw_counts, item_tag, limits, strict, strict_normalise, summarise)
+    _contrasts, _index, _slices, cluster_codes, draw_counts, item_tag, limits, slice_keys, strict,
+    strict_normalise, summarise)
 from ..data.generators import THOUGHT
 from ..data.conversations import DOMAINS
 from ..data.vqa_readers import read_vqa
-from ..data.vqa import same_question
+from ..data.vqa import item_cluster, same_question
 
 # %% ../../nbs/06_evaluate/04_scorers.ipynb #02a436fb
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -207,7 +209,8 @@ def strict_scores(
     return out | dict(open_exact=float(strict(text, gold)), open_recall=s['recall'], open_words=_words(text),
                       open_precision=s['precision'], open_f1=s['f1'])
 
-SCORERS = dict(llavamed_v1=llavamed_v1, medevalkit=medevalkit, lmms_slake=lmms_slake, strict=strict_scores)
+SCORERS = Registry('scorer', llavamed_v1=llavamed_v1, medevalkit=medevalkit, lmms_slake=lmms_slake,
+                   strict=strict_scores)   # name → f(item, text), which gives metric → credit
 
 # %% ../../nbs/06_evaluate/04_scorers.ipynb #ec7ae571
 def read_rows(
@@ -339,16 +342,29 @@ def credits(
     items:list,  # VQA items
     texts:dict,  # item id → answer
     scorers:Iterable=('strict',), # names from SCORERS
-)->pd.DataFrame: # item, image, KEYS, and a column for each metric; NaN where it does not apply
-    "What each answer earns under each rule."
-    rows = [dict(item=o['id'], image=o['images'][0] if o.get('images') else o['id'], **{k: item_tag(o, k) for k in SLICE_KEYS})
-            | {f'{s}.{m}'.rstrip('.'): v for s in scorers for m, v in SCORERS[s](o, texts[o['id']]).items()}
-            for o in items if o['id'] in texts]
-    d = pd.DataFrame(rows)
+    keys:Iterable=SLICE_KEYS, # tags to keep
+)->pd.DataFrame: # item, image, cluster, tags, and a column for each metric; NaN where it does not apply
+    "What each answer earns under each rule; UnknownName for a scorer that there is not."
+    rules, keys = {s: SCORERS.named(s) for s in scorers}, list(keys)
+    d = pd.DataFrame([_credit(o, texts[o['id']], rules, keys) for o in items if o['id'] in texts])
     for name in ('strict', 'strict.yes_no'):
         if name in d and any(o.get('twin_of') for o in items):
             d[f'{name}_pairs'] = _pairs(items, d[name].to_numpy(), d['item'])
-    return d[sorted(d, key=lambda c: next((i for i, s in enumerate(scorers) if c.split('.')[0].removesuffix('_pairs') == s), -1))]
+    return d[sorted(d, key=lambda c: next((i for i, s in enumerate(rules) if c.split('.')[0].removesuffix('_pairs') == s), -1))]
+
+def _credit(o, text, rules, keys):
+    "One row of credits, and what the item belongs to."
+    image = o['images'][0] if o.get('images') else o['id']
+    earned = {f'{s}.{m}'.rstrip('.'): v for s, rule in rules.items() for m, v in rule(o, text).items()}
+    return dict(item=o['id'], image=image, cluster=item_cluster(o), **{k: item_tag(o, k) for k in keys}) | earned
+
+def metric_columns(
+    d:pd.DataFrame, # from `credits`
+)->list:            # names of columns
+    "The columns of a table that hold credits, and not tags or names."
+    return [c for c in d if c not in ('item', 'image', 'cluster') and pd.api.types.is_numeric_dtype(d[c])]
+
+def _size(d): return len(d), d['image'].nunique(), cluster_codes(d).max(initial=-1) + 1
 
 def _pairs(items, right, ids):
     "Credit of twins at the first of the two: 1 if both are right; NaN elsewhere."
@@ -359,7 +375,7 @@ def _pairs(items, right, ids):
     return out
 
 def _columns(d, metrics, masks, codes, n):
-    "Sums of credit and of counts over the items of each image, a column for each metric and slice."
+    "Sums of credit and of counts over the items of each cluster, a column for each metric and slice."
     x = d[metrics].to_numpy(float)
     counted = np.isfinite(x)
     num = [np.bincount(codes[m], np.where(counted, x, 0)[m, j], n) for j in range(len(metrics)) for m in masks]
@@ -415,10 +431,10 @@ def credit_rows(
 )->list:                 # rows of scores.csv
     "Values with intervals of all metrics and slices of one model, or of one difference."
     d = sides[0]
-    metrics = [c for c in d if c not in {'item', 'image', *SLICE_KEYS} and all(c in s for s in sides)]
-    codes, names = pd.factorize(d['image'], sort=True)
-    slices = _slices(d, list(keys))
-    parts = [_draws(*_columns(s, metrics, [m for _, m in slices], codes, len(names)), n_draws, seed) for s in sides]
+    metrics = [c for c in metric_columns(d) if all(c in s for s in sides)]
+    codes, images, slices = cluster_codes(d), d['image'].to_numpy(), _slices(d, list(keys))
+    masks, n = [m for _, m in slices], codes.max(initial=-1) + 1
+    parts = [_draws(*_columns(s, metrics, masks, codes, n), n_draws, seed) for s in sides]
     value, draws = (parts[0][i] - parts[1][i] if len(parts) == 2 else parts[0][i] for i in (0, 1))
     low, high = limits(draws)
     def tidy(x): return round(float(x), digits) + 0.
@@ -427,22 +443,25 @@ def credit_rows(
         counted = d[m].notna().to_numpy()
         for name, mask in slices:
             if np.isfinite(value[j]):
+                at = counted & mask
                 out.append(dict(zip(SCORE_COLUMNS, [*head, name, m, tidy(value[j]), tidy(low[j]), tidy(high[j]),
-                                              int((counted & mask).sum()), len(set(codes[counted & mask]))])))
+                                                    int(at.sum()), len(set(images[at])), len(set(codes[at]))])))
             j += 1
     return out
 
 def score_answers(
     items:list,          # VQA items
     predictions:list,    # answers: lines of a log, or LLaVA-Med's
-    scorers:Iterable=tuple(SCORERS), # names from SCORERS
+    scorers:Iterable|None=None, # names from SCORERS; all if None
     model:str='model',   # name in the rows where the answers have none
     n_draws:int=2000,    # bootstrap draws
     seed:int=0,          # of the draws
     model_pairs:Iterable=MODEL_PAIRS, # differences of models
+    slices:Iterable=(),  # tags to slice by, beside the lab's own
 )->tuple:                # rows of scores.csv, lines that say how answers and items were paired
     "Scores of answers, with counts of everything that is not as it should be."
     groups, tables, rows, notes = defaultdict(list), {}, [], []
+    scorers, keys = tuple(SCORERS if scorers is None else scorers), slice_keys(items, slices)
     for p in predictions: groups[tuple(str(p.get(h) or '') for h in HEAD)].append(p)
     for h, group in groups.items():
         asked, found, rule, n = _align_split(items, group)
@@ -454,25 +473,27 @@ def score_answers(
         texts = {k: answer_text(r, n) for k, r in found.items()}
         n['empty_key'] = sum(not str(o['answer']).strip() for o in asked)
         h = tuple(a or b for a, b in zip(h, (model, _common(asked, 'source'), _split_of(asked), 'image')))
-        tables[h], head = credits(asked, texts, scorers), _part(h, len(found), len(asked))
-        rows += credit_rows(head, [tables[h]], n_draws, seed)
-        rows += [dict(zip(SCORE_COLUMNS, [*head, 'all', f'answers.{k}', n[k], '', '', len(asked), tables[h].image.nunique()]))
-                 for k in CASES]
+        tables[h], head = credits(asked, texts, scorers, keys), _part(h, len(found), len(asked))
+        rows += credit_rows(head, [tables[h]], n_draws, seed, keys)
+        size = len(asked), *_size(tables[h])[1:]
+        rows += [dict(zip(SCORE_COLUMNS, [*head, 'all', f'answers.{k}', n[k], '', '', *size])) for k in CASES]
         notes.append(f'{h[0]}, {h[3]}: {len(found)} of {len(asked)} {h[1]} {h[2]} items paired {rule}; '
                      f'{_said(n) or "nothing odd"}')
     for a, b, h in _contrasts(tables, model_pairs):
         both = [tables[k][tables[k]['item'].isin(tables[o]['item'])].reset_index(drop=True) for k, o in ((a, b), (b, a))]
-        if len(both[0]): rows += credit_rows(_part(h, len(both[0]), max(len(tables[a]), len(tables[b]))), both, n_draws, seed)
+        if not len(both[0]): continue
+        rows += credit_rows(_part(h, len(both[0]), max(len(tables[a]), len(tables[b]))), both, n_draws, seed, keys)
     return rows, notes
 
 def log_credits(
     items:list,    # VQA items
     log:list,      # lines of a prediction log of ours
-    scorers:Iterable=tuple(SCORERS), # names from SCORERS
+    scorers:Iterable|None=None, # names from SCORERS; all if None
     asked:dict|None=None, # model, or (model, condition) → ids of the items it was asked, where that is not all
 )->tuple:          # {HEAD: table of `credits`}, {HEAD: counts of CASES}
     "What each answer of a log earns and what is odd about the answers, by model and condition; a failed one counts as wrong."
     by_id, groups, tables, odd = _index(items), defaultdict(list), {}, {}
+    scorers = tuple(SCORERS if scorers is None else scorers)
     for p in log: groups[tuple(p[h] for h in HEAD)].append(p)
     for h, group in groups.items():
         n, want = Counter(), set((asked or {}).get((h[0], h[3]), (asked or {}).get(h[0], by_id)))
@@ -500,7 +521,7 @@ def log_rows(
     rows = []
     for h, d in tables.items():
         rows += credit_rows(h, [d], n_draws, seed, keys)
-        rows += [dict(zip(SCORE_COLUMNS, [*h, 'all', f'answers.{k}', odd[h][k], '', '', len(d), d.image.nunique()])) for k in CASES]
+        rows += [dict(zip(SCORE_COLUMNS, [*h, 'all', f'answers.{k}', odd[h][k], '', '', *_size(d)])) for k in CASES]
     for a, b, h in _contrasts(tables, model_pairs):
         both = [tables[k][tables[k]['item'].isin(tables[o]['item'])].reset_index(drop=True) for k, o in ((a, b), (b, a))]
         if len(both[0]): rows += credit_rows(h, both, n_draws, seed, keys)
@@ -516,11 +537,11 @@ def score_files(
     **kw,                 # further arguments of `score_answers`
 )->int:                   # exit code
     "Score an answer file, print the summary, and return the exit code."
-    if scorer not in (None, *SCORERS): raise ScoreError(f'No scorer {scorer!r}; known are {", ".join(SCORERS)}.')
+    if scorer: SCORERS.named(scorer, '--scorer')
     if not Path(predictions).is_file(): raise FileNotFoundError(f'{predictions}: there is no such file.')
     if out and Path(out).is_dir(): raise ScoreError(f'{out} is a folder: name a file for --out, such as {Path(out)/"scores.csv"}.')
     rows, notes = score_answers(read_vqa(items, lang=None, part=part, say=print), read_answers(predictions),
-                                [scorer] if scorer else tuple(SCORERS), Path(predictions).stem, **kw)
+                                [scorer] if scorer else None, Path(predictions).stem, **kw)
     if not rows: raise ScoreError(f'{predictions}: holds captions only, no answers to questions.')
     for line in notes: print(line)
     _show(rows)
@@ -581,4 +602,4 @@ def judge_rows(
     for name, num, den in (('judge.mean_of_ratios', 'ratio', 'one'), ('judge.ratio_of_means', 'second', 'first')):
         out += summarise(d.rename(columns={num: 'num', den: 'den'}), name, n_draws, seed, keys)
     n = len(judgements) - len(rows)
-    return out + [dict(zip(SCORE_COLUMNS, [*head.values(), 'all', 'judge.unread', n, '', '', len(judgements), d.image.nunique()]))]
+    return out + [dict(zip(SCORE_COLUMNS, [*head.values(), 'all', 'judge.unread', n, '', '', len(judgements), *_size(d)[1:]]))]

@@ -19,6 +19,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from ..models.anatomy import base_of, decoder, head
 from ..models.templates import chat, model_inputs, needs_bos
 from ..train.batches import splice
 from ..evaluate.exact import bootstrap, limits
@@ -70,8 +71,8 @@ def language_model(
     model,  # LlavaForConditionalGeneration, bare or inside a PEFT wrapper
 )->tuple:   # the LLaVA model, its language model's decoder
     "The decoder inside a LLaVA, found or refused in one sentence."
-    base = model.get_base_model() if hasattr(model, 'get_base_model') else model
-    inner = getattr(getattr(base, 'model', None), 'language_model', None)
+    base = base_of(model)
+    inner = decoder(base) if hasattr(getattr(base, 'model', None), 'language_model') else None
     layers = getattr(inner, 'layers', None)
     if layers is None or not all(hasattr(o, 'self_attn') for o in layers):
         raise ValueError(f'{type(model).__name__} has no model.language_model.layers with '
@@ -279,7 +280,7 @@ def trace(
     with torch.set_grad_enabled(gradients), capture_rows(base, rows) as layers:
         out = decoder(inputs_embeds=x, attention_mask=batch['attention_mask'], use_cache=False,
                       position_ids=batch['position_ids'], output_hidden_states=gradients)
-        logp = base.lm_head(out.last_hidden_state[:, rows]).float().log_softmax(-1)
+        logp = head(base)(out.last_hidden_state[:, rows]).float().log_softmax(-1)
         answer = batch['input_ids'][:, rows + 1]
         first = (logp.argmax(-1) == answer).cpu().numpy()
         logp = logp.gather(-1, answer[..., None])[..., 0]

@@ -66,8 +66,7 @@ def explained(
     max_new_tokens:int=16, # longest answer
 )->dict:               # answer, words (the first stands for all), maps by method (words, layers, down, across), window, grid
     "Maps of an answer and of its words, by several methods; no words and no maps where the model says nothing."
-    unknown = [k for k in methods if k not in METHODS]
-    if unknown: raise ValueError(f'There is no method {unknown[0]!r}; choose from {", ".join(METHODS)}.')
+    for k in methods: METHODS.named(k)
     tok = processor.tokenizer
     ids = (generate(model, processor, image, question, max_new_tokens=max_new_tokens) if answer is None
            else tok(answer, add_special_tokens=False)['input_ids'])

@@ -208,8 +208,7 @@ def make_maps(
     "Maps of many questions by many methods."
     if len({o.grid for o in samples}) > 1: raise ValueError('The questions have several grids; measure one grid at a time.')
     if not samples: raise ValueError('No question is left to map: none passed the gates, or the list is empty.')
-    unknown = [k for k in methods or () if k not in METHODS]
-    if unknown: raise ValueError(f'There is no method {unknown[0]!r}; choose from {", ".join(METHODS)}.')
+    for k in methods or (): METHODS.named(k)
     return {k: np.stack([m.mean(1) for i in range(0, len(samples), batch_size)
                          for m in METHODS[k](model, processor, samples[i:i+batch_size])]) for k in methods or METHODS}
 

@@ -9,7 +9,7 @@ __all__ = ['data_url', 'as_messages', 'Endpoint']
 import base64, io, json, os
 from concurrent.futures import ThreadPoolExecutor, as_completed
 import openai
-from .answers import _key, _short, open_picture
+from .answers import _key, open_picture, short_hash
 from ..models.templates import as_turns
 
 # %% ../../nbs/05_generate/04_api.ipynb #22914308
@@ -39,7 +39,7 @@ def as_messages(
 
 # %% ../../nbs/05_generate/04_api.ipynb #df3e60ae
 class Endpoint:
-    "A model behind an OpenAI-compatible server as somebody who answers questions."
+    "A model behind an OpenAI-compatible server as a model under test."
     def __init__(self,
         model:str,            # name of the model on the server
         base_url:str=None,    # such as http://localhost:8000/v1; None: OPENAI_BASE_URL of the environment
@@ -54,11 +54,11 @@ class Endpoint:
         self.model, self.concurrency, self.longest = model, concurrency, longest
         self.request, self.version, self.key_name = {'temperature': 0, 'seed': 0, **(request or {})}, version, key_name
         self.client = openai.OpenAI(base_url=base_url, api_key=os.environ.get(key_name) or 'none', max_retries=retries, timeout=timeout)
-        self.way = f'endpoint {json.dumps(self.request, sort_keys=True)} {longest}'
-    def marks(self)->dict: # model_hash, processor_hash
+        self.settings = f'endpoint {json.dumps(self.request, sort_keys=True)} {longest}'
+    def fingerprint(self)->dict: # model_hash, processor_hash
         "Hashes of the server's address and the model's name; the server has the processor."
-        return dict(model_hash=_short(self.client.base_url, self.model, self.version), processor_hash='endpoint')
-    def reads(self,
+        return dict(model_hash=short_hash(self.client.base_url, self.model, self.version), processor_hash='endpoint')
+    def render(self,
         prompt:str|list, # question, or turns
         n_images:int,    # pictures before the question
     )->str:
@@ -79,8 +79,8 @@ class Endpoint:
         if not text: raise ValueError(f'The server gave no answer (finish_reason {said and said.finish_reason!r}'
                                       f'{", refusal: " + said.message.refusal if said and said.message.refusal else ""}).')
         return text
-    def replies(self,
-        items:list, pictures:list, prompts:list, # of each question the item, what is shown, what is asked
+    def generate(self,
+        items:list, images:list, prompts:list, # of each question the item, what is shown, what is asked
         max_new_tokens:int=24, # longest answer
         batch_size:int=64,     # of no effect; see `concurrency`
     ):                         # lists of (place, fields of the log line), as they become ready
@@ -88,8 +88,8 @@ class Endpoint:
         urls = {}
         def ask(i):
             try:
-                for r in pictures[i]: urls.get(_key(r)) or urls.__setitem__(_key(r), data_url(r, self.longest))
-                return dict(text=self.reply(prompts[i], [urls[_key(r)] for r in pictures[i]], max_new_tokens))
+                for r in images[i]: urls.get(_key(r)) or urls.__setitem__(_key(r), data_url(r, self.longest))
+                return dict(text=self.reply(prompts[i], [urls[_key(r)] for r in images[i]], max_new_tokens))
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as e: raise self._stop(e) from None
             except openai.APITimeoutError as e: return dict(error=f'APITimeoutError: {e}')
             except openai.APIConnectionError as e: raise self._stop(e) from None
@@ -99,6 +99,13 @@ class Endpoint:
             try:
                 for w in as_completed(work): yield [(work[w], w.result())]
             finally: pool.shutdown(cancel_futures=True)
+    def loglikelihood(self,
+        images:list, prompts:list, # of each question what is shown, what is asked
+        options:list,      # of each question a list of replies
+        batch_size:int=64, # of no effect
+    )->list:
+        "Refused with a ValueError: the protocol tells no probability of a given reply."
+        raise ValueError(f'{self.client.base_url} cannot say how probable a given reply is; ask {self.model} in words.')
     def _stop(self, e):
         remedy = {openai.NotFoundError: f'is there a model {self.model!r}?', openai.APIConnectionError: 'is the server running?'}.get(
             type(e), f'is the key in {self.key_name} right?')

@@ -11,6 +11,7 @@ import copy
 from collections import Counter
 from dataclasses import dataclass, field
 import torch
+from ..models.anatomy import base_of, decoder, head
 from ..models.templates import as_turns, chat, fill_slots, prompt_ids, text_ids
 from ..train.batches import splice
 
@@ -38,7 +39,7 @@ def image_features(
     for i in range(0, len(images), batch_size):
         x = processor.image_processor(images=images[i:i+batch_size], return_tensors='pt')
         x = x['pixel_values'].to(model.device, model.dtype)
-        out = model.model.get_image_features(pixel_values=x)
+        out = base_of(model).get_image_features(pixel_values=x)
         feats.append(torch.stack(list(getattr(out, 'pooler_output', out))))
     return torch.cat(feats)
 
@@ -53,7 +54,7 @@ def read_prefixes(
     ids = torch.tensor(prefixes, device=model.device)
     fs = [f for fs in feats for f in fs]
     x = splice(model, ids, torch.cat(fs)) if fs else model.get_input_embeddings()(ids)
-    return model.model.language_model(inputs_embeds=x, use_cache=True).past_key_values
+    return decoder(model)(inputs_embeds=x, use_cache=True).past_key_values
 
 def cache_rows(
     cache,     # cache of keys and values
@@ -98,8 +99,8 @@ def read_packed(
     keys = torch.cat([own.new_zeros(len(own), start), own], 1)
     seen = visible_keys(own, keys)
     seen[..., start:] &= seen.new_ones(width, width).tril()
-    out = model.model.language_model(input_ids=ids, attention_mask=_attention_mask(model, seen), position_ids=pos,
-                                     past_key_values=cache, use_cache=True)
+    out = decoder(model)(input_ids=ids, attention_mask=_attention_mask(model, seen), position_ids=pos,
+                         past_key_values=cache, use_cache=True)
     return out.last_hidden_state, keys
 
 # %% ../../nbs/05_generate/01_prefix_cache.ipynb #86aa3bd7
@@ -142,14 +143,14 @@ def decode(
     max_new_tokens:int=24, # longest answer
 )->list:                 # for each row the ids of its answers, without the end
     "Greedy answers to all questions about each prefix."
-    start, lm, dev = cache.get_seq_length(), model.model.language_model, model.device
+    start, lm, dev = cache.get_seq_length(), decoder(model), model.device
     answers = [[_Asked(r, s, start + len(q)) for s, q in enumerate(qs, 1)] for r, qs in enumerate(suffixes)]
     live = [q for qs in answers for q in qs]
     last = [sum(map(len, suffixes[q.row][:q.number])) - 1 for q in live]
     hidden, keys = read_packed(model, suffixes, cache)
     hidden = hidden[[q.row for q in live], last]
     for n in range(max_new_tokens):
-        going = _take(live, model.lm_head(hidden).argmax(-1).tolist(), ends)
+        going = _take(live, head(model)(hidden).argmax(-1).tolist(), ends)
         if not going or n + 1 == max_new_tokens: break
         if n == 0 or 2*len(going) <= len(live):
             live = going
@@ -180,7 +181,7 @@ def reply_logprobs(
         end, sums = 0, []
         for q, a in qs:
             end += len(q) + len(a)
-            logp = model.lm_head(h[end-len(a)-1:end-1]).float().log_softmax(-1)
+            logp = head(model)(h[end-len(a)-1:end-1]).float().log_softmax(-1)
             sums.append(logp.gather(1, torch.tensor(a, device=h.device)[:, None]).sum().item())
         out.append(sums)
     return out

@@ -6,8 +6,8 @@
 __all__ = ['GRID_KEYS', 'CASE_KEYS', 'MAX_RUNS', 'SIZE_PARAMETERS', 'TABLE_CONDITIONS', 'range_values', 'listed', 'dotted',
            'grids', 'read_grid', 'Run', 'run_name', 'plan_grid', 'Unit', 'set_keys', 'units_of', 'gpus_here',
            'default_workers', 'slurm_script', 'sized', 'past_steps', 'estimate', 'total_time', 'headline', 'over_seeds',
-           'main_scores', 'summary_rows', 'batch_rows', 'seed_differences', 'lay_out', 'lacking', 'most_threads',
-           'plan_lines', 'plan_record', 'tree_bytes', 'Guard', 'end_tree']
+           'needed_columns', 'main_scores', 'summary_rows', 'batch_rows', 'seed_differences', 'lay_out', 'lacking',
+           'most_threads', 'plan_lines', 'plan_record', 'tree_bytes', 'Guard', 'end_tree']
 
 # %% ../../nbs/09_lab/02_grids.ipynb #4d0f91e4
 import contextlib
@@ -27,10 +27,11 @@ from pathlib import Path
 import psutil
 import yaml
 
-from .runner import (GIVEN, UsageError, plan_base, check_value, choose_steps, in_run,
-    is_done, known_name, missing_files, order, pipeline, read_parameters, read_preset, read_yaml,
+from .steps import UsageError, books_of, known_name, origin, stem_of
+from .runner import (GIVEN, as_planned, check_stages, check_value, choose_steps, given_value, in_run, is_done,
+    keys_before, missing_files, plain_values, plan_base, read_parameters, read_preset, read_yaml,
     step_inputs, step_key, targets)
-from ..core.runs import clock, git_state, now, outputs_dir, read_json, root, run_dir
+from ..core.runs import clock, git_state, new_name, now, outputs_dir, read_json, root, run_dir
 
 # %% ../../nbs/09_lab/02_grids.ipynb #a261b651
 GRID_KEYS = ('name', 'description', 'preset', 'seeds', 'seed_steps', 'sizes', 'parameters', 'grid', 'cases', 'only', 'threads', 'gpus',
@@ -88,6 +89,7 @@ def dotted(
         if m := re.fullmatch(r'([\w-]+)\.(\w+)', str(k)): new = {m.groups(): v}
         elif isinstance(v, dict): new = {(str(k), str(name)): x for name, x in v.items()}
         else: raise UsageError(f'{where}: {k} is no parameter; write it as STEP.NAME, such as 2_stage1_alignment.epochs.')
+        new = {(s, new_name(name)): x for (s, name), x in new.items()}
         if both := new.keys() & found.keys(): raise UsageError(f'{where}: {".".join(*both)} stands twice.')
         found |= new
     return found
@@ -187,6 +189,7 @@ class Run:
     keys:dict = field(default_factory=dict) # step → its key
     preset:str = '' # where it starts from
     inputs:dict = field(default_factory=dict) # step → what its key is made of
+    origin:dict = field(default_factory=dict) # its notebooks and recipes, where the preset lists them
 
 def _word(value): # for the name of a folder
     text = f'{value:g}' if isinstance(value, float) else '+'.join(map(str, value)) if isinstance(value, list) else str(value)
@@ -208,9 +211,9 @@ def _fill(plan, values, known, must=''): # put (step, name) → value into a pla
     if twice := next((x for x in full if full.count(x) > 1), None): raise UsageError(f'{".".join(twice)} stands twice.')
     for (step, name), v in sorted(values.items(), key=lambda kv: kv[0][0] != 'all'):
         hit = [t for t in targets(step, name, known) if t in plan]
-        for t in targets(step, name, known): v = check_value(v, known[t][name], t)
+        checked = {t: given_value(t, name, v, known) for t in targets(step, name, known)}
         if must and not hit: raise UsageError(f'{step}.{name} {must}, but {step} is not among the steps of the run ({", ".join(plan)}).')
-        for t in hit: plan[t][name] = v
+        for t in hit: plan[t][name] = checked[t]
 
 MAX_RUNS = 2000   # runs of a batch
 
@@ -219,9 +222,9 @@ def _check_seeds(case, seeded, known): # a seed under `parameters` would be lost
         if set(targets(step, name, known)) <= set(seeded): raise UsageError(f'{step}.{name}: seeds belong under `seeds:`, or leave {step} out of `seed_steps:`.')
 
 def _check_own(plan): # what a value calls `{run}/…` must be made before
-    for s, values in plan.items():
-        for k, v in values.items():
-            if isinstance(v, str) and v.startswith('{run}/') and ((made := v.split('/')[1]) not in plan or order(made) >= order(s)):
+    for i, (s, values) in enumerate(plan.items()):
+        for k, v in ((k, v) for k, value in values.items() for v in plain_values(value)):
+            if isinstance(v, str) and v.startswith('{run}/') and (made := v.split('/')[1]) not in list(plan)[:i]:
                 raise UsageError(f'{s}.{k} is {v}, and {made!r} is none of the steps of the run that come before {s} ({", ".join(plan)}).')
 
 def plan_grid(
@@ -232,40 +235,48 @@ def plan_grid(
     except UsageError as e: raise UsageError(str(e) if grid['path'].name in str(e) else f"{grid['path'].name}: {e}") from None
 
 def _runs(grid):
-    known = {s: read_parameters(p) for s, p in pipeline().items()}
-    seeded = [known_name(s, known, 'step', prefix=True) for s in grid['seed_steps']] or list(known)
-    runs = []
+    runs, known_by = [], {}
     for case in grid['cases']:
-        recipe, axes = read_preset(case['preset']), {}
-        for (step, name), given in case['grid'].items():
-            t = targets(step, name, known)[0]
-            full = f'{step if step == "all" else t}.{name}'
-            if full in axes: raise UsageError(f'{full} stands twice in the grid.')
-            if name == 'seed': raise UsageError(f'{full}: seeds belong under `seeds:`.')
-            axes[full] = listed(given, known[t][name], full)
+        recipe = read_preset(case['preset'])
+        known = known_by[case['name']] = {s: read_parameters(p) for s, p in books_of(recipe).items()}
+        seeded = [known_name(s, known, 'step', prefix=True) for s in grid['seed_steps']] or list(known)
         _check_seeds(case, seeded, known)
+        axes = _axes(case, known)
         n = len(runs) + math.prod(map(len, axes.values()))*len(grid['seeds'])
         if n > MAX_RUNS: raise UsageError(f'{n} runs are too many for one batch: it may have {MAX_RUNS}.')
         for combination, seed in itertools.product(itertools.product(*axes.values()), grid['seeds']):
             varied = dict(zip(axes, combination))
             plan = _plan(grid, case, recipe, varied, seed, seeded, known)
-            name = run_name(case['name'], varied, seed)
-            runs.append(Run(name, case['name'], seed, varied, {s: in_run(v, f"{grid['name']}/{name}", plan_base(plan)) for s, v in plan.items()}, preset=recipe['name']))
-    lost = next((k for level in grid['cases'][0]['parameters'][:2] for k in level if not any(t in r.plan for t in targets(*k, known) for r in runs)), None)
+            name, base = run_name(case['name'], varied, seed), plan_base(plan)
+            plan = {s: in_run(v, f"{grid['name']}/{name}", base) for s, v in plan.items()}
+            runs.append(Run(name, case['name'], seed, varied, plan, preset=recipe['name'], origin=origin(recipe)))
+    hit = lambda k: any(t in r.plan for r in runs for t in targets(*k, known_by[r.case]))
+    lost = next((k for level in grid['cases'][0]['parameters'][:2] for k in level if not hit(k)), None)
     if lost: raise UsageError(f'{".".join(lost)} has a value, but no run has that step; name it under `only:`, or leave the value away.')
     return _distinct(runs, grid)
+
+def _axes(case, known): # 'step.name' → the values that it takes
+    axes = {}
+    for (step, name), given in case['grid'].items():
+        t = targets(step, name, known)[0]
+        full = f'{step if step == "all" else t}.{name}'
+        if full in axes: raise UsageError(f'{full} stands twice in the grid.')
+        if name == 'seed': raise UsageError(f'{full}: seeds belong under `seeds:`.')
+        axes[full] = listed(given, known[t][name], full)
+    return axes
 
 def _plan(grid, case, recipe, varied, seed, seeded, known): # step → parameters; later levels win
     levels = [dotted(recipe['parameters'], recipe['name']), *case['parameters'], dotted(varied, 'grid')]
     for s in recipe['parameters']:
         if s != 'all': known_name(s, known, f"step (named by the preset {recipe['name']})")
     named = set(recipe['parameters']) | {targets(*k, known)[0] for level in levels[1:] for k in level if k[0] != 'all'}
-    plan = {s: {k: p.default for k, p in known[s].items()} for s in choose_steps(case['only'], named)}
+    plan = {s: {k: p.default for k, p in known[s].items()} for s in choose_steps(case['only'], named, recipe['notebooks'])}
     for s in plan:
         if 'threads' in known[s]: plan[s]['threads'] = grid['threads']
     for level, must in zip(levels, ('', '', '', f"has a value in the case {case['name']}" if case['name'] else '', 'varies')): _fill(plan, level, known, must)
     for s in plan:
         if 'seed' in plan[s] and s in seeded: plan[s]['seed'] = seed
+    check_stages(plan, recipe)
     _check_own(plan)
     return plan
 
@@ -297,15 +308,16 @@ def set_keys(
     "Compute the key of every step of every run; data, notebooks and the library are read once."
     seen = {}
     for r in runs:
-        record = {'run': f'{batch}/{r.name}', 'steps': {}}
+        record = {'run': f'{batch}/{r.name}', 'steps': {}, **r.origin}
         for step, values in r.plan.items():
-            texts = json.dumps([step, {k: v for k, v in values.items() if isinstance(v, (str, list)) and k not in GIVEN}], sort_keys=True)
-            own = any(isinstance(v, str) and v.startswith(f"{run_dir(record['run'])}/") for v in values.values())
+            given = {k: v for k, v in values.items() if isinstance(v, (str, list, dict)) and k not in GIVEN}
+            texts = json.dumps([step, r.origin.get('notebooks', {}).get(step), r.origin.get('recipes'), given], sort_keys=True)
+            own = as_planned(given, record['run']) != given
             if own or texts not in seen: seen[texts] = step_inputs(step, values, record)
             inputs = dict(seen[texts])
             if not own:
                 inputs['parameters'] = {k: v for k, v in values.items() if k not in GIVEN}
-                inputs['before'] = {s: k['key'] for s, k in record['steps'].items() if order(s) < order(step) and not s.startswith('0_')}
+                inputs['before'] = keys_before(step, record)
             r.keys[step], r.inputs[step] = step_key(inputs), inputs
             record['steps'][step] = {'key': r.keys[step]}
 
@@ -371,27 +383,30 @@ SIZE_PARAMETERS = ('epochs', 'figures', 'n_images', 'n_figures', 'n_test_images'
 def sized(
     step:str,  # a step
     steps:dict, # step → parameters, of its whole run
+    record:dict={}, # of the run, or its origin
 )->dict:
     "The parameters of a step, its model where it has one, and for training the number of figures, which another step was told."
     base, values = plan_base(steps), dict(steps[step])
-    if step not in ('0_base_model', '1_data_prep') and not base.startswith(str(outputs_dir())): values['model'] = base
-    return values | {'figures': steps.get('1_data_prep', {}).get('n_figures')} if 'epochs' in values else values
+    figures = next((v['n_figures'] for v in steps.values() if 'n_figures' in v), None)
+    if stem_of(step, record) not in ('0_base_model', '1_data_prep') and not base.startswith(str(outputs_dir())): values['model'] = base
+    return values | {'figures': figures} if 'epochs' in values else values
 
-def past_steps()->dict: # step → list of (parameters, seconds)
+def past_steps()->dict: # notebook → list of (parameters, seconds)
     "What finished steps of all runs on this machine took, and those of the committed demo; the newest first."
     found = {}
     paths = [*outputs_dir().glob('*/run.json'), *outputs_dir().glob('*/*/run.json'), root()/'outputs/example/run.json']
     for p in sorted({p.resolve() for p in paths if p.exists()}, key=lambda p: -p.stat().st_mtime):
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):   # a damaged record tells nothing
-            steps = read_json(p).get('steps', {})
+            record = read_json(p)
+            steps = record.get('steps', {})
             told = {s: r.get('parameters', {}) for s, r in steps.items()}
             for s, r in steps.items():
                 if r.get('wall_s') and r.get('state', 'done') == 'done' and not r.get('shared_from'):
-                    found.setdefault(s, []).append((sized(s, told), float(r['wall_s'])))
+                    found.setdefault(stem_of(s, record), []).append((sized(s, told, record), float(r['wall_s'])))
     return found
 
 def estimate(
-    step:str, values:dict, # a step and its parameters, from sized
+    step:str, values:dict, # the stem of a notebook, and the step's parameters, from sized
     past:dict,             # from past_steps
 )->float|None:             # seconds, or None where no earlier run knows
     "About how long a step will take: as the most similar one with the same base did, in proportion to epochs, figures, questions and threads."
@@ -409,7 +424,7 @@ def total_time(
 )->float:        # seconds
     "About how long all that is left will take: units are given out as they become ready."
     free, ends = [0.0]*max(workers, 1), {}
-    for u in sorted((u for u in units.values() if not u.done), key=lambda u: order(u.step)):
+    for u in sorted((u for u in units.values() if not u.done), key=lambda u: len(u.before)):   # all steps before it count
         i = min(range(len(free)), key=lambda i: free[i])
         ends[u.key] = free[i] = max([free[i], *(ends.get(k, 0.0) for k in u.before)]) + (u.estimate or 0)
     return max(ends.values(), default=0.0)
@@ -434,7 +449,7 @@ def over_seeds(
     groups = {}
     for r in rows:
         if r.get('value') in (None, ''): continue
-        same = {k: v for k, v in r.items() if k not in ('run', 'seed', 'state', 'value', 'low', 'high', 'n_items', 'n_images')}
+        same = {k: v for k, v in r.items() if k not in ('run', 'seed', 'state', 'value', 'low', 'high', 'n_items', 'n_images', 'n_clusters')}
         groups.setdefault(json.dumps(same, default=str), (same, []))[1].append(float(r['value']))
     out = []
     for same, x in groups.values():
@@ -445,6 +460,13 @@ def over_seeds(
 
 # %% ../../nbs/09_lab/02_grids.ipynb #c0000002
 TABLE_CONDITIONS = ('image', 'blank', 'shuffled', 'noise', 'image-blank')
+
+def needed_columns(
+    rows:list, # one for each score, with `run` and `step`; a run without scores has one without step
+)->list:       # the same, without `step` where no run has scores from two of them
+    "Name the step of a score only where it tells two evaluations of one run apart."
+    several = len({(r['run'], r.get('step')) for r in rows}) > len({r['run'] for r in rows})
+    return [{k: v for k, v in r.items() if several or k != 'step'} for r in rows]
 
 def main_scores(
     rows:list, # of table.csv
@@ -464,7 +486,7 @@ def summary_rows(
     head = list(rows[0])[:list(rows[0]).index('state') + 1] if rows else []
     sets = {r['dataset'] for r in main}
     found = {r['run']: {k: r[k] for k in head} for r in rows}
-    for r in main: found[r['run']][' '.join([r['metric'], r['model'], r['condition'], *[r['dataset']]*(len(sets) > 1)])] = r['value']
+    for r in main: found[r['run']][' '.join([r['metric'], r['model'], r['condition'], *[r['dataset']]*(len(sets) > 1), *filter(None, [r.get('step')])])] = r['value']
     return list(found.values()), list(dict.fromkeys(k for r in found.values() for k in r))
 
 # %% ../../nbs/09_lab/02_grids.ipynb #d3de0b76
@@ -505,7 +527,9 @@ def lay_out(
     runs = plan_grid(grid)
     set_keys(runs, grid['name'])
     units, past = units_of(runs, grid['name']), past_steps()
-    for u in units.values(): u.estimate = estimate(u.step, sized(u.step, u.runs[0].plan), past)
+    for u in units.values():
+        r = u.runs[0]
+        u.estimate = estimate(stem_of(u.step, r.origin), sized(u.step, r.plan, r.origin), past)
     return runs, units
 
 def lacking(

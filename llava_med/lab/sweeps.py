@@ -27,9 +27,9 @@ from pathlib import Path
 import filelock
 import nbformat
 
-from .runner import (StepFailed, UsageError, files_mark, is_done, is_progress, order, pipeline, run_step,
-                               shown, step_inputs, step_key)
-from .grids import (Guard, Run, Unit, default_workers, gpus_here, headline, lacking, lay_out, main_scores, most_threads, over_seeds, plan_lines, plan_record, read_grid, summary_rows,
+from .steps import UsageError, changed_origin, comes_before, notebook_of, pipeline
+from .runner import StepFailed, files_mark, is_done, is_progress, run_step, shown, step_inputs, step_key
+from .grids import (Guard, Run, Unit, default_workers, gpus_here, headline, lacking, lay_out, main_scores, most_threads, needed_columns, over_seeds, plan_lines, plan_record, read_grid, summary_rows,
                              total_time)
 from ..core.runs import (RunLock, RunLocked, check_name, clear_folder, clock, figure_bytes, figure_style, git_state, hold,
                             machine, now, outputs_dir, read_json, read_run, replacing, root, run_dir, update_run, versions,
@@ -61,14 +61,14 @@ def share_step(
     "Give a finished step to another run."
     part = read_run(source)['steps'][step]
     with patient_lock(target, owner):
-        update_run(target, **fields)
+        record = update_run(target, **changed_origin(read_run(target), fields) | fields)
         update_run(target, step, state='running', key=None)
         link_tree(run_dir(source)/step, run_dir(target)/step)
         if files_mark(run_dir(target)/step) != part['files']: raise OSError(f'{run_dir(source)/step} changed while it was linked into {target}: call the batch again.')
         update_run(target, step, **(part | dict(shared_from=part.get('shared_from') or source)))
-        steps = pipeline()
+        steps = record.get('notebooks') or pipeline()
         update_run(target, hashes={k: v for k, v in read_run(source)['hashes'].items()
-                                   if (made := k.split('/')[0]) not in steps or order(made) < order(step)})
+                                   if (made := k.split('/')[0]) not in steps or comes_before(made, step, record)})
 
 @contextlib.contextmanager
 def patient_lock(
@@ -136,12 +136,13 @@ def _sentence(e): # what an exception says
 
 def _attempts(job, out):
     run, step, record = job['run'], job['step'], read_run(job['run'])
+    record |= changed_origin(record, job['fields'])
     if is_done(run, step, job['key'], record): return out | dict(state='done')
     inputs = step_inputs(step, job['values'], record)
     if step_key(inputs) != job['key']:
         return out | dict(error=_changed(inputs, job))
-    update_run(run, **job['fields'], git=git_state(), versions=versions(), machine=machine())
-    spent = sum(r.get('wall_s') or 0 for s, r in record['steps'].items() if order(s) < order(step))
+    update_run(run, **changed_origin(record, job['fields']) | job['fields'], git=git_state(), versions=versions(), machine=machine())
+    spent = sum(r.get('wall_s') or 0 for s, r in record['steps'].items() if comes_before(s, step, record))
     left = job['timeout_min']*60 - spent
     for out['attempts'] in range(1, job['retries'] + 2):
         tell = Teller(run, step, out['attempts'])
@@ -152,7 +153,7 @@ def _attempts(job, out):
         except StepFailed:
             part = read_run(run)['steps'][step]
             partial = run_dir(run)/step/part['partial']
-            out |= dict(error=part['error'], partial=str(partial), cell=stopped_at(partial, pipeline()[step]), peak_mib=round(guard.peak/2**20), wall_s=part['wall_s'])
+            out |= dict(error=part['error'], partial=str(partial), cell=stopped_at(partial, notebook_of(step, record)), peak_mib=round(guard.peak/2**20), wall_s=part['wall_s'])
             if guard.stopped: update_run(run, step, state='interrupted'); return out | dict(state='interrupted')
             left -= out['wall_s']  # the limit is for all attempts together
             if guard.why or job['timeout_min'] and left <= 0: break    # what met its limit once would meet it again
@@ -304,7 +305,7 @@ class Batch:
     )->dict:   # for its record
         "What the record of a run says about where it comes from."
         about = f"{self.grid['description']} {r.name}".strip()
-        return dict(preset=self.grid['owner'], description=about, seed=r.seed, batch=self.grid['name'], case=r.case, varied=r.varied, base_preset=r.preset)
+        return dict(preset=self.grid['owner'], description=about, seed=r.seed, batch=self.grid['name'], case=r.case, varied=r.varied, base_preset=r.preset, **r.origin)
     def job(self,
         u:Unit, # to run
     )->dict:    # for run_unit
@@ -535,9 +536,10 @@ def table_rows(
         for s, key in r.keys.items():
             p = run_dir(batch.full(r))/s/'scores.csv'
             if batch.units[key].done and p.exists():
-                with open(p, newline='', encoding='utf-8') as f: found += [x for x in csv.DictReader(f) if x.get('slice', 'all') == 'all']
-        rows += [head | {k: x.get(k, '') for k in SCORE} for x in found] or [head]
-    return rows, ['run', 'case', *axes, 'seed', 'state', *SCORE]
+                with open(p, newline='', encoding='utf-8') as f: found += [x | {'step': s} for x in csv.DictReader(f) if x.get('slice', 'all') == 'all']
+        rows += [head | {k: x.get(k, '') for k in ('step', *SCORE)} for x in found] or [head]
+    rows = needed_columns(rows)
+    return rows, ['run', 'case', *axes, 'seed', 'state', *(['step'] if any('step' in r for r in rows) else []), *SCORE]
 
 def cost_rows(
     batch:Batch, # that has ended
@@ -547,8 +549,7 @@ def cost_rows(
     for r in batch.runs:
         record = read_run(batch.full(r))['steps']
         for s, key in r.keys.items():
-            p = run_dir(batch.full(r))/s/'ledger.json'
-            part = record.get(s, {})
+            p, part = run_dir(batch.full(r))/s/'ledger.json', record.get(s, {})
             with contextlib.suppress(ValueError, TypeError):   # a damaged ledger costs the batch its row, not its report
                 if batch.units[key].done and p.exists():
                     rows.append(dict(run=r.name, case=r.case, seed=r.seed, step=s, shared_from=part.get('shared_from') or '', notebook_s=part.get('wall_s', ''), **read_json(p)))
@@ -613,7 +614,7 @@ def batch_report(
         parts += ['<h2>Scores</h2>', _picture(rows, axes), "<p>Means over seeds; in brackets the 95 % interval of Student's t over seeds. The intervals of single runs, over their images, are in "
                   '<a href="table.csv">table.csv</a>' + (f', as are all {len(rows)} scores; here are the main ones' if many else '') + ', the main ones of each run side by side in '
                   '<a href="summary.csv">summary.csv</a>.</p>', html_table(['case', *axes, 'model', 'dataset', 'condition', 'metric', 'mean (interval)', 'seeds'],
-                  [[s['case'], *(s[k] for k in axes), s['model'], s['dataset'], s['condition'], s['metric'], interval(s), s['n_seeds']] for s in scores])]
+                  [[s['case'], *(s[k] for k in axes), ' '.join(filter(None, [s['model'], s.get('step')])), s['dataset'], s['condition'], s['metric'], interval(s), s['n_seeds']] for s in scores])]
     paid = [c for c in costs if not c['shared_from']]
     parts += ['<h2>Runs</h2>', html_table(['run', *score, 'seconds', 'executed notebooks'],
               [[r.name, *[float(best[r.name]['value']) if r.name in best else '']*len(score), round(sum(float(c['notebook_s'] or 0) for c in costs if c['run'] == r.name), 1), books(r)] for r in batch.runs]),

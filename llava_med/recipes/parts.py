@@ -27,6 +27,7 @@ from .rewards import reward_of
 from .study import ArmResult
 from ..train.batches import IGNORE, Collator, embed, record_samples
 from ..train.loop import Stage, fit
+from ..train.monitor import ProgressLines
 from ..train.objectives import Objective, as_objective
 from ..train.vision_cache import Pictures
 from ..world.language import captions, questions
@@ -113,11 +114,12 @@ def measured_fit(
     objective:Objective=None, # None: the one that the stage names
     **more,      # further arguments of `fit`
 )->dict:         # steps, tokens, train_s, params: the cost fields of an ArmResult
-    "Train a stage and count what it costs."
+    "Train a stage, say every 15 seconds how far it is, and count what it costs."
     tokens, began = [], time.monotonic()
     objective = as_objective(objective or stage.objective)
     note = lambda r: tokens.append(r['tokens'])
-    rows = fit(model, samples, collate, stage, seed, objective=objective, report=note, **more)
+    rows = fit(model, samples, collate, stage, seed, objective=objective,
+               report=(note, ProgressLines()), **more)
     took = round(time.monotonic() - began, 2)
     learn = {p for m in (model, *objective.modules().values()) for p in m.parameters()
              if p.requires_grad}

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from ..data.conversations import images_of, to_messages
-from ..models.llava import vision_features
+from ..models.anatomy import connector, decoder, decoder_layers, head, vision_features
 from ..models.templates import encode_turns, image_mark
 
 # %% ../../nbs/04_train/01_batches.ipynb #cd4151bf
@@ -165,7 +165,7 @@ def embed(
     ids, features = batch['input_ids'], batch.get('features')
     if 'pixels' in batch: features = vision_features(model, batch['pixels'], graph=torch.is_grad_enabled())
     if features is None: return model.get_input_embeddings()(ids)
-    return splice(model, ids, model.model.multi_modal_projector(features.to(model.dtype)))
+    return splice(model, ids, connector(model)(features.to(model.dtype)))
 
 def plain_attention(
     module,              # attention layer of the language model
@@ -189,19 +189,19 @@ AttentionMaskInterface.register('plain', eager_mask)
 def _hidden(model, batch):
     "Last hidden states of the language model over projected patches and words."
     if 'layout' in batch and model.config.text_config._attn_implementation == 'segmented':   # see the chapter on packing
-        return model.model.language_model(inputs_embeds=embed(model, batch), attention_mask=None, position_ids=batch['positions'],
+        return decoder(model)(inputs_embeds=embed(model, batch), attention_mask=None, position_ids=batch['positions'],
                                           use_cache=False, layout=batch['layout']).last_hidden_state
     mask = batch['attention_mask'] if 'attention_mask' in batch else segment_mask(batch['segments'], batch['blocks'])
     if mask.dtype == torch.bool and model.config.text_config._attn_implementation in ('eager', 'plain'):
         mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e9)  # these add their mask
-    return model.model.language_model(
+    return decoder(model)(
         inputs_embeds=embed(model, batch), attention_mask=mask, position_ids=batch.get('positions'),
         use_cache=False).last_hidden_state
 
 @contextlib.contextmanager
 def _last_layer_on(model, keep):
     "For a while, queries and MLP of the last layer are computed where `keep` is True only: no later layer looks at the other tokens."
-    layer = model.model.language_model.layers[-1]
+    layer = decoder_layers(model)[-1]
     attention, mlp = getattr(layer, 'self_attn', None), getattr(layer, 'mlp', None)
     parts = [mlp, *(getattr(attention, n, None) for n in ('q_proj', 'o_proj'))]
     again = getattr(layer, 'gradient_checkpointing', False) or getattr(layer, '_compiled_call_impl', None)   # computed later, or already translated
@@ -223,7 +223,7 @@ def batch_loss(
     keep = labels != IGNORE
     with _last_layer_on(model, keep): hidden, target = _hidden(model, batch)[keep], labels[keep]
     n, more = len(target), -len(target) % 64   # few shapes, as in `Collator`
-    logits = model.lm_head(F.pad(hidden, (0, 0, 0, more))).float()
+    logits = head(model)(F.pad(hidden, (0, 0, 0, more))).float()
     target, kind = F.pad(target, (0, more), value=IGNORE), 'none' if 'weights' in batch else 'sum'
     total = F.cross_entropy(logits, target, reduction=kind, ignore_index=IGNORE)
     if kind == 'sum': return total, n
@@ -236,7 +236,7 @@ def scored_hits(
 )->torch.Tensor: # (rows, length - 1) booleans; True where unscored or predicted rightly
     "Whether the most likely token is the right one, given the right tokens before it."
     labels = batch['labels'][:, 1:]
-    guess = model.lm_head(_hidden(model, batch)[:, :-1]).argmax(-1)
+    guess = head(model)(_hidden(model, batch)[:, :-1]).argmax(-1)
     return (guess == labels) | (labels == IGNORE)
 
 # %% ../../nbs/04_train/01_batches.ipynb #2122eea0

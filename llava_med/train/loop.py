@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'RECIPES', 'STEP_STAGES', 'lr_factor', 'linear', 'constant', 'adamw', 'sgd', 'Stage',
-           'stage_record', 'has_bf16', 'attention_for', 'Held', 'fit', 'ProgressLines', 'write_losses', 'loss_figure',
-           'watch', 'TensorBoard', 'train_flops']
+           'stage_record', 'has_bf16', 'attention_for', 'Held', 'fit']
 
 # %% ../../nbs/04_train/09_loop.ipynb #8fb76095
 import contextlib
 import hashlib
 import json
 import math
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,13 +24,12 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from ..core.registry import Registry
-from ..core.runs import clock, figure_style, shows_bars, write_csv
 from ..models.anatomy import PARTS, check_patterns, decoder_layers, set_trainable, trainable_names
 from ..models.llava import weights_hash
 from .memory import MemoryPlan, checkpointed
-from .objectives import CrossEntropy, Objective, as_objective, objective_name
+from .objectives import CrossEntropy, as_objective, objective_name
 from .samplers import SAMPLERS, group_keys
-from llava_med.train.distributed import (COUNT, LOSS, Helpers, Job, TrainingError, last_turn, load_state,
+from llava_med.train.distributed import (COUNT_SUM, LOSS_SUM, Helpers, Job, TrainingError, last_turn, load_state,
     micro_batches, prepare_job, rank_turns, read_progress, save_state, step_shares, step_sums,
     trainable_parameters)
 
@@ -251,7 +248,7 @@ def _look(run):
             for (_, counts), batch in zip(turns, batches): sums.update(_micro(run, batch, counts)[1])
     run.job.train()
     sums = _reduced(sums, run.acc)
-    return sums[LOSS]/sums[COUNT]
+    return sums[LOSS_SUM]/sums[COUNT_SUM]
 
 class _Best:
     "The best look so far, and the weights of that moment."
@@ -477,9 +474,9 @@ class _Run:
 
     def move(self, i, sums):
         "Take the step of the optimizer; the norm of the gradient."
-        stage, n = self.stage, sums[COUNT]
+        stage, n = self.stage, sums[COUNT_SUM]
         if not n: raise TrainingError(f'{stage.name}: step {i} has nothing that its loss counts.')
-        value = sums[LOSS]/n
+        value = sums[LOSS_SUM]/n
         self.factor = SCHEDULES[stage.schedule](i, len(self.plan), stage.warmup)
         limit = isinstance(self.objective, CrossEntropy)
         worst = 1.5*math.log(self.model.config.text_config.vocab_size) if limit else None
@@ -494,9 +491,9 @@ class _Run:
         "Write down step i, look at the held samples, tell who wants to know, and save."
         epoch, numbers = self.plan[i]
         self.seen += len(numbers)
-        n, lr = sums[COUNT], float(f'{self.stage.lr*self.factor:.4g}')
-        row = dict(step=i, epoch=epoch, samples=self.seen, loss=round(sums[LOSS]/n, 5), lr=lr)
-        row |= {k: round(v/n, 5) for k, v in sums.items() if k not in (LOSS, COUNT)}
+        n, lr = sums[COUNT_SUM], float(f'{self.stage.lr*self.factor:.4g}')
+        row = dict(step=i, epoch=epoch, samples=self.seen, loss=round(sums[LOSS_SUM]/n, 5), lr=lr)
+        row |= {k: round(v/n, 5) for k, v in sums.items() if k not in (LOSS_SUM, COUNT_SUM)}
         if self.how.held: row['held_loss'] = ''
         self.rows.append(row)
         if i + 1 in self.validations:
@@ -558,133 +555,3 @@ def fit(
             norm = run.move(i, sums)
             run.note(i, sums, norm)
     return run.end()
-
-# %% ../../nbs/04_train/09_loop.ipynb #f2cd3f9e
-class ProgressLines:
-    "A `report` for `fit`: a line when so many seconds have passed, also inside a long step."
-    def __init__(self,
-        seconds:float=15., # between two lines
-    ):
-        self.seconds, self.row, self.said = seconds, None, -math.inf
-        self.began, self.first, self.stop = time.monotonic(), None, threading.Event()
-
-    def __call__(self,
-        r:dict, # a row of losses with its further facts
-    )->None:
-        "Take a row; print it if it is time, if samples were looked at, or if it is the last."
-        if self.first is None: self.first, self.began = r['step'], time.monotonic() - r['seconds']
-        self.row, self.at = r, time.monotonic()
-        looked = r.get('held_loss') not in (None, '')
-        if looked or r['step'] + 1 == r['steps'] or self.at - self.said > self.seconds: self.say()
-
-    def line(self)->str:
-        "How far training is, and how long it will take."
-        r = self.row
-        if r is None: return f'step 0: under way for {clock(time.monotonic() - self.began)}'
-        held = f", held samples {r['held_loss']:.3f}" if r.get('held_loss') not in (None, '') else ''
-        done, all_ = r['step'] + 1, r['steps']
-        each = (self.at - self.began)/(done - self.first)
-        left = max(0., each*(all_ - done) - (time.monotonic() - self.at))
-        return (f"step {r['step']} of {all_} ({done/all_:.0%}): loss {r['loss']:.3f}{held}, "
-                f"lr {r['lr']:.1e}, {clock(left)} left")
-
-    def say(self)->None:
-        "Print the line."
-        self.said = time.monotonic()
-        print(self.line(), flush=True)
-
-    def _beat(self):
-        while not self.stop.wait(min(1., self.seconds/4)):
-            if time.monotonic() - max(self.said, self.began) > self.seconds: self.say()
-
-    def __enter__(self):
-        "Begin to watch the clock."
-        self.began = time.monotonic()
-        self.stop.clear()
-        self.thread = threading.Thread(target=self._beat, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self.stop.set(); self.thread.join()
-
-def write_losses(
-    folder:Path, # of the step
-    rows:list,   # from `fit`
-):
-    "Write `losses.csv` (step, epoch, samples, loss, lr), `held_losses.csv` where samples were held back, and `logs.csv` where the objective says more."
-    named = ('step', 'epoch', 'samples', 'loss', 'lr')
-    write_csv(Path(folder)/'losses.csv', [{k: r[k] for k in named} for r in rows])
-    more = [k for k in (rows[-1] if rows else ()) if k not in (*named, 'held_loss')]
-    if more: write_csv(Path(folder)/'logs.csv', [{k: r.get(k, '') for k in ('step', *more)} for r in rows])
-    looks = [{k: r[k] for k in ('step', 'epoch', 'samples', 'held_loss')} for r in rows if r.get('held_loss') not in (None, '')]
-    if looks: write_csv(Path(folder)/'held_losses.csv', looks)
-
-def loss_figure(
-    rows:list, # from `fit`
-    title:str, # what the curve says
-    last:int=20, # steps that are averaged
-)->tuple:      # figure, mean loss of the first steps, mean loss of the last ones
-    "Loss of each step, its running mean, and the loss of held samples where there are some."
-    import matplotlib.pyplot as plt
-    loss = np.array([r['loss'] for r in rows])
-    held = [(i, r['held_loss']) for i, r in enumerate(rows) if r.get('held_loss') not in (None, '')]
-    with figure_style():
-        fig, ax = plt.subplots(figsize=(6.5, 2.8))
-        ax.plot(loss, alpha=.3)
-        smooth = np.convolve(loss, np.ones(last)/last, 'valid') if len(loss) >= last else loss
-        ax.plot(range(len(loss) - len(smooth), len(loss)), smooth, label='trained on')
-        if held: ax.plot(*zip(*held), 'o', label='held back'); ax.legend()
-        ax.set(xlabel='step', ylabel='loss per scored token', title=title)
-    return fig, float(loss[:last].mean()), float(loss[-last:].mean())
-
-# %% ../../nbs/04_train/09_loop.ipynb #e3194af3
-def watch(
-    lines_s:float=15., # seconds between two lines where nobody can see a curve
-    seconds:float=3.,  # between two drawings where somebody can
-)->Callable:        # a `report` for `fit`
-    "A curve that grows in a live notebook; lines in a log."
-    if not shows_bars(): return ProgressLines(lines_s)
-    from IPython.display import display
-    import matplotlib.pyplot as plt
-    rows, shown = [], dict(at=0., handle=None)
-    def report(r):
-        rows.append(r)
-        if time.monotonic() - shown['at'] < seconds and len(rows) < r['steps']: return
-        speed = sum(x['tokens'] for x in rows[-20:])/max(1e-9, sum(x['seconds'] for x in rows[-20:]))
-        fig = loss_figure(rows, f"step {r['step'] + 1} of {r['steps']}, {speed:,.0f} tokens/s")[0]
-        if shown['handle']: shown['handle'].update(fig)
-        else: shown['handle'] = display(fig, display_id=True)
-        plt.close(fig); shown['at'] = time.monotonic()
-    return report
-
-class TensorBoard:
-    "A `report` for `fit` that writes what TensorBoard shows."
-    def __init__(
-        self,
-        folder:Path, # for `tensorboard --logdir`
-    ): self.folder, self.writer = Path(folder), None
-
-    def __call__(
-        self,
-        r:dict, # a row of losses with its further facts
-    ):
-        "Take a row; after a resumed run the steps that are taken again count once."
-        if self.writer is None:
-            from tensorboardX import SummaryWriter
-            self.writer = SummaryWriter(str(self.folder), purge_step=r['step'], flush_secs=10)
-        facts = {'loss': r['loss'], 'lr': r['lr'], 'gradient norm': r['grad_norm'], 'tokens a second': r['tokens']/max(r['seconds'], 1e-9), 'epoch': r['epoch']}
-        if r.get('held_loss') not in (None, ''): facts['held loss'] = r['held_loss']
-        for name, v in facts.items(): self.writer.add_scalar(name, v, r['step'])
-        if r['step'] + 1 == r['steps']: self.writer.close()
-
-# %% ../../nbs/04_train/09_loop.ipynb #ca7d0106
-def train_flops(
-    model,      # with parts frozen as in training
-    tokens:int, # that pass through the language model
-)->int:         # floating-point operations; attention scores are left out
-    "Operations of training the language model and the projector on `tokens`."
-    lm = [p for n, p in model.named_parameters() if 'language_model' in n and 'embed' not in n]
-    frozen = sum(p.numel() for p in lm if not p.requires_grad)
-    moving = sum(p.numel() for p in lm if p.requires_grad)
-    return int(tokens*(4*frozen + 6*moving))

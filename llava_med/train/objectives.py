@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from ..core.registry import Registry
 from ..core.runs import replacing
 from .batches import batch_loss

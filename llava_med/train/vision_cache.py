@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from filelock import FileLock
 from ..data.articles import open_image
-from ..models.llava import vision_features, weights_hash
+from ..models.anatomy import tower, vision_features
+from ..models.llava import weights_hash
 from ..core.runs import file_hash, progress, writing
 
 # %% ../../nbs/04_train/05_vision_cache.ipynb #436e6646
@@ -82,7 +83,7 @@ class Features:
 def _tower_key(model, processor, bf16):
     "What patch vectors depend on, apart from the picture."
     c = model.config
-    parts = [c.vision_feature_layer, c.vision_feature_select_strategy, str(processor.image_processor), weights_hash(model.model.vision_tower), bf16]
+    parts = [c.vision_feature_layer, c.vision_feature_select_strategy, str(processor.image_processor), weights_hash(tower(model)), bf16]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from ..explain.attention import (ATTENTION_METHODS, all_maps, encode_sample, gen
     neutral_sample, overlay, plot_maps)
 from ..generate.api import data_url
 from ..explain.explorer import word_groups
-from ..generate.answers import Speaker
+from ..evaluate.subjects import LocalModel
 from ..data.images import ImageError, image_bytes, is_dicom, open_image
 from ..models.templates import as_turns, chat, model_inputs
 from ..generate.prompts import Prompting
@@ -152,11 +152,11 @@ class Voice:
         device='cpu',        # for a model in a folder
         max_new_tokens:int=48, # longest answer
     ):
-        self.made_of, self.speaker, self.max_new_tokens = (model, processor, device), None, max_new_tokens
+        self.made_of, self.subject, self.max_new_tokens = (model, processor, device), None, max_new_tokens
     def loaded(self):
         "Model and processor; raises FileNotFoundError where the folder holds none."
-        self.speaker = self.speaker or Speaker(*self.made_of)
-        return self.speaker.loaded(), self.speaker.processor
+        self.subject = self.subject or LocalModel(*self.made_of)
+        return self.subject.loaded(), self.subject.processor
     def __call__(self,
         image,      # PIL image
         turns:list, # `role` and `content`
