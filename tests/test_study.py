@@ -250,6 +250,7 @@ def test_a_new_recipe_never_overwrites(tmp_path):
     shutil.copytree(REPO/'nbs/recipes/_template', tmp_path/'_template')
     made = new_recipe('losses', 'rare_answers', tmp_path)
     assert [p.name for p in made] == ['rare_answers.ipynb', 'rare_answers_study.ipynb', 'rare_answers_study.yaml']
+    assert (tmp_path/'losses/.notest').exists()     # nbdev_test looks into the folder of a notebook only
     texts = ' '.join(p.read_text() for p in made)
     assert not [w for w in ('my_idea', 'MyIdea', 'My idea', 'my_family') if w in texts]
     with pytest.raises(StudyError, match='is there already'): new_recipe('other', 'rare_answers', tmp_path)

@@ -22,10 +22,11 @@ from ..core.registry import Registry
 from ..core.runs import data_dir
 from ..data.vqa import question_record
 from ..generate.answers import answer
+from ..models.anatomy import decoder, head
 from ..models.llava import load, vision_features
 from .rewards import reward_of
 from .study import ArmResult
-from ..train.batches import Collator, record_samples
+from ..train.batches import IGNORE, Collator, embed, record_samples
 from ..train.loop import Stage, fit
 from ..train.monitor import ProgressLines
 from ..train.objectives import Objective, as_objective

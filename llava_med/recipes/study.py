@@ -521,4 +521,5 @@ def new_recipe(
         made.append(home/family/new.format(idea=idea))
         made[-1].parent.mkdir(exist_ok=True)
         made[-1].write_text(text, encoding='utf-8')
+    (home/family/'.notest').touch()   # recipes have tests of their own
     return made
