@@ -240,4 +240,35 @@ def test_a_long_step_is_not_silent(toy, capsys):
     assert len(said) >= 3 and 'step 0: under way' in out and 'step 1 of 2 (100%): loss' in out, (gaps, out)
 
 
+SLOW_NOTEBOOK = """
+import time, torch
+from llava_med.models.llava import tiny_model
+from llava_med.train.batches import Collator, batch_loss, encode
+from llava_med.train.loop import Stage, fit
+from llava_med.train.monitor import watch
+model, processor = tiny_model(image_size=24)
+tok = processor.tokenizer
+rows = [encode(tok, [dict(role='user', content='?'), dict(role='assistant', content=w)], 4) for w in 'abcd']
+def slow(model, batch):
+    time.sleep(20)
+    return batch_loss(model, batch)
+slow.unit = 'row'
+fit(model, rows, Collator(tok.pad_token_id), Stage('slow', ('language_model',), 1e-3, batch_size=2), objective=slow, report=watch())
+"""
+
+
+@pytest.mark.slow
+def test_a_log_of_papermill_has_a_line_every_fifteen_seconds(tmp_path):
+    "Two steps of 20 s each, executed as the runner does it."
+    import nbformat
+    from llava_med.lab.runner import is_progress, run_notebook
+    cells = [nbformat.v4.new_code_cell("print('step 0: the notebook begins', flush=True)"), nbformat.v4.new_code_cell(SLOW_NOTEBOOK)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python'))), tmp_path/'slow.ipynb')
+    times = []
+    outcome = run_notebook(tmp_path/'slow.ipynb', tmp_path/'out.ipynb', {}, 'slow', lambda line: times.append((time.monotonic(), line)) if is_progress(line) else None)
+    assert outcome['ok'], outcome
+    gaps = [b[0] - a[0] for a, b in zip(times[1:], times[2:])]   # from the first line of the training on
+    assert len(gaps) >= 2 and max(gaps) <= 15.5, times
+
+
 def test_a_function_says_its_unit(): assert as_objective(double).unit == 'row' and as_objective(lambda m, b: 0).unit == 'batch'

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 from llava_med.core.runs import test_data as data_folder
@@ -300,3 +301,81 @@ def test_files_of_conversations_go_through_both_stages(outputs, smoke, tmp_path)
     done, _ = command(outputs, 'run', 'smoke', '--name', 'own', '--only', '3', '--set', *sets[2:])
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and 'instruct.json: no record can be used' in last and '1 of 1 records are left out' in last
+
+
+TWICE = '''
+description: The smoke test's curriculum, and a second tuning of few weights after stage 2.
+parameters:
+  all: {threads: 1}
+  1_data_prep: {n_figures: 80, n_vqa_images: 12, n_val_images: 8, n_test_images: 12}
+  2_stage1_alignment: {epochs: 1}
+  3_stage2_tuning: {epochs: 1}
+steps:
+- 1_data_prep
+- 2_stage1_alignment
+- 3_stage2_tuning
+- name: narrow
+  notebook: 3_stage2_tuning
+  start_from: 3_stage2_tuning
+  epochs: 2
+  save_s: 0.0
+  stage: {trainable: [last_block, norms], sampler: mixture, schedule: linear}
+- name: 4_evaluation
+  models: {stage2: 3_stage2_tuning, narrow: narrow}
+  pairs: [[narrow, stage2]]
+  n_test_images: 8
+  n_small_questions: 20
+  n_captions: 4
+  n_text: 4
+  n_draws: 100
+'''
+
+
+def weights(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*.safetensors'))}
+
+
+def killed_in(outputs, step, *words):
+    "Run `llava-med` and kill it and all that it started when a step has trained for three steps."
+    code = 'import sys; from llava_med.lab.commands import main; sys.exit(main())'
+    env = {**os.environ, 'LLAVA_MED_ROOT': str(REPO), 'LLAVA_MED_OUTPUTS': str(outputs), 'PYTHONPATH': str(REPO)}
+    p = subprocess.Popen([sys.executable, '-c', code, *words], env=env, stdout=subprocess.DEVNULL, start_new_session=True)
+    progress = outputs/words[words.index('--name') + 1]/step/'.checkpoint/progress.json'
+    deadline = time.time() + 300
+    while time.time() < deadline and p.poll() is None:
+        try:
+            if json.loads(progress.read_text())['done'] >= 3: break
+        except (OSError, ValueError): pass
+        time.sleep(.05)
+    assert p.poll() is None, f'{step} ended before it was killed'
+    everyone = [*psutil.Process(p.pid).children(recursive=True), psutil.Process(p.pid)]
+    for q in everyone: q.kill()
+    p.wait()
+    psutil.wait_procs(everyone, 20)
+
+
+@pytest.mark.slow
+def test_a_second_tuning_has_a_name_of_its_own(outputs, tmp_path):
+    "Planned, trained under its name, killed and resumed to the bit, and paired with stage 2 in one table."
+    preset = tmp_path/'twice.yaml'
+    preset.write_text(TWICE)
+    done, _ = command(outputs, 'run', str(preset), '--name', 'quiet')
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    quiet, rough = outputs/'quiet', outputs/'rough'
+    parameters = json.loads((quiet/'run.json').read_text())['steps']['narrow']['parameters']
+    assert parameters['stage']['trainable'] == ['last_block', 'norms']
+    ledger = json.loads((quiet/'narrow/ledger.json').read_text())
+    assert 0 < ledger['trainable_params'] < json.loads((quiet/'3_stage2_tuning/ledger.json').read_text())['trainable_params']
+    table = rows(quiet/'4_evaluation/scores.csv')
+    assert {'stage2', 'narrow', 'narrow-stage2'} <= {r['model'] for r in table}
+    pair = [r for r in table if r['model'] == 'narrow-stage2' and r['condition'] == 'image' and r['slice'] == 'all' and r['metric'] == 'strict']
+    assert pair and all(r['low'] and int(r['n_clusters']) > 0 for r in pair)
+    steps = ['1_data_prep', '2_stage1_alignment', '3_stage2_tuning', 'narrow']
+    only = [w for s in steps for w in ('--only', s)]
+    killed_in(outputs, 'narrow', 'run', str(preset), '--name', 'rough', *only)
+    assert not (rough/'narrow/model').exists()
+    done, _ = command(outputs, 'run', str(preset), '--name', 'rough', *only)
+    assert done.returncode == 0 and '1 steps run, 3 kept' in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    assert weights(quiet/'narrow/model') == weights(rough/'narrow/model')
+    assert (quiet/'narrow/losses.csv').read_text() == (rough/'narrow/losses.csv').read_text()
+    assert weights(quiet/'narrow/model') != weights(quiet/'3_stage2_tuning/model')

@@ -18,9 +18,10 @@ from ..core.runs import clock, figure_style, shows_bars, write_csv
 class ProgressLines:
     "A `report` for `fit`: a line when so many seconds have passed, also inside a long step."
     def __init__(self,
-        seconds:float=15., # between two lines
+        seconds:float=15., # the most between two lines
     ):
-        self.seconds, self.row, self.said = seconds, None, -math.inf
+        self.tick = min(1., seconds/4)
+        self.seconds, self.row, self.said = seconds - self.tick, None, -math.inf
         self.began, self.first, self.stop = time.monotonic(), None, threading.Event()
 
     def __call__(self,
@@ -49,7 +50,7 @@ class ProgressLines:
         print(self.line(), flush=True)
 
     def _beat(self):
-        while not self.stop.wait(min(1., self.seconds/4)):
+        while not self.stop.wait(self.tick):
             if time.monotonic() - max(self.said, self.began) > self.seconds: self.say()
 
     def __enter__(self):
