@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from llava_med.lab.runner import plan_run, read_preset
 from llava_med.models.anatomy import set_trainable, tower, trainable_names
 from llava_med.models.llava import load, save, tiny_model
 from llava_med.recipes.contrastive import MAX_LOG_SCALE, Contrastive, caption_recall, run_contrastive
@@ -153,6 +154,14 @@ def test_the_arms(world):
     sizes = dict(epochs1=1, lr1=1e-4, epochs=1, lr=1e-3)
     base, idea, leaked = (run_contrastive(a, 0, sizes, world) for a in ({}, dict(contrastive=True), dict(leak=True)))
     assert idea.steps == base.steps + 1 and idea.clusters == base.clusters and leaked.steps > base.steps
+
+
+def test_a_preset_can_name_the_study_as_a_step(tmp_path):
+    (tmp_path/'p.yaml').write_text('description: x\nrecipes: [llava_med.recipes.contrastive]\n'
+                                   'steps: [{name: contrastive, notebook: recipes/encoders/contrastive_study, size: smoke}]\n')
+    preset = read_preset(str(tmp_path/'p.yaml'))
+    assert preset['recipes'] == ['llava_med.recipes.contrastive'] and preset['notebooks'] == {'contrastive': 'recipes/encoders/contrastive_study'}
+    assert plan_run(preset, 'mine')['contrastive']['size'] == 'smoke'
 
 
 @pytest.mark.slow

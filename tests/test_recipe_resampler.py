@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from llava_med.generate.answers import answer, plain_answer, slow_because
+from llava_med.lab.runner import plan_run, read_preset
 from llava_med.models.anatomy import connector, image_tokens
 from llava_med.models.connectors import put_connector
 from llava_med.models.llava import load, save, tiny_model
@@ -102,6 +103,14 @@ def test_captions_of_training_images_only_and_the_cost_of_two_stages(world):
     assert not {r['image'] for r in said} & {n for o in world.items for n in o['images']}
     a, b = dict(steps=1, tokens=10, train_s=.5, params=3), dict(steps=2, tokens=20, train_s=1., params=2)
     assert total_cost(a, b) == dict(steps=3, tokens=30, train_s=1.5, params=3)
+
+
+def test_a_preset_can_name_the_study_as_a_step(tmp_path):
+    (tmp_path/'p.yaml').write_text('description: x\nrecipes: [llava_med.recipes.resampler]\n'
+                                   'steps: [{name: resampler, notebook: recipes/connectors/resampler_study, size: smoke}]\n')
+    preset = read_preset(str(tmp_path/'p.yaml'))
+    assert preset['recipes'] == ['llava_med.recipes.resampler'] and preset['notebooks'] == {'resampler': 'recipes/connectors/resampler_study'}
+    assert plan_run(preset, 'mine')['resampler']['size'] == 'smoke'
 
 
 @pytest.mark.slow
