@@ -123,3 +123,28 @@ def test_the_study_runs_and_writes_its_table(tmp_path):
     assert tuple(rows[0]) == STUDY_COLUMNS
     assert {r['row'] for r in rows} == {'base', 'resampler', 'mean_pool', 'test_answers', 'resampler-base', 'mean_pool-base', 'test_answers-base', 'resampler-mean_pool'}
     assert [r['verdict'] for r in rows if r['row'] == 'resampler-base'] != ['']
+
+
+def few_steps(way, folder=None):
+    "Losses of a few steps with the resampler in a tiny model, taken here, with a helper, or in two processes."
+    from llava_med.models.llava import tiny_model
+    from llava_med.train.batches import Collator, encode
+    from llava_med.train.launch import launch
+    from llava_med.train.loop import Stage, fit
+    model, processor = tiny_model(image_size=24)
+    put_connector(model, processor, 'resampler', queries=3)
+    tok, n = processor.tokenizer, model.config.image_seq_length
+    chat = lambda w: [dict(role='user', content=[dict(type='image'), dict(type='text', text='?')]), dict(role='assistant', content=w)]
+    samples = [dict(encode(tok, chat(w), n), image=i) for i, w in enumerate('abcdefgh')]
+    collate = Collator(tok.pad_token_id, torch.randn(8, 4, 32, generator=torch.manual_seed(0)))
+    stage = Stage('stage1', ('projector',), 1e-2, epochs=2, batch_size=4)
+    if way == 'launch': rows = launch(2, folder/'job', model, samples, collate, stage)
+    else: rows = fit(model, samples, collate, stage, workers=2 if way == 'helper' else 1)
+    return [r['loss'] for r in rows], [p.detach().clone() for p in model.model.multi_modal_projector.parameters()]
+
+
+@pytest.mark.parametrize('way', ['helper', 'launch'])
+def test_other_processes_get_the_connector_too(way, tmp_path):
+    (losses, weights), (others, same) = few_steps('alone'), few_steps(way, tmp_path)
+    assert max(abs(a - b) for a, b in zip(losses, others)) < 1e-4
+    for a, b in zip(weights, same): assert (a - b).norm() < 1e-3*(1 + a.norm())

@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from ..models.adapters import attach
 from .memory import token_groups
 
-from ..models.anatomy import connector, decoder_layers
+from ..models.anatomy import connector, decoder_layers, put_part, tower
+from ..models.connectors import own_connector
 from ..core.runs import writing
 
 # %% ../../nbs/04_train/08_distributed.ipynb #3846f518
@@ -49,9 +50,10 @@ def _lay_out(flat, params):
     "Views of one flat tensor in the shapes of the parameters."
     return [f.view_as(p) for f, p in zip(flat.split([p.numel() for p in params]), params)]
 
-def _rebuild(kind, config, adapter, weights, learn):
+def _rebuild(kind, config, adapter, weights, learn, own):
     "The model on weights that another process owns."
     model = kind(config)
+    if own is not None: put_part(model, 'projector', own)
     if adapter: model = attach(model, adapter).get_base_model()
     for n, p in model.named_parameters(): p.data = weights[n]; p.requires_grad_(n in learn)
     return model
@@ -98,7 +100,8 @@ class Helpers:
         if not n: return
         ctx, job = torch.multiprocessing.get_context('spawn'), pickle.dumps(job)   # by value; only weights and gradients are shared
         weights = {n: p.detach() for n, p in model.share_memory().named_parameters()}
-        shape = type(model), model.config, adapter, weights, {n for n, p in model.named_parameters() if p.requires_grad}
+        learn = {n for n, p in model.named_parameters() if p.requires_grad}
+        shape = type(model), model.config, adapter, weights, learn, own_connector(model)
         for _ in range(n):
             (here, there), flat = ctx.Pipe(), torch.zeros(sum(p.numel() for p in self.params)).share_memory_()
             p = ctx.Process(target=_help, args=(there, shape, flat), daemon=True)
@@ -228,8 +231,10 @@ class Job(nn.Module):
         "Loss of one turn."
         total, n, *logs = self.loss(self.model, batch)
         logs = logs[0] if logs else {}
-        if 'features' not in batch and 'pixels' not in batch:
-            total = total + sum(0*p.sum() for p in trainable_parameters(connector(self.model)))
+        unused = []   # what this turn may not have used; processes wait for every gradient
+        if 'features' not in batch and 'pixels' not in batch: unused += trainable_parameters(connector(self.model))
+        if torch.distributed.is_initialized(): unused += trainable_parameters(tower(self.model))
+        total = total + sum(0*p.sum() for p in unused)
         return (total, n, logs) if counts else (total*0, 0, dict.fromkeys(logs, 0.))
 
 SHARDINGS = ('none', 'fsdp')

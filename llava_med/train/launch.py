@@ -27,8 +27,9 @@ from ..models.adapters import add_lora, attach
 from .batches import batch_loss
 from .memory import plan_memory
 from .samplers import group_keys
-from ..models.anatomy import set_trainable
-from .objectives import as_objective, load_modules, save_modules
+from ..models.anatomy import put_part, set_trainable
+from ..models.connectors import own_connector
+from .objectives import as_objective, learned_modules, load_modules, save_modules
 from .distributed import SHARDINGS, Job, TrainingError, whole_weights
 from ..core.runs import read_json, replacing, write_json, writing
 from .loop import fit
@@ -47,16 +48,17 @@ def write_job(
     with writing(folder):
         shutil.rmtree(folder, ignore_errors=True); folder.mkdir(parents=True)
         save_file({k: v.detach().cpu().contiguous() for k, v in inner.named_parameters()}, folder/'start.safetensors')
-        with open(folder/'job.pickle', 'wb') as f: pickle.dump((type(inner), inner.config, adapter, arguments), f)
+        with open(folder/'job.pickle', 'wb') as f: pickle.dump((type(inner), inner.config, adapter, own_connector(inner), arguments), f)
     return folder
 
 def read_job(
     folder:Path, # from `write_job`
 )->tuple:        # model, arguments of `fit`
     "The model of a job and the arguments of its training."
-    with open(Path(folder)/'job.pickle', 'rb') as f: kind, config, adapter, arguments = pickle.load(f)
+    with open(Path(folder)/'job.pickle', 'rb') as f: kind, config, adapter, own, arguments = pickle.load(f)
     with init_empty_weights(include_buffers=False):
         model = kind(config)
+        if own is not None: put_part(model, 'projector', own)
         if adapter: model = attach(model, adapter)
     inner = model.get_base_model() if adapter else model
     inner.load_state_dict(load_file(Path(folder)/'start.safetensors'), strict=False, assign=True)
@@ -136,7 +138,9 @@ def launch(
         for n, w in inner.named_parameters():
             if n in learned: w.data = learned[n].to(w.device)
     model.eval()
-    if (folder/'modules.safetensors').exists(): load_modules(arguments['objective'], folder/'modules.safetensors')
+    if (folder/'modules.safetensors').exists():
+        if not learned_modules(arguments['objective']): arguments['objective'].start(inner)   # which makes them
+        load_modules(arguments['objective'], folder/'modules.safetensors')
     rows = read_json(folder/'rows.json')
     shutil.rmtree(folder, ignore_errors=True)
     return rows
@@ -177,8 +181,8 @@ def _planned(model, samples, collate, stage, objective, checkpointing, tokens, p
     probe = copy.deepcopy(objective)
     probe.start(model)
     cpu = next(model.parameters()).device.type == 'cpu'
-    whole = objective.unit in ('group', 'batch')   # a lone row has no such loss; that of its tokens stands for it
-    loss, make = (batch_loss, collate) if whole else (probe.loss, partial(probe.collate, collate=collate))
+    lone = objective.unit == 'group'   # a lone row has no such loss; that of its tokens stands for it
+    loss, make = (batch_loss, collate) if lone else (probe.loss, partial(probe.collate, collate=collate))
     if make is not collate: make.attention = getattr(collate, 'attention', None)
     alone = probe.modules() or any(p.dtype != torch.float32 for p in model.parameters())   # then `fit` takes no helpers
     shares = 1 if alone else min(threads, stage.batch_size)

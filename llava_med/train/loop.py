@@ -25,6 +25,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from ..core.registry import Registry
 from ..models.anatomy import PARTS, check_patterns, decoder_layers, set_trainable, trainable_names
+from ..models.connectors import CONNECTORS
 from ..models.llava import weights_hash
 from .memory import MemoryPlan, checkpointed
 from .objectives import CrossEntropy, as_objective, objective_name
@@ -137,6 +138,7 @@ def stage_record(
     if strange := sorted(set(changes) - set(known)): raise ValueError(
         f"{name}: a stage has no field '{strange[0]}'; known: {', '.join(known)}.")
     as_objective(changes.get('objective') or found[name].objective)
+    if changes.get('connector'): CONNECTORS.named(changes['connector'], name)
     return replace(found[name], **changes)
 
 # %% ../../nbs/04_train/09_loop.ipynb #63946f4d

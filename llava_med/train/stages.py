@@ -18,6 +18,7 @@ from accelerate.utils import send_to_device
 from torch.nn import functional as F
 from ..core.runs import Step, outputs_dir, root
 from ..models.anatomy import image_token, image_tokens, set_trainable
+from ..models.connectors import ACTIVATIONS, connector_record, put_connector
 from ..models.llava import load, save
 from ..models.adapters import merge, save_adapter
 from ..data.conversations import read_records
@@ -80,6 +81,12 @@ class StageRun:
     @property
     def bf16(self): return self.settings.bf16 and has_bf16(self.step.device)
 
+def _put_connector(model, processor, stage, seed):
+    "Put in the connector that a stage names, unless the model has it."
+    plain = {act: name for name, act in ACTIVATIONS.items()}.get(model.config.projector_hidden_act)
+    has = connector_record(model).get('name', plain)
+    if stage.connector and stage.connector != has: put_connector(model, processor, stage.connector, seed)
+
 def begin_stage(
     step:Step,         # of the notebook
     stage:Stage,       # what is trained
@@ -90,6 +97,7 @@ def begin_stage(
     half = settings.bf16 and step.device.type == 'cuda'
     precision = 'bfloat16' if half else 'float32'
     model, processor = load(start, step.device, precision)
+    _put_connector(model, processor, stage, step.seed)
     set_trainable(model, stage.parts)
     return StageRun(step, stage, settings, Path(start), model, processor, precision, as_objective(stage.objective))
 
@@ -291,7 +299,9 @@ def run_stage(
 )->list:                   # rows of losses
     "Train a stage, and write its losses and its costs; raises what `train` raises."
     step, s, val = work.step, work.settings, train_set.val
-    if step.by_hand: work.model, work.objective = load(work.start, step.device, work.precision)[0], as_objective(work.stage.objective)
+    if step.by_hand:
+        work.model, work.objective = load(work.start, step.device, work.precision)[0], as_objective(work.stage.objective)
+        _put_connector(work.model, work.processor, work.stage, step.seed)
     with step.timed():
         work.model, work.losses = train(
             work.model, train_set.rows, train_set.collate, work.stage, step.dir, step.seed,
