@@ -247,7 +247,8 @@ def test_the_page_of_data_is_made_from_the_catalogue():
 def test_index_names_every_chapter_and_step():
     found = set(links(markdown_of(nbformat.read(REPO/'nbs/index.ipynb', 4))))
     wanted = {p.relative_to(REPO/'nbs').as_posix() for p in CHAPTERS + RECIPES + PIPELINE if p.stem != 'index'}
-    assert not wanted - found
+    missing = sorted(wanted - found)
+    assert not missing, f'nbs/index.ipynb names no {missing}'
 
 
 # Chapters and the library

@@ -20,7 +20,7 @@ from torch import nn
 from ..core.imports import every_module
 from ..core.registry import Registry
 from ..core.runs import data_dir
-from ..data.vqa import question_record
+from ..data.vqa import item_question, question_record
 from ..generate.answers import answer
 from ..models.anatomy import decoder, head
 from ..models.llava import load, vision_features
@@ -138,7 +138,7 @@ def ask_items(
     "Ask every item and credit the answers."
     f = reward_of(reward)
     shown = [[Path(images)/n for n in o['images']] for o in items]
-    said = answer(model, processor, shown, [o['question'] for o in items], max_new_tokens)
+    said = answer(model, processor, shown, list(map(item_question, items)), max_new_tokens)
     clusters = [o.get('cluster') or o.get('patient') or o['images'][0] for o in items]
     return [f(t, o) for t, o in zip(said, items)], clusters
 

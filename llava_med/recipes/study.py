@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROLES', 'SHOWN', 'NOT_SHOWN', 'OPPOSITE', 'NOT_TESTABLE', 'STUDY_COLUMNS', 'STUDY_KEYS', 'MORE_KEYS', 'RECIPE_FILES',
            'StudyError', 'paired_variance', 'seed_paired_difference', 'Arm', 'verdict_of', 'study_rows', 'study_table',
-           'study_verdicts', 'study_figure', 'write_study', 'read_study', 'Study', 'read_study_file', 'ArmResult',
-           'read_arms', 'run_study', 'study_folder', 'new_recipe']
+           'study_verdicts', 'study_figure', 'write_study', 'read_study', 'Study', 'arm_settings', 'read_study_file',
+           'ArmResult', 'read_arms', 'run_study', 'study_folder', 'new_recipe']
 
 # %% ../../nbs/recipes/01_study.ipynb #0411d964
 import contextlib
@@ -311,6 +311,16 @@ def _check_values(path, s):
         if a['role'] not in ROLES: _refuse(
             path, f"arm '{n}' has the role '{a['role']}'; known: {', '.join(ROLES)}.")
     _check_roles(path, {n: a['role'] for n, a in s.arms.items()})
+
+def arm_settings(
+    arm:dict,   # what `run_arm` gets: settings of an arm and its name
+    **defaults, # name of a setting → its value where the arm does not say
+)->dict:        # name of a setting → value
+    "Settings of an arm, all of them; StudyError for one that the recipe does not know."
+    strange = sorted(set(arm) - set(defaults) - {'name', 'role'})
+    if strange: raise StudyError(f"Arm '{arm.get('name')}' sets '{strange[0]}', which its recipe does not "
+                                 f"know; known: {', '.join(defaults)}.")
+    return {k: arm.get(k, v) for k, v in defaults.items()}
 
 def read_study_file(
     path:str|Path,      # a YAML file

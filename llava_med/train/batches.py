@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'encode', 'length_batches', 'encode_questions', 'share_pictures', 'segment_mask', 'Collator', 'splice',
-           'embed', 'plain_attention', 'batch_loss', 'scored_hits', 'record_samples']
+           'embed', 'plain_attention', 'batch_loss', 'scored_logits', 'scored_hits', 'record_samples']
 
 # %% ../../nbs/04_train/01_batches.ipynb #7b1acec1
 import contextlib
@@ -229,6 +229,17 @@ def batch_loss(
     if kind == 'sum': return total, n
     weights = F.pad(batch['weights'], (0, 1))[:, 1:][keep]   # a token counts as much as its weight, in the sum and in the number
     return (total[:n]*weights).sum(), weights.sum().item()
+
+def scored_logits(
+    model,      # a LlavaForConditionalGeneration
+    batch:dict, # from a `Collator` or `PackedCollator`
+)->tuple:       # (logits (n, vocabulary) in float32, right tokens (n,), what each counts (n,)); n scored tokens
+    "What the model says at each scored token; for losses that need more than a sum."
+    labels = F.pad(batch['labels'], (0, 1), value=IGNORE)[:, 1:]
+    keep = labels != IGNORE
+    logits = head(model)(_hidden(model, batch)[keep]).float()
+    counts = F.pad(batch['weights'], (0, 1))[:, 1:][keep] if 'weights' in batch else torch.ones(len(logits), device=logits.device)
+    return logits, labels[keep], counts
 
 def scored_hits(
     model,      # a LlavaForConditionalGeneration

@@ -100,7 +100,7 @@ class Stage:
     rates:dict=None        # peak learning rate of single parts or patterns, where it is not `lr`
     mix:dict=None          # source of samples -> how often each is seen in an epoch, where it is not once; .3 is a random part
     weights:dict=None      # source of samples -> how much their tokens count in the loss, where it is not 1
-    objective:str='cross_entropy'   # a name of `OBJECTIVES`
+    objective:str|dict='cross_entropy' # a name of `OBJECTIVES`, or {name: …} with its settings
     sampler:str='length_grouped'    # a name of `SAMPLERS`
     optimizer:str='adamw'           # a name of `OPTIMIZERS`
     schedule:str='cosine'           # a name of `SCHEDULES`

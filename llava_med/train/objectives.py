@@ -127,11 +127,21 @@ def _name(f):
     f = f if hasattr(f, '__qualname__') else type(f)
     return f'{f.__module__}.{f.__qualname__}'
 
+def _made(kind, name, settings):
+    "An objective of a class with settings; ValueError where they do not fit."
+    try: return kind(**settings)
+    except TypeError as e:
+        why = str(e).split('__init__() ')[-1]
+        raise ValueError(f"The objective '{name}' cannot be made with {settings or 'no settings'}: {why}.") from e
+
 def as_objective(
-    loss,        # an Objective, its class, its name, or a function of model and batch
+    loss,        # an Objective, its class, its name, a dict with its name and settings, or a function of model and batch
 )->Objective:
-    "The objective that is meant; UnknownName for a name that does not exist."
-    if isinstance(loss, str): loss = OBJECTIVES.named(loss)
+    "The objective that is meant; UnknownName for a name that does not exist, ValueError for settings that do not fit."
+    if isinstance(loss, str): loss = dict(name=loss)
+    if isinstance(loss, dict):
+        name = loss.get('name', '')
+        return _made(OBJECTIVES.named(name), name, {k: v for k, v in loss.items() if k != 'name'})
     if isinstance(loss, type) and issubclass(loss, Objective): return loss()
     if isinstance(loss, Objective): return loss
     return CrossEntropy() if loss is batch_loss else FunctionObjective(loss)

@@ -86,7 +86,9 @@ def in_pairs(
     rng:np.random.Generator, # of the epoch
 )->list:           # arrays of sample numbers, one for each step
     "Batches of whole groups of similar length; ValueError where a group exceeds the batch."
-    groups = _groups(seen_samples(samples, stage, rng), group_keys(samples))
+    groups = _groups(range(len(samples)), group_keys(samples))
+    first = [samples[g[0]] for g in groups]   # a group is seen whole or not at all
+    groups = [groups[k] for k in seen_samples(first, stage, rng)]
     size = max(map(len, groups))
     if size > stage.batch_size: raise ValueError(
         f'{stage.name}: a group has {size} samples and a batch {stage.batch_size}; raise batch_size.')
