@@ -156,3 +156,23 @@ def test_options_of_all_models_are_what_one_pass_says():
                 ids = x['input_ids'][0]
                 want = sum(logp[len(ids)-n+k-1, ids[len(ids)-n+k]].item() for k in range(n))
                 assert processor.tokenizer.decode(ids[-n:]) == o + '<|end|>' and abs(v - want) < 1e-3*abs(want) + 1e-3
+
+
+def test_models_that_share_a_vision_encoder_share_what_it_said(monkeypatch):
+    "Base and stage 2 are asked about the same images: the encoder works once, and the answers are those of a store that is empty."
+    from llava_med.generate import prefix_cache
+    from llava_med.models.anatomy import tower
+    from llava_med.models.llava import tiny_model
+    from llava_med.train.vision_cache import KeptFeatures
+    (base, processor), (tuned, _) = tiny_model(image_size=24), tiny_model(image_size=24, seed=5)
+    tower(tuned).load_state_dict(tower(base).state_dict())
+    images = [Image.new('RGB', (24, 24), (50*i, 90, 10)) for i in range(4)]*2
+    prompts = ['left?']*4 + ['where?']*4
+    def fresh(): monkeypatch.setattr(prefix_cache, 'KEPT', KeptFeatures())
+    expected = []
+    for model in (base, tuned): fresh(); expected.append(answer(model, processor, images, prompts, max_new_tokens=6))
+    fresh()
+    calls = []
+    for model in (base, tuned): tower(model).register_forward_hook(lambda *a: calls.append(1))
+    assert [answer(m, processor, images, prompts, max_new_tokens=6) for m in (base, tuned)] == expected
+    assert len(calls) == 1
