@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 from llava_med.data.conversations import fault, read_records, to_messages, write_records
-from llava_med.models.llava import tiny_model, vision_features
+from llava_med.models.anatomy import vision_features
+from llava_med.models.llava import tiny_model
 from llava_med.train.batches import Collator, batch_loss, encode, record_samples, share_pictures
 from llava_med.train.loop import Stage, fit
 from llava_med.train.packing import PackedCollator, pack_rows

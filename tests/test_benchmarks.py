@@ -9,7 +9,8 @@ import pytest
 import torch
 from llava_med.train import batches as library
 from llava_med.train.batches import IGNORE, Collator, batch_loss, share_pictures
-from llava_med.models.llava import set_trainable, tiny_model
+from llava_med.models.anatomy import set_trainable
+from llava_med.models.llava import tiny_model
 from llava_med.train.packing import PackedCollator, pack_rows
 from llava_med.core.runs import write_csv, write_json, write_jsonl
 

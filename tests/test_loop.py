@@ -1,4 +1,5 @@
 "What a chapter can't show of training: processes that fail, and processes that agree."
+import ast
 import contextlib
 import os
 import random
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import REPO
 from llava_med.train import loop
 from llava_med.models.adapters import add_lora
 from llava_med.train.batches import Collator, encode
@@ -194,3 +196,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(toy, tmp_path, monkeypatch):
     seen = []
     rows = fit(tiny_model(image_size=24)[0], samples, Collator(pad, features), STAGE, checkpoint=tmp_path/'state', report=seen.append)
     assert seen[0]['step'] == 2 and len(rows) == 8
+
+
+@pytest.mark.parametrize('module', ['batches', 'distributed', 'launch', 'loop', 'memory', 'objectives', 'samplers', 'stages'])
+def test_a_function_of_training_is_read_at_one_glance(module):
+    "The body of `fit`, and of every function around it, has at most forty lines."
+    tree = ast.parse((REPO/f'llava_med/train/{module}.py').read_text(encoding='utf-8'))
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    bodies = {f.name: f.end_lineno - f.body[0].lineno + 1 for f in functions}
+    assert bodies and not {k: n for k, n in bodies.items() if n > 40}

@@ -25,8 +25,9 @@ from .runner import as_planned, plan_run, presets, read_preset, read_yaml, run_p
 from ..data.catalogue import CATALOGUE
 from ..train.loop import STEP_STAGES, stage_record
 from ..models.connectors import ACTIVATIONS
-from ..models.llava import (TEMPLATES, _no_bars, _processor, assemble, chat_template, join, part_table, prepare_tokenizer, rows_for, save,
-                             set_trainable)
+from ..models.anatomy import connector, decoder
+from ..models.anatomy import part_table, set_trainable
+from ..models.llava import TEMPLATES, _no_bars, _processor, assemble, chat_template, join, prepare_tokenizer, rows_for, save
 from ..core.runs import read_json, replacing, root, run_dir, write_json
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #db7853c4
@@ -122,7 +123,7 @@ def trainable_counts(
     set_trainable(model, ['projector'] if adapted else parts)
     out = {r['part']: r['trainable'] for r in part_table(model) if r['trainable']}
     if adapted:
-        layers = [m for m in model.model.language_model.modules() if isinstance(m, nn.Linear)]
+        layers = [m for m in decoder(model).modules() if isinstance(m, nn.Linear)]
         out['adapter'] = sum(rank*(m.in_features + m.out_features) for m in layers)
     return out
 
@@ -172,7 +173,7 @@ def stage_memory(
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #e0c037eb
 def _matrix(model): # weights of the language model that every token is multiplied with
-    return sum(p.numel() for n, p in model.model.language_model.named_parameters() if 'embed' not in n and p.dim() > 1)
+    return sum(p.numel() for n, p in decoder(model).named_parameters() if 'embed' not in n and p.dim() > 1)
 
 def row_flops(
     model,           # from `meta_model`
@@ -189,7 +190,7 @@ def row_flops(
     first = c.vision_feature_layer if isinstance(c.vision_feature_layer, int) else max(c.vision_feature_layer)
     n, seen = c.image_seq_length + (c.vision_feature_select_strategy == 'default'), v.num_hidden_layers + 1 + first if first < 0 else first
     tower = seen*(2*n*(4*v.hidden_size**2 + 2*v.hidden_size*v.intermediate_size) + 4*n*n*v.hidden_size)
-    project = 2*c.image_seq_length*sum(p.numel() for p in model.model.multi_modal_projector.parameters())
+    project = 2*c.image_seq_length*sum(p.numel() for p in connector(model).parameters())
     linear, attend, head = 2*_matrix(model)*t, 2*lm.num_hidden_layers*d*t*t, 2*lm.vocab_size*d*scored
     learn = trainable_counts(model, step, rank, values)
     full = 'language_model' in learn

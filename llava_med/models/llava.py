@@ -30,11 +30,10 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
 from transformers.tokenization_utils_base import AddedToken
 from transformers.utils import logging as hf_logging
 from . import anatomy
+from .anatomy import PARTS
 from .connectors import (ACTIVATIONS, CONNECTORS, connector_record, load_connector,
                                          make_identity, put_connector, read_connector,
                                          save_connector, split_state)
-from .anatomy import (PARTS, part_of, part_table, set_trainable,
-                                      vision_features)
 from ..core.runs import BASE_REMEDY, read_json, replacing, write_json, writing
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 

@@ -23,7 +23,8 @@ from ..core.runs import data_dir
 from ..data.vqa import item_question, question_record
 from ..generate.answers import answer
 from ..models.anatomy import decoder, head
-from ..models.llava import load, vision_features
+from ..models.anatomy import vision_features
+from ..models.llava import load
 from .rewards import reward_of
 from .study import ArmResult
 from ..train.batches import IGNORE, Collator, embed, record_samples

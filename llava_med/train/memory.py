@@ -19,7 +19,7 @@ from accelerate.utils import send_to_device
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from .batches import batch_loss
-from ..models.anatomy import decoder_layers
+from ..models.anatomy import decoder, decoder_layers
 
 # %% ../../nbs/04_train/06_memory.ipynb #77b246d7
 def activation_bytes(
@@ -46,7 +46,7 @@ def checkpointed(
     on:bool=True,  # whether to
 ):
     "For a while, layers of the language model are computed again in the backward pass instead of kept."
-    lm = model.model.language_model
+    lm = decoder(model)
     if not on: yield; return
     name = 'activation_checkpointing' if hasattr(lm, 'activation_checkpointing_enable') else 'gradient_checkpointing'   # new and old transformers
     getattr(lm, f'{name}_enable')(**{f'{name}_kwargs': {'use_reentrant': False}})
