@@ -38,7 +38,7 @@ def test_every_notebook_has_its_place():
     assert {f.split('/')[0] for f in rows} == set(package_rows(nbformat.read(INDEX, 4)))
     listed = [f for files in parts().values() for f in files]
     assert sorted(listed) == sorted(p.relative_to(REPO/'nbs').as_posix() for d in BOOK_PARTS for p in (REPO/'nbs'/d).rglob('*.ipynb')
-                                    if not p.name.startswith('_') and '.ipynb_checkpoints' not in p.parts)
+                                    if not any(x.startswith(('_', '.')) for x in p.relative_to(REPO).parts))
 
 
 def test_the_course_is_read_in_its_order():
@@ -174,7 +174,7 @@ def test_the_book_is_whole(site):
     from lxml import html
     assert check_site(site) == []
     pages = {p.relative_to(site).as_posix() for p in site.rglob('*.html')}
-    wanted = {p.relative_to(REPO/'nbs').with_suffix('.html').as_posix() for p in (REPO/'nbs').rglob('*.ipynb') if not p.name.startswith('_') and 'checkpoint' not in p.name}
+    wanted = {p.relative_to(REPO/'nbs').with_suffix('.html').as_posix() for p in (REPO/'nbs').rglob('*.ipynb') if not any(x.startswith(('_', '.')) for x in p.relative_to(REPO).parts)}
     wanted |= {f'api/{m}.html' for m in library()} | {'glossary.html', 'contributing.html', 'changelog.html', 'outputs.html', 'data.html', 'search.html', 'genindex.html'}
     assert not wanted - pages
     for p in site.rglob('*.html'):

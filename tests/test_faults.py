@@ -127,7 +127,7 @@ def test_a_model_that_is_none(run, tmp_path, kind, step, name):
 @pytest.mark.parametrize('step, file', [('2_stage1_alignment', 'alignment.json'), ('3_stage2_tuning', 'instruct.json')])
 @pytest.mark.parametrize('record, says', [
     (talk(7, '<image>\n<image>\nwhat is it?'), "record 8 ('r7') has <image> 2 times in its first question"),
-    (talk(7, image=['0.png', '1.png']), "record 8 ('r7') lists 2 images"),
+    (talk(7, image=['0.png', '1.png']), "record 8 ('r7') names 2 images"),
     (talk(7, 'what is it?'), "record 8 ('r7') has <image> 0 times"),
     (talk(7, image=None), "record 8 ('r7') says <image> but names no 'image'")])
 def test_markers_and_images_that_do_not_agree(run, step, file, record, says):
@@ -159,7 +159,7 @@ def test_the_number_of_a_step_is_enough():
 
 
 def test_a_part_that_there_is_not():
-    with pytest.raises(ValueError, match="stage1: there is no part 'head' to train; known: .*projector"): Stage('stage1', ('projector', 'head'), 1e-3)
+    with pytest.raises(ValueError, match="stage1: there is no trainable pattern named 'head'.*projector"): Stage('stage1', ('projector', 'head'), 1e-3)
     with pytest.raises(ValueError, match='a rate for .*language_model'): Stage('stage1', ('projector',), 1e-3, rates={'language_model': 1e-5})
 
 

@@ -8,6 +8,7 @@ from llava_med.data.vqa import item_question, make_item, question_record
 from llava_med.explain import attention, maps
 from llava_med.generate import answers
 from llava_med.generate.prefix_cache import split_ids
+from llava_med.evaluate.subjects import predict
 from llava_med.generate.prompts import Prompting
 from llava_med.models.llava import CHAT_TEMPLATE, TEMPLATES, load, make_processor, tiny_model, train_tokenizer
 from llava_med.models.templates import answer_spans, as_turns, encode_turns, image_mark, prompt_ids, scored_tokens
@@ -181,7 +182,7 @@ def test_training_and_asking_give_equal_ids(asked, pictures, monkeypatch, tmp_pa
     read, decode = answers.read_prefixes, answers.decode
     monkeypatch.setattr(answers, 'read_prefixes', lambda m, p, f: seen.append(list(p[0])) or read(m, p, f))
     monkeypatch.setattr(answers, 'decode', lambda m, s, *a: seen[-1].extend(s[0][0]) or decode(m, s, *a))
-    answers.predict(model, processor, [item], pictures, tmp_path/'log.jsonl', 'toy', max_new_tokens=1)
+    predict(model, processor, [item], pictures, tmp_path/'log.jsonl', 'toy', max_new_tokens=1)
     learned, _ = learned_ids(model, processor, item)
     cue = len(seen[0])
     assert seen == [learned[:cue]] and processor.tokenizer.decode(learned[cue:]).strip() == ''   # a template may put a space before the answer
