@@ -13,7 +13,7 @@ import torch
 from ..models.anatomy import TRAINABLE, base_of, tower, vision_features
 from .parts import (StudyWorld, TwoTowers, arm_result, caption_records,
     leaked_records, measured_fit, shipped, total_cost, world_samples)
-from .study import ArmResult
+from .study import ArmResult, arm_settings
 from ..train.batches import IGNORE
 from ..train.loop import Stage
 from ..train.objectives import OBJECTIVES, Objective, gather_rows
@@ -149,16 +149,17 @@ def run_contrastive(
     start:str='base_tiny', # model that is trained
 )->ArmResult:         # credits and cost
     "Train the vision encoder as an arm says, then the rest on questions, and ask the test items."
+    arm = arm_settings(arm, contrastive=False, shuffled=False, leak=False)
     model, processor = shipped(start)
     costs = []
-    if arm.get('contrastive'):
-        objective = Contrastive(shuffled=arm.get('shuffled', False), seed=seed)
+    if arm['contrastive']:
+        objective = Contrastive(shuffled=arm['shuffled'], seed=seed)
         pairs = world_samples(caption_records(world), world.images, model, processor, objective,
                               pixels=True)
         stage = Stage('contrastive', ('used_tower',), sizes['lr1'], sizes['epochs1'], 32,
                       objective='contrastive')
         costs.append(measured_fit(model, *pairs, stage, seed, objective))
-    records = world.records + (leaked_records(world) if arm.get('leak') else [])
+    records = world.records + (leaked_records(world) if arm['leak'] else [])
     stage = Stage('tuning', ('projector', 'language_model'), sizes['lr'], sizes['epochs'], 16)
     told = world_samples(records, world.images, model, processor)
     costs.append(measured_fit(model, *told, stage, seed))

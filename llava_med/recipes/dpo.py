@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from .parts import (StudyWorld, answer_logprobs, arm_result, leaked_records,
     measured_fit, shipped, world_samples)
-from .study import ArmResult
+from .study import ArmResult, arm_settings
 from ..train.loop import Stage
 from ..train.objectives import OBJECTIVES, Objective, as_objective
 
@@ -139,11 +139,12 @@ def run_dpo(
     start:str='base_tiny', # model that is trained
 )->ArmResult:         # credits and cost
     "Train the shipped model as an arm says and ask the test items."
+    arm = arm_settings(arm, objective='cross_entropy', beta=.1, swapped=False, leak=False)
     model, processor = shipped(start)
-    prefers = arm.get('objective') == 'dpo'
-    objective = DPO(arm.get('beta', .1)) if prefers else as_objective('cross_entropy')
-    records = preferences(world, seed, arm.get('swapped', False))
-    if arm.get('leak'): records = records + leaked_records(world)
+    prefers = arm['objective'] == 'dpo'
+    objective = DPO(arm['beta']) if prefers else as_objective('cross_entropy')
+    records = preferences(world, seed, arm['swapped'])
+    if arm['leak']: records = records + leaked_records(world)
     samples, collate = world_samples(records, world.images, model, processor, objective)
     rows = sizes['pairs']*(2 if prefers else 1)
     stage = Stage('dpo', ('projector', 'language_model'), sizes['lr'], sizes['epochs'], rows,

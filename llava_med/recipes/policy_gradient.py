@@ -17,7 +17,7 @@ from ..generate.sampling import sample
 from .parts import (StudyWorld, answer_logprobs, arm_result, leaked_records,
     measured_fit, shipped, world_samples)
 from .rewards import reward_of
-from .study import ArmResult
+from .study import ArmResult, arm_settings
 from ..train.batches import IGNORE
 from ..train.loop import Stage
 from ..train.objectives import OBJECTIVES, Objective, as_objective
@@ -140,13 +140,14 @@ def run_policy_gradient(
     start:str='base_tiny', # model that is trained
 )->ArmResult:         # credits and cost
     "Train the shipped model as an arm says and ask the test items."
+    arm = arm_settings(arm, objective='cross_entropy', reward='exact', permuted=False, leak=False)
     model, processor = shipped(start)
-    draws = arm.get('objective') == 'policy_gradient'
+    draws = arm['objective'] == 'policy_gradient'
     objective = as_objective('cross_entropy')
     if draws: objective = PolicyGradient(
-        processor, world.train_items, world.images, arm.get('reward', 'exact'), sizes['n'],
-        permuted=arm.get('permuted', False))
-    records = world.records + (leaked_records(world) if arm.get('leak') else [])
+        processor, world.train_items, world.images, arm['reward'], sizes['n'],
+        permuted=arm['permuted'])
+    records = world.records + (leaked_records(world) if arm['leak'] else [])
     samples, collate = world_samples(records, world.images, model, processor, objective)
     stage = Stage('policy_gradient', ('projector', 'language_model'), sizes['lr'], sizes['epochs'],
                   sizes['prompts'], .3, sampler='rollout' if draws else 'length_grouped')

@@ -10,7 +10,7 @@ import torch
 from ..models.connectors import CONNECTORS, put_connector
 from .parts import (StudyWorld, arm_result, caption_records, leaked_records,
     measured_fit, shipped, total_cost, world_samples)
-from .study import ArmResult
+from .study import ArmResult, arm_settings
 from ..train.loop import Stage
 from torch import nn
 from torch.nn import functional as F
@@ -94,9 +94,10 @@ def run_resampler(
     start:str='base_tiny', # model that gets the connector
 )->ArmResult:         # credits and cost
     "Put a new connector into the shipped model, train both stages and ask the test items."
+    arm = arm_settings(arm, connector='mlp', options={}, leak=False)
     model, processor = shipped(start)
-    put_connector(model, processor, arm['connector'], seed, **arm.get('options', {}))
-    questions = world.records + (leaked_records(world) if arm.get('leak') else [])
+    put_connector(model, processor, arm['connector'], seed, **arm['options'])
+    questions = world.records + (leaked_records(world) if arm['leak'] else [])
     stages = [(caption_records(world), Stage('stage1', ('projector',), sizes['lr1'],
                                              sizes['epochs1'], 16)),
               (questions, Stage('stage2', ('projector', 'language_model'), sizes['lr'],

@@ -18,6 +18,7 @@ import json
 import marshal
 import os
 import re
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -238,7 +239,7 @@ def study_figure(
         ax.axvline(0, color='grey', linewidth=1)
         ax.set_yticks(range(len(shown)), [f"{r['arm']} − {r['control']}" for r in shown])
         ax.set(xlabel='difference in points, 95 % interval', ylim=(-.5, len(shown) - .5),
-               title=f"{shown[0]['study']}: {verdict}" if shown else 'no differences')
+               title=textwrap.fill(f"{shown[0]['study']}: {verdict}", 56) if shown else 'no differences')
     return fig
 
 # %% ../../nbs/recipes/01_study.ipynb #9eeaf89f
