@@ -168,7 +168,7 @@ def test_models_that_share_a_vision_encoder_share_what_it_said(monkeypatch):
     tower(tuned).load_state_dict(tower(base).state_dict())
     images = [Image.new('RGB', (24, 24), (50*i, 90, 10)) for i in range(4)]*2
     prompts = ['left?']*4 + ['where?']*4
-    def fresh(): monkeypatch.setattr(prefix_cache, 'KEPT', KeptFeatures())
+    def fresh(): monkeypatch.setattr(prefix_cache, 'FEATURES', KeptFeatures())
     expected = []
     for model in (base, tuned): fresh(); expected.append(answer(model, processor, images, prompts, max_new_tokens=6))
     fresh()
