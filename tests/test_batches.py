@@ -112,3 +112,15 @@ def test_each_image_part_stands_where_its_mark_stood():
     assert kinds('<image>\n<image>\nwhy?\n') == ['image', 'image', 'why?']
     assert kinds('before:\n<image>\nafter:\n<image>') == ['before:\n', 'image', '\nafter:', 'image']
     assert kinds('why?') == ['why?']
+
+
+def test_no_patient_is_in_training_and_validation(tmp_path):
+    "Two images of one patient stay on one side of a split that the set itself does not make."
+    from llava_med.train.stages import trainable_questions
+    from PIL import Image
+    items = []
+    for i in range(40):
+        Image.new('RGB', (4, 4)).save(tmp_path/f'{i}.png')
+        items.append(dict(id=str(i), images=[f'{i}.png'], question='?', answer='a', split='train', patient=f'p{i//2}', tags={}))
+    found = trainable_questions(items, tmp_path)
+    assert len(found.val) == 4 and not {o['patient'] for o in found.train} & {o['patient'] for o in found.val}

@@ -23,7 +23,7 @@ from ..models.llava import load, save
 from ..models.adapters import merge, save_adapter
 from ..data.conversations import read_records
 from ..data.llava_files import training_records
-from ..data.vqa import read_items
+from ..data.vqa import item_cluster, read_items
 from ..data.vqa_readers import read_vqa
 from .batches import IGNORE, Collator, embed, record_samples, share_pictures
 from .gates import prefix_gate, taken
@@ -134,7 +134,7 @@ def stage_questions(
 class Questions:
     "Questions of a VQA set that can be trained on."
     train:list    # items to learn from
-    val:list      # items of the validation set, about other images
+    val:list      # items of the validation set, about other images of other patients
     files:dict    # image of an item → its file
     left_out:dict # reason → number of items
 
@@ -170,10 +170,10 @@ def trainable_questions(
         raise ValueError(f'{folder}: none of {len(items)} questions can be trained on ({left_out}); '
                          'name the folder of the pictures with images.')
     items = [i for i, r in zip(items, reasons) if not r]
-    val_images = {i['images'][0] for i in items if i['split'] == 'val'}
-    val_images = val_images or set(sorted(usable)[9::10])
-    train = [i for i in items if i['images'][0] not in val_images]
-    val = [i for i in items if i['images'][0] in val_images]
+    patients = sorted({item_cluster(i) for i in items})   # an image each, where no patient is named
+    held = {item_cluster(i) for i in items if i['split'] == 'val'} or set(patients[9::10])
+    train = [i for i in items if item_cluster(i) not in held]
+    val = [i for i in items if item_cluster(i) in held]
     if not train:
         raise ValueError(f'{folder}: {len(items)} questions, but all of them are for validation; '
                          'the set needs a training split.')
