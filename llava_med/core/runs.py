@@ -488,7 +488,9 @@ def find_input(
         if path.exists(): raise StepInputError(f'{path} comes from a step that is {state}, not done: '
                                                f'run {made} again to its end.')
     record = read_run(runs[0])
-    made, preset = made_by(step, record, reader), record['preset'] or ('tiny' if runs[0] == 'scratch' else runs[0])
+    made, preset = made_by(step, record,
+                           reader), record['preset'] or ('tiny' if runs[0] == 'scratch'
+                                                         else runs[0])
     command = f'llava-med run {preset}' + (f' --name {runs[0]}' if preset != runs[0] else '')
     raise StepInputError(f'{run_dir(runs[0])/made/name} is missing: make it with `{command} --only {made}`, '
                          f'or run {step}.ipynb first.')
@@ -587,7 +589,8 @@ class Step:
         self.dir = clear_folder(run_dir(run)/self.name)
         self.start, self.device_s, self.trainable, self.hashes = time.monotonic(), 0.0, 0, {}
         self.counts, self.parts = {'samples': 0, 'tokens': 0, 'flops': 0.0}, {}
-        if self.by_hand: update_run(run, self.name, state='running', key=None, parameters=self.params,
+        if self.by_hand:
+            update_run(run, self.name, state='running', key=None, parameters=self.params,
                                     started=now(), ended=None)
     def path(self,
         name:str, # a file in the step's folder

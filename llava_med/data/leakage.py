@@ -93,7 +93,8 @@ class Wording:
 # %% ../../nbs/03_data/16_leakage.ipynb #8d975226
 CHECKS = dict( # check: what its number counts
     images='test images whose name is in training', pictures='test images with equal pixels in training',
-    near_pictures='test images nearly equal to a training image, pixels differ', patients='patients, or clusters that the items name, in both',
+    near_pictures='test images nearly equal to a training image, pixels differ',
+    patients='patients, or clusters that the items name, in both',
     cases='cases in both', articles='articles in both', questions='test questions asked in training, on any image',
     image_and_question='test questions asked in training on the same picture',
     rephrased='further test questions asked in training on the same picture in other words, by a measured rule',

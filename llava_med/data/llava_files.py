@@ -301,7 +301,8 @@ def with_images(
     look = folder if isinstance(folder, ImageFolder) else ImageFolder(folder)
     for r in records:
         names = images_of(r) or [n for n in [r.get('image')] if n is not None]
-        found = {str(n): look.why_not(n) if isinstance(n, str) and n else 'it is no file name' for n in names}
+        found = {str(n): look.why_not(n) if isinstance(n, str) and n else 'it is no file name'
+                 for n in names}
         gone = [n for n, why in found.items() if why]
         if gone: missing.append(dict(id=r.get('id'), image=gone[0], reason=found[gone[0]]))
         else: yield r

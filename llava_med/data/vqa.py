@@ -362,7 +362,8 @@ def question_record(
 )->dict:       # LLaVA-Med record: id, image (a list where there are several), conversations, source
     "An item as a conversation to train on; ValueError where it has no answer or no image."
     images = item['images']
-    if not images: raise ValueError(f"Item '{item['id']}' has no image; a training record needs one.")
+    if not images:
+        raise ValueError(f"Item '{item['id']}' has no image; a training record needs one.")
     if not item['answer']: raise ValueError(f"Item '{item['id']}' has an empty answer; leave it out of training.")
     asked = '<image>\n'*len(images) + item_question(item)
     said = [{'from': 'human', 'value': asked}, {'from': 'gpt', 'value': item['answer']}]

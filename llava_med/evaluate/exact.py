@@ -68,13 +68,15 @@ def slice_keys(
 )->list:               # the lab's own tags, then these
     "The tags that scores are sliced by; UnknownName where no item has one, ScoreError for too many values."
     own = {k for o in items for k in o.get('tags') or {}} | set(SLICE_KEYS)
-    own |= {k for o in items for k, v in o.items() if k not in _NO_TAGS and isinstance(v, (str, int, float))}
+    own |= {k for o in items for k, v in o.items() if k not in _NO_TAGS
+            and isinstance(v, (str, int, float))}
     known = Registry('tag')
     known.update({k: k for k in own if any(item_tag(o, k) for o in items)})
     new = [known.named(k, 'slices') for k in dict.fromkeys(more) if k not in SLICE_KEYS]
     for k in new:
         n = len({item_tag(o, k) for o in items})
-        if n > MAX_SLICES: raise ScoreError(f'slices: the tag {k!r} has {n} values on {len(items)} items; '
+        if n > MAX_SLICES:
+            raise ScoreError(f'slices: the tag {k!r} has {n} values on {len(items)} items; '
                                             f'put them in at most {MAX_SLICES} groups, as a tag of its own.')
     return SLICE_KEYS + new
 
@@ -132,7 +134,8 @@ def marks(
     for p in latest(predictions, errors): groups[tuple(p[h] for h in HEAD)].append(p)
     for h, group in groups.items():
         _check(by_id, group, f'Model {h[0]} under {h[3]}', (asked or {}).get((h[0], h[3]), (asked or {}).get(h[0], by_id)))
-    rows = [dict(zip(HEAD, h), **_mark(by_id[p['item']], p, keys)) for h, group in groups.items() for p in group]
+    rows = [dict(zip(HEAD, h), **_mark(by_id[p['item']], p, keys)) for h, group in groups.items()
+            for p in group]
     return pd.DataFrame(rows, columns=HEAD + ['item', 'image', 'cluster', 'num', 'den'] + keys)
 
 def _mark(o, p, keys):
@@ -223,7 +226,8 @@ def cluster_codes(
     return pd.Index(first.index).get_indexer(d['cluster'])
 
 # %% ../../nbs/06_evaluate/03_exact.ipynb #1e247779
-SCORE_COLUMNS = HEAD + ['slice', 'metric', 'value', 'low', 'high', 'n_items', 'n_images', 'n_clusters']
+SCORE_COLUMNS = HEAD + ['slice', 'metric', 'value', 'low', 'high', 'n_items', 'n_images',
+                        'n_clusters']
 CONTRASTS = ('blank', 'shuffled', 'noise')
 MODEL_PAIRS = (('stage2', 'base'), ('stage1', 'base'), ('stage2', 'stage1'), ('tuned', 'stage2'), ('tuned', 'base'))
 
@@ -396,7 +400,8 @@ def finding_marks(
         rows.append(dict({h: p[h] for h in HEAD}, item=p['item'], image=image,
                          num=float(len(said & true)), true=float(len(true)),
                          said=float(len(said)), **t))
-    d = pd.DataFrame(rows, columns=HEAD + ['item', 'image', 'cluster', 'num', 'true', 'said'] + SLICE_KEYS)
+    d = pd.DataFrame(rows, columns=HEAD + ['item', 'image', 'cluster', 'num', 'true', 'said']
+                     + SLICE_KEYS)
     return d.rename(columns={'true': 'den'}), d.rename(columns={'said': 'den'})
 
 # %% ../../nbs/06_evaluate/03_exact.ipynb #9e476310

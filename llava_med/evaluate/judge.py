@@ -290,7 +290,9 @@ def _position(d, head, kw):
     if d.order.nunique() < 2: return []
     if flips.isna().any(axis=None):   # one order a question
         means = d.groupby('order').lead.mean()
-        return [dict(zip(SCORE_COLUMNS, [*head, 'all', 'judge.first_place_points', round(float(means.mean()), 4), '', '', *_size(d)]))]
+        return [dict(zip(SCORE_COLUMNS,
+                         [*head, 'all', 'judge.first_place_points', round(float(means.mean()), 4),
+                          '', '', *_size(d)]))]
     better = (d.mark - d.reference).apply(lambda x: (x > 0) - (x < 0))
     same = better.groupby(d['item']).nunique().eq(1)
     by = _by_question(d)
@@ -328,7 +330,9 @@ def chat_rows(
             part = _by_question(d[d.order == o])
             out += [dict(r, slice=f'order={o}') for r in summarise(_with_head(part, head, num, den), name, **kw)]
     out += _position(d, head, kw)
-    return out + [dict(zip(SCORE_COLUMNS, [*head, 'all', f'judge.{k}', n[k], '', '', len(judgements), *_size(by)[1:]])) for k in JUDGE_CASES]
+    return out + [dict(zip(SCORE_COLUMNS,
+                           [*head, 'all', f'judge.{k}', n[k], '', '', len(judgements),
+                            *_size(by)[1:]])) for k in JUDGE_CASES]
 
 def said_cases(
     n:Counter, # counts of JUDGE_CASES

@@ -375,7 +375,8 @@ def _tests(tests):
                           'points': f"{pc(t['difference'])} [{pc(t['low'])},\u00a0{pc(t['high'])}]", 'p': p(t['p']), 'p, Holm': p(t['p_holm']),
                           'McNemar': p(t['p_mcnemar']),
                           'win / tie / loss': f"{t['win']}\u00a0/\u00a0{t['tie']}\u00a0/\u00a0{t['loss']}",
-                          'could be found': pc(t['smallest']) if np.isfinite(t['smallest']) else '–', 'questions': t['n_items'], 'images': t['n_images'],
+                          'could be found': pc(t['smallest']) if np.isfinite(t['smallest'])
+                          else '–', 'questions': t['n_items'], 'images': t['n_images'],
                           'verdict': 'different' if t['p_holm'] < .05 else 'not shown to differ'}
                          for t in sorted(tests.to_dict('records'), key=lambda t: '-' not in t['model'])])
 
@@ -489,7 +490,9 @@ def evaluation_report(
     def have(d): return d is not None and len(d) > 0
     shared = audit_table(list(audit)).drop(columns='example or note').assign(note=[r['note'] for r in audit]) if audit else []
     sections = _score_sections(own, whole, rows, models, guessers) + [
-        ('Paired tests', [table(_tests(tests), 'All comparisons, by an exact test on few images and else by a bootstrap over images, corrected together', NOTES['tests'])] if have(tests) else []),
+        ('Paired tests',
+         [table(_tests(tests),
+                'All comparisons, by an exact test on few images and else by a bootstrap over images, corrected together', NOTES['tests'])] if have(tests) else []),
         ('Calibration', [table(_calibration(calibration), 'Yes or no by probability: does the model know what it knows?', NOTES['calibration']),
                          calibration_figure(items, chosen)] if have(calibration) else []),
         ('Split audit', [table(shared, 'What the test split shares with training', audit_note)] if audit

@@ -350,19 +350,23 @@ def credits(
     for name in ('strict', 'strict.yes_no'):
         if name in d and any(o.get('twin_of') for o in items):
             d[f'{name}_pairs'] = _pairs(items, d[name].to_numpy(), d['item'])
-    return d[sorted(d, key=lambda c: next((i for i, s in enumerate(rules) if c.split('.')[0].removesuffix('_pairs') == s), -1))]
+    return d[sorted(d, key=lambda c: next((i for i, s in enumerate(rules)
+                                           if c.split('.')[0].removesuffix('_pairs') == s), -1))]
 
 def _credit(o, text, rules, keys):
     "One row of credits, and what the item belongs to."
     image = o['images'][0] if o.get('images') else o['id']
-    earned = {f'{s}.{m}'.rstrip('.'): v for s, rule in rules.items() for m, v in rule(o, text).items()}
-    return dict(item=o['id'], image=image, cluster=item_cluster(o), **{k: item_tag(o, k) for k in keys}) | earned
+    earned = {f'{s}.{m}'.rstrip('.'): v for s, rule in rules.items()
+              for m, v in rule(o, text).items()}
+    return dict(item=o['id'], image=image, cluster=item_cluster(o),
+                **{k: item_tag(o, k) for k in keys}) | earned
 
 def metric_columns(
     d:pd.DataFrame, # from `credits`
 )->list:            # names of columns
     "The columns of a table that hold credits, and not tags or names."
-    return [c for c in d if c not in ('item', 'image', 'cluster') and pd.api.types.is_numeric_dtype(d[c])]
+    return [c for c in d if c not in ('item', 'image', 'cluster')
+            and pd.api.types.is_numeric_dtype(d[c])]
 
 def _size(d): return len(d), d['image'].nunique(), cluster_codes(d).max(initial=-1) + 1
 
@@ -445,7 +449,8 @@ def credit_rows(
             if np.isfinite(value[j]):
                 at = counted & mask
                 out.append(dict(zip(SCORE_COLUMNS, [*head, name, m, tidy(value[j]), tidy(low[j]), tidy(high[j]),
-                                                    int(at.sum()), len(set(images[at])), len(set(codes[at]))])))
+                                                    int(at.sum()), len(set(images[at])),
+                                                    len(set(codes[at]))])))
             j += 1
     return out
 
@@ -476,13 +481,15 @@ def score_answers(
         tables[h], head = credits(asked, texts, scorers, keys), _part(h, len(found), len(asked))
         rows += credit_rows(head, [tables[h]], n_draws, seed, keys)
         size = len(asked), *_size(tables[h])[1:]
-        rows += [dict(zip(SCORE_COLUMNS, [*head, 'all', f'answers.{k}', n[k], '', '', *size])) for k in CASES]
+        rows += [dict(zip(SCORE_COLUMNS, [*head, 'all', f'answers.{k}', n[k], '', '', *size]))
+                 for k in CASES]
         notes.append(f'{h[0]}, {h[3]}: {len(found)} of {len(asked)} {h[1]} {h[2]} items paired {rule}; '
                      f'{_said(n) or "nothing odd"}')
     for a, b, h in _contrasts(tables, model_pairs):
         both = [tables[k][tables[k]['item'].isin(tables[o]['item'])].reset_index(drop=True) for k, o in ((a, b), (b, a))]
         if not len(both[0]): continue
-        rows += credit_rows(_part(h, len(both[0]), max(len(tables[a]), len(tables[b]))), both, n_draws, seed, keys)
+        rows += credit_rows(_part(h, len(both[0]), max(len(tables[a]), len(tables[b]))), both,
+                            n_draws, seed, keys)
     return rows, notes
 
 def log_credits(
@@ -521,7 +528,9 @@ def log_rows(
     rows = []
     for h, d in tables.items():
         rows += credit_rows(h, [d], n_draws, seed, keys)
-        rows += [dict(zip(SCORE_COLUMNS, [*h, 'all', f'answers.{k}', odd[h][k], '', '', *_size(d)])) for k in CASES]
+        rows += [dict(zip(SCORE_COLUMNS,
+                          [*h, 'all', f'answers.{k}', odd[h][k], '', '', *_size(d)]))
+                          for k in CASES]
     for a, b, h in _contrasts(tables, model_pairs):
         both = [tables[k][tables[k]['item'].isin(tables[o]['item'])].reset_index(drop=True) for k, o in ((a, b), (b, a))]
         if len(both[0]): rows += credit_rows(h, both, n_draws, seed, keys)
@@ -602,4 +611,6 @@ def judge_rows(
     for name, num, den in (('judge.mean_of_ratios', 'ratio', 'one'), ('judge.ratio_of_means', 'second', 'first')):
         out += summarise(d.rename(columns={num: 'num', den: 'den'}), name, n_draws, seed, keys)
     n = len(judgements) - len(rows)
-    return out + [dict(zip(SCORE_COLUMNS, [*head.values(), 'all', 'judge.unread', n, '', '', len(judgements), *_size(d)[1:]]))]
+    return out + [dict(zip(SCORE_COLUMNS,
+                           [*head.values(), 'all', 'judge.unread', n, '', '', len(judgements),
+                            *_size(d)[1:]]))]

@@ -151,20 +151,26 @@ def compare(
         both = tables[x].merge(tables[y], on='item', suffixes=('', ' of b'), validate='1:1')
         if not len(both): raise ScoreError(f'{x} and {y} answered no item in common; compare them on one set.')
         for m in own if metrics is None else metrics:
-            d = both[[m, f'{m} of b', 'image', *(['cluster'] if 'cluster' in both else [])]].dropna()
-            if len(d): rows.append(dict(model=f'{x}-{y}', metric=m, **_comparison(d, m, n_draws, seed)))
+            d = both[[m, f'{m} of b', 'image',
+                      *(['cluster'] if 'cluster' in both else [])]].dropna()
+            if len(d):
+                rows.append(dict(model=f'{x}-{y}', metric=m, **_comparison(d, m, n_draws, seed)))
     out = pd.DataFrame(rows, columns=['model', 'metric', 'difference', 'low', 'high', 'p', 'p_holm', 'p_mcnemar', 'win', 'tie',
                                       'loss', 'smallest', 'n_items', 'n_images', 'n_clusters'])
     return out.assign(p_holm=holm(out['p']))
 
 def _comparison(d, m, n_draws, seed):
     "One metric of two models on the items of a table."
-    a, b, clusters = d[m].to_numpy(float), d[f'{m} of b'].to_numpy(float), d['cluster' if 'cluster' in d else 'image']
+    a, b, clusters = d[m].to_numpy(float), d[f'{m} of b'].to_numpy(float), d['cluster'
+                                                                             if 'cluster' in d
+                                                                             else 'image']
     r = paired_difference(a, b, clusters.to_numpy(), n_draws, seed)
     win, tie, loss = win_tie_loss(a, b)
     p_mcnemar = mcnemar(a, b) if np.isin([a, b], (0, 1)).all() else np.nan
-    return dict({k: r[k] for k in ('difference', 'low', 'high', 'p')}, p_mcnemar=p_mcnemar, win=win, tie=tie, loss=loss,
-                smallest=(norm.ppf(.975) + norm.ppf(.8))*r['se'], n_items=len(d), n_images=d['image'].nunique(),
+    return dict({k: r[k] for k in ('difference', 'low', 'high', 'p')}, p_mcnemar=p_mcnemar,
+                win=win, tie=tie, loss=loss,
+                smallest=(norm.ppf(.975) + norm.ppf(.8))*r['se'], n_items=len(d),
+                n_images=d['image'].nunique(),
                 n_clusters=clusters.nunique())
 
 # %% ../../nbs/06_evaluate/05_statistics.ipynb #fff7e7c1
@@ -188,15 +194,19 @@ def test_rows(
     tests:pd.DataFrame, # from `paired_tests`
 )->list:                # rows of scores.csv: p-values, the smallest difference, and shares of items won, tied and lost
     "Paired tests as rows, whose metric is `paired.<metric>.<what>`."
-    return [dict(zip(SCORE_COLUMNS, [*(t[h] for h in HEAD), 'all', f"paired.{t['metric']}.{k}", v, '', '', *(t[c] for c in _SIZES)]))
+    return [dict(zip(SCORE_COLUMNS,
+                     [*(t[h] for h in HEAD), 'all', f"paired.{t['metric']}.{k}", v, '', '',
+                      *(t[c] for c in _SIZES)]))
             for t in tests.to_dict('records') for k, v in _test_values(t).items()]
 
 _SIZES = ('n_items', 'n_images', 'n_clusters')
 
 def _test_values(t):
     "What is told of one test. A p-value has six digits, so that rounding does not take it over 0.05."
-    values = {k: t[k] for k in ('p', 'p_holm', 'p_mcnemar', 'smallest')} | {k: t[k]/t['n_items'] for k in ('win', 'tie', 'loss')}
-    return {k: round(float(v), 6 if k in ('p', 'p_holm') else 4) for k, v in values.items() if np.isfinite(v)}
+    values = {k: t[k] for k in ('p', 'p_holm', 'p_mcnemar', 'smallest')} | {k: t[k]/t['n_items']
+                                                                            for k in ('win', 'tie', 'loss')}
+    return {k: round(float(v), 6 if k in ('p', 'p_holm') else 4) for k, v in values.items()
+            if np.isfinite(v)}
 
 def with_tests(
     rows:list,          # rows of scores.csv
@@ -283,13 +293,17 @@ def calibration_table(
         p, right = np.array([confidence_of(o) for o in good]), np.array([strict(o['text'], by_id[o['item']]['answer']) for o in good], float)
         found = calibration_error(p, right, bins, seed=seed)
         rows.append(dict(zip(HEAD, h), accuracy=right.mean(), confidence=p.mean(), **{k: found[k] for k in ('ece', 'chance', 'chance_high')},
-                         n_items=len(good), n_images=len({by_id[o['item']]['images'][0] for o in good}),
-                         n_clusters=len({item_cluster(by_id[o['item']]) for o in good}), failed=len(group) - len(good)))
+                         n_items=len(good),
+                         n_images=len({by_id[o['item']]['images'][0] for o in good}),
+                         n_clusters=len({item_cluster(by_id[o['item']]) for o in good}),
+                         failed=len(group) - len(good)))
     return pd.DataFrame(rows)
 
 def calibration_rows(
     table:pd.DataFrame, # from `calibration_table`
 )->list:                # rows of scores.csv with metrics `calibration.<what>`
     "Calibration as rows."
-    return [dict(zip(SCORE_COLUMNS, [*(t[h] for h in HEAD), 'answer_type=closed', f'calibration.{k}', round(float(t[k]), 4), '', '', *(t[c] for c in _SIZES)]))
+    return [dict(zip(SCORE_COLUMNS,
+                     [*(t[h] for h in HEAD), 'answer_type=closed', f'calibration.{k}',
+                      round(float(t[k]), 4), '', '', *(t[c] for c in _SIZES)]))
             for t in table.to_dict('records') for k in ('accuracy', 'confidence', 'ece', 'chance', 'chance_high')]

@@ -19,7 +19,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, get_int_from_env
 from PIL import Image
 from transformers import AutoProcessor
-from ..core.runs import (file_hash, folder_hash, from_root, progress, read_jsonl, root, run_dir,
+from ..core.runs import (file_hash, folder_hash, from_root, progress, read_jsonl,
+                                 root, run_dir,
                                  write_csv, writing)
 from ..data.conversations import DETAILED_PROMPTS
 from ..data.vqa import item_question
@@ -262,7 +263,8 @@ def predict(
     log_fn = out_fn if state.num_processes == 1 else _part(out_fn, state.process_index)
     mine = _share(state, list(_blocks(todo, min(8*batch_size, -(-len(todo)//state.num_processes)))))
     errors, kw = 0, dict(max_new_tokens=max_new_tokens, batch_size=batch_size)
-    if mine and state.is_main_process: mine = progress(mine, f'{model_name}, {condition}', unit='blocks')
+    if mine and state.is_main_process:
+        mine = progress(mine, f'{model_name}, {condition}', unit='blocks')
     for block in mine: errors += _answer_block(who, block, by_id, shown, log_fn, **kw)
     if state.num_processes > 1: _merge(out_fn, state)
     seconds, errors = round(time.perf_counter()-t0, 2), sum(_gather(state, [errors]))

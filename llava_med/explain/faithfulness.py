@@ -35,7 +35,8 @@ def gates(
         if got is None: continue
         views = [got[k] for k in ('original', 'edited', 'elsewhere')]
         if pictures is not None: views[0] = pictures[i]
-        samples = [encode_sample(processor, o, item_question(item), str(item['answer'])) for o in views]
+        samples = [encode_sample(processor, o, item_question(item), str(item['answer']))
+                   for o in views]
         first = answer_scores(model, samples[0], torch.stack([o.pixels for o in samples]), first=True)[1]
         right, flipped, steady = bool(first[0]), not first[1], bool(first[2])
         boxes = item_boxes(item, views[0].size) if item.get('regions') else got['boxes']

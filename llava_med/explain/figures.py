@@ -85,7 +85,8 @@ def method_titles(
 )->dict:             # method → title of several lines
     "Titles that say what a method's map is of."
     star = {k: ' ★' if k in believed else '' for k in methods}
-    return {k: f"{LABELS.get(k, k)}{star[k]}\n({METHOD_FACTS[k]['of']})".replace(' ', '\n', 1) for k in methods}
+    return {k: f"{LABELS.get(k, k)}{star[k]}\n({METHOD_FACTS[k]['of']})".replace(' ', '\n', 1)
+            for k in methods}
 
 # %% ../../nbs/07_explain/07_figures.ipynb #6ff1794b
 def gain_figure(

@@ -42,7 +42,8 @@ def measure(
     images:list,      # the PIL image of each
 )->dict:              # what `all_maps` gives; windows, one an item; tokens, how many were read
     "All maps of many questions with their right answers, with where they lie on the images."
-    samples = [encode_sample(processor, im, item_question(o), o['answer']) for o, im in zip(items, images)]
+    samples = [encode_sample(processor, im, item_question(o), o['answer'])
+               for o, im in zip(items, images)]
     neutral = [neutral_sample(processor, im) for im in images]
     tokens = sum(len(o.ids) for o in (*samples, *neutral))
     windows = [o.window for o in samples]

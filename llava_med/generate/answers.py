@@ -14,9 +14,11 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 from ..data.articles import open_image
 from ..models.anatomy import base_of
-from .prefix_cache import (cache_rows, decode, image_features, read_prefixes, reply_logprobs,
+from .prefix_cache import (cache_rows, decode, image_features, read_prefixes,
+                                             reply_logprobs,
                                              split_ids)
-from ..models.templates import (as_turns, chat, chat_text, model_inputs, needs_bos, prompt_ids,
+from ..models.templates import (as_turns, chat, chat_text, model_inputs, needs_bos,
+                                        prompt_ids,
                                         prompt_texts, text_ids)
 
 # %% ../../nbs/05_generate/02_answers.ipynb #59e984d4
@@ -61,7 +63,8 @@ def plain_answer(
     ends = end_ids(model, tok)
     for some in filter(None, batches):
         pictures = [[open_picture(o) for o in refs[i]] for i in some]
-        x = model_inputs(processor, [texts[i] for i in some], pictures, padding=True, padding_side='left')
+        x = model_inputs(processor, [texts[i] for i in some], pictures, padding=True,
+                         padding_side='left')
         x = x.to(model.device, model.dtype)
         ids = model.generate(**x, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
                              pad_token_id=tok.eos_token_id if pad is None else pad)
@@ -226,7 +229,8 @@ def _option_ids(processor, prompts, counts, options):
 def _reply_ids(processor, prompt, n_images, replies):
     "Ids of replies as the template writes them after the prompt."
     before, turns = chat(processor, prompt, n_images), as_turns(prompt, n_images)
-    said = [turns + [{'role': 'assistant', 'content': [{'type': 'text', 'text': r}]}] for r in replies]
+    said = [turns + [{'role': 'assistant', 'content': [{'type': 'text', 'text': r}]}]
+            for r in replies]
     whole = [chat_text(processor, t) for t in said]
     for text, reply in zip(whole, replies):
         if not text.startswith(before): raise ValueError(
@@ -239,7 +243,8 @@ def _reply_ids(processor, prompt, n_images, replies):
     return [b[len(first):] for b in ids]
 
 def _plain_logprob(model, processor, refs, text, ids):
-    x = model_inputs(processor, [text], [[open_picture(o) for o in refs]]).to(model.device, model.dtype)
+    x = model_inputs(processor, [text], [[open_picture(o) for o in refs]]).to(model.device,
+                                                                              model.dtype)
     reply = torch.tensor([ids], device=model.device)
     for k in ('input_ids', 'attention_mask', 'token_type_ids', 'mm_token_type_ids'):
         if k in x: x[k] = torch.cat([x[k], reply if k == 'input_ids' else torch.full_like(reply, k == 'attention_mask')], 1)
@@ -286,7 +291,8 @@ def reply_losses(
     out = []
     for prompt, reply in talks:
         turns = [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': reply}]
-        ids = text_ids(processor.tokenizer, [chat(processor, prompt, 0), chat_text(processor, turns)])
+        ids = text_ids(processor.tokenizer,
+                       [chat(processor, prompt, 0), chat_text(processor, turns)])
         x, n = torch.tensor([ids[1]], device=model.device), len(ids[1])-len(ids[0])
         logits = model(input_ids=x, logits_to_keep=n+1).logits[0, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits, x[0, -n:], reduction='sum')

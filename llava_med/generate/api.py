@@ -57,7 +57,8 @@ class Endpoint:
         self.settings = f'endpoint {json.dumps(self.request, sort_keys=True)} {longest}'
     def fingerprint(self)->dict: # model_hash, processor_hash
         "Hashes of the server's address and the model's name; the server has the processor."
-        return dict(model_hash=short_hash(self.client.base_url, self.model, self.version), processor_hash='endpoint')
+        return dict(model_hash=short_hash(self.client.base_url, self.model, self.version),
+                    processor_hash='endpoint')
     def render(self,
         prompt:str|list, # question, or turns
         n_images:int,    # pictures before the question
@@ -88,8 +89,10 @@ class Endpoint:
         urls = {}
         def ask(i):
             try:
-                for r in images[i]: urls.get(_key(r)) or urls.__setitem__(_key(r), data_url(r, self.longest))
-                return dict(text=self.reply(prompts[i], [urls[_key(r)] for r in images[i]], max_new_tokens))
+                for r in images[i]:
+                    urls.get(_key(r)) or urls.__setitem__(_key(r), data_url(r, self.longest))
+                return dict(text=self.reply(prompts[i], [urls[_key(r)] for r in images[i]],
+                                            max_new_tokens))
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as e: raise self._stop(e) from None
             except openai.APITimeoutError as e: return dict(error=f'APITimeoutError: {e}')
             except openai.APIConnectionError as e: raise self._stop(e) from None

@@ -98,7 +98,8 @@ def read_packed(
     keys = torch.cat([own.new_zeros(len(own), start), own], 1)
     seen = visible_keys(own, keys)
     seen[..., start:] &= seen.new_ones(width, width).tril()
-    out = decoder(model)(input_ids=ids, attention_mask=_attention_mask(model, seen), position_ids=pos,
+    out = decoder(model)(input_ids=ids, attention_mask=_attention_mask(model, seen),
+                         position_ids=pos,
                          past_key_values=cache, use_cache=True)
     return out.last_hidden_state, keys
 

@@ -29,7 +29,8 @@ class Prompting:
     )->str:        # what the user says
         "The text about one item."
         asked = item['question'] if '{options}' in self.text else item_question(item)
-        return self.text.replace('{options}', item_options(item)).replace('{question}', asked).strip()
+        return self.text.replace('{options}', item_options(item)).replace('{question}',
+                                                                          asked).strip()
     def prompt_of(self,
         item:dict, # VQA item
     )->str|list:   # a question, or turns if there are shots

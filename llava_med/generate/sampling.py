@@ -194,11 +194,13 @@ def _draw_plain(model, processor, refs, prompts, drawn, pick, max_new_tokens, ba
     pad = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
     for some in _plain_batches(kinds, texts, batch_size):
         pictures = [[open_picture(o) for o in refs[i]] for i in some]
-        x = model_inputs(processor, [texts[i] for i in some], pictures, padding=True, padding_side='left')
+        x = model_inputs(processor, [texts[i] for i in some], pictures, padding=True,
+                         padding_side='left')
         x = x.to(model.device, model.dtype)
         step = _Pick([drawn[i] for i in some], pick)
         # settings of generation may change the scores; the head says what the model itself thinks
-        hook = head(model).register_forward_hook(lambda m, given, out: setattr(step, 'own', out[:, -1]))
+        hook = head(model).register_forward_hook(lambda m, given,
+                                                 out: setattr(step, 'own', out[:, -1]))
         try:
             model.generate(**x, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
                            pad_token_id=pad, logits_processor=LogitsProcessorList([step]))

@@ -246,7 +246,8 @@ def library()->dict: # module, such as core.runs → its text
 def parts()->dict: # folder → its notebooks, paths from nbs/, in order
     "The notebooks beside the chapters; exercises come after their lecture."
     first = lambda p: re.sub(r'(\d)_exercises', r'\1_~', p.relative_to(root()).as_posix())
-    of = lambda d: [p for p in (root()/'nbs'/d).rglob('*.ipynb') if not any(x.startswith(('_', '.')) for x in p.relative_to(root()).parts)]
+    of = lambda d: [p for p in (root()/'nbs'/d).rglob('*.ipynb')
+                    if not any(x.startswith(('_', '.')) for x in p.relative_to(root()).parts)]
     found = {d: [p.relative_to(root()/'nbs').as_posix() for p in sorted(of(d), key=first)] for d in BOOK_PARTS}
     return {d: ps for d, ps in found.items() if ps}
 

@@ -106,14 +106,17 @@ def make_parser()->argparse.ArgumentParser:
         'For research and teaching; not for clinical use.', epilog='`llava-med COMMAND --help` shows examples.')
     sub = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     p = sub.add_parser('run', help='run the pipeline with a preset', description=RUN_HELP, formatter_class=raw)
-    p.add_argument('preset', metavar='PRESET', help='a name from nbs/pipeline/presets, such as tiny or recipes/dpo, or a YAML file')
+    p.add_argument('preset', metavar='PRESET',
+                   help='a name from nbs/pipeline/presets, such as tiny or recipes/dpo, or a YAML file')
     p.add_argument('--name', metavar='RUN', help="name of the run, a folder in outputs/ (default: the preset's name)")
     p.add_argument('--only', nargs='+', action='extend', default=[], metavar='STEP', help='run only these steps')
-    p.add_argument('--set', nargs='+', action='extend', default=[], metavar='STEP.PARAM=VALUE', help='change a parameter')
+    p.add_argument('--set', nargs='+', action='extend', default=[], metavar='STEP.PARAM=VALUE',
+                   help='change a parameter')
     p.add_argument('--rehearse', action='store_true', help="on a thin random model of the preset's kind; the numbers mean nothing")
     p.add_argument('-v', '--verbose', action='store_true', help='show everything that the notebooks print')
     p = sub.add_parser('plan', help='what a preset will cost, and what it lacks', formatter_class=raw, description=PLAN_HELP)
-    p.add_argument('preset', metavar='PRESET', help='a name from nbs/pipeline/presets, such as tiny or recipes/dpo, or a YAML file')
+    p.add_argument('preset', metavar='PRESET',
+                   help='a name from nbs/pipeline/presets, such as tiny or recipes/dpo, or a YAML file')
     p.add_argument('--join', action='store_true', help='make its base model from the tower and the language model in data/')
     p = sub.add_parser('batch', help='run a grid of presets, parameters and seeds', description=BATCH_HELP, formatter_class=raw)
     p.add_argument('grid', metavar='GRID', help='a name from nbs/pipeline/grids, or a YAML file')
@@ -159,9 +162,11 @@ def scores_text(
 )->str:          # a table for each evaluation; empty where there is none
     "The main scores of a run's evaluations."
     record = read_json(folder/'run.json') if (folder/'run.json').exists() else {}
-    done = [s for s in steps if stem_of(s, record) == '4_evaluation' and (folder/s/'scores.csv').exists()]
+    done = [s for s in steps if stem_of(s, record) == '4_evaluation'
+            and (folder/s/'scores.csv').exists()]
     head = lambda s: f'{s}\n' if len(done) > 1 else ''
-    return ''.join(f"\n{head(s)}{results_table(read_scores(folder/s/'scores.csv'))}\n" for s in done)
+    return ''.join(f"\n{head(s)}{results_table(read_scores(folder/s/'scores.csv'))}\n"
+                   for s in done)
 
 def run_command(
     args:argparse.Namespace, # what was typed

@@ -66,7 +66,8 @@ def model_parts(
     for k in ('connector', 'layers'):
         if said.get(k, out[k]) != out[k] and out['name']: raise UsageError(f"{file}: {k} {said[k]!r} is not that of {out['name']}, which has {out[k]!r}.")
         out[k] = said.get(k, out[k])
-    if out['connector'] not in ACTIVATIONS: known_name(str(out['connector']), ACTIVATIONS, f'connector ({file})')
+    if out['connector'] not in ACTIVATIONS:
+        known_name(str(out['connector']), ACTIVATIONS, f'connector ({file})')
     parts = {k: out.get(k) or said.get(k) for k in ('tower', 'language_model')}
     if not out['folder']: out.update({k: _numbers(k + 's', v, file) for k, v in parts.items()})
     return {**out, 'image_size': said.get('image_size'), 'template': said.get('template'), 'ends': bool(said.get('image_ends'))}
@@ -173,7 +174,8 @@ def stage_memory(
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #e0c037eb
 def _matrix(model): # weights of the language model that every token is multiplied with
-    return sum(p.numel() for n, p in decoder(model).named_parameters() if 'embed' not in n and p.dim() > 1)
+    return sum(p.numel() for n, p in decoder(model).named_parameters() if 'embed' not in n
+               and p.dim() > 1)
 
 def row_flops(
     model,           # from `meta_model`
@@ -244,7 +246,8 @@ def stage_hours(
     rank = values.get('lora_rank', 0)
     mfu, source = measured_mfu(h.get('gpu', ''), stem, rank > 0)
     mfu, source = (mfu, source) if mfu else (h.get('mfu', 0.4), f"computed: {h.get('mfu', 0.4):.0%} of {h['tflops']} TFLOP/s assumed")
-    work = d['rows']*values['epochs']*row_flops(model, stem, d['text_tokens'], d['scored_tokens'], rank, checkpointing, values)
+    work = d['rows']*values['epochs']*row_flops(model, stem, d['text_tokens'], d['scored_tokens'],
+                                                rank, checkpointing, values)
     return work/(h['tflops']*1e12*mfu*min(h['gpus'], values.get('processes', 1)))/3600, source
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #44b8f0e9
@@ -272,8 +275,10 @@ def disk_use(
     total, d = sum(p.numel() for p in model.parameters()), preset['data']
     sizes, names = {e.name: gigabytes(e.size) for e in CATALOGUE}, re.findall(r'llava-med get ([\w.-]+)', ' '.join(preset['needs'].values()))
     made = sum(not c.startswith('llava-med get') and re.search(r'--join|--base', c) is not None for c in preset['needs'].values())
-    learn = {s: trainable_counts(model, stem_of(s, preset), v.get('lora_rank', 0), v) for s, v in plan.items() if is_trained(s, v, preset)}
-    v, pictures = model.config.vision_config, max(((rows_of(preset, s) or {}).get('rows', 0) for s in [*learn, *STEP_STAGES]), default=0)
+    learn = {s: trainable_counts(model, stem_of(s, preset), v.get('lora_rank', 0), v)
+             for s, v in plan.items() if is_trained(s, v, preset)}
+    v, pictures = model.config.vision_config, max(((rows_of(preset, s) or {}).get('rows', 0)
+                                                   for s in [*learn, *STEP_STAGES]), default=0)
     return {'downloads': sum(sizes.get(n, 0) for n in names), 'the base that is made of them': 2*total*made/1e9, 'articles and images': float(d.get('disk_gb', 0)),
             'models of the stages': sum(2*total + 2*sum(n.values()) for n in learn.values())/1e9,
             'state to go on from': max((12*sum(n.values()) for n in learn.values()), default=0)/1e9,
@@ -302,12 +307,14 @@ def make_plan(
     for step in (s for s, v in plan.items() if is_trained(s, v, preset)):
         d = {'text_tokens': 100, 'scored_tokens': 70, **(rows_of(preset, step) or {})}
         row = model.config.image_seq_length + d['text_tokens']
-        m = stage_memory(model, stem_of(step, preset), plan[step], preset['hardware'], row, d['scored_tokens'])
+        m = stage_memory(model, stem_of(step, preset), plan[step], preset['hardware'], row,
+                         d['scored_tokens'])
         hours, source = stage_hours(model, step, plan[step], preset, m['checkpointing'] == 'on')
         stages[step] = {**m, 'hours': hours, 'source': source, 'processes': plan[step].get('processes', 1)}
     here = [root()/p for p in dict.fromkeys(v.get('base_model') for v in plan.values()) if p and (root()/p).is_dir()]
     others = [s for s in plan if preset['notebooks'] and s not in stages]
-    return {'others': others, 'parts': {r['part']: r['parameters'] for r in part_table(model)}, 'config': model.config, 'names': parts, 'stages': stages,
+    return {'others': others, 'parts': {r['part']: r['parameters'] for r in part_table(model)},
+            'config': model.config, 'names': parts, 'stages': stages,
             'disk': disk_use(preset, model, plan), 'missing': {p: c for p, c in preset['needs'].items() if not (root()/p).exists()},
             'warnings': [f'{f.name}: {w}' for f in here for w in remote_code(f)]}
 
@@ -337,7 +344,9 @@ def plan_text(
                   f"kept {s['kept']:.1f} for {s['tokens']:,} tokens at once (checkpointing {s['checkpointing']})"
                   + ('' if s['fits'] or not h.get('memory_gb') else f"; THAT DOES NOT FIT in {h['memory_gb']} GB: {s['most']:,} tokens would"),
                   '    ' + (f"{s['hours']:.1f} h" if s['hours'] and s['hours'] >= 1 else f"{(s['hours'] or 0)*60:.1f} min" if s['hours'] is not None else 'time') + f" ({s['source']})"]
-    if plan['others']: lines.append('  not counted, since a plan does not know what they train: ' + ', '.join(plan['others']))
+    if plan['others']:
+        lines.append('  not counted, since a plan does not know what they train: '
+                     + ', '.join(plan['others']))
     lines += ['', f"disk       {_size(sum(plan['disk'].values()))}: " + ', '.join(f'{k} {_size(v)}' for k, v in plan['disk'].items() if v)]
     lines += ['evidence   ' + '; '.join(f'{k}: {v}' for k, v in preset['evidence'].items() if v)] if preset['evidence'] else []
     lines += ['', 'missing, in this order:'] + [f'  {p:32} {cmd}' for p, cmd in plan['missing'].items()] if plan['missing'] else ['', 'Nothing is missing.']
@@ -440,8 +449,11 @@ def rehearsal_values(
     out = {}
     for step, values in plan.items():
         empty = {k: type(values[k])() for k in EMPTY if k in values}
-        new = {k: v for k, v in {**values, **empty, **HERE_ONLY, **REHEARSAL_SIZES.get(stem_of(step, preset), {})}.items() if k in values and k not in GIVEN}
-        for k in {'base_model', 'start_from', 'models'} & new.keys(): new[k] = mapped(new[k], lambda v: str(base) if v in bases else v)
+        new = {k: v for k, v in {**values, **empty, **HERE_ONLY,
+                                 **REHEARSAL_SIZES.get(stem_of(step, preset), {})}.items()
+                                 if k in values and k not in GIVEN}
+        for k in {'base_model', 'start_from', 'models'} & new.keys():
+            new[k] = mapped(new[k], lambda v: str(base) if v in bases else v)
         if new.get('processes', 1) > 2: new['processes'] = 2
         out[step] = new
     return out
@@ -451,7 +463,8 @@ def steps_text(
 )->dict:         # steps and recipes, each only where the preset has them
     "The list of steps of a preset as another file can hold it."
     said = origin(preset)
-    if 'notebooks' in said: said['steps'] = [{'name': s, 'notebook': b} for s, b in said.pop('notebooks').items()]
+    if 'notebooks' in said:
+        said['steps'] = [{'name': s, 'notebook': b} for s, b in said.pop('notebooks').items()]
     return said
 
 def rehearse(
@@ -470,7 +483,8 @@ def rehearse(
     real_config(preset), template_of(preset)
     say(f"A rehearsal of {preset['name']}: two thin random layers, phantom pictures. Its numbers mean nothing.")
     base = thin_base(preset, folder/'base')
-    said = {'description': f"Rehearsal of {preset['name']}: its numbers mean nothing.", 'parameters': rehearsal_values(preset, base), **steps_text(preset)}
+    said = {'description': f"Rehearsal of {preset['name']}: its numbers mean nothing.",
+            'parameters': rehearsal_values(preset, base), **steps_text(preset)}
     with replacing(folder/'preset.yaml') as part: part.write_text(json.dumps(said, indent=1), encoding='utf-8')   # JSON is YAML
     return run_pipeline(str(folder/'preset.yaml'), run, only, sets, say, verbose)
 
@@ -478,9 +492,12 @@ def rehearse(
 def evidence_table()->str: # Markdown
     "For each shipped preset: what is measured, what is rehearsed, what was never run."
     rows = ['| preset | what it is | measured | rehearsed | never run |', '|---|---|---|---|---|']
-    for name in sorted(presets(), key=lambda n: (not read_preset(n)['evidence'].get('measured'), n)):
+    for name in sorted(presets(),
+                       key=lambda n: (not read_preset(n)['evidence'].get('measured'), n)):
         p = read_preset(name)
-        rows.append(f"| [{name}](pipeline/presets/{name}.yaml) | {p['description']} | " + ' | '.join(p['evidence'].get(k) or '–' for k in ('measured', 'rehearsed', 'never run')) + ' |')
+        rows.append(f"| [{name}](pipeline/presets/{name}.yaml) | {p['description']} | "
+                    + ' | '.join(p['evidence'].get(k) or '–'
+                                 for k in ('measured', 'rehearsed', 'never run')) + ' |')
     return '\n'.join(rows)
 
 def join_base(

@@ -461,7 +461,8 @@ def judge_scores(
         except (KeyError, ValueError): return f'{where}: a number is missing or is none'
         if abs(v - t['value']) > 1.1e-4: return f"{where}: the table says {v:.4f}, the answers give {t['value']:.4f}"
         if (n, m) != (t['n_items'], t['n_images']): return f"{where}: the table says {n} questions on {m} images, the answers are {t['n_items']} on {t['n_images']}"
-        if '-' in r['model'] + r['condition']: continue   # a tested difference has the interval of its test
+        if '-' in r['model'] + r['condition']:
+            continue   # a tested difference has the interval of its test
         if abs(low - t['low']) > slack or abs(high - t['high']) > slack:
             return f"{where}: the table's interval is {low:.3f} to {high:.3f}, the answers give {t['low']:.3f} to {t['high']:.3f}"
     absent = [k for k in true if k[4] == 'all' and k not in seen]

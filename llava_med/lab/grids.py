@@ -28,7 +28,8 @@ import psutil
 import yaml
 
 from .steps import UsageError, books_of, known_name, origin, stem_of
-from .runner import (GIVEN, as_planned, check_stages, check_value, choose_steps, given_value, in_run, is_done,
+from .runner import (GIVEN, as_planned, check_stages, check_value, choose_steps,
+                                  given_value, in_run, is_done,
     keys_before, missing_files, plain_values, plan_base, read_parameters, read_preset, read_yaml,
     step_inputs, step_key, targets)
 from ..core.runs import clock, git_state, new_name, now, outputs_dir, read_json, root, run_dir
@@ -238,7 +239,8 @@ def _runs(grid):
     runs, known_by = [], {}
     for case in grid['cases']:
         recipe = read_preset(case['preset'])
-        known = known_by[case['name']] = {s: read_parameters(p) for s, p in books_of(recipe).items()}
+        known = known_by[case['name']] = {s: read_parameters(p)
+                                          for s, p in books_of(recipe).items()}
         seeded = [known_name(s, known, 'step', prefix=True) for s in grid['seed_steps']] or list(known)
         _check_seeds(case, seeded, known)
         axes = _axes(case, known)
@@ -249,9 +251,11 @@ def _runs(grid):
             plan = _plan(grid, case, recipe, varied, seed, seeded, known)
             name, base = run_name(case['name'], varied, seed), plan_base(plan)
             plan = {s: in_run(v, f"{grid['name']}/{name}", base) for s, v in plan.items()}
-            runs.append(Run(name, case['name'], seed, varied, plan, preset=recipe['name'], origin=origin(recipe)))
+            runs.append(Run(name, case['name'], seed, varied, plan, preset=recipe['name'],
+                            origin=origin(recipe)))
     hit = lambda k: any(t in r.plan for r in runs for t in targets(*k, known_by[r.case]))
-    lost = next((k for level in grid['cases'][0]['parameters'][:2] for k in level if not hit(k)), None)
+    lost = next((k for level in grid['cases'][0]['parameters'][:2] for k in level
+                 if not hit(k)), None)
     if lost: raise UsageError(f'{".".join(lost)} has a value, but no run has that step; name it under `only:`, or leave the value away.')
     return _distinct(runs, grid)
 
@@ -270,7 +274,8 @@ def _plan(grid, case, recipe, varied, seed, seeded, known): # step → parameter
     for s in recipe['parameters']:
         if s != 'all': known_name(s, known, f"step (named by the preset {recipe['name']})")
     named = set(recipe['parameters']) | {targets(*k, known)[0] for level in levels[1:] for k in level if k[0] != 'all'}
-    plan = {s: {k: p.default for k, p in known[s].items()} for s in choose_steps(case['only'], named, recipe['notebooks'])}
+    plan = {s: {k: p.default for k, p in known[s].items()}
+            for s in choose_steps(case['only'], named, recipe['notebooks'])}
     for s in plan:
         if 'threads' in known[s]: plan[s]['threads'] = grid['threads']
     for level, must in zip(levels, ('', '', '', f"has a value in the case {case['name']}" if case['name'] else '', 'varies')): _fill(plan, level, known, must)
@@ -310,8 +315,10 @@ def set_keys(
     for r in runs:
         record = {'run': f'{batch}/{r.name}', 'steps': {}, **r.origin}
         for step, values in r.plan.items():
-            given = {k: v for k, v in values.items() if isinstance(v, (str, list, dict)) and k not in GIVEN}
-            texts = json.dumps([step, r.origin.get('notebooks', {}).get(step), r.origin.get('recipes'), given], sort_keys=True)
+            given = {k: v for k, v in values.items() if isinstance(v, (str, list, dict))
+                     and k not in GIVEN}
+            texts = json.dumps([step, r.origin.get('notebooks', {}).get(step),
+                                r.origin.get('recipes'), given], sort_keys=True)
             own = as_planned(given, record['run']) != given
             if own or texts not in seen: seen[texts] = step_inputs(step, values, record)
             inputs = dict(seen[texts])
@@ -388,7 +395,9 @@ def sized(
     "The parameters of a step, its model where it has one, and for training the number of figures, which another step was told."
     base, values = plan_base(steps), dict(steps[step])
     figures = next((v['n_figures'] for v in steps.values() if 'n_figures' in v), None)
-    if stem_of(step, record) not in ('0_base_model', '1_data_prep') and not base.startswith(str(outputs_dir())): values['model'] = base
+    if stem_of(step, record) not in ('0_base_model',
+                                     '1_data_prep') and not base.startswith(str(outputs_dir())):
+        values['model'] = base
     return values | {'figures': figures} if 'epochs' in values else values
 
 def past_steps()->dict: # notebook → list of (parameters, seconds)
@@ -402,7 +411,8 @@ def past_steps()->dict: # notebook → list of (parameters, seconds)
             told = {s: r.get('parameters', {}) for s, r in steps.items()}
             for s, r in steps.items():
                 if r.get('wall_s') and r.get('state', 'done') == 'done' and not r.get('shared_from'):
-                    found.setdefault(stem_of(s, record), []).append((sized(s, told, record), float(r['wall_s'])))
+                    found.setdefault(stem_of(s, record),
+                                     []).append((sized(s, told, record), float(r['wall_s'])))
     return found
 
 def estimate(
@@ -449,7 +459,9 @@ def over_seeds(
     groups = {}
     for r in rows:
         if r.get('value') in (None, ''): continue
-        same = {k: v for k, v in r.items() if k not in ('run', 'seed', 'state', 'value', 'low', 'high', 'n_items', 'n_images', 'n_clusters')}
+        same = {k: v for k, v in r.items()
+                if k not in ('run', 'seed', 'state', 'value', 'low', 'high', 'n_items', 'n_images',
+                             'n_clusters')}
         groups.setdefault(json.dumps(same, default=str), (same, []))[1].append(float(r['value']))
     out = []
     for same, x in groups.values():
@@ -486,7 +498,10 @@ def summary_rows(
     head = list(rows[0])[:list(rows[0]).index('state') + 1] if rows else []
     sets = {r['dataset'] for r in main}
     found = {r['run']: {k: r[k] for k in head} for r in rows}
-    for r in main: found[r['run']][' '.join([r['metric'], r['model'], r['condition'], *[r['dataset']]*(len(sets) > 1), *filter(None, [r.get('step')])])] = r['value']
+    for r in main:
+        found[r['run']][' '.join([r['metric'], r['model'], r['condition'],
+                                  *[r['dataset']]*(len(sets) > 1),
+                                  *filter(None, [r.get('step')])])] = r['value']
     return list(found.values()), list(dict.fromkeys(k for r in found.values() for k in r))
 
 # %% ../../nbs/09_lab/02_grids.ipynb #d3de0b76

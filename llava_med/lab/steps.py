@@ -129,7 +129,8 @@ def find_notebook(
         if inside and (home/f'{p}.ipynb').is_file(): return p
     found = [p.relative_to(home).with_suffix('') for p in sorted((home/'recipes').rglob('*.ipynb'))]
     shown = [p.as_posix() for p in found if not any(x.startswith(('_', '.')) for x in p.parts)]
-    known_name(given.as_posix(), [*pipeline(), *shown], f'notebook ({file})' if file else 'notebook')
+    known_name(given.as_posix(), [*pipeline(), *shown],
+               f'notebook ({file})' if file else 'notebook')
 
 def read_entry(
     entry,    # of the list: the name of a notebook, or its keys
@@ -158,7 +159,8 @@ def read_steps(
         raise UsageError(f'{file}: `steps:` must be a list that is not empty, such as [1_data_prep, {{name: more, notebook: 3_stage2_tuning}}].')
     books, values = {}, {}
     for name, book, own in (read_entry(e, file) for e in given):
-        if name.lower() in map(str.lower, books): raise UsageError(f'{file}: two steps are named {name}: give one of them another `name:`.')
+        if name.lower() in map(str.lower, books):
+            raise UsageError(f'{file}: two steps are named {name}: give one of them another `name:`.')
         books[name], values[name] = book, own
     return books, values
 
@@ -190,8 +192,10 @@ def with_models(
             what = 'the step itself' if made == step else 'a later step'
             raise UsageError(f"{step}.{name} is {v}, which is {what}: name one that comes before ({', '.join(earlier) or 'there is none'}).")
         if made == v and v in earlier: return f'{{run}}/{v}/model'
-        unknown = name in MODEL_PARAMETERS and re.fullmatch(STEP_NAME, v) and not (root()/v).exists()
-        return known_name(v, earlier, f'earlier step, nor a folder, ({step}.{name})') if unknown else v
+        unknown = name in MODEL_PARAMETERS and re.fullmatch(STEP_NAME,
+                                                            v) and not (root()/v).exists()
+        return known_name(v, earlier,
+                          f'earlier step, nor a folder, ({step}.{name})') if unknown else v
     return mapped(value, change)
 
 # %% ../../nbs/09_lab/00_steps.ipynb #8841378c
@@ -206,7 +210,8 @@ def changed_origin(
     new:dict,    # from origin
 )->dict:         # for update_run
     "The origin of a run, and nothing in the place of what an earlier list said."
-    return {k: None for k in ('notebooks', 'recipes') if record.get(k)} | {k: v for k, v in new.items() if k in ('notebooks', 'recipes')}
+    return {k: None for k in ('notebooks', 'recipes')
+            if record.get(k)} | {k: v for k, v in new.items() if k in ('notebooks', 'recipes')}
 
 def books_of(
     preset:dict, # from read_preset
@@ -255,10 +260,12 @@ def read_recipes(
     file:str, # the preset, for the message
 )->list:      # dotted names
     "The recipe modules of a preset; raises UsageError where one does not exist."
-    if not isinstance(given or [], list): raise UsageError(f'{file}: `recipes:` must be a list of modules, such as [llava_med.recipes.dpo].')
+    if not isinstance(given or [], list):
+        raise UsageError(f'{file}: `recipes:` must be a list of modules, such as [llava_med.recipes.dpo].')
     for m in given or []:
         if recipe_file(str(m)): continue
-        there = sorted(p.stem for p in library_dir().glob('recipes/*.py') if not p.stem.startswith('_'))
+        there = sorted(p.stem for p in library_dir().glob('recipes/*.py')
+                       if not p.stem.startswith('_'))
         known_name(str(m), [f'llava_med.recipes.{x}' for x in there], f'recipe module ({file})')
         raise UsageError(f'{file}: the recipe module {m} cannot be read.')
     return list(dict.fromkeys(given or []))
@@ -271,6 +278,8 @@ def recipes_mark(
     modules:list, # dotted names
 )->str:           # a hash
     "A fingerprint of recipe modules, of those of the library that they import, and so on."
-    own = [recipe_file(m).read_text(encoding='utf-8') for m in modules if not m.startswith('llava_med.')]
+    own = [recipe_file(m).read_text(encoding='utf-8') for m in modules
+           if not m.startswith('llava_med.')]
     source = '\n'.join([*(f'import {m}' for m in modules), *own])
-    return hashlib.sha256('\0'.join([modules_hash(source, library_dir()), *own]).encode()).hexdigest()
+    return hashlib.sha256('\0'.join([modules_hash(source, library_dir()),
+                                     *own]).encode()).hexdigest()

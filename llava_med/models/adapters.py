@@ -26,7 +26,8 @@ def lora_targets(
     "The linear layers of the language model, and none of the tower or the projector."
     lm = decoder(model)
     inside = {n for n, m in lm.named_modules() if isinstance(m, nn.Linear)}
-    if not inside: raise ValueError(f'{type(lm).__name__} has no linear layers that an adapter could change.')
+    if not inside:
+        raise ValueError(f'{type(lm).__name__} has no linear layers that an adapter could change.')
     return rf"(?:.*\.)?language_model\..*\.({'|'.join(sorted({n.split('.')[-1] for n in inside}))})"
 
 def base_hash(

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig, ViTConfig
 from transformers import AutoTokenizer
-from .llava import (PLACE, SPARE, TEMPLATES, _config, _processor, _reading, chat_template, few, grown, new_folder, prepare_tokenizer,
+from .llava import (PLACE, SPARE, TEMPLATES, _config, _processor, _reading,
+                                    chat_template, few, grown, new_folder, prepare_tokenizer,
                              read_tower, rows_for, save, tensors_hash, weights_hash, write_card)
 from ..core.runs import read_json, write_json
 

@@ -334,7 +334,8 @@ def weights_hash(
 )->str:                     # SHA-256 of names and values
     "A hash that changes with any weight, whatever its device and number format; free while nothing changes."
     state = module.state_dict(keep_vars=True)
-    known = all(type(p) in (torch.Tensor, nn.Parameter) and not p.is_inference() for p in state.values())
+    known = all(type(p) in (torch.Tensor, nn.Parameter) and not p.is_inference()
+                for p in state.values())
     looks = {n: _looks(p) for n, p in state.items()} if known else None
     tensors, before, digest = _HASHES.get(module, ((), None, ''))
     same = known and looks == before and all(r() is p for r, p in zip(tensors, state.values()))
@@ -549,12 +550,14 @@ def _agree(config, processor, where):
     if processor.vision_feature_select_strategy is None: processor.vision_feature_select_strategy = strategy
     known = vision.model_type in VISION_MODEL                 # CLIP has a class vector, SigLIP has none
     apart = getattr(config, 'connector', None)                # whose number of tokens is its own
-    if known and not apart: processor.num_additional_image_tokens = int(vision.model_type == 'clip_vision_model')
+    if known and not apart:
+        processor.num_additional_image_tokens = int(vision.model_type == 'clip_vision_model')
     images = processor.image_processor
     side, patch = (getattr(images, 'crop_size', None) or images.size)['height'], processor.patch_size
     n = (side//patch)**2 + processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == 'default')
     same = (side, patch) == (vision.image_size, vision.patch_size) and processor.vision_feature_select_strategy == strategy
-    if known and same and not apart: config.image_seq_length = n            # files from the Hub may leave it at its default
+    if known and same and not apart:
+        config.image_seq_length = n            # files from the Hub may leave it at its default
     if known and not same or n != config.image_seq_length:
         raise ValueError(f"'{where}': the processor gives {n} tokens from {side} px in patches of {patch}, the configuration says "
                          f'{config.image_seq_length} tokens from {vision.image_size} px in patches of {vision.patch_size}; make '
@@ -581,7 +584,8 @@ def _score_lines(path, name):
 def _reading_lines(folder):
     "Python that reads a model."
     if (folder/'connector').exists():
-        return ['from llava_med.models.llava import load', f"model, processor = load('{folder.name}')"]
+        return ['from llava_med.models.llava import load',
+                f"model, processor = load('{folder.name}')"]
     return ['from transformers import AutoModelForImageTextToText, AutoProcessor',
             f"model = AutoModelForImageTextToText.from_pretrained('{folder.name}')",
             f"processor = AutoProcessor.from_pretrained('{folder.name}')"]

@@ -19,7 +19,8 @@ def chat_template_of(
     own = named or getattr(reader, 'chat_template', None)
     own = own or getattr(tokenizer_of(reader), 'chat_template', None)
     if isinstance(own, dict): own = own.get('default')
-    if not own: raise ValueError(f'{type(reader).__name__} has no chat template: pass the prompt as text, '
+    if not own:
+        raise ValueError(f'{type(reader).__name__} has no chat template: pass the prompt as text, '
                                  'or set `chat_template`; models.llava.TEMPLATES holds some.')
     return own
 
@@ -210,4 +211,5 @@ def model_inputs(
         f'{type(tok).__name__} ends every text with a token of its own, so a prompt would be '
         'read as finished; set its `add_eos_token` to False.')
     pictures = dict(images=images) if any(images) else {}
-    return processor(text=texts, **pictures, return_tensors='pt', add_special_tokens=True in need, **kw)
+    return processor(text=texts, **pictures, return_tensors='pt',
+                     add_special_tokens=True in need, **kw)

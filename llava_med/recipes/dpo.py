@@ -53,7 +53,8 @@ def _sides(samples):
         if name is None or len(won) != len(lost): raise ValueError(
             f"A batch has {len(won)} chosen and {len(lost)} rejected answers of pair {name}: train "
             "with the sampler 'pairs', and see each source whole (`mix` of 1, 2, …).")
-    return [s for won, _ in groups.values() for s in won], [s for _, l in groups.values() for s in l]
+    return [s for won, _ in groups.values() for s in won], [s for _, l in groups.values()
+                                                            for s in l]
 
 # %% ../../nbs/recipes/preference/dpo.ipynb #35d8ac3d
 @OBJECTIVES.register('dpo')

@@ -95,7 +95,8 @@ def world_samples(
 )->tuple:              # (encoded samples, what makes a batch of them)
     "Samples and a collator for `fit`."
     tok = processor.tokenizer
-    encode = partial(record_samples, tokenizer=processor, image_tokens=model.config.image_seq_length)
+    encode = partial(record_samples, tokenizer=processor,
+                     image_tokens=model.config.image_seq_length)
     samples, names = as_objective(objective).encode(records, encode)
     pictures = Pictures(processor, [Path(images)/n for n in names])
     if not pixels: pictures = vision_features(model, pictures[range(len(names))])

@@ -239,7 +239,8 @@ def study_figure(
         ax.axvline(0, color='grey', linewidth=1)
         ax.set_yticks(range(len(shown)), [f"{r['arm']} − {r['control']}" for r in shown])
         ax.set(xlabel='difference in points, 95 % interval', ylim=(-.5, len(shown) - .5),
-               title=textwrap.fill(f"{shown[0]['study']}: {verdict}", 56) if shown else 'no differences')
+               title=textwrap.fill(f"{shown[0]['study']}: {verdict}", 56) if shown
+               else 'no differences')
     return fig
 
 # %% ../../nbs/recipes/01_study.ipynb #9eeaf89f
@@ -319,7 +320,8 @@ def arm_settings(
 )->dict:        # name of a setting → value
     "Settings of an arm, all of them; StudyError for one that the recipe does not know."
     strange = sorted(set(arm) - set(defaults) - {'name', 'role'})
-    if strange: raise StudyError(f"Arm '{arm.get('name')}' sets '{strange[0]}', which its recipe does not "
+    if strange:
+        raise StudyError(f"Arm '{arm.get('name')}' sets '{strange[0]}', which its recipe does not "
                                  f"know; known: {', '.join(defaults)}.")
     return {k: arm.get(k, v) for k, v in defaults.items()}
 

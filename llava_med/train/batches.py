@@ -29,8 +29,10 @@ def encode(
 )->dict:             # input_ids and labels, lists of equal length
     "Token ids and labels of one conversation; raises ValueError when nothing can be learned."
     ids, scored = encode_turns(tokenizer, messages, image_tokens, max_len=max_len)
-    if not any(scored): raise ValueError('No token of this conversation is scored; it has no answer, '
-                                         'or its answer lies beyond max_len: ' + str(messages)[:120])
+    if not any(scored):
+        raise ValueError('No token of this conversation is scored; it has no answer, '
+                                         'or its answer lies beyond max_len: '
+                                         + str(messages)[:120])
     return dict(input_ids=ids, labels=[i if s else IGNORE for i, s in zip(ids, scored)])
 
 # %% ../../nbs/04_train/01_batches.ipynb #47a3be48
@@ -189,7 +191,8 @@ AttentionMaskInterface.register('plain', eager_mask)
 def _hidden(model, batch):
     "Last hidden states of the language model over projected patches and words."
     if 'layout' in batch and model.config.text_config._attn_implementation == 'segmented':   # see the chapter on packing
-        return decoder(model)(inputs_embeds=embed(model, batch), attention_mask=None, position_ids=batch['positions'],
+        return decoder(model)(inputs_embeds=embed(model, batch), attention_mask=None,
+                              position_ids=batch['positions'],
                                           use_cache=False, layout=batch['layout']).last_hidden_state
     mask = batch['attention_mask'] if 'attention_mask' in batch else segment_mask(batch['segments'], batch['blocks'])
     if mask.dtype == torch.bool and model.config.text_config._attn_implementation in ('eager', 'plain'):
@@ -238,7 +241,9 @@ def scored_logits(
     labels = F.pad(batch['labels'], (0, 1), value=IGNORE)[:, 1:]
     keep = labels != IGNORE
     logits = head(model)(_hidden(model, batch)[keep]).float()
-    counts = F.pad(batch['weights'], (0, 1))[:, 1:][keep] if 'weights' in batch else torch.ones(len(logits), device=logits.device)
+    counts = F.pad(batch['weights'],
+                   (0, 1))[:, 1:][keep] if 'weights' in batch else torch.ones(len(logits),
+                                                                              device=logits.device)
     return logits, labels[keep], counts
 
 def scored_hits(
@@ -273,5 +278,6 @@ def record_samples(
     return samples, list(names)
 
 def _same_number(marks, images):
-    if marks != images: raise ValueError(f'its text has {marks} <image> marks and it names {images} images; '
+    if marks != images:
+        raise ValueError(f'its text has {marks} <image> marks and it names {images} images; '
                                          'each image needs one mark, in the same order.')

@@ -36,7 +36,8 @@ def step_sums(
     logs:dict={},       # further sums
 )->Counter:             # name → number
     "The sums of a micro-batch; those of a step are their sum."
-    return Counter({LOSS_SUM: total.item(), COUNT_SUM: n} | {k: v.item() if hasattr(v, 'item') else v for k, v in logs.items()})
+    return Counter({LOSS_SUM: total.item(), COUNT_SUM: n}
+                   | {k: v.item() if hasattr(v, 'item') else v for k, v in logs.items()})
 
 class TrainingError(RuntimeError): "The loss is no longer a number, or a helper is gone."
 
@@ -80,7 +81,8 @@ def _share(model, loss, collate, groups, seed, bf16):
     sums = Counter()
     for samples in groups:
         batch = collate(samples)
-        with torch.autocast('cpu', torch.bfloat16, enabled=bf16): total, n, *logs = loss(model, batch)
+        with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+            total, n, *logs = loss(model, batch)
         total.backward()
         sums.update(step_sums(total, n, *logs))
     return sums
@@ -146,7 +148,8 @@ class Helpers:
 def _tokens(numbers, lengths, padded):
     "What samples cost when they pass at once."
     if not len(numbers): return 0
-    return max(lengths[j] for j in numbers)*len(numbers) if padded else sum(lengths[j] for j in numbers)
+    return max(lengths[j] for j in numbers)*len(numbers) if padded else sum(lengths[j]
+                                                                            for j in numbers)
 
 def _by_key(numbers, keys):
     "Numbers of the samples that belong together."
@@ -164,7 +167,8 @@ def micro_batches(
 )->list:          # lists of sample numbers, each sample once
     "Divide a share into what passes at once; ValueError where a unit is larger than that."
     numbers = list(numbers)
-    if unit in ('token', 'row') or not numbers: return token_groups(numbers, lengths, tokens, padded)
+    if unit in ('token', 'row') or not numbers:
+        return token_groups(numbers, lengths, tokens, padded)
     if not tokens or _tokens(numbers, lengths, padded) <= tokens: return [numbers]
     units = [numbers] if unit == 'batch' else _by_key(numbers, keys)
     largest = max(_tokens(u, lengths, padded) for u in units)
@@ -232,7 +236,8 @@ class Job(nn.Module):
         total, n, *logs = self.loss(self.model, batch)
         logs = logs[0] if logs else {}
         unused = []   # what this turn may not have used; processes wait for every gradient
-        if 'features' not in batch and 'pixels' not in batch: unused += trainable_parameters(connector(self.model))
+        if 'features' not in batch and 'pixels' not in batch:
+            unused += trainable_parameters(connector(self.model))
         if torch.distributed.is_initialized(): unused += trainable_parameters(tower(self.model))
         total = total + sum(0*p.sum() for p in unused)
         return (total, n, logs) if counts else (total*0, 0, dict.fromkeys(logs, 0.))
@@ -304,7 +309,8 @@ def read_progress(
     p = json.loads((path/'progress.json').read_text())
     if p['fingerprint'] == fingerprint: return path, p
     other = [f"the {k} {p[k]}, not {v}" for k, v in facts.items() if p.get(k, v) != v]
-    if other: print(f'{path}: this checkpoint was made with {" and ".join(other)}; training starts from the beginning.')
+    if other:
+        print(f'{path}: this checkpoint was made with {" and ".join(other)}; training starts from the beginning.')
     return None, None
 
 def load_state(

@@ -14,7 +14,8 @@ from .batches import Collator, batch_loss, embed, encode, share_pictures
 from .packing import PackedCollator
 
 # %% ../../nbs/04_train/07_gates.ipynb #c08ede7a
-_ASKED = (('Which side is it on?', 'left'), ('What is shown in the image?', 'a small nodule in the right lung'))
+_ASKED = (('Which side is it on?', 'left'),
+          ('What is shown in the image?', 'a small nodule in the right lung'))
 
 def _turns(question, answer):
     content = [dict(type='image'), dict(type='text', text=question)]
@@ -37,7 +38,8 @@ def watched_weights(
 )->list:   # parameters
     "Weights whose gradients tell of everything above them: those of connector and first layer that learn, else all that do."
     first = [*connector(model).parameters(), *decoder_layers(model)[0].parameters()]
-    return [p for p in first if p.requires_grad] or [p for p in model.parameters() if p.requires_grad]
+    return [p for p in first if p.requires_grad] or [p for p in model.parameters()
+                                                     if p.requires_grad]
 
 def loss_and_gradients(
     model,            # with weights that learn
@@ -54,7 +56,8 @@ def loss_and_gradients(
         total, n = batch_loss(model, batch)
         gradients = torch.autograd.grad(total/n, learn, allow_unused=True)
     finally: model.set_attn_implementation({'text_config': was})
-    return total.item()/n, [torch.zeros_like(p) if g is None else g for p, g in zip(learn, gradients)]
+    return total.item()/n, [torch.zeros_like(p) if g is None else g
+                            for p, g in zip(learn, gradients)]
 
 # %% ../../nbs/04_train/07_gates.ipynb #dd218b6e
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def _apart(a, b):
 def _logits(model, batch):
     "What the model says after each token of a padded batch."
     batch = {k: v.to(model.device) for k, v in batch.items()}
-    return model(inputs_embeds=embed(model, batch), attention_mask=batch['attention_mask']).logits.float()
+    return model(inputs_embeds=embed(model, batch),
+                 attention_mask=batch['attention_mask']).logits.float()
 
 def image_effect(
     model,             # a LLaVA
@@ -83,7 +87,8 @@ def image_effect(
     pad_id:int,        # token that fills up
 )->float:              # relative to the size of the logits
     "How much the logits of the probe change with another image."
-    one, other = (_logits(model, Collator(pad_id, f)(samples)) for f in (features, features.flip(0)))
+    one, other = (_logits(model, Collator(pad_id, f)(samples))
+                  for f in (features, features.flip(0)))
     return ((one - other).norm()/one.norm()).item()
 
 def prefix_gate(
@@ -99,16 +104,21 @@ def prefix_gate(
     try:
         samples, features = probe_samples(model, processor)
         rows = share_pictures(samples, image_token(model))
-        if len(rows) != 1: return Gate(False, 'the chat template puts nothing that could be shared before the question')
+        if len(rows) != 1:
+            return Gate(False,
+                        'the chat template puts nothing that could be shared before the question')
         alone = loss_and_gradients(model, Collator(pad, features), samples)
         kind = PackedCollator if packed else Collator
         fast = loss_and_gradients(model, kind(pad, features), rows, getattr(kind, 'attention', ''))
         seen = image_effect(model, samples, features, pad)
-    except Exception as e: return Gate(False, f'the probe failed ({str(e).strip().splitlines()[0][:120]})')
+    except Exception as e:
+        return Gate(False, f'the probe failed ({str(e).strip().splitlines()[0][:120]})')
     finally: model.train(was)
     gap = _apart(alone, fast)
-    if seen < tolerance: return Gate(False, f'another image changes the logits by {seen:.0e} only, so the probe shows nothing')
-    if gap > tolerance: return Gate(False, f'loss and gradients differ by {gap:.0e} from those of separate samples')
+    if seen < tolerance:
+        return Gate(False, f'another image changes the logits by {seen:.0e} only, so the probe shows nothing')
+    if gap > tolerance:
+        return Gate(False, f'loss and gradients differ by {gap:.0e} from those of separate samples')
     return Gate(True, f'loss and gradients differ by {gap:.0e} from those of separate samples; another image changes the logits by {seen:.0e}')
 
 # %% ../../nbs/04_train/07_gates.ipynb #fb3dea20

@@ -48,14 +48,16 @@ def write_job(
     with writing(folder):
         shutil.rmtree(folder, ignore_errors=True); folder.mkdir(parents=True)
         save_file({k: v.detach().cpu().contiguous() for k, v in inner.named_parameters()}, folder/'start.safetensors')
-        with open(folder/'job.pickle', 'wb') as f: pickle.dump((type(inner), inner.config, adapter, own_connector(inner), arguments), f)
+        with open(folder/'job.pickle', 'wb') as f:
+            pickle.dump((type(inner), inner.config, adapter, own_connector(inner), arguments), f)
     return folder
 
 def read_job(
     folder:Path, # from `write_job`
 )->tuple:        # model, arguments of `fit`
     "The model of a job and the arguments of its training."
-    with open(Path(folder)/'job.pickle', 'rb') as f: kind, config, adapter, own, arguments = pickle.load(f)
+    with open(Path(folder)/'job.pickle', 'rb') as f:
+        kind, config, adapter, own, arguments = pickle.load(f)
     with init_empty_weights(include_buffers=False):
         model = kind(config)
         if own is not None: put_part(model, 'projector', own)
@@ -139,7 +141,8 @@ def launch(
             if n in learned: w.data = learned[n].to(w.device)
     model.eval()
     if (folder/'modules.safetensors').exists():
-        if not learned_modules(arguments['objective']): arguments['objective'].start(inner)   # which makes them
+        if not learned_modules(arguments['objective']):
+            arguments['objective'].start(inner)   # which makes them
         load_modules(arguments['objective'], folder/'modules.safetensors')
     rows = read_json(folder/'rows.json')
     shutil.rmtree(folder, ignore_errors=True)
@@ -169,20 +172,25 @@ def _why(folder, processes):
 def _least(objective, samples, stage, padded):
     "Tokens of the largest piece of a step that the objective does not let the loop divide."
     lengths = [objective.length(s) for s in samples]
-    cost = lambda numbers: max(lengths[j] for j in numbers)*len(numbers) if padded else sum(lengths[j] for j in numbers)
-    if objective.unit == 'batch': return cost(sorted(range(len(lengths)), key=lambda j: -lengths[j])[:stage.batch_size])
+    cost = lambda numbers: max(lengths[j]
+                               for j in numbers)*len(numbers) if padded else sum(lengths[j]
+                                                                                 for j in numbers)
+    if objective.unit == 'batch':
+        return cost(sorted(range(len(lengths)), key=lambda j: -lengths[j])[:stage.batch_size])
     if objective.unit != 'group': return 0
     groups = {}
     for j, k in enumerate(group_keys(samples)): groups.setdefault(k, []).append(j)
     return max(map(cost, groups.values()))
 
-def _planned(model, samples, collate, stage, objective, checkpointing, tokens, processes, threads, more):
+def _planned(model, samples, collate, stage, objective, checkpointing, tokens, processes,
+             threads, more):
     "What fits into memory, with all processes and modules that take some."
     probe = copy.deepcopy(objective)
     probe.start(model)
     cpu = next(model.parameters()).device.type == 'cpu'
     lone = objective.unit == 'group'   # a lone row has no such loss; that of its tokens stands for it
-    loss, make = (batch_loss, collate) if lone else (probe.loss, partial(probe.collate, collate=collate))
+    loss, make = (batch_loss, collate) if lone else (probe.loss,
+                                                     partial(probe.collate, collate=collate))
     if make is not collate: make.attention = getattr(collate, 'attention', None)
     alone = probe.modules() or any(p.dtype != torch.float32 for p in model.parameters())   # then `fit` takes no helpers
     shares = 1 if alone else min(threads, stage.batch_size)
@@ -218,7 +226,8 @@ def train(
     if lora_rank: model = add_lora(model, lora_rank, lora_alpha or None, projector='projector' in stage.parts, seed=seed)
     else: set_trainable(model, stage.parts)
     inner = model.get_base_model() if lora_rank else model
-    memory = _planned(inner, samples, collate, stage, objective, checkpointing, batch_tokens, processes, threads, more)
+    memory = _planned(inner, samples, collate, stage, objective, checkpointing, batch_tokens,
+                      processes, threads, more)
     print(f'Memory: {memory}.')
     report = report or (watch(), TensorBoard(folder/'logs'))
     arguments = dict(checkpoint=folder/'.checkpoint', memory=memory, cpu=device.type == 'cpu', **more)

@@ -30,7 +30,8 @@ from ..models.llava import weights_hash
 from .memory import MemoryPlan, checkpointed
 from .objectives import CrossEntropy, as_objective, objective_name
 from .samplers import SAMPLERS, group_keys
-from llava_med.train.distributed import (COUNT_SUM, LOSS_SUM, Helpers, Job, TrainingError, last_turn, load_state,
+from llava_med.train.distributed import (COUNT_SUM, LOSS_SUM, Helpers, Job, TrainingError,
+                                         last_turn, load_state,
     micro_batches, prepare_job, rank_turns, read_progress, save_state, step_shares, step_sums,
     trainable_parameters)
 
@@ -108,18 +109,21 @@ class Stage:
 
     def __post_init__(self):
         self.parts = (self.parts,) if isinstance(self.parts, str) else tuple(self.parts)
-        if not self.parts: raise ValueError(f'{self.name}: nothing learns; name parts among {list(PARTS)}.')
+        if not self.parts:
+            raise ValueError(f'{self.name}: nothing learns; name parts among {list(PARTS)}.')
         check_patterns(self.parts, self.name)
         if min(self.epochs, self.batch_size) < 1:
             raise ValueError(f'{self.name}: epochs is {self.epochs} and batch_size {self.batch_size}; each must be at least 1.')
         if strange := sorted(set(self.rates or ()) - set(self.parts)):
             raise ValueError(f'{self.name}: a rate for {strange}, which does not learn; what learns: {list(self.parts)}.')
-        for kind in (SAMPLERS, OPTIMIZERS, SCHEDULES): kind.named(getattr(self, kind.kind), self.name)
+        for kind in (SAMPLERS, OPTIMIZERS, SCHEDULES):
+            kind.named(getattr(self, kind.kind), self.name)
 
 # %% ../../nbs/04_train/09_loop.ipynb #1cafd107
 _BOTH = ('projector', 'language_model')
 RECIPES = {
-    'llava_med_v1': (Stage('stage1', ('projector',), 2e-3, 1, 128), Stage('stage2', _BOTH, 2e-5, 3, 64),
+    'llava_med_v1': (Stage('stage1', ('projector',), 2e-3, 1, 128),
+                     Stage('stage2', _BOTH, 2e-5, 3, 64),
                      Stage('vqa', _BOTH, 2e-5, 9, 64)),
     'llava_15': (Stage('stage1', ('projector',), 1e-3, 1, 256), Stage('stage2', _BOTH, 2e-5, 1, 128)),
     'llava_15_lora': (Stage('stage1', ('projector',), 1e-3, 1, 256),
@@ -239,7 +243,8 @@ def _look(run):
     samples, size = run.how.held.samples, run.stage.batch_size
     lengths, keys = [run.objective.length(s) for s in samples], group_keys(samples)
     numbers, unit = list(range(len(samples))), run.objective.unit
-    parts = [numbers[i:i + size] for i in range(0, len(numbers), size)] if unit == 'batch' else [numbers]
+    parts = [numbers[i:i + size]
+             for i in range(0, len(numbers), size)] if unit == 'batch' else [numbers]
     tokens = run.tokens or (0 if unit == 'batch' else 16*max(lengths))
     sums = Counter()
     run.job.eval()
@@ -247,7 +252,8 @@ def _look(run):
         for part in parts:
             turns = run.rank_turns(part, lengths, keys, tokens)
             batches = _batches(samples, [g for g, _ in turns], run.collate, 0, False)
-            for (_, counts), batch in zip(turns, batches): sums.update(_micro(run, batch, counts)[1])
+            for (_, counts), batch in zip(turns, batches):
+                sums.update(_micro(run, batch, counts)[1])
     run.job.train()
     sums = _reduced(sums, run.acc)
     return sums[LOSS_SUM]/sums[COUNT_SUM]
@@ -285,7 +291,8 @@ def _micro(run, batch, counts):
     "Loss and sums of a micro-batch."
     batch = send_to_device(batch, run.acc.device, non_blocking=True)
     kind = run.acc.device.type
-    with torch.autocast(kind, torch.bfloat16, enabled=run.how.bf16): total, n, logs = run.job(batch, counts)
+    with torch.autocast(kind, torch.bfloat16, enabled=run.how.bf16):
+        total, n, logs = run.job(batch, counts)
     return total, step_sums(total, n, logs)
 
 def _reduced(sums, acc):
@@ -337,7 +344,8 @@ class _Run:
         self.padded = getattr(collate, 'padded', True)
         self.model, self.adapter = _learning(model, stage)
         self.acc, self.samples = Accelerator(cpu=how.cpu), _weighed(samples, stage)
-        self.lengths, self.keys = [self.objective.length(s) for s in self.samples], group_keys(self.samples)
+        self.lengths, self.keys = [self.objective.length(s)
+                                   for s in self.samples], group_keys(self.samples)
         self.plan, self.done, self.rows, self.over = self._steps(), 0, [], False
         self._refuse()
         self.objective.start(self.model)
@@ -359,7 +367,8 @@ class _Run:
     def _refuse(self):
         "What cannot be trained as asked."
         name, o = objective_name(self.objective), self.objective
-        if self.how.workers > 1 and o.unit == 'batch' and not o.modules() and not self.how.extra: raise ValueError(
+        if self.how.workers > 1 and o.unit == 'batch' and not o.modules() and not self.how.extra:
+            raise ValueError(
             f"{self.stage.name}: the objective '{name}' is a loss of the whole batch, which helper processes "
             'cannot share; use workers=1 (threads=1).')
         if self.rolls and self.acc.num_processes > 1: raise ValueError(
@@ -374,16 +383,20 @@ class _Run:
         what = [asdict(self.stage), self.facts, self.objective.settings(), self.seed, o.bf16]
         features = getattr(self.given, 'features', None)
         self.mark = _fingerprint(self.model, self.samples, features, *what)
-        self.where, self.past = read_progress(Path(o.checkpoint), self.mark, self.facts) if o.checkpoint else (None, None)
+        self.where, self.past = read_progress(Path(o.checkpoint), self.mark,
+                                              self.facts) if o.checkpoint else (None, None)
         if self.past: self.tokens, self.again = self.past['tokens'], self.past['again']
-        else: self.tokens, self.again = (memory.tokens, memory.checkpointing) if memory else (0, False)
+        else:
+            self.tokens, self.again = (memory.tokens,
+                                       memory.checkpointing) if memory else (0, False)
 
     def _build(self):
         "Job and optimizer, in the state of the checkpoint."
         o, stage = self.how, self.stage
         rates = _rates(self.model, stage)
         modules = (*o.extra, *self.objective.modules().values())
-        self.job = prepare_job(Job(self.model, self.objective.loss, modules).to(self.acc.device), self.acc, o.sharding)
+        self.job = prepare_job(Job(self.model, self.objective.loss, modules).to(self.acc.device),
+                               self.acc, o.sharding)
         groups = _parameter_groups(self.job, stage, rates)
         self.opt = OPTIMIZERS.named(stage.optimizer)(groups, stage.weight_decay)
         self.params = trainable_parameters(self.job)
@@ -401,7 +414,8 @@ class _Run:
         "Take the state of the checkpoint."
         past, more = self.past, self._more()
         load_state(self.job, self.opt, self.acc, self.where, more)
-        own = {k.removeprefix('objective.'): v for k, v in more.items() if k.startswith('objective.')}
+        own = {k.removeprefix('objective.'): v for k, v in more.items()
+               if k.startswith('objective.')}
         self.objective.load_state_dict(own)
         self.done, self.rows, self.over = past['done'], past['rows'], bool(past.get('over'))
         self.best.loss, self.best.worse = past.get('best') or math.inf, past.get('worse', 0)
@@ -409,7 +423,8 @@ class _Run:
     def rank_turns(self, numbers, lengths, keys, tokens):
         "What this process takes of a step, in turn."
         o, acc = self.objective, self.acc
-        turns = rank_turns(numbers, lengths, tokens, acc.num_processes, self.padded, o.unit, keys, o.gathers)
+        turns = rank_turns(numbers, lengths, tokens, acc.num_processes, self.padded, o.unit, keys,
+                           o.gathers)
         return turns[acc.process_index]
 
     def _divide(self):
@@ -422,9 +437,11 @@ class _Run:
         steps = [] if self.rolls else [list(b) for _, b in self.plan[self.done:]]
         unit = self.objective.unit
         self.shares = [step_shares(b, self.workers, unit, self.keys) for b in steps]
-        self.turns = [self.rank_turns(s[0], self.lengths, self.keys, self.tokens) for s in self.shares]
+        self.turns = [self.rank_turns(s[0], self.lengths, self.keys, self.tokens)
+                      for s in self.shares]
         groups = [g for turns in self.turns for g, _ in turns]
-        self.batches = _batches(self.samples, groups, self.collate, o.loaders, acc.device.type == 'cuda')
+        self.batches = _batches(self.samples, groups, self.collate, o.loaders,
+                                acc.device.type == 'cuda')
 
     def _when_to_look(self):
         "Numbers of finished steps after which the held samples are looked at."
@@ -439,13 +456,15 @@ class _Run:
         o, cpu = self.how, self.acc.device.type == 'cpu'
         self.around = partial(attention_for, kind=getattr(self.given, 'attention', None),
                               cpu_bf16=o.bf16 and cpu, again=self.again)
-        divide = partial(micro_batches, lengths=self.lengths, tokens=self.tokens, padded=self.padded,
+        divide = partial(micro_batches, lengths=self.lengths, tokens=self.tokens,
+                         padded=self.padded,
                          unit=self.objective.unit, keys=self.keys)
         job = self.samples, self.collate, self.objective.loss, self.around, divide, o.bf16
         self.job.train()
         with contextlib.ExitStack() as stack:
             stack.enter_context(_loaders_live())
-            self.helpers = stack.enter_context(Helpers(self.workers - 1, self.model, self.adapter, *job))
+            self.helpers = stack.enter_context(Helpers(self.workers - 1, self.model,
+                                                       self.adapter, *job))
             for r in _reports(o.report):
                 if hasattr(r, '__enter__'): stack.enter_context(r)
             if not self.rolls: stack.enter_context(self.around(self.model))
@@ -465,7 +484,8 @@ class _Run:
     def _rolled(self, i, number):
         "The same for samples that the model makes itself."
         self.job.eval()
-        made = self.objective.rollout(self.model, [self.samples[j] for j in self.plan[i][1]], number)
+        made = self.objective.rollout(self.model,
+                                      [self.samples[j] for j in self.plan[i][1]], number)
         self.job.train()
         lengths = [self.objective.length(s) for s in made]
         turns = self.rank_turns(list(range(len(made))), lengths, group_keys(made), self.tokens)
@@ -483,7 +503,8 @@ class _Run:
         limit = isinstance(self.objective, CrossEntropy)
         worst = 1.5*math.log(self.model.config.text_config.vocab_size) if limit else None
         recent = [r['loss'] for r in self.rows[-19:]] + [value]
-        check = partial(_check, stage, i, value, recent=recent, worst=worst, checkpoint=self.how.checkpoint)
+        check = partial(_check, stage, i, value, recent=recent, worst=worst,
+                        checkpoint=self.how.checkpoint)
         check(None)
         norm = _move(self.opt, self.params, stage, n/self.acc.num_processes, self.factor, check)
         self.objective.after_step(self.model, i)
@@ -502,15 +523,18 @@ class _Run:
             row['held_loss'] = found = round(_look(self), 5)
             self.over = self.best.is_over(found)
         if self.acc.is_main_process:
-            facts = dict(row, steps=len(self.plan), grad_norm=norm, scored=n, tokens=self.step_tokens,
+            facts = dict(row, steps=len(self.plan), grad_norm=norm, scored=n,
+                         tokens=self.step_tokens,
                          seconds=time.monotonic() - self.began)
             for tell in _reports(self.how.report): tell(facts)
-        if self.how.checkpoint and (self.over or time.monotonic() - self.saved > self.how.save_s): self.save(i + 1)
+        if self.how.checkpoint and (self.over or time.monotonic() - self.saved > self.how.save_s):
+            self.save(i + 1)
 
     def save(self, done):
         "Write a checkpoint."
         best = self.best.loss if math.isfinite(self.best.loss) else None
-        progress = dict(done=done, rows=self.rows, fingerprint=self.mark, tokens=self.tokens, again=self.again,
+        progress = dict(done=done, rows=self.rows, fingerprint=self.mark, tokens=self.tokens,
+                        again=self.again,
                         over=self.over, best=best, worse=self.best.worse, **self.facts)
         save_state(self.job, self.opt, self.acc, Path(self.how.checkpoint), progress, self._more())
         self.saved = time.monotonic()
@@ -518,7 +542,8 @@ class _Run:
     def end(self):
         "The best weights, and the last checkpoint."
         if self.best.kept and self.rows: self.best.restore()
-        if self.how.checkpoint and self.done < len(self.plan) and not self.over: self.save(len(self.plan))
+        if self.how.checkpoint and self.done < len(self.plan) and not self.over:
+            self.save(len(self.plan))
         self.model.eval()
         return self.rows
 
@@ -547,8 +572,10 @@ def fit(
     compile:bool=False,  # compile each layer of the language model on a GPU
 )->list:                 # rows step, epoch, samples, loss, lr, what the objective logs, and held_loss where samples are held
     "Train one stage; raises TrainingError when the loss is not finite or a helper is gone, ValueError for what cannot be trained so."
-    how = SimpleNamespace(checkpoint=checkpoint, save_s=save_s, report=report, cpu=cpu, extra=extra, bf16=bf16, whole=whole,
-                          workers=workers, memory=memory, held=held, loaders=loaders, sharding=sharding, compile=compile)
+    how = SimpleNamespace(checkpoint=checkpoint, save_s=save_s, report=report, cpu=cpu,
+                          extra=extra, bf16=bf16, whole=whole,
+                          workers=workers, memory=memory, held=held, loaders=loaders,
+                          sharding=sharding, compile=compile)
     run = _Run(model, samples, collate, stage, seed, objective, how)
     with run.at_work():
         for i in range(run.done, len(run.plan)):

@@ -100,7 +100,8 @@ def step_bytes(
     with _own_gradients(params), torch.random.fork_rng(devices=[]):
         given = [*known, *(p.grad for p in params), *batch.values()]
         with _Alive(t for t in given if isinstance(t, torch.Tensor)) as alive:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16): total = loss(model, batch)[0]
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                total = loss(model, batch)[0]
             kept = alive.now
             if total.requires_grad: total.backward()
     return kept, alive.peak
@@ -136,7 +137,8 @@ class MemoryPlan:
         base = self.total(0)
         return (f'{_amount(base)} for gradients, moments and buffers; {self.per_token/1024:,.0f} KiB a token; '
                 f'of {_amount(self.free)} free, at most {self.tokens:,} tokens at once{many} '
-                f'({_amount(self.total())} in all)' + (', layers computed twice' if self.checkpointing else ''))
+                f'({_amount(self.total())} in all)'
+                + (', layers computed twice' if self.checkpointing else ''))
 
 # %% ../../nbs/04_train/06_memory.ipynb #cd9b6033
 def free_bytes(
@@ -150,7 +152,8 @@ def free_bytes(
         return int(share*(torch.cuda.mem_get_info(device)[0] + unused))
     return int(share*psutil.virtual_memory().available)
 
-def _learning(model, modules=()): return sum(p.numel() for m in (model, *modules) for p in m.parameters() if p.requires_grad)
+def _learning(model, modules=()): return sum(p.numel() for m in (model, *modules)
+                                             for p in m.parameters() if p.requires_grad)
 
 def state_bytes(
     model,          # with parts frozen as in training
@@ -171,10 +174,12 @@ def _pickled(*what):
     "Bytes of a copy for another process; 0 where there can be none."
     size = _Size()
     try: pickle.dump(what, size)
-    except (pickle.PicklingError, AttributeError, TypeError): return 0   # starting the process says why
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return 0   # starting the process says why
     return size.n
 
-def _weights(*modules): return sum(p.numel()*p.element_size() for m in modules for p in m.parameters())
+def _weights(*modules): return sum(p.numel()*p.element_size() for m in modules
+                                   for p in m.parameters())
 
 def _machine_bytes(model, samples, collate, modules, state, helpers, launched):
     "On a CPU: bytes of the first process, what its heap keeps, and bytes of each further process."
@@ -183,7 +188,8 @@ def _machine_bytes(model, samples, collate, modules, state, helpers, launched):
         state += INTERPRETER + _weights(model, *modules) + learning
         return state, learning, state + learning
     moved = _weights(model) if helpers > 1 else 0
-    more = INTERPRETER + learning + _weights(*modules) + (_pickled(samples, collate) if helpers > 1 else 0)
+    more = INTERPRETER + learning + _weights(*modules) + (_pickled(samples, collate)
+                                                          if helpers > 1 else 0)
     return state, max(learning, moved - learning), more
 
 @contextlib.contextmanager
@@ -205,7 +211,8 @@ def _probe_rows(samples, length):
     sizes = [length(s) for s in samples]
     def scored(i):
         labels = samples[i].get('labels') if isinstance(samples[i], dict) else None
-        return sum(l != -100 for l in labels)/max(sizes[i], max(sizes)/2) if labels is not None else 0.
+        return sum(l != -100 for l in labels)/max(sizes[i],
+                                                  max(sizes)/2) if labels is not None else 0.
     longest = max(range(len(samples)), key=sizes.__getitem__)
     return samples[longest], samples[max(range(len(samples)), key=scored)]
 
@@ -231,13 +238,15 @@ def _measured(model, samples, collate, again, bf16, loss, modules, length, room)
         batch = send_to_device(collate(rows), device)
         return batch, batch['input_ids'].numel() if 'input_ids' in batch else sum(map(length, rows))
     def kept(batch):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16): return activation_bytes(model, batch, loss)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return activation_bytes(model, batch, loss)
     def measure(rows):
         batch, n = batch_of(rows)
         return n, *step_bytes(model, batch, loss, modules, bf16)
     one, n = batch_of([row])
     if again:   # one layer at a time is there in full
-        with _as_trained(model, collate, False, bf16 and on_cpu): layer = kept(one)/n/len(decoder_layers(model))
+        with _as_trained(model, collate, False, bf16 and on_cpu):
+            layer = kept(one)/n/len(decoder_layers(model))
     with _as_trained(model, collate, again, bf16 and on_cpu):
         if on_cpu: return _line(measure, row, dense, room, layer)
         each = math.ceil(kept(one)/n + layer)
@@ -256,7 +265,8 @@ def _check_plan(plan, n, need, least, tokens):
     where = f' in {plan.processes} processes' if plan.processes > 1 else ''
     remedy = 'lower max_len, ' + ('start fewer processes (threads), ' if plan.processes > 1 else '')
     what = f'The longest row ({n} tokens)'
-    if least > n: what, remedy = f'What may not be divided ({least} tokens)', 'lower batch_size or ' + remedy
+    if least > n:
+        what, remedy = f'What may not be divided ({least} tokens)', 'lower batch_size or ' + remedy
     raise ValueError(f'{what} needs {need/2**30:.2f} GiB{where} and {plan.free/2**30:.2f} are free: {remedy}'
                      'train an adapter (lora_rank) or fewer parts, or share the weights out (sharding).')
 
@@ -287,7 +297,8 @@ def plan_memory(
         model, samples, collate, modules, state, helpers, launched)
     room = (free - state - holes - (helpers - 1)*more)//helpers
     for again in dict(auto=(False, True), on=(True,), off=(False,))[checkpointing]:
-        n, one, fixed, each = _measured(model, samples, collate, again, bf16, loss, modules, length, room)
+        n, one, fixed, each = _measured(model, samples, collate, again, bf16, loss, modules,
+                                        length, room)
         fits = (room - fixed)//max(1, each)
         if room >= one and fits < n: fits = n   # one row was measured, not reckoned
         if fits >= max(n, least): break

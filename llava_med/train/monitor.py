@@ -72,7 +72,9 @@ def write_losses(
     named = ('step', 'epoch', 'samples', 'loss', 'lr')
     write_csv(Path(folder)/'losses.csv', [{k: r[k] for k in named} for r in rows])
     more = [k for k in (rows[-1] if rows else ()) if k not in (*named, 'held_loss')]
-    if more: write_csv(Path(folder)/'logs.csv', [{k: r.get(k, '') for k in ('step', *more)} for r in rows])
+    if more:
+        write_csv(Path(folder)/'logs.csv',
+                  [{k: r.get(k, '') for k in ('step', *more)} for r in rows])
     looks = [{k: r[k] for k in ('step', 'epoch', 'samples', 'held_loss')} for r in rows if r.get('held_loss') not in (None, '')]
     if looks: write_csv(Path(folder)/'held_losses.csv', looks)
 

@@ -181,11 +181,14 @@ def load_modules(
 )->None:
     "Read them back; ValueError where they do not fit."
     weights, known = load_file(file), learned_modules(objective)
-    odd = sorted(set(weights) ^ set(known)) or [k for k in known if weights[k].shape != known[k].shape]
-    if odd: raise ValueError(f"{file} does not fit {type(objective).__name__}: '{odd[0]}' is missing "
+    odd = sorted(set(weights) ^ set(known)) or [k for k in known
+                                                if weights[k].shape != known[k].shape]
+    if odd:
+        raise ValueError(f"{file} does not fit {type(objective).__name__}: '{odd[0]}' is missing "
                              'on one side or has another shape.')
     for name, m in objective.modules().items():
-        own = {k.removeprefix(f'{name}.'): v for k, v in weights.items() if k.startswith(f'{name}.')}
+        own = {k.removeprefix(f'{name}.'): v for k, v in weights.items()
+               if k.startswith(f'{name}.')}
         if own: m.load_state_dict(own)
 
 # %% ../../nbs/04_train/03_objectives.ipynb #2c148288

@@ -85,7 +85,8 @@ def _put_connector(model, processor, stage, seed):
     "Put in the connector that a stage names, unless the model has it."
     plain = {act: name for name, act in ACTIVATIONS.items()}.get(model.config.projector_hidden_act)
     has = connector_record(model).get('name', plain)
-    if stage.connector and stage.connector != has: put_connector(model, processor, stage.connector, seed)
+    if stage.connector and stage.connector != has:
+        put_connector(model, processor, stage.connector, seed)
 
 def begin_stage(
     step:Step,         # of the notebook
@@ -99,7 +100,8 @@ def begin_stage(
     model, processor = load(start, step.device, precision)
     _put_connector(model, processor, stage, step.seed)
     set_trainable(model, stage.parts)
-    return StageRun(step, stage, settings, Path(start), model, processor, precision, as_objective(stage.objective))
+    return StageRun(step, stage, settings, Path(start), model, processor, precision,
+                    as_objective(stage.objective))
 
 # %% ../../nbs/04_train/13_stages.ipynb #fe940a4c
 def stage_records(
@@ -215,7 +217,8 @@ def _renumbered(sample, new):
     "A sample whose images have new numbers."
     image = sample.get('image')
     if image is None: return sample
-    return dict(sample, image=[new[i] for i in image] if isinstance(image, (list, tuple)) else new[image])
+    return dict(sample,
+                image=[new[i] for i in image] if isinstance(image, (list, tuple)) else new[image])
 
 def _rows(samples, model, max_len): return share_pictures(samples, image_token(model), max_len)
 
@@ -238,7 +241,8 @@ def prepare(
     "Encode records and compute the features of their images; an unusable record is named."
     model, processor, s = work.model, work.processor, work.settings
     tok = processor.tokenizer
-    encode = partial(record_samples, tokenizer=processor, image_tokens=image_tokens(model), max_len=s.max_len)
+    encode = partial(record_samples, tokenizer=processor, image_tokens=image_tokens(model),
+                     max_len=s.max_len)
     samples, names = work.objective.encode(list(records), encode)
     held, others = work.objective.encode(list(val), encode) if val else ([], [])
     names = list(dict.fromkeys([*names, *others]))
@@ -300,7 +304,8 @@ def run_stage(
     "Train a stage, and write its losses and its costs; raises what `train` raises."
     step, s, val = work.step, work.settings, train_set.val
     if step.by_hand:
-        work.model, work.objective = load(work.start, step.device, work.precision)[0], as_objective(work.stage.objective)
+        work.model, work.objective = load(work.start, step.device,
+                                          work.precision)[0], as_objective(work.stage.objective)
         _put_connector(work.model, work.processor, work.stage, step.seed)
     with step.timed():
         work.model, work.losses = train(

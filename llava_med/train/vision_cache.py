@@ -84,7 +84,8 @@ class Features:
 def _tower_key(model, processor, bf16):
     "What patch vectors depend on, apart from the picture."
     c = model.config
-    parts = [c.vision_feature_layer, c.vision_feature_select_strategy, str(processor.image_processor), weights_hash(tower(model)), bf16]
+    parts = [c.vision_feature_layer, c.vision_feature_select_strategy,
+             str(processor.image_processor), weights_hash(tower(model)), bf16]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 @contextlib.contextmanager
@@ -156,7 +157,8 @@ class KeptFeatures:
     def _put(self, key, value):
         self.kept[key] = value
         self.size += value.nbytes
-        while self.size > self.most and len(self.kept) > 1: self.size -= self.kept.popitem(last=False)[1].nbytes
+        while self.size > self.most and len(self.kept) > 1:
+            self.size -= self.kept.popitem(last=False)[1].nbytes
 
     def features(self,
         model,             # a LLaVA; its vision encoder is used
@@ -171,8 +173,10 @@ class KeptFeatures:
         found = {k: self.kept[k] for k in keys if k in self.kept}
         for j in range(0, len(new), batch_size):
             some = new[j:j + batch_size]
-            x = processor.image_processor(images=[o for _, o in some], return_tensors='pt')['pixel_values']
-            for (k, _), f in zip(some, vision_features(model, x).detach().cpu()): found[k] = f.clone()
+            x = processor.image_processor(images=[o for _, o in some],
+                                          return_tensors='pt')['pixel_values']
+            for (k, _), f in zip(some, vision_features(model, x).detach().cpu()):
+                found[k] = f.clone()
         for k, f in found.items():
             if k in self.kept: self.kept.move_to_end(k)
             else: self._put(k, f)

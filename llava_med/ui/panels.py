@@ -44,7 +44,9 @@ def facets(
         lines, what = [(t['from'], t['value'].replace(IMAGE, '').strip()) for t in turns_of(record)], many(tags.get('question_types'))
     elif 'question' in record: lines, what = [('question', record['question']), ('answer', str(record['answer']))], many(tags.get('question_type'))
     else: lines, what = [('caption', record.get('caption') or ''), *(('mention', m['text']) for m in record.get('mentions') or [])], []
-    return dict(modality=kinds, type=list(dict.fromkeys(what)), image=next(iter(images_of(record) or record.get('images') or []), None), lines=lines)
+    return dict(modality=kinds, type=list(dict.fromkeys(what)),
+                image=next(iter(images_of(record) or record.get('images') or []), None),
+                lines=lines)
 
 class Browse(Panel):
     "Turn over the records of a run, with filters."

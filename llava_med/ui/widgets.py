@@ -152,7 +152,8 @@ class Voice:
         device='cpu',        # for a model in a folder
         max_new_tokens:int=48, # longest answer
     ):
-        self.made_of, self.subject, self.max_new_tokens = (model, processor, device), None, max_new_tokens
+        self.made_of, self.subject, self.max_new_tokens = (model, processor,
+                                                           device), None, max_new_tokens
     def loaded(self):
         "Model and processor; raises FileNotFoundError where the folder holds none."
         self.subject = self.subject or LocalModel(*self.made_of)
