@@ -27,7 +27,7 @@ from ..data.vqa import item_question
 from .conditions import Pool, condition_images
 from ..generate.answers import _key, answer, option_logprobs, short_hash
 from ..generate.api import Endpoint
-from ..models.llava import load, weights_hash
+from ..models.llava import load, read_processor, weights_hash
 from ..models.templates import chat
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #4b184664
@@ -111,7 +111,7 @@ class LocalModel:
             if not (self.folder/'config.json').exists(): raise FileNotFoundError(
                 f"No model in '{self.folder}': it holds no config.json. "
                 'Name a folder that `save_pretrained` wrote.')
-            self.processor = AutoProcessor.from_pretrained(self.folder)
+            self.processor = read_processor(self.folder)
     def fingerprint(self)->dict: # model_hash, processor_hash
         "Hashes of the model and of its processor."
         if not self.model_hash:

@@ -242,7 +242,7 @@ def prepare(
     model, processor, s = work.model, work.processor, work.settings
     tok = processor.tokenizer
     encode = partial(record_samples, tokenizer=processor, image_tokens=image_tokens(model),
-                     max_len=s.max_len)
+                     max_len=s.max_len, split=work.objective.unit == 'token')
     samples, names = work.objective.encode(list(records), encode)
     held, others = work.objective.encode(list(val), encode) if val else ([], [])
     names = list(dict.fromkeys([*names, *others]))
