@@ -18,7 +18,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, get_int_from_env
 from PIL import Image
-from transformers import AutoProcessor
 from ..core.runs import (file_hash, folder_hash, from_root, progress, read_jsonl,
                                  root, run_dir,
                                  write_csv, writing)

@@ -327,7 +327,7 @@ def complete_template(
 )->tuple:         # (Jinja, ids at which generation has to stop)
     "A template that asks as it trains and whose answers end; ValueError where it cannot be completed."
     own = TEMPLATES.get(template, template) or one_template(tokenizer.chat_template, where) or ''
-    if 'strftime_now' in own: say(f"The chat template of '{where}' wrote today's date: now it is always {DAY:%d %b %Y}.")
+    if frozen(own) != own: say(f"The chat template of '{where}' wrote today's date: now it is always {DAY:%d %b %Y}.")
     ends = list(ends) or [i for i in [tokenizer.eos_token_id] if i is not None]
     template, ends = with_end(tokenizer, chat_template(tokenizer, template, where), ends, where, say)
     ways = {t: _drift(tokenizer, t) for t in (template, _cued(template))}
