@@ -29,7 +29,7 @@ def one_template(
     if isinstance(said, (list, tuple)): said = {o['name']: o['template'] for o in said}
     if not isinstance(said, dict): return said or None
     if 'default' in said: return said['default']
-    raise ValueError(f"'{where}' has the chat templates {', '.join(said)}, and none is named 'default'; "
+    raise ValueError(f"'{where}' has the chat templates {', '.join(sorted(said))}, and none is named 'default'; "
                      'set `chat_template` to the one that is meant.')
 
 @lru_cache(64)

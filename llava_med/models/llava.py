@@ -326,10 +326,12 @@ def read_processor(
     say=print, # gets a line on everything that was changed
 ):             # its processor; that of a LLaVA completed as `load` does
     "The processor of a model that is not loaded."
-    processor = AutoProcessor.from_pretrained(**_place(path))
-    if PretrainedConfig.get_config_dict(**_place(path))[0].get('model_type') != 'llava': return processor
-    try: generation = GenerationConfig.from_pretrained(**_place(path))
-    except OSError: generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(**_place(path)))
+    place = _place(path)
+    processor = AutoProcessor.from_pretrained(**place)
+    if PretrainedConfig.get_config_dict(**place)[0].get('model_type') != 'llava': return processor
+    name, revision = place['pretrained_model_name_or_path'], place.get('revision', 'main')
+    try: generation = GenerationConfig.from_pretrained(name, revision=revision)
+    except OSError: generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(**place))
     complete_processor(processor, generation, path, say)
     return processor
 
