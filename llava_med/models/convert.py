@@ -20,7 +20,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from .pieces import read_tokenizer
 from .llava import (PLACE, SPARE, TEMPLATES, _config, _processor, _reading,
-                                    chat_template, few, grown, new_folder, prepare_tokenizer,
+                                    assumed_settings, chat_template, few, grown, new_folder, prepare_tokenizer,
                              read_tower, rows_for, save, tensors_hash, weights_hash, write_card)
 from ..core.runs import read_json, write_json
 
@@ -292,6 +292,7 @@ def convert(
     used = tensors_hash({n.removeprefix('model.vision_tower.'): v for n, v in weights.items() if n.startswith('model.vision_tower.')})
     model.provenance = {'converted_from': str(src), 'original_type': raw['model_type'], **({'base': str(base)} if base else {}),
         'vision_tower': dict(source='the checkpoint itself' if stock is None else str(tower), sha256=used, original=str(raw.get('mm_vision_tower')), **read),
+        'image_settings': {**(images or assumed_settings('clip')[1]), 'size': vision.image_size},
         'connector': connector, 'pictures': 'padded' if pad else 'cropped', 'added_tokens': added, 'left_out': left_out}
     save(model, processor, dst, state=weights)
     write_card(dst, Path(dst).name, [f'That of the original checkpoint, {src}; its licence holds here, too.'], licence, str(src))

@@ -265,11 +265,13 @@ def picture_settings(
     kind:str,  # its model type
     say=print, # gets a line when they are assumed
 )->dict:       # mean, deviation, resampling and scale of the image processor
-    "The settings of a tower's own image processor, or those of its family; raises OSError for a damaged file."
+    "The settings of a tower's own image processor, or those of its family; raises ValueError for a damaged file."
     from transformers import AutoImageProcessor
     try: p = AutoImageProcessor.from_pretrained(**_place(where))
-    except (OSError, ValueError):
-        if any((Path(where)/n).exists() for n in SETTINGS): raise
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as e:
+        own, both = (Path(where)/n for n in SETTINGS)
+        if own.exists() or both.exists() and 'image_processor' in both.read_text(encoding='utf-8'):
+            raise ValueError(f'its {(own if own.exists() else both).name} is damaged: {" ".join(str(e).split())[:120]}') from e
         whose, assumed = assumed_settings(kind)
         says = ', '.join(f'{x:.3f}' for x in (*assumed['image_mean'], *assumed['image_std']))
         say(f"'{where}' ({kind}) says nothing of its pictures (no {SETTINGS[0]}): {whose} mean and deviation are "
