@@ -414,7 +414,7 @@ def test_a_joined_model_with_tied_embeddings(tmp_path):
 @pytest.mark.parametrize('kind, legacy', [('llama', True), ('llama', False), ('mistral', True)])
 def test_the_tokenizer_of_an_original(kind, legacy, tmp_path):
     from test_pieces import VICUNA, folder, theirs
-    from llava_med.models.pieces import from_sentencepiece
+    from llava_med.core.pieces import from_sentencepiece
     folder(tmp_path/'tok', words=VICUNA | dict(legacy=legacy))
     original = Plain(tmp_path/'src', kind, tok=from_sentencepiece(tmp_path/'tok'))
     for f in [*(tmp_path/'src').glob('token*')]: f.unlink()

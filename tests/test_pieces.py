@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from llava_med.models.llava import join, load, save
-from llava_med.models.pieces import PROBES, from_sentencepiece, plain_tokenizer, read_pieces, read_tokenizer
+from llava_med.core.pieces import PROBES, from_sentencepiece, plain_tokenizer, read_pieces, read_tokenizer
 from test_llava import tower
 
 logging.set_verbosity_error()
@@ -138,7 +138,7 @@ def test_a_model_that_cannot_be_read_exactly_is_refused(kw, words, tmp_path):
 
 
 def test_the_check_can_fail(tmp_path, monkeypatch):
-    from llava_med.models import pieces as module
+    from llava_med.core import pieces as module
     right = module.merges_of
     monkeypatch.setattr(module, 'merges_of', lambda p: right(p)[::-1])
     with pytest.raises(ValueError, match='cannot be read exactly'): from_sentencepiece(folder(tmp_path/'t'))

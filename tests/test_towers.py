@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProcessor
 
+from llava_med.models.anatomy import assumed_settings
 from llava_med.models.convert import convert
-from llava_med.models.llava import assumed_settings, join, load, read_tower, save
+from llava_med.models.llava import join, load, read_tower, save
 from test_convert import Original
 from test_llava import language, tower
 
