@@ -425,8 +425,9 @@ def test_the_tokenizer_of_an_original(kind, legacy, tmp_path):
     turns = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'Where?'}]}, {'role': 'assistant', 'content': [{'type': 'text', 'text': 'left'}]},
              {'role': 'user', 'content': [{'type': 'text', 'text': 'Why?'}]}]
     ids, image = tok.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False), tok.convert_tokens_to_ids('<image>')
-    from llava_med.models.llava import POLITE
-    head, asked = (POLITE.replace('human', 'user') + ' USER: ', '\nWhere? ASSISTANT: left') if kind == 'llama' else ('[INST] ', '\nWhere? [/INST] left ')
+    polite = ("A chat between a curious user and an artificial intelligence assistant. "
+              "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+    head, asked = (polite + ' USER: ', '\nWhere? ASSISTANT: left') if kind == 'llama' else ('[INST] ', '\nWhere? [/INST] left ')
     rest = 'USER: Why? ASSISTANT:' if kind == 'llama' else '[INST] Why? [/INST]'
     assert ids == [1, *new.encode(head), image, *new.encode(asked), 2, *later.encode(rest)], 'LLaVA encodes the text on each side of an image by itself'
 
