@@ -409,6 +409,24 @@ def test_a_joined_model_with_tied_embeddings(tmp_path):
     with pytest.raises(ValueError, match=r'lacks lm_head.weight.*say tie_word_embeddings'): join(tmp_path/'clip', tmp_path/'lm', template='llava_v1')
 
 
+@pytest.mark.parametrize('name, words', [('mm_projector.bin', 'a projector alone'), ('adapter_config.json', 'an adapter of a base model')])
+def test_a_part_alone_is_named(name, words, tmp_path):
+    original = Plain(tmp_path/'src')
+    (tmp_path/'src/model.safetensors').unlink(); (tmp_path/'src'/name).write_bytes(b'{}')
+    with pytest.raises(FileNotFoundError, match=f'holds no weights.*{words}'): turned(original, tmp_path/'dst')
+
+
+def test_shards_without_an_index_and_names_of_several_processes(tmp_path):
+    original = Plain(tmp_path/'src')
+    (tmp_path/'src/model.safetensors').unlink()
+    names = sorted(original.state)
+    for i in (0, 1): torch.save({f'module.{n}': original.state[n].clone() for n in names[i::2]}, tmp_path/f'src/pytorch_model-{i + 1:05d}-of-00002.bin')
+    turned(original, tmp_path/'dst')
+    assert original.agrees(tmp_path/'dst')[0]
+    (tmp_path/'src/pytorch_model-00001-of-00002.bin').unlink()
+    with pytest.raises(FileNotFoundError, match='lacks part 1 of 2'): turned(original, tmp_path/'dst')
+
+
 # Sentencepiece's file alone, as all originals have it
 
 @pytest.mark.parametrize('kind, legacy', [('llama', True), ('llama', False), ('mistral', True)])
