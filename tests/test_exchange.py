@@ -257,6 +257,19 @@ def test_wherever_the_template_lies_a_stage_can_train(files, tmp_path):
     save(model, processor, tmp_path/'again'); load(tmp_path/'again')
 
 
+def test_an_end_that_is_no_special_token_is_one_all_the_same(tmp_path, capsys):
+    processor = reader(turn(after="{{ '<end>\n' }}") + CUE, '</s>')
+    processor.tokenizer.add_tokens(['<end>'])
+    model, _ = tiny_model(processor)
+    model.generation_config.eos_token_id = processor.tokenizer.convert_tokens_to_ids(['</s>', '<end>'])
+    model.save_pretrained(tmp_path/'base'); processor.save_pretrained(tmp_path/'base')
+    capsys.readouterr()
+    model, processor = load(tmp_path/'base')
+    assert not capsys.readouterr().out
+    (s,), _ = record_samples([record('why?', 'left')], processor, 4)
+    assert s['input_ids'][-1] == processor.tokenizer.convert_tokens_to_ids('<end>')
+
+
 def test_a_folder_without_template_loads_as_before(tmp_path):
     model, processor = load(base(tmp_path, None, '</s>', ['</s>']))
     with pytest.raises(ValueError, match='no chat template'): record_samples([record('why?', 'left')], processor, 4)

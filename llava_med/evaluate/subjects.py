@@ -110,7 +110,7 @@ class LocalModel:
             if not (self.folder/'config.json').exists(): raise FileNotFoundError(
                 f"No model in '{self.folder}': it holds no config.json. "
                 'Name a folder that `save_pretrained` wrote.')
-            self.processor = read_processor(self.folder)
+            self.processor = read_processor(self.folder, say=lambda line: None)   # `load` says it
     def fingerprint(self)->dict: # model_hash, processor_hash
         "Hashes of the model and of its processor."
         if not self.model_hash:

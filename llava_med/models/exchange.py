@@ -29,7 +29,8 @@ def one_template(
     if isinstance(said, (list, tuple)): said = {o['name']: o['template'] for o in said}
     if not isinstance(said, dict): return said or None
     if 'default' in said: return said['default']
-    raise ValueError(f"'{where}' has the chat templates {', '.join(sorted(said))}, and none is named 'default'; "
+    names = ', '.join(sorted(said))
+    raise ValueError(f"'{where}' has the chat templates {names}, and none is named 'default'; "
                      'set `chat_template` to the one that is meant.')
 
 @lru_cache(64)
@@ -74,11 +75,15 @@ def chat_texts(
 )->list:           # their texts
     "Conversations as the model reads them; ValueError where the template refuses one."
     template, how = chat_template_of(reader, template), type(reader).apply_chat_template
+    compiled = getattr(chat_template_utils, '_compile_jinja_template', None)
     try:
-        if how not in _USUAL: return [reader.apply_chat_template(
-            t, chat_template=template, add_generation_prompt=cue, tokenize=False) for t in talks]
-        write, marks = chat_template_utils._compile_jinja_template(template), tokenizer_of(reader).special_tokens_map
-        return [write.render(messages=t, tools=None, documents=None, add_generation_prompt=cue, **marks) for t in talks]
+        if how in _USUAL and compiled:   # the same, without a copy of every message
+            given = dict(tokenizer_of(reader).special_tokens_map, tools=None, documents=None)
+            write = compiled(template).render
+            return [write(messages=t, add_generation_prompt=cue, **given) for t in talks]
+        write = reader.apply_chat_template
+        return [write(t, chat_template=template, add_generation_prompt=cue, tokenize=False)
+                for t in talks]
     except (TemplateError, TypeError) as e: raise ValueError(
         f'The chat template refuses this conversation: {str(e).rstrip(".")}. It begins with '
         f'{str(talks[0])[:80]}') from None
@@ -136,7 +141,8 @@ def closed_marks(
     tokenizer, # of the model
 )->tuple:      # of texts
     "Special tokens behind which a text is cut into tokens anew, whatever follows."
-    return tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special and not t.rstrip)
+    added = tokenizer.added_tokens_decoder.values()
+    return tuple(t.content for t in added if t.special and not t.rstrip)
 
 def reply_text(
     tokenizer, # of the model
@@ -147,13 +153,16 @@ def reply_text(
     "The answer as the template writes it, with its end; ValueError where it is not what is asked for."
     said, rest, marks = said.strip(), whole[len(asked):], special_marks(tokenizer)
     if mark := marks.search(said): raise ValueError(
-        f'The answer holds {mark[0]!r}, a token of this model and no text; remove it: {said[:80]!r}')
+        f'The answer holds {mark[0]!r}, a token of this model and no text; remove it: '
+        f'{said[:80]!r}')
     start = rest.find(said)
     if said not in whole: raise ValueError('The chat template does not write this answer as it is, '
                                            f'so it cannot be scored: {said[:80]!r}')
     if not whole.startswith(asked) or start < 0 or rest[:start].strip(): raise ValueError(
-        f'The chat template asks with {asked[-40:]!r} and writes this answer behind another text, so '
-        f'it would be trained otherwise than asked: {said[:80]!r}; `complete_template` makes them one.')
+        f'The chat template asks with {asked[-40:]!r} and writes this answer behind another text, '
+        f'so it would be trained otherwise than asked: {said[:80]!r}; leave marks of the template, '
+        'such as a thinking block, out of the answer, or complete the template, as `load` and '
+        '`complete_template` do.')
     tail = rest[start + len(said):]
     end = mark.end() if (mark := marks.search(tail)) else len(tail.rstrip())
     return rest[:start + len(said) + end]
@@ -234,11 +243,13 @@ def chat_template(
         try:
             text = chat_text(tokenizer, turns[:1], True, jinja)
             forms = [chat_text(tokenizer, t, template=jinja) for t in (turns, _plain_form(turns))]
-        except Exception: continue                           # whatever a template that reads only text may say
+        except Exception: continue   # whatever a template that reads only text may say
         whole = all(forms[0].count(t) == 1 for t in ('Where is it?', 'left kidney', 'two stones'))
-        if text.count('<image>') == 1 and text.count('Why?') == 1 and "'type'" not in text + forms[0] \
-            and '"type"' not in text and forms[0] == forms[1] and whole: return jinja
-    raise ValueError(f"The chat template of '{where}' loses the question, the answer or the picture; name one of {names}.")
+        asked = text.count('<image>') == 1 and text.count('Why?') == 1
+        lists = "'type'" in text + forms[0] or '"type"' in text + forms[0]
+        if asked and whole and not lists and forms[0] == forms[1]: return jinja
+    raise ValueError(f"The chat template of '{where}' loses the question, the answer or the "
+                     f'picture; name one of {names}.')
 
 def prepare_tokenizer(
     tokenizer,         # changed in place
@@ -280,7 +291,8 @@ def _drift(tokenizer, template):
     for asked, told in zip(_ASKED, _TOLD):
         turns.append(asked)
         try:
-            prompt, whole = chat_text(tokenizer, turns, True, template), chat_text(tokenizer, [*turns, told], template=template)
+            prompt = chat_text(tokenizer, turns, True, template)
+            whole = chat_text(tokenizer, [*turns, told], template=template)
             reply = reply_text(tokenizer, prompt, whole, told['content'][0]['text'])
         except ValueError: return 2
         before, both = text_ids(tokenizer, [prompt, prompt + reply])
@@ -288,12 +300,15 @@ def _drift(tokenizer, template):
         turns.append(told)
     return found
 
-def _end_marks(tokenizer, template):
-    "The first special token behind an answer in the last turn, and behind one in an earlier turn; '' for none."
+def _end_marks(tokenizer, template, known):
+    "The first special token or known end behind an answer, in the last turn and in an earlier one."
     turns = [_ASKED[0], _TOLD[0], _ASKED[1], _TOLD[1]]
-    last = chat_text(tokenizer, turns[:2], template=template).rpartition('left kidney')[2]
-    earlier = chat_text(tokenizer, turns, template=template).rpartition('left kidney')[2].partition('Where is it?')[0]
-    found = [special_marks(tokenizer).search(t) for t in (last, earlier)]
+    one, two = (chat_text(tokenizer, t, template=template) for t in (turns[:2], turns))
+    last = one.rpartition('left kidney')[2]
+    earlier = two.rpartition('left kidney')[2].partition('Where is it?')[0]
+    names = map(re.escape, filter(None, known))
+    marks = re.compile('|'.join([special_marks(tokenizer).pattern, *names]))
+    found = [marks.search(t) for t in (last, earlier)]
     return [m[0] if m else '' for m in found]
 
 # %% ../../nbs/02_models/00_exchange.ipynb #a76d2c88
@@ -304,18 +319,22 @@ def with_end(
     where:str='the tokenizer', # for the messages
     say=print,    # gets a line on everything that was changed
 )->tuple:         # (template, ids at which generation has to stop)
-    "A template whose answers have an end, and the ends with that one among them; ValueError where there is none."
-    last, earlier = _end_marks(tokenizer, template)
-    known = tokenizer.convert_ids_to_tokens(ends)
+    "A template whose answers end, and the ends with that one among them; ValueError without any."
+    known = tokenizer.convert_ids_to_tokens(list(ends))
+    last, earlier = _end_marks(tokenizer, template, known)
     if not last:
         last = earlier if earlier in known else tokenizer.eos_token
-        if not last: raise ValueError(f"The chat template of '{where}' writes no end behind an answer and its tokenizer "
-                                      f"has no eos_token, so a model would never stop; name one of {', '.join(TEMPLATES)}, or set eos_token.")
+        if not last: raise ValueError(
+            f"The chat template of '{where}' writes no end behind an answer and its tokenizer has no "
+            f"eos_token, so a model would never stop; name one of {', '.join(TEMPLATES)}, "
+            'or set eos_token.')
         template = _ended(template, last, earlier == last)
-        say(f"The chat template of '{where}' wrote no end behind an answer, so a model would never stop: {last!r} added.")
+        say(f"The chat template of '{where}' wrote no end behind an answer, so a model would never "
+            f'stop: {last!r} added.')
     if last not in known:
         ends = [*ends, tokenizer.convert_tokens_to_ids(last)]
-        say(f"Answers of '{where}' end with {last!r}, which generation did not wait for: it is an end now, too.")
+        say(f"Answers of '{where}' end with {last!r}, which generation did not wait for: it is an end "
+            'now, too.')
     return template, ends
 
 def complete_template(
@@ -327,15 +346,19 @@ def complete_template(
 )->tuple:         # (Jinja, ids at which generation has to stop)
     "A template that asks as it trains and whose answers end; ValueError where it cannot be completed."
     own = TEMPLATES.get(template, template) or one_template(tokenizer.chat_template, where) or ''
-    if frozen(own) != own: say(f"The chat template of '{where}' wrote today's date: now it is always {DAY:%d %b %Y}.")
+    if frozen(own) != own: say(
+        f"The chat template of '{where}' wrote today's date: now it is always {DAY:%d %b %Y}.")
     ends = list(ends) or [i for i in [tokenizer.eos_token_id] if i is not None]
-    template, ends = with_end(tokenizer, chat_template(tokenizer, template, where), ends, where, say)
+    template = chat_template(tokenizer, template, where)
+    template, ends = with_end(tokenizer, template, ends, where, say)
     ways = {t: _drift(tokenizer, t) for t in (template, _cued(template))}
     best = min(ways, key=ways.get)
     if ways[best] == 2: raise ValueError(
-        f"The chat template of '{where}' asks otherwise than it writes an answer, so a model would be trained for another prompt; "
-        f"name one of {', '.join(TEMPLATES)}, or give one.")
+        f"The chat template of '{where}' asks otherwise than it writes an answer, so a model would "
+        f"be trained for another prompt; name one of {', '.join(TEMPLATES)}, or give one.")
     if best != template:
-        cues = [chat_text(tokenizer, _ASKED[:1], True, t).rpartition('Why?')[2] for t in (template, best)]
-        say(f"The chat template of '{where}' asked with {cues[0]!r} and trained with {cues[1]!r}: now it asks as it trains.")
+        texts = [chat_text(tokenizer, _ASKED[:1], True, t) for t in (template, best)]
+        old, new = (t.rpartition('Why?')[2] for t in texts)
+        say(f"The chat template of '{where}' asked with {old!r} and trained with {new!r}: now it asks "
+            'as it trains.')
     return best, ends

@@ -27,7 +27,7 @@ def exchanges(
     "Each answer of a conversation behind the prompt that it answers; ValueError if it is not written there."
     template, tok = chat_template_of(reader, template), tokenizer_of(reader)
     said = {i: _said(m) for i, m in enumerate(messages) if m['role'] == 'assistant'}
-    said = {i: text for i, text in said.items() if text.strip()}     # nothing is learned from an empty answer
+    said = {i: text for i, text in said.items() if text.strip()}   # an empty one teaches nothing
     if not said: return []
     asked = chat_texts(reader, [messages[:i] for i in said], True, template)
     whole = chat_texts(reader, [messages[:i + 1] for i in said], False, template)
@@ -38,13 +38,14 @@ def _seen_system(messages, prompt):
     "Refuse a template that leaves a system turn out."
     first = _said(messages[0]).strip()
     if messages[0]['role'] == 'system' and first not in prompt: raise ValueError(
-        f'The chat template leaves the system turn out; put its text into the first question: {first[:80]!r}')
+        'The chat template leaves the system turn out; put its text into the first question: '
+        f'{first[:80]!r}')
 
 def answer_spans(
     reader,        # a processor or a tokenizer
     messages:list, # chat messages
     template:str=None, # a chat template; None takes the reader's
-)->tuple:          # text, [(start, end), ...] in characters; None for the spans where the text differs from what is asked
+)->tuple:          # text, [(start, end), ...] in characters, or None where it is not what is asked
     "The text of a conversation up to its last answer, and where the assistant speaks."
     found = exchanges(reader, messages, template)
     if not found: return chat_text(reader, messages, template=template), []
@@ -56,8 +57,8 @@ def answer_spans(
 def sample_ids(
     tokenizer,   # of the model, a fast one
     talks:list,  # of each conversation its `exchanges`
-)->list:         # of each conversation its samples: (token ids, one boolean for each: whether the assistant says it)
-    "Token ids of conversations: one sample of each, or one an answer where a later prompt writes earlier answers otherwise."
+)->list:         # of each its samples: (token ids, one boolean for each: whether it is scored)
+    "One sample of each conversation, or one an answer where a later prompt changes earlier turns."
     closed = closed_marks(tokenizer)
     easy = [all(a.endswith(closed) for a, _ in talk) and _one_text(talk) for talk in talks]
     quick = _easy_samples(tokenizer, [t for t, e in zip(talks, easy) if e])
@@ -74,12 +75,13 @@ def _easy_samples(tokenizer, talks):
     texts = [''.join(talk[-1]) for talk in talks]
     enc = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else {}
     adds = bool(texts) and needs_bos(tokenizer, '')
-    for talk, text, ids, places in zip(talks, texts, enc.get('input_ids', []), enc.get('offset_mapping', [])):
+    every = zip(talks, texts, enc.get('input_ids', []), enc.get('offset_mapping', []))
+    for talk, text, ids, places in every:
         starts = [a for a, _ in places]
         more = int(adds and needs_bos(tokenizer, text))
         ids, scored = [tokenizer.bos_token_id]*more + ids, [False]*(len(ids) + more)
         for a, r in talk:
-            first, end = bisect_left(starts, len(a)) + more, bisect_left(starts, len(a) + len(r)) + more
+            first, end = (bisect_left(starts, n) + more for n in (len(a), len(a) + len(r)))
             scored[first:end] = [True]*(end - first)
         yield [(ids, scored)]
 
@@ -92,21 +94,23 @@ def _any_samples(tokenizer, talks):
     for p in pairs: yield _samples(p, next(whole) if len(p) > 1 else None)
 
 def _ends_of_answers(tokenizer, talks):
-    "Of each talk the ids of its whole text and how many there are up to the end of each answer; None where a part is written otherwise."
+    "Of each talk the ids of its text and how many end with each answer; None where it is several."
     texts = [''.join(talk[-1]) for talk in talks]
     enc = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else {}
-    for talk, text, ids, places in zip(talks, texts, enc.get('input_ids', []), enc.get('offset_mapping', [])):
+    for talk, ids, places in zip(talks, enc.get('input_ids', []), enc.get('offset_mapping', [])):
         starts = [a for a, _ in places]
-        yield (ids, [bisect_left(starts, len(a) + len(r)) for a, r in talk]) if _one_text(talk) else None
+        ends = [bisect_left(starts, len(a) + len(r)) for a, r in talk]
+        yield (ids, ends) if _one_text(talk) else None
 
 def _samples(pairs, whole):
-    "The samples of a conversation, from the ids of each prompt and its reply, and those of its whole text."
+    "Samples of a conversation, from the ids of each prompt and its reply, and those of its text."
     if whole:
         (text, ends), ids = whole, [*pairs[-1][0], *pairs[-1][1]]
         more = len(ids) - len(text)                      # a beginning token that the text has not
         if more in (0, 1) and ids[more:] == text and all(ids[:len(a)] == a for a, _ in pairs):
             scored = [False]*len(ids)
-            for (a, _), end in zip(pairs, ends): scored[len(a):end + more] = [True]*(end + more - len(a))
+            for (a, _), end in zip(pairs, ends):
+                scored[len(a):end + more] = [True]*(end + more - len(a))
             return [(ids, scored)]
     return [([*a, *r], [False]*len(a) + [True]*len(r)) for a, r in pairs]
 
@@ -115,15 +119,15 @@ def scored_tokens(
     messages:list, # chat messages
     template:str=None, # a chat template; None takes the reader's
 )->tuple:          # token ids, one boolean for each: whether the assistant says it
-    "Token ids of a conversation that is one sample, and which of them are scored; ValueError where it is several."
+    "Token ids of a conversation and which are scored; ValueError where it is several samples."
     found = exchanges(reader, messages, template)
     if not found:
         ids, = text_ids(tokenizer_of(reader), [chat_text(reader, messages, template=template)])
         return ids, [False]*len(ids)
     samples, = sample_ids(tokenizer_of(reader), [found])
     if len(samples) > 1: raise ValueError(
-        'The chat template writes an earlier answer otherwise than it was asked for, so this conversation '
-        f'is {len(samples)} samples; `record_samples` makes them: {str(messages)[:80]}')
+        'The chat template writes an earlier answer otherwise than it was asked for, so this '
+        f'conversation is {len(samples)} samples; `record_samples` makes them: {str(messages)[:80]}')
     return samples[0]
 
 # %% ../../nbs/02_models/06_templates.ipynb #9c57d2b8

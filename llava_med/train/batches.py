@@ -21,7 +21,8 @@ from ..models.templates import encode_turns, exchanges, image_mark, sample_ids, 
 
 # %% ../../nbs/04_train/01_batches.ipynb #cd4151bf
 IGNORE = -100   # label that the loss skips
-_UNSCORED = 'No token of this conversation is scored; it has no answer, or its answer lies beyond max_len: '
+_UNSCORED = ('No token of this conversation is scored; it has no answer, or its answer lies beyond '
+             'max_len: ')
 
 def _labelled(ids, scored):
     return dict(input_ids=ids, labels=[i if s else IGNORE for i, s in zip(ids, scored)])
@@ -32,7 +33,7 @@ def encode(
     image_tokens:int=64, # patches of one picture
     max_len:int=None,    # the end of a longer sequence is cut off; the image never is
 )->dict:             # input_ids and labels, lists of equal length
-    "Token ids and labels of one conversation; ValueError when nothing can be learned, or where it is several samples."
+    "Token ids and labels of a conversation; ValueError where nothing is learned, or it is several samples."
     ids, scored = encode_turns(tokenizer, messages, image_tokens, max_len=max_len)
     if not any(scored): raise ValueError(_UNSCORED + str(messages)[:120])
     return _labelled(ids, scored)
@@ -263,7 +264,7 @@ def record_samples(
     tokenizer,           # a fast one with a chat template, or a processor that has both
     image_tokens:int=64, # patches of a picture
     max_len:int=2048,    # the end of a longer conversation is cut off, and said so
-    split:bool=True,     # a conversation may become a sample for each answer where its template asks for it; False refuses
+    split:bool=True,     # where a template asks for it, each answer becomes a sample; False refuses
 )->tuple:                # (encoded samples with the numbers of their pictures; picture names by number)
     "Encode conversation records; a record that cannot be used is named in the ValueError."
     names, samples, cut, mark, several = {}, [], 0, image_mark(tokenizer), 0
@@ -290,10 +291,11 @@ def _named(record, f, *args):
     except ValueError as err: raise ValueError(f"Record '{record.get('id')}': {err}") from None
 
 def _record_parts(record, parts, mark, image_tokens, max_len, split):
-    "The encoded samples of a record; one whose answer lies beyond `max_len` is left out, unless it is the only one."
+    "The encoded samples of a record; those whose answer lies beyond `max_len` are left out."
     if len(parts) > 1 and not split: raise ValueError(
-        'its chat template writes earlier turns otherwise than it asked for them, so it would be several samples, and '
-        'this objective compares whole conversations; give it one question, or another template.')
+        'its chat template writes earlier turns otherwise than it asked for them, so it would be '
+        'several samples, and this objective compares whole conversations; give it one question, '
+        'or another template.')
     whole = [slotted(p, mark, image_tokens, max_len) for p in parts]
     scored = [p for p in whole if any(p[1])]
     if not scored: raise ValueError(_UNSCORED + str(to_messages(record))[:120])
