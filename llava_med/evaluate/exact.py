@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NUMBER_WORDS', 'ARTICLES', 'HEAD', 'SLICE_KEYS', 'MAX_SLICES', 'SCORE_COLUMNS', 'CONTRASTS', 'MODEL_PAIRS',
-           'strict_normalise', 'strict', 'ScoreError', 'item_tag', 'slice_keys', 'latest', 'marks', 'pair_marks',
-           'draw_counts', 'bootstrap', 'limits', 'cluster_codes', 'summarise', 'score_table', 'score_of', 'scores_by',
-           'prior_predictions', 'control_predictions', 'finding_kinds', 'finding_marks', 'finding_table',
+           'strict_normalise', 'strict', 'right_answer', 'ScoreError', 'item_tag', 'slice_keys', 'latest', 'marks',
+           'pair_marks', 'draw_counts', 'bootstrap', 'limits', 'cluster_codes', 'summarise', 'score_table', 'score_of',
+           'scores_by', 'prior_predictions', 'control_predictions', 'finding_kinds', 'finding_marks', 'finding_table',
            'perplexity_table']
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #b8c3abb0
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from ..core.registry import Registry
 from ..data.claims import read_claims
+from ..data.options import key_place, said_option
 from ..data.vqa import item_cluster, named_cluster
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #f110f36e
@@ -44,6 +45,16 @@ def strict(
     "Exact match after the strict normalisation; an empty key is never met."
     g = strict_normalise(gold)
     return bool(g) and strict_normalise(text) == g
+
+# %% ../../nbs/06_evaluate/04_exact.ipynb #42cd5ff9
+def right_answer(
+    item:dict, # VQA item
+    text:str,  # what the model said
+)->bool:       # True if it is the item's key
+    "Strict exact match; of options, the letter, the text or both count alike."
+    options, gold = list(map(str, item.get('options') or ())), str(item['answer'])
+    place = key_place(options, gold)
+    return strict(text, gold) if place is None else said_option(options, text, strict_normalise) == place
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #cc6d36b7
 HEAD = ['model', 'dataset', 'split', 'condition']
@@ -140,7 +151,7 @@ def marks(
 
 def _mark(o, p, keys):
     "The strict mark of one answer, and what it belongs to."
-    right = float(not p.get('error') and strict(p['text'], o['answer']))
+    right = float(not p.get('error') and right_answer(o, p['text']))
     return dict(item=o['id'], image=o['images'][0], cluster=item_cluster(o), num=right, den=1.,
                 **{k: item_tag(o, k) for k in keys})
 

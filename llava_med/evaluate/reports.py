@@ -21,7 +21,7 @@ from ..data.leakage import audit_table
 from ..data.images import ImageError, image_or_grey, open_image
 from ..core.runs import SERIES_COLOURS, OutputError, figure_bytes, figure_style, replacing
 from .scorers import CASES
-from .exact import SCORE_COLUMNS, strict
+from .exact import SCORE_COLUMNS, right_answer
 from .statistics import confidence_of, reliability
 
 # %% ../../nbs/06_evaluate/09_reports.ipynb #b9a6b8e5
@@ -243,7 +243,7 @@ def drawn_examples(
     out = dict(right={}, wrong={})
     for i in np.random.default_rng(seed).permutation(len(known)):
         o = known[i]
-        kind = out['right' if strict(answers[o['id']], o['answer']) else 'wrong']
+        kind = out['right' if right_answer(o, answers[o['id']]) else 'wrong']
         if len(kind) < n: kind.setdefault(o['images'][0], o)
     return {k: list(v.values()) for k, v in out.items()}
 
@@ -257,7 +257,7 @@ def gallery(
     "Questions beside their pictures, with the key and what everybody said."
     cards = []
     for o in items:
-        verdict = lambda t: f'{t or "(nothing)"} ({"right" if strict(t, o["answer"]) else "wrong"})'
+        verdict = lambda t: f'{t or "(nothing)"} ({"right" if right_answer(o, t) else "wrong"})'
         cards.append(dict(uri=picture_uri(Path(images_dir)/o['images'][0], size), alt=f'Picture {o["images"][0]}',
                           lines=[('question', o['question']), ('key', o['answer']),
                                  *((who, verdict(said[o['id']])) for who, said in replies.items() if o['id'] in said)]))
@@ -323,7 +323,7 @@ def calibration_figure(
     with figure_style():
         fig, ax = plt.subplots(figsize=(4.5, 3.6))
         for (m, group), style in zip(groups.items(), ('o-', 's--', 'D:', '^-.')*len(groups)):
-            t = reliability([confidence_of(p) for p in group], [strict(p['text'], by_id[p['item']]['answer']) for p in group])
+            t = reliability([confidence_of(p) for p in group], [right_answer(by_id[p['item']], p['text']) for p in group])
             ax.plot(t.confidence, t.accuracy, style, label=m)
             words.append(f'{m}: ' + ', '.join(f'sure by {r.confidence:.0%}, right {r.accuracy:.0%} of {r.n:.0f}' for r in t.itertuples()))
         ax.plot([.5, 1], [.5, 1], 'k', lw=1)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, norm
 from .exact import (SCORE_COLUMNS, HEAD, MODEL_PAIRS, ScoreError,
-    _contrasts, bootstrap, strict)
+    _contrasts, bootstrap, right_answer)
 from .scorers import metric_columns
 from ..data.vqa import item_cluster
 
@@ -290,7 +290,7 @@ def calibration_table(
     for h, group in groups.items():
         good = [p for p in group if not p.get('error')]
         if not good: continue
-        p, right = np.array([confidence_of(o) for o in good]), np.array([strict(o['text'], by_id[o['item']]['answer']) for o in good], float)
+        p, right = np.array([confidence_of(o) for o in good]), np.array([right_answer(by_id[o['item']], o['text']) for o in good], float)
         found = calibration_error(p, right, bins, seed=seed)
         rows.append(dict(zip(HEAD, h), accuracy=right.mean(), confidence=p.mean(), **{k: found[k] for k in ('ece', 'chance', 'chance_high')},
                          n_items=len(good),
