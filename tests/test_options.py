@@ -192,6 +192,8 @@ def test_real_questions_have_no_options():
     (FOUR, 'B', 1), (FOUR, ' b. ', 1), (FOUR, '**B. MRI**', 1), (FOUR, '"B"', 1), (FOUR, 'B) MRI', 1), (FOUR, 'The correct option is (B).', 1), (FOUR, 'I would choose option B', 1),
     (FOUR, 'The answer is B because the CT would be darker.', 1), (FOUR, 'The modality is MRI (option B).', 1), (FOUR, 'Not CT, so the answer is MRI.', 1), (FOUR, 'Answer: B\n\nExplanation: A is wrong.', 1),
     (FOUR, 'Option A is incorrect. Option B is correct.', 1), (FOUR, 'The final answer is: $\\boxed{\\text{B}}$', 1), (FOUR, 'B is the correct answer', 1), (FOUR, 'x ray', 2), (FOUR, 'An ultrasound image', 3),
+    (FOUR, '{"answer": "B"}', 1), (FOUR, 'Ans: B', 1), (FOUR, 'Step 1: A shows CT. Therefore, B.', 1), (FOUR, 'B is not correct, C is.', 2), (FOUR, '答案是B。', 1), (FOUR, 'La réponse est B.', 1),
+    (FOUR, 'Option B (MRI) is correct, option A (CT) is not.', 1), (FOUR, 'The correct choice is B', 1), (FOUR, 'A. CT\nB. MRI\nC. X-ray\nD. Ultrasound', None), (FOUR, 'B. MRI\nA. CT is wrong.', 1),
     (FOUR, 'A and B', None), (FOUR, 'A, B', None), (FOUR, 'B/C', None), (FOUR, 'Either A or B', None), (FOUR, 'It is not B', None), (FOUR, 'B is wrong', None), (FOUR, 'The answer is not B.', None),
     (FOUR, 'A. MRI', None), (FOUR, 'F', None), (FOUR, 'CT or MRI', None), (FOUR, 'a scan', None), (FOUR, 'I do not know', None), (FOUR, '', None),
     (['A mass', 'A fracture', 'No mass'], 'A fracture', 1), (['A mass', 'A fracture', 'No mass'], 'A mass', 0), (['A mass', 'A fracture', 'No mass'], 'A', 0), (['A mass', 'A fracture', 'No mass'], 'no mass', 2),

@@ -7,14 +7,14 @@ __all__ = ['LETTERS', 'KEY_COLUMNS', 'OptionError', 'clean', 'same_option', 'tex
            'split_options', 'option_columns', 'Choice', 'key_readings', 'read_choices', 'option_words', 'said_option',
            'spelt_out', 'key_place']
 
-# %% ../../nbs/03_data/14_options.ipynb #6f04b861
+# %% ../../nbs/03_data/14_options.ipynb #3c64385d
 import ast, json, re, string, unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# %% ../../nbs/03_data/14_options.ipynb #f017401a
+# %% ../../nbs/03_data/14_options.ipynb #d5125986
 LETTERS = string.ascii_uppercase   # of options
 
 class OptionError(ValueError):
@@ -25,15 +25,15 @@ def clean(
 )->str:    # text
     "Text of a field: numbers become text, white space is single, broken apostrophes are mended."
     if value is None or (isinstance(value, float) and value != value): return ''
-    text = re.sub(r'\s+', ' ', str(value)).strip()
-    return re.sub(r'(?<=\w)\ufffd(?=\w)', "'", text)
+    text = ' '.join(str(value).split())
+    return re.sub(r'(?<=\w)\ufffd(?=\w)', "'", text) if '\ufffd' in text else text
 
 def same_option(
     text:str, # an option, or a key
 )->str:       # lower case, single blanks, no quotes around it and no full stop behind it
     "An option reduced to what makes it the same option; signs such as < and + stay."
     text = unicodedata.normalize('NFKC', clean(text)).casefold().strip('"\'“”‘’ ')
-    return re.sub(r'[.;,]+$', '', text).strip() or text
+    return text.rstrip('.;,').rstrip() or text
 
 _STRINGS = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 
@@ -49,13 +49,14 @@ def text_literal(
         except (ValueError, SyntaxError, MemoryError, RecursionError): continue
         if isinstance(found, (list, tuple, dict)): return found
 
-# %% ../../nbs/03_data/14_options.ipynb #9b12b429
+# %% ../../nbs/03_data/14_options.ipynb #2baf9d09
 _OWN = r'\s*[(\[]?{}\s*[).:\]]\s*'   # a letter before its option
 
 def _bare(options):
     "Options without their own letters, if all of them have it."
     if len(options) < 2: return options
     for letters in (LETTERS, LETTERS.lower()):
+        if letters[0] not in options[0][:3]: continue
         cut = [re.sub('^' + _OWN.format(l), '', o) for l, o in zip(letters, options)]
         if all(c and c != o for c, o in zip(cut, options)): return cut
     return options
@@ -120,7 +121,7 @@ def option_list(
     if parts: return _bare(parts), []
     raise OptionError(f'has the options {clean(text)[:60]!r}, which are no list; write ["CT", "MRI"]')
 
-# %% ../../nbs/03_data/14_options.ipynb #a3c118f5
+# %% ../../nbs/03_data/14_options.ipynb #4481e520
 _STYLES = (r'\(([A-J])\)', r'\[([A-J])\]', r'(?<![(\w])([A-J])\)', r'(?<![\w.])([A-J])\.(?=\s|[A-Z0-9])',
            r'(?<![\w])([A-J])\s?[:：](?!\d)')
 _TITLE = re.compile(r'(?i)(?:\b(?:the\s+)?(?:answer\s+)?(?:options|choices)(?:\s+are)?|选项)\s*[:：]?\s*$')
@@ -190,7 +191,7 @@ def split_options(
     options = [clean(o) for o in re.split(r'[,;|/]|\bor\b', m[1].rstrip('. '))] if m else []
     return Split(text[:m.start()].strip(), options, False) if len(options) > 1 and all(options) else None
 
-# %% ../../nbs/03_data/14_options.ipynb #58d334d1
+# %% ../../nbs/03_data/14_options.ipynb #ecbd388d
 _COLUMN = re.compile(r'((?:options?|choices?|opt|op|answers?|ans|candidate)[\s_.-]*)?[(\[]?([a-j]|\d{1,2})[)\]]?')
 _FIELDS = ('options', 'choices', 'candidates', 'answer_choices', 'answer_options', 'answer choices',
            'multiple_choices', 'mc_options')
@@ -216,7 +217,7 @@ def _row_options(row, columns):
     pairs = _filled((label, row.get(k)) for k, label in columns.items())
     return _labelled(pairs) if pairs else ([], [])
 
-# %% ../../nbs/03_data/14_options.ipynb #86d292ee
+# %% ../../nbs/03_data/14_options.ipynb #7cb8cbd2
 _LETTER = re.compile(r'(?i)(?:(?:option|choice|answer)\s*[:.]?\s*)?[(\[]?([A-Z])[)\]]?\s*[.:)]?')
 _BOTH = re.compile(r'(?s)[(\[]?([A-Za-z])\s*(?:[)\].:]|\s-)\s*(\S.*)')
 
@@ -256,7 +257,7 @@ def key_readings(
     if 0 < number <= n: out['from 1'] = number - 1
     return out
 
-# %% ../../nbs/03_data/14_options.ipynb #b3162c09
+# %% ../../nbs/03_data/14_options.ipynb #538fb1d8
 @dataclass
 class _Record:
     "One row with options while its file is read."
@@ -314,11 +315,11 @@ def _place(record, kinds, votes, first):
                       f'{"letter" if "letter" in kinds else "number"}; write letter and text, such as '
                       f'"A. {record.options[0]}"')
 
-# %% ../../nbs/03_data/14_options.ipynb #27886c9b
+# %% ../../nbs/03_data/14_options.ipynb #57377dd7
 KEY_COLUMNS = ('answer', 'gt_answer', 'answer_label', 'answer_idx', 'answer_index', 'answer_letter', 'answer_key',
                'answerkey', 'answer_option', 'answer_text', 'correct_answer', 'correct_option', 'correct_choice',
                'correct_idx', 'correct_index', 'correct_letter', 'cop', 'label', 'correct', 'gold', 'gt', 'ground_truth', 'target')
-    # in lower case; of two the first is the main one
+KEY_COLUMNS += tuple(k.replace('_', ' ') for k in KEY_COLUMNS if '_' in k)   # in lower case; of two the first is the main one
 _VAGUE = {'label', 'correct', 'gold', 'gt', 'ground_truth', 'target'}   # beside another key often something else
 
 def _row_keys(row):
@@ -381,8 +382,9 @@ def read_choices(
 )->dict:            # row number → Choice, or None for a record that is left out; rows without options are not in it
     "The options and keys of a whole file; a record that contradicts itself is an OptionError where `left_out` is None."
     records, wrong = [], {}
-    rows = [{clean(k).lower(): v for k, v in r.items()} for r in rows]
-    columns = option_columns(dict.fromkeys(k for r in rows for k in r))
+    names = {k: clean(k).lower() for r in rows for k in r}
+    rows = [{names[k]: v for k, v in r.items()} for r in rows]
+    columns = option_columns(dict.fromkeys(names.values()))
     for n, row in enumerate(rows):
         try: record = _read_row(n, row, columns)
         except OptionError as e: wrong[n] = str(e); continue
@@ -408,7 +410,7 @@ def _resolved(records, wrong):
         found[r.n] = Choice(r.question, r.options, r.options[i], LETTERS[i])
     return found
 
-# %% ../../nbs/03_data/14_options.ipynb #5eb43240
+# %% ../../nbs/03_data/14_options.ipynb #35f41b0e
 def option_words(
     text:str, # an option or an answer
 )->str:       # words in lower case, single blanks between them
@@ -418,25 +420,31 @@ def option_words(
     return ' '.join([w for w in words if w not in ('a', 'an', 'the')] or words)
 
 _BOX = re.compile(r'\\boxed\{\s*(?:\\text\{)?([^{}]*)\}|<answer>(.*?)</answer>', re.S | re.I)
-_END = r'''(?=["')\]]*\s*(?:$|[.,;:!?)\]]|[-–—(/&]|(?:is|was|because|since|as|due|based|which|and|or|given|not|with)\b))'''
+_END = r'''(?=["')\]]*\s*(?:$|[.,;:!?)\]。、]|[-–—(/&]|(?:is|was|because|since|as|due|based|which|and|or|given|not|with)\b))'''
 _MARK = rf'''["'(\[]*(?:([A-Z])\b{_END}|([a-z])(?=[)\]"'.]|\s*$))'''
 _LEAD = r'(?:(?i:is|are|was|be|would|should|must|option|choice|letter|the|most|likely|therefore|thus|clearly|correct|answer)\b[\s:]*)*'
-_CUE = re.compile(r"(?i:\b(?:final|correct|right|best)?\s*answer\b)(?:\s+(?i:is|would\s+be|should\s+be|must\s+be)\b|\s*[:：=])\s*[:：]?\s*"
+_SAYS = r"(?i:answer|ans|choice|option|antwort|respuesta|réponse|reponse|risposta|resposta)"
+_CUE = re.compile(rf"\b{_SAYS}\b(?:\s+(?i:is|would\s+be|should\s+be|must\s+be|est|ist|es)\b|\s*[:：=]|\s+[-–—](?=\s))\s*[:：]?\s*"
                   r"|答案[是为：:]\s*|\b(?i:i\s+(?:would\s+)?(?:choose|select|pick))\s+")
 _STRONG = re.compile(r'(?:(?i:\banswer|\b(?:choose|chose|select|pick|go\s+with|choosing)\b)|答案[是为]?|故?选(?:择|项)?)\s*[:：=]?\s*' + _LEAD + r'[:=]?\s*' + _MARK)
 _WEAK = (re.compile(r'(?i:\b(?:option|choice|letter)\b)[\s:]*' + _MARK),
          re.compile(r"(?i:\b(?:it\s+is|it's|its|this\s+is|that\s+is|think|believe|say)\b)[\s:]*" + _LEAD + _MARK),
-         re.compile(r'()(?<![\w(])\(([A-Za-z])\)'), re.compile(r'(?:^|(?<=[.;:]\s))()([B-Z])(?=\s+(?i:is|was|because|since)\b)'),
+         re.compile(r'()(?<![\w(])\(([A-Za-z])\)'), re.compile(r'(?:^|(?<=[.;:,]\s))()([B-Z])(?=\s+(?i:is|was|because|since)\b)'),
          re.compile(r'(?:^|(?<=[.;:]\s))()(A)(?=\s+(?i:is\s+(?:the\s+)?(?:correct|right|best|wrong|not|incorrect)|because)\b)'))
+_TRAILING = re.compile(r"(?:[:,;]|\b(?i:therefore|thus|hence|so|but|is|be|est|ist|es))\s*[\"'(\[]*()([A-Z])[\"')\]]*[.!。]?\s*$")
 _DENIED = re.compile(r"(?i)(?:\bnot|n't|\bnever|\bexcept|\brul\w+\s+out|\bexclud\w+|\bneither|\bnor|\brather\s+than|\binstead\s+of)\s+(?:be\s+|the\s+|an?\s+)?(?:(?:answer|option|choice|letter)\s*)*[\"'(\[]*$")
-_REFUTED = re.compile(r"(?i)[\"')\]]*\s*(?:is|was|are|would\s+be|can\s+be|seems)(?:\s+(?:not|clearly|also))*\s+(?:not|incorrect|wrong|false|unlikely|inappropriate|ruled\s+out|excluded|less)\b|[\"')\]]*\s*(?:isn't|is\s+not|cannot|can't)")
+_REFUTED = re.compile(r"(?i)[\"')\]]*\s*(?:\([^)]*\)\s*)?(?:is|was|are|would\s+be|can\s+be|seems)(?:\s+(?:not|clearly|also))*\s+(?:not|incorrect|wrong|false|unlikely|inappropriate|ruled\s+out|excluded|less)\b|[\"')\]]*\s*(?:\([^)]*\)\s*)?(?:isn't|is\s+not|cannot|can't)")
 _ALSO = re.compile(r"[\"')\]]*\s*(?:,\s*(?:and|or)?|and/or|and|or|/|&|\+)\s*(?:(?:option|choice)\s+)?[\"'(\[]*([A-Z])\b(?![\w'])" + _END)
+
+_ANSWER_NAMES = ('answer', 'Answer', 'final_answer', 'choice', 'option')   # of an answer that is a dictionary
 
 def _unwrapped(text):
     "An answer without box, marks of Markdown and line breaks."
     text = unicodedata.normalize('NFKC', str(text))
     box = _BOX.findall(text)
     if box: text = ''.join(box[-1])
+    inside = text_literal(text.strip()) if text.strip()[:1] == '{' else None
+    if isinstance(inside, dict): text = str(next((inside[k] for k in _ANSWER_NAMES if k in inside), text))
     text = re.sub(r'\*\*|__|`|\$|^\s*#+\s*|(?<!\w)\*|\*(?!\w)|\\text\{([^{}]*)\}', r'\1', text, flags=re.M).strip()
     return re.sub(r'\s+', ' ', re.sub(r'(?<=[\w)\]])[ \t]*\n\s*', '. ', text)).strip()
 
@@ -468,17 +476,25 @@ def _exact(options, said):
     "Places that a whole text may mean as an option or as a letter alone, and whether it is a letter."
     bare = said.strip(' "\'“”')
     equal = {i for i, o in enumerate(options) if same_option(o) == same_option(bare)}
-    m = _LETTER.fullmatch(bare.strip('.!'))
+    m = _LETTER.fullmatch(bare.strip('.!;,。、'))
     place = LETTERS.index(m[1].upper()) if m else len(options)
     return equal | ({place} if place < len(options) else set()), bool(m)
 
 _HEADED = re.compile(r'(?s)[(\[]?(?:([A-Za-z])\s*(?:[)\]]|[.:](?=\s|[A-Z\d]))[.:,]?\s*|([A-Z])(?:\s*[,=]|\s+[-–—]|\s*(?=\())\s*)(\S.*)')
+
+def _goes_on(options, place, rest):
+    "Whether a text behind a letter is its option and then the next letter with its own: the options are only repeated."
+    if place + 1 >= len(options): return False
+    after = rest[len(clean(options[place])):] if rest.casefold().startswith(clean(options[place]).casefold()) else ''
+    after = re.sub(r'^[\s.,;]*' + _OWN.format(LETTERS[place + 1]), '\0', after)
+    return after[:1] == '\0' and after[1:].casefold().startswith(clean(options[place + 1]).casefold())
 
 def _headed(options, words, said, normalise):
     "The place of a letter at the head of an answer; -1 if its text is another option's; None where there is none."
     m = _HEADED.fullmatch(said)
     place = LETTERS.index((m[1] or m[2]).upper()) if m else len(words)
     if place >= len(words): return None
+    if _goes_on(options, place, m[3]): return -1
     exact = [i for i, o in enumerate(options) if same_option(o) == same_option(m[3])]
     if exact: return place if place in exact else -1
     rest = f'{normalise(m[3])} '
@@ -513,6 +529,15 @@ def _by_form(options, words, said, normalise):
     if place is None: place = _side_by_side(words, said, normalise)
     return _OPEN if place is None else None if place < 0 else place
 
+def _only(places):
+    "The one place there is, else None."
+    return next(iter(places)) if len(places) == 1 else None
+
+def _undisputed(places, words, said, short=8):
+    "The one place that letters name, if a short answer names no other option beside it."
+    named = _named(words, said) if len(said.split()) <= short else set()
+    return None if named and not named & places else _only(places)
+
 def _last_part(said):
     "What follows the last phrase that announces an answer, or all of it."
     cues = list(_CUE.finditer(said))
@@ -536,13 +561,11 @@ def said_option(
     words, last = [normalise(o) for o in options], _last_part(said)
     place = _by_forms(options, words, said, normalise)
     if place is not _OPEN: return place
-    for patterns in ((_STRONG,), _WEAK):
+    for patterns in ((_STRONG,), (_TRAILING,), _WEAK):
         places = set().union(*(_letters(p, said, n) for p in patterns))
-        if len(places) == 1: return next(iter(places))
-        if places: return None
+        if places: return _undisputed(places, words, normalise(said)) if patterns[0] is not _STRONG else _only(places)
     for part in (last, said):
-        named = _named(words, normalise(part))
-        if named: return named.pop() if len(named) == 1 else None
+        if named := _named(words, normalise(part)): return _only(named)
 
 def spelt_out(
     options:list, # texts of the options
@@ -560,5 +583,5 @@ def key_place(
     answer:str,   # its key: the text of one of them, or its letter
 )->int|None:      # None where it is none of them
     "The place of the key among the options."
-    reads = key_readings(answer, options)
+    reads = key_readings(answer, options) if options else {}
     return next((reads[k] for k in ('text', 'both', 'letter') if k in reads), None)

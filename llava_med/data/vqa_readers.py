@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_COLUMNS', 'LAYOUTS', 'plain_pickle', 'read_pathvqa', 'read_pmc_vqa', 'read_llava_vqa', 'read_table',
-           'read_records', 'read_parquet', 'official_types', 'recognise', 'read_vqa', 'open_vqa']
+           'read_qa_records', 'read_parquet', 'official_types', 'recognise', 'read_vqa', 'open_vqa']
 
 # %% ../../nbs/03_data/16_vqa_readers.ipynb #ad06b6d8
 import base64, csv, hashlib, io, pickle, pickletools, re
@@ -171,7 +171,7 @@ def read_llava_vqa(
 
 # %% ../../nbs/03_data/16_vqa_readers.ipynb #e49c12a3
 IMAGE_COLUMNS = ('image', 'images', 'image_path', 'image_paths', 'img', 'img_path', 'picture', 'figure_path', 'file_name',
-                 'image_file', 'image_bytes', 'decoded_image', 'jpg', 'png')   # in lower case
+                 'image path', 'image_file', 'image_bytes', 'decoded_image', 'jpg', 'png')   # in lower case
 _ENDINGS = dict(JPEG='.jpg', PNG='.png', TIFF='.tif', GIF='.gif', WEBP='.webp', BMP='.bmp')
 _MAGIC = (b'\x89PNG', b'\xff\xd8\xff', b'GIF8', b'RIFF', b'BM', b'II*\x00', b'MM\x00*')
 
@@ -307,7 +307,7 @@ def _record_layout(keys): # which kind of record has these keys, in lower case, 
     if {'gt_answer', 'image_path'} <= keys: return 'omnimed'
     return 'medxpert' if {'options', 'label', 'images', 'medical_task'} <= keys else 'records'
 
-def read_records(
+def read_qa_records(
     path:str|Path,       # JSON or JSON Lines: OmniMedVQA, MedXpertQA, or records with an image, a question and a key
     split:str|None=None, # keep only 'train', 'val' or 'test'
     images_dir:str|Path|None=None, # where pictures that stand in the file as text are written
@@ -479,7 +479,7 @@ def _read_file(layout, p, split, lang, images_dir, source, left_out):
     elif layout == 'llava': items = read_llava_vqa(p, left_out=left_out)
     elif layout == 'table': items = read_table(p, None, images_dir, left_out)
     elif layout == 'parquet': return read_parquet(p, split, images_dir, source, left_out)
-    elif layout in _RECORDS: items = read_records(p, None, images_dir, left_out)
+    elif layout in _RECORDS: items = read_qa_records(p, None, images_dir, left_out)
     else: items = read_items(p, left_out)
     return [o for o in items if split in (None, o['split'])]
 
