@@ -7,14 +7,14 @@ __all__ = ['LETTERS', 'KEY_COLUMNS', 'OptionError', 'clean', 'same_option', 'tex
            'split_options', 'option_columns', 'Choice', 'key_readings', 'read_choices', 'option_words', 'said_option',
            'spelt_out', 'key_place']
 
-# %% ../../nbs/03_data/14_options.ipynb #3c64385d
+# %% ../../nbs/03_data/14_options.ipynb #c9a35dac
 import ast, json, re, string, unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# %% ../../nbs/03_data/14_options.ipynb #d5125986
+# %% ../../nbs/03_data/14_options.ipynb #7b65e21f
 LETTERS = string.ascii_uppercase   # of options
 
 class OptionError(ValueError):
@@ -49,7 +49,7 @@ def text_literal(
         except (ValueError, SyntaxError, MemoryError, RecursionError): continue
         if isinstance(found, (list, tuple, dict)): return found
 
-# %% ../../nbs/03_data/14_options.ipynb #2baf9d09
+# %% ../../nbs/03_data/14_options.ipynb #09daaab2
 _OWN = r'\s*[(\[]?{}\s*[).:\]]\s*'   # a letter before its option
 
 def _bare(options):
@@ -121,7 +121,7 @@ def option_list(
     if parts: return _bare(parts), []
     raise OptionError(f'has the options {clean(text)[:60]!r}, which are no list; write ["CT", "MRI"]')
 
-# %% ../../nbs/03_data/14_options.ipynb #4481e520
+# %% ../../nbs/03_data/14_options.ipynb #1cf27f75
 _STYLES = (r'\(([A-J])\)', r'\[([A-J])\]', r'(?<![(\w])([A-J])\)', r'(?<![\w.])([A-J])\.(?=\s|[A-Z0-9])',
            r'(?<![\w])([A-J])\s?[:：](?!\d)')
 _TITLE = re.compile(r'(?i)(?:\b(?:the\s+)?(?:answer\s+)?(?:options|choices)(?:\s+are)?|选项)\s*[:：]?\s*$')
@@ -191,7 +191,7 @@ def split_options(
     options = [clean(o) for o in re.split(r'[,;|/]|\bor\b', m[1].rstrip('. '))] if m else []
     return Split(text[:m.start()].strip(), options, False) if len(options) > 1 and all(options) else None
 
-# %% ../../nbs/03_data/14_options.ipynb #ecbd388d
+# %% ../../nbs/03_data/14_options.ipynb #479f2c57
 _COLUMN = re.compile(r'((?:options?|choices?|opt|op|answers?|ans|candidate)[\s_.-]*)?[(\[]?([a-j]|\d{1,2})[)\]]?')
 _FIELDS = ('options', 'choices', 'candidates', 'answer_choices', 'answer_options', 'answer choices',
            'multiple_choices', 'mc_options')
@@ -217,7 +217,7 @@ def _row_options(row, columns):
     pairs = _filled((label, row.get(k)) for k, label in columns.items())
     return _labelled(pairs) if pairs else ([], [])
 
-# %% ../../nbs/03_data/14_options.ipynb #7cb8cbd2
+# %% ../../nbs/03_data/14_options.ipynb #2d10968d
 _LETTER = re.compile(r'(?i)(?:(?:option|choice|answer)\s*[:.]?\s*)?[(\[]?([A-Z])[)\]]?\s*[.:)]?')
 _BOTH = re.compile(r'(?s)[(\[]?([A-Za-z])\s*(?:[)\].:]|\s-)\s*(\S.*)')
 
@@ -257,7 +257,7 @@ def key_readings(
     if 0 < number <= n: out['from 1'] = number - 1
     return out
 
-# %% ../../nbs/03_data/14_options.ipynb #538fb1d8
+# %% ../../nbs/03_data/14_options.ipynb #e524ae8e
 @dataclass
 class _Record:
     "One row with options while its file is read."
@@ -315,7 +315,7 @@ def _place(record, kinds, votes, first):
                       f'{"letter" if "letter" in kinds else "number"}; write letter and text, such as '
                       f'"A. {record.options[0]}"')
 
-# %% ../../nbs/03_data/14_options.ipynb #57377dd7
+# %% ../../nbs/03_data/14_options.ipynb #09245d88
 KEY_COLUMNS = ('answer', 'gt_answer', 'answer_label', 'answer_idx', 'answer_index', 'answer_letter', 'answer_key',
                'answerkey', 'answer_option', 'answer_text', 'correct_answer', 'correct_option', 'correct_choice',
                'correct_idx', 'correct_index', 'correct_letter', 'cop', 'label', 'correct', 'gold', 'gt', 'ground_truth', 'target')
@@ -410,7 +410,7 @@ def _resolved(records, wrong):
         found[r.n] = Choice(r.question, r.options, r.options[i], LETTERS[i])
     return found
 
-# %% ../../nbs/03_data/14_options.ipynb #35f41b0e
+# %% ../../nbs/03_data/14_options.ipynb #7886cfbe
 def option_words(
     text:str, # an option or an answer
 )->str:       # words in lower case, single blanks between them
@@ -533,8 +533,8 @@ def _only(places):
     "The one place there is, else None."
     return next(iter(places)) if len(places) == 1 else None
 
-def _undisputed(places, words, said, short=8):
-    "The one place that letters name, if a short answer names no other option beside it."
+def _undisputed(places, words, said, short=4):
+    "The one place that letters name, if an answer of a few words names no other option beside it."
     named = _named(words, said) if len(said.split()) <= short else set()
     return None if named and not named & places else _only(places)
 
