@@ -328,10 +328,12 @@ def no_interval(
     row:dict, # row of scores.csv
 )->str:       # such as `– one image`; empty if the row has an interval
     "Why a score has no interval."
-    if row.get('low') not in ('', None): return ''
+    low = row.get('low')
+    if low not in ('', None) and low == low: return ''   # NaN is not itself
     for k in ('image', 'cluster'):
         if str(row.get(f'n_{k}s')) == '1': return f'– one {k}'
-    return '– all alike'   # and without known bounds
+    counts = str(row.get('metric')).startswith(('answers.', 'paired.', 'calibration.'))
+    return '–' if counts else '– all alike'              # alike, and without known bounds
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #7302e8a9
 def score_table(

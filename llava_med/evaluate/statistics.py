@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXACT_CLUSTERS', 'share_interval', 'win_tie_loss', 'mcnemar', 'subsets', 'subset_means', 'draw_limits',
-           'paired_difference', 'design_effect', 'holm', 'smallest_difference', 'compare', 'paired_tests', 'test_rows',
-           'with_tests', 'null_rate', 'reliability', 'calibration_error', 'confidence_of', 'calibration_table',
-           'calibration_rows']
+           'alike_difference', 'paired_difference', 'design_effect', 'holm', 'smallest_difference', 'compare',
+           'paired_tests', 'test_rows', 'with_tests', 'null_rate', 'reliability', 'calibration_error', 'confidence_of',
+           'calibration_table', 'calibration_rows']
 
 # %% ../../nbs/06_evaluate/07_statistics.ipynb #cff10f19
 import math
@@ -97,8 +97,12 @@ def draw_limits(
     beyond = math.ceil(.025*(n + 1)) - 1
     return (float(x[beyond-1]), float(x[n-beyond])) if beyond else (-bound, bound)
 
-def _alike(value, n, bound):
-    "Interval and p of n clusters that all show one difference."
+def alike_difference(
+    value:float,    # what every cluster shows
+    n:int,          # clusters
+    bound:float=1., # that the difference cannot leave; infinite if it has no bound
+)->tuple:           # lower and upper limit, p; NaN limits for one cluster or without bound
+    "Interval and p of clusters that all show one difference."
     bounds = (-bound, bound) if math.isfinite(bound) else None
     if abs(value) < 1e-9 or n < 2: return *edge_limits(value, n, bounds), 1.
     p = 2*(1 + abs(value)/bound)**-n if bounds else 2*.5**n
@@ -121,7 +125,7 @@ def paired_difference(
     bound = 1. if np.abs(d).max() <= 1 else math.inf
     off = num[:, 0] - value*den[:, 0]
     se = math.sqrt((off**2).sum()*g/(g - 1))/len(d) if g > 1 else math.nan
-    if g < 2 or np.ptp(num/den) < 1e-9: low, high, p = _alike(value, g, bound)
+    if g < 2 or np.ptp(num/den) < 1e-9: low, high, p = alike_difference(value, g, bound)
     else:
         draws = subset_means(num, den, n_draws, seed)[:, 0]
         low, high, p = *draw_limits(draws, bound), float(_p(draws))

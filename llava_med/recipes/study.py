@@ -33,7 +33,8 @@ from ..core.imports import module_file, modules_hash, needed_modules
 from ..core.registry import import_recipes
 from llava_med.core.runs import (clock, figure_style, now, outputs_dir, read_jsonl, root,
     write_csv, writing)
-from ..evaluate.statistics import holm
+from ..evaluate.exact import edge_limits
+from ..evaluate.statistics import alike_difference, holm
 
 # %% ../../nbs/recipes/01_study.ipynb #2d32a7fd
 class StudyError(ValueError): "A study that cannot be computed; the message is one sentence."
@@ -78,18 +79,18 @@ def seed_paired_difference(
     d, n = a - b, len(set(images))
     variance, df = paired_variance(d, images)
     value, se = float(d.mean()), float(np.sqrt(variance))
-    if df > 0 and se > 1e-12:
+    if n > 1 and np.ptp(d) < 1e-12: low, high, p, seen = _without_spread(value, n)
+    elif n > 1 and df > 0 and se > 1e-12:
         half, p = stats.t.ppf(.975, df)*se, float(2*stats.t.sf(abs(value)/se, df))
-        seen = half + stats.t.ppf(.8, df)*se
-    elif np.ptp(d) < 1e-12: half, p, seen = _without_spread(value, n)
-    else: half, p, seen = np.inf, np.nan, np.inf
-    return dict(value=value, low=value - float(half), high=value + float(half), p=float(p),
-                mde=float(seen), n_seeds=len(d), n_images=n, n_items=len(images))
+        low, high, seen = value - half, value + half, half + stats.t.ppf(.8, df)*se
+    else: low, high, p, seen = -np.inf, np.inf, 1. if n == 1 else np.nan, np.inf
+    return dict(value=value, low=float(low), high=float(high), p=float(p), mde=float(seen),
+                n_seeds=len(d), n_images=n, n_items=len(images))
 
 def _without_spread(value, n):
-    "Half-width, p and smallest effect where every one of n images has the same difference."
-    limit = 1 - .05**(1/n)   # what n images without an exception leave possible
-    return limit, 1. if value == 0 else min(1., 2*.5**n), limit
+    "Limits, p and smallest effect where every one of n images has the same difference."
+    low, high, p = alike_difference(value, n)
+    return low, high, p, 1 - .05**(1/n)   # what n images without an exception leave possible
 
 # %% ../../nbs/recipes/01_study.ipynb #011fe999
 ROLES = ('idea', 'base', 'core', 'placebo', 'positive_control')
@@ -144,7 +145,10 @@ _COST = ('steps', 'tokens', 'train_s', 'params')
 def _arm_row(arm, images):
     "Score and cost of one arm; its interval is over seeds and images, as for a difference from 0."
     r = seed_paired_difference(arm.credits, np.zeros_like(arm.credits), images)
-    r |= dict(low=max(0., r['low']), high=min(1., r['high']), p=np.nan, mde=np.nan)
+    if np.ptp(arm.credits) < 1e-12 and r['n_images'] > 1:   # all right, say
+        r |= dict(zip(('low', 'high'), edge_limits(r['value'], r['n_images'])))
+    if np.isfinite(r['low']): r |= dict(low=max(0., r['low']), high=min(1., r['high']))
+    r |= dict(p=np.nan, mde=np.nan)
     return dict(row=arm.name, arm=arm.name, role=arm.role, control='', **r,
                 **{k: getattr(arm, k) for k in _COST}, verdict='')
 
