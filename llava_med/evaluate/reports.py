@@ -6,7 +6,7 @@
 __all__ = ['WARNINGS', 'SET_NOTES', 'PUBLISHED', 'MARKS', 'REPORT_USE', 'RULES', 'ORDER', 'NOTES', 'text', 'table', 'data_uri',
            'figure', 'picture_uri', 'page', 'write_page', 'value_with_interval', 'side_by_side', 'row_table', 'wrapped',
            'published_rows', 'drawn_examples', 'gallery', 'example_figure', 'score_figure', 'calibration_figure',
-           'case_table', 'in_words', 'evaluation_report']
+           'looking_title', 'case_table', 'in_words', 'evaluation_report']
 
 # %% ../../nbs/06_evaluate/09_reports.ipynb #0fcec0ba
 import base64, io, re, textwrap
@@ -334,6 +334,18 @@ def calibration_figure(
         ax.plot([.5, 1], [.5, 1], 'k', lw=1)
         ax.set(xlabel='confidence', ylabel='share right', ylim=(-.03, 1.03)); ax.legend()
     return figure(fig, 'Confidence and share right; on the thin line a model is as often right as it is sure. ' + '; '.join(words) + '.')
+
+# %% ../../nbs/06_evaluate/09_reports.ipynb #f675b9e1
+def looking_title(
+    gains:dict, # kind of question → row with low and high of the difference with and without the image
+)->str:         # a title
+    "For how many kinds of question the image is shown to help."
+    known = [(float(r['low']), float(r['high'])) for r in gains.values() if not no_interval(r)]
+    if not known: return 'Whether the image helps cannot be said'
+    helps, harms = sum(low > 0 for low, _ in known), sum(high < 0 for _, high in known)
+    kinds = f'{len(gains)} kinds of question'
+    said = f'The image helps with {helps} of {kinds}' if helps else f'The image is not shown to help with any of {kinds}'
+    return said + (f' and harms with {harms}' if harms else '')
 
 # %% ../../nbs/06_evaluate/09_reports.ipynb #1c7b428f
 REPORT_USE = 'Research and teaching only. These models are no medical devices: nothing that they say may guide the care of a patient.'

@@ -240,11 +240,13 @@ def test_rows(
 _SIZES = ('n_items', 'n_images', 'n_clusters')
 
 def _test_values(t):
-    "What is told of one test. A p-value has six digits, so that rounding does not take it over 0.05."
+    "What is told of one test. Rounding takes no p-value over 0.05, and none to zero."
     values = {k: t[k] for k in ('p', 'p_holm', 'p_mcnemar', 'smallest')} | {k: t[k]/t['n_items']
                                                                             for k in ('win', 'tie', 'loss')}
-    return {k: round(float(v), 6 if k in ('p', 'p_holm') else 4) for k, v in values.items()
-            if np.isfinite(v)}
+    def tidy(k, v):
+        if not k.startswith('p'): return round(float(v), 4)
+        return round(float(v), 6) or float(f'{v:.2g}')
+    return {k: tidy(k, v) for k, v in values.items() if np.isfinite(v)}
 
 def with_tests(
     rows:list,          # rows of scores.csv

@@ -137,6 +137,7 @@ def verdict_of(
     loses = _significant(difference) and difference['value'] < 0
     if loses and difference['value'] <= -margin: return OPPOSITE
     least = 100*max(difference['mde'], margin)
+    if not np.isfinite(least): return f'{NOT_SHOWN} (nothing could have been seen)'
     return f'{NOT_SHOWN} (≥ {least:.1f} points would have been seen)'
 
 # %% ../../nbs/recipes/01_study.ipynb #657ab9c6
@@ -216,6 +217,11 @@ def study_table(
             'params', 'verdict']
     return d[keep].astype(object).fillna('').set_index('row')
 
+def _number(v):
+    "A cell of a study's table as a number; NaN where it is empty or infinite."
+    x = float(v) if v not in ('', None) else np.nan
+    return x if np.isfinite(x) else np.nan
+
 def study_verdicts(
     rows:list, # from `study_rows` or `read_study`
 )->str:        # one sentence an idea
@@ -223,9 +229,10 @@ def study_verdicts(
     said = []
     for r in rows:
         if not r['verdict']: continue
-        value, low, high = (f'{100*float(r[k]):+.1f}' for k in ('value', 'low', 'high'))
-        said.append(f"{r['study']}: {r['arm']} against {r['control']}, {value} points ({low} to "
-                    f"{high}), {r['n_seeds']} seeds, {r['n_images']} images: {r['verdict']}.")
+        value, low, high = (100*_number(r[k]) for k in ('value', 'low', 'high'))
+        limits = f'{low:+.1f} to {high:+.1f}' if np.isfinite(low) else 'no interval'
+        said.append(f"{r['study']}: {r['arm']} against {r['control']}, {value:+.1f} points ({limits}), "
+                    f"{r['n_seeds']} seeds, {r['n_images']} images: {r['verdict']}.")
     return ' '.join(said)
 
 def study_figure(
@@ -234,7 +241,7 @@ def study_figure(
     "Every difference of a study with its interval."
     import matplotlib.pyplot as plt
     shown = [r for r in rows if r['control']][::-1]
-    of = lambda key: np.array([100*float(r[key]) for r in shown])
+    of = lambda key: np.array([100*_number(r[key]) for r in shown])
     value, low, high = of('value'), of('low'), of('high')
     verdict = next((r['verdict'] for r in rows if r['verdict']), '')
     with figure_style():
