@@ -210,8 +210,9 @@ def _last_layer_on(model, keep):
     again = getattr(layer, 'gradient_checkpointing', False) or getattr(layer, '_compiled_call_impl', None)   # computed later, or already translated
     if again or None in parts: yield; return
     at, shape = keep.flatten().nonzero()[:, 0], keep.shape
-    def take(module, args): return F.pad(args[0].flatten(0, 1)[at], (0, 0, 0, -len(at) % 64)), *args[1:]   # few shapes, as in `Collator`
-    def put(module, args, out): return out.new_zeros(keep.numel(), out.shape[-1]).index_copy(0, at, out[:len(at)]).view(*shape, -1)
+    def take(module, args): return F.pad(args[0].flatten(0, 1)[at], (0, 0, 0, -len(at) % 64))[None], *args[1:]   # few shapes, as in `Collator`
+    def back(x): return x.new_zeros(keep.numel(), x.shape[-1]).index_copy(0, at, x[0, :len(at)]).view(*shape, -1)
+    def put(module, args, out): return (back(out[0]), *out[1:]) if isinstance(out, tuple) else back(out)   # a mixture of experts tells its router's choice, too
     hooks = [h for p in parts for h in (p.register_forward_pre_hook(take), p.register_forward_hook(put))]
     try: yield
     finally:
