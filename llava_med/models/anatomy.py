@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS', 'TRAINABLE', 'base_of', 'tower', 'connector', 'decoder', 'head', 'put_part', 'layers_of', 'decoder_layers',
            'image_token', 'image_tokens', 'position_ids', 'layer_kinds', 'state_layer', 'attention_window',
-           'apart_because', 'vision_features', 'part_of', 'check_patterns', 'has_identity', 'trainable_names',
-           'set_trainable', 'part_table']
+           'apart_because', 'vision_features', 'leading_vectors', 'part_of', 'check_patterns', 'has_identity',
+           'trainable_names', 'set_trainable', 'part_table']
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #c340e3ef
 import re
@@ -195,6 +195,22 @@ def vision_features(
     parts = (px.to(base.device, base.dtype) for px in pixel_values.split(batch_size))
     with torch.set_grad_enabled(graph and any(p.requires_grad for p in sees.parameters())):
         return torch.cat([_tower_output(sees, base.config, px) for px in parts])
+@torch.no_grad()
+def leading_vectors(
+    model, # a LLaVA, with adapters or not
+)->int:    # such as 4 for a tower with registers
+    "How many vectors that the connector gets of an image stand before those of its patches; ValueError where they stand elsewhere."
+    sees, config = tower(model), base_of(model).config
+    size, patch = config.vision_config.image_size, config.vision_config.patch_size
+    side, last = size//patch, slice((size//patch - 1)*patch, size//patch*patch)
+    px = torch.zeros(2, 3, size, size, device=base_of(model).device, dtype=base_of(model).dtype)
+    px[1, :, last, last] = 1.                                # only the last patch differs
+    plain, marked = sees(px, output_hidden_states=True).hidden_states[0]
+    moved, n = (plain != marked).any(-1).nonzero().flatten().tolist(), len(plain)
+    if not moved or moved[-1] != n - 1 or moved[0] < n - side**2: raise ValueError(
+        f'{type(sees).__name__} gives {n} vectors for {side} x {side} patches, and those of the patches are not '
+        'the last ones: no map can be drawn.')
+    return n - side**2 - int(config.vision_feature_select_strategy == 'default')
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #46b89be4
 def part_of(
