@@ -177,7 +177,7 @@ def registers(pair, n=4, kind=Dinov2WithRegistersConfig, last=False, **kw):
     own = type(processor)(image_processor=processor.image_processor, tokenizer=tok, patch_size=12, chat_template=processor.chat_template,
                           vision_feature_select_strategy='default', num_additional_image_tokens=n + 1)
     text = LlamaConfig(**{**TEXT, 'vocab_size': len(tok)})
-    config = LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=0, image_seq_length=64 + n,
+    config = LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=[0], image_seq_length=64 + n,
                          image_token_index=tok.convert_tokens_to_ids('<image>'))
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config).eval()

@@ -6,7 +6,7 @@
 __all__ = ['probe_samples', 'watched_weights', 'separate_loss', 'loss_and_gradients', 'Gate', 'apart', 'image_effect',
            'path_gate', 'prefix_gate', 'taken', 'exact_collate', 'check_step']
 
-# %% ../../nbs/04_train/07_gates.ipynb #68ca6ba4
+# %% ../../nbs/04_train/07_gates.ipynb #906c1834
 import contextlib
 import copy
 import weakref
@@ -22,7 +22,7 @@ from ..models.anatomy import (apart_because, base_of, connector, decoder_layers,
 from .batches import IGNORE, Collator, batch_loss, embed, encode, share_pictures
 from .packing import ApartCollator, PackedCollator, pack_rows
 
-# %% ../../nbs/04_train/07_gates.ipynb #092a3c4f
+# %% ../../nbs/04_train/07_gates.ipynb #3cb1651b
 _LENGTHS = ((9, 3), (13, 7))   # tokens of the probe's questions and answers
 
 def probe_samples(
@@ -87,7 +87,7 @@ def loss_and_gradients(
     finally:
         if attention: base.set_attn_implementation({'text_config': was})
 
-# %% ../../nbs/04_train/07_gates.ipynb #22178a2e
+# %% ../../nbs/04_train/07_gates.ipynb #5371970a
 @dataclass(frozen=True)
 class Gate:
     "Whether a fast path was equal to the plain one."
@@ -179,7 +179,7 @@ def path_gate(
 def _key(base, share, packed):
     return bool(share), bool(packed), base.config.text_config._attn_implementation, base.dtype
 
-# %% ../../nbs/04_train/07_gates.ipynb #5908a970
+# %% ../../nbs/04_train/07_gates.ipynb #c03766f0
 _ASKED = (('Which side is it on?', 'left'),
           ('What is shown in the image?', 'a small nodule in the right lung'))
 
@@ -202,7 +202,7 @@ def prefix_gate(
                     'the chat template puts nothing that could be shared before the question')
     return path_gate(model, True, packed, tolerance, longest, processor.tokenizer.pad_token_id or 0)
 
-# %% ../../nbs/04_train/07_gates.ipynb #c9ef6039
+# %% ../../nbs/04_train/07_gates.ipynb #0170759d
 def taken(
     wanted:bool,   # whether the fast path was asked for
     gate:Callable, # () → Gate; not called where it was not
@@ -241,7 +241,7 @@ def exact_collate(
     print(f'Rows are taken apart: {why}.')
     return ApartCollator(collate, image_token(model), image_tokens(model))
 
-# %% ../../nbs/04_train/07_gates.ipynb #7a681d74
+# %% ../../nbs/04_train/07_gates.ipynb #96759a07
 @contextlib.contextmanager
 def _adapted(model, rank):
     "For a while, an adapter on the language model."
@@ -275,6 +275,11 @@ def _step_fails(model, pad_id):
     except torch.OutOfMemoryError: return ''   # what fits is measured by `plan_memory`
     except Exception as e: return f'a loss step of two short questions fails ({_why(e)})'
 
+def _adapter_fails(model, rank, pad_id):
+    try:
+        with _adapted(model, rank) as adapted: return _step_fails(adapted, pad_id)
+    except Exception as e: return _why(e)   # it fits no layer
+
 def check_step(
     model,           # a LLaVA with weights that learn
     where,           # its folder, for the message
@@ -285,12 +290,10 @@ def check_step(
     kind, was = base_of(model).config.text_config.model_type, model.training
     model.eval()
     try:
-        if why := _step_fails(model, pad_id): raise ValueError(
-            f"'{where}' ({kind}) cannot be trained: {why}; choose another language model, such as "
-            'one of the Llama, Mistral, Qwen or Granite kind.')
-        if not lora_rank: return
-        with _adapted(model, lora_rank) as adapted: why = _step_fails(adapted, pad_id)
-    except (TypeError, RuntimeError) as e: why = _why(e)   # the adapter fits no layer
+        why = _step_fails(model, pad_id)
+        adapter = _adapter_fails(model, lora_rank, pad_id) if lora_rank and not why else ''
     finally: model.train(was)
-    if why: raise ValueError(f"'{where}' ({kind}) cannot be trained with an adapter: {why}; train its "
-                             'weights (lora_rank 0), or choose another language model.')
+    if why: raise ValueError(f"'{where}' ({kind}) cannot be trained: {why}; choose another language model, "
+                             'such as one of the Llama, Mistral, Qwen or Granite kind.')
+    if adapter: raise ValueError(f"'{where}' ({kind}) cannot be trained with an adapter: {adapter}; train its "
+                                 'weights (lora_rank 0), or choose another language model.')
