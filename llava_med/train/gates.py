@@ -6,7 +6,7 @@
 __all__ = ['probe_samples', 'watched_weights', 'separate_loss', 'loss_and_gradients', 'Gate', 'apart', 'image_effect',
            'path_gate', 'prefix_gate', 'taken', 'exact_collate', 'check_step']
 
-# %% ../../nbs/04_train/07_gates.ipynb #906c1834
+# %% ../../nbs/04_train/07_gates.ipynb #d22c109d
 import contextlib
 import copy
 import weakref
@@ -22,7 +22,7 @@ from ..models.anatomy import (apart_because, base_of, connector, decoder_layers,
 from .batches import IGNORE, Collator, batch_loss, embed, encode, share_pictures
 from .packing import ApartCollator, PackedCollator, pack_rows
 
-# %% ../../nbs/04_train/07_gates.ipynb #3cb1651b
+# %% ../../nbs/04_train/07_gates.ipynb #e47a4f2a
 _LENGTHS = ((9, 3), (13, 7))   # tokens of the probe's questions and answers
 
 def probe_samples(
@@ -87,7 +87,7 @@ def loss_and_gradients(
     finally:
         if attention: base.set_attn_implementation({'text_config': was})
 
-# %% ../../nbs/04_train/07_gates.ipynb #5371970a
+# %% ../../nbs/04_train/07_gates.ipynb #4a4c2817
 @dataclass(frozen=True)
 class Gate:
     "Whether a fast path was equal to the plain one."
@@ -179,7 +179,7 @@ def path_gate(
 def _key(base, share, packed):
     return bool(share), bool(packed), base.config.text_config._attn_implementation, base.dtype
 
-# %% ../../nbs/04_train/07_gates.ipynb #c03766f0
+# %% ../../nbs/04_train/07_gates.ipynb #9207a99a
 _ASKED = (('Which side is it on?', 'left'),
           ('What is shown in the image?', 'a small nodule in the right lung'))
 
@@ -202,7 +202,7 @@ def prefix_gate(
                     'the chat template puts nothing that could be shared before the question')
     return path_gate(model, True, packed, tolerance, longest, processor.tokenizer.pad_token_id or 0)
 
-# %% ../../nbs/04_train/07_gates.ipynb #0170759d
+# %% ../../nbs/04_train/07_gates.ipynb #ae443bf9
 def taken(
     wanted:bool,   # whether the fast path was asked for
     gate:Callable, # () → Gate; not called where it was not
@@ -241,7 +241,7 @@ def exact_collate(
     print(f'Rows are taken apart: {why}.')
     return ApartCollator(collate, image_token(model), image_tokens(model))
 
-# %% ../../nbs/04_train/07_gates.ipynb #96759a07
+# %% ../../nbs/04_train/07_gates.ipynb #4f046b9d
 @contextlib.contextmanager
 def _adapted(model, rank):
     "For a while, an adapter on the language model."
@@ -250,7 +250,7 @@ def _adapted(model, rank):
                         task_type='CAUSAL_LM')
     adapted = None
     try:
-        adapted = attach(model, config)
+        with torch.random.fork_rng(devices=[]): adapted = attach(model, config)
         yield adapted
     finally:
         if adapted is not None: adapted.unload()
