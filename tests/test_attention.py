@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, Dinov2WithRegistersConfig, LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
+from transformers import CLIPVisionConfig, Dinov2WithRegistersConfig, GptOssConfig, LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -159,6 +159,15 @@ def test_bad_requests_are_refused_in_a_sentence(pair, change, words):
 def test_a_model_without_the_parts_is_refused():
     with pytest.raises(ValueError, match='LlavaForConditionalGeneration'):
         at.language_model(torch.nn.Linear(2, 2))
+
+
+def test_attention_with_sinks_is_refused(pair):
+    _, processor = pair
+    text = GptOssConfig(**{**TEXT, 'head_dim': 8}, num_local_experts=2, num_experts_per_tok=1, layer_types=['full_attention']*2)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=text, vision_feature_layer=-1,
+                                                      image_token_index=processor.image_token_id)).eval()
+    with pytest.raises(ValueError, match='GptOssModel has attention of its own'):
+        at.trace(model, [at.encode_sample(processor, picture(), 'Where?', 'left')])
 
 
 def test_a_grid_that_does_not_fit_the_tokens_is_refused(pair):

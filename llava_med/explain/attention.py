@@ -77,6 +77,9 @@ def language_model(
     if layers is None or not all(hasattr(o, 'self_attn') for o in layers):
         raise ValueError(f'{type(model).__name__} has no model.language_model.layers with '
             'self-attention: use a LlavaForConditionalGeneration with a Llama-like decoder.')
+    if not getattr(type(inner), '_supports_sdpa', True):
+        raise ValueError(f'{type(inner).__name__} has attention of its own (sinks or soft caps), which maps '
+            'would leave out: use a language model that computes plain attention, such as Llama or Qwen.')
     return base, inner
 
 # %% ../../nbs/07_explain/01_attention.ipynb #852e3e7b
