@@ -153,6 +153,10 @@ def read_llava_vqa(
     return [o for n, r in enumerate(rows) for o in _llava_items(r, n, part, path) if split in (None, part)]
 
 # %% ../../nbs/03_data/16_vqa_readers.ipynb #e49c12a3
+def _own_id(r): # the id that a table gives to a question, so that answers can name it
+    found = (clean(r.get(k)) for k in ('question_id', 'qid', 'id', 'index'))
+    return next(({'qid': k} for k in found if k), {})
+
 def _table(f): # a table of an open text file whose columns are parted by commas, semicolons or tabs; names in lower case
     sep = max(',;\t', key=f.readline().count)
     f.seek(0)
@@ -175,7 +179,7 @@ def read_table(
                 if said and not split_of(said): raise ValueError(f'{path}: row {n} has the split {said!r}; write train, val or test.')
                 kind = dict(answer_type=r['answer_type']) if clean(r.get('answer_type')) else _derived(r['answer'])
                 tags = {k: clean(r.get(k)).lower() or None for k in ('modality', 'organ', 'question_type')}
-                out.append(make_item(f'table-{n}', [clean(r['image'])], r['question'], r['answer'], split=split_of(said or path) or 'all', source='table', row=n, **kind, **tags))
+                out.append(make_item(f'table-{n}', [clean(r['image'])], r['question'], r['answer'], split=split_of(said or path) or 'all', source='table', row=n, **kind, **tags, **_own_id(r)))
     except (csv.Error, UnicodeDecodeError) as e: raise ValueError(f'{path}: not a table that can be read ({e}); save it as CSV in UTF-8.') from None
     if not out: raise ValueError(f'{path}: holds no questions.')
     return [o for o in out if split in (None, o['split'])]

@@ -6,7 +6,7 @@
 __all__ = ['ANSWER_KEYS', 'TOOLS', 'CASES', 'CHANCE', 'read_rows', 'read_answers', 'questions_in', 'one_answer_each', 'align',
            'remedy']
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #62b3374b
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #b7464624
 import csv, json, re
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from ..data.vqa import LETTERS, same_question
 from .answer_text import ODD_TEXT, plain
 from .exact import ScoreError, _index, strict_normalise
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #629de02e
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #3268f1fd
 ANSWER_KEYS = dict(
     text=('text', 'prediction', 'response', 'model_answer', 'model_response', 'model_output', 'output',
           'generated_text', 'generated_answer', 'pred', 'pred_answer', 'predicted_answer', 'predict',
@@ -47,7 +47,7 @@ def _content(v):
     if not isinstance(v, list): return v
     return ''.join(p.get('text') or '' for p in v if isinstance(p, dict) and p.get('type') != 'thinking')
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #5d8bdda6
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #357d462c
 def _table_rows(f, path):
     "Rows of an open text file whose cells are parted by commas, semicolons or tabs."
     sep = max(',;\t', key=f.readline().count)
@@ -116,7 +116,7 @@ def read_rows(
     except UnicodeDecodeError:
         raise ScoreError(f'{path}: is not UTF-8 text; save it as UTF-8.') from None
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #2b092853
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #c44260c4
 def _of_batch(r):
     "A line of OpenAI's, vLLM's or Anthropic's batch output."
     answer = r.get('response') or r.get('result') or {}
@@ -157,7 +157,7 @@ def _picked(r, parts):
         found['key'] = [letter, named[letter.lower()]]      # VLMEvalKit: the options are columns A to D
     return {p: v for p, v in found.items() if v is not None}
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #3e9cc206
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #40a04222
 def _answer_key(path, i, r):
     "The key that holds the answer in a record; refused where there is none, or more than one."
     named = {_name(k): k for k in r}
@@ -217,7 +217,7 @@ def read_answers(
 
 def _known_names(r): return {_name(k) for k in r} & {k for ks in ANSWER_KEYS.values() for k in ks}
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #d43f9ff7
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #fb55336a
 def questions_in(
     prompt:str, # what the model was asked
 )->list:        # normalised questions that this may be, the longest first
@@ -229,7 +229,7 @@ def questions_in(
     tries = map(same_question, [text, *cut, *lines, *bare])
     return list(dict.fromkeys(q for q in tries if q))
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #e9740010
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #b1f38cab
 CASES = dict(missing='items without an answer', extra='answers to no item', caption='captions, not answers',
              duplicate='answers given twice (the same)', conflict='answers to one item that differ (none counts)',
              repeated='failed attempts repeated later',
@@ -242,7 +242,7 @@ CASES = dict(missing='items without an answer', extra='answers to no item', capt
 
 CHANCE = 1e-6   # an agreement that is likelier than this under a random order proves nothing
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #954868ff
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #2d097dc3
 def _image_names(v):
     "Names of images without ending, as parts of a path from the last to the first; pixels have none."
     if isinstance(v, dict): v = v.get('path')
@@ -273,7 +273,7 @@ def _showing(index, alone, v):
         found = fit if found is None else found & fit
     return found
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #5483d66c
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #cefdc3ac
 def _id_text(v):
     "An id as text: 7, 7.0 and '7' are one."
     if isinstance(v, bool) or not _given(v): return None
@@ -294,7 +294,7 @@ def _id_tables(items, rows):
             said = [write(r.get('row') if kind == 'row' and _given(r.get('row')) else _record_id(r)) for r in rows]
             if known and len(known) == len(named) and any(k in known for k in said): yield kind, known, said
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #fb07d777
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #b89766c9
 def _key_forms(v):
     "A key as text, without case and the letter before an option."
     found = {strict_normalise(plain(str(o))) for o in (v if isinstance(v, (list, tuple)) else [v]) if _given(o)}
@@ -309,7 +309,7 @@ def _item_forms(o):
         if _key_forms(option) & _key_forms(o['answer']): out |= {k.lower(), f'{k.lower()} {strict_normalise(str(option))}'}
     return out
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #14aa65c0
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #83595b50
 def _fits(items, rows):
     "For each row the items that its question and its images allow, and what it names of the two."
     asked, (index, alone) = defaultdict(list), _image_index(items)
@@ -334,7 +334,7 @@ def _log_chance(symbols):
     counts = Counter(symbols).values()
     return sum(lgamma(c + 1) for c in counts) - lgamma(sum(counts) + 1)
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #d96d6366
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #a61f3374
 def _believed(items, rows, fits, told, kind, known, said):
     "Rows whose id names their item beyond doubt, as row → item; empty if ids of this kind prove nothing."
     at = {j: known[k] for j, k in enumerate(said) if k in known}
@@ -362,11 +362,11 @@ def _by_id(items, rows, fits, told, n):
         got = _believed(items, rows, fits, told, kind, known, said)
         text = any(k in known and not k.isdigit() for k in said)
         if len(got) > len(best): best, named = got, text
-        if text and not got: n['other_id'] += sum(k in known and known[k] not in fits[j] for j, k in enumerate(said))
+        if text and not got: n['other_id'] = max(n['other_id'], sum(k in known and known[k] not in fits[j] for j, k in enumerate(said)))
     if best: n['other_id'] = 0
     return best, named
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #294c8c97
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #ba2a1027
 def _with_keys(items, rows, fits):
     "The items that the keys in the file allow, if all rows have one and every one fits."
     if not all(_given(r.get('key')) for r in rows): return fits
@@ -391,21 +391,22 @@ def _by_order(fits, rows):
     if symbols != [group_of[i] for i in there] or _log_chance(symbols) >= log(CHANCE): return {}
     return dict(zip(here, there))
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #b55ed89c
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #b73b3fc7
 def _without_repeats(rows, n, who:Callable):
     "Rows without failed attempts that were repeated and without equal answers to one question."
     groups = defaultdict(list)
     for i, r in enumerate(rows):
         k = who(r)
-        groups[i if k is None else k].append(r)
-    kept = set()
+        groups[i if k is None else k].append(i)
+    kept = []
     for g in groups.values():
-        good = [r for r in g if not r.get('error')] or g[:1]
-        first = list({json.dumps(r.get('text'), default=str): r for r in reversed(good)}.values())[::-1]
+        good = [i for i in g if not rows[i].get('error')] or g[:1]
+        first = {}
+        for i in good: first.setdefault(json.dumps(rows[i].get('text'), default=str), i)
         n['repeated'] += len(g) - len(good)
         n['duplicate'] += len(good) - len(first)
-        kept |= {id(r) for r in first}
-    return [r for r in rows if id(r) in kept]
+        kept += first.values()
+    return [rows[i] for i in sorted(kept)]
 
 def one_answer_each(
     pairs:list, # (item id, row)
@@ -417,7 +418,7 @@ def one_answer_each(
     n['conflict'] += sum(c for c in often.values() if c > 1)
     return {r['_of']: {k: v for k, v in r.items() if k != '_of'} for r in kept if often[r['_of']] == 1}
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #39f7991b
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #4472513f
 def _way(told, fit, narrowed):
     "By what a row found its only item."
     if fit is not narrowed and len(fit) > 1: return 'question and key' if 'question' in told else 'image and key'
@@ -463,7 +464,7 @@ def align(
     n['missing'] = len(items) - len(found)
     return found, _rule(ways, told, keyed), n
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #df44d86e
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #44137a6f
 def remedy(
     n:Counter, # counts of CASES
 )->str:        # what to do, in words

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ODD_TEXT', 'PLUS', 'MINUS', 'COMPARED', 'split_thoughts', 'framed', 'plain', 'spoken', 'answer_text', 'with_signs']
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #ee906789
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #b13cd590
 import html, re, unicodedata
 from collections import Counter
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #3dcd3370
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #69ce9af9
 ODD_TEXT = dict(thoughts='answers with thoughts, left out',
                 unfinished='answers that are thoughts only (count as empty)',
                 control='answers with control tokens, left out',
@@ -47,7 +47,7 @@ def split_thoughts(
     rest = ''.join(said)
     return ''.join(thoughts), rest if rest.strip() or not depth else None
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #fc6639dc
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #09539a2e
 _FRAME = r'(?:final_?)?answer|conclusion|solution'
 _TAG = re.compile(rf'(?is)<({_FRAME})>(.*?)(?:</\1>|\Z)|<\|begin_of_(?:solution|box)\|>(.*?)'
                   r'(?:<\|end_of_(?:solution|box)\|>|\Z)')
@@ -83,7 +83,7 @@ def framed(
     if not found: return _after_label(text)
     return '\n'.join(dict.fromkeys(t.strip() for t in found))
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #05c64e25
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #4a93b8f7
 _END = re.compile(r'(?i)</s>|<eos>|\[eos\]|<end_of_turn>|<end_of_utterance>|<turn\|>|<\|(?:im_end|eot_id|eom_id|'
                   r'end_of_text|endoftext|end|return|end_of_turn|eot|user|end_of_sentence)\|>'
                   r'|<｜end▁of▁sentence｜>|<｜user｜>|<\|im_start\|>\s*user')
@@ -100,7 +100,7 @@ def _without_control(text):
     said = next((t for t in _END.split(start) if _CONTROL.sub('', t).strip()), '')
     return _CONTROL.sub(' ', said)
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #44ace1e6
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #1234d554
 _HTML_TAGS = ('a b body br code div em font h1 h2 h3 h4 h5 h6 html i img li ol p pre span strong '
               'sub sup table td th tr u ul')
 _HTML = re.compile(rf'(?i)</?(?:{_HTML_TAGS.replace(" ", "|")})(?:\s[^<>]*)?/?>'
@@ -115,7 +115,7 @@ def plain(
     raised = _SUP.sub(lambda m: ('^' if m[1][-1].isdigit() else '') + m[1], text)
     return html.unescape(_HTML.sub(lambda m: ' ' if m[0][0] == '<' else m[0], raised))
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #a8b18497
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #18b31363
 _TEXT = dict(thoughts='answers with thoughts, left out',
                 unfinished='answers that are thoughts only (count as empty)',
                 control='answers with control tokens, left out',
@@ -232,7 +232,7 @@ def _without_markdown(text):
         text = re.sub(rf'(?<!\w){mark}(?=\S)(.+?)(?<=\S){mark}(?!\w)', r'\1', text)
     return re.sub(r'(?m)^[ \t]*(?:#{1,6}[ \t]+|>[ \t]+(?=[^\W\d])|[-*•–][ \t]+(?=\S))', '', text)
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #da6f6857
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #5633b081
 def _once(text, odd):
     "One pass over all that may stand around an answer; what was met is added to `odd`."
     thoughts, said = split_thoughts(text)
@@ -257,10 +257,11 @@ def spoken(
         new = _once(said, odd)
         if new == said: break
         said = new
-    if n is not None: n.update(odd)
+    if n is not None:
+        for k in odd: n[k] = n.get(k, 0) + 1
     return said.strip() if odd else text
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #1ae0a5c2
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #e7017667
 def answer_text(
     row:dict,  # an answer
     n:Counter, # counts of kinds of odd answers; added to
@@ -277,12 +278,12 @@ def answer_text(
     spoken(t, n)
     return t
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #5e23b9ff
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #95b41f03
 PLUS, MINUS, COMPARED = '\ue000', '\ue001', '<>≤≥±≠≪≫'   # private characters stand for signs that stay
 _RAISED = str.maketrans('⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻', '0123456789+-')
 _SAME = str.maketrans({**dict.fromkeys('‐‑‒–—―⁃˗﹘﹣－➖−', '-'), **dict.fromkeys('＋﹢➕', '+'),
                        **dict.fromkeys('⩽≦≯', '≤'), **dict.fromkeys('⩾≧≮', '≥'), '∓': '±'})
-_PLAIN = re.compile(r'(?:[^\W\d_]{4,}|yes|no|mm|cm|ml|mg|kg|hu|\d+)\Z')  # words that carry no minus
+_PLAIN = re.compile(r'(?:[^\W\d_]{4,}|yes|no|mm|cm|ml|mg|kg|hu|x|non|pre|mid|sub|re|co|bi|tri|un|low|end|\d+)\Z')  # words that carry no minus
 
 def _raised(text):
     "Text in which a raised number behind a number is written as in 10^-6."
@@ -292,7 +293,7 @@ def _raised(text):
     text = re.sub(r'(?<=[^\W\d])\^\{?(?=\d)|(?<=[^\W\d])\*\*(?=\d)', '', text)   # cm^2 is cm2
     return text.translate(_RAISED)
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #c077cd36
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #0e3f68f1
 def _before_number(m):
     "A minus before a number, which is a range where a number stands before it."
     return ' ' if m.string[:m.start()].rstrip()[-1:].isdigit() else MINUS
@@ -321,7 +322,7 @@ def _signed(t):
     t = re.sub(r'(?<=[)\]])(?:(\+)|-)(?!\s*\w)', lambda m: PLUS if m[1] else MINUS, t)
     return re.sub(r'(?P<word>\w+)(?P<gap>\s*)(?P<sign>\++|-+(?!\w))', _after_word, t)
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #eb7d2385
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #dd527f41
 def _compared(t):
     "Text in which comparators stand apart, without arrows, quotation marks and tags."
     t = re.sub(r'<-+>|<-+(?!\.?\d)|-+>|=+>(?!\s*\.?\d)|(?m:^\s*>+(?=\s*[^\W\d]))', ' ', t)
