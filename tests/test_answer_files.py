@@ -1,9 +1,8 @@
 "Answers of any tool belong to the questions that they answer, or to none."
 import csv
-import json
 import random
+import time
 from collections import Counter
-from pathlib import Path
 
 import openpyxl
 import pytest
@@ -276,6 +275,22 @@ def test_objects_tables_and_failures(tmp_path):
     assert [bool(r.get('error')) for r in read_answers(tmp_path/'a.jsonl')] == [True, False]
     write_jsonl(tmp_path/'a.jsonl', [dict(custom_id='q', response=None, error=dict(code='timeout')), dict(custom_id='r', response=dict(status_code=400, body=dict(error=dict(message='x'))), error=None)])
     assert all(r['error'] for r in read_answers(tmp_path/'a.jsonl'))
+    cut_off = dict(custom_id='r', response=dict(status_code=200, body=dict(choices=[dict(message=dict(content=None, reasoning_content='hm'))])), error=None)
+    write_jsonl(tmp_path/'a.jsonl', [cut_off, dict(custom_id='s', response='yes')])
+    assert [(r.get('error'), r['text']) for r in read_answers(tmp_path/'a.jsonl')] == [(None, None), (None, 'yes')]
+
+
+def test_a_file_of_questions_is_noticed():
+    items = [item(i, f'Q{i}?') for i in range(4)]
+    assert align(items, [dict(question_id=f'q{i}', image=f'{i}.png', text=f'Q{i}?') for i in range(4)])[2]['echo'] == 4
+
+
+def test_ten_thousand_answers_to_one_question():
+    items = [item(i, 'Which disease?', f'd{i % 50}') for i in range(10_000)]
+    rows = [dict(prompt='Which disease?', text='x', key=o['answer'], image=o['images'][0] if i % 2 else None) for i, o in enumerate(items)]
+    start = time.process_time()
+    found, _, n = align(items, rows)
+    assert time.process_time() - start < 10 and all(k == f'q{i}' for i, k in enumerate(found))
 
 
 def test_questions_in_prompts():

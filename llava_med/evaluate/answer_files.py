@@ -6,17 +6,18 @@
 __all__ = ['ANSWER_KEYS', 'TOOLS', 'CASES', 'CHANCE', 'read_rows', 'read_answers', 'questions_in', 'one_answer_each', 'align',
            'remedy']
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #b7464624
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #73723837
 import csv, json, re
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import lru_cache
 from math import lgamma, log
 from pathlib import Path, PurePosixPath
 from ..data.vqa import LETTERS, same_question
 from .answer_text import ODD_TEXT, plain
 from .exact import ScoreError, _index, strict_normalise
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #3268f1fd
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #8e352027
 ANSWER_KEYS = dict(
     text=('text', 'prediction', 'response', 'model_answer', 'model_response', 'model_output', 'output',
           'generated_text', 'generated_answer', 'pred', 'pred_answer', 'predicted_answer', 'predict',
@@ -47,7 +48,7 @@ def _content(v):
     if not isinstance(v, list): return v
     return ''.join(p.get('text') or '' for p in v if isinstance(p, dict) and p.get('type') != 'thinking')
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #357d462c
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #20132054
 def _table_rows(f, path):
     "Rows of an open text file whose cells are parted by commas, semicolons or tabs."
     sep = max(',;\t', key=f.readline().count)
@@ -116,7 +117,7 @@ def read_rows(
     except UnicodeDecodeError:
         raise ScoreError(f'{path}: is not UTF-8 text; save it as UTF-8.') from None
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #c44260c4
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #fc564d88
 def _of_batch(r):
     "A line of OpenAI's, vLLM's or Anthropic's batch output."
     answer = r.get('response') or r.get('result') or {}
@@ -127,7 +128,7 @@ def _of_batch(r):
     if isinstance(body.get('output'), list):                        # OpenAI's /v1/responses
         text = ''.join(_content(o.get('content') or []) for o in body['output'] if o.get('type') == 'message')
     failed = r.get('error') or answer.get('error') or body.get('error')
-    if not failed and text is None: failed = f'status {answer.get("status_code", answer.get("type"))}'
+    if not failed and text is None and not body.get('choices'): failed = f'status {answer.get("status_code", answer.get("type"))}'
     return dict(id=r['custom_id'], text=text, error=failed or None, model=body.get('model'))
 
 def _of_lmms(r):
@@ -157,7 +158,7 @@ def _picked(r, parts):
         found['key'] = [letter, named[letter.lower()]]      # VLMEvalKit: the options are columns A to D
     return {p: v for p, v in found.items() if v is not None}
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #40a04222
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #71ff4f51
 def _answer_key(path, i, r):
     "The key that holds the answer in a record; refused where there is none, or more than one."
     named = {_name(k): k for k in r}
@@ -189,7 +190,8 @@ def _answer(path, i, r):
         f'{path}, record {i}: has no "text"; an answer is a record with "prompt" and "text".')
     if 'item' in r and ('text' in r or r.get('error')): return r          # a prediction log of ours
     reader = next((f for k, f in TOOLS.values() if k in r), None)
-    if reader is _of_swift and not any(_name(k) in ANSWER_KEYS['text'] for k in r): reader = None
+    flat = any(_name(k) in ANSWER_KEYS['text'] and not isinstance(v, dict) and v is not None for k, v in r.items())
+    if (reader is _of_swift and not flat) or (reader is _of_batch and flat): reader = None
     out = reader(r) if reader else _plain_record(path, i, r)
     if out.get('text') is None and not out.get('error') and reader is _of_lmms: raise ScoreError(
         f'{path}, record {i}: holds log-likelihoods and no text; give samples of a task that generates.')
@@ -217,7 +219,7 @@ def read_answers(
 
 def _known_names(r): return {_name(k) for k in r} & {k for ks in ANSWER_KEYS.values() for k in ks}
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #fb55336a
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #f9afe685
 def questions_in(
     prompt:str, # what the model was asked
 )->list:        # normalised questions that this may be, the longest first
@@ -229,20 +231,20 @@ def questions_in(
     tries = map(same_question, [text, *cut, *lines, *bare])
     return list(dict.fromkeys(q for q in tries if q))
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #b1f38cab
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #de16f7d8
 CASES = dict(missing='items without an answer', extra='answers to no item', caption='captions, not answers',
              duplicate='answers given twice (the same)', conflict='answers to one item that differ (none counts)',
              repeated='failed attempts repeated later',
              ambiguous='equal questions that cannot be told apart', no_prompt='answers without their question',
              other_id='answers with the id of another question (paired by text)',
-             other_key='answers whose file has another key',
+             other_key='answers whose file has another key', echo='answers that repeat the question',
              error='failed answers (count as wrong)', null='answers that are null (count as empty)',
              number='answers that are numbers', not_text='answers that are no text (count as empty)',
              empty='empty answers', **ODD_TEXT, empty_key='items whose key is empty')
 
 CHANCE = 1e-6   # an agreement that is likelier than this under a random order proves nothing
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #2d097dc3
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #6f7b8ff0
 def _image_names(v):
     "Names of images without ending, as parts of a path from the last to the first; pixels have none."
     if isinstance(v, dict): v = v.get('path')
@@ -273,7 +275,7 @@ def _showing(index, alone, v):
         found = fit if found is None else found & fit
     return found
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #cefdc3ac
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #711d6cf3
 def _id_text(v):
     "An id as text: 7, 7.0 and '7' are one."
     if isinstance(v, bool) or not _given(v): return None
@@ -294,13 +296,15 @@ def _id_tables(items, rows):
             said = [write(r.get('row') if kind == 'row' and _given(r.get('row')) else _record_id(r)) for r in rows]
             if known and len(known) == len(named) and any(k in known for k in said): yield kind, known, said
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #b89766c9
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #54c36aa5
+@lru_cache(2**15)
+def _normal(text): return strict_normalise(plain(text))
+
 def _key_forms(v):
-    "A key as text, without case and the letter before an option."
-    found = {strict_normalise(plain(str(o))) for o in (v if isinstance(v, (list, tuple)) else [v]) if _given(o)}
-    more = {strict_normalise(re.sub(r'^\s*\(?[A-Za-z][.:)]\s+', '', str(o))) for o in
-            (v if isinstance(v, (list, tuple)) else [v]) if _given(o)}
-    return (found | more) - {''}
+    "A key as text, with and without the letter before an option."
+    said = [str(o) for o in (v if isinstance(v, (list, tuple)) else [v]) if _given(o)]
+    bare = [re.sub(r'^\s*\(?[A-Za-z][.:)]\s+', '', t) for t in said]
+    return {_normal(t) for t in said + bare} - {''}
 
 def _item_forms(o):
     "How a file may write the key of an item: its text, and the letter and number of its option."
@@ -309,7 +313,7 @@ def _item_forms(o):
         if _key_forms(option) & _key_forms(o['answer']): out |= {k.lower(), f'{k.lower()} {strict_normalise(str(option))}'}
     return out
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #83595b50
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #c9e5275e
 def _fits(items, rows):
     "For each row the items that its question and its images allow, and what it names of the two."
     asked, (index, alone) = defaultdict(list), _image_index(items)
@@ -334,7 +338,7 @@ def _log_chance(symbols):
     counts = Counter(symbols).values()
     return sum(lgamma(c + 1) for c in counts) - lgamma(sum(counts) + 1)
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #a61f3374
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #226bc49c
 def _believed(items, rows, fits, told, kind, known, said):
     "Rows whose id names their item beyond doubt, as row → item; empty if ids of this kind prove nothing."
     at = {j: known[k] for j, k in enumerate(said) if k in known}
@@ -366,7 +370,7 @@ def _by_id(items, rows, fits, told, n):
     if best: n['other_id'] = 0
     return best, named
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #ba2a1027
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #1255ac9b
 def _with_keys(items, rows, fits):
     "The items that the keys in the file allow, if all rows have one and every one fits."
     if not all(_given(r.get('key')) for r in rows): return fits
@@ -391,7 +395,7 @@ def _by_order(fits, rows):
     if symbols != [group_of[i] for i in there] or _log_chance(symbols) >= log(CHANCE): return {}
     return dict(zip(here, there))
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #b73b3fc7
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #0f0d53f8
 def _without_repeats(rows, n, who:Callable):
     "Rows without failed attempts that were repeated and without equal answers to one question."
     groups = defaultdict(list)
@@ -418,7 +422,7 @@ def one_answer_each(
     n['conflict'] += sum(c for c in often.values() if c > 1)
     return {r['_of']: {k: v for k, v in r.items() if k != '_of'} for r in kept if often[r['_of']] == 1}
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #4472513f
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #6f45f12f
 def _way(told, fit, narrowed):
     "By what a row found its only item."
     if fit is not narrowed and len(fit) > 1: return 'question and key' if 'question' in told else 'image and key'
@@ -461,10 +465,11 @@ def align(
     by = {o['id']: o for o in items}
     keyed = {k: r for k, r in found.items() if _given(r.get('key'))}
     n['other_key'] = sum(not _key_forms(r['key']) & _item_forms(by[k]) for k, r in keyed.items())
+    n['echo'] = sum(same_question(str(r.get('text'))) == same_question(str(by[k]['question'])) for k, r in found.items())
     n['missing'] = len(items) - len(found)
     return found, _rule(ways, told, keyed), n
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #44137a6f
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #09521476
 def remedy(
     n:Counter, # counts of CASES
 )->str:        # what to do, in words
@@ -472,5 +477,5 @@ def remedy(
     most = max(('extra', 'ambiguous', 'no_prompt', 'conflict'), key=lambda k: n[k])
     return dict(extra='give the items that it was asked',
                 ambiguous="write each item's own id (or the name of its image) beside its answer",
-                no_prompt='add the question as "prompt" beside each answer',
+                no_prompt='add the question as "prompt" beside each answer, or the item\'s own id (in a batch as custom_id)',
                 conflict='keep one answer for each item')[most]
