@@ -6,7 +6,7 @@
 __all__ = ['ANSWER_KEYS', 'TOOLS', 'CASES', 'CHANCE', 'read_rows', 'read_answers', 'questions_in', 'one_answer_each', 'align',
            'remedy']
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #73723837
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #7015ea9a
 import csv, json, re
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -17,17 +17,17 @@ from ..data.vqa import LETTERS, same_question
 from .answer_text import ODD_TEXT, plain
 from .exact import ScoreError, _index, strict_normalise
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #8e352027
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #911a5a39
 ANSWER_KEYS = dict(
-    text=('text', 'prediction', 'response', 'model_answer', 'model_response', 'model_output', 'output',
-          'generated_text', 'generated_answer', 'pred', 'pred_answer', 'predicted_answer', 'predict',
-          'completion', 'generation'),
+    text=('text', 'prediction', 'response', 'model_answer', 'model_response', 'model_output',
+          'output', 'generated_text', 'generated_answer', 'pred', 'pred_answer',
+          'predicted_answer', 'predict', 'completion', 'generation'),
     prompt=('prompt', 'question', 'query', 'input', 'instruction'),
     id=('item', 'question_id', 'qid', 'id', 'index', 'custom_id', 'sample_id', 'idx'),
     image=('image', 'images', 'image_path', 'image_name', 'image_file', 'img_name', 'img_path',
            'figure_path', 'file_name'),
-    key=('answer', 'target', 'labels', 'label', 'gt_answer', 'gt', 'ground_truth', 'reference', 'gold',
-         'solution', 'correct_answer'),
+    key=('answer', 'target', 'labels', 'label', 'gt_answer', 'gt', 'ground_truth', 'reference',
+         'gold', 'solution', 'correct_answer'),
     model=('model', 'model_id', 'model_name'), error=('error',))
 
 def _name(k): return re.sub(r'[\W_]+', '_', str(k).strip().lower()).strip('_')
@@ -46,9 +46,10 @@ def _first_text(v):
 def _content(v):
     "The text of a message, which may come in parts."
     if not isinstance(v, list): return v
-    return ''.join(p.get('text') or '' for p in v if isinstance(p, dict) and p.get('type') != 'thinking')
+    said = [p for p in v if isinstance(p, dict) and p.get('type') != 'thinking']
+    return ''.join(p.get('text') or '' for p in said)
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #20132054
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #d08efa06
 def _table_rows(f, path):
     "Rows of an open text file whose cells are parted by commas, semicolons or tabs."
     sep = max(',;\t', key=f.readline().count)
@@ -56,8 +57,9 @@ def _table_rows(f, path):
     rows, limit = [], csv.field_size_limit(2**27)
     try:
         for i, r in enumerate(csv.DictReader(f, delimiter=sep, strict=True), 1):
-            if None in r: raise ScoreError(f'{path}, row {i}: has more cells than the first line has '
-                                           'names; put a text that holds the separator in quotes.')
+            if None in r: raise ScoreError(
+                f'{path}, row {i}: has more cells than the first line has names; '
+                'put a text that holds the separator in quotes.')
             rows.append({str(k).strip(): v for k, v in r.items()})
     except csv.Error as e:
         raise ScoreError(f'{path}: not a table that can be read ({e}); save it as CSV.') from None
@@ -69,7 +71,8 @@ def _sheet_rows(path):
     import openpyxl
     try: sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets[0]
     except Exception as e:
-        raise ScoreError(f'{path}: not an Excel file that can be read ({e}); save it again.') from None
+        raise ScoreError(
+            f'{path}: not an Excel file that can be read ({e}); save it again.') from None
     rows = sheet.iter_rows(values_only=True)
     names = [str(k or '').strip() for k in next(rows, ())]
     return [{k: v for k, v in zip(names, r) if k} for r in rows if any(v is not None for v in r)]
@@ -78,11 +81,12 @@ _HOLDERS = ('results', 'samples', 'predictions', 'answers', 'outputs', 'response
             'annotations', 'records')
 
 def _unpacked(found):
-    "The records in an object: under a name such as `results`, or by their ids; else the object itself."
+    "The records in an object: under a name such as `results`, or by their ids; else itself."
     for v in (found.get(k) for k in _HOLDERS):
         if isinstance(v, list) and v and all(isinstance(o, dict) for o in v): return v
         if not isinstance(v, dict) or not v: continue
-        if all(isinstance(o, list) for o in v.values()): return [r for o in v.values() for r in o]   # lm-eval: by task
+        if all(isinstance(o, list) for o in v.values()):                 # lm-eval: by task
+            return [r for o in v.values() for r in o]
         if all(isinstance(o, dict) for o in v.values()): return _unpacked(v)
     if found and all(isinstance(o, dict) for o in found.values()):
         return [o if _record_id(o) is not None else {'id': k, **o} for k, o in found.items()]
@@ -94,7 +98,8 @@ def _json_rows(text, path):
     try: whole = json.loads(text) if start in '[{' and start else None
     except ValueError as e:
         whole = None
-        if start == '[': raise ScoreError(f'{path}: not valid JSON ({e}); mend or remove it.') from None
+        if start == '[': raise ScoreError(
+            f'{path}: not valid JSON ({e}); mend or remove it.') from None
     if whole is not None: return whole if isinstance(whole, list) else _unpacked(whole)
     rows = []
     for i, line in enumerate(text.split('\n'), 1):
@@ -117,7 +122,7 @@ def read_rows(
     except UnicodeDecodeError:
         raise ScoreError(f'{path}: is not UTF-8 text; save it as UTF-8.') from None
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #fc564d88
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #ad869833
 def _of_batch(r):
     "A line of OpenAI's, vLLM's or Anthropic's batch output."
     answer = r.get('response') or r.get('result') or {}
@@ -126,53 +131,64 @@ def _of_batch(r):
     text = _content((said.get('message') or {}).get('content', said.get('text')))
     if 'content' in body: text = _content(body['content'])
     if isinstance(body.get('output'), list):                        # OpenAI's /v1/responses
-        text = ''.join(_content(o.get('content') or []) for o in body['output'] if o.get('type') == 'message')
+        messages = [o for o in body['output'] if o.get('type') == 'message']
+        text = ''.join(_content(o.get('content') or []) for o in messages)
     failed = r.get('error') or answer.get('error') or body.get('error')
-    if not failed and text is None and not body.get('choices'): failed = f'status {answer.get("status_code", answer.get("type"))}'
+    if not failed and text is None and not body.get('choices'):
+        failed = f'status {answer.get("status_code", answer.get("type"))}'
     return dict(id=r['custom_id'], text=text, error=failed or None, model=body.get('model'))
 
 def _of_lmms(r):
     "A line of lmms-eval's or lm-eval's logged samples."
     doc, asked = r.get('doc') or {}, [r.get('input'), *(r.get('arguments') or [])]
-    if isinstance(r.get('arguments'), dict): asked = [list(a.values()) for a in r['arguments'].values()]
-    text = next((t for k in ('filtered_resps', 'resps') if (t := _first_text(r.get(k))) is not None), None)
+    if isinstance(r.get('arguments'), dict):
+        asked = [list(a.values()) for a in r['arguments'].values()]
+    texts = [_first_text(r.get(k)) for k in ('filtered_resps', 'resps')]
+    text = next((t for t in texts if t is not None), None)
     found = {k: v for k, v in doc.items() if isinstance(v, (str, int, float)) and k != 'answer'}
     parts = _picked(found, ('prompt', 'id', 'image'))
-    return dict(prompt=_first_text(asked)) | parts | dict(text=text, key=r.get('target'), row=r.get('doc_id'),
-                                                          model=r.get('model') or r.get('filter'))
+    model = r.get('model') or r.get('filter')
+    said = dict(text=text, key=r.get('target'), row=r.get('doc_id'), model=model)
+    return dict(prompt=_first_text(asked)) | parts | said
 
 def _of_swift(r):
     "A line of ms-swift's results: a conversation, the answer beside it."
     asked = [m.get('content') for m in r['messages'] if m.get('role') == 'user']
-    return _picked(r, ('text', 'id', 'image', 'key', 'model')) | dict(prompt=_content(asked[-1]) if asked else None)
+    parts = _picked(r, ('text', 'id', 'image', 'key', 'model'))
+    return parts | dict(prompt=_content(asked[-1]) if asked else None)
 
-TOOLS = dict(batch=('custom_id', _of_batch), lmms=('filtered_resps', _of_lmms), lm_eval=('resps', _of_lmms),
-             ms_swift=('messages', _of_swift))   # name → the key by which its records are known, how one is read
+TOOLS = dict(batch=('custom_id', _of_batch), lmms=('filtered_resps', _of_lmms),
+             lm_eval=('resps', _of_lmms), ms_swift=('messages', _of_swift))
+# name → the key by which its records are known, and what reads one
 
 def _picked(r, parts):
     "The parts of a record that are there, by the table of keys."
     named = {_name(k): v for k, v in r.items()}
-    found = {p: next((named[k] for k in ANSWER_KEYS[p] if _given(named.get(k))), None) for p in parts}
+    def first(keys): return next((named[k] for k in keys if _given(named.get(k))), None)
+    found = {p: first(ANSWER_KEYS[p]) for p in parts}
     letter = str(found.get('key') or '').strip()
     if len(letter) == 1 and letter.upper() in LETTERS and _given(named.get(letter.lower())):
-        found['key'] = [letter, named[letter.lower()]]      # VLMEvalKit: the options are columns A to D
+        found['key'] = [letter, named[letter.lower()]]      # VLMEvalKit has columns A to D
     return {p: v for p, v in found.items() if v is not None}
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #71ff4f51
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #f07ff59b
 def _answer_key(path, i, r):
     "The key that holds the answer in a record; refused where there is none, or more than one."
     named = {_name(k): k for k in r}
     found = [k for k in ANSWER_KEYS['text'] if k in named]
-    if 'text' in found[:1] and len(found) > 1 and not any(k in named for k in ANSWER_KEYS['prompt']): found.pop(0)
+    asked = any(k in named for k in ANSWER_KEYS['prompt'])
+    if 'text' in found[:1] and len(found) > 1 and not asked: found.pop(0)   # it is the question
     said = {str(r[named[k]]) for k in found if _given(r[named[k]])}
     if len(said) > 1: raise ScoreError(
-        f'{path}, record {i}: {" and ".join(map(repr, found))} may both hold the answer; name the one that '
-        'counts "text" and remove the other.')
+        f'{path}, record {i}: {" and ".join(map(repr, found))} may both hold the answer; '
+        'name the one that counts "text" and remove the other.')
     if found: return next((k for k in found if _given(r[named[k]])), found[0])
     if r.get('error'): return None
-    hint = ('"answer" may be the key of the set; if it is the model\'s answer, name it "text"' if 'answer' in named
-            else 'an answer is a record with "prompt" and "text"')
-    raise ScoreError(f'{path}, record {i}: has no "text", nor {", ".join(ANSWER_KEYS["text"][1:6])} …, only '
+    hint = 'an answer is a record with "prompt" and "text"'
+    if 'answer' in named:
+        hint = '"answer" may be the key of the set; if it is the model\'s answer, name it "text"'
+    others = ', '.join(ANSWER_KEYS['text'][1:6])
+    raise ScoreError(f'{path}, record {i}: has no "text", nor {others} …, only '
                      f'{", ".join(map(str, r))}; {hint}.')
 
 def _plain_record(path, i, r):
@@ -180,7 +196,8 @@ def _plain_record(path, i, r):
     k = _answer_key(path, i, r)
     parts = _picked(r, ('prompt', 'id', 'image', 'key', 'model'))
     if k != 'text' and 'prompt' not in parts and r.get('text'): parts['prompt'] = r['text']
-    own = {a: v for a, v in r.items() if _name(a) not in ('dataset', 'split', 'condition', 'answer', 'model')}
+    not_ours = ('dataset', 'split', 'condition', 'answer', 'model')
+    own = {a: v for a, v in r.items() if _name(a) not in not_ours}
     text = None if k is None else next(v for a, v in r.items() if _name(a) == k)
     return own | parts | dict(text=text)
 
@@ -190,18 +207,20 @@ def _answer(path, i, r):
         f'{path}, record {i}: has no "text"; an answer is a record with "prompt" and "text".')
     if 'item' in r and ('text' in r or r.get('error')): return r          # a prediction log of ours
     reader = next((f for k, f in TOOLS.values() if k in r), None)
-    flat = any(_name(k) in ANSWER_KEYS['text'] and not isinstance(v, dict) and v is not None for k, v in r.items())
+    flat = any(v is not None and not isinstance(v, dict)
+               for k, v in r.items() if _name(k) in ANSWER_KEYS['text'])
     if (reader is _of_swift and not flat) or (reader is _of_batch and flat): reader = None
     out = reader(r) if reader else _plain_record(path, i, r)
     if out.get('text') is None and not out.get('error') and reader is _of_lmms: raise ScoreError(
-        f'{path}, record {i}: holds log-likelihoods and no text; give samples of a task that generates.')
-    if str(out.get('text')).startswith('Failed to obtain answer'): out['error'] = out['text']   # VLMEvalKit
+        f'{path}, record {i}: holds log-likelihoods and no text; '
+        'give samples of a task that generates.')
+    if str(out.get('text')).startswith('Failed to obtain answer'): out['error'] = out['text']
     return out
 
 def read_answers(
     path:str|Path, # a file that `read_rows` reads, of any tool in the table
 )->list:           # one dictionary an answer, under our names
-    "Read an answer file: ours, LLaVA's, lmms-eval's, VLMEvalKit's, MedEvalKit's, ms-swift's, batch outputs, tables."
+    "Read an answer file of any tool; ScoreError names the keys that are there and those needed."
     rows = read_rows(path)
     if len(rows) == 1 and isinstance(rows[0], dict) and len(rows[0]) > 1:
         flat = rows[0]
@@ -219,39 +238,45 @@ def read_answers(
 
 def _known_names(r): return {_name(k) for k in r} & {k for ks in ANSWER_KEYS.values() for k in ks}
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #f9afe685
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #c9a373f3
 def questions_in(
     prompt:str, # what the model was asked
 )->list:        # normalised questions that this may be, the longest first
     "The question in a prompt, with and without what stands around it."
     text = re.sub(r'</?(?:image|im_\w+|video)>|<\|[^|<>]{1,40}\|>', ' ', str(prompt or ''))
     lines = [l for l in text.splitlines() if l.strip()]
-    cut = [re.split(r'(?i)\bplease choose from\b|\banswer the question using\b', t)[0] for t in [text, *lines]]
-    bare = [re.sub(r'(?i)^\s*(?:question|q|user|human)\s*\d*\s*[:：]', '', t) for t in cut + lines]
+    more = r'(?i)\bplease choose from\b|\banswer the question using\b'
+    cut = [re.split(more, t)[0] for t in [text, *lines]]
+    label = r'(?i)^\s*(?:question|q|user|human)\s*\d*\s*[:：]'
+    bare = [re.sub(label, '', t) for t in cut + lines]
     tries = map(same_question, [text, *cut, *lines, *bare])
     return list(dict.fromkeys(q for q in tries if q))
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #de16f7d8
-CASES = dict(missing='items without an answer', extra='answers to no item', caption='captions, not answers',
-             duplicate='answers given twice (the same)', conflict='answers to one item that differ (none counts)',
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #6911bd43
+CASES = dict(missing='items without an answer', extra='answers to no item',
+             caption='captions, not answers', duplicate='answers given twice (the same)',
+             conflict='answers to one item that differ (none counts)',
              repeated='failed attempts repeated later',
-             ambiguous='equal questions that cannot be told apart', no_prompt='answers without their question',
+             ambiguous='equal questions that cannot be told apart',
+             no_prompt='answers without their question',
              other_id='answers with the id of another question (paired by text)',
-             other_key='answers whose file has another key', echo='answers that repeat the question',
-             error='failed answers (count as wrong)', null='answers that are null (count as empty)',
-             number='answers that are numbers', not_text='answers that are no text (count as empty)',
+             other_key='answers whose file has another key',
+             echo='answers that repeat the question', error='failed answers (count as wrong)',
+             null='answers that are null (count as empty)', number='answers that are numbers',
+             not_text='answers that are no text (count as empty)',
              empty='empty answers', **ODD_TEXT, empty_key='items whose key is empty')
 
 CHANCE = 1e-6   # an agreement that is likelier than this under a random order proves nothing
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #6f7b8ff0
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #c31f8f6e
 def _image_names(v):
-    "Names of images without ending, as parts of a path from the last to the first; pixels have none."
+    "Names of images without ending, as parts of a path from the last to the first."
     if isinstance(v, dict): v = v.get('path')
     if isinstance(v, (list, tuple)): return [n for o in v for n in _image_names(o)]
     if not isinstance(v, str) or not v.strip() or v.startswith('data:') or len(v) > 1000: return []
     p = PurePosixPath(v.strip().replace('\\', '/').split('?')[0].lower())
-    return [(p.stem if p.suffix else p.name, *reversed([x for x in p.parts[:-1] if x not in ('/', '.')]))]
+    folders = [x for x in p.parts[:-1] if x not in ('/', '.')]
+    return [(p.stem if p.suffix else p.name, *reversed(folders))]
 
 def _image_index(items):
     "Every tail of every image's path → the items that show it."
@@ -268,14 +293,14 @@ def _showing(index, alone, v):
     "The items that show all these images; None if the images cannot be compared."
     names, found = _image_names(v), None
     for name in names:
-        fit = index.get(name) or next((index[name[:k], 'whole'] for k in range(len(name), 0, -1)
-                                       if (name[:k], 'whole') in index), None)
+        tails = [(name[:k], 'whole') for k in range(len(name), 0, -1)]
+        fit = index.get(name) or next((index[t] for t in tails if t in index), None)
         if fit is None and name[0] in alone: fit = index[name[:1]]
         fit = fit or set()
         found = fit if found is None else found & fit
     return found
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #711d6cf3
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #ae577917
 def _id_text(v):
     "An id as text: 7, 7.0 and '7' are one."
     if isinstance(v, bool) or not _given(v): return None
@@ -291,12 +316,15 @@ def _id_tables(items, rows):
     "For each kind of id that all items have apart: its name, id → item, and the ids of the rows."
     for kind in ('id', 'qid', 'row'):
         for write in (_id_text, _id_number):
-            named = [(write(o.get(kind)), i) for i, o in enumerate(items) if o.get(kind) is not None]
-            known = dict(named)
-            said = [write(r.get('row') if kind == 'row' and _given(r.get('row')) else _record_id(r)) for r in rows]
-            if known and len(known) == len(named) and any(k in known for k in said): yield kind, known, said
+            named = [(write(o[kind]), i) for i, o in enumerate(items) if o.get(kind) is not None]
+            known, said = dict(named), []
+            for r in rows:
+                own = kind == 'row' and _given(r.get('row'))
+                said.append(write(r['row'] if own else _record_id(r)))
+            apart = len(known) == len(named)
+            if apart and any(k in known for k in said): yield kind, known, said
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #54c36aa5
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #5f6916af
 @lru_cache(2**15)
 def _normal(text): return strict_normalise(plain(text))
 
@@ -308,24 +336,29 @@ def _key_forms(v):
 
 def _item_forms(o):
     "How a file may write the key of an item: its text, and the letter and number of its option."
-    out, options = _key_forms(o['answer']) | _key_forms(o.get('label')), list(o.get('options') or ())
-    for k, option in zip(LETTERS, options):
-        if _key_forms(option) & _key_forms(o['answer']): out |= {k.lower(), f'{k.lower()} {strict_normalise(str(option))}'}
+    answer, options = _key_forms(o['answer']), list(o.get('options') or ())
+    out = answer | _key_forms(o.get('label'))
+    for k, option in zip(LETTERS.lower(), options):
+        if _key_forms(option) & answer: out |= {k, f'{k} {_normal(str(option))}'}
     return out
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #c9e5275e
+def _same_key(o, row): return bool(_key_forms(row['key']) & _item_forms(o))
+
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #05aa511f
 def _fits(items, rows):
     "For each row the items that its question and its images allow, and what it names of the two."
     asked, (index, alone) = defaultdict(list), _image_index(items)
     for i, o in enumerate(items): asked[same_question(str(o['question']))].append(i)
     asked = {q: frozenset(found) for q, found in asked.items()}
-    shown = [_showing(index, alone, r.get('image') if _given(r.get('image')) else r.get('images')) for r in rows]
-    if not any(shown): shown = [None]*len(rows)                # names that cannot be compared say nothing
+    names = [r.get('image') if _given(r.get('image')) else r.get('images') for r in rows]
+    shown = [_showing(index, alone, v) for v in names]
+    if not any(shown): shown = [None]*len(rows)      # names that cannot be compared say nothing
     everything, out = frozenset(range(len(items))), []
     for r, images in zip(rows, shown):
         fit, told = everything, []
         if r.get('prompt'):
-            fit = asked.get(next((q for q in questions_in(r['prompt']) if q in asked), None), frozenset())
+            q = next((q for q in questions_in(r['prompt']) if q in asked), None)
+            fit = asked.get(q, frozenset())
             told.append('question')
         if images is not None:
             if len(fit) != 1 or not fit <= images: told.append('image')
@@ -338,11 +371,11 @@ def _log_chance(symbols):
     counts = Counter(symbols).values()
     return sum(lgamma(c + 1) for c in counts) - lgamma(sum(counts) + 1)
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #226bc49c
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #269139f9
 def _believed(items, rows, fits, told, kind, known, said):
-    "Rows whose id names their item beyond doubt, as row → item; empty if ids of this kind prove nothing."
+    "Rows whose id names their item beyond doubt, as row → item; empty if such ids prove nothing."
     at = {j: known[k] for j, k in enumerate(said) if k in known}
-    keyed = {j: bool(_key_forms(rows[j]['key']) & _item_forms(items[i])) for j, i in at.items() if _given(rows[j].get('key'))}
+    keyed = {j: _same_key(items[i], rows[j]) for j, i in at.items() if _given(rows[j].get('key'))}
     if any(i not in fits[j] for j, i in at.items()) or 2*sum(keyed.values()) < len(keyed): return {}
     if not all(said[j].isdigit() for j in at): return at
     if 10*sum(keyed.values()) < 9*len(keyed): return {}
@@ -366,21 +399,23 @@ def _by_id(items, rows, fits, told, n):
         got = _believed(items, rows, fits, told, kind, known, said)
         text = any(k in known and not k.isdigit() for k in said)
         if len(got) > len(best): best, named = got, text
-        if text and not got: n['other_id'] = max(n['other_id'], sum(k in known and known[k] not in fits[j] for j, k in enumerate(said)))
+        other = sum(k in known and known[k] not in fits[j] for j, k in enumerate(said))
+        if text and not got: n['other_id'] = max(n['other_id'], other)
     if best: n['other_id'] = 0
     return best, named
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #1255ac9b
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #47482dfb
 def _with_keys(items, rows, fits):
     "The items that the keys in the file allow, if all rows have one and every one fits."
     if not all(_given(r.get('key')) for r in rows): return fits
     index = defaultdict(set)
     for i, o in enumerate(items):
         for form in _item_forms(o): index[form].add(i)
-    out = [fit & set().union(*(index[f] for f in _key_forms(r['key']))) for fit, r in zip(fits, rows)]
-    groups = Counter(out)
-    fine = all(bool(new) == bool(old) for new, old in zip(out, fits)) and all(c <= len(g) for g, c in groups.items() if g)
-    return out if fine else fits
+    allowed = [set().union(*(index[f] for f in _key_forms(r['key']))) for r in rows]
+    out = [fit & some for fit, some in zip(fits, allowed)]
+    lost = any(old and not new for new, old in zip(out, fits))
+    crowded = any(g and c > len(g) for g, c in Counter(out).items())
+    return fits if lost or crowded else out
 
 def _by_order(fits, rows):
     "Rows whose place among all rows proves which of several items they answer, as row → item."
@@ -395,7 +430,7 @@ def _by_order(fits, rows):
     if symbols != [group_of[i] for i in there] or _log_chance(symbols) >= log(CHANCE): return {}
     return dict(zip(here, there))
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #0f0d53f8
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #bc08918d
 def _without_repeats(rows, n, who:Callable):
     "Rows without failed attempts that were repeated and without equal answers to one question."
     groups = defaultdict(list)
@@ -420,28 +455,34 @@ def one_answer_each(
     kept = _without_repeats([dict(r, _of=k) for k, r in pairs], n, lambda r: r['_of'])
     often = Counter(r['_of'] for r in kept)
     n['conflict'] += sum(c for c in often.values() if c > 1)
-    return {r['_of']: {k: v for k, v in r.items() if k != '_of'} for r in kept if often[r['_of']] == 1}
+    alone = [r for r in kept if often[r['_of']] == 1]
+    return {r['_of']: {k: v for k, v in r.items() if k != '_of'} for r in alone}
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #6f45f12f
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #57680b6c
 def _way(told, fit, narrowed):
     "By what a row found its only item."
-    if fit is not narrowed and len(fit) > 1: return 'question and key' if 'question' in told else 'image and key'
-    return {('question',): 'question text', ('image',): 'image'}.get(tuple(told), 'image and question')
+    by_key = fit is not narrowed and len(fit) > 1
+    if by_key: return 'question and key' if 'question' in told else 'image and key'
+    alone = {('question',): 'question text', ('image',): 'image'}
+    return alone.get(tuple(told), 'image and question')
 
 def _rule(ways, told, keyed):
     "How answers and items were paired, in words."
     if set(ways) == {'id'}:
         said = {t for ts in told for t in ts}
-        known = 'questions' if 'question' in said else 'images' if said else 'keys' if keyed else None
+        known = 'keys' if keyed else None
+        if said: known = 'questions' if 'question' in said else 'images'
         return f'by id, the {known} agree' if known else 'by id alone'
     counted = len(ways) > 1
     return ', '.join(f'by {w}' + f' ({c})'*counted for w, c in ways.items()) or 'by nothing'
+
+def _asks(o, text): return same_question(str(text)) == same_question(str(o['question']))
 
 def align(
     items:list, # VQA items
     rows:list,  # answers of one model under one condition
 )->tuple:       # {item id: row}, the rule used, counts of CASES
-    "Pair answers with items by ids, images and questions, and count what cannot be told; nothing is guessed."
+    "Pair answers with items by ids, images and questions; what cannot be told is counted."
     _index(items)
     n, pairs, ways = Counter(), {}, Counter()
     asked = [r for r in rows if not str(r.get('item') or '').startswith('caption:')]
@@ -464,12 +505,12 @@ def align(
     found = one_answer_each([(items[i]['id'], kept[j]) for j, i in sorted(pairs.items())], n)
     by = {o['id']: o for o in items}
     keyed = {k: r for k, r in found.items() if _given(r.get('key'))}
-    n['other_key'] = sum(not _key_forms(r['key']) & _item_forms(by[k]) for k, r in keyed.items())
-    n['echo'] = sum(same_question(str(r.get('text'))) == same_question(str(by[k]['question'])) for k, r in found.items())
+    n['other_key'] = sum(not _same_key(by[k], r) for k, r in keyed.items())
+    n['echo'] = sum(_asks(by[k], r.get('text')) for k, r in found.items())
     n['missing'] = len(items) - len(found)
     return found, _rule(ways, told, keyed), n
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #09521476
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #eb92cf97
 def remedy(
     n:Counter, # counts of CASES
 )->str:        # what to do, in words
@@ -477,5 +518,6 @@ def remedy(
     most = max(('extra', 'ambiguous', 'no_prompt', 'conflict'), key=lambda k: n[k])
     return dict(extra='give the items that it was asked',
                 ambiguous="write each item's own id (or the name of its image) beside its answer",
-                no_prompt='add the question as "prompt" beside each answer, or the item\'s own id (in a batch as custom_id)',
+                no_prompt='add the question as "prompt" beside each answer, or the item\'s own id '
+                          '(in a batch as custom_id)',
                 conflict='keep one answer for each item')[most]

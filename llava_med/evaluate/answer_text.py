@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ODD_TEXT', 'PLUS', 'MINUS', 'COMPARED', 'split_thoughts', 'framed', 'plain', 'spoken', 'answer_text', 'with_signs']
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #b13cd590
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #e1febfac
 import html, re, unicodedata
 from collections import Counter
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #69ce9af9
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #9ace647a
 ODD_TEXT = dict(thoughts='answers with thoughts, left out',
                 unfinished='answers that are thoughts only (count as empty)',
                 control='answers with control tokens, left out',
@@ -17,12 +17,15 @@ ODD_TEXT = dict(thoughts='answers with thoughts, left out',
                 markdown='answers with markdown, left out',
                 html='answers with HTML in them')
 
-_NAMES = r'(?:seed:)?(?:think(?:ing|s)?|thoughts?|reasoning|analysis|reflection|scratchpad|cot|rationale)'
+_NAMES = (r'(?:seed:)?(?:think(?:ing|s)?|thoughts?|reasoning|analysis|reflection|scratchpad|'
+          r'cot|rationale)')
 _OPEN = re.compile(
-    rf'<{_NAMES}>|◁think▷|\[think(?:ing)?\]|<\|?(?:begin_of_thought|start_thinking|think(?:ing)?)\|?>'
+    rf'<{_NAMES}>|◁think▷|\[think(?:ing)?\]'
+    r'|<\|?(?:begin_of_thought|start_thinking|think(?:ing)?)\|?>'
     r'|<unused94>(?:thought\b)?|<\|channel>(?:thought\b)?', re.I)
 _CLOSE = re.compile(
-    rf'</{_NAMES}>|◁/think▷|\[/think(?:ing)?\]|<\|?(?:end_of_thought|end_thinking|/think(?:ing)?)\|?>'
+    rf'</{_NAMES}>|◁/think▷|\[/think(?:ing)?\]'
+    r'|<\|?(?:end_of_thought|end_thinking|/think(?:ing)?)\|?>'
     r'|<unused95>|<channel\|>', re.I)
 _CHANNEL = re.compile(r'<\|channel\|>\s*(\w*)[^<]*<\|message\|>(.*?)'
                       r'(?=<\|(?:channel|end|return|call|start)\|>|\Z)', re.S)
@@ -30,7 +33,7 @@ _FLAT = re.compile(r'\A\s*analysis(?=\S).*?assistant\s*final(?=\S)(.*)\Z', re.S)
 
 def split_thoughts(
     text:str, # what a model wrote
-)->tuple:     # its thoughts, what it says after them; None instead of the latter if it never came to that
+)->tuple:     # its thoughts, what it says after them; None if it never came to that
     "Thoughts apart from the answer, whether their opening or their end is in the text or not."
     if found := _CHANNEL.findall(text):                       # gpt-oss: only `final` is said
         said = [t for name, t in found if name == 'final']
@@ -47,11 +50,11 @@ def split_thoughts(
     rest = ''.join(said)
     return ''.join(thoughts), rest if rest.strip() or not depth else None
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #09539a2e
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #bb50cb93
 _FRAME = r'(?:final_?)?answer|conclusion|solution'
 _TAG = re.compile(rf'(?is)<({_FRAME})>(.*?)(?:</\1>|\Z)|<\|begin_of_(?:solution|box)\|>(.*?)'
                   r'(?:<\|end_of_(?:solution|box)\|>|\Z)')
-_BOX = re.compile(r'(?:\\|\x08)f?o?boxed\s*\{|\\fbox\s*\{|\x08oxed\s*\{')
+_BOX = re.compile(r'\\f?box(?:ed)?\s*\{|\x08oxed\s*\{')
 _LABEL = re.compile(r'(?i)[*_#\s]*(?:the\s+)?(?:final\s+answer|answer|response|assistant)(?:\s+is)?'
                     r'[*_]*\s*[:：][*_]*\s*|[*_#\s]*(?:最终)?答案(?:是)?\s*[:：]\s*')
 
@@ -78,21 +81,21 @@ def _after_label(text):
 def framed(
     text:str, # what a model says after its thoughts
 )->str|None:  # None where nothing is set apart
-    "The answer that a model set apart: in a tag, in a box or after a label; different ones all count."
+    "The answer that a model set apart: in a tag, a box or after a label; different ones all count."
     found = [m[2] if m[2] is not None else m[3] for m in _TAG.finditer(text)] or _boxes(text)
     if not found: return _after_label(text)
     return '\n'.join(dict.fromkeys(t.strip() for t in found))
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #4a93b8f7
-_END = re.compile(r'(?i)</s>|<eos>|\[eos\]|<end_of_turn>|<end_of_utterance>|<turn\|>|<\|(?:im_end|eot_id|eom_id|'
-                  r'end_of_text|endoftext|end|return|end_of_turn|eot|user|end_of_sentence)\|>'
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #f9c783f2
+_END = re.compile(r'(?i)</s>|<eos>|\[eos\]|<end_of_turn>|<end_of_utterance>|<turn\|>'
+                  r'|<\|(?:im_end|eot_id|eom_id|end_of_text|endoftext|end|return|end_of_turn|eot|user|end_of_sentence)\|>'
                   r'|<｜end▁of▁sentence｜>|<｜user｜>|<\|im_start\|>\s*user')
-_HEADER = re.compile(r'(?i)(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|turn>|<\|start\|>)'
+_HEADER = re.compile(r'(?i)(?:<\|(?:im_start|start_header_id|start)\|>|<start_of_turn>|<\|turn>)'
                      r'\s*(?:assistant|model|system)?\b[ \n]*(?:<\|end_header_id\|>)?\s*')
 _CONTROL = re.compile(
     r'(?i)<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|\[/?inst\]|\[(?:pad|sep|cls|eos|bos|unk)\]'
-    r'|<(?:/?[be]os|pad|unk|sep|mask|eod|eot|end|image|img|(?:start|end)_of_(?:turn|utterance|image)'
-    r'|im_(?:start|end|patch)|unused\d+|extra_id_\d+)>')
+    r'|<(?:/?[be]os|pad|unk|sep|mask|eod|eot|end|image|img'
+    r'|(?:start|end)_of_(?:turn|utterance|image)|im_(?:start|end|patch)|unused\d+|extra_id_\d+)>')
 
 def _without_control(text):
     "What stands before the first end token, without the other ones."
@@ -100,7 +103,7 @@ def _without_control(text):
     said = next((t for t in _END.split(start) if _CONTROL.sub('', t).strip()), '')
     return _CONTROL.sub(' ', said)
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #1234d554
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #22e7d0be
 _HTML_TAGS = ('a b body br code div em font h1 h2 h3 h4 h5 h6 html i img li ol p pre span strong '
               'sub sup table td th tr u ul')
 _HTML = re.compile(rf'(?i)</?(?:{_HTML_TAGS.replace(" ", "|")})(?:\s[^<>]*)?/?>'
@@ -115,109 +118,7 @@ def plain(
     raised = _SUP.sub(lambda m: ('^' if m[1][-1].isdigit() else '') + m[1], text)
     return html.unescape(_HTML.sub(lambda m: ' ' if m[0][0] == '<' else m[0], raised))
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #18b31363
-_TEXT = dict(thoughts='answers with thoughts, left out',
-                unfinished='answers that are thoughts only (count as empty)',
-                control='answers with control tokens, left out',
-                framed='answers in a box, a tag or after a label (only that counts)',
-                markdown='answers with markdown, left out',
-                html='answers with HTML in them')
-
-_NAMES = r'(?:seed:)?(?:think(?:ing|s)?|thoughts?|reasoning|analysis|reflection|scratchpad|cot|rationale)'
-_OPEN = re.compile(
-    rf'<{_NAMES}>|◁think▷|\[think(?:ing)?\]|<\|?(?:begin_of_thought|start_thinking|think(?:ing)?)\|?>'
-    r'|<unused94>(?:thought\b)?|<\|channel>(?:thought\b)?', re.I)
-_CLOSE = re.compile(
-    rf'</{_NAMES}>|◁/think▷|\[/think(?:ing)?\]|<\|?(?:end_of_thought|end_thinking|/think(?:ing)?)\|?>'
-    r'|<unused95>|<channel\|>', re.I)
-_CHANNEL = re.compile(r'<\|channel\|>\s*(\w*)[^<]*<\|message\|>(.*?)'
-                      r'(?=<\|(?:channel|end|return|call|start)\|>|\Z)', re.S)
-_FLAT = re.compile(r'\A\s*analysis(?=\S).*?assistant\s*final(?=\S)(.*)\Z', re.S)
-
-def split_thoughts(
-    text:str, # what a model wrote
-)->tuple:     # its thoughts, what it says after them; None instead of the latter if it never came to that
-    "Thoughts apart from the answer, whether their opening or their end is in the text or not."
-    if found := _CHANNEL.findall(text):                       # gpt-oss: only `final` is said
-        said = [t for name, t in found if name == 'final']
-        return ' '.join(t for name, t in found if name != 'final'), said[-1] if said else None
-    if flat := _FLAT.match(text): return text[:flat.start(1)], flat[1]
-    marks = sorted([(m.start(), m.end(), 1) for m in _OPEN.finditer(text)]
-                   + [(m.start(), m.end(), -1) for m in _CLOSE.finditer(text)])
-    thoughts, said, depth, at = [], [], 0, 0
-    for start, end, step in marks:
-        if depth == 0 and step < 0: thoughts += said + [text[at:start]]; said = []
-        else: (thoughts if depth else said).append(text[at:start])
-        depth, at = int(step > 0), end
-    (thoughts if depth else said).append(text[at:])
-    rest = ''.join(said)
-    return ''.join(thoughts), rest if rest.strip() or not depth else None
-
-_FRAME = r'(?:final_?)?answer|conclusion|solution'
-_TAG = re.compile(rf'(?is)<({_FRAME})>(.*?)(?:</\1>|\Z)|<\|begin_of_(?:solution|box)\|>(.*?)'
-                  r'(?:<\|end_of_(?:solution|box)\|>|\Z)')
-_BOX = re.compile(r'(?:\\|\x08)f?o?boxed\s*\{|\\fbox\s*\{|\x08oxed\s*\{')
-_LABEL = re.compile(r'(?i)[*_#\s]*(?:the\s+)?(?:final\s+answer|answer|response|assistant)(?:\s+is)?'
-                    r'[*_]*\s*[:：][*_]*\s*|[*_#\s]*(?:最终)?答案(?:是)?\s*[:：]\s*')
-
-def _boxes(text):
-    "What stands in boxes, whose braces are balanced; a box that is cut off goes to the end."
-    out = []
-    for m in _BOX.finditer(text):
-        depth, end = 1, m.end()
-        while end < len(text) and depth:
-            depth += dict(zip('{}', (1, -1))).get(text[end], 0)
-            end += 1
-        out.append(text[m.end():end - (depth == 0)])
-    return out
-
-def _after_label(text):
-    "What follows the one label, if it opens the text or its last line; else None."
-    lines = [l for l in text.split('\n') if l.strip()]
-    at = [i for i, l in enumerate(lines) if _LABEL.match(l)]
-    if len(at) != 1 or at[0] not in (0, len(lines) - 1, len(lines) - 2): return None
-    first, rest = lines[at[0]][_LABEL.match(lines[at[0]]).end():], lines[at[0] + 1:]
-    if rest and (first.strip() or len(rest) > 1) and at[0]: return None
-    return '\n'.join([first, *rest]).strip() or None
-
-def framed(
-    text:str, # what a model says after its thoughts
-)->str|None:  # None where nothing is set apart
-    "The answer that a model set apart: in a tag, in a box or after a label; different ones all count."
-    found = [m[2] if m[2] is not None else m[3] for m in _TAG.finditer(text)] or _boxes(text)
-    if not found: return _after_label(text)
-    return '\n'.join(dict.fromkeys(t.strip() for t in found))
-
-_END = re.compile(r'(?i)</s>|<eos>|\[eos\]|<end_of_turn>|<end_of_utterance>|<turn\|>|<\|(?:im_end|eot_id|eom_id|'
-                  r'end_of_text|endoftext|end|return|end_of_turn|eot|user|end_of_sentence)\|>'
-                  r'|<｜end▁of▁sentence｜>|<｜user｜>|<\|im_start\|>\s*user')
-_HEADER = re.compile(r'(?i)(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|turn>|<\|start\|>)'
-                     r'\s*(?:assistant|model|system)?\b[ \n]*(?:<\|end_header_id\|>)?\s*')
-_CONTROL = re.compile(
-    r'(?i)<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|\[/?inst\]|\[(?:pad|sep|cls|eos|bos|unk)\]'
-    r'|<(?:/?[be]os|pad|unk|sep|mask|eod|eot|end|image|img|(?:start|end)_of_(?:turn|utterance|image)'
-    r'|im_(?:start|end|patch)|unused\d+|extra_id_\d+)>')
-
-def _without_control(text):
-    "What stands before the first end token, without the other ones."
-    start = _HEADER.sub('', text)
-    said = next((t for t in _END.split(start) if _CONTROL.sub('', t).strip()), '')
-    return _CONTROL.sub(' ', said)
-
-_HTML_TAGS = ('a b body br code div em font h1 h2 h3 h4 h5 h6 html i img li ol p pre span strong '
-              'sub sup table td th tr u ul')
-_HTML = re.compile(rf'(?i)</?(?:{_HTML_TAGS.replace(" ", "|")})(?:\s[^<>]*)?/?>'
-                   r'|&(?:#\d+|#x[0-9a-f]+|amp|lt|gt|quot|nbsp|apos);')
-_SUP = re.compile(r'(?i)<sup>\s*([-+−–]?\d+|[-+−–])\s*</sup>')
-
-def plain(
-    text:str, # answer, perhaps with HTML in it
-)->str:
-    "Text without HTML tags and entities; a raised number keeps its place, as 10^6."
-    if not _HTML.search(text): return text
-    raised = _SUP.sub(lambda m: ('^' if m[1][-1].isdigit() else '') + m[1], text)
-    return html.unescape(_HTML.sub(lambda m: ' ' if m[0][0] == '<' else m[0], raised))
-
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #85051b28
 _TEX = dict(leq='≤', le='≤', geq='≥', ge='≥', lt='<', gt='>', times='×', pm='±', approx='≈', mu='µ')
 
 def _without_markdown(text):
@@ -232,7 +133,7 @@ def _without_markdown(text):
         text = re.sub(rf'(?<!\w){mark}(?=\S)(.+?)(?<=\S){mark}(?!\w)', r'\1', text)
     return re.sub(r'(?m)^[ \t]*(?:#{1,6}[ \t]+|>[ \t]+(?=[^\W\d])|[-*•–][ \t]+(?=\S))', '', text)
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #5633b081
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #c13d53c6
 def _once(text, odd):
     "One pass over all that may stand around an answer; what was met is added to `odd`."
     thoughts, said = split_thoughts(text)
@@ -241,7 +142,8 @@ def _once(text, odd):
     if said is None: return ''
     apart = framed(said)
     for kind, new in (('framed', apart), ('control', None), ('html', None), ('markdown', None)):
-        if kind == 'control': new = _without_control(said) if _CONTROL.search(said) or _END.search(said) else said
+        if kind == 'control':
+            new = _without_control(said) if _CONTROL.search(said) or _END.search(said) else said
         if kind == 'html': new = plain(said)
         if kind == 'markdown': new = _without_markdown(said)
         if new is not None and new != said: odd.add(kind); said = new
@@ -251,7 +153,7 @@ def spoken(
     text:str,           # what a model wrote
     n:Counter|None=None, # counts of ODD_TEXT; added to
 )->str:                 # the same text where it is plain already
-    "What a model's text says: without thoughts, control tokens, HTML and markdown; of an answer set apart only that."
+    "What a model's text says: without thoughts, control tokens, HTML and markdown."
     odd, said = set(), text
     for _ in range(4):
         new = _once(said, odd)
@@ -261,7 +163,7 @@ def spoken(
         for k in odd: n[k] = n.get(k, 0) + 1
     return said.strip() if odd else text
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #e7017667
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #c30862cd
 def answer_text(
     row:dict,  # an answer
     n:Counter, # counts of kinds of odd answers; added to
@@ -278,12 +180,13 @@ def answer_text(
     spoken(t, n)
     return t
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #95b41f03
-PLUS, MINUS, COMPARED = '\ue000', '\ue001', '<>≤≥±≠≪≫'   # private characters stand for signs that stay
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #297cc2a2
+PLUS, MINUS, COMPARED = '\ue000', '\ue001', '<>≤≥±≠≪≫'   # the first two stand for + and -
 _RAISED = str.maketrans('⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻', '0123456789+-')
 _SAME = str.maketrans({**dict.fromkeys('‐‑‒–—―⁃˗﹘﹣－➖−', '-'), **dict.fromkeys('＋﹢➕', '+'),
                        **dict.fromkeys('⩽≦≯', '≤'), **dict.fromkeys('⩾≧≮', '≥'), '∓': '±'})
-_PLAIN = re.compile(r'(?:[^\W\d_]{4,}|yes|no|mm|cm|ml|mg|kg|hu|x|non|pre|mid|sub|re|co|bi|tri|un|low|end|\d+)\Z')  # words that carry no minus
+_PLAIN = re.compile(r'(?:[^\W\d_]{4,}|yes|no|mm|cm|ml|mg|kg|hu|x|non|pre|mid|sub|re|co|bi|tri|'
+                    r'un|low|end|\d+)\Z')   # words that carry no minus
 
 def _raised(text):
     "Text in which a raised number behind a number is written as in 10^-6."
@@ -293,7 +196,7 @@ def _raised(text):
     text = re.sub(r'(?<=[^\W\d])\^\{?(?=\d)|(?<=[^\W\d])\*\*(?=\d)', '', text)   # cm^2 is cm2
     return text.translate(_RAISED)
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #0e3f68f1
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #b5127b22
 def _before_number(m):
     "A minus before a number, which is a range where a number stands before it."
     return ' ' if m.string[:m.start()].rstrip()[-1:].isdigit() else MINUS
@@ -306,8 +209,8 @@ def _after_word(m):
         summed = word.isdigit() and re.match(r'\d' if not gap else r'\s*\d', then)
         joined = gap and len(sign) == 1 and _PLAIN.match(word) and re.match(r'\s*\w', then)
         return word + (' ' if summed or joined else PLUS*len(sign) + ' ')
-    if gap or len(sign) > 1 or _PLAIN.match(word): return word + ' '
-    shared = re.match(r'\s*(?:/|,|and\b|or\b|to\b)\s*(?:(?:and|or)\s+)?\w+-\w', then)   # T1- and T2-weighted
+    if gap or len(sign) > 1 or _PLAIN.match(word): return word + ' '   # and below: T1- and T2-weighted
+    shared = re.match(r'\s*(?:/|,|and\b|or\b|to\b)\s*(?:(?:and|or)\s+)?\w+-\w', then)
     return word + (' ' if shared else MINUS + ' ')
 
 def _signed(t):
@@ -322,7 +225,7 @@ def _signed(t):
     t = re.sub(r'(?<=[)\]])(?:(\+)|-)(?!\s*\w)', lambda m: PLUS if m[1] else MINUS, t)
     return re.sub(r'(?P<word>\w+)(?P<gap>\s*)(?P<sign>\++|-+(?!\w))', _after_word, t)
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #dd527f41
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #70c10f82
 def _compared(t):
     "Text in which comparators stand apart, without arrows, quotation marks and tags."
     t = re.sub(r'<-+>|<-+(?!\.?\d)|-+>|=+>(?!\s*\.?\d)|(?m:^\s*>+(?=\s*[^\W\d]))', ' ', t)
