@@ -33,6 +33,10 @@ def test_thoughts_without_end_are_no_answer():
     for t in ('<think>It is no', '<think>no', '[THINK]no', '<|channel|>analysis<|message|>no'):
         n = Counter()
         assert spoken(t, n) == '' and n['unfinished'] == 1 and not strict(t, 'no')
+    for t, kind in (('<think>no</think>', 'unfinished'), ('<think>no</think>\n</s>', 'unfinished'), ('</s>', 'empty'), ('<think></think>', 'empty')):
+        n = Counter()
+        answer_text(dict(text=t), n)
+        assert n[kind] == 1 and n['thoughts'] == 0, (t, n)
     assert split_thoughts('No <think>or') == ('or', 'No ')
 
 

@@ -6,7 +6,7 @@
 __all__ = ['ANSWER_KEYS', 'TOOLS', 'CASES', 'CHANCE', 'read_rows', 'read_answers', 'questions_in', 'one_answer_each', 'align',
            'remedy']
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #7015ea9a
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #b04d4943
 import csv, json, re
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from ..data.vqa import LETTERS, same_question
 from .answer_text import ODD_TEXT, plain
 from .exact import ScoreError, _index, strict_normalise
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #911a5a39
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #c832ebb4
 ANSWER_KEYS = dict(
     text=('text', 'prediction', 'response', 'model_answer', 'model_response', 'model_output',
           'output', 'generated_text', 'generated_answer', 'pred', 'pred_answer',
@@ -49,7 +49,7 @@ def _content(v):
     said = [p for p in v if isinstance(p, dict) and p.get('type') != 'thinking']
     return ''.join(p.get('text') or '' for p in said)
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #d08efa06
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #588d5e58
 def _table_rows(f, path):
     "Rows of an open text file whose cells are parted by commas, semicolons or tabs."
     sep = max(',;\t', key=f.readline().count)
@@ -122,7 +122,7 @@ def read_rows(
     except UnicodeDecodeError:
         raise ScoreError(f'{path}: is not UTF-8 text; save it as UTF-8.') from None
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #ad869833
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #294d8e12
 def _of_batch(r):
     "A line of OpenAI's, vLLM's or Anthropic's batch output."
     answer = r.get('response') or r.get('result') or {}
@@ -171,7 +171,7 @@ def _picked(r, parts):
         found['key'] = [letter, named[letter.lower()]]      # VLMEvalKit has columns A to D
     return {p: v for p, v in found.items() if v is not None}
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #f07ff59b
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #cb14789e
 def _answer_key(path, i, r):
     "The key that holds the answer in a record; refused where there is none, or more than one."
     named = {_name(k): k for k in r}
@@ -238,7 +238,7 @@ def read_answers(
 
 def _known_names(r): return {_name(k) for k in r} & {k for ks in ANSWER_KEYS.values() for k in ks}
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #c9a373f3
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #c8aa75d5
 def questions_in(
     prompt:str, # what the model was asked
 )->list:        # normalised questions that this may be, the longest first
@@ -252,7 +252,7 @@ def questions_in(
     tries = map(same_question, [text, *cut, *lines, *bare])
     return list(dict.fromkeys(q for q in tries if q))
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #6911bd43
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #61696d3a
 CASES = dict(missing='items without an answer', extra='answers to no item',
              caption='captions, not answers', duplicate='answers given twice (the same)',
              conflict='answers to one item that differ (none counts)',
@@ -268,7 +268,7 @@ CASES = dict(missing='items without an answer', extra='answers to no item',
 
 CHANCE = 1e-6   # an agreement that is likelier than this under a random order proves nothing
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #c31f8f6e
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #14048e23
 def _image_names(v):
     "Names of images without ending, as parts of a path from the last to the first."
     if isinstance(v, dict): v = v.get('path')
@@ -300,7 +300,7 @@ def _showing(index, alone, v):
         found = fit if found is None else found & fit
     return found
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #ae577917
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #495a4562
 def _id_text(v):
     "An id as text: 7, 7.0 and '7' are one."
     if isinstance(v, bool) or not _given(v): return None
@@ -324,7 +324,7 @@ def _id_tables(items, rows):
             apart = len(known) == len(named)
             if apart and any(k in known for k in said): yield kind, known, said
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #5f6916af
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #7fe322a3
 @lru_cache(2**15)
 def _normal(text): return strict_normalise(plain(text))
 
@@ -344,7 +344,7 @@ def _item_forms(o):
 
 def _same_key(o, row): return bool(_key_forms(row['key']) & _item_forms(o))
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #05aa511f
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #8fc8736c
 def _fits(items, rows):
     "For each row the items that its question and its images allow, and what it names of the two."
     asked, (index, alone) = defaultdict(list), _image_index(items)
@@ -371,13 +371,14 @@ def _log_chance(symbols):
     counts = Counter(symbols).values()
     return sum(lgamma(c + 1) for c in counts) - lgamma(sum(counts) + 1)
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #269139f9
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #f424e449
 def _believed(items, rows, fits, told, kind, known, said):
     "Rows whose id names their item beyond doubt, as row → item; empty if such ids prove nothing."
     at = {j: known[k] for j, k in enumerate(said) if k in known}
     keyed = {j: _same_key(items[i], rows[j]) for j, i in at.items() if _given(rows[j].get('key'))}
     if any(i not in fits[j] for j, i in at.items()) or 2*sum(keyed.values()) < len(keyed): return {}
-    if not all(said[j].isdigit() for j in at): return at
+    ours = kind == 'id' and all('item' in rows[j] for j in at)   # a log of ours names the set's ids
+    if ours or not all(said[j].isdigit() for j in at): return at
     if 10*sum(keyed.values()) < 9*len(keyed): return {}
     sure = [at[j] for j in at if told[j] and len(fits[j]) == 1]
     marks = [(fits[j], frozenset(_key_forms(rows[j]['key']))) for j in keyed]
@@ -404,7 +405,7 @@ def _by_id(items, rows, fits, told, n):
     if best: n['other_id'] = 0
     return best, named
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #47482dfb
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #cad92ae3
 def _with_keys(items, rows, fits):
     "The items that the keys in the file allow, if all rows have one and every one fits."
     if not all(_given(r.get('key')) for r in rows): return fits
@@ -430,7 +431,7 @@ def _by_order(fits, rows):
     if symbols != [group_of[i] for i in there] or _log_chance(symbols) >= log(CHANCE): return {}
     return dict(zip(here, there))
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #bc08918d
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #139b2fbe
 def _without_repeats(rows, n, who:Callable):
     "Rows without failed attempts that were repeated and without equal answers to one question."
     groups = defaultdict(list)
@@ -458,7 +459,7 @@ def one_answer_each(
     alone = [r for r in kept if often[r['_of']] == 1]
     return {r['_of']: {k: v for k, v in r.items() if k != '_of'} for r in alone}
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #57680b6c
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #33c2725f
 def _way(told, fit, narrowed):
     "By what a row found its only item."
     by_key = fit is not narrowed and len(fit) > 1
@@ -510,7 +511,7 @@ def align(
     n['missing'] = len(items) - len(found)
     return found, _rule(ways, told, keyed), n
 
-# %% ../../nbs/06_evaluate/05_answer_files.ipynb #eb92cf97
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #7924e288
 def remedy(
     n:Counter, # counts of CASES
 )->str:        # what to do, in words

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ODD_TEXT', 'PLUS', 'MINUS', 'COMPARED', 'split_thoughts', 'framed', 'plain', 'spoken', 'answer_text', 'with_signs']
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #e1febfac
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #ef8cbd46
 import html, re, unicodedata
 from collections import Counter
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #9ace647a
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #3ad77606
 ODD_TEXT = dict(thoughts='answers with thoughts, left out',
                 unfinished='answers that are thoughts only (count as empty)',
                 control='answers with control tokens, left out',
@@ -50,7 +50,7 @@ def split_thoughts(
     rest = ''.join(said)
     return ''.join(thoughts), rest if rest.strip() or not depth else None
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #bb50cb93
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #04110928
 _FRAME = r'(?:final_?)?answer|conclusion|solution'
 _TAG = re.compile(rf'(?is)<({_FRAME})>(.*?)(?:</\1>|\Z)|<\|begin_of_(?:solution|box)\|>(.*?)'
                   r'(?:<\|end_of_(?:solution|box)\|>|\Z)')
@@ -86,9 +86,10 @@ def framed(
     if not found: return _after_label(text)
     return '\n'.join(dict.fromkeys(t.strip() for t in found))
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #f9c783f2
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #c9d35d16
 _END = re.compile(r'(?i)</s>|<eos>|\[eos\]|<end_of_turn>|<end_of_utterance>|<turn\|>'
-                  r'|<\|(?:im_end|eot_id|eom_id|end_of_text|endoftext|end|return|end_of_turn|eot|user|end_of_sentence)\|>'
+                  r'|<\|(?:im_end|eot_id|eom_id|end_of_text|endoftext|end|return|end_of_turn|eot|'
+                  r'user|end_of_sentence)\|>'
                   r'|<｜end▁of▁sentence｜>|<｜user｜>|<\|im_start\|>\s*user')
 _HEADER = re.compile(r'(?i)(?:<\|(?:im_start|start_header_id|start)\|>|<start_of_turn>|<\|turn>)'
                      r'\s*(?:assistant|model|system)?\b[ \n]*(?:<\|end_header_id\|>)?\s*')
@@ -103,7 +104,7 @@ def _without_control(text):
     said = next((t for t in _END.split(start) if _CONTROL.sub('', t).strip()), '')
     return _CONTROL.sub(' ', said)
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #22e7d0be
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #99c45b2f
 _HTML_TAGS = ('a b body br code div em font h1 h2 h3 h4 h5 h6 html i img li ol p pre span strong '
               'sub sup table td th tr u ul')
 _HTML = re.compile(rf'(?i)</?(?:{_HTML_TAGS.replace(" ", "|")})(?:\s[^<>]*)?/?>'
@@ -118,7 +119,7 @@ def plain(
     raised = _SUP.sub(lambda m: ('^' if m[1][-1].isdigit() else '') + m[1], text)
     return html.unescape(_HTML.sub(lambda m: ' ' if m[0][0] == '<' else m[0], raised))
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #85051b28
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #99bef667
 _TEX = dict(leq='≤', le='≤', geq='≥', ge='≥', lt='<', gt='>', times='×', pm='±', approx='≈', mu='µ')
 
 def _without_markdown(text):
@@ -133,13 +134,14 @@ def _without_markdown(text):
         text = re.sub(rf'(?<!\w){mark}(?=\S)(.+?)(?<=\S){mark}(?!\w)', r'\1', text)
     return re.sub(r'(?m)^[ \t]*(?:#{1,6}[ \t]+|>[ \t]+(?=[^\W\d])|[-*•–][ \t]+(?=\S))', '', text)
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #c13d53c6
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #ff0a178f
 def _once(text, odd):
     "One pass over all that may stand around an answer; what was met is added to `odd`."
     thoughts, said = split_thoughts(text)
-    if thoughts.strip() or said is None: odd.add('thoughts' if said is not None else 'unfinished')
+    over = said is not None and (said.strip() or not thoughts.strip())
+    if thoughts.strip() or not over: odd.add('thoughts' if over else 'unfinished')
     elif said != text: odd.add('control')
-    if said is None: return ''
+    if not over: return ''
     apart = framed(said)
     for kind, new in (('framed', apart), ('control', None), ('html', None), ('markdown', None)):
         if kind == 'control':
@@ -159,11 +161,12 @@ def spoken(
         new = _once(said, odd)
         if new == said: break
         said = new
+    if 'thoughts' in odd and not said.strip(): odd = odd - {'thoughts'} | {'unfinished'}
     if n is not None:
         for k in odd: n[k] = n.get(k, 0) + 1
     return said.strip() if odd else text
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #c30862cd
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #5b72280e
 def answer_text(
     row:dict,  # an answer
     n:Counter, # counts of kinds of odd answers; added to
@@ -176,11 +179,12 @@ def answer_text(
         n['number'] += 1
         return str(int(t) if float(t).is_integer() else t)
     if not isinstance(t, str): n['not_text'] += 1; return ''
-    n['empty'] += not t.strip()
-    spoken(t, n)
+    odd = Counter()
+    empty = not spoken(t, odd).strip() and not odd['unfinished']
+    for k, c in [*odd.items(), ('empty', int(empty))]: n[k] = n.get(k, 0) + c
     return t
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #297cc2a2
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #92ca45dd
 PLUS, MINUS, COMPARED = '\ue000', '\ue001', '<>≤≥±≠≪≫'   # the first two stand for + and -
 _RAISED = str.maketrans('⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻', '0123456789+-')
 _SAME = str.maketrans({**dict.fromkeys('‐‑‒–—―⁃˗﹘﹣－➖−', '-'), **dict.fromkeys('＋﹢➕', '+'),
@@ -196,7 +200,7 @@ def _raised(text):
     text = re.sub(r'(?<=[^\W\d])\^\{?(?=\d)|(?<=[^\W\d])\*\*(?=\d)', '', text)   # cm^2 is cm2
     return text.translate(_RAISED)
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #b5127b22
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #d1d8e6a7
 def _before_number(m):
     "A minus before a number, which is a range where a number stands before it."
     return ' ' if m.string[:m.start()].rstrip()[-1:].isdigit() else MINUS
@@ -209,7 +213,7 @@ def _after_word(m):
         summed = word.isdigit() and re.match(r'\d' if not gap else r'\s*\d', then)
         joined = gap and len(sign) == 1 and _PLAIN.match(word) and re.match(r'\s*\w', then)
         return word + (' ' if summed or joined else PLUS*len(sign) + ' ')
-    if gap or len(sign) > 1 or _PLAIN.match(word): return word + ' '   # and below: T1- and T2-weighted
+    if gap or len(sign) > 1 or _PLAIN.match(word): return word + ' '
     shared = re.match(r'\s*(?:/|,|and\b|or\b|to\b)\s*(?:(?:and|or)\s+)?\w+-\w', then)
     return word + (' ' if shared else MINUS + ' ')
 
@@ -225,7 +229,7 @@ def _signed(t):
     t = re.sub(r'(?<=[)\]])(?:(\+)|-)(?!\s*\w)', lambda m: PLUS if m[1] else MINUS, t)
     return re.sub(r'(?P<word>\w+)(?P<gap>\s*)(?P<sign>\++|-+(?!\w))', _after_word, t)
 
-# %% ../../nbs/06_evaluate/03_answer_text.ipynb #70c10f82
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #071d7b3b
 def _compared(t):
     "Text in which comparators stand apart, without arrows, quotation marks and tags."
     t = re.sub(r'<-+>|<-+(?!\.?\d)|-+>|=+>(?!\s*\.?\d)|(?m:^\s*>+(?=\s*[^\W\d]))', ' ', t)
