@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import (CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration,
-                          MistralConfig, MistralForCausalLM)
+from transformers import (AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlavaConfig,
+                          LlavaForConditionalGeneration, MistralConfig, MistralForCausalLM)
 from transformers.utils import logging
 
 from llava_med.lab.commands import main
-from llava_med.models.convert import add_base, convert, convert_vit, convert_weights, own_tower, read_weights
-from llava_med.models.llava import disk_name, join, load, read_tower, train_tokenizer, weights_hash
+from llava_med.models.convert import add_base, convert, convert_vit, convert_weights, own_tower, read_weights, strange_fields, text_config
+from llava_med.models.llava import disk_name, join, load, read_tower, save, train_tokenizer, weights_hash
 
 logging.set_verbosity_error()
 WIDE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -276,6 +276,178 @@ def test_a_tokenizer_of_another_model(tmp_path):
     Original(tmp_path/'src', shards=1)
     big = train_tokenizer(['a small nodule'], 400); big.add_tokens([f'w{i}' for i in range(200)]); big.save_pretrained(tmp_path/'tok')
     with pytest.raises(ValueError, match='the checkpoint fewer rows'): convert(tmp_path/'src', tmp_path/'dst', 'own', tokenizer=tmp_path/'tok')
+
+
+# Language models with settings of their own: what the original computes is what the converted one computes
+
+BASIC = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+             hidden_act='silu', max_position_embeddings=512, torch_dtype='float32', transformers_version='4.44.0', initializer_range=.3)
+LLAMA3 = dict(factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=32)
+ROPES = {'llama3': dict(rope_scaling=dict(rope_type='llama3', **LLAMA3), rope_theta=5e5), 'llama3 by 32': dict(rope_scaling=dict(rope_type='llama3', **LLAMA3 | dict(factor=32.)), rope_theta=5e5),
+         'older key': dict(rope_scaling=dict(type='linear', factor=4.), rope_theta=1e4), 'linear': dict(rope_scaling=dict(rope_type='linear', factor=2.)),
+         'dynamic': dict(rope_scaling=dict(type='dynamic', factor=2.), max_position_embeddings=32),
+         'yarn': dict(rope_scaling=dict(rope_type='yarn', factor=4., original_max_position_embeddings=32), max_position_embeddings=128),
+         'version 5': dict(rope_parameters=dict(rope_type='llama3', rope_theta=5e5, **LLAMA3)), 'theta alone': dict(rope_theta=1e6), 'nothing': {},
+         'biases': dict(attention_bias=True, mlp_bias=True), 'wide heads': dict(head_dim=32), 'eps': dict(rms_norm_eps=.3), 'gelu': dict(hidden_act='gelu')}
+
+
+class Plain:
+    "An original whose language model is any, written as `transformers` 4 wrote it; its tower is inside."
+    def __init__(self, folder, kind='llama', tied=False, head=True, tok=None, **text):
+        self.folder, self.tok = Path(folder), tok or words()
+        self.folder.mkdir(parents=True)
+        raw = {**BASIC, 'model_type': kind, 'vocab_size': len(self.tok), 'tie_word_embeddings': tied, **text}
+        raw = {k: v for k, v in raw.items() if v != 'absent'}
+        torch.manual_seed(5)
+        config = AutoConfig.for_model(**{k: v for k, v in raw.items() if k not in ('transformers_version', 'torch_dtype')})
+        self.lm = stir(AutoModelForCausalLM.from_config(config)).eval()
+        self.lm.tie_weights()
+        state = {n: v.clone() for n, v in self.lm.state_dict().items() if n != 'lm_head.weight' or head}
+        state |= {f'model.mm_projector.{i}.{k}': torch.randn((64, 128 if i == 0 else 64)[:2 - (k == 'bias')]) for i in (0, 2) for k in ('weight', 'bias')}
+        state |= {f'model.vision_tower.vision_tower.vision_model.{n}': v.clone() for n, v in clip(1).state_dict().items()}
+        self.config = {**raw, 'model_type': f'llava_{kind.removesuffix("2")}', 'mm_vision_tower': 'openai/clip', 'mm_projector_type': 'mlp2x_gelu',
+                       'mm_vision_select_layer': -2, 'image_aspect_ratio': 'pad', 'mm_hidden_size': 128, 'tune_mm_mlp_adapter': False}
+        self.state = state
+        self.put()
+
+    def put(self):
+        write(self.folder, self.state, 1, 'safetensors')
+        (self.folder/'config.json').write_text(json.dumps(self.config))
+        self.tok.save_pretrained(self.folder)
+
+    @torch.no_grad()
+    def agrees(self, folder, n=90):
+        "Whether converted and original give the same logits for a text longer than the original context."
+        model, ids = load(folder)[0], torch.randint(3, len(self.tok), (1, n), generator=torch.Generator().manual_seed(0))
+        a, b = model(input_ids=ids).logits[..., :len(self.tok)], self.lm(input_ids=ids).logits
+        assert a.std() > .05
+        return torch.allclose(a, b, atol=2e-4), model
+
+
+def turned(original, folder, **kw):
+    said = []
+    convert(original.folder, folder, 'own', say=said.append, **kw)
+    return said
+
+
+@pytest.mark.parametrize('name', ROPES)
+def test_positions_beyond_the_original_context(name, tmp_path):
+    original = Plain(tmp_path/'src', **ROPES[name])
+    said = turned(original, tmp_path/'dst')
+    same, model = original.agrees(tmp_path/'dst')
+    assert same and not any('Kept in' in s for s in said), said
+    if 'rope_scaling' in ROPES[name]:
+        kept = json.loads((tmp_path/'dst/config.json').read_text())['text_config']
+        assert kept['rope_scaling']['factor'] == ROPES[name]['rope_scaling']['factor'], 'older versions read it here'
+        plain = Plain(tmp_path/'plain', **{k: v for k, v in ROPES[name].items() if k != 'rope_scaling'})
+        turned(plain, tmp_path/'without')
+        assert not original.agrees(tmp_path/'without')[0], 'the check can fail'
+
+
+@pytest.mark.parametrize('kind, text', [('mistral', dict(sliding_window=None)), ('mistral', dict(sliding_window=16)), ('mistral', dict(sliding_window='absent', head_dim=32)),
+                                        ('qwen2', {}), ('qwen2', dict(use_sliding_window=True, sliding_window=16, max_window_layers=1)), ('qwen2', dict(rope_theta=1e6, rms_norm_eps=1e-6))])
+def test_other_language_models(kind, text, tmp_path):
+    original = Plain(tmp_path/'src', kind, **text)
+    turned(original, tmp_path/'dst')
+    same, model = original.agrees(tmp_path/'dst')
+    assert same and model.config.text_config.model_type == kind
+    if 'sliding_window' in text and text['sliding_window'] != 'absent' and kind == 'mistral': assert model.config.text_config.sliding_window == text['sliding_window']
+
+
+def test_settings_that_nothing_reads_are_named(tmp_path):
+    original = Plain(tmp_path/'src')
+    original.config |= dict(logits_scaling=4., new_setting=1, mm_use_im_patch_token=False, unfreeze_mm_vision_tower=True, _name_or_path='x', quiet=None)
+    original.put()
+    said = turned(original, tmp_path/'dst')
+    assert any(re.search('do(es)? not read them: logits_scaling, new_setting', s) for s in said), said
+    assert json.loads((tmp_path/'dst/config.json').read_text())['text_config']['logits_scaling'] == 4.
+    assert strange_fields(original.config) == ['logits_scaling', 'new_setting']
+    with pytest.raises(ValueError, match='config.json does not describe a language model'): text_config({**original.config, 'hidden_size': 'wide'}, 300)
+    with pytest.raises(ValueError, match="scales positions by 'su'"): text_config({**original.config, 'rope_scaling': {'type': 'su', 'factor': 2.}}, 300)
+
+
+# Tied embeddings
+
+@pytest.mark.parametrize('kind, text', [('llama', ROPES['llama3']), ('qwen2', {})])
+@pytest.mark.parametrize('head', [False, True])
+def test_tied_embeddings_stay_tied(kind, text, head, tmp_path):
+    original = Plain(tmp_path/'src', kind, tied=True, head=head, **text)
+    said = turned(original, tmp_path/'dst')
+    same, model = original.agrees(tmp_path/'dst')
+    assert same and model.lm_head.weight is model.get_input_embeddings().weight
+    assert not any('lm_head' in n for n in load_file(tmp_path/'dst/model.safetensors'))
+    count = sum(p.numel() for p in model.parameters())
+    assert f'{count:,} parameters' in said[-1] or f'{count:,} parameters' in said[-2], (count, said)
+    step = torch.optim.SGD(model.parameters(), lr=.1)
+    before = model.lm_head.weight.clone()
+    model(input_ids=torch.arange(4, 20)[None], labels=torch.arange(4, 20)[None]).loss.backward(); step.step()
+    assert model.lm_head.weight is model.get_input_embeddings().weight and not torch.equal(before, model.lm_head.weight)
+    save(model, load(tmp_path/'dst')[1], tmp_path/'again')
+    again = load(tmp_path/'again')[0]
+    assert again.lm_head.weight is again.get_input_embeddings().weight and torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_no_output_layer_and_no_word_of_it(tmp_path):
+    original = Plain(tmp_path/'src', head=False)
+    with pytest.raises(ValueError, match='lm_head.weight: missing in the checkpoint, and its config.json does not say tie_word_embeddings'): turned(original, tmp_path/'dst')
+    tied = Plain(tmp_path/'tied', tied=True)
+    tied.state['lm_head.weight'] = tied.state['lm_head.weight'] + 1; tied.put()
+    with pytest.raises(ValueError, match='another tensor than the embedding'): turned(tied, tmp_path/'dst')
+    assert not (tmp_path/'dst').exists()
+
+
+def test_a_joined_model_with_tied_embeddings(tmp_path):
+    original = Plain(tmp_path/'src', tied=True, **ROPES['llama3'])
+    original.lm.save_pretrained(tmp_path/'lm'); original.tok.save_pretrained(tmp_path/'lm'); clip(1).save_pretrained(tmp_path/'clip')
+    assert not any('lm_head' in n for n in load_file(tmp_path/'lm/model.safetensors'))
+    model, processor = join(tmp_path/'clip', tmp_path/'lm', template='llava_v1', say=lambda s: None)
+    save(model, processor, tmp_path/'dst')
+    same, again = original.agrees(tmp_path/'dst')
+    assert same and again.lm_head.weight is again.get_input_embeddings().weight
+    config = json.loads((tmp_path/'lm/config.json').read_text())
+    (tmp_path/'lm/config.json').write_text(json.dumps(config | dict(tie_word_embeddings=False)))
+    with pytest.raises(ValueError, match=r'lacks lm_head.weight.*say tie_word_embeddings'): join(tmp_path/'clip', tmp_path/'lm', template='llava_v1')
+
+
+@pytest.mark.parametrize('name, words', [('mm_projector.bin', 'a projector alone'), ('adapter_config.json', 'an adapter of a base model')])
+def test_a_part_alone_is_named(name, words, tmp_path):
+    original = Plain(tmp_path/'src')
+    (tmp_path/'src/model.safetensors').unlink(); (tmp_path/'src'/name).write_bytes(b'{}')
+    with pytest.raises(FileNotFoundError, match=f'holds no weights.*{words}'): turned(original, tmp_path/'dst')
+
+
+def test_shards_without_an_index_and_names_of_several_processes(tmp_path):
+    original = Plain(tmp_path/'src')
+    (tmp_path/'src/model.safetensors').unlink()
+    names = sorted(original.state)
+    for i in (0, 1): torch.save({f'module.{n}': original.state[n].clone() for n in names[i::2]}, tmp_path/f'src/pytorch_model-{i + 1:05d}-of-00002.bin')
+    turned(original, tmp_path/'dst')
+    assert original.agrees(tmp_path/'dst')[0]
+    (tmp_path/'src/pytorch_model-00001-of-00002.bin').unlink()
+    with pytest.raises(FileNotFoundError, match='lacks part 1 of 2'): turned(original, tmp_path/'dst')
+
+
+# Sentencepiece's file alone, as all originals have it
+
+@pytest.mark.parametrize('kind, legacy', [('llama', True), ('llama', False), ('mistral', True)])
+def test_the_tokenizer_of_an_original(kind, legacy, tmp_path):
+    from test_pieces import VICUNA, folder, theirs
+    from llava_med.core.pieces import from_sentencepiece
+    folder(tmp_path/'tok', words=VICUNA | dict(legacy=legacy))
+    original = Plain(tmp_path/'src', kind, tok=from_sentencepiece(tmp_path/'tok'))
+    for f in [*(tmp_path/'src').glob('token*')]: f.unlink()
+    folder(tmp_path/'src', words=VICUNA | dict(legacy=legacy, tokenizer_class='LlamaTokenizer'))
+    said = turned(original, tmp_path/'dst')
+    assert any('tokenizer.model' in s for s in said) and original.agrees(tmp_path/'dst')[0]
+    tok, new, later = load(tmp_path/'dst')[1].tokenizer, theirs(tmp_path/'tok'), theirs(tmp_path/'tok', legacy)
+    turns = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'Where?'}]}, {'role': 'assistant', 'content': [{'type': 'text', 'text': 'left'}]},
+             {'role': 'user', 'content': [{'type': 'text', 'text': 'Why?'}]}]
+    ids, image = tok.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False), tok.convert_tokens_to_ids('<image>')
+    polite = ("A chat between a curious user and an artificial intelligence assistant. "
+              "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+    head, asked = (polite + ' USER: ', '\nWhere? ASSISTANT: left') if kind == 'llama' else ('[INST] ', '\nWhere? [/INST] left ')
+    rest = 'USER: Why? ASSISTANT:' if kind == 'llama' else '[INST] Why? [/INST]'
+    assert ids == [1, *new.encode(head), image, *new.encode(asked), 2, *later.encode(rest)], 'LLaVA encodes the text on each side of an image by itself'
 
 
 # The command

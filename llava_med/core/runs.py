@@ -78,15 +78,22 @@ class OutputError(OSError): "A result could not be written; the message says whe
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EFBIG}
 
+def _disk_says(e):
+    "What the disk said in an error, which safetensors and torch wrap into errors of their own; None for any other error."
+    if isinstance(e, OSError): return e.strerror if e.errno in FULL else None
+    code = re.search(r'(?:os error |Errno )(\d+)', str(e))
+    if code and int(code[1]) in FULL: return os.strerror(int(code[1]))
+    return os.strerror(errno.ENOSPC) if 'PytorchStreamWriter failed' in str(e) else None
+
 @contextlib.contextmanager
 def writing(
     where:str|Path, # what is being written, for the message
 ):
     "Turn a full or read-only disk into one sentence that says what to do."
     try: yield
-    except OSError as e:
-        if e.errno not in FULL or isinstance(e, OutputError): raise
-        raise OutputError(f'Cannot write {where} ({e.strerror}): free some space, or set LLAVA_MED_OUTPUTS '
+    except BaseException as e:                  # torch's CheckpointException is no Exception
+        if isinstance(e, OutputError) or not (why := _disk_says(e)): raise
+        raise OutputError(f'Cannot write {where} ({why}): free some space, or set LLAVA_MED_OUTPUTS '
                           'to a folder that can be written.') from e
 
 @contextlib.contextmanager

@@ -25,12 +25,13 @@ import yaml
 from torch import nn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig,
-                          AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
+                          CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
                           LlavaProcessor, PreTrainedTokenizerFast)
 from transformers.tokenization_utils_base import AddedToken
 from transformers.utils import logging as hf_logging
 from . import anatomy
-from .anatomy import PARTS
+from .anatomy import PARTS, picture_settings
+from ..core.pieces import read_tokenizer
 from .connectors import (ACTIVATIONS, CONNECTORS, connector_record, load_connector,
                                          make_identity, put_connector, read_connector,
                                          save_connector, split_state)
@@ -177,7 +178,8 @@ def _whole(info, where, spare=()):
     "Refuse weights that are missing or have another shape; `from_pretrained` would draw them at random."
     bad = sorted(k for k in info['missing_keys'] if not k.startswith(tuple(spare)))
     bad += sorted(k[0] for k in info['mismatched_keys'])
-    if bad: raise ValueError(f"'{where}' lacks {few(bad)}, or holds them in another shape; get the whole checkpoint.")
+    untied = ' (or say tie_word_embeddings in its config.json, if they are tied)'*(bad == ['lm_head.weight'])
+    if bad: raise ValueError(f"'{where}' lacks {few(bad)}, or holds them in another shape; get the whole checkpoint{untied}.")
 
 def few(
     names:list, # of anything
@@ -211,6 +213,7 @@ def read_tower(
     where:str,            # folder or Hub id of a tower; of a whole CLIP or SigLIP the tower is taken
     image_size:int=None,  # side of the square that it shall see, pixels; default: the one it was trained with
     dtype:str='float32',  # of the weights
+    say=print,            # gets a line on what is assumed about pictures
 )->tuple:                 # (tower, image side, number of vectors that are no patches, settings of the picture)
     "Read a vision tower and find out what it hands over."
     with _reading(where, 'a vision tower'):
@@ -218,7 +221,7 @@ def read_tower(
         config = getattr(config, 'vision_config', config)
         tower, info = AutoModel.from_pretrained(**_place(where), config=config, dtype=getattr(torch, dtype),
                                                 output_loading_info=True)
-        images = _picture_settings(where)
+        images = picture_settings(where, config.model_type, _place(where), say)
     _whole(info, where, spare=('pooler.', 'head.'))          # nothing reads a pooled vector
     for n in info['missing_keys']: nn.init.zeros_(tower.get_parameter(n))
     native, patch = getattr(config, 'image_size', None), getattr(config, 'patch_size', None)
@@ -236,13 +239,6 @@ def read_tower(
         raise ValueError(f"'{where}' ({config.model_type}) gives {few(sorted(shapes))} for a picture of {size} px, not {grid} patch "
                          f'vectors from patches of {patch} px in every layer; choose another tower.')
     return tower, size, extra, images
-
-def _picture_settings(where):
-    "Mean, deviation and resampling of a tower's own image processor."
-    from transformers import AutoImageProcessor
-    try: p = AutoImageProcessor.from_pretrained(**_place(where))
-    except (OSError, ValueError): return {}                  # a bare tower: CLIP's
-    return {k: getattr(p, k) for k in ('image_mean', 'image_std', 'resample') if getattr(p, k, None) is not None}
 
 # %% ../../nbs/02_models/03_llava.ipynb #91c5c253
 FLATTEN = (
@@ -358,15 +354,16 @@ def join(
     say=print,               # gets a line on everything that was changed
 )->tuple:                    # (model in evaluation mode, processor)
     "A LLaVA from a trained tower and a trained language model; raises ValueError where they do not fit."
-    tower, size, extra, images = read_tower(vision, image_size, dtype)
+    tower, size, extra, images = read_tower(vision, image_size, dtype, say)
     depth = len(_states(tower, size))
     for i in [layers] if isinstance(layers, int) else layers:
         if not -depth <= i < depth: raise ValueError(f"'{vision}' has no layer {i}: they go from {-depth} to {depth - 1}.")
     with _reading(language, 'a causal language model'):
-        tok = AutoTokenizer.from_pretrained(**_place(language))
+        tok = read_tokenizer(language, say)
         lm, info = AutoModelForCausalLM.from_pretrained(**_place(language), dtype=getattr(torch, dtype), output_loading_info=True)
     _whole(info, language)
     record = {'vision_tower': dict(source=str(vision), sha256=weights_hash(tower)),
+              'image_settings': {**images, 'pad': pad, 'size': size},
               'language_model': dict(source=str(language), sha256=weights_hash(lm)), 'connector': connector,
               'added_tokens': prepare_tokenizer(tok, say)}
     tok.chat_template = chat_template(tok, template, language)
@@ -517,7 +514,7 @@ def load(
     if old or config.model_type != 'llava':
         raise ValueError(f"'{path}' is " + ("a checkpoint in LLaVA's original layout" if old else f"a model of type '{config.model_type}', not 'llava'") +
                          '; an original LLaVA checkpoint is made one with `llava-med convert`.')
-    with _reading(path, 'a LLaVA'): processor = AutoProcessor.from_pretrained(**_place(path))
+    processor = _read_processor(path)
     _agree(config, processor, path)                           # before gigabytes are read
     said = _connector_of(config, folder, path)
     with _reading(path, 'a LLaVA'):
@@ -529,6 +526,15 @@ def load(
     if said: load_connector(model, processor, folder, said)
     if (folder/'provenance.json').exists(): model.provenance = read_json(folder/'provenance.json')
     return model.to(device).eval(), processor
+
+def _read_processor(path):
+    "A processor whose tokenizer has the ids of its own files, also where they are sentencepiece's alone."
+    pieces = (Path(path)/'tokenizer.model').exists() and not (Path(path)/'tokenizer.json').exists()
+    with _reading(path, 'a LLaVA'):
+        tok = read_tokenizer(path, lambda s: None) if pieces else None
+        processor = AutoProcessor.from_pretrained(**_place(path))
+    if tok is not None: processor.tokenizer = tok
+    return processor
 
 def _connector_of(config, folder, where):
     "What a checkpoint says of a connector that plain `transformers` cannot hold; None where it has a plain one."
