@@ -298,3 +298,14 @@ def test_questions_in_prompts():
                    'Is it red? Please choose from the following two options: [yes, no]', '<|im_start|>Is it red?\nAnswer the question using a single word.'):
         assert 'is it red' in questions_in(prompt), prompt
     assert set(CASES) >= {'missing', 'extra', 'ambiguous', 'conflict', 'other_key', 'thoughts', 'control'}
+
+
+def test_a_split_is_chosen_only_where_it_is_proven():
+    "Questions of two splits: the answers of one are never given to the other."
+    items = [item(0, 'A?', 'x', split='train', id='t0'), item(1, 'B?', 'y', split='train', id='t1'), item(0, 'A?', 'u', split='test', id='e0'),
+             item(1, 'B?', 'v', split='test', id='e1'), item(2, 'C?', 'w', split='test', id='e2')]
+    rows = [dict(prompt=q, text=t) for q, t in (('A?', 'x'), ('B?', 'y'))]
+    with pytest.raises(ScoreError, match='cannot be told apart'): score_answers(items, rows, ['strict'], n_draws=9)
+    many = [item(i, f'Q{i}?', 'x', split='test', id=f'e{i}') for i in range(40)] + [item(i, f'Q{i + 30}?', 'y', split='train', id=f't{i}') for i in range(40)]
+    out, notes = score_answers(many, [dict(prompt=f'Q{i}?', text='x') for i in range(40)], ['strict'], n_draws=9)
+    assert '40 of 40 x test items'.replace('x', 'all') in notes[0] and next(r['value'] for r in out if r['metric'] == 'strict') == 1

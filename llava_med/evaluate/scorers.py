@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..core.runs import write_csv
-from .answer_files import (CASES, align, one_answer_each, questions_in,
+from .answer_files import (CASES, CHANCE, align, one_answer_each, questions_in,
     read_answers, read_rows, remedy)
 from .answer_text import ODD_TEXT, answer_text, plain, spoken
 from ..core.registry import Registry
@@ -287,6 +287,20 @@ def _part(h, n, of):
     "Head of a row, whose split says if it is about a part of the items."
     return h if n == of else (h[0], h[1], f'{h[2]} ({n} of {of})', h[3])
 
+def _content(items): return Counter((o['question'], str(o['answer']), *(o.get('images') or ())) for o in items)
+
+def _proven(tried, t, n_rows):
+    "Whether answers belong to this part of the items: it pairs no more than all do, or chance is no explanation."
+    (items, whole, _, n), (part, found, *_) = tried[0], t
+    if t[3]['extra'] > n['extra']: return False            # it must hold what the whole set holds
+    if all(k in whole for k in found): return True
+    ids = {o['id'] for o in part}
+    others = [o for o in tried[1:] if o[3]['extra'] <= n['extra'] and not ids & {x['id'] for x in o[0]}]
+    if others: return all(_content(o[0]) == _content(part) for o in others)
+    asked = {o['question'] for o in part}
+    share = sum(o['question'] in asked for o in items)/len(items)
+    return n_rows*log(share) < log(CHANCE)
+
 def _align_split(items, rows):
     "The split and language of the items that the answers fit best, or all items, and what `align` says of them."
     parts = {tuple(o['id'] for o in items): items}
@@ -296,7 +310,8 @@ def _align_split(items, rows):
         parts |= {tuple(o['id'] for o in groups[g]): groups[g] for g in sorted(groups)}      # test before train and val
     tried = [(part, *align(part, rows)) for part in parts.values()]
     lost = ('missing', 'extra', 'ambiguous', 'no_prompt', 'conflict')
-    return min(tried, key=lambda t: sum(t[3][k] for k in lost))
+    fit = [t for t in tried if _proven(tried, t, len(rows))]
+    return min(fit, key=lambda t: sum(t[3][k] for k in lost))
 
 def _split_of(items):
     "Name of the split, with the languages where there is not only English."
