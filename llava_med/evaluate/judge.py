@@ -299,8 +299,9 @@ def _position(d, head, kw):
     same = better.groupby(d['item']).nunique().eq(1)
     by = _by_question(d)
     by['flip'] = 1. - by['item'].map(same).astype(float)
-    return [r for name, c in (('judge.first_place_points', 'lead'), ('judge.order_decides', 'flip'))
-            for r in summarise(_with_head(by, head, c, 'one'), name, **kw)]
+    share = kw | dict(bounds=(0., 1.))
+    return (summarise(_with_head(by, head, 'lead', 'one'), 'judge.first_place_points', **kw)
+            + summarise(_with_head(by, head, 'flip', 'one'), 'judge.order_decides', **share))
 
 def _with_head(d, head, num, den): return d.assign(num=d[num], den=d[den], **dict(zip(HEAD, head)), **{k: '' for k in SLICE_KEYS if k not in d})
 
@@ -323,7 +324,7 @@ def chat_rows(
     if not len(d): raise ScoreError(f'None of the {len(judgements)} judgements can be scored ({said_cases(n)}); look at what the judge wrote.')
     by = _by_question(d)
     head = (model, dataset, 'test' if len(by) == len(asked) else f'test ({len(by)} of {len(asked)})', condition)
-    kw = dict(n_draws=n_draws, seed=seed, keys=[], model_pairs=())
+    kw = dict(n_draws=n_draws, seed=seed, keys=[], model_pairs=(), bounds=None)   # marks: no share
     out = []
     for name, num, den in (('judge.mean_of_ratios', 'ratio', 'one'), ('judge.ratio_of_means', 'mark', 'reference'),
                            ('judge.answer_words', 'words', 'one'), ('judge.reference_words', 'reference_words', 'one')):

@@ -22,8 +22,8 @@ from .answer_files import (CASES, CHANCE, align, one_answer_each, questions_in,
 from .answer_text import ODD_TEXT, answer_text, plain, spoken
 from ..core.registry import Registry
 from .exact import (SCORE_COLUMNS, HEAD, SLICE_KEYS, MODEL_PAIRS, ScoreError,
-    _contrasts, _index, _slices, cluster_codes, draw_counts, item_tag, limits, slice_keys, strict,
-    strict_normalise, summarise)
+    _contrasts, _index, _slices, _tidy, cluster_codes, draw_counts, intervals, item_tag, no_interval,
+    slice_keys, strict, strict_normalise, summarise)
 from ..data.generators import THOUGHT
 from ..data.conversations import DOMAINS
 from ..data.vqa_readers import read_vqa
@@ -333,18 +333,17 @@ def credit_rows(
     masks, n = [m for _, m in slices], codes.max(initial=-1) + 1
     parts = [_draws(*_columns(s, metrics, masks, codes, n), n_draws, seed) for s in sides]
     value, draws = (parts[0][i] - parts[1][i] if len(parts) == 2 else parts[0][i] for i in (0, 1))
-    low, high = limits(draws)
-    def tidy(x): return round(float(x), digits) + 0.
-    out, j = [], 0
-    for m in metrics:
-        counted = d[m].notna().to_numpy()
-        for name, mask in slices:
-            if np.isfinite(value[j]):
-                at = counted & mask
-                out.append(dict(zip(SCORE_COLUMNS, [*head, name, m, tidy(value[j]), tidy(low[j]), tidy(high[j]),
-                                                    int(at.sum()), len(set(images[at])),
-                                                    len(set(codes[at]))])))
-            j += 1
+    out, k = [], len(slices)
+    for i, m in enumerate(metrics):
+        counted, own = d[m].notna().to_numpy(), slice(i*k, i*k + k)
+        at = [counted & mask for mask in masks]
+        n_clusters = [len(set(codes[a])) for a in at]
+        known = pd.concat([side[m] for side in sides]).dropna()
+        bounds = (0., 1.) if not m.endswith('_words') and known.between(0, 1).all() else None
+        low, high = intervals(value[own], draws[:, own], n_clusters, bounds, len(sides) == 2)
+        out += [dict(zip(SCORE_COLUMNS, [*head, name, m, *(_tidy(x[j], digits) for x in (value[own], low, high)),
+                                         int(at[j].sum()), len(set(images[at[j]])), n_clusters[j]]))
+                for j, (name, _) in enumerate(slices) if np.isfinite(value[own][j])]
     return out
 
 def score_answers(
@@ -454,7 +453,8 @@ def _show(rows):
         if r['slice'] != 'all' or r['metric'].startswith('answers.'): continue
         head, (k, unit) = [r[h] for h in HEAD], (1, ' ') if r['metric'].endswith('_words') else (100, '%')
         if head != last: print(f'\n{", ".join(head):44}   value    95 % interval  answers  images')
-        print(f'  {r["metric"]:42}{k*r["value"]:7.2f}{unit}{k*r["low"]:8.2f}{k*r["high"]:8.2f}{r["n_items"]:9}{r["n_images"]:8}')
+        interval = f'{k*r["low"]:8.2f}{k*r["high"]:8.2f}' if r['low'] != '' else f'{no_interval(r):>16}'
+        print(f'  {r["metric"]:42}{k*r["value"]:7.2f}{unit}{interval}{r["n_items"]:9}{r["n_images"]:8}')
         last = head
 
 # %% ../../nbs/06_evaluate/06_scorers.ipynb #844586a9
@@ -499,7 +499,7 @@ def judge_rows(
     d, keys = pd.DataFrame(rows), ['question_type', 'modality']
     out = []
     for name, num, den in (('judge.mean_of_ratios', 'ratio', 'one'), ('judge.ratio_of_means', 'second', 'first')):
-        out += summarise(d.rename(columns={num: 'num', den: 'den'}), name, n_draws, seed, keys)
+        out += summarise(d.rename(columns={num: 'num', den: 'den'}), name, n_draws, seed, keys, bounds=None)
     n = len(judgements) - len(rows)
     return out + [dict(zip(SCORE_COLUMNS,
                            [*head.values(), 'all', 'judge.unread', n, '', '', len(judgements),

@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from ..models.anatomy import base_of, decoder, head
 from ..models.templates import chat, model_inputs, needs_bos
 from ..train.batches import splice
-from ..evaluate.exact import bootstrap, limits
+from ..evaluate.exact import bootstrap, edge_limits, limits
 
 # %% ../../nbs/07_explain/01_attention.ipynb #5848766b
 def row_weights(
@@ -516,13 +516,20 @@ def over_pictures(
     over=None,         # denominators, (items,); ones give a mean
     n_draws:int=1000,  # bootstrap draws
     seed:int=0,        # of the draws
+    bounds:tuple|None=None, # least and most that a value can be, such as (0, 1) for hits; None: not known
 )->tuple:              # estimate, low, high: sum of values over sum of denominators; 95 %
-    "A mean or ratio with its 95 % interval from a bootstrap over pictures."
+    "A mean or ratio with its 95 % interval from a bootstrap over pictures; NaN limits where there is none."
     values, (names, at) = np.asarray(values, float), np.unique(images, return_inverse=True)
-    top, low = np.zeros((len(names), *values.shape[1:])), np.zeros(len(names))
+    top, n, low = np.zeros((len(names), *values.shape[1:])), np.bincount(at)[:, None], np.zeros(len(names))
     np.add.at(top, at, values); np.add.at(low, at, np.ones(len(values)) if over is None else np.asarray(over, float))
-    estimate, draws = bootstrap(top.reshape(len(names), -1), low[:, None], n_draws, seed)
-    return tuple(x.reshape(values.shape[1:]) for x in (estimate, *limits(draws)))
+    top = top.reshape(len(names), -1)
+    estimate, draws = bootstrap(top, low[:, None], n_draws, seed)
+    alike = np.ptp(top/n, axis=0) < 1e-9           # whatever they are divided by
+    ends = limits(np.where(alike, np.nan, draws))
+    for j in np.flatnonzero(alike):
+        edges = edge_limits(top[:, j].sum()/n.sum(), len(names), bounds)
+        ends[0][j], ends[1][j] = np.array(edges)*n.sum()/low.sum()
+    return tuple(x.reshape(values.shape[1:]) for x in (estimate, *ends))
 
 # %% ../../nbs/07_explain/01_attention.ipynb #6f6fb738
 def layer_rates(
@@ -538,8 +545,8 @@ def layer_rates(
     targets = np.stack([target_cells(b, grid, w) for b, w in zip(boxes, windows)])
     cover = np.stack([box_cover(b, grid, w) for b, w in zip(boxes, windows)])
     rand = targets.mean((1, 2))
-    def rows(method, metric, baseline, values, over=None):
-        got = np.stack(over_pictures(values, images, over, seed=seed)).T
+    def rows(method, metric, baseline, values, over=None, bounds=(0, 1)):
+        got = np.stack(over_pictures(values, images, over, seed=seed, bounds=bounds)).T
         return [dict(method=method, layer=i if method != 'random' else '', metric=metric,
                      baseline=baseline, **dict(zip(('value', 'low', 'high'), o.tolist())), **n)
                 for i, o in enumerate(got)]
@@ -547,7 +554,7 @@ def layer_rates(
     for method, m in maps.items():
         hit = hits(m, targets[:, None])
         out += rows(method, 'pointing', '', hit) + rows(method, 'pointing', 'random', hit, rand)
-        out += rows(method, 'energy_lift', '', energy_lift(m, cover[:, None]))
+        out += rows(method, 'energy_lift', '', energy_lift(m, cover[:, None]), bounds=None)
     return out
 
 def best_layer(

@@ -31,7 +31,7 @@ from .objectives import Objective, as_objective, objective_name, save_modules
 from .packing import PackedCollator
 from .vision_cache import cached_features
 from .loop import Held, Stage, has_bf16
-from .monitor import loss_figure, train_flops, write_losses
+from .monitor import loss_figure, loss_words, train_flops, write_losses
 from .launch import train
 
 # %% ../../nbs/04_train/13_stages.ipynb #7867d5c2
@@ -330,10 +330,11 @@ def _loss_ends(losses, n=20):
 
 def show_losses(
     work:StageRun, # after `run_stage`
-    title:str,     # what the curve says
+    title:str='',  # what was trained; what the loss did stands behind it
 )->None:
     "Save and show the curve of the losses as the step's figure `losses`."
-    fig, first, last = loss_figure(work.losses, title)
+    words = loss_words(work.losses)
+    fig, first, last = loss_figure(work.losses, f'{title}: {words}' if title else words.capitalize())
     held = [r for r in work.losses if r.get('held_loss') not in (None, '')]
     said = [f" Held back, after {r['epoch'] + 1} epochs: {r['held_loss']:.2f}." for r in held]
     text = f'Mean loss of the first 20 steps {first:.2f}, of the last 20 {last:.2f}.'
