@@ -210,8 +210,9 @@ def _last_layer_on(model, keep):
     again = getattr(layer, 'gradient_checkpointing', False) or getattr(layer, '_compiled_call_impl', None)   # computed later, or already translated
     if again or None in parts: yield; return
     at, shape = keep.flatten().nonzero()[:, 0], keep.shape
-    def take(module, args): return F.pad(args[0].flatten(0, 1)[at], (0, 0, 0, -len(at) % 64)), *args[1:]   # few shapes, as in `Collator`
-    def put(module, args, out): return out.new_zeros(keep.numel(), out.shape[-1]).index_copy(0, at, out[:len(at)]).view(*shape, -1)
+    def take(module, args): return F.pad(args[0].flatten(0, 1)[at], (0, 0, 0, -len(at) % 64))[None], *args[1:]   # few shapes, as in `Collator`
+    def back(x): return x.new_zeros(keep.numel(), x.shape[-1]).index_copy(0, at, x[0, :len(at)]).view(*shape, -1)
+    def put(module, args, out): return (back(out[0]), *out[1:]) if isinstance(out, tuple) else back(out)   # a mixture of experts tells its router's choice, too
     hooks = [h for p in parts for h in (p.register_forward_pre_hook(take), p.register_forward_hook(put))]
     try: yield
     finally:
@@ -261,21 +262,37 @@ def record_samples(
     tokenizer,           # a fast one with a chat template, or a processor that has both
     image_tokens:int=64, # patches of a picture
     max_len:int=2048,    # the end of a longer conversation is cut off, and said so
+    skip:bool=False,     # leave out a conversation that max_len leaves no answer of, and say so
 )->tuple:                # (encoded samples with the numbers of their pictures; picture names by number)
     "Encode conversation records; a record that cannot be used is named in the ValueError."
-    names, samples, cut, mark = {}, [], 0, image_mark(tokenizer)
+    names, samples, cut, long = {}, [], 0, []
     for r in records:
         shown = images_of(r)
-        try:
-            e = encode(tokenizer, to_messages(r), image_tokens, max_len)
-            _same_number(e['input_ids'].count(mark)//image_tokens, len(shown))
-        except ValueError as err: raise ValueError(f"Record '{r.get('id')}': {err}") from None
+        try: e = _encoded(r, tokenizer, image_tokens, max_len, len(shown))
+        except ValueError as err:
+            long.append(r.get('id'))
+            if not skip or not _only_long(r, tokenizer, image_tokens, len(shown)) or len(long) == len(records):
+                raise ValueError(f"Record '{r.get('id')}': {err}") from None
+            continue
         numbers = [names.setdefault(n, len(names)) for n in shown]
         image = numbers if len(numbers) > 1 else next(iter(numbers), None)
         samples.append(dict(e, image=image, **_source(r)))
         cut += len(e['input_ids']) == max_len
     if cut: print(f'{cut} of {len(records)} conversations were cut at {max_len} tokens (max_len).')
+    if long: print(f'{len(long)} of {len(records)} conversations were left out, since no answer begins within '
+                   f'{max_len} tokens (max_len): {", ".join(map(repr, long[:3]))}{" …" if len(long) > 3 else ""}.')
     return samples, list(names)
+
+def _encoded(record, tokenizer, image_tokens, max_len, n_images):
+    "Ids and labels of a record whose text has a mark for each image."
+    e = encode(tokenizer, to_messages(record), image_tokens, max_len)
+    _same_number(e['input_ids'].count(image_mark(tokenizer))//image_tokens, n_images)
+    return e
+
+def _only_long(record, tokenizer, image_tokens, n_images):
+    "Whether a record can be used without a limit of tokens."
+    try: return bool(_encoded(record, tokenizer, image_tokens, None, n_images))
+    except ValueError: return False
 
 def _same_number(marks, images):
     if marks != images:
