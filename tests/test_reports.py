@@ -92,7 +92,7 @@ def test_no_published_row_without_its_warning():
 
 def test_odd_answers_are_counted_and_nothing_is_dropped():
     odd_ones = ['yes', None, 7, '', '<b>yes</b>', float('nan'), ['yes']]
-    log = [line(o, t) for o, t in zip(ITEMS, odd_ones)] + [line(ITEMS[0], 'no'), line(dict(ITEMS[0], id='z')), line(ITEMS[7], None, error='Timeout')]
+    log = [line(o, t) for o, t in zip(ITEMS, odd_ones)] + [line(ITEMS[0], 'yes'), line(dict(ITEMS[0], id='z')), line(ITEMS[7], None, error='Timeout')]
     tables, odd = log_credits(ITEMS, log)
     (h, n), = odd.items()
     assert h == ('m', 'toy', 'test', 'image') and len(tables[h]) == 8

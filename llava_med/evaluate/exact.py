@@ -20,6 +20,7 @@ from ..core.registry import Registry
 from ..data.claims import read_claims
 from ..data.options import key_place, said_option
 from ..data.vqa import item_cluster, named_cluster
+from .answer_text import COMPARED, MINUS, PLUS, plain, spoken, with_signs
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #f110f36e
 NUMBER_WORDS = {w: str(i) for i, w in enumerate(
@@ -28,23 +29,26 @@ ARTICLES = {'a', 'an', 'the'}
 
 def strict_normalise(
     text:str, # answer or key
-)->str:       # words in lower case, single blanks between them
-    "Writing without case, punctuation, articles and number words."
-    t = unicodedata.normalize('NFKC', text).lower().replace("'", '').replace('’', '')
+)->str:       # words in lower case, single blanks between them; signs beside what they belong to
+    "Writing without case, punctuation, articles and number words; signs, powers and comparators stay."
+    t = unicodedata.normalize('NFKC', with_signs(text)).replace("'", '').replace('’', '')
     t = re.sub(r'(?<=\d),(?=\d{3}\b)', '', t)            # 1,000 is 1000
-    t = re.sub(r'[^\w\s.]|_|(?<!\d)\.|\.(?!\d)', ' ', t) # a point stays inside a number only
+    t = re.sub(_DROPPED, ' ', t)                         # a point stays inside a number only
     t = re.sub(r'(?<=\d)(?=(mm|cm|ml|mg|kg)\b)', ' ', t)
     words = t.split()
     kept = [NUMBER_WORDS.get(w, w) for w in words if w not in ARTICLES] or words
-    return ' '.join(kept)
+    t = re.sub(rf'([{COMPARED}]) (?=[\d{MINUS}])', r'\1', ' '.join(kept))   # < 5 is <5
+    return t.replace(PLUS, '+').replace(MINUS, '-')
+
+_DROPPED = re.compile(rf'[^\w\s.^{COMPARED}{PLUS}{MINUS}]|_|(?<!\d)\.|\.(?!\d)')
 
 def strict(
     text:str, # what the model said
     gold:str, # the key
 )->bool:      # True if they are the same answer
-    "Exact match after the strict normalisation; an empty key is never met."
-    g = strict_normalise(gold)
-    return bool(g) and strict_normalise(text) == g
+    "Exact match of what the text says after the strict normalisation; an empty key is never met."
+    g = strict_normalise(plain(gold))
+    return bool(g) and strict_normalise(spoken(text)) == g
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #42cd5ff9
 def right_answer(

@@ -26,7 +26,9 @@ from ..data.generators import REFUSAL, LocalGenerator, _read_words
 from ..core.vocabulary import claims_dict
 from ..data.claims import read_claims
 from ..core.runs import write_csv, write_jsonl
-from .scorers import _size, CASES, align, answer_text, head_numbers, read_answers, read_rows, word_scores
+from .answer_files import CASES, align, read_answers, read_rows, remedy
+from .answer_text import answer_text, spoken
+from .scorers import _size, head_numbers, word_scores
 from .exact import (SCORE_COLUMNS, HEAD, SLICE_KEYS, ScoreError, finding_kinds,
     strict_normalise, summarise)
 
@@ -227,13 +229,13 @@ def judge_answers(
     answers:list,        # of one model: LLaVA-Med's records, or lines of a prediction log
     judge,               # EndpointJudge, LocalJudge, FindingJudge, or the like
     orders:str='both',   # as in `orders_of`
-)->tuple:                # judgements; how answers were paired; counts of scorers.CASES
+)->tuple:                # judgements; how answers were paired; counts of answer_files.CASES
     "Judgements of a model's answers, one for each question and order."
     found, rule, n = _align(questions, answers)
-    lost = n['extra'] + n['ambiguous'] + n['no_prompt']
+    lost = sum(n[k] for k in ('extra', 'ambiguous', 'no_prompt', 'conflict'))
     if not found or 2*lost > len(answers): raise ScoreError(
-        f'{lost} of the {len(answers)} answers cannot be paired with the {len(questions)} questions; give the questions that were asked.')
-    texts = {k: answer_text(r, n) for k, r in found.items()}
+        f'{lost} of the {len(answers)} answers cannot be paired with the {len(questions)} questions; {remedy(n)}.')
+    texts = {k: spoken(answer_text(r, n)) for k, r in found.items()}   # a judge sees no thoughts
     jobs = [(q, o, pair_of(q, texts[i], o) if (i := str(q['question_id'])) in texts else None)
             for q in questions for o in orders_of(q['question_id'], orders)]
     judge.prepare([p for *_, p in jobs if p])
@@ -451,7 +453,7 @@ def _only_say(questions, answers, judge, orders):
     pairs = []
     for part in _by_model(answers).values():
         found, _, n = _align(questions, part)
-        pairs += [pair_of(q, answer_text(found[i], n), o) for q in questions if (i := str(q['question_id'])) in found for o in orders_of(q['question_id'], orders)]
+        pairs += [pair_of(q, spoken(answer_text(found[i], n)), o) for q in questions if (i := str(q['question_id'])) in found for o in orders_of(q['question_id'], orders)]
     about = judge.estimate((p,) for p in pairs)
     where = f' to {judge.url}' if hasattr(judge, 'url') else ''
     print(f'{len(pairs)} pairs of answers; {about["questions"]} are not judged yet: about {about["prompt_tokens"]} tokens in '

@@ -20,7 +20,7 @@ from PIL import Image
 from ..data.leakage import audit_table
 from ..data.images import ImageError, image_or_grey, open_image
 from ..core.runs import SERIES_COLOURS, OutputError, figure_bytes, figure_style, replacing
-from .scorers import CASES
+from .answer_files import CASES
 from .exact import SCORE_COLUMNS, no_interval, right_answer
 from .statistics import confidence_of, reliability
 
