@@ -3,11 +3,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
+from transformers import CLIPVisionConfig, Dinov2WithRegistersConfig, GptOssConfig, LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from llava_med.explain import attention as at
+from llava_med.explain.maps import MAP_METHODS
 from llava_med.models.llava import tiny_model
 
 
@@ -160,9 +161,69 @@ def test_a_model_without_the_parts_is_refused():
         at.language_model(torch.nn.Linear(2, 2))
 
 
+def test_attention_with_sinks_is_refused(pair):
+    _, processor = pair
+    text = GptOssConfig(**{**TEXT, 'head_dim': 8}, num_local_experts=2, num_experts_per_tok=1, layer_types=['full_attention']*2)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=text, vision_feature_layer=-1,
+                                                      image_token_index=processor.image_token_id)).eval()
+    with pytest.raises(ValueError, match='GptOssModel has attention of its own'):
+        at.trace(model, [at.encode_sample(processor, picture(), 'Where?', 'left')])
+
+
 def test_a_grid_that_does_not_fit_the_tokens_is_refused(pair):
     _, processor = pair
     other = type(processor)(image_processor=processor.image_processor, tokenizer=processor.tokenizer,
                             patch_size=12, vision_feature_select_strategy='default',
-                            num_additional_image_tokens=5, chat_template=processor.chat_template)
+                            num_additional_image_tokens=50, chat_template=processor.chat_template)
     with pytest.raises(ValueError, match='8 x 8 patches'): at.encode_sample(other, picture(), 'Where?', 'left')
+
+
+def registers(pair, n=4, kind=Dinov2WithRegistersConfig, last=False, **kw):
+    "A LLaVA whose tower has registers, and its processor; with `last` they stand behind the patches."
+    _, processor = pair
+    tok = processor.tokenizer
+    vision = kind(**{**VISION, **kw}, num_register_tokens=n)
+    own = type(processor)(image_processor=processor.image_processor, tokenizer=tok, patch_size=12, chat_template=processor.chat_template,
+                          vision_feature_select_strategy='default', num_additional_image_tokens=n + 1)
+    text = LlamaConfig(**{**TEXT, 'vocab_size': len(tok)})
+    config = LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=[0], image_seq_length=64 + n,
+                         image_token_index=tok.convert_tokens_to_ids('<image>'))
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    if last:
+        embed = model.model.vision_tower.embeddings
+        embed.register_forward_hook(lambda m, a, x: torch.cat([x[:, :1], x[:, 1 + n:], x[:, 1:1 + n]], 1))
+    return model, own
+
+
+@pytest.mark.parametrize('n', [1, 4, 7])
+def test_registers_are_no_patches(pair, n):
+    model, processor = registers(pair, n)
+    sample = at.encode_sample(processor, picture(), 'Where?', 'left')
+    images = np.flatnonzero(sample.kinds == at.TOKEN_KINDS.index('image'))
+    assert len(images) == 64 + n and sample.image_at.tolist() == images[n:].tolist()
+    for row, col in ((0, 0), (3, 5), (7, 7)):   # a patch that is whited out changes the vector at its place, and no other
+        marked = at.Sample(**{**vars(sample), 'pixels': sample.pixels.clone()})
+        marked.pixels[:, row*12:row*12 + 12, col*12:col*12 + 12] = 3.
+        one, other = at.image_vectors(model, [sample, marked])
+        moved = (one != other).any(-1).nonzero().flatten().tolist()
+        assert [images[m] for m in moved] == [sample.image_at[row*8 + col]]
+    maps = at.all_maps(model, [sample], [at.neutral_sample(processor, picture())])
+    assert all(maps[k].shape == (1, 2, 8, 8) for k in at.ATTENTION_METHODS)
+    got, = at.trace(model, [sample])
+    assert np.allclose(at.to_grid(got.rows, sample).ravel(), got.rows[..., images[n:]].ravel())
+
+
+def test_all_methods_draw_maps_over_registers(pair):
+    model, processor = registers(pair)
+    model.config.vision_feature_layer = -1
+    sample = at.encode_sample(processor, picture(), 'Where?', 'left')
+    for name, f in MAP_METHODS.items():
+        if name.startswith('static'): continue
+        for m in f(model, processor, [sample]): assert m.shape[-2:] == (8, 8) and np.isfinite(m).all(), name
+
+
+def test_registers_behind_the_patches_are_refused(pair):
+    model, processor = registers(pair, last=True)
+    sample = at.encode_sample(processor, picture(), 'Where?', 'left')
+    with pytest.raises(ValueError, match='not the last ones'): at.trace(model, [sample])

@@ -286,6 +286,31 @@ def test_parts_are_joined_into_the_real_base(tmp_path, monkeypatch):
     assert 'data/llava_med_v15_base' not in estimate.plan_text(p, estimate.make_plan(p)).split('missing')[0]
 
 
+def test_a_joined_base_is_tried_in_every_way_it_will_be_trained(tmp_path, capsys, monkeypatch):
+    "A mixture of experts, a window and a recurrence: what is no path is said, and what cannot be trained is refused before it is written."
+    p, trained = read_preset('llava_med_v15'), []
+    folders = estimate._thin_parts(estimate.real_config(p), p, tmp_path)
+    monkeypatch.setattr(estimate, 'check_step', lambda model, where, rank, pad: trained.append((where, rank)))
+    estimate._join(p, folders, tmp_path/'right', 'float32')
+    ranks = {v.get('lora_rank', 0) for s, v in plan_run(p, 'x').items() if s in estimate.STEP_STAGES}
+    assert {r for _, r in trained} == ranks | {0} and all(w == folders['language_model'] for w, _ in trained)
+    monkeypatch.undo()
+    from transformers import AutoConfig, AutoModelForCausalLM
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    def other(kind, **numbers):
+        tok = estimate.AutoTokenizer.from_pretrained(folders['language_model'])
+        config = AutoConfig.for_model(kind, **{**small, **numbers}, vocab_size=len(tok), bos_token_id=1, eos_token_id=2, pad_token_id=0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folders['language_model'])
+        capsys.readouterr()
+        return estimate._join(p, folders, tmp_path/kind, 'float32')
+    assert (other('mixtral', num_local_experts=4, num_experts_per_tok=2)/'config.json').exists() and 'separate samples' not in capsys.readouterr().out
+    other('lfm2', layer_types=['conv', 'full_attention'])
+    assert 'will train on separate samples: its layers of the kind conv carry a state' in capsys.readouterr().out
+    monkeypatch.setattr('llava_med.train.gates.loss_and_gradients', lambda *a, **k: 1/0)
+    with pytest.raises(ValueError, match=r"language_model' \(mistral\) cannot be trained: a loss step of two short questions fails"): other('mistral', sliding_window=None)
+    assert not (tmp_path/'mistral').exists()
+
+
 # The whole pipeline on thin models
 
 @pytest.mark.slow

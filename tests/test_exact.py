@@ -13,8 +13,8 @@ from llava_med.evaluate.conditions import partners
 from llava_med.evaluate.subjects import predict
 from llava_med.models.llava import tiny_model
 from llava_med.core.runs import read_jsonl, write_csv
-from llava_med.evaluate.exact import (SCORE_COLUMNS, HEAD, SLICE_KEYS, ScoreError, cluster_codes, finding_table, marks, score_of, score_table,
-    strict, summarise)
+from llava_med.evaluate.exact import (SCORE_COLUMNS, HEAD, SLICE_KEYS, ScoreError, cluster_codes, edge_limits, finding_table, marks,
+    no_interval, perplexity_table, score_of, score_table, strict, summarise)
 from llava_med.evaluate.protocol import run_set
 from llava_med.evaluate.scorers import credit_rows, log_credits
 from llava_med.evaluate.statistics import compare, paired_tests, with_tests
@@ -258,6 +258,7 @@ def test_a_difference_and_its_p_say_the_same(n_patients):
         rows = score_table(items, said, n_draws=200)
         tests = paired_tests(log_credits(items, said, ('strict',))[0], ['strict'], n_draws=10_000)
         r, t = score_of(with_tests(rows, tests), 'stage2-base'), tests.iloc[0]
+        if n_patients == 1: assert (t.p, r['low'], r['high']) == (1, '', ''); continue   # no interval of one
         assert (t.p < .05) == (t.low > 0 or t.high < 0) == (r['low'] > 0 or r['high'] < 0)
         assert r['low'] <= r['value'] <= r['high'] and (n_patients > 5 or (r['low'], r['high']) == (-1, 1))
 
@@ -267,4 +268,76 @@ def test_few_patients_are_compared_exactly():
     said = [dict(p, model=m, text=t) for m, t in (('stage2', 'yes'), ('base', 'no')) for p in log]
     t = compare({m: log_credits(items, [p for p in said if p['model'] == m], ('strict',))[0][m, 'd', 'test', 'image'] for m in ('stage2', 'base')},
                 [('stage2', 'base')], ['strict']).iloc[0]
-    assert t.p == 2/64 and (t.low, t.high) == (1, 1) and t.n_clusters == 6   # one of 64 sets of signs is as far, on each side
+    assert t.p == 2/64 and (t.low, t.high) == (pytest.approx(2*.025**(1/6) - 1), 1) and t.n_clusters == 6   # one of 64 sets of signs is as far, on each side
+
+
+def scored(rights, questions=1, metric='strict', model='stage2', **kw):
+    "The row over all of a model that is right on some images: credits of 0 to 1, one an image."
+    d = pd.DataFrame([dict(model=model, dataset='d', split='test', condition='image', item=f'{i}-{j}', image=str(i),
+                           num=float(x), den=1., **dict.fromkeys(SLICE_KEYS, '')) for i, x in enumerate(rights) for j in range(questions)])
+    return summarise(d, metric, 300, 0, [], **kw)[0]
+
+
+@pytest.mark.parametrize('n', [2, 3, 10, 60])
+def test_all_or_none_right_has_the_exact_limit(n):
+    right, wrong = scored([1]*n, questions=4), scored([0]*n, questions=4)
+    limit = round(.05**(1/n), 4)
+    assert (right['value'], right['low'], right['high'], right['n_clusters']) == (1, limit, 1, n)   # images, not questions
+    assert (wrong['value'], wrong['low'], wrong['high']) == (0, 0, round(1 - .05**(1/n), 4))
+    assert np.diff(np.round(edge_limits(.5, n), 9))[0] == pytest.approx(1 - .05**(1/n))
+
+
+def test_three_of_three_and_three_thousand_are_not_alike():
+    assert scored([1]*3)['low'] == .3684 and scored([1]*3000)['low'] == .999
+
+
+def test_half_a_credit_everywhere_is_no_certainty():
+    row = scored([.5]*4)
+    assert (row['low'], row['high']) == tuple(round(x, 4) for x in edge_limits(.5, 4)) and row['low'] < .25 < .75 < row['high']
+
+
+def test_one_image_has_no_interval():
+    row = scored([1], questions=9)
+    assert (row['value'], row['low'], row['high'], row['n_items']) == (1, '', '', 9) and no_interval(row) == '– one image'
+
+
+def test_what_has_no_bound_has_no_limit():
+    row = scored([7.5]*6, bounds=None)
+    assert (row['low'], row['high']) == ('', '') and no_interval(row) == '– all alike'
+    same, one = perplexity_table(dict(base=[(4., 2)]*5)), perplexity_table(dict(base=[(4., 2)]))
+    assert [r['low'] for r in same + one] == ['', '']
+    assert perplexity_table(dict(base=[(4., 2), (3., 2), (5., 2)]))[0]['low'] != ''
+
+
+@pytest.mark.parametrize('a,b,low,high', [
+    ([1, 0, 1], [1, 0, 1], -(1 - .05**(1/3)), 1 - .05**(1/3)), ([1]*6, [0]*6, 2*.025**(1/6) - 1, 1),
+    ([0]*4, [1]*4, -1, 1 - 2*.025**(1/4))])
+def test_differences_without_spread_have_a_width(a, b, low, high):
+    part = dict(dataset='d', split='test', condition='image', den=1., **dict.fromkeys(SLICE_KEYS, ''))
+    d = pd.DataFrame([dict(part, model=m, item=str(i), image=str(i), num=float(x)) for m, xs in (('stage2', a), ('base', b)) for i, x in enumerate(xs)])
+    row = next(r for r in summarise(d, 'strict', 300, 0, []) if r['model'] == 'stage2-base')
+    assert (row['low'], row['high']) == (round(low, 4), round(high, 4))
+
+
+def test_a_caption_that_says_nothing_is_no_image_for_precision():
+    truth = {f'{i}.png': dict(findings=['nodule', 'mass']) for i in range(6)}
+    said = [dict(model='m', dataset='d', split='test', condition='image', item=f'caption:{i}', error=None,
+                 text='nodule' if k < 3 else '') for k, i in enumerate(truth)]
+    rows = finding_table(truth, said, read=lambda t: dict(findings=t.split()), n_draws=50)
+    row = next(r for r in rows if r['metric'] == 'finding_precision' and r['slice'] == 'all')
+    assert (row['value'], row['low'], row['n_images']) == (1, round(.05**(1/3), 4), 6)
+
+
+def test_no_row_of_any_rule_has_an_interval_without_width():
+    items = [dict(id=f'{i}{j}', images=[f'{i}.png'], question=q, answer=a, answer_type=t, tags=dict(organ='lung' if i else 'heart'))
+             for i in range(4) for j, (q, a, t) in enumerate([('is it?', 'yes', 'CLOSED'), ('where?', 'left lung', 'OPEN')])]
+    for say in (lambda o: o['answer'], lambda o: 'nothing', lambda o: 'left'):
+        log = [dict(model=m, dataset='d', split='test', condition='image', item=o['id'], prompt=o['question'], error=None, text=say(o))
+               for m in ('stage2', 'base') for o in items]
+        tables, odd = log_credits(items, log)
+        rows = [r for d in tables for r in credit_rows(d, [tables[d]], 200)]
+        heads = list(tables)
+        rows += credit_rows(('stage2-base', 'd', 'test', 'image'), [tables[heads[0]], tables[heads[1]]], 200)
+        assert rows and not [r for r in rows if r['low'] != '' and r['high'] - r['low'] < 1e-6]
+        assert all((r['low'] == '') == (r['n_clusters'] == 1 or no_interval(r) == '– all alike') for r in rows)
+        assert all(r['low'] == '' for r in rows if r['slice'] == 'organ=heart')

@@ -298,7 +298,7 @@ def test_answers_that_are_not_as_they_should_be(tmp_path, capsys):
     write_jsonl(tmp_path/'q.jsonl', qs)
     said = answers(qs)[:6]
     for i, t in enumerate([None, 3, '<p>Yes</p>', '', {'a': 1}]): said[i]['text'] = t
-    said += [dict(said[5], text='Again.'), dict(question_id=70, prompt='Never asked?', text='no')]
+    said += [dict(said[5]), dict(question_id=70, prompt='Never asked?', text='no')]
     (tmp_path/'a.txt').write_text(json.dumps(said[::-1]))
     assert main(['judge', str(tmp_path/'q.jsonl'), str(tmp_path/'a.txt'), '--offline', '--out', str(tmp_path/'s.csv')]) == 0
     d = pd.read_csv(tmp_path/'s.csv')

@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from llava_med.data.vqa_readers import open_vqa
-from llava_med.evaluate.reports import (NOTES, PUBLISHED, WARNINGS, drawn_examples, evaluation_report, page, published_rows, score_figure, table, text,
-                               write_page)
+from llava_med.data.browse import guess_title
+from llava_med.evaluate.reports import (NOTES, PUBLISHED, WARNINGS, drawn_examples, evaluation_report, in_words, looking_title, page, published_rows,
+                               row_table, score_figure, side_by_side, table, text, value_with_interval, write_page)
+from llava_med.train.monitor import loss_words, order_words
 from llava_med.core.runs import OutputError, test_data as data_folder
 from llava_med.evaluate.scorers import CASES, log_credits, log_rows
 from llava_med.evaluate.exact import ScoreError, control_predictions, score_table
@@ -90,7 +92,7 @@ def test_no_published_row_without_its_warning():
 
 def test_odd_answers_are_counted_and_nothing_is_dropped():
     odd_ones = ['yes', None, 7, '', '<b>yes</b>', float('nan'), ['yes']]
-    log = [line(o, t) for o, t in zip(ITEMS, odd_ones)] + [line(ITEMS[0], 'no'), line(dict(ITEMS[0], id='z')), line(ITEMS[7], None, error='Timeout')]
+    log = [line(o, t) for o, t in zip(ITEMS, odd_ones)] + [line(ITEMS[0], 'yes'), line(dict(ITEMS[0], id='z')), line(ITEMS[7], None, error='Timeout')]
     tables, odd = log_credits(ITEMS, log)
     (h, n), = odd.items()
     assert h == ('m', 'toy', 'test', 'image') and len(tables[h]) == 8
@@ -137,3 +139,53 @@ def test_real_sets_are_opened(name, there, of, train):
     assert of - len(got['missing']) == there and f'{there} of {of} images found' in said[-1]
     assert bool(got['public']) == (name == 'vqa_rad')
     assert re.search(r'\d+ questions', said[0])
+
+
+# What has no interval, and titles that follow the numbers
+
+def test_a_report_about_one_image_says_so_and_does_not_stop(tmp_path):
+    Image.new('RGB', (20, 10)).save(tmp_path/'0.png')
+    items = [dict(o, images=['0.png'], tags=dict(question_type='presence')) for o in ITEMS[:2]]
+    log = [line(o, t, condition=c) for o in items for c, t in (('image', o['answer']), ('blank', 'no'))]
+    tables, odd = log_credits(items, log)
+    rows = score_table(items, log, n_draws=50) + log_rows(tables, odd, 50)
+    tests = paired_tests(tables, n_draws=50)
+    html = evaluation_report(tmp_path/'r.html', rows, items, log, tmp_path, {}, tests, dataset='toy').read_text(encoding='utf-8')
+    assert '100.0 [–]' in html and NOTES['intervals'][:40] in html and NOTES['few'][:20] in html and '[nan' not in html and 'nan' not in Reader(html).words.split()
+    assert 'not shown' in in_words(rows, 'm')[0] and '[– one image]' in row_table(rows, metric=['strict'])['value [95 %]'][0]
+    assert '100.0 [–]' in side_by_side(rows, 'model', 'condition', metric='strict', slice='all').to_string()
+    assert score_figure(rows, ['m'])['kind'] == 'figure'
+
+
+def test_the_report_of_all_right_has_a_limit():
+    log = [line(o, o['answer']) for o in ITEMS]
+    row = next(r for r in score_table(ITEMS, log, n_draws=50) if r['slice'] == 'all' and r['metric'] == 'strict')
+    assert value_with_interval(row) == '100.0 [47.3,\u00a0100.0]'   # of four images: .05 ** .25
+
+
+@pytest.mark.parametrize('right,word', [([0]*90 + [1]*10, 'few'), ([1]*90 + [0]*10, 'most'), ([0, 1]*50, 'some'), ([0]*3, 'some'), ([1]*4, 'some')])
+def test_how_many_can_be_guessed_follows_the_interval(right, word):
+    assert f' {word} questions' in guess_title(right, range(len(right)))
+
+
+def test_questions_of_one_record_are_no_evidence_for_few():
+    assert ' some ' in guess_title([0]*90 + [1]*10, [i//50 for i in range(100)])
+
+
+@pytest.mark.parametrize('gains,said', [
+    ([(.1, .3), (.2, .4)], 'helps with 2 of 2'), ([(-.1, .3), (.2, .4)], 'helps with 1 of 2'), ([(-.1, .3)], 'not shown to help with any of 1'),
+    ([(-.4, -.1), (-.1, .1)], 'and harms with 1'), ([('', '')], 'cannot be said')])
+def test_whether_the_image_helps_follows_the_intervals(gains, said):
+    assert said in looking_title({str(i): dict(low=a, high=b) for i, (a, b) in enumerate(gains)})
+
+
+def test_a_loss_is_said_to_fall_only_if_it_does():
+    falls = [dict(loss=3 - .05*i) for i in range(40)]
+    assert 'falls from' in loss_words(falls) and 'rises from' in loss_words(falls[::-1])
+    assert 'does not clearly fall' in loss_words([dict(loss=2 + (-1)**i) for i in range(40)]) and 'not finite' in loss_words([dict(loss=float('nan'))]*4)
+    held = [dict(r, held_loss=abs(i - 10)/10 if i % 5 == 0 else '') for i, r in enumerate(falls)]
+    assert 'validation loss from 0.00 at best to 2.50' in loss_words(held) and 'validation' not in loss_words(falls)
+
+
+def test_what_is_learned_first_follows_the_curves():
+    assert order_words(dict(a=[0, 1], b=[1, 1])) == 'b first at 90%, a last' and order_words(dict(a=[1, 1], b=[0, 0])) == 'a first at 90%, b not yet'

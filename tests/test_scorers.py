@@ -156,7 +156,9 @@ def test_failed_answers_are_wrong_and_repeated_ones_are_not():
     def value(rows): return {r['metric']: r['value'] for r in score_answers(items, rows, ['strict'], n_draws=9)[0] if r['slice'] == 'all'}
     assert value([failed] + log[1:])['strict'] == .75 and value([failed] + log[1:])['answers.error'] == 1
     assert value([failed] + log)['strict'] == 1 and value([failed] + log)['answers.repeated'] == 1
-    assert value(log + [dict(log[1], text='no')])['strict'] == 1 and value(log + [dict(log[1], text='no')])['answers.duplicate'] == 1
+    assert value(log + log[1:2])['answers.duplicate'] == 1 and value(log + log[1:2])['strict'] == 1
+    differ = score_answers(items, log + [dict(log[1], text='no')], ['strict'], n_draws=9)[0]   # two answers that differ: neither counts
+    assert {r['split'] for r in differ} == {'test (3 of 4)'} and {r['value'] for r in differ if r['metric'] == 'answers.conflict'} == {2}
 
 
 def test_a_difference_says_that_a_side_is_incomplete():

@@ -1,13 +1,15 @@
 "The machinery of comparisons on many simulated studies and on real answers: how often it finds what is not there, and what is."
+from itertools import product
+
 import numpy as np
 import pytest
 from scipy.stats import false_discovery_control, norm
 
 from llava_med.core.runs import test_data as data_folder
 from llava_med.evaluate.scorers import align, answer_text, credits, read_answers
-from llava_med.evaluate.exact import ScoreError, bootstrap
+from llava_med.evaluate.exact import ScoreError
 from llava_med.evaluate.statistics import (_p, calibration_error, compare, design_effect, holm, mcnemar, null_rate, paired_difference,
-                                  share_interval, smallest_difference)
+                                  share_interval, smallest_difference, subset_means)
 from llava_med.data.vqa_readers import read_vqa
 
 DATA = data_folder()
@@ -24,7 +26,7 @@ def null_sums(rng, n_images, n_questions, n, spread=.15):
 @pytest.mark.parametrize('n_images,n_questions', [(203, 2), (96, 11), (60, 8)])
 def test_fresh_null_comparisons_are_called_different_one_time_in_twenty(n_images, n_questions):
     num = null_sums(np.random.default_rng(0), n_images, n_questions, 1500)
-    _, draws = bootstrap(num, np.full(num.shape, float(n_questions)), 1000)
+    draws = subset_means(num, np.full(num.shape, float(n_questions)), 1000)
     rate = (_p(draws) < .05).mean()
     assert .03 <= rate <= .07, rate
 
@@ -61,7 +63,7 @@ def test_what_should_be_found_four_times_in_five_is():
     rng, n, studies = np.random.default_rng(1), 272, 800
     gain = smallest_difference(n)
     d = rng.choice([1., 0, -1], (n, studies), p=[.075 + gain/2, .85, .075 - gain/2])
-    _, draws = bootstrap(d, np.ones(d.shape), 1000)
+    draws = subset_means(d, np.ones(d.shape), 1000)
     assert .75 <= (_p(draws) < .05).mean() <= .87
 
 
@@ -79,7 +81,7 @@ def test_the_p_value_agrees_with_the_interval():
         r = paired_difference(a, b, images, 2000)
         assert (r['p'] < .049) <= (not r['low'] <= 0 <= r['high']) and (r['p'] > .052) <= (r['low'] <= 0 <= r['high'])
         z = abs(r['difference'])/r['se']
-        assert r['p'] == pytest.approx(2*norm.sf(z), abs=.05)
+        assert r['p'] == pytest.approx(2*norm.sf(z), abs=.09)   # the test counts ties on both sides
 
 
 def test_the_design_effect_agrees_with_the_bootstrap():
@@ -116,3 +118,67 @@ def test_calibration_error_of_perfect_models_is_what_chance_says():
     (lambda: compare({}, [('a', 'b')]), "No answers of 'a'")])
 def test_bad_input_is_named(work, message):
     with pytest.raises(ScoreError, match=message): work()
+
+
+def sign_flips(d):
+    "Two-sided p of the exact sign-flip test, by going through all signs."
+    sums = [sum(x*s for x, s in zip(d, signs)) for signs in product((1, -1), repeat=len(d))]
+    above = np.mean([s >= sum(d) - 1e-9 for s in sums])
+    below = np.mean([s <= sum(d) + 1e-9 for s in sums])
+    return min(1., 2*min(above, below))
+
+
+@pytest.mark.parametrize('n', [2, 3, 5, 6, 9, 12])
+def test_p_on_few_images_is_that_of_all_signs(n):
+    rng = np.random.default_rng(n)
+    for _ in range(12):
+        d = rng.choice([-1., 0, .5, 1], n, p=[.15, .25, .2, .4])
+        if np.ptp(d) == 0: continue
+        got = paired_difference(d, 0*d, np.arange(n))
+        assert got['p'] == pytest.approx(sign_flips(d)) and got['p'] >= 2/2**n - 1e-12
+        assert (got['p'] < .05) == (got['low'] > 0 or got['high'] < 0)
+
+
+def test_questions_about_one_image_flip_together():
+    d = np.array([1., 1, 1, 0, 1, -1, 1, 0, 1, 1, 1, 1])
+    got = paired_difference(d, 0*d, np.repeat(np.arange(6), 2))
+    assert got['p'] == pytest.approx(sign_flips(d.reshape(6, 2).sum(1)))
+
+
+@pytest.mark.parametrize('n,wins', [(400, 4), (100, 5), (60, 6), (17, 3)])
+def test_few_wins_among_many_images_are_judged_as_by_mcnemar(n, wins):
+    a = np.r_[np.ones(wins), np.zeros(n - wins)]
+    got = paired_difference(a, 0*a, np.arange(n))
+    assert got['p'] == pytest.approx(mcnemar(a, 0*a), abs=.012) and got['p'] > 0
+    assert (got['p'] < .05) == (got['low'] > 0)
+
+
+@pytest.mark.parametrize('n', [2, 3, 5, 6, 10, 30])
+@pytest.mark.parametrize('c', [0, 1, -1, .2])
+def test_alike_differences_have_a_width_and_a_p_that_agrees(n, c):
+    d = np.full(n, float(c))
+    r = paired_difference(d, 0*d, np.arange(n))
+    assert -1 <= r['low'] < r['high'] <= 1 and r['low'] <= c <= r['high']
+    assert (r['p'] < .05) == (r['low'] > 0 or r['high'] < 0)
+    if c == 0: assert (r['p'], r['high']) == (1, pytest.approx(1 - .05**(1/n)))
+    if abs(c) == 1: assert r['p'] == pytest.approx(2/2**n)
+
+
+def test_one_image_has_no_interval_and_shows_nothing():
+    r = paired_difference([1, 1, 0], [0, 0, 0], ['a', 'a', 'a'])
+    assert np.isnan(r['low']) and np.isnan(r['high']) and r['p'] == 1
+
+
+def test_unbounded_alike_differences_have_no_interval():
+    r = paired_difference([9., 9, 9, 9, 9, 9], [2.]*6, range(6))
+    assert np.isnan(r['low']) and r['p'] == pytest.approx(2/2**6)
+
+
+@pytest.mark.parametrize('n_images', [3, 4, 6, 8, 12, 20])
+def test_small_sets_without_cause_are_seldom_called_different(n_images):
+    rng, found = np.random.default_rng(n_images), []
+    for _ in range(400):
+        d = rng.choice([-1., 0, 1], (n_images, 3), p=[.3, .4, .3]).ravel()
+        r = paired_difference(d, 0*d, np.repeat(np.arange(n_images), 3), 1000)
+        found.append(r['p'] < .05)
+    assert np.mean(found) <= .075, np.mean(found)   # 5 % and two standard errors

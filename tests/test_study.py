@@ -13,7 +13,7 @@ import pytest
 import llava_med
 from llava_med.recipes.study import (NOT_SHOWN, NOT_TESTABLE, SHOWN, STUDY_COLUMNS, Arm, ArmResult,
     StudyError, new_recipe, read_arms, read_study, read_study_file, run_study,
-    seed_paired_difference, study_figure, study_rows, study_table, study_verdicts, verdict_of)
+    seed_paired_difference, study_figure, study_rows, study_table, study_verdicts, verdict_of, write_study)
 
 REPO = Path(__file__).resolve().parents[1]
 FILE = '''
@@ -234,6 +234,24 @@ def test_no_spread_is_no_certainty():
     assert all_differ['p'] < 1e-6 and all_differ['value'] == 1   # an oracle that is always right is found
     assert seed_paired_difference(one[:, :1], one[:, :1]*0, images[:1])['p'] == 1
     assert '≥ 0.0' not in verdict_of(same | dict(p_corrected=1.))
+
+
+@pytest.mark.parametrize('n,value', [(2, 1), (3, 1), (6, 1), (30, 1), (3, 0), (30, .2)])
+def test_arms_that_differ_alike_have_a_width_and_a_p_that_agrees(n, value):
+    r = seed_paired_difference(np.full((3, n), value), np.zeros((3, n)), np.arange(n))
+    assert -1 <= r['low'] < r['high'] <= 1 and (r['p'] < .05) == (r['low'] > 0)
+    arms = [Arm(k, role, np.full((3, n), float(v))) for k, role, v in (('base', 'base', 0), ('idea', 'idea', value))]
+    row = study_rows('toy', arms, np.arange(n))[1]
+    if value == 1: assert (row['low'], row['high']) == (pytest.approx(.05**(1/n)), 1)
+
+
+def test_a_study_of_one_image_shows_nothing_and_says_so(tmp_path):
+    arms = [Arm('base', 'base', np.zeros((2, 3))), Arm('idea', 'idea', np.ones((2, 3)))]
+    rows = study_rows('toy', arms, np.array(['a']*3))
+    assert rows[2]['p'] == 1 and not np.isfinite(rows[2]['low']) and 'nothing could have been seen' in rows[2]['verdict']
+    assert 'no interval' in study_verdicts(rows) and len(study_figure(rows).axes) == 1
+    write_study(tmp_path/'study.csv', rows)
+    assert 'no interval' in study_verdicts(read_study(tmp_path/'study.csv'))
 
 
 def test_table_figure_and_words_say_the_same(file, tmp_path):

@@ -272,12 +272,14 @@ def test_other_pickles_of_pathvqa_are_left_aside(tmp_path):
 
 def test_pmc_vqa_with_letters_that_contradict_the_text(tmp_path):
     head = 'Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label\n'
-    (tmp_path / 'train.csv').write_text(head + 'PMC1_F1.jpg,Q?, B: two ,A: one ,B: two,C:three,D:four,B\nPMC2_F1.jpg,"Q, again?",two,A:one,B:two,C:three,D:four,A\n'
-                                        'PMC3_F1.jpg,Q?,nothing,A:one,B:two,C:three,D:four,E\n')
-    first, second, third = vqa_readers.read_vqa(tmp_path / 'train.csv', say=print)
-    assert first['options'] == ['one', 'two', 'three', 'four'] and first['answer'] == 'two' and 'answer_text' not in first
-    assert (second['answer'], second['answer_text'], second['question'], second['article']) == ('one', 'two', 'Q, again?', 'PMC2')
-    assert vqa.check_items([first, second, third]) == ["Item 'pmc_vqa-train-2' has the answer 'nothing', which is none of its options."]
+    good, other, beyond = ('PMC1_F1.jpg,Q?, B: two ,A: one ,B: two,C:three,D:four,B\n', 'PMC2_F1.jpg,"Q, again?",two,A:one,B:two,C:three,D:four,A\n',
+                           'PMC3_F1.jpg,Q?,E,A:one,B:two,C:three,D:four,E\n')
+    (tmp_path / 'train.csv').write_text(head + good + other + beyond)
+    with pytest.raises(ValueError, match=r"train.csv: row 1 has the keys 'two' .* and 'A' .*different options.*first of 2 such records"): vqa_readers.read_vqa(tmp_path / 'train.csv')
+    left, said = [], []
+    first, = vqa_readers.read_vqa(tmp_path / 'train.csv', left_out=left, say=said.append)
+    assert first['options'] == ['one', 'two', 'three', 'four'] and (first['answer'], first['label'], first['article']) == ('two', 'B', 'PMC1')
+    assert len(left) == 2 and 'options are A to D' in left[1] and '2 left out' in said[0]
 
 
 def test_pmc_vqas_two_versions_are_not_mixed(tmp_path):
@@ -378,7 +380,7 @@ def test_files_made_by_datasets_itself(tmp_path):
     features = datasets.Features(image=datasets.Image(), question=datasets.Value('string'), answer=datasets.Value('string'), options=datasets.Sequence(datasets.Value('string')))
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / 'test-00000-of-00001.parquet')
     items = vqa_readers.read_vqa(tmp_path, source='own')
-    assert [o['options'] for o in items] == [['a', 'c'], [], ['b']] and [o['answer_type'] for o in items] == ['OPEN', 'CLOSED', 'OPEN']
+    assert [o['options'] for o in items] == [['a', 'c'], [], ['b']] and [o['answer_type'] for o in items] == ['CLOSED'] * 3   # one of some options, or no
     assert {o['source'] for o in items} == {'own'} and len({o['images'][0] for o in items}) == 3
 
 

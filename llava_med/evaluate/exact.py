@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['NUMBER_WORDS', 'ARTICLES', 'HEAD', 'SLICE_KEYS', 'MAX_SLICES', 'SCORE_COLUMNS', 'CONTRASTS', 'MODEL_PAIRS',
-           'strict_normalise', 'strict', 'ScoreError', 'item_tag', 'slice_keys', 'latest', 'marks', 'pair_marks',
-           'draw_counts', 'bootstrap', 'limits', 'cluster_codes', 'summarise', 'score_table', 'score_of', 'scores_by',
-           'prior_predictions', 'control_predictions', 'finding_kinds', 'finding_marks', 'finding_table',
-           'perplexity_table']
+           'strict_normalise', 'strict', 'right_answer', 'ScoreError', 'item_tag', 'slice_keys', 'latest', 'marks',
+           'pair_marks', 'draw_counts', 'bootstrap', 'limits', 'edge_limits', 'intervals', 'cluster_codes', 'summarise',
+           'no_interval', 'score_table', 'score_of', 'scores_by', 'prior_predictions', 'control_predictions',
+           'finding_kinds', 'finding_marks', 'finding_table', 'perplexity_table']
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #b8c3abb0
-import re, unicodedata
+import math, re, unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -18,7 +18,9 @@ import numpy as np
 import pandas as pd
 from ..core.registry import Registry
 from ..data.claims import read_claims
+from ..data.options import key_place, said_option
 from ..data.vqa import item_cluster, named_cluster
+from .answer_text import COMPARED, MINUS, PLUS, plain, spoken, with_signs
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #f110f36e
 NUMBER_WORDS = {w: str(i) for i, w in enumerate(
@@ -27,23 +29,36 @@ ARTICLES = {'a', 'an', 'the'}
 
 def strict_normalise(
     text:str, # answer or key
-)->str:       # words in lower case, single blanks between them
-    "Writing without case, punctuation, articles and number words."
-    t = unicodedata.normalize('NFKC', text).lower().replace("'", '').replace('’', '')
+)->str:       # words in lower case, single blanks between them; signs beside what they belong to
+    "Writing without case, punctuation, articles and number words; signs, powers and comparators stay."
+    t = unicodedata.normalize('NFKC', with_signs(text)).replace("'", '').replace('’', '')
     t = re.sub(r'(?<=\d),(?=\d{3}\b)', '', t)            # 1,000 is 1000
-    t = re.sub(r'[^\w\s.]|_|(?<!\d)\.|\.(?!\d)', ' ', t) # a point stays inside a number only
+    t = re.sub(_DROPPED, ' ', t)                         # a point stays inside a number only
     t = re.sub(r'(?<=\d)(?=(mm|cm|ml|mg|kg)\b)', ' ', t)
     words = t.split()
     kept = [NUMBER_WORDS.get(w, w) for w in words if w not in ARTICLES] or words
-    return ' '.join(kept)
+    t = re.sub(rf'([{COMPARED}]) (?=[\d{MINUS}])', r'\1', ' '.join(kept))   # < 5 is <5
+    return t.replace(PLUS, '+').replace(MINUS, '-')
+
+_DROPPED = re.compile(rf'[^\w\s.^{COMPARED}{PLUS}{MINUS}]|_|(?<!\d)\.|\.(?!\d)')
 
 def strict(
     text:str, # what the model said
     gold:str, # the key
 )->bool:      # True if they are the same answer
-    "Exact match after the strict normalisation; an empty key is never met."
-    g = strict_normalise(gold)
-    return bool(g) and strict_normalise(text) == g
+    "Exact match of what the text says after the strict normalisation; an empty key is never met."
+    g = strict_normalise(plain(gold))
+    return bool(g) and strict_normalise(spoken(text)) == g
+
+# %% ../../nbs/06_evaluate/04_exact.ipynb #42cd5ff9
+def right_answer(
+    item:dict, # VQA item
+    text:str,  # what the model said
+)->bool:       # True if it is the item's key
+    "Strict exact match; of options, the letter, the text or both count alike."
+    options, gold = list(map(str, item.get('options') or ())), str(item['answer'])
+    place = key_place(options, gold)
+    return strict(text, gold) if place is None else said_option(options, text, strict_normalise) == place
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #cc6d36b7
 HEAD = ['model', 'dataset', 'split', 'condition']
@@ -140,7 +155,7 @@ def marks(
 
 def _mark(o, p, keys):
     "The strict mark of one answer, and what it belongs to."
-    right = float(not p.get('error') and strict(p['text'], o['answer']))
+    right = float(not p.get('error') and right_answer(o, p['text']))
     return dict(item=o['id'], image=o['images'][0], cluster=item_cluster(o), num=right, den=1.,
                 **{k: item_tag(o, k) for k in keys})
 
@@ -210,6 +225,35 @@ def limits(
         if len(c): out[:, j] = np.quantile(c, [(1-level)/2, (1+level)/2])
     return tuple(out)
 
+# %% ../../nbs/06_evaluate/04_exact.ipynb #508e9107
+def edge_limits(
+    value:float,  # what every cluster shows
+    n:int,        # clusters that show it
+    bounds:tuple|None=(0., 1.), # least and most that a cluster can show; None if that is not known
+    alpha:float=.05, # probability of n alike clusters at the limit
+)->tuple:         # lower and upper limit; NaN for fewer than two clusters and without bounds
+    "Exact limits where all clusters are alike: at most 1 - alpha^(1/n) of all others differ."
+    if n < 2 or bounds is None: return math.nan, math.nan
+    others = 1 - alpha**(1/n)
+    return value - others*(value - bounds[0]), value + others*(bounds[1] - value)
+
+def intervals(
+    value:np.ndarray,  # (columns,)
+    draws:np.ndarray,  # (draws, columns), from `bootstrap`
+    n:np.ndarray,      # (columns,) clusters that a column rests on
+    bounds:tuple|None=(0., 1.), # least and most that an item can earn; None if that is not known
+    paired:bool=False, # True if the values are differences of two such numbers
+)->tuple:              # lower and upper limits, (columns,) each; NaN where there is no interval
+    "Percentile intervals, exact limits where nothing varies, and none for a single cluster."
+    low, high = limits(draws)
+    if paired and bounds is not None: bounds = bounds[0] - bounds[1], bounds[1] - bounds[0]
+    for j, v in enumerate(value):
+        known = draws[np.isfinite(draws[:, j]), j]
+        if n[j] > 1 and len(known) and np.ptp(known) > 1e-9: continue
+        two_sided = paired and abs(v) > 1e-9
+        low[j], high[j] = edge_limits(float(v), int(n[j]), bounds, .025 if two_sided else .05)
+    return low, high
+
 # %% ../../nbs/06_evaluate/04_exact.ipynb #ca1cf048
 def cluster_codes(
     d:pd.DataFrame, # with a column `image`, and `cluster` where there is one
@@ -243,15 +287,19 @@ def _sums(d, masks, num, den, codes, n):
     def one(c, mask): return np.bincount(codes[mask], d[c].to_numpy()[mask], n)
     return tuple(np.stack([one(c, m) for _, m in masks], 1) for c in (num, den))
 
-def _rows(d, head, metric, keys, sides, n_draws, seed, transform, digits):
+def _tidy(x, digits):
+    "A rounded number without minus zero; empty where there is none."
+    return round(float(x), digits) + 0. if np.isfinite(x) else ''
+
+def _rows(d, head, metric, keys, sides, n_draws, seed, transform, digits, bounds):
     "Rows for one model and condition, or for one difference when there are two `sides`."
     codes, images, masks = cluster_codes(d), d['image'].to_numpy(), _slices(d, keys)
     sums = [_sums(d, masks, f'num{s}', f'den{s}', codes, codes.max(initial=-1) + 1) for s in sides]
     parts = [bootstrap(*s, n_draws, seed, transform) for s in sums]
-    value = parts[0][0] - (parts[1][0] if len(parts) == 2 else 0)
-    low, high = limits(parts[0][1] - (parts[1][1] if len(parts) == 2 else 0))
-    def tidy(x): return round(float(x), digits) + 0.   # no minus zero
-    return [dict(zip(SCORE_COLUMNS, [*head, name, metric, tidy(value[j]), tidy(low[j]), tidy(high[j]),
+    value, draws = (parts[0][i] - parts[1][i] if len(parts) == 2 else parts[0][i] for i in (0, 1))
+    n = np.min([(den > 0).sum(0) for _, den in sums], 0)   # clusters in which something could be earned
+    low, high = intervals(value, draws, n, bounds, len(parts) == 2)
+    return [dict(zip(SCORE_COLUMNS, [*head, name, metric, *(_tidy(x[j], digits) for x in (value, low, high)),
                                int(m.sum()), len(set(images[m])), len(set(codes[m]))]))
             for j, (name, m) in enumerate(masks) if np.isfinite(value[j])]
 
@@ -278,16 +326,29 @@ def summarise(
     model_pairs:Iterable=MODEL_PAIRS, # differences of models
     transform:Callable=None, # applied to each ratio
     digits:int=4,         # decimal places
-)->list:                  # rows of scores.csv
+    bounds:tuple|None=(0., 1.), # least and most that an item can earn; None if that is not known
+)->list:                  # rows of scores.csv; low and high are empty where there is no interval
     "Values with intervals, by slice, and paired differences."
     groups = {h: d for h, d in marks.groupby(HEAD, sort=False)}
     kw = dict(metric=metric, keys=list(keys), n_draws=n_draws, seed=seed, transform=transform,
-              digits=digits)
+              digits=digits, bounds=None if transform else bounds)
     rows = [r for h, d in groups.items() for r in _rows(d, h, sides=[''], **kw)]
     for a, b, head in _contrasts(groups, model_pairs):
         both = groups[a].merge(groups[b][['item', 'num', 'den']], on='item', suffixes=('_a', '_b'))
         if len(both): rows += _rows(both, head, sides=['_a', '_b'], **kw)
     return rows
+
+# %% ../../nbs/06_evaluate/04_exact.ipynb #7ed868bb
+def no_interval(
+    row:dict, # row of scores.csv
+)->str:       # such as `– one image`; empty if the row has an interval
+    "Why a score has no interval."
+    low = row.get('low')
+    if low not in ('', None) and low == low: return ''   # NaN is not itself
+    for k in ('image', 'cluster'):
+        if str(row.get(f'n_{k}s')) == '1': return f'– one {k}'
+    counts = str(row.get('metric')).startswith(('answers.', 'paired.', 'calibration.'))
+    return '–' if counts else '– all alike'              # alike, and without known bounds
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #7302e8a9
 def score_table(

@@ -26,7 +26,9 @@ from ..data.generators import REFUSAL, LocalGenerator, _read_words
 from ..core.vocabulary import claims_dict
 from ..data.claims import read_claims
 from ..core.runs import write_csv, write_jsonl
-from .scorers import _size, CASES, align, answer_text, head_numbers, read_answers, read_rows, word_scores
+from .answer_files import CASES, align, read_answers, read_rows, remedy
+from .answer_text import answer_text, spoken
+from .scorers import _size, head_numbers, word_scores
 from .exact import (SCORE_COLUMNS, HEAD, SLICE_KEYS, ScoreError, finding_kinds,
     strict_normalise, summarise)
 
@@ -227,13 +229,13 @@ def judge_answers(
     answers:list,        # of one model: LLaVA-Med's records, or lines of a prediction log
     judge,               # EndpointJudge, LocalJudge, FindingJudge, or the like
     orders:str='both',   # as in `orders_of`
-)->tuple:                # judgements; how answers were paired; counts of scorers.CASES
+)->tuple:                # judgements; how answers were paired; counts of answer_files.CASES
     "Judgements of a model's answers, one for each question and order."
     found, rule, n = _align(questions, answers)
-    lost = n['extra'] + n['ambiguous'] + n['no_prompt']
+    lost = sum(n[k] for k in ('extra', 'ambiguous', 'no_prompt', 'conflict'))
     if not found or 2*lost > len(answers): raise ScoreError(
-        f'{lost} of the {len(answers)} answers cannot be paired with the {len(questions)} questions; give the questions that were asked.')
-    texts = {k: answer_text(r, n) for k, r in found.items()}
+        f'{lost} of the {len(answers)} answers cannot be paired with the {len(questions)} questions; {remedy(n)}.')
+    texts = {k: spoken(answer_text(r, n)) for k, r in found.items()}   # a judge sees no thoughts
     jobs = [(q, o, pair_of(q, texts[i], o) if (i := str(q['question_id'])) in texts else None)
             for q in questions for o in orders_of(q['question_id'], orders)]
     judge.prepare([p for *_, p in jobs if p])
@@ -297,8 +299,9 @@ def _position(d, head, kw):
     same = better.groupby(d['item']).nunique().eq(1)
     by = _by_question(d)
     by['flip'] = 1. - by['item'].map(same).astype(float)
-    return [r for name, c in (('judge.first_place_points', 'lead'), ('judge.order_decides', 'flip'))
-            for r in summarise(_with_head(by, head, c, 'one'), name, **kw)]
+    share = kw | dict(bounds=(0., 1.))
+    return (summarise(_with_head(by, head, 'lead', 'one'), 'judge.first_place_points', **kw)
+            + summarise(_with_head(by, head, 'flip', 'one'), 'judge.order_decides', **share))
 
 def _with_head(d, head, num, den): return d.assign(num=d[num], den=d[den], **dict(zip(HEAD, head)), **{k: '' for k in SLICE_KEYS if k not in d})
 
@@ -321,7 +324,7 @@ def chat_rows(
     if not len(d): raise ScoreError(f'None of the {len(judgements)} judgements can be scored ({said_cases(n)}); look at what the judge wrote.')
     by = _by_question(d)
     head = (model, dataset, 'test' if len(by) == len(asked) else f'test ({len(by)} of {len(asked)})', condition)
-    kw = dict(n_draws=n_draws, seed=seed, keys=[], model_pairs=())
+    kw = dict(n_draws=n_draws, seed=seed, keys=[], model_pairs=(), bounds=None)   # marks: no share
     out = []
     for name, num, den in (('judge.mean_of_ratios', 'ratio', 'one'), ('judge.ratio_of_means', 'mark', 'reference'),
                            ('judge.answer_words', 'words', 'one'), ('judge.reference_words', 'reference_words', 'one')):
@@ -450,7 +453,7 @@ def _only_say(questions, answers, judge, orders):
     pairs = []
     for part in _by_model(answers).values():
         found, _, n = _align(questions, part)
-        pairs += [pair_of(q, answer_text(found[i], n), o) for q in questions if (i := str(q['question_id'])) in found for o in orders_of(q['question_id'], orders)]
+        pairs += [pair_of(q, spoken(answer_text(found[i], n)), o) for q in questions if (i := str(q['question_id'])) in found for o in orders_of(q['question_id'], orders)]
     about = judge.estimate((p,) for p in pairs)
     where = f' to {judge.url}' if hasattr(judge, 'url') else ''
     print(f'{len(pairs)} pairs of answers; {about["questions"]} are not judged yet: about {about["prompt_tokens"]} tokens in '

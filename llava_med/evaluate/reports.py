@@ -6,7 +6,7 @@
 __all__ = ['WARNINGS', 'SET_NOTES', 'PUBLISHED', 'MARKS', 'REPORT_USE', 'RULES', 'ORDER', 'NOTES', 'text', 'table', 'data_uri',
            'figure', 'picture_uri', 'page', 'write_page', 'value_with_interval', 'side_by_side', 'row_table', 'wrapped',
            'published_rows', 'drawn_examples', 'gallery', 'example_figure', 'score_figure', 'calibration_figure',
-           'case_table', 'in_words', 'evaluation_report']
+           'looking_title', 'case_table', 'in_words', 'evaluation_report']
 
 # %% ../../nbs/06_evaluate/09_reports.ipynb #0fcec0ba
 import base64, io, re, textwrap
@@ -20,8 +20,8 @@ from PIL import Image
 from ..data.leakage import audit_table
 from ..data.images import ImageError, image_or_grey, open_image
 from ..core.runs import SERIES_COLOURS, OutputError, figure_bytes, figure_style, replacing
-from .scorers import CASES
-from .exact import SCORE_COLUMNS, strict
+from .answer_files import CASES
+from .exact import SCORE_COLUMNS, no_interval, right_answer
 from .statistics import confidence_of, reliability
 
 # %% ../../nbs/06_evaluate/09_reports.ipynb #b9a6b8e5
@@ -147,11 +147,11 @@ def write_page(
 def value_with_interval(
     row:dict|None, # row of scores.csv
 )->str:            # such as 91.8 [90.4, 93.1]
-    "A value with its interval: per cent, words, or a bare number."
+    "A value with its interval: per cent, words, or a bare number; [–] where there is no interval of one image."
     if not row: return '–'
     k, digits = (1, 2) if re.search(r'_words$|^perplexity$', row['metric']) else (100, 1)
     value = f"{k*float(row['value']):.{digits}f}"
-    if row.get('low') in ('', None): return value
+    if why := no_interval(row): return value + (' [–]' if 'one' in why else '')
     return f"{value} [{k*float(row['low']):.{digits}f},\u00a0{k*float(row['high']):.{digits}f}]"   # the interval stays on one line
 
 def side_by_side(
@@ -170,6 +170,11 @@ def side_by_side(
     return pd.DataFrame([{down: l, **{c: value_with_interval(by.get((l, c))) for c in columns}} for l in lines])
 
 # %% ../../nbs/06_evaluate/09_reports.ipynb #23e12563
+def _limits(row):
+    "The interval of a row as text, or a dash and why there is none."
+    why = no_interval(row)
+    return why or f"{row['low']:.3f}, {row['high']:.3f}"
+
 def row_table(
     rows:list, # rows of scores.csv
     **want,    # columns and the values that they may have
@@ -177,7 +182,7 @@ def row_table(
     "Rows of a score table as a table."
     fit = [r for r in rows if all(r[k] in v for k, v in want.items())]
     d = pd.DataFrame(fit, columns=SCORE_COLUMNS)
-    d['value [95 %]'] = [f'{v:.3f} [{a:.3f}, {b:.3f}]' for v, a, b in zip(d.value, d.low, d.high)]
+    d['value [95 %]'] = [f"{r['value']:.3f} [{_limits(r)}]" for r in fit]
     as_images = ['n_clusters'] if (d.n_clusters == d.n_images).all() else []   # nothing new
     return d.drop(columns=['dataset', 'split', 'value', 'low', 'high', *as_images])
 
@@ -243,7 +248,7 @@ def drawn_examples(
     out = dict(right={}, wrong={})
     for i in np.random.default_rng(seed).permutation(len(known)):
         o = known[i]
-        kind = out['right' if strict(answers[o['id']], o['answer']) else 'wrong']
+        kind = out['right' if right_answer(o, answers[o['id']]) else 'wrong']
         if len(kind) < n: kind.setdefault(o['images'][0], o)
     return {k: list(v.values()) for k, v in out.items()}
 
@@ -257,7 +262,7 @@ def gallery(
     "Questions beside their pictures, with the key and what everybody said."
     cards = []
     for o in items:
-        verdict = lambda t: f'{t or "(nothing)"} ({"right" if strict(t, o["answer"]) else "wrong"})'
+        verdict = lambda t: f'{t or "(nothing)"} ({"right" if right_answer(o, t) else "wrong"})'
         cards.append(dict(uri=picture_uri(Path(images_dir)/o['images'][0], size), alt=f'Picture {o["images"][0]}',
                           lines=[('question', o['question']), ('key', o['answer']),
                                  *((who, verdict(said[o['id']])) for who, said in replies.items() if o['id'] in said)]))
@@ -301,7 +306,7 @@ def score_figure(
         for j, (c, (mark, name)) in enumerate(MARKS.items()):
             at = [(i + .15*(j - 1.5), by[m, c]) for i, m in enumerate(models) if (m, c) in by]
             if not at: continue
-            v = np.array([[r['value'], r['low'], r['high']] for _, r in at], float)
+            v = np.array([[r[k] if r[k] != '' else np.nan for k in ('value', 'low', 'high')] for _, r in at], float)
             ax.errorbar(v[:, 0], [y for y, _ in at], xerr=np.abs(v[:, 1:] - v[:, :1]).T, fmt=mark, label=name, ms=6, color=SERIES_COLOURS[j])
         ax.set(yticks=range(len(models)), yticklabels=models, xlim=(-.03, 1.03), ylim=(len(models) - .5, -.5),
                xlabel=f'{metric}, share of questions, 95 % interval')
@@ -323,12 +328,24 @@ def calibration_figure(
     with figure_style():
         fig, ax = plt.subplots(figsize=(4.5, 3.6))
         for (m, group), style in zip(groups.items(), ('o-', 's--', 'D:', '^-.')*len(groups)):
-            t = reliability([confidence_of(p) for p in group], [strict(p['text'], by_id[p['item']]['answer']) for p in group])
+            t = reliability([confidence_of(p) for p in group], [right_answer(by_id[p['item']], p['text']) for p in group])
             ax.plot(t.confidence, t.accuracy, style, label=m)
             words.append(f'{m}: ' + ', '.join(f'sure by {r.confidence:.0%}, right {r.accuracy:.0%} of {r.n:.0f}' for r in t.itertuples()))
         ax.plot([.5, 1], [.5, 1], 'k', lw=1)
         ax.set(xlabel='confidence', ylabel='share right', ylim=(-.03, 1.03)); ax.legend()
     return figure(fig, 'Confidence and share right; on the thin line a model is as often right as it is sure. ' + '; '.join(words) + '.')
+
+# %% ../../nbs/06_evaluate/09_reports.ipynb #f675b9e1
+def looking_title(
+    gains:dict, # kind of question → row with low and high of the difference with and without the image
+)->str:         # a title
+    "For how many kinds of question the image is shown to help."
+    known = [(float(r['low']), float(r['high'])) for r in gains.values() if not no_interval(r)]
+    if not known: return 'Whether the image helps cannot be said'
+    helps, harms = sum(low > 0 for low, _ in known), sum(high < 0 for _, high in known)
+    kinds = f'{len(gains)} kinds of question'
+    said = f'The image helps with {helps} of {kinds}' if helps else f'The image is not shown to help with any of {kinds}'
+    return said + (f' and harms with {harms}' if harms else '')
 
 # %% ../../nbs/06_evaluate/09_reports.ipynb #1c7b428f
 REPORT_USE = 'Research and teaching only. These models are no medical devices: nothing that they say may guide the care of a patient.'
@@ -372,7 +389,8 @@ def _tests(tests):
     p = lambda v: '–' if not isfinite(v) else '<\u00a00.001' if v < .001 else f'{v:.3f}'
     return pd.DataFrame([{'difference': t['model'] + ('' if t['condition'] == 'image' else f", {t['condition']}"),
                           'rule': RULES.get(t['metric'], t['metric']),
-                          'points': f"{pc(t['difference'])} [{pc(t['low'])},\u00a0{pc(t['high'])}]", 'p': p(t['p']), 'p, Holm': p(t['p_holm']),
+                          'points': pc(t['difference'])
+                          + (f" [{pc(t['low'])},\u00a0{pc(t['high'])}]" if isfinite(t['low']) else ' [–]'), 'p': p(t['p']), 'p, Holm': p(t['p_holm']),
                           'McNemar': p(t['p_mcnemar']),
                           'win / tie / loss': f"{t['win']}\u00a0/\u00a0{t['tie']}\u00a0/\u00a0{t['loss']}",
                           'could be found': pc(t['smallest']) if np.isfinite(t['smallest'])
@@ -400,7 +418,7 @@ def in_words(
     if not r: return [f'No model was asked about pictures of {rows[0]["dataset"]}, {rows[0]["split"]}; what follows needs none.'] if rows else []
     out = [f'{model} answers {value_with_interval(r)} % of {r["n_items"]:,} questions about {r["n_images"]:,} images of {r["dataset"]}, {r["split"]}, '
            'exactly right (95 % interval).']
-    if gain: out[0] += (f' Looking at the picture is worth {value_with_interval(gain)} points.' if gain['low'] > 0 else
+    if gain: out[0] += (f' Looking at the picture is worth {value_with_interval(gain)} points.' if not no_interval(gain) and gain['low'] > 0 else
                         f' That looking at the picture helps at all is not shown ({value_with_interval(gain)} points against a grey one).')
     best = max((by[k] for k in by if k[0].startswith(('prior_', 'always_', 'echo'))), key=lambda o: o['value'], default=None)
     if best: out.append(f'The best guesser that never looks ({best["model"]}) reaches {value_with_interval(best)} %.'
@@ -413,13 +431,17 @@ def in_words(
 NOTES = dict(
     summary='blank: a grey picture instead; shuffled: the picture of another patient; noise: random dots. image-blank and its like are '
             'paired differences on the same questions. Those that never look are listed first, under blank.',
+    intervals='Intervals are from a bootstrap over images; where all or none are right, an exact limit that depends on the number of '
+              'images (3 of 3: at least 36.8 %). [–]: one image has no interval.',
+    few='Few images: with fewer than ten, of which some are right and some wrong, these intervals are too narrow (of five images they hold '
+        'the truth about 9 times in 10, of three about 8).',
     rules='Per cent with 95 % intervals from a bootstrap over images; lengths in words. A recall grows with the length of the answer, so '
           'the length stands under it. Where models were asked different numbers of questions, the differences below are of common ones.',
     controls='always_yes_no says "yes no" to everything, echo repeats the question, the priors give the commonest training answer: of all, '
              'to the type of question, to its wording. A rule under which they score high is a weak rule.',
     tests='Could be found: the smallest difference in points that 80 % of such comparisons would call different. An interval excludes '
-          'zero exactly where p, before the correction, is below 0.05. Few images mean an exact test; five or fewer cannot show '
-          'anything. Not shown to differ is not the same as equal.',
+          'zero exactly where p, before the correction, is below 0.05. The sign of each image\'s difference is flipped, for up to 16 images in '
+          'all ways; five or fewer cannot show anything. Not shown to differ is not the same as equal.',
     calibration='Per cent. By chance at most: what 95 % of perfectly calibrated models would stay below with as many questions.',
     own='These are per cent as printed by others, on their own machines and by their own rules.',
     other='For orientation only: these are of other data, and no number of this page may be held against them.')
@@ -431,7 +453,10 @@ def _score_sections(own, whole, rows, models, guessers):
     conditions += [c for c in dict.fromkeys(r['condition'] for r in own) if c not in (*conditions, 'none')]   # of recipes
     summary = side_by_side(own, 'model', 'condition', lines=guessers + models, columns=conditions, metric='strict', slice='all')
     def part(d, caption, note=''): return table(d, caption, note) if len(d) else None
+    n_images = [r['n_images'] for r in own if r['slice'] == 'all' and r['metric'] == 'strict']
+    few = [NOTES['few']] if min(n_images, default=10) < 10 else []
     return [('Summary', [part(summary, 'Strict exact match, per cent with 95 % intervals, by model and by what was shown', NOTES['summary']),
+                         text(NOTES['intervals'], *few) if len(summary) else None,
                          score_figure(own, guessers + models)]),
             ('Head to head', [part(_rules(whole, models), 'The same answers under every rule', NOTES['rules']),
                               part(_rules(whole, pairs), 'Differences on the questions that both answered')] if models else []),
@@ -492,7 +517,7 @@ def evaluation_report(
     sections = _score_sections(own, whole, rows, models, guessers) + [
         ('Paired tests',
          [table(_tests(tests),
-                'All comparisons, by an exact test on few images and else by a bootstrap over images, corrected together', NOTES['tests'])] if have(tests) else []),
+                'All comparisons, by a sign-flip test over images, corrected together', NOTES['tests'])] if have(tests) else []),
         ('Calibration', [table(_calibration(calibration), 'Yes or no by probability: does the model know what it knows?', NOTES['calibration']),
                          calibration_figure(items, chosen)] if have(calibration) else []),
         ('Split audit', [table(shared, 'What the test split shares with training', audit_note)] if audit

@@ -22,7 +22,8 @@ from ..core.runs import (file_hash, folder_hash, from_root, progress, read_jsonl
                                  root, run_dir,
                                  write_csv, writing)
 from ..data.conversations import DETAILED_PROMPTS
-from ..data.vqa import item_question
+from ..data.options import LETTERS
+from ..data.vqa import item_options, item_question
 from .conditions import Pool, condition_images
 from ..generate.answers import _key, answer, option_logprobs, short_hash
 from ..generate.api import Endpoint
@@ -308,6 +309,23 @@ def settled(
     return [found[k] for k in want]
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #23be9a04
+_WRITINGS = dict(any=('{text}', '{letter}', '{letter}. {text}'), letter=('{letter}',), text=('{text}',))
+
+def _last_text(prompt):
+    "What the user says last in a prompt."
+    if isinstance(prompt, str): return prompt
+    said = prompt[-1]['content']
+    return said if isinstance(said, str) else '\n'.join(c.get('text', '') for c in said)
+
+def _summed(replies, scores):
+    "For each option the log-probability of all its replies together, and the tokens of the most probable one."
+    out = []
+    for each in replies:
+        got = [next(scores) for _ in each]
+        total = float(np.logaddexp.reduce([v for v, _ in got])) if len(got) > 1 else got[0][0]
+        out.append((total, max(got, key=lambda g: g[0])[1]))
+    return out
+
 class Chooser(LocalModel):
     "A model that answers with the most probable of an item's options."
     def __init__(self,
@@ -315,11 +333,14 @@ class Chooser(LocalModel):
         processor=None,       # as in `LocalModel`
         per_token:bool=False, # compare the mean log-probability of a token instead of the sum
         options:tuple=(),     # replies for items without options; not listed in the prompt
+        by:str='any',         # of options that the prompt lists with letters: `letter`, `text`, or `any` of both
         **kw,                 # further arguments of `LocalModel`
     ):
         super().__init__(model, processor, **kw)
-        self.per_token, self.options = per_token, list(options)
+        if by not in _WRITINGS: raise ValueError(f'by={by!r}: known are {", ".join(_WRITINGS)}.')
+        self.per_token, self.options, self.by = per_token, list(options), by
         self.settings = ('most probable option' + (' per token' if per_token else '')
+                         + ('' if by == 'text' else f', letters: {by}')
                          + (f' of {", ".join(options)}' if options else ''))
     def choices(self,
         item:dict, # VQA item
@@ -336,17 +357,32 @@ class Chooser(LocalModel):
         "The chosen option, the choice of the other rule, and the log-probabilities of all."
         def ask(places):
             options = [self.choices(items[i]) for i in places]
+            replies = [self._replies(items[i], o, prompts[i]) for i, o in zip(places, options)]
             shown, asked = [images[i] for i in places], [prompts[i] for i in places]
-            got = self.loglikelihood(shown, asked, options, batch_size)
-            return [self._fields(o, scores) for o, scores in zip(options, got)]
+            got = self.loglikelihood(shown, asked, [[r for rs in each for r in rs] for each in replies], batch_size)
+            return [self._fields(o, _summed(r, iter(scores))) for o, r, scores in zip(options, replies, got)]
         yield _try(ask, range(len(prompts)))
+    def _replies(self, item, options, prompt):
+        "For each option the replies that say it."
+        listed = item_options(item) if item.get('options') else ''
+        if not listed or listed not in _last_text(prompt): return [[o] for o in options]
+        written = [[w.format(letter=l, text=o) for w in _WRITINGS[self.by]] for l, o in zip(LETTERS, options)]
+        count = Counter(r for rs in written for r in set(rs))
+        out = [[r for r in dict.fromkeys(rs) if count[r] == 1] for rs in written]
+        if not all(out): raise ValueError(
+            f'Item {item["id"]!r} has options that are letters of others; score it with by="any".')
+        return out
     def _fields(self, options, scores):
-        best = {'sum': max(range(len(options)), key=lambda i: scores[i][0]),
-                'mean': max(range(len(options)), key=lambda i: scores[i][0]/scores[i][1])}
-        said = {k: options[i] for k, i in best.items()}
         told = [dict(option=o, logprob=round(v, 5), tokens=n) for o, (v, n) in zip(options, scores)]
-        text = said['mean' if self.per_token else 'sum']
-        return dict(text=text, by_sum=said['sum'], by_mean=said['mean'], options=told)
+        marks = dict(sum=[v for v, _ in scores], mean=[v/n for v, n in scores])
+        best = {k: sorted(range(len(options)), key=lambda i: -v[i]) for k, v in marks.items()}
+        said, own = {k: options[i[0]] for k, i in best.items()}, 'mean' if self.per_token else 'sum'
+        if not np.isfinite(marks['sum']).all(): return dict(options=told, error='ValueError: an option has no '
+            'probability (NaN or infinite); look at the weights and their precision.')
+        first, second = (*best[own], None)[:2]
+        if second is not None and marks[own][first] - marks[own][second] < 1e-6: return dict(
+            options=told, error=f'ValueError: the options {options[first]!r} and {options[second]!r} are equally probable.')
+        return dict(text=said[own], by_sum=said['sum'], by_mean=said['mean'], options=told)
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #d89457f2
 DESCRIBE = DETAILED_PROMPTS[0]

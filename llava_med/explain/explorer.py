@@ -81,11 +81,11 @@ def explained(
 def _triple(row):
     "Value and interval of a row; None where there is none."
     v = [float(row[k]) for k in ('value', 'low', 'high')] if row else [float('nan')]
-    return v if all(map(isfinite, v)) else None
+    return [x if isfinite(x) else None for x in v] if isfinite(v[0]) else None
 
 def _verdict(gains, unit):
     "Whether a map is confirmed, in one sentence."
-    weak = [f'{b} maps in {c}' for b in ('random', 'centre') for c in ('deletion', 'insertion') if not (gains[b][c] and gains[b][c][1] > 0)]
+    weak = [f'{b} maps in {c}' for b in ('random', 'centre') for c in ('deletion', 'insertion') if not (gains[b][c] and (gains[b][c][1] or 0) > 0)]
     if all(g[c] is None for g in gains.values() for c in g): return False, f'Not measured by exchanging {unit}.'
     if weak: return False, f'Not confirmed: exchanging {unit}, it is not shown to beat ' + ', '.join(weak) + '.'
     return True, f'Confirmed: exchanging {unit}, it beats random and centre maps in deletion and insertion.'
@@ -174,7 +174,7 @@ function el(tag, props, ...kids) {
   e.append(...kids); return e; }
 const bytes = s => Uint8Array.from(atob(s), c => c.charCodeAt(0)), COLOURS = bytes(D.colours), pictures = {};
 const S = {q: 0, method: D.first, layer: {}, word: {}, shown: new Set(D.start), strength: .65, box: true};
-const per = v => (100*v).toFixed(1) + " %", num = v => v.toFixed(2), band = t => t ? num(t[0]) + " (" + num(t[1]) + "\\u00a0to\\u00a0" + num(t[2]) + ")" : "not measured";
+const per = v => (100*v).toFixed(1) + " %", num = v => v.toFixed(2), band = t => t ? num(t[0]) + (t[1] === null ? " (–)" : " (" + num(t[1]) + "\\u00a0to\\u00a0" + num(t[2]) + ")") : "not measured";
 function grid(q, model) {
   const a = q.answers[model], p = a.maps[S.method];
   if (!p) return null;

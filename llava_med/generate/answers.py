@@ -13,10 +13,9 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 from ..data.articles import open_image
-from ..models.anatomy import base_of
-from .prefix_cache import (cache_rows, decode, image_features, read_prefixes,
-                                             reply_logprobs,
-                                             split_ids)
+from ..models.anatomy import apart_because, base_of
+from .prefix_cache import (cache_gate, cache_rows, decode, image_features, padding_gate,
+                                             read_prefixes, reply_logprobs, split_ids)
 from ..models.exchange import chat_text, needs_bos, reply_ids, reply_text
 from ..models.templates import as_turns, chat, model_inputs, prompt_ids, prompt_texts
 
@@ -40,6 +39,21 @@ def _as_refs(x): return () if x is None else tuple(x) if isinstance(x, (list, tu
 
 def _key(ref): return id(ref) if isinstance(ref, Image.Image) else str(ref)
 
+_SAID = set()
+
+def _say_once(text):
+    if text not in _SAID: print(text, flush=True)
+    _SAID.add(text)
+
+def _exact_batches(model, batches):
+    "Batches as they are, or of one question each where padding would change the answers."
+    batches = [b for b in batches if b]
+    if all(len(b) == 1 for b in batches): return batches
+    gate = padding_gate(model)
+    if gate.passed: return batches
+    _say_once(f'Questions are asked one by one, because {gate.why}.')
+    return [[i] for b in batches for i in b]
+
 @torch.inference_mode()
 def plain_answer(
     model,                 # any model of AutoModelForImageTextToText
@@ -60,7 +74,7 @@ def plain_answer(
         if batches[-1] and (len(batches[-1]) == batch_size or kind(batches[-1][0]) != kind(i)): batches.append([])
         batches[-1].append(i)
     ends = end_ids(model, tok)
-    for some in filter(None, batches):
+    for some in _exact_batches(model, batches):
         pictures = [[open_picture(o) for o in refs[i]] for i in some]
         x = model_inputs(processor, [texts[i] for i in some], pictures, padding=True,
                          padding_side='left')
@@ -84,14 +98,13 @@ def slow_because(
 )->str|None:  # a reason in words; None where pictures are read once
     "Why the questions of a picture cannot share it."
     model = base_of(model)
-    if not isinstance(model, LlavaForConditionalGeneration): return f'{type(model).__name__} is not LLaVA'
-    text, gen = model.config.text_config, model.generation_config
-    if model.config.vision_config.model_type == 'pixtral': return 'the number of its patches depends on the picture'
-    kinds = set(getattr(text, 'layer_types', None) or ['full_attention'])
-    if kinds != {'full_attention'} or getattr(text, 'sliding_window', None): return 'its attention sees a window only'
-    if text._attn_implementation not in ('sdpa', 'eager', 'plain'): return f'{text._attn_implementation} takes no mask'
+    if why := apart_because(model): return why
+    kind, gen = model.config.text_config._attn_implementation, model.generation_config
+    if kind not in ('sdpa', 'eager', 'plain'): return f'{kind} takes no mask'
     changed = [k for k, v in CHANGES.items() if getattr(gen, k, v) not in (v, None)]
-    return f"its generation settings change {', '.join(changed)}" if changed else None
+    if changed: return f"its generation settings change {', '.join(changed)}"
+    gate = cache_gate(model)
+    return None if gate.passed else gate.why
 
 # %% ../../nbs/05_generate/02_answers.ipynb #cd9aa7b2
 def _shards(refs, size):
@@ -151,12 +164,6 @@ def _walk_shard(model, users, split, feats_of, length, batch_size):
                 yield rows, [[split[i][1] for i in r] for r in rows], own
 
 # %% ../../nbs/05_generate/02_answers.ipynb #75236d08
-_SAID = set()
-
-def _say_once(text):
-    if text not in _SAID: print(text, flush=True)
-    _SAID.add(text)
-
 @torch.inference_mode()
 def answer(
     model,                 # LlavaForConditionalGeneration, or any model of AutoModelForImageTextToText

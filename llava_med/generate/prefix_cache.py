@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'split_ids', 'image_features', 'read_prefixes', 'cache_rows', 'visible_keys', 'read_packed', 'decode',
-           'reply_logprobs']
+           'reply_logprobs', 'cache_gate', 'padding_gate']
 
 # %% ../../nbs/05_generate/01_prefix_cache.ipynb #38f0d99b
 import copy
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
+import numpy as np
 import torch
 from ..models.anatomy import connector, decoder, head
 from ..models.templates import as_turns, chat, fill_slots, prompt_ids, text_ids
 from ..train.batches import splice
+from ..train.gates import Gate, apart
 from ..train.vision_cache import KeptFeatures
 
 # %% ../../nbs/05_generate/01_prefix_cache.ipynb #962e0acb
@@ -185,3 +188,83 @@ def reply_logprobs(
             sums.append(logp.gather(1, torch.tensor(a, device=h.device)[:, None]).sum().item())
         out.append(sums)
     return out
+
+# %% ../../nbs/05_generate/01_prefix_cache.ipynb #e5f0476c
+_LENGTHS = (16, 5, 8)                       # tokens of the prefix and of two questions
+_GATES = weakref.WeakKeyDictionary()        # model → {how it computes: its gate}
+
+def _words(model, n, seed):
+    "Ids of random words, without the image token."
+    image, rows = model.config.image_token_id, model.get_input_embeddings().weight.shape[0]
+    ids = np.random.default_rng(seed).integers(rows, size=n).tolist()
+    return [0 if i == image else i for i in ids]
+
+def _last_two(model, ids):
+    "Hidden states of the last two of some tokens, in one plain pass."
+    ids = torch.tensor([ids], device=model.device)
+    return decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0, -2:].float()
+
+def _last_two_cached(model, prefix, questions):
+    "The same for questions behind a prefix that is read once: the last token follows the others, as an answer does."
+    cache, n = read_prefixes(model, [prefix], [[]]), len(questions)
+    hidden, keys = read_packed(model, [[q[:-1] for q in questions]], cache)
+    ends = np.cumsum([len(q) - 1 for q in questions]) - 1
+    own, ids, pos = (torch.tensor([v], device=model.device) for v in (
+        range(1, n + 1), [q[-1] for q in questions], [len(prefix) + len(q) - 1 for q in questions]))
+    seen = visible_keys(own, torch.cat([keys, own], 1))
+    more = decoder(model)(input_ids=ids, attention_mask=_attention_mask(model, seen), position_ids=pos,
+                          past_key_values=cache, use_cache=True).last_hidden_state
+    return [torch.stack(pair).float() for pair in zip(hidden[0, ends], more[0])]
+
+def _measured(model):
+    prefix, one, two = (_words(model, n, k) for k, n in enumerate(_LENGTHS))
+    got = _last_two_cached(model, prefix, [one, two])
+    want = [_last_two(model, prefix + q) for q in (one, two)]
+    mixed = _last_two(model, prefix + one + two)          # as if the second could read the first
+    limit = 1e-4 if model.dtype == torch.float32 else 3e-2
+    gap, wrong = max(map(apart, got, want)), apart(mixed, want[1])
+    if not gap <= limit: return Gate(False, f'its hidden states differ by {gap:.0e} behind a shared prefix')
+    if wrong <= limit: return Gate(False, f'a wrong mask moves its hidden states by {wrong:.0e} only, so a trial shows nothing')
+    return Gate(True, f'hidden states differ by {gap:.0e}, with a wrong mask by {wrong:.0e}')
+
+@torch.inference_mode()
+def cache_gate(
+    model,  # LlavaForConditionalGeneration
+)->Gate:
+    "Whether questions may stand behind one prefix: asked once for each model."
+    key = model.config.text_config._attn_implementation, model.dtype, model.device.type
+    known = _GATES.setdefault(model, {})
+    if key in known: return known[key]
+    was = model.training
+    model.eval()
+    try: known[key] = _measured(model)
+    except Exception as e:
+        why = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
+        known[key] = Gate(False, f'a trial of two questions behind one prefix failed ({why})')
+    finally: model.train(was)
+    return known[key]
+
+# %% ../../nbs/05_generate/01_prefix_cache.ipynb #c7c7818a
+def _first_logits(model, rows):
+    "Logits of the first new token that `generate` sees behind rows of ids, padded on the left."
+    n = max(map(len, rows))
+    ids = torch.tensor([[0]*(n - len(r)) + r for r in rows], device=model.device)
+    mask = torch.tensor([[0]*(n - len(r)) + [1]*len(r) for r in rows], device=model.device)
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False, num_beams=1,
+                         pad_token_id=0, return_dict_in_generate=True, output_logits=True)
+    return out.logits[0].float()
+
+@torch.inference_mode()
+def padding_gate(
+    model,  # any model that generates
+)->Gate:
+    "Whether padding on the left leaves answers as they are: asked once for each model, of words alone."
+    key, known = ('padding', model.dtype, model.device.type), _GATES.setdefault(model, {})
+    if key in known: return known[key]
+    try:
+        rows = [_words(model, n, k) for k, n in enumerate((12, 5))]
+        gap = apart(_first_logits(model, rows)[1], _first_logits(model, rows[1:])[0])
+        passed = gap <= (1e-3 if model.dtype == torch.float32 else 5e-2)
+        known[key] = Gate(passed, f'padding moves its logits by {gap:.0e}')
+    except Exception as e: known[key] = Gate(True, f'it reads no words alone ({type(e).__name__})')
+    return known[key]

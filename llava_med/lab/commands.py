@@ -133,11 +133,16 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument('--scheduler', metavar='ADDRESS', help='of a Dask scheduler, whose workers see the same folders')
     add_get(sub.add_parser('get', help='fetch data sets, base models, or articles', description=GET_HELP, formatter_class=raw))
     p = sub.add_parser('score', help='scores of an answer file, without a model', formatter_class=raw,
-        description='Scores answers, ours or LLaVA-Med\'s, against a VQA set. They are paired by question text, or by id\n'
-                    'where the questions agree; the rule used and everything odd is printed.\n\n'
+        description='Scores the answers of any tool against a VQA set. They are paired by ids, images and questions,\n'
+                    'and never by a guess: what cannot be told apart gets no score. The rule used and everything\n'
+                    'odd is printed; the strict rule leaves out thoughts, control tokens and markdown.\n\n'
+                    'PREDICTIONS may be a log of ours, LLaVA\'s JSON Lines, samples of lmms-eval, .xlsx, .tsv or .json\n'
+                    'of VLMEvalKit, results.json of MedEvalKit, results of ms-swift, batch output of vLLM, OpenAI or\n'
+                    'Anthropic (with the items\' ids as custom_id), or a table (.csv, .tsv, .xlsx) with question and\n'
+                    'prediction. Several models in one file (model_id) are several models in the table.\n\n'
                     'example:\n  llava-med score vqa_rad/testset.json answers.jsonl --scorer llavamed_v1 --out scores.csv')
     p.add_argument('items', metavar='ITEMS', help='VQA-RAD, SLAKE, PathVQA or PMC-VQA as published or as parquet, LLaVA-Med\'s test.json, a CSV table with image, question and answer, or our items')
-    p.add_argument('predictions', metavar='PREDICTIONS', help='JSON or JSON Lines with "prompt" and "text"')
+    p.add_argument('predictions', metavar='PREDICTIONS', help='a file of answers, as above; at least "prompt" and "text"')
     p.add_argument('--scorer', choices=('llavamed_v1', 'medevalkit', 'lmms_slake', 'strict'), metavar='NAME',
                    help='%(choices)s (default: all)')
     p.add_argument('--out', metavar='FILE', help='CSV file to write')

@@ -6,8 +6,8 @@
 __all__ = ['GIB', 'ROOM', 'REHEARSAL_SIZES', 'EMPTY', 'HERE_ONLY', 'architectures', 'model_parts', 'real_config', 'meta_model',
            'trained_parts', 'trainable_counts', 'kept_bytes', 'stage_memory', 'row_flops', 'measured_hours',
            'measured_mfu', 'rows_of', 'stage_hours', 'gigabytes', 'is_trained', 'disk_use', 'remote_code', 'make_plan',
-           'plan_text', 'template_of', 'real_template', 'thin_config', 'thin_tokenizer', 'thin_depth', 'thin_base',
-           'rehearsal_values', 'steps_text', 'rehearse', 'evidence_table', 'join_base', 'plan_command']
+           'plan_text', 'template_of', 'real_template', 'thin_config', 'thin_tokenizer', 'check_training', 'thin_depth',
+           'thin_base', 'rehearsal_values', 'steps_text', 'rehearse', 'evidence_table', 'join_base', 'plan_command']
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #9c73de9a
 import copy
@@ -23,12 +23,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProces
 from .steps import GIVEN, UsageError, known_name, mapped, origin, stem_of
 from .runner import as_planned, plan_run, presets, read_preset, read_yaml, run_pipeline
 from ..data.catalogue import CATALOGUE
+from ..train.gates import check_step, path_gate
 from ..train.loop import STEP_STAGES, stage_record
 from ..models.connectors import ACTIVATIONS
 from ..models.anatomy import connector, decoder
 from ..models.anatomy import part_table, set_trainable
 from ..models.exchange import TEMPLATES, complete_template, one_template, prepare_tokenizer
-from ..models.llava import _no_bars, _processor, assemble, join, rows_for, save
+from ..models.llava import FITTING, _no_bars, _processor, assemble, join, rows_for, save
 from ..core.runs import read_json, replacing, root, run_dir, write_json
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #db7853c4
@@ -99,8 +100,11 @@ def real_config(
 def meta_model(
     config:LlavaConfig, # of any size
 )->LlavaForConditionalGeneration: # without memory
-    "The model of a configuration on the meta device."
-    with torch.device('meta'): return LlavaForConditionalGeneration(config)
+    "The model of a configuration on the meta device; raises UsageError where its language model cannot stand in one."
+    try:
+        with torch.device('meta'): return LlavaForConditionalGeneration(config)
+    except AttributeError as e: raise UsageError(
+        f'A language model of the kind {config.text_config.model_type} cannot stand in a LLaVA ({e}); {FITTING}.') from None
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #bd487a13
 def trained_parts(
@@ -415,7 +419,26 @@ def _join(preset, folders, dst, dtype):
     m = preset['model']
     model, processor = join(str(folders['tower']), str(folders['language_model']), m.get('connector', 'mlp'), m.get('layers', -2), m.get('image_size'),
                             template=template_of(preset), dtype=dtype, say=lambda line: None)
+    check_training(preset, model, processor, folders['language_model'])
     return save(model, processor, dst)
+
+def check_training(
+    preset:dict, # from read_preset
+    model,       # its base, joined
+    processor,   # its processor
+    where,       # the folder of its language model, for the messages
+    say=print,   # gets a line on every fast path that a step asks for and will not take
+)->None:
+    "One tiny loss step in every way that the preset's steps will train; ValueError that names the folder where it cannot be trained."
+    steps = [v for s, v in plan_run(preset, preset['name']).items() if stem_of(s, preset) in STEP_STAGES]
+    pad = processor.tokenizer.pad_token_id or 0
+    for rank in sorted({v.get('lora_rank', 0) for v in steps} | {0}): check_step(model, where, rank, pad)
+    ways = {(bool(v.get('share')), bool(v.get('packed')), v.get('max_len', 0)) for v in steps}
+    for share, packed, longest in sorted(ways):
+        if not (share or packed): continue
+        gate = path_gate(model, share, packed, longest=longest, pad_id=pad)
+        names = ' and '.join(n for n, on in (('sharing of images', share), ('packed rows', packed)) if on)
+        if not gate.passed: say(f'Steps with {names} will train on separate samples: {gate.why}.')
 
 def _thin_parts(config, preset, folder):
     "A thin tower and a thin language model with its tokenizer, each in a folder."

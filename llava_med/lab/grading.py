@@ -446,6 +446,14 @@ def recomputed(
     rows = score_table(items, predictions, asked_of(predictions), 'wrong', n_draws)
     return {tuple(r[k] for k in (*HEAD, 'slice', 'metric')): r for r in rows}
 
+def _ends(r):
+    "The ends of a row's interval; None where it has none, as for one image."
+    return tuple(None if r[k] in ('', None) else float(r[k]) for k in ('low', 'high'))
+
+def _said_ends(ends):
+    "An interval in words."
+    return 'none' if None in ends else f'{ends[0]:.3f} to {ends[1]:.3f}'
+
 def judge_scores(
     said:list,     # rows of scores.csv, as text
     true:dict,     # from `recomputed`
@@ -457,14 +465,15 @@ def judge_scores(
         key = tuple(r.get(k) for k in (*HEAD, 'slice', 'metric'))
         if r.get('metric') not in GRADED or key not in true: continue
         t, where = true[key], ' '.join(map(str, key)); seen.add(key)
-        try: v, low, high, n, m = float(r['value']), float(r['low']), float(r['high']), int(r['n_items']), int(r['n_images'])
+        try: v, ends, n, m = float(r['value']), _ends(r), int(r['n_items']), int(r['n_images'])
         except (KeyError, ValueError): return f'{where}: a number is missing or is none'
         if abs(v - t['value']) > 1.1e-4: return f"{where}: the table says {v:.4f}, the answers give {t['value']:.4f}"
         if (n, m) != (t['n_items'], t['n_images']): return f"{where}: the table says {n} questions on {m} images, the answers are {t['n_items']} on {t['n_images']}"
         if '-' in r['model'] + r['condition']:
             continue   # a tested difference has the interval of its test
-        if abs(low - t['low']) > slack or abs(high - t['high']) > slack:
-            return f"{where}: the table's interval is {low:.3f} to {high:.3f}, the answers give {t['low']:.3f} to {t['high']:.3f}"
+        found = _ends(t)
+        if any((a is None) != (b is None) or a is not None and abs(a - b) > slack for a, b in zip(ends, found)):
+            return f"{where}: the table's interval is {_said_ends(ends)}, the answers give {_said_ends(found)}"
     absent = [k for k in true if k[4] == 'all' and k not in seen]
     return f"{' '.join(absent[0])}: this row is missing" if absent else ''
 
@@ -523,8 +532,8 @@ def grade(
         if same < .9*n: forged = forged or odd
     for part, model, condition in (('picture', 'stage2', 'image-blank'), ('curriculum', 'stage2-base', 'image')):
         r = next((r for k, r in true.items() if k[0] == model and k[3:] == (condition, 'all', 'strict')), None)
-        text = f"{model}, {condition}: {r['value']:+.3f} ({r['low']:+.3f} to {r['high']:+.3f})" if r else f'there is no row {model}, {condition}'
-        mark(part, text if not r or not r['low'] > 0 else '', text)
+        text = f"{model}, {condition}: {r['value']:+.3f} ({_said_ends(_ends(r))})" if r else f'there is no row {model}, {condition}'
+        mark(part, text if not r or not (_ends(r)[0] or 0) > 0 else '', text)
     if forged: rows = [dict(r, points=0, why=r['why'] if r['part'] in ('scores', 'weights') else f'refused: {forged}') for r in rows]
     return rows
 

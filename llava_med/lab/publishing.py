@@ -168,12 +168,12 @@ def value(
     slice:str='all',     # as in the table
     metric:str='strict', # as in the table
 )->str:                  # such as 0.918 [0.90, 0.93]; a difference has its sign
-    "A value with its interval, or a dash."
+    "A value with its interval, or a dash; [–] where it has none, as for one image."
     want = dict(model=model, condition=condition, slice=slice, metric=metric)
     r = next((r for r in rows if want.items() <= r.items()), None)
     if r is None or r['value'] is None: return '-'
     form = '+.2f' if '-' in model + condition else '.2f'
-    interval = '' if r['low'] is None else f" [{format(r['low'], form)}, {format(r['high'], form)}]"
+    interval = ' [–]' if r['low'] is None else f" [{format(r['low'], form)}, {format(r['high'], form)}]"
     return format(r['value'], form.replace('2', '3')) + interval
 
 def count(

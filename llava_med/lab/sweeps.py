@@ -603,7 +603,7 @@ def batch_report(
     scores = over_seeds(main_scores(rows) if many else rows)
     best = {r['run']: r for r in reversed(headline(rows))}
     score = [f"{r['metric']} of {r['model']}, {r['condition']}" for r in list(best.values())[:1]]
-    interval = lambda r: f"{r['mean']:.3f}" + (f" ({r['low']:.3f} to {r['high']:.3f})" if r['low'] is not None else '')
+    interval = lambda r: f"{r['mean']:.3f}" + ('' if r['low'] is None else ' (seeds alike)' if r['low'] == r['high'] else f" ({r['low']:.3f} to {r['high']:.3f})")
     parts = [f"<h1>{html.escape(g['name'])}</h1><p>{html.escape(g['description'])}</p><p>{done} of {len(batch.runs)} runs are complete. "
              f"Made {now()} by the {html.escape(g['owner'])}; seeds {', '.join(map(str, g['seeds']))}. "
              'For research and teaching; not for clinical use.</p>']

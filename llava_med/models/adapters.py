@@ -29,10 +29,11 @@ def lora_targets(
 )->str:                                  # a regular expression for `peft`
     "The linear layers of the language model, and none of the tower or the projector."
     lm = decoder(model)
-    inside = {n for n, m in lm.named_modules() if isinstance(m, nn.Linear)}
+    inside = {n for n, m in lm.named_modules() if isinstance(m, nn.Linear) and 'Router' not in type(m).__name__}
     if not inside:
         raise ValueError(f'{type(lm).__name__} has no linear layers that an adapter could change.')
-    return rf"(?:.*\.)?language_model\..*\.({'|'.join(sorted({n.split('.')[-1] for n in inside}))})"
+    ends = {re.search(r'(?:[^.]+\.)?\d+$|[^.]+$', n)[0].replace('.', r'\.') for n in inside}   # a number alone is a layer's name, too
+    return rf"(?:.*\.)?language_model\..*\.({'|'.join(sorted(ends))})"
 
 def base_hash(
     model:LlavaForConditionalGeneration, # without an adapter

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PARTS', 'TRAINABLE', 'CLIP_LOOK', 'IMAGENET_LOOK', 'HALF', 'FAMILY_LOOKS', 'IMAGE_SETTINGS', 'IMAGE_FILES', 'base_of',
            'tower', 'connector', 'decoder', 'head', 'put_part', 'layers_of', 'decoder_layers', 'image_token',
-           'image_tokens', 'position_ids', 'vision_features', 'part_of', 'check_patterns', 'has_identity',
-           'trainable_names', 'set_trainable', 'part_table', 'assumed_settings', 'picture_settings']
+           'image_tokens', 'position_ids', 'layer_kinds', 'state_layer', 'attention_window', 'apart_because',
+           'vision_features', 'leading_vectors', 'part_of', 'check_patterns', 'has_identity', 'trainable_names',
+           'set_trainable', 'part_table', 'assumed_settings', 'picture_settings']
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #c340e3ef
 import re
@@ -104,6 +105,55 @@ def position_ids(
     "Positions that count the tokens and not the padding; padding is at 0."
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #8b73854a
+_MASKED = {'full_attention', 'attention', 'global', 'mlp', 'moe'}   # kinds of layers that a mask governs
+_WINDOWED = {'sliding_attention', 'chunked_attention', 'local'}     # those that look back so far only
+_STATES = re.compile('Mamba|SSM|Conv(?!1D)|Recurrent|Rglru|DeltaNet|DeltaAttention|LinearAttention'
+                     '|Lightning|LSTM|Rwkv|Retention|Hyena')   # in names of classes
+
+def layer_kinds(
+    model, # a LLaVA, with adapters or not
+)->set:    # such as {'full_attention', 'mamba'}; empty where the configuration does not say
+    "What the configuration of the language model calls its layers."
+    text = base_of(model).config.text_config
+    names = ('layer_types', 'layers_block_type', 'block_types', 'attention_layers')
+    found = (getattr(text, n, None) for n in names)
+    return {str(k) for k in next(filter(None, found), ())}
+
+def state_layer(
+    model, # a LLaVA, with adapters or not
+)->str:    # such as `mamba`; empty where there is none
+    "A layer of the language model that carries a state past every attention mask."
+    kinds = sorted(layer_kinds(model) - _MASKED - _WINDOWED)
+    if kinds: return kinds[0]
+    classes = {type(m).__name__ for m in decoder(model).modules() if m is not decoder(model)}
+    return min(filter(_STATES.search, classes), default='')
+
+def attention_window(
+    model,     # a LLaVA, with adapters or not
+)->int|None:   # tokens; None where attention sees all
+    "The fewest tokens that an attention layer of the language model looks back."
+    text, kinds = base_of(model).config.text_config, layer_kinds(model)
+    if kinds and not kinds & _WINDOWED and kinds <= _MASKED: return None
+    names = ('sliding_window', 'attention_chunk_size', 'attention_window_size', 'window_size')
+    sizes = [n for n in (getattr(text, name, None) for name in names) if isinstance(n, int) and n > 0]
+    return min(sizes, default=1 if kinds & _WINDOWED else None)
+
+def apart_because(
+    model,        # any model
+    longest:int=0, # tokens of the longest sequence, if it is known
+)->str|None:      # a reason in words; None where a mask can keep them apart
+    "Why questions about one image cannot share it, in a row or in a cache."
+    base = base_of(model)
+    if not isinstance(base, LlavaForConditionalGeneration): return f'{type(base).__name__} is not LLaVA'
+    if base.config.vision_config.model_type == 'pixtral':
+        return 'the number of its patches depends on the picture'
+    if found := state_layer(base):
+        return f'its layers of the kind {found} carry a state past every mask'
+    window = attention_window(base)
+    if window and not 0 < longest <= window:
+        return f'its attention sees a window of {window} tokens only'
+
 # %% ../../nbs/02_models/01_anatomy.ipynb #6c8ec881
 class _Enough(Exception): "Raised inside a tower when the last layer that is needed has spoken."
 
@@ -147,6 +197,22 @@ def vision_features(
     parts = (px.to(base.device, base.dtype) for px in pixel_values.split(batch_size))
     with torch.set_grad_enabled(graph and any(p.requires_grad for p in sees.parameters())):
         return torch.cat([_tower_output(sees, base.config, px) for px in parts])
+@torch.no_grad()
+def leading_vectors(
+    model, # a LLaVA, with adapters or not
+)->int:    # such as 4 for a tower with registers
+    "How many vectors that the connector gets of an image stand before those of its patches; ValueError where they stand elsewhere."
+    sees, config = tower(model), base_of(model).config
+    size, patch = config.vision_config.image_size, config.vision_config.patch_size
+    side, last = size//patch, slice((size//patch - 1)*patch, size//patch*patch)
+    px = torch.zeros(2, 3, size, size, device=base_of(model).device, dtype=base_of(model).dtype)
+    px[1, :, last, last] = 1.                                # only the last patch differs
+    plain, marked = sees(px, output_hidden_states=True).hidden_states[0]
+    moved, n = (plain != marked).any(-1).nonzero().flatten().tolist(), len(plain)
+    if not moved or moved[-1] != n - 1 or moved[0] < n - side**2: raise ValueError(
+        f'{type(sees).__name__} gives {n} vectors for {side} x {side} patches, and those of the patches are not '
+        'the last ones: no map can be drawn.')
+    return n - side**2 - int(config.vision_feature_select_strategy == 'default')
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #46b89be4
 def part_of(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from ..core.registry import Registry
 from ..data.claims import read_claims
-from ..evaluate.exact import finding_kinds, strict, strict_normalise
+from ..evaluate.exact import finding_kinds, right_answer, strict_normalise
 
 # %% ../../nbs/recipes/02_rewards.ipynb #9521ba02
 REWARDS = Registry('reward')   # name to f(text, item), a float between 0 and 1
@@ -31,7 +31,7 @@ def exact_reward(
     item:dict, # VQA item
 )->float:      # 1 or 0
     "Exact match after the strict normalisation, as in `scores.csv`."
-    return float(strict(inner_answer(text), item['answer']))
+    return float(right_answer(item, inner_answer(text)))
 
 # %% ../../nbs/recipes/02_rewards.ipynb #0bf79519
 @REWARDS.register('yes_no')

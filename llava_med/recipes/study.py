@@ -33,7 +33,8 @@ from ..core.imports import module_file, modules_hash, needed_modules
 from ..core.registry import import_recipes
 from llava_med.core.runs import (clock, figure_style, now, outputs_dir, read_jsonl, root,
     write_csv, writing)
-from ..evaluate.statistics import holm
+from ..evaluate.exact import edge_limits
+from ..evaluate.statistics import alike_difference, holm
 
 # %% ../../nbs/recipes/01_study.ipynb #2d32a7fd
 class StudyError(ValueError): "A study that cannot be computed; the message is one sentence."
@@ -78,18 +79,18 @@ def seed_paired_difference(
     d, n = a - b, len(set(images))
     variance, df = paired_variance(d, images)
     value, se = float(d.mean()), float(np.sqrt(variance))
-    if df > 0 and se > 1e-12:
+    if n > 1 and np.ptp(d) < 1e-12: low, high, p, seen = _without_spread(value, n)
+    elif n > 1 and df > 0 and se > 1e-12:
         half, p = stats.t.ppf(.975, df)*se, float(2*stats.t.sf(abs(value)/se, df))
-        seen = half + stats.t.ppf(.8, df)*se
-    elif np.ptp(d) < 1e-12: half, p, seen = _without_spread(value, n)
-    else: half, p, seen = np.inf, np.nan, np.inf
-    return dict(value=value, low=value - float(half), high=value + float(half), p=float(p),
-                mde=float(seen), n_seeds=len(d), n_images=n, n_items=len(images))
+        low, high, seen = value - half, value + half, half + stats.t.ppf(.8, df)*se
+    else: low, high, p, seen = -np.inf, np.inf, 1. if n == 1 else np.nan, np.inf
+    return dict(value=value, low=float(low), high=float(high), p=float(p), mde=float(seen),
+                n_seeds=len(d), n_images=n, n_items=len(images))
 
 def _without_spread(value, n):
-    "Half-width, p and smallest effect where every one of n images has the same difference."
-    limit = 1 - .05**(1/n)   # what n images without an exception leave possible
-    return limit, 1. if value == 0 else min(1., 2*.5**n), limit
+    "Limits, p and smallest effect where every one of n images has the same difference."
+    low, high, p = alike_difference(value, n)
+    return low, high, p, 1 - .05**(1/n)   # what n images without an exception leave possible
 
 # %% ../../nbs/recipes/01_study.ipynb #011fe999
 ROLES = ('idea', 'base', 'core', 'placebo', 'positive_control')
@@ -136,6 +137,7 @@ def verdict_of(
     loses = _significant(difference) and difference['value'] < 0
     if loses and difference['value'] <= -margin: return OPPOSITE
     least = 100*max(difference['mde'], margin)
+    if not np.isfinite(least): return f'{NOT_SHOWN} (nothing could have been seen)'
     return f'{NOT_SHOWN} (≥ {least:.1f} points would have been seen)'
 
 # %% ../../nbs/recipes/01_study.ipynb #657ab9c6
@@ -144,7 +146,10 @@ _COST = ('steps', 'tokens', 'train_s', 'params')
 def _arm_row(arm, images):
     "Score and cost of one arm; its interval is over seeds and images, as for a difference from 0."
     r = seed_paired_difference(arm.credits, np.zeros_like(arm.credits), images)
-    r |= dict(low=max(0., r['low']), high=min(1., r['high']), p=np.nan, mde=np.nan)
+    if np.ptp(arm.credits) < 1e-12 and r['n_images'] > 1:   # all right, say
+        r |= dict(zip(('low', 'high'), edge_limits(r['value'], r['n_images'])))
+    if np.isfinite(r['low']): r |= dict(low=max(0., r['low']), high=min(1., r['high']))
+    r |= dict(p=np.nan, mde=np.nan)
     return dict(row=arm.name, arm=arm.name, role=arm.role, control='', **r,
                 **{k: getattr(arm, k) for k in _COST}, verdict='')
 
@@ -212,6 +217,11 @@ def study_table(
             'params', 'verdict']
     return d[keep].astype(object).fillna('').set_index('row')
 
+def _number(v):
+    "A cell of a study's table as a number; NaN where it is empty or infinite."
+    x = float(v) if v not in ('', None) else np.nan
+    return x if np.isfinite(x) else np.nan
+
 def study_verdicts(
     rows:list, # from `study_rows` or `read_study`
 )->str:        # one sentence an idea
@@ -219,9 +229,10 @@ def study_verdicts(
     said = []
     for r in rows:
         if not r['verdict']: continue
-        value, low, high = (f'{100*float(r[k]):+.1f}' for k in ('value', 'low', 'high'))
-        said.append(f"{r['study']}: {r['arm']} against {r['control']}, {value} points ({low} to "
-                    f"{high}), {r['n_seeds']} seeds, {r['n_images']} images: {r['verdict']}.")
+        value, low, high = (100*_number(r[k]) for k in ('value', 'low', 'high'))
+        limits = f'{low:+.1f} to {high:+.1f}' if np.isfinite(low) else 'no interval'
+        said.append(f"{r['study']}: {r['arm']} against {r['control']}, {value:+.1f} points ({limits}), "
+                    f"{r['n_seeds']} seeds, {r['n_images']} images: {r['verdict']}.")
     return ' '.join(said)
 
 def study_figure(
@@ -230,7 +241,7 @@ def study_figure(
     "Every difference of a study with its interval."
     import matplotlib.pyplot as plt
     shown = [r for r in rows if r['control']][::-1]
-    of = lambda key: np.array([100*float(r[key]) for r in shown])
+    of = lambda key: np.array([100*_number(r[key]) for r in shown])
     value, low, high = of('value'), of('low'), of('high')
     verdict = next((r['verdict'] for r in rows if r['verdict']), '')
     with figure_style():

@@ -213,8 +213,9 @@ def _last_layer_on(model, keep):
     again = getattr(layer, 'gradient_checkpointing', False) or getattr(layer, '_compiled_call_impl', None)   # computed later, or already translated
     if again or None in parts: yield; return
     at, shape = keep.flatten().nonzero()[:, 0], keep.shape
-    def take(module, args): return F.pad(args[0].flatten(0, 1)[at], (0, 0, 0, -len(at) % 64)), *args[1:]   # few shapes, as in `Collator`
-    def put(module, args, out): return out.new_zeros(keep.numel(), out.shape[-1]).index_copy(0, at, out[:len(at)]).view(*shape, -1)
+    def take(module, args): return F.pad(args[0].flatten(0, 1)[at], (0, 0, 0, -len(at) % 64))[None], *args[1:]   # few shapes, as in `Collator`
+    def back(x): return x.new_zeros(keep.numel(), x.shape[-1]).index_copy(0, at, x[0, :len(at)]).view(*shape, -1)
+    def put(module, args, out): return (back(out[0]), *out[1:]) if isinstance(out, tuple) else back(out)   # a mixture of experts tells its router's choice, too
     hooks = [h for p in parts for h in (p.register_forward_pre_hook(take), p.register_forward_hook(put))]
     try: yield
     finally:
@@ -264,15 +265,22 @@ def record_samples(
     tokenizer,           # a fast one with a chat template, or a processor that has both
     image_tokens:int=64, # patches of a picture
     max_len:int=2048,    # the end of a longer conversation is cut off, and said so
+    skip:bool=False,     # leave out a conversation that max_len leaves no answer of, and say so
     split:bool=True,     # where a template asks for it, each answer becomes a sample; False refuses
 )->tuple:                # (encoded samples with the numbers of their pictures; picture names by number)
     "Encode conversation records; a record that cannot be used is named in the ValueError."
-    names, samples, cut, mark, several = {}, [], 0, image_mark(tokenizer), 0
+    names, samples, cut, mark, several, long = {}, [], 0, image_mark(tokenizer), 0, []
     for at in range(0, len(records), 512):               # so many are cut into tokens together
         some = records[at:at + 512]
         talks = [_named(r, exchanges, tokenizer, to_messages(r)) for r in some]
         for r, parts in zip(some, sample_ids(tokenizer_of(tokenizer), talks)):
-            encoded = _named(r, _record_parts, r, parts, mark, image_tokens, max_len, split)
+            try: encoded = _record_parts(r, parts, mark, image_tokens, max_len, split)
+            except ValueError as err:
+                long.append(r.get('id'))
+                alone = not skip or len(long) == len(records)
+                if alone or not _only_long(r, parts, mark, image_tokens, None, split):
+                    raise ValueError(f"Record '{r.get('id')}': {err}") from None
+                continue
             numbers = [names.setdefault(n, len(names)) for n in images_of(r)]
             for e in encoded:
                 shown = numbers[:e['input_ids'].count(mark)//image_tokens]
@@ -283,7 +291,14 @@ def record_samples(
     if cut: print(f'{cut} of {len(records)} conversations were cut at {max_len} tokens (max_len).')
     if several: print(f'{several} of {len(records)} conversations became a sample for each answer: '
                       'their chat template writes earlier turns otherwise than it asked for them.')
+    if long: print(f'{len(long)} of {len(records)} conversations were left out, since no answer begins within '
+                   f'{max_len} tokens (max_len): {", ".join(map(repr, long[:3]))}{" …" if len(long) > 3 else ""}.')
     return samples, list(names)
+
+def _only_long(*args):
+    "Whether a record can be used without a limit of tokens."
+    try: return bool(_record_parts(*args))
+    except ValueError: return False
 
 def _named(record, f, *args):
     "What a function makes of a record; its ValueError names the record."

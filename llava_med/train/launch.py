@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import llava_med
 from ..models.adapters import add_lora, attach
 from .batches import batch_loss
+from .gates import exact_collate
 from .memory import plan_memory
 from .samplers import group_keys
 from ..models.anatomy import put_part, set_trainable
@@ -226,6 +227,7 @@ def train(
     if lora_rank: model = add_lora(model, lora_rank, lora_alpha or None, projector='projector' in stage.parts, seed=seed)
     else: set_trainable(model, stage.parts)
     inner = model.get_base_model() if lora_rank else model
+    collate = exact_collate(model, samples, collate)
     memory = _planned(inner, samples, collate, stage, objective, checkpointing, batch_tokens,
                       processes, threads, more)
     print(f'Memory: {memory}.')

@@ -27,6 +27,7 @@ from ..core.registry import Registry
 from ..models.anatomy import PARTS, check_patterns, decoder_layers, set_trainable, trainable_names
 from ..models.connectors import CONNECTORS
 from ..models.llava import weights_hash
+from .gates import exact_collate
 from .memory import MemoryPlan, checkpointed
 from .objectives import CrossEntropy, as_objective, objective_name
 from .samplers import SAMPLERS, group_keys
@@ -202,7 +203,8 @@ def attention_for(
 ):
     "For a while, the attention that fits the batches."
     was = model.config.text_config._attn_implementation
-    model.set_attn_implementation({'text_config': kind or ('plain' if cpu_bf16 else was)})
+    fast = 'plain' if cpu_bf16 and was == 'sdpa' else was   # eager attention may have sinks or soft caps
+    model.set_attn_implementation({'text_config': kind or fast})
     try:
         with checkpointed(model, again): yield
     finally: model.set_attn_implementation({'text_config': was})
@@ -340,10 +342,11 @@ class _Run:
         self.objective = as_objective(objective or stage.objective)
         self.sampler = SAMPLERS.named(stage.sampler, stage.name)
         self.rolls = getattr(self.sampler, 'rolls', False)
-        self.given, self.collate = collate, partial(self.objective.collate, collate=collate)
-        self.padded = getattr(collate, 'padded', True)
         self.model, self.adapter = _learning(model, stage)
         self.acc, self.samples = Accelerator(cpu=how.cpu), _weighed(samples, stage)
+        collate = exact_collate(model, self.samples, collate, self.acc.num_processes == 1)
+        self.given, self.collate = collate, partial(self.objective.collate, collate=collate)
+        self.padded = getattr(collate, 'padded', True)
         self.lengths, self.keys = [self.objective.length(s)
                                    for s in self.samples], group_keys(self.samples)
         self.plan, self.done, self.rows, self.over = self._steps(), 0, [], False

@@ -197,7 +197,8 @@ def _as_trained(model, collate, again, cpu_bf16):
     "The attention and the gradient checkpointing that training will have."
     config, was = model.config.text_config, model.training
     before = config._attn_implementation
-    kind = getattr(collate, 'attention', None) or ('plain' if cpu_bf16 else before)
+    fast = 'plain' if cpu_bf16 and before == 'sdpa' else before   # as `attention_for` does
+    kind = getattr(collate, 'attention', None) or fast
     model.set_attn_implementation({'text_config': kind})
     try:
         with checkpointed(model.train(), again): yield

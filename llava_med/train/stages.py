@@ -26,12 +26,12 @@ from ..data.llava_files import training_records
 from ..data.vqa import item_cluster, read_items
 from ..data.vqa_readers import read_vqa
 from .batches import IGNORE, Collator, embed, record_samples, share_pictures
-from .gates import prefix_gate, taken
+from .gates import check_step, path_gate, prefix_gate
 from .objectives import Objective, as_objective, objective_name, save_modules
 from .packing import PackedCollator
 from .vision_cache import cached_features
 from .loop import Held, Stage, has_bf16
-from .monitor import loss_figure, train_flops, write_losses
+from .monitor import loss_figure, loss_words, train_flops, write_losses
 from .launch import train
 
 # %% ../../nbs/04_train/13_stages.ipynb #7867d5c2
@@ -222,14 +222,26 @@ def _renumbered(sample, new):
 
 def _rows(samples, model, max_len): return share_pictures(samples, image_token(model), max_len)
 
-def _may_share(work, wanted):
-    "Whether samples of one image may stand in one row."
-    if wanted and work.objective.unit != 'token':
+def _row_kind(work, share, samples):
+    "Whether samples share images in rows, and whether rows are packed: what is wanted, as far as the gates pass."
+    model, packed = work.model, work.settings.packed
+    if share and work.objective.unit != 'token':
         name = objective_name(work.objective)
         print(f"Without sharing of images: the objective '{name}' compares whole samples.")
-        return False
-    gate = partial(prefix_gate, work.model, work.processor, work.settings.packed)
-    return taken(wanted, gate, 'sharing of images')
+        share = False
+    longest = max((len(s.get('input_ids', ())) for s in samples), default=0)
+    ways = [w for w in ((share, packed), (share, False), (False, packed)) if any(w)]
+    said = {}
+    for way in dict.fromkeys(ways):
+        gate = (prefix_gate(model, work.processor, way[1], longest=longest) if way[0] else
+                path_gate(model, *way, longest=longest, pad_id=work.processor.tokenizer.pad_token_id or 0))
+        if gate.passed: break
+        said[way] = gate.why
+    else: way = False, False
+    names = [n for n, wanted, got in (('sharing of images', share, way[0]),
+                                      ('packed rows', packed, way[1])) if wanted and not got]
+    if names: print(f"Without {' and '.join(names)}: {next(iter(said.values()))}.")
+    return way
 
 def prepare(
     work:StageRun,     # from `begin_stage`
@@ -238,22 +250,24 @@ def prepare(
     val:list=(),       # records of the validation set
     share:bool=False,  # samples of one image share it in one row
 )->TrainingSet:        # with the features of all images
-    "Encode records and compute the features of their images; an unusable record is named."
+    "Encode records and compute the features of their images; an unusable record is named, and a model that cannot be trained."
     model, processor, s = work.model, work.processor, work.settings
-    tok = processor.tokenizer
+    tok, own = processor.tokenizer, type(work.objective).encode is not Objective.encode
+    check_step(model, work.start, s.lora_rank, tok.pad_token_id or 0)
     encode = partial(record_samples, tokenizer=processor, image_tokens=image_tokens(model),
-                     max_len=s.max_len, split=work.objective.unit == 'token')
+                     max_len=s.max_len, skip=not own,   # an objective may count on every record
+                     split=not own and work.objective.unit == 'token')
     samples, names = work.objective.encode(list(records), encode)
     held, others = work.objective.encode(list(val), encode) if val else ([], [])
     names = list(dict.fromkeys([*names, *others]))
     number = {n: i for i, n in enumerate(names)}
     held = [_renumbered(h, [number[n] for n in others]) for h in held]
-    share = _may_share(work, share)
+    share, packed = _row_kind(work, share, samples)
     rows, held = (_rows(x, model, s.max_len) if share else x for x in (samples, held))
     files = [images[n] if isinstance(images, dict) else images/n for n in names]
     features = cached_features(model, processor, files, outputs_dir()/'.features',
                                threads=work.step.params['threads'], bf16=work.bf16)
-    collate = (PackedCollator if s.packed else Collator)(tok.pad_token_id, features)
+    collate = (PackedCollator if packed else Collator)(tok.pad_token_id, features)
     return TrainingSet(samples, rows, held, files, collate)
 
 # %% ../../nbs/04_train/13_stages.ipynb #5507795a
@@ -330,10 +344,11 @@ def _loss_ends(losses, n=20):
 
 def show_losses(
     work:StageRun, # after `run_stage`
-    title:str,     # what the curve says
+    title:str='',  # what was trained; what the loss did stands behind it
 )->None:
     "Save and show the curve of the losses as the step's figure `losses`."
-    fig, first, last = loss_figure(work.losses, title)
+    words = loss_words(work.losses)
+    fig, first, last = loss_figure(work.losses, f'{title}: {words}' if title else words.capitalize())
     held = [r for r in work.losses if r.get('held_loss') not in (None, '')]
     said = [f" Held back, after {r['epoch'] + 1} epochs: {r['held_loss']:.2f}." for r in held]
     text = f'Mean loss of the first 20 steps {first:.2f}, of the last 20 {last:.2f}.'
