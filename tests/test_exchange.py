@@ -10,10 +10,15 @@ from llava_med.evaluate.subjects import LocalModel
 from llava_med.generate.answers import answer, end_ids, option_logprobs
 from llava_med.models.exchange import LISTED, TEMPLATES, complete_template, frozen, one_template
 from llava_med.models.llava import join, load, make_processor, save, tiny_model, train_tokenizer
-from llava_med.models.templates import exchanges, prompt_ids, sample_ids
+from llava_med.explain import attention, explorer, maps
+from llava_med.generate.sampling import sample
+from llava_med.models.templates import as_turns, chat, exchanges, model_inputs, prompt_ids, sample_ids
+from llava_med.recipes.policy_gradient import PolicyGradient
 from llava_med.train.batches import IGNORE, Collator, batch_loss, encode, record_samples
+from llava_med.ui import widgets
 from PIL import Image
 from test_llava import language, tower
+from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
 TEXT = "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endif %}"
@@ -366,3 +371,85 @@ def test_the_templates_of_the_originals(name):
     processor.chat_template = processor.tokenizer.chat_template = template
     model.generation_config.eos_token_id = ends
     assert exact(model, processor, record('which organ?', 'liver', 'where is it?', 'on the left side')) == 1
+
+
+# Every place that ends or cuts an answer does it alike
+
+def spoken(tmp_path):
+    "A thin model that ends, among others, with a token that is neither special nor the tokenizer's end; its answer up to there."
+    model, processor = load(base(tmp_path/'m', KINDS['nothing to do'][0], '<|im_end|>', ['<|im_end|>']))
+    image = Image.linear_gradient('L').convert('RGB').resize((24, 24))
+    torch.manual_seed(3)
+    with torch.no_grad(): [p.add_(torch.randn_like(p)) for n, p in model.named_parameters() if 'language_model.layers' in n and p.dim() == 2]   # says more than one word
+    said = attention.generate(model, processor, image, 'which organ?')
+    at = next(i for i, t in enumerate(said) if i > 1 and t not in said[:i])
+    model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, said[at]]
+    return model, processor, image, said[:at]
+
+
+def test_maps_widgets_and_answers_end_at_every_end(tmp_path):
+    model, processor, image, said = spoken(tmp_path)
+    text = processor.tokenizer.decode(said).strip()
+    assert answer(model, processor, [image], ['which organ?']) == [text]
+    assert attention.generate(model, processor, image, 'which organ?') == said
+    assert ''.join(widgets.stream_answer(model, processor, image, as_turns('which organ?'))).strip() == text
+
+
+def test_a_registered_end_is_no_word_of_an_answer(tmp_path):
+    model, processor, image, said = spoken(tmp_path)
+    tok, stop = processor.tokenizer, processor.tokenizer.convert_tokens_to_ids('<|final|>')
+    model.generation_config.eos_token_id = [tok.eos_token_id, stop]
+    generate, model.generate = model.generate, lambda input_ids, **kw: torch.cat([input_ids, torch.tensor([[*said, stop]])], 1)
+    assert stop not in tok.all_special_ids and attention.generate(model, processor, image, 'which organ?') == said
+
+
+def test_a_drawn_answer_knows_its_end(tmp_path):
+    model, processor, image, said = spoken(tmp_path)
+    (one,), = sample(model, processor, [image], ['which organ?'], temperature=0)
+    assert one['ids'] == said and one['end'] == model.generation_config.eos_token_id[1] != processor.tokenizer.eos_token_id
+    judged = PolicyGradient(processor, [ITEM], tmp_path, n=2, temperature=0)
+    image.save(tmp_path/'a.png'); model.generation_config.eos_token_id[1] = sample(model, processor, [image], [item_question(ITEM)], temperature=0)[0][0]['ids'][1]
+    rolled = judged.rollout(model, [dict(input_ids=[5, 6, 7], labels=[IGNORE, IGNORE, 7], item=0)], 0)
+    assert all(s['labels'][-1] == model.generation_config.eos_token_id[1] for s in rolled)
+
+
+@pytest.mark.parametrize('kind', ['a space before the answer', 'nothing to do', 'thinks in the last turn'])
+def test_a_given_answer_is_cut_as_it_was_trained(kind, tmp_path):
+    template = TEMPLATES['llava_v1'] if kind == 'a space before the answer' else KINDS[kind][0]
+    model, processor = load(base(tmp_path/'m', template, '<|im_end|>', ['<|im_end|>']))
+    image = Image.linear_gradient('L').convert('RGB').resize((24, 24))
+    (before, reply), = runs(record_samples([record('which organ?', 'liver')], processor, 4)[0][0])
+    s = attention.encode_sample(processor, image, 'which organ?', 'liver')
+    other = maps.other_question(processor, attention.encode_sample(processor, image, 'where?', 'left'), 'which organ?', 'liver')
+    assert s.ids.tolist() == other.ids.tolist() == before + reply[:-1]
+    assert s.n_answer == other.n_answer == len(reply) - 1
+    seen = []
+    ways = dict(seen=lambda model, samples, neutral: seen.extend(samples) or [[[0.]]]*len(samples))
+    widgets.explain(model, processor, image, 'which organ?', 'liver', ways)
+    assert seen[0].ids.tolist() == s.ids.tolist()
+    assert explorer.explained(model, processor, image, 'which organ?', ['attention'], 'liver')['answer'] == s.answer
+
+
+@pytest.mark.parametrize('own', [dict(truncation=True, max_length=30), dict(padding='max_length', max_length=300)])
+def test_the_settings_of_a_tokenizer_cut_no_prompt(own, tmp_path):
+    "Such as those that a training script leaves in tokenizer_config.json."
+    model, processor = load(base(tmp_path/'m', KINDS['nothing to do'][0], '<|im_end|>', ['<|im_end|>'], lambda f: edit(f/'tokenizer_config.json', **own)))
+    question, image = 'where is it on the left side? '*6, Image.linear_gradient('L').convert('RGB')
+    asked, = prompt_ids(processor, [question], [1])
+    asked = [t for t in asked for _ in range(4 if t == model.config.image_token_id else 1)]
+    assert model_inputs(processor, [chat(processor, question)], [[image]])['input_ids'][0].tolist() == asked
+
+
+def test_a_conversation_that_begins_with_an_answer_is_named(tmp_path):
+    _, processor = load(base(tmp_path/'m', KINDS['strict roles'][0].replace("{% for m in messages %}{% if (", "{{ messages[0]['role'] and '' }}{% for m in messages %}{% if (", 1), '<|im_end|>', ['<|im_end|>']))
+    talk = [{'from': 'gpt', 'value': 'hello'}, {'from': 'human', 'value': '<image>\nwhich organ?'}, {'from': 'gpt', 'value': 'liver'}]
+    with pytest.raises(ValueError, match="'r'.*begins with an answer; remove it"): record_samples([dict(id='r', image='a.png', conversations=talk)], processor, 4)
+
+
+def test_tokens_without_rows_are_said(tmp_path, capsys):
+    def more(folder):
+        tok = AutoTokenizer.from_pretrained(folder)
+        tok.add_tokens([f'<extra_{i}>' for i in range(7)]); tok.save_pretrained(folder)
+    model, processor = load(base(tmp_path/'m', KINDS['nothing to do'][0], '<|im_end|>', ['<|im_end|>'], more))
+    n = len(processor.tokenizer)
+    assert f"has {n - 7} rows of embeddings for the {n} tokens" in capsys.readouterr().out and len(model.get_output_embeddings().weight) >= n

@@ -434,6 +434,28 @@ def test_a_batch_says_what_each_would_say_alone(tmp_path):
     assert texts[0] == texts[1]
 
 
+def test_a_local_chat_model_asks_alike_every_day_and_stops_at_the_end_of_its_template(tmp_path, monkeypatch):
+    from datetime import datetime
+    from transformers.utils import chat_template_utils
+    dated = "{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m['role'] }} : {{ m['content'] }} ? {% endfor %}{% if add_generation_prompt %}Assistant : {% endif %}"
+    folder, asked = tiny_llama(tmp_path/'llama', [dict(name='default', template=dated), dict(name='tool_use', template='{{ tools }}')]), []
+    words = json.loads((folder/'tokenizer_config.json').read_text())
+    words['added_tokens_decoder'] = {**words.get('added_tokens_decoder', {}), '9': dict(content='?', special=True, normalized=False, lstrip=False, rstrip=False, single_word=False)}
+    file = json.loads((folder/'tokenizer.json').read_text())
+    file['added_tokens'].append(dict(id=9, content='?', special=True, normalized=False, lstrip=False, rstrip=False, single_word=False))
+    (folder/'tokenizer.json').write_text(json.dumps(file)); (folder/'tokenizer_config.json').write_text(json.dumps(words))
+    for day in (1, 2):
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz=None): return cls(2030, 1, day)
+        monkeypatch.setattr(chat_template_utils, 'datetime', Clock)
+        local = LocalGenerator(folder, tmp_path/f'{day}.jsonl', 'cpu')
+        tok, model = local.load()
+        asked.append((tok.chat_template, local.ids(tok, [dict(role='user', content='lung')])))
+        assert model.generation_config.eos_token_id == [2, 9] and '2030' not in tok.decode(asked[-1][1])
+    assert asked[0] == asked[1] and 'strftime_now' not in asked[0][0]
+
+
 @contextlib.contextmanager
 def served(folder, log):
     "`transformers serve` on loopback; yields its address."

@@ -395,6 +395,26 @@ def model_mark(
     p = Path(model)
     return f'{p.resolve().name}@{folder_hash(p)[:8]}' if p.is_dir() else str(model)
 
+def _own_template(tokenizer, path):
+    "The chat template of a folder, without today's date; a processor's where the tokenizer has none."
+    from llava_med.models.exchange import frozen, one_template
+    from llava_med.models.llava import read_processor
+    said = tokenizer.chat_template
+    if not said and any((Path(path)/f).exists() for f in ('processor_config.json', 'chat_template.json')):
+        said = getattr(read_processor(path, lambda line: None), 'chat_template', None)
+    if not said: raise ValueError(f'{path} has no chat template: name a model that was tuned for conversations.')
+    return frozen(one_template(said, path))
+
+def _chat_rules(tokenizer, model, path):
+    "Set the chat template of a tokenizer; gives the ids that end an answer, the template's own among them."
+    from llava_med.models.exchange import chat_template, with_end
+    tokenizer.chat_template = _own_template(tokenizer, path)
+    ends = getattr(model.generation_config, 'eos_token_id', None)
+    ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    if ends == [None]: ends = [tokenizer.eos_token_id]
+    try: return with_end(tokenizer, chat_template(tokenizer), ends, path, lambda line: None)[1]
+    except ValueError: return ends   # a template that has no place for an image; its ends are as said
+
 class LocalGenerator(TextGenerator):
     "A chat model of `transformers` that writes conversations on this machine."
     name = 'local'
@@ -411,14 +431,16 @@ class LocalGenerator(TextGenerator):
         self.settings['batch_size'] = batch_size
     def load(self)->tuple: # tokenizer, model
         "Load tokenizer and model."
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+        from llava_med.core.pieces import read_tokenizer
         try:
             config = AutoConfig.from_pretrained(self.path)
             kind = AutoModelForImageTextToText if hasattr(config, 'vision_config') else AutoModelForCausalLM
-            tokenizer, model = AutoTokenizer.from_pretrained(self.path, padding_side='left'), kind.from_pretrained(self.path, dtype='auto')
+            tokenizer, model = read_tokenizer(self.path), kind.from_pretrained(self.path, dtype='auto')
         except (OSError, ValueError) as e:
             raise ValueError(f'{self.path} cannot be loaded as a chat model ({" ".join(str(e).split())[:200]}): name a folder with a model and its tokenizer, or a model of the hub.') from None
-        if tokenizer.chat_template is None: raise ValueError(f'{self.path} has no chat template: name a model that was tuned for conversations.')
+        model.generation_config.eos_token_id = _chat_rules(tokenizer, model, self.path)
+        tokenizer.padding_side = 'left'
         if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
         return tokenizer, model.to(pick_device(self.device)).eval()
     def ids(self,
@@ -426,10 +448,10 @@ class LocalGenerator(TextGenerator):
         messages:list, # chat messages
     )->list:           # token ids
         "A prompt as tokens; where a template knows no system role, the rules go before the first question."
-        from jinja2 import TemplateError
-        encode = lambda m: tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=True, return_dict=True)['input_ids']
+        from llava_med.models.exchange import chat_text, text_ids
+        encode = lambda m: text_ids(tokenizer, [chat_text(tokenizer, m, cue=True)])[0]
         try: return encode(messages)
-        except TemplateError:
+        except ValueError:
             first = dict(messages[1], content=messages[0]['content'] + '\n\n' + messages[1]['content'])
             return encode([first, *messages[2:]])
     def ask(self,

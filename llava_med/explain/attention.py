@@ -20,8 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from ..models.anatomy import base_of, decoder, head, leading_vectors
-from ..models.templates import chat, model_inputs, needs_bos
+from ..models.exchange import reply_ids
+from ..models.templates import answer_ids, chat, model_inputs, needs_bos
 from ..train.batches import splice
+from ..generate.answers import end_ids
 from ..evaluate.exact import bootstrap, edge_limits, limits
 
 # %% ../../nbs/07_explain/01_attention.ipynb #5848766b
@@ -185,6 +187,12 @@ def _geometry(processor, pixels, image_at, size):
     return image_at[extra:], grid, (x0, y0, x0 + (x1 - x0)*used[0], y0 + (y1 - y0)*used[1])
 
 # %% ../../nbs/07_explain/01_attention.ipynb #4281a9b7
+def _cut_answer(processor, question, answer, prompt=None):
+    "An answer as tokens, as training reads it behind its prompt, without its end."
+    if not answer.strip(): return []
+    if not prompt: return answer_ids(processor, question, [answer], end=False)[0]
+    return reply_ids(processor.tokenizer, [prompt], [answer])[0][1]
+
 def encode_sample(
     processor,    # the model's processor
     image,        # one PIL picture
@@ -197,10 +205,11 @@ def encode_sample(
     if isinstance(image, (list, tuple)):
         raise ValueError(f'Maps are drawn for one picture a question; {len(image)} were given.')
     image, tok = image.convert('RGB'), processor.tokenizer
-    prompt = chat(processor, question) if prompt is None else prompt
+    own, prompt = prompt is not None, chat(processor, question) if prompt is None else prompt
     x = model_inputs(processor, [prompt], [[image]])
     ids, pixels = x['input_ids'][0], x['pixel_values'][0]
-    new = tok(answer, add_special_tokens=False)['input_ids'] if isinstance(answer, str) else answer
+    if isinstance(answer, str): answer = _cut_answer(processor, question, answer, own and prompt)
+    new = list(answer)
     if len(new) == 0: raise ValueError(f'The answer to {question!r} has no tokens: nothing to map.')
     kinds = _kinds(processor, ids.numpy(), prompt, question)
     at, grid, window = _geometry(processor, pixels, np.flatnonzero(kinds == TOKEN_KINDS.index('image')),
@@ -358,7 +367,8 @@ def generate(
     out = model.generate(input_ids=s.ids[None, :-1].to(model.device), do_sample=False,
         pixel_values=s.pixels[None].to(model.device, model.dtype), max_new_tokens=max_new_tokens,
         attention_mask=torch.ones(1, len(s.ids) - 1, dtype=torch.long, device=model.device))
-    new = out[0, len(s.ids) - 1:].tolist()
+    new, ends = out[0, len(s.ids) - 1:].tolist(), end_ids(model, tok)
+    new = new[:next((i for i, o in enumerate(new) if o in ends), None)]
     return [o for o in new if o not in set(tok.all_special_ids)]
 
 # %% ../../nbs/07_explain/01_attention.ipynb #19a55563

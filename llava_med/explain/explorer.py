@@ -16,6 +16,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 from .attention import encode_sample, generate
+from ..models.templates import answer_ids
 from .faithfulness import best_method
 from .maps import METHOD_FACTS, METHODS
 from ..evaluate.reports import REPORT_USE, picture_uri, write_page
@@ -69,7 +70,7 @@ def explained(
     for k in methods: METHODS.named(k)
     tok = processor.tokenizer
     ids = (generate(model, processor, image, question, max_new_tokens=max_new_tokens) if answer is None
-           else tok(answer, add_special_tokens=False)['input_ids'])
+           else answer_ids(processor, question, [answer], end=False)[0])
     whole = encode_sample(processor, image, question, ids or [0])
     if not ids: return dict(answer='', words=[], maps={}, window=whole.window, grid=whole.grid)
     words = word_groups(tok, ids)

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 from ..core.registry import Registry
 from ..models.anatomy import head, tower as vision_tower
-from .attention import NEUTRAL, TOKEN_KINDS, Sample, _kinds
+from .attention import NEUTRAL, TOKEN_KINDS, Sample, _cut_answer, _kinds
 from .attention import (collate, encode_sample, image_vectors, language_model,
     row_weights, to_grid, token_shares, trace)
 from ..models.templates import chat, text_ids
@@ -314,7 +314,7 @@ def other_question(
     n = int((sample.ids == processor.image_token_id).sum())
     text = prompt.replace(processor.image_token, processor.image_token*n, 1)
     ids = torch.tensor(text_ids(tok, [text])[0])
-    new = tok(answer, add_special_tokens=False)['input_ids'] if isinstance(answer, str) else list(answer)
+    new = _cut_answer(processor, question, answer) if isinstance(answer, str) else list(answer)
     new, kinds = new or [0], _kinds(processor, ids.numpy(), prompt, question)
     at = np.flatnonzero(kinds == TOKEN_KINDS.index('image'))[-len(sample.image_at):]
     kinds = np.concatenate([kinds, np.full(len(new), TOKEN_KINDS.index('answer'))])

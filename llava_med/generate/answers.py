@@ -17,7 +17,7 @@ from ..models.anatomy import apart_because, base_of
 from .prefix_cache import (cache_gate, cache_rows, decode, image_features, padding_gate,
                                              read_prefixes, reply_logprobs, split_ids)
 from ..models.exchange import chat_text, needs_bos, reply_ids, reply_text
-from ..models.templates import as_turns, chat, model_inputs, prompt_ids, prompt_texts
+from ..models.templates import answer_ids, as_turns, chat, model_inputs, prompt_ids, prompt_texts
 
 # %% ../../nbs/05_generate/02_answers.ipynb #59e984d4
 def open_picture(
@@ -31,7 +31,7 @@ def end_ids(
     tokenizer, # its tokenizer
 )->set:        # token ids
     "Ids that end an answer, as `generate` knows them."
-    e = getattr(model.generation_config, 'eos_token_id', None)
+    e = getattr(getattr(model, 'generation_config', None), 'eos_token_id', None)
     e = tokenizer.eos_token_id if e is None else e
     return set(e) if isinstance(e, (list, tuple)) else {e}
 
@@ -234,13 +234,9 @@ def _option_ids(processor, prompts, counts, options):
 
 def _reply_ids(processor, prompt, n_images, replies):
     "Ids of replies as the template writes them after the prompt, as training reads them."
-    before, turns, tok = chat(processor, prompt, n_images), as_turns(prompt, n_images), processor.tokenizer
-    said = [turns + [{'role': 'assistant', 'content': [{'type': 'text', 'text': r}]}]
-            for r in replies]
-    try: texts = [reply_text(tok, before, chat_text(processor, t), r) for t, r in zip(said, replies)]
+    try: return answer_ids(processor, prompt, replies, n_images)
     except ValueError as e: raise ValueError(
         f'The probability of an option cannot be told; ask this model in words. {e}') from None
-    return [ids for _, ids in reply_ids(tok, [before]*len(texts), texts)]
 
 def _plain_logprob(model, processor, refs, text, ids):
     x = model_inputs(processor, [text], [[open_picture(o) for o in refs]]).to(model.device,

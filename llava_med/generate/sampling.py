@@ -94,6 +94,7 @@ class _Drawn(_Asked):
     "An answer that is being drawn."
     numbers:torch.Tensor=None   # one for each token
     logprobs:list=field(default_factory=list)
+    end:int=None                # the token that ended it
 
 @dataclass
 class _How:
@@ -117,7 +118,8 @@ class _How:
             for q, p in zip(live, said): q.logprobs.append(p)
         for q, t in zip(live, tokens.tolist()):
             q.ended = t in self.ends
-            if not q.ended: q.ids.append(t)
+            if q.ended: q.end = t
+            else: q.ids.append(t)
         return tokens
 
 def _numbers(seed, prompt, n, length):
@@ -217,7 +219,7 @@ def _checked_how(n, temperature, top_p, max_new_tokens):
 def _as_answer(tokenizer, drawn, logprobs):
     text = tokenizer.decode(drawn.ids, skip_special_tokens=True).strip()
     known = drawn.logprobs if logprobs else None
-    return dict(text=text, ids=drawn.ids, logprobs=known, ended=drawn.ended)
+    return dict(text=text, ids=drawn.ids, logprobs=known, ended=drawn.ended, end=drawn.end)
 
 @torch.inference_mode()
 def sample(
@@ -233,7 +235,7 @@ def sample(
     processors=(),         # functions (ids so far, logits) → logits, or a dict name → options
     seed:int=0,            # equal seeds give equal answers, whatever `n` and `batch_size` are
     batch_size:int=64,     # answers drawn together
-)->list:                   # for each prompt n dicts text, ids, logprobs (nats, with the end's), ended
+)->list:                   # for each prompt n dicts text, ids, logprobs (nats, with the end's), ended, end (its token, or None)
     "Draw answers; a picture is read once for all of them where the model allows it."
     _checked_how(n, temperature, top_p, max_new_tokens)
     if len(images) != len(prompts): raise ValueError(

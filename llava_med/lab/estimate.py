@@ -28,6 +28,7 @@ from ..train.loop import STEP_STAGES, stage_record
 from ..models.connectors import ACTIVATIONS
 from ..models.anatomy import connector, decoder
 from ..models.anatomy import part_table, set_trainable
+from ..core.pieces import read_tokenizer
 from ..models.exchange import TEMPLATES, complete_template, one_template, prepare_tokenizer
 from ..models.llava import FITTING, _no_bars, _processor, assemble, join, rows_for, save
 from ..core.runs import read_json, replacing, root, run_dir, write_json
@@ -358,6 +359,13 @@ def plan_text(
     return '\n'.join(lines + [f'! {w}' for w in plan['warnings']])
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #62f6d606
+def _folder_template(folder):
+    "The chat template that a folder brings, whichever file it stands in; None where it has none."
+    kind = AutoConfig.from_pretrained(folder) if (folder/'config.json').exists() else None
+    reader = AutoProcessor.from_pretrained(folder) if hasattr(kind, 'vision_config') else read_tokenizer(folder, lambda line: None)
+    own = one_template(getattr(reader, 'chat_template', None), folder)
+    return own or one_template(getattr(getattr(reader, 'tokenizer', None), 'chat_template', None), folder)
+
 def template_of(
     preset:dict, # from read_preset
 )->str|None:     # Jinja; None: the tokenizer's own
@@ -379,8 +387,7 @@ def real_template(
         folders = [root()/v['base_model'] for v in plan.values() if v.get('base_model')]
     for folder in folders:
         if not any((folder/f).exists() for f in ('config.json', 'tokenizer_config.json')): continue
-        own = getattr(AutoProcessor.from_pretrained(folder), 'chat_template', None)
-        if own := one_template(own, folder): return own
+        if own := _folder_template(folder): return own
     return named
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #48f85378

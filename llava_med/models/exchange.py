@@ -84,7 +84,10 @@ def chat_texts(
         write = reader.apply_chat_template
         return [write(t, chat_template=template, add_generation_prompt=cue, tokenize=False)
                 for t in talks]
-    except (TemplateError, TypeError) as e: raise ValueError(
+    except (TemplateError, TypeError) as e:
+        if [] in talks: raise ValueError('The chat template refuses a conversation that begins with an '
+                                         'answer; remove it, or put its question before it.') from None
+        raise ValueError(
         f'The chat template refuses this conversation: {str(e).rstrip(".")}. It begins with '
         f'{str(talks[0])[:80]}') from None
 
@@ -157,7 +160,8 @@ def reply_text(
         f'{said[:80]!r}')
     start = rest.find(said)
     if said not in whole: raise ValueError('The chat template does not write this answer as it is, '
-                                           f'so it cannot be scored: {said[:80]!r}')
+                                           f'so it cannot be scored: {said[:80]!r}; leave marks of the '
+                                           'template, such as a thinking block, out of the answer')
     if not whole.startswith(asked) or start < 0 or rest[:start].strip(): raise ValueError(
         f'The chat template asks with {asked[-40:]!r} and writes this answer behind another text, '
         f'so it would be trained otherwise than asked: {said[:80]!r}; leave marks of the template, '

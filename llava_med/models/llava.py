@@ -537,17 +537,20 @@ def _complete(model, processor, where):
     complete_processor(processor, model.generation_config, where, lambda line: print(line, flush=True))
     n_rows, n = model.get_input_embeddings().weight.shape[0], len(processor.tokenizer)
     if (n := rows_for(n, n_rows)) == n_rows: return
+    print(f"'{where}' has {n_rows} rows of embeddings for the {len(processor.tokenizer)} tokens of its tokenizer: {n} now, the new ones the mean of the others.", flush=True)
     held = [grown(m.weight.data, n) for m in (model.get_input_embeddings(), model.get_output_embeddings())]
     model.resize_token_embeddings(n, mean_resizing=False)
     for m, rows in zip((model.get_input_embeddings(), model.get_output_embeddings()), held): m.weight.data.copy_(rows)
 
 def _read_processor(path):
-    "A processor whose tokenizer has the ids of its own files, also where they are sentencepiece's alone."
-    pieces = (Path(path)/'tokenizer.model').exists() and not (Path(path)/'tokenizer.json').exists()
+    "A processor whose tokenizer has the ids of its own files, whatever its class would make of them."
+    said = []
     with _reading(path, 'a LLaVA'):
-        tok = read_tokenizer(path, lambda s: None) if pieces else None
+        tok = read_tokenizer(path, said.append)
         processor = AutoProcessor.from_pretrained(**_place(path))
-    if tok is not None: processor.tokenizer = tok
+    if said:   # not read the usual way, so the processor's own has other ids
+        processor.tokenizer = tok
+        if hasattr(processor, 'image_token_id'): processor.image_token_id = tok.convert_tokens_to_ids(processor.image_token)
     return processor
 
 def _connector_of(config, folder, where):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['exchanges', 'answer_spans', 'sample_ids', 'scored_tokens', 'image_mark', 'fill_slots', 'slotted', 'encode_turns',
-           'as_turns', 'chat', 'prompt_texts', 'prompt_ids', 'model_inputs']
+           'as_turns', 'chat', 'prompt_texts', 'prompt_ids', 'answer_ids', 'model_inputs']
 
 # %% ../../nbs/02_models/06_templates.ipynb #ea53150f
 import json
@@ -218,6 +218,25 @@ def prompt_ids(
     ids = dict(zip(each, text_ids(tokenizer_of(reader), each)))
     return [ids[t] for t in texts]
 
+# %% ../../nbs/02_models/06_templates.ipynb #0c849a92
+def answer_ids(
+    reader,           # a processor or a tokenizer
+    prompt:str|list,  # question, or the turns of a conversation
+    answers:list,     # texts
+    n_images:int=1,   # images before the question; of no effect on a list of turns
+    end:bool=True,    # with the token that ends an answer
+)->list:              # of each its token ids; none of an empty answer
+    "Answers as training reads them behind a prompt; ValueError where the template writes them otherwise."
+    tok, before, turns = tokenizer_of(reader), chat(reader, prompt, n_images), as_turns(prompt, n_images)
+    said = [[*turns, {'role': 'assistant', 'content': [{'type': 'text', 'text': a}]}] for a in answers]
+    texts = [reply_text(tok, before, chat_text(reader, t), a) for t, a in zip(said, answers)]
+    if not end: texts = [_bare(t, a.strip()) for t, a in zip(texts, answers)]
+    return [ids for _, ids in reply_ids(tok, [before]*len(texts), texts)]
+
+def _bare(reply, said):
+    "A reply up to the end of what is said."
+    return reply[:reply.find(said) + len(said)] if said else ''
+
 # %% ../../nbs/02_models/06_templates.ipynb #59d1dcc8
 def model_inputs(
     processor,   # of any image-text-to-text model
@@ -235,5 +254,6 @@ def model_inputs(
         f'{type(tok).__name__} ends every text with a token of its own, so a prompt would be '
         'read as finished; set its `add_eos_token` to False.')
     pictures = dict(images=images) if any(images) else {}
+    how = dict(padding=False, truncation=False) | kw   # a tokenizer's own settings may say otherwise
     return processor(text=texts, **pictures, return_tensors='pt',
-                     add_special_tokens=True in need, **kw)
+                     add_special_tokens=True in need, **how)

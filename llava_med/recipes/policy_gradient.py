@@ -98,10 +98,10 @@ class PolicyGradient(Objective):
         drawn = sample(model, self.processor, shown, [item_question(o) for o in items], self.n,
                        self.temperature, max_new_tokens=self.max_new_tokens, seed=seed)
         rewards = self._rewards(items, drawn, seed)
-        end, out = self.processor.tokenizer.eos_token_id, []
+        out = []
         for g, (s, own, r, a) in enumerate(zip(samples, drawn, rewards, advantages(rewards))):
             equal = float(np.ptp(r) == 0)
-            out += [said_sample(s, d, end, group=g, advantage=x, reward=y, equal=equal)
+            out += [said_sample(s, d, d['end'], group=g, advantage=x, reward=y, equal=equal)
                     for d, x, y in zip(own, a.tolist(), r.tolist())]
         return out
 

@@ -24,7 +24,8 @@ from ..generate.api import data_url
 from ..explain.explorer import word_groups
 from ..evaluate.subjects import LocalModel
 from ..data.images import ImageError, image_bytes, is_dicom, open_image
-from ..models.templates import as_turns, chat, model_inputs
+from ..generate.answers import end_ids
+from ..models.templates import answer_ids, as_turns, chat, model_inputs
 from ..generate.prompts import Prompting
 from ..core.runs import figure_style, shows_bars
 
@@ -124,6 +125,14 @@ def read_picture(
     return Picture(image, label, dicom, own, burned_in(data) if dicom else '')
 
 # %% ../../nbs/08_ui/01_widgets.ipynb #10c9be87
+class _Said(TextIteratorStreamer):
+    "Text as it is made, without the token that ends it, which need not be a special one."
+    def __init__(self, tokenizer, ends):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.ends = ends
+    def put(self, value):
+        if self.next_tokens_are_prompt or value.flatten()[-1].item() not in self.ends: super().put(value)
+
 def stream_answer(
     model, processor, # a LLaVA and its processor
     image,            # PIL image
@@ -133,7 +142,7 @@ def stream_answer(
     "An answer, piece by piece while it is made."
     tok = processor.tokenizer
     x = model_inputs(processor, [chat(processor, turns)], [[image]]).to(model.device, model.dtype)
-    streamer, failed = TextIteratorStreamer(tok, skip_prompt=True, skip_special_tokens=True), []
+    streamer, failed = _Said(tok, end_ids(model, tok)), []
     def work():
         try: model.generate(**x, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=tok.pad_token_id)
         except Exception as e: failed.append(e); streamer.end()
@@ -308,7 +317,8 @@ def explain(
 )->dict:               # answer, words (the first stands for all), maps by method, window, grid
     "Maps of an answer and of each of its words."
     tok = processor.tokenizer
-    ids = generate(model, processor, image, question) if answer is None else tok(answer, add_special_tokens=False)['input_ids']
+    ids = (generate(model, processor, image, question) if answer is None
+           else answer_ids(processor, question, [answer], end=False)[0])
     words = word_groups(tok, ids)
     whole = encode_sample(processor, image, question, ids)
     parts = [replace(encode_sample(processor, image, question, ids[:b]), n_answer=b - a) for _, a, b in words]
