@@ -281,6 +281,7 @@ def test_parts_are_joined_into_the_real_base(tmp_path, monkeypatch):
     for k, f in folders.items(): f.rename(tmp_path/'data'/p['model'][k])
     done = command(tmp_path, tmp_path/'outputs', 'plan', 'llava_med_v15', '--join')
     assert done.returncode == 0, done.stderr
+    assert 'mean and deviation are assumed' in done.stdout
     model, processor = load(tmp_path/'data/llava_med_v15_base', dtype='bfloat16')
     assert model.config.image_seq_length == 576 and '[INST]' in processor.chat_template
     assert 'data/llava_med_v15_base' not in estimate.plan_text(p, estimate.make_plan(p)).split('missing')[0]

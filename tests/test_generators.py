@@ -456,6 +456,16 @@ def test_a_local_chat_model_asks_alike_every_day_and_stops_at_the_end_of_its_tem
     assert asked[0] == asked[1] and 'strftime_now' not in asked[0][0]
 
 
+def test_a_local_chat_model_is_asked_the_whole_question_or_none(tmp_path):
+    lists = "{% for m in messages %}{{ m['role'] }} : {% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }} {% endfor %}{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}<image>{% endfor %}{% endfor %}"
+    ask = [dict(role='system', content='A mass'), dict(role='user', content='lung ?')]
+    local = LocalGenerator(tiny_llama(tmp_path/'llama', lists), tmp_path/'x.jsonl', 'cpu')
+    tok, _ = local.load()
+    assert tok.decode(local.ids(tok, ask)).count('lung ?') == 1 == tok.decode(local.ids(tok, ask)).count('A mass')
+    tok.chat_template = "{% for m in messages %}{{ m['role'] }} : {% endfor %}"
+    with pytest.raises(ValueError, match="leaves out what is asked: 'A mass"): local.ids(tok, ask)
+
+
 @contextlib.contextmanager
 def served(folder, log):
     "`transformers serve` on loopback; yields its address."

@@ -412,7 +412,9 @@ def _chat_rules(tokenizer, model, path):
     ends = getattr(model.generation_config, 'eos_token_id', None)
     ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
     if ends == [None]: ends = [tokenizer.eos_token_id]
-    try: return with_end(tokenizer, chat_template(tokenizer), ends, path, lambda line: None)[1]
+    try:
+        tokenizer.chat_template = chat_template(tokenizer)   # also where it reads lists only
+        return with_end(tokenizer, tokenizer.chat_template, ends, path, lambda line: None)[1]
     except ValueError: return ends   # a template that has no place for an image; its ends are as said
 
 class LocalGenerator(TextGenerator):
@@ -449,7 +451,10 @@ class LocalGenerator(TextGenerator):
     )->list:           # token ids
         "A prompt as tokens; where a template knows no system role, the rules go before the first question."
         from llava_med.models.exchange import chat_text, text_ids
-        encode = lambda m: text_ids(tokenizer, [chat_text(tokenizer, m, cue=True)])[0]
+        def encode(m):
+            text, last = chat_text(tokenizer, m, cue=True), m[-1]['content'].strip()
+            if last not in text: raise ValueError(f'The chat template of {self.path} leaves out what is asked: {last[:80]!r}')
+            return text_ids(tokenizer, [text])[0]
         try: return encode(messages)
         except ValueError:
             first = dict(messages[1], content=messages[0]['content'] + '\n\n' + messages[1]['content'])

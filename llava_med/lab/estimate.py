@@ -421,11 +421,11 @@ def thin_tokenizer(
     return tok
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #ee060d1a
-def _join(preset, folders, dst, dtype):
+def _join(preset, folders, dst, dtype, say=lambda line: None):
     "The base of a preset from folders of its two parts."
     m = preset['model']
     model, processor = join(str(folders['tower']), str(folders['language_model']), m.get('connector', 'mlp'), m.get('layers', -2), m.get('image_size'),
-                            template=template_of(preset), dtype=dtype, say=lambda line: None)
+                            template=template_of(preset), dtype=dtype, say=say)
     check_training(preset, model, processor, folders['language_model'])
     return save(model, processor, dst)
 
@@ -563,7 +563,7 @@ def join_base(
     for k, f in folders.items():
         if not f.is_dir(): raise UsageError(f"{f.relative_to(root())} is not there: `{preset['needs'].get(f'data/{m[k]}', f'llava-med get {m[k]}')}`.")
     plan = plan_run(preset, preset['name'])
-    return _join(preset, folders, root()/next(v['base_model'] for v in plan.values() if v.get('base_model')), 'bfloat16')
+    return _join(preset, folders, root()/next(v['base_model'] for v in plan.values() if v.get('base_model')), 'bfloat16', print)
 
 def plan_command(
     args, # preset, join
