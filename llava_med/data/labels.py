@@ -6,7 +6,7 @@
 __all__ = ['Thing', 'Labels', 'body_part', 'is_lesion', 'test_images', 'slake_labels', 'place_words', 'an', 'listed',
            'scan_words', 'label_caption', 'knowledge', 'absent_things', 'label_turns', 'label_records']
 
-# %% ../../nbs/03_data/18_labels.ipynb #6df2af50
+# %% ../../nbs/03_data/18_labels.ipynb #641603d0
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from ..core.runs import read_json
 from .conversations import CUT_WORDS, BRIEF_PROMPTS, DETAILED_PROMPTS, IMAGE
 from .vqa import clean, slake_boxes, slake_file
 
-# %% ../../nbs/03_data/18_labels.ipynb #0ab17433
+# %% ../../nbs/03_data/18_labels.ipynb #8cda6d70
 @dataclass(frozen=True)
 class Thing:
     "An organ or a lesion in an image."
@@ -88,7 +88,7 @@ def _labels_of(folder, image, rows):
     return Labels(image, clean(rows[0].get('modality')), body_part(clean(rows[0].get('location'))),
                   first(planes), first(weights), tuple(things))
 
-# %% ../../nbs/03_data/18_labels.ipynb #5ce8cf1a
+# %% ../../nbs/03_data/18_labels.ipynb #f388179e
 def place_words(
     box:tuple, # x, y, width, height, in fractions of the image
 )->str:        # such as 'upper left'
@@ -132,7 +132,7 @@ def label_caption(
     if organs: said.append(' '.join(f'The {t.name} is in the {place_words(t.box)} of the image.' for t in organs))
     return ' '.join(said)
 
-# %% ../../nbs/03_data/18_labels.ipynb #2ba1dbcc
+# %% ../../nbs/03_data/18_labels.ipynb #59d34d5f
 def knowledge(
     folder:str|Path, # with KG/en_disease.csv and KG/en_organ.csv
 )->dict:             # name in lower case → [(attribute, value), …] of those that are asked
@@ -155,7 +155,7 @@ def absent_things(
     for l in all_labels: common[l.modality, l.part].update({t.name for t in l.things})
     return {l.image: sorted(set(common[l.modality, l.part]) - {t.name for t in l.things}) for l in all_labels}
 
-# %% ../../nbs/03_data/18_labels.ipynb #ebc7e86d
+# %% ../../nbs/03_data/18_labels.ipynb #a27851dd
 def _scan_turns(l, rng):
     "Questions about modality, body part, plane and weighting."
     out = [(['What modality is used to take this image?', 'How was this image taken?'], l.modality, 'modality', None),
@@ -207,7 +207,7 @@ def _known_turns(l, known, rng):
                         value[:1].upper() + value[1:], 'knowledge', t))
     return out
 
-# %% ../../nbs/03_data/18_labels.ipynb #133b85ff
+# %% ../../nbs/03_data/18_labels.ipynb #0ae0860d
 def label_turns(
     labels:Labels, # of an image
     absent:list,   # from `absent_things`
