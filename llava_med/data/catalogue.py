@@ -215,7 +215,10 @@ def get_part(
     for name in names:
         entry = find_entry(name)
         try: return get_entry(entry, place/name, endpoint=endpoint, say=say)
-        except WebError as e: why.append(str(e)); say(f'{name} cannot be had: {e}')
+        except WebError as e:
+            why.append(str(e))
+            say(f'{name} cannot be had: {e}')
+            if (place/name).is_dir() and not any((place/name).iterdir()): (place/name).rmdir()
     raise WebError(f'{" and ".join(names)} cannot be had. ' + ' '.join(why))
 
 def get_joined(
