@@ -97,6 +97,9 @@ def _listed(value):
         pairs = [_pair(o) for o in value]
         if all(clean(l) for l, _ in pairs): return _labelled(pairs)
         value = [o for _, o in pairs]
+    elif any(isinstance(o, (list, tuple, dict)) for o in value):
+        if all(isinstance(o, (list, tuple)) and len(o) == 2 for o in value): return _labelled(value)   # Arrow's map
+        raise OptionError('has a list among its options; write one text for each')
     texts = [clean(o) for o in value]
     while texts and not texts[-1]: texts.pop()
     if not all(texts): raise OptionError('has an empty option among its options; write it or leave it out')
@@ -228,6 +231,7 @@ class Choice:
     options:list   # their texts
     answer:str     # text of the right one
     label:str      # its letter
+    assumed:bool=False # whether its number was taken to count from 0, which no record of the file proves
 
 def _whole(key):
     "The number that a key is, or None."
@@ -395,19 +399,22 @@ def read_choices(
     found = _resolved(records, wrong)
     said = [f'{path}: row {n} {wrong[n]}' for n in sorted(wrong)]
     more = f' (the first of {len(said)} such records)' if len(said) > 1 else ''
-    if said and left_out is None: raise OptionError(f'{said[0]}{more}.')
+    if said and left_out is None: raise OptionError(
+        f'{said[0]}{more}. To read the set without such records, say part=True, --part, or vqa_part to an evaluation.')
     if said: left_out += said
     return found | dict.fromkeys(wrong)
 
 def _resolved(records, wrong):
     "The right option of each record, by the evidence of all; what stays open is added to `wrong`."
     first, found = _first_number(records), {}
+    proven = first != 'from 0' or any('from 1' not in r.reads for r in _only_numbers(records))
     kinds = {r.n: _kinds(r, first) for r in records}
     votes = Counter(next(iter(k)) for k in kinds.values() if len(k) == 1)
     for r in records:
         try: i = _place(r, kinds[r.n], votes, first)
         except OptionError as e: wrong[r.n] = str(e); continue
-        found[r.n] = Choice(r.question, r.options, r.options[i], LETTERS[i])
+        assumed = not proven and set(kinds[r.n]) == {'from 0'}
+        found[r.n] = Choice(r.question, r.options, r.options[i], LETTERS[i], assumed)
     return found
 
 # %% ../../nbs/03_data/14_options.ipynb #7886cfbe
@@ -416,6 +423,7 @@ def option_words(
 )->str:       # words in lower case, single blanks between them
     "Words of a text without punctuation and articles; < and > stay."
     text = unicodedata.normalize('NFKC', str(text)).casefold().replace("'", '').replace('’', '')
+    text = re.sub(r'\b(t[12])\*', r'\1 star', text)
     words = re.findall(r'\d+(?:\.\d+)?|\w+|[<>≤≥±+%]', text)
     return ' '.join([w for w in words if w not in ('a', 'an', 'the')] or words)
 
@@ -445,7 +453,8 @@ def _unwrapped(text):
     if box: text = ''.join(box[-1])
     inside = text_literal(text.strip()) if text.strip()[:1] == '{' else None
     if isinstance(inside, dict): text = str(next((inside[k] for k in _ANSWER_NAMES if k in inside), text))
-    text = re.sub(r'\*\*|__|`|\$|^\s*#+\s*|(?<!\w)\*|\*(?!\w)|\\text\{([^{}]*)\}', r'\1', text, flags=re.M).strip()
+    text = re.sub(r'(?<![\w*])\*(?=\S)([^*\n]+)(?<=\S)\*(?![\w*])', r'\1', text)
+    text = re.sub(r'\*\*|__|`|\$|^\s*#+\s*|(?<!\w)\*|(?<!\b[tT][12])\*(?!\w)|\\text\{([^{}]*)\}', r'\1', text, flags=re.M).strip()
     return re.sub(r'\s+', ' ', re.sub(r'(?<=[\w)\]])[ \t]*\n\s*', '. ', text)).strip()
 
 def _letters(pattern, text, n):
@@ -460,7 +469,9 @@ def _letters(pattern, text, n):
             rest = rest[more.end():]
     return {i for i in said if i < n}
 
-_NOT = 'not|isnt|no|without|never|rather than|instead of|except'   # before an option, it is denied
+_NOT = ('not|isnt|never|rather than|instead of|except|(?:everything|all|anything) but|absence of|'
+        'negative for|free of|(?:no|without)(?: (?:definite|acute|clear|obvious|visible|convincing))*'
+        '(?: (?:evidence|signs?|indication|features?) of)?')   # before an option, it is denied
 
 def _named(words, text):
     "Places of the options that a text names in whole words; one inside a longer one does not count, nor one that is denied."
@@ -474,7 +485,7 @@ def _named(words, text):
 
 def _exact(options, said):
     "Places that a whole text may mean as an option or as a letter alone, and whether it is a letter."
-    bare = said.strip(' "\'“”')
+    bare = said.strip(' "\'“”{}')
     equal = {i for i, o in enumerate(options) if same_option(o) == same_option(bare)}
     m = _LETTER.fullmatch(bare.strip('.!;,。、'))
     place = LETTERS.index(m[1].upper()) if m else len(options)
@@ -550,6 +561,24 @@ def _by_forms(options, words, said, normalise):
         if place is not _OPEN: return place
     return _OPEN
 
+def _own_line(text, n):
+    "The place of a letter that has the first line for itself, None if others have too; _OPEN without such a line."
+    lines = [u for l in str(text).splitlines() if (u := _unwrapped(l))]
+    alone = [LETTERS.index(m[1].upper()) for l in lines if (m := _LETTER.fullmatch(l))]
+    if len(lines) < 2 or not _LETTER.fullmatch(lines[0]) or alone[0] >= n: return _OPEN
+    rest = ' '.join(lines[1:])
+    if {*alone, *_letters(_STRONG, rest, n)} != {alone[0]}: return None
+    return _OPEN if _TURN.search(rest) or any(map(_HEADED.fullmatch, lines[1:])) else alone[0]
+
+_TURN = re.compile(r"(?i)\b(?:wait|actually|correction|on\s+second\s+thoughts?|sorry|i\s+mean|let\s+me\s+re\w+)\b")
+
+def _taken_back(options, said, normalise):
+    "Whether an answer is followed by a turn of mind and by another answer."
+    turn = list(_TURN.finditer(said))[-1:]
+    before = _letters(_STRONG, said[:turn[0].start()], len(options)) if turn else set()
+    after = said_option(options, said[turn[0].end():].strip(' ,:;.'), normalise) if before else None
+    return after is not None and {after} != before
+
 def said_option(
     options:list, # texts of the options, in the order of their letters
     text:str,     # an answer
@@ -559,6 +588,8 @@ def said_option(
     said, n = _unwrapped(text), len(options)
     if not said or not n: return None
     words, last = [normalise(o) for o in options], _last_part(said)
+    if (place := _own_line(text, n)) is not _OPEN: return place
+    if _taken_back(options, said, normalise): return None
     place = _by_forms(options, words, said, normalise)
     if place is not _OPEN: return place
     for patterns in ((_STRONG,), (_TRAILING,), _WEAK):

@@ -375,6 +375,7 @@ def choice_item(
     if 'type_from' not in item and kind not in ('', 'CLOSED'): out.setdefault('official_type', kind)
     if asked != clean(item['question']): out.setdefault('prompt', clean(item['question']))
     else: asked = item['question']
+    if choice.assumed: out['key_assumed'] = True   # that its number counts from 0
     return out | dict(question=asked, options=list(choice.options), answer=choice.answer,
                       answer_type='CLOSED', label=choice.label)
 
