@@ -35,6 +35,8 @@ def strict_normalise(
     t = re.sub(r'(?<=\d),(?=\d{3}\b)', '', t)            # 1,000 is 1000
     t = re.sub(_DROPPED, ' ', t)                         # a point stays inside a number only
     t = re.sub(r'(?<=\d)(?=(mm|cm|ml|mg|kg)\b)', ' ', t)
+    t = re.sub(r'(?<=\d) ?x ?(?=\d)', ' x ', re.sub(r'(?<=\d) to (?=\d)', ' ', t))   # 5 to 10 is 5-10
+    t = re.sub(r'(?<![\d.])(\d+)\.0+(?![\d.])', r'\1', t)                         # 2.0 is 2
     words = t.split()
     kept = [NUMBER_WORDS.get(w, w) for w in words if w not in ARTICLES] or words
     t = re.sub(rf'([{COMPARED}]) (?=[\d{MINUS}])', r'\1', ' '.join(kept))   # < 5 is <5
