@@ -379,3 +379,16 @@ def test_options_in_another_order_are_refused(tmp_path):
         with pytest.raises(ScoreError, match="'q0' was asked with its options in another order .spleen; liver.*as they were asked"): score(items, tmp_path/'a.jsonl')
     write_jsonl(tmp_path/'a.jsonl', [beside | dict(question=o['question'], prediction=o['answer']) for o in items])   # texts say the same in any order
     assert score(items, tmp_path/'a.jsonl')[0] == {'model': 1.}
+
+
+def test_slake_is_paired_by_its_own_question_ids(tmp_path):
+    rows = [dict(qid=i, img_name=f'x{i//2}/source.jpg', question='What organ is it?', answer='liver' if i % 3 else 'lung', answer_type='OPEN', q_lang='en',
+                 content_type='Organ', modality='CT', location='Lung') for i in range(40, 52)]
+    write_json(tmp_path/'test.json', rows)
+    write_jsonl(tmp_path/'a.jsonl', [dict(question_id=r['qid'], question=r['question'], response=r['answer']) for r in rows[::-1]])
+    assert score(read_vqa(tmp_path/'test.json', part=True), tmp_path/'a.jsonl')[0] == {'model': 1.}
+
+
+def test_a_question_beside_its_template_pairs_the_answer(tmp_path):
+    write_jsonl(tmp_path/'a.jsonl', [dict(prompt=f'Look. {o["question"]} Be brief.', question=o['question'], text=o['answer']) for o in FOUR])
+    assert score(FOUR, tmp_path/'a.jsonl')[0] == {'model': 1.}

@@ -10,6 +10,7 @@ from PIL import Image
 from llava_med.data import options as op
 from llava_med.data import vqa, vqa_readers
 from llava_med.data.options import OptionError, option_list, read_choices, said_option, split_options
+from llava_med.evaluate.answer_text import spoken
 from llava_med.evaluate.exact import right_answer
 from llava_med.evaluate.lmms_tasks import doc_text
 from llava_med.evaluate.scorers import SCORERS, score_answers, strict_scores
@@ -298,3 +299,12 @@ def test_a_part_of_a_set_leaves_out_what_contradicts_itself(tmp_path):
 def test_two_columns_of_one_name_are_refused(tmp_path):
     (tmp_path/'q.csv').write_text('image,question,answer,Answer\na.png,Q?,yes,no\n')
     with pytest.raises(ValueError, match="q.csv: has two columns 'answer'; keep the one"): vqa_readers.read_vqa(tmp_path/'q.csv')
+
+
+@pytest.mark.parametrize('options, said, place', [
+    (['Benign', 'Malignant'], 'non-malignant', None), (['Grade 1', 'Grade 2'], 'Grade 2-3', None), (['Grade 1', 'Grade 2'], 'grade two', 1),
+    (['< 5 mm', '5 mm', '> 5 mm'], 'less than 5 mm', None), (['< 5 mm', '5 mm', '> 5 mm'], 'about 5 mm', 1), (['-5', '5'], 'minus 5', None),
+    (['1', '2', 'More than 2'], 'more than two', 2), (['Left upper lobe', 'Right lower lobe', 'Right upper lobe'], 'Right upper lobe (option B)', None),
+    (FOUR, 'C would be the best option.', 2), (FOUR, 'B\u200b', 1), (FOUR, '\ufeffB', 1), (FOUR, '**Final Answer**\n\nB', 1), (FOUR, 'assistant\nB', 1)])
+def test_numbers_compared_prefixes_and_marks_without_a_width(options, said, place):
+    for key in options: assert right_answer(dict(options=options, answer=key), spoken(said)) == (place is not None and options[place] == key)

@@ -437,7 +437,7 @@ _CUE = re.compile(rf"\b{_SAYS}\b(?:\s+(?i:is|would\s+be|should\s+be|must\s+be|es
 _STRONG = re.compile(r'(?:(?i:\banswer|\b(?:choose|chose|select|pick|go\s+with|choosing)\b)|答案[是为]?|故?选(?:择|项)?)\s*[:：=]?\s*' + _LEAD + r'[:=]?\s*' + _MARK)
 _WEAK = (re.compile(r'(?i:\b(?:option|choice|letter)\b)[\s:]*' + _MARK),
          re.compile(r"(?i:\b(?:it\s+is|it's|its|this\s+is|that\s+is|think|believe|say)\b)[\s:]*" + _LEAD + _MARK),
-         re.compile(r'()(?<![\w(])\(([A-Za-z])\)'), re.compile(r'(?:^|(?<=[.;:,]\s))()([B-Z])(?=\s+(?i:is|was|because|since)\b)'),
+         re.compile(r'()(?<![\w(])\(([A-Za-z])\)'), re.compile(r'(?:^|(?<=[.;:,]\s))()([B-Z])(?=\s+(?i:is|was|because|since|would\s+be)\b)'),
          re.compile(r'(?:^|(?<=[.;:]\s))()(A)(?=\s+(?i:is\s+(?:the\s+)?(?:correct|right|best|wrong|not|incorrect)|because)\b)'))
 _TRAILING = re.compile(r"(?:[:,;]|\b(?i:therefore|thus|hence|so|but|is|be|est|ist|es))\s*[\"'(\[]*()([A-Z])[\"')\]]*[.!。]?\s*$")
 _DENIED = re.compile(r"(?i)(?:\bnot|n't|\bnever|\bexcept|\brul\w+\s+out|\bexclud\w+|\bneither|\bnor|\brather\s+than|\binstead\s+of)\s+(?:be\s+|the\s+|an?\s+)?(?:(?:answer|option|choice|letter)\s*)*[\"'(\[]*$")
@@ -448,7 +448,7 @@ _ANSWER_NAMES = ('answer', 'Answer', 'final_answer', 'choice', 'option')   # of 
 
 def _unwrapped(text):
     "An answer without box, marks of Markdown and line breaks."
-    text = unicodedata.normalize('NFKC', str(text))
+    text = re.sub('[\u200b\u200e\u200f\u2060\ufeff]', '', unicodedata.normalize('NFKC', str(text)))
     box = _BOX.findall(text)
     if box: text = ''.join(box[-1])
     inside = text_literal(text.strip()) if text.strip()[:1] == '{' else None
@@ -469,16 +469,20 @@ def _letters(pattern, text, n):
             rest = rest[more.end():]
     return {i for i in said if i < n}
 
-_NOT = ('not|isnt|never|rather than|instead of|except|(?:everything|all|anything) but|absence of|'
+_NOT = ('not|isnt|never|non|rather than|instead of|except|(?:everything|all|anything) but|absence of|'
         'negative for|free of|(?:no|without)(?: (?:definite|acute|clear|obvious|visible|convincing))*'
         '(?: (?:evidence|signs?|indication|features?) of)?')   # before an option, it is denied
+_COMPARED = ('|(?:less|more|larger|greater|smaller|fewer|bigger|higher|lower) than|under|over|below|'
+             'above|minus|at least|at most|up to')   # before a number, it is another one
 
 def _named(words, text):
     "Places of the options that a text names in whole words; one inside a longer one does not count, nor one that is denied."
     found, text = set(), f' {text} '
     for i in sorted(range(len(words)), key=lambda i: -len(words[i])):
         if not words[i] or f' {words[i]} ' not in text: continue
-        kept = re.sub(rf' (?:{_NOT}) (?:be )?{re.escape(words[i])} ', ' | ', text)
+        other = _NOT + _COMPARED*words[i][0].isdigit()
+        kept = re.sub(rf' (?:{other}) (?:be )?{re.escape(words[i])} ', ' | ', text)
+        if words[i][-1].isdigit(): kept = re.sub(rf' {re.escape(words[i])} (?=\d)', ' | ', kept)   # grade 2-3 is not grade 2
         if f' {words[i]} ' in kept: found |= {j for j, w in enumerate(words) if w == words[i]}
         text = text.replace(f' {words[i]} ', ' | ')
     return found
@@ -544,7 +548,7 @@ def _only(places):
     "The one place there is, else None."
     return next(iter(places)) if len(places) == 1 else None
 
-def _undisputed(places, words, said, short=4):
+def _undisputed(places, words, said, short=6):
     "The one place that letters name, if an answer of a few words names no other option beside it."
     named = _named(words, said) if len(said.split()) <= short else set()
     return None if named and not named & places else _only(places)

@@ -227,6 +227,7 @@ def _slake_item(r, split, boxes):
     extra = {k: r[k]
              for k in ('patient', 'combination', 'kind', 'scene_seed', 'base_type', 'q_lang')
              if k in r}
+    if not ours: extra['qid'] = r['qid']
     return make_item(f"{source}-{r['qid']}", [name], r['question'], r['answer'], r['answer_type'],
                      split, source,
                      modality=_SLAKE_MODALITY.get(r.get('modality'),

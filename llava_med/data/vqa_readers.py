@@ -265,8 +265,16 @@ def _row_item(r, n, ident, names, part, source, choice):
     item = make_item(ident, names, asked, key, split=part, source=source, row=n, **kind, **tags, **extra)
     return choice_item(item, choice) if choice else item
 
+def _single(path, n, r):
+    "Refuse a question or a key that is several texts."
+    for k in ('question', next((k for k in KEY_COLUMNS if k in r and clean(r[k])), 'question')):
+        v = r[k].tolist() if hasattr(r[k], 'tolist') else r[k]
+        if isinstance(v, dict) or isinstance(v, (list, tuple)) and (len(v) != 1 or k == 'question'):
+            raise ValueError(f'{path}: row {n} has the {k} {str(v)[:60]!r}, which is no single text; write one text.')
+
 def _choices(path, rows, counts, left_out):
-    "The options of all rows; keys that are letters of nothing are refused."
+    "The options of all rows; keys that are letters of nothing, or no single text, are refused."
+    for n, r in enumerate(rows): _single(path, n, r)
     marked = ('question', 'options', 'choices', *option_columns(rows[0]))
     plain = [r | {k: _unmarked(r[k], n) for k in marked if k in r} for r, n in zip(rows, counts)]
     found = read_choices(path, plain, left_out)
@@ -329,7 +337,8 @@ def read_qa_records(
         if found.get(n, n) is None: continue
         own = clean(r.get('question_id') or r.get('id'))
         ident = f'{source}-{re.sub(r"[^A-Za-z0-9]+", "_", path.stem)}-{own or n}' if source != 'medxpertqa' else f'{source}-{own or n}'
-        out.append(_row_item(r, n, ident, names[n], _row_split(r, part), source, found.get(n)))
+        in_split = _row_split(r, part, None if part != 'all' else f'{path}: row {n}')
+        out.append(_row_item(r, n, ident, names[n], in_split, source, found.get(n)))
     return [o for o in out if split in (None, o['split'])]
 
 # %% ../../nbs/03_data/16_vqa_readers.ipynb #d9ddfa90
@@ -382,7 +391,8 @@ def read_parquet(
     rows, stored, columns = _parquet_text(path)
     parts = path.absolute().parts[::-1]  # the nearest name counts
     source = source or next((s for p in parts for s, pattern in _NAMES.items() if re.search(pattern, p.lower())), 'parquet')
-    splits = [_row_split(r, _parquet_split(path)) for r in rows]
+    known = _parquet_split(path)   # a file or a folder may name the split where a column does not
+    splits = [_row_split(r, known, None if known != 'all' else f'{path}: row {n}') for n, r in enumerate(rows)]
     if split and split not in splits: return []
     there = [images_dir if split in (None, s) else None for s in splits]
     names = [[name for cell in _row_pictures(r, columns) for name in _stored(cell, there[n], path, n)]

@@ -395,7 +395,8 @@ def _fits(items, rows):
     for r, images in zip(rows, shown):
         fit, told = everything, []
         if r.get('prompt'):
-            q = next((q for q in questions_in(r['prompt']) if q in asked), None)
+            said = [t for t in (r['prompt'], r.get('question')) if isinstance(t, str)]
+            q = next((q for t in said for q in questions_in(t) if q in asked), None)
             fit = asked.get(q, frozenset())
             told.append('question')
         if images is not None:

@@ -56,7 +56,7 @@ _TAG = re.compile(rf'(?is)<({_FRAME})>(.*?)(?:</\1>|\Z)|<\|begin_of_(?:solution|
                   r'(?:<\|end_of_(?:solution|box)\|>|\Z)')
 _BOX = re.compile(r'\\f?box(?:ed)?\s*\{|\x08oxed\s*\{')
 _LABEL = re.compile(r'(?i)[*_#\s]*(?:the\s+)?(?:final\s+answer|answer|response|assistant)(?:\s+is)?'
-                    r'[*_]*\s*[:：][*_]*\s*|[*_#\s]*(?:最终)?答案(?:是)?\s*[:：]\s*')
+                    r'[*_]*\s*(?:[:：][*_]*\s*|$)|[*_#\s]*(?:最终)?答案(?:是)?\s*[:：]\s*')
 
 def _boxes(text):
     "What stands in boxes, whose braces are balanced; a box that is cut off goes to the end."
