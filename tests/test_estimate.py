@@ -14,6 +14,7 @@ import torch
 
 from llava_med.lab import estimate
 from llava_med.lab.runner import missing_files, plan_run, read_preset
+from llava_med.lab.steps import UsageError
 from llava_med.data.catalogue import CATALOGUE
 from llava_med.models.llava import load
 from llava_med.core.runs import read_json
@@ -218,7 +219,7 @@ def test_a_thin_base_is_of_the_real_kind(name, tmp_path):
     assert t.num_key_value_heads*real.text_config.num_attention_heads == 4*real.text_config.num_key_value_heads
     turn = [dict(role='user', content=[dict(type='image'), dict(type='text', text='Why?')])]
     text = processor.apply_chat_template(turn, add_generation_prompt=True)
-    assert '<image>' in text and {'llava_v0': '### Human:', 'llava_v1': 'USER:', 'mistral_instruct': '[INST]'}.get(p['model']['template'], '<|im_start|>user') in text
+    assert '<image>' in text and {'llava_v0': '### Human:', 'llava_1_5': 'USER:', 'mistral_instruct': '[INST]'}.get(p['model']['template'], '<|im_start|>user') in text
     assert ('<im_start><image><im_end>' in text) == bool(p['model'].get('image_ends'))
     ids = processor(text=text, images=torch.zeros(3, 40, 60, dtype=torch.uint8), return_tensors='pt')
     assert int((ids['input_ids'] == c.image_token_id).sum()) == real.image_seq_length
@@ -228,6 +229,32 @@ def test_a_thin_base_is_of_the_real_kind(name, tmp_path):
     assert before == {f: f.read_bytes() for f in (tmp_path/'base').iterdir()}
     shutil.rmtree(tmp_path/'base'); estimate.thin_base(p, tmp_path/'base')
     assert (tmp_path/'base/model.safetensors').read_bytes() == before[tmp_path/'base/model.safetensors'], 'the same random weights each time'
+
+
+@each
+def test_a_thin_base_trains_for_what_it_is_asked_and_can_stop(name, tmp_path):
+    from llava_med.generate.answers import end_ids
+    from llava_med.models.templates import prompt_ids
+    from llava_med.train.batches import record_samples
+    model, processor = load(estimate.thin_base(read_preset(name), tmp_path/'base'))
+    talk = [{'from': f, 'value': v} for f, v in (('human', '<image>\nWhy?'), ('gpt', 'left'))]
+    (s,), _ = record_samples([dict(id='r', image='a.png', conversations=talk)], processor, 1)
+    asked, = prompt_ids(processor, ['Why?'], [1])
+    assert s['input_ids'][:len(asked)] == asked and s['labels'][len(asked)] >= 0 and s['labels'][-1] in end_ids(model, processor.tokenizer)
+
+
+def test_a_rehearsal_reads_the_template_of_the_real_run(tmp_path, monkeypatch, capsys):
+    "That of the base where it is on this machine; what cannot be trained with fails in the rehearsal."
+    p = read_preset('llava15_7b')
+    load(estimate.thin_base(p, tmp_path/'thin'))
+    assert 'wrote no end behind an answer' in capsys.readouterr().out, 'as the checkpoint itself'
+    place = next(v['base_model'] for v in plan_run(p, p['name']).values() if v.get('base_model'))
+    monkeypatch.setattr(estimate, 'root', lambda: tmp_path)
+    (tmp_path/'data').mkdir(); (tmp_path/'data/base_tiny').symlink_to(REPO/'data/base_tiny')
+    shutil.copytree(REPO/'data/base_tiny', tmp_path/place)
+    assert estimate.real_template(p) == (REPO/'data/base_tiny/chat_template.jinja').read_text()
+    (tmp_path/place/'chat_template.jinja').write_text("{{ messages[0]['role'] }}")
+    with pytest.raises(UsageError, match='loses the question'): estimate.thin_base(p, tmp_path/'other')
 
 
 @each

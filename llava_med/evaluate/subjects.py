@@ -18,7 +18,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, get_int_from_env
 from PIL import Image
-from transformers import AutoProcessor
 from ..core.runs import (file_hash, folder_hash, from_root, progress, read_jsonl,
                                  root, run_dir,
                                  write_csv, writing)
@@ -28,7 +27,7 @@ from ..data.vqa import item_options, item_question
 from .conditions import Pool, condition_images
 from ..generate.answers import _key, answer, option_logprobs, short_hash
 from ..generate.api import Endpoint
-from ..models.llava import load, weights_hash
+from ..models.llava import load, read_processor, weights_hash
 from ..models.templates import chat
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #4b184664
@@ -112,7 +111,7 @@ class LocalModel:
             if not (self.folder/'config.json').exists(): raise FileNotFoundError(
                 f"No model in '{self.folder}': it holds no config.json. "
                 'Name a folder that `save_pretrained` wrote.')
-            self.processor = AutoProcessor.from_pretrained(self.folder)
+            self.processor = read_processor(self.folder, say=lambda line: None)   # `load` says it
     def fingerprint(self)->dict: # model_hash, processor_hash
         "Hashes of the model and of its processor."
         if not self.model_hash:

@@ -16,9 +16,8 @@ from ..data.articles import open_image
 from ..models.anatomy import apart_because, base_of
 from .prefix_cache import (cache_gate, cache_rows, decode, image_features, padding_gate,
                                              read_prefixes, reply_logprobs, split_ids)
-from ..models.templates import (as_turns, chat, chat_text, model_inputs, needs_bos,
-                                        prompt_ids,
-                                        prompt_texts, text_ids)
+from ..models.exchange import chat_text, needs_bos, reply_ids, reply_text
+from ..models.templates import as_turns, chat, model_inputs, prompt_ids, prompt_texts
 
 # %% ../../nbs/05_generate/02_answers.ipynb #59e984d4
 def open_picture(
@@ -234,20 +233,14 @@ def _option_ids(processor, prompts, counts, options):
     return [found[k] for k in keys]
 
 def _reply_ids(processor, prompt, n_images, replies):
-    "Ids of replies as the template writes them after the prompt."
-    before, turns = chat(processor, prompt, n_images), as_turns(prompt, n_images)
+    "Ids of replies as the template writes them after the prompt, as training reads them."
+    before, turns, tok = chat(processor, prompt, n_images), as_turns(prompt, n_images), processor.tokenizer
     said = [turns + [{'role': 'assistant', 'content': [{'type': 'text', 'text': r}]}]
             for r in replies]
-    whole = [chat_text(processor, t) for t in said]
-    for text, reply in zip(whole, replies):
-        if not text.startswith(before): raise ValueError(
-            f'The chat template writes a reply otherwise than after its cue ({before[-40:]!r}), so the '
-            f'probability of the option {reply!r} cannot be told; ask this model in words.')
-    first, *ids = text_ids(processor.tokenizer, [before, *whole])
-    for b, reply in zip(ids, replies):   # a cue may merge with the reply
-        if b[:len(first)] != first: raise ValueError(
-            f'The reply {reply!r} changes the tokens of its prompt; ask this model in words.')
-    return [b[len(first):] for b in ids]
+    try: texts = [reply_text(tok, before, chat_text(processor, t), r) for t, r in zip(said, replies)]
+    except ValueError as e: raise ValueError(
+        f'The probability of an option cannot be told; ask this model in words. {e}') from None
+    return [ids for _, ids in reply_ids(tok, [before]*len(texts), texts)]
 
 def _plain_logprob(model, processor, refs, text, ids):
     x = model_inputs(processor, [text], [[open_picture(o) for o in refs]]).to(model.device,
@@ -298,9 +291,10 @@ def reply_losses(
     out = []
     for prompt, reply in talks:
         turns = [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': reply}]
-        ids = text_ids(processor.tokenizer,
-                       [chat(processor, prompt, 0), chat_text(processor, turns)])
-        x, n = torch.tensor([ids[1]], device=model.device), len(ids[1])-len(ids[0])
+        asked, tok = chat(processor, prompt, 0), processor.tokenizer
+        said = reply_text(tok, asked, chat_text(processor, turns), reply)
+        (before, ids), = reply_ids(tok, [asked], [said])
+        x, n = torch.tensor([before + ids], device=model.device), len(ids)
         logits = model(input_ids=x, logits_to_keep=n+1).logits[0, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits, x[0, -n:], reduction='sum')
         out.append((loss.item(), n))

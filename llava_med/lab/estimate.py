@@ -6,8 +6,8 @@
 __all__ = ['GIB', 'ROOM', 'REHEARSAL_SIZES', 'EMPTY', 'HERE_ONLY', 'architectures', 'model_parts', 'real_config', 'meta_model',
            'trained_parts', 'trainable_counts', 'kept_bytes', 'stage_memory', 'row_flops', 'measured_hours',
            'measured_mfu', 'rows_of', 'stage_hours', 'gigabytes', 'is_trained', 'disk_use', 'remote_code', 'make_plan',
-           'plan_text', 'template_of', 'thin_config', 'thin_tokenizer', 'check_training', 'thin_depth', 'thin_base',
-           'rehearsal_values', 'steps_text', 'rehearse', 'evidence_table', 'join_base', 'plan_command']
+           'plan_text', 'template_of', 'real_template', 'thin_config', 'thin_tokenizer', 'check_training', 'thin_depth',
+           'thin_base', 'rehearsal_values', 'steps_text', 'rehearse', 'evidence_table', 'join_base', 'plan_command']
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #9c73de9a
 import copy
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
 from .steps import GIVEN, UsageError, known_name, mapped, origin, stem_of
 from .runner import as_planned, plan_run, presets, read_preset, read_yaml, run_pipeline
@@ -28,7 +28,8 @@ from ..train.loop import STEP_STAGES, stage_record
 from ..models.connectors import ACTIVATIONS
 from ..models.anatomy import connector, decoder
 from ..models.anatomy import part_table, set_trainable
-from ..models.llava import FITTING, TEMPLATES, _no_bars, _processor, assemble, chat_template, join, prepare_tokenizer, rows_for, save
+from ..models.exchange import TEMPLATES, complete_template, one_template, prepare_tokenizer
+from ..models.llava import FITTING, _no_bars, _processor, assemble, join, rows_for, save
 from ..core.runs import read_json, replacing, root, run_dir, write_json
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #db7853c4
@@ -366,6 +367,22 @@ def template_of(
     if not isinstance(said, str) or '{' not in said: said = TEMPLATES[known_name(str(said), TEMPLATES, f"template ({preset['file']}, model)")]
     return said.replace("'<image>\n'", "'<im_start><image><im_end>\n'") if preset['model'].get('image_ends') else said
 
+def real_template(
+    preset:dict, # from read_preset
+)->str|None:     # Jinja; None: the shipped tokenizer's own
+    "The chat template that a real run reads: that of its base where it is on this machine, else the preset's."
+    m, named = preset['model'], template_of(preset)
+    if 'tower' in m and named: return named                       # it is joined with this one
+    if 'tower' in m: folders = [root()/'data'/str(m['language_model'])]
+    else:
+        plan = plan_run(preset, preset['name'])
+        folders = [root()/v['base_model'] for v in plan.values() if v.get('base_model')]
+    for folder in folders:
+        if not any((folder/f).exists() for f in ('config.json', 'tokenizer_config.json')): continue
+        own = getattr(AutoProcessor.from_pretrained(folder), 'chat_template', None)
+        if own := one_template(own, folder): return own
+    return named
+
 # %% ../../nbs/09_lab/03_estimate.ipynb #48f85378
 def thin_config(
     config,      # of a tower or a language model
@@ -382,14 +399,18 @@ def thin_config(
     thin.update(new)
     return thin
 
+_MARKS = re.compile(r'<\|[^\s|<>]+\|>|<im_\w+>|<\w+_of_\w+>|</s>')   # of the templates that presets name
+
 def thin_tokenizer(
     preset:dict, # from read_preset
-):               # the shipped tokenizer with the preset's template and that template's own marks
-    "A tokenizer for a rehearsal."
+):               # the shipped tokenizer with the real template, as it is, and that template's own marks
+    "A tokenizer for a rehearsal; UsageError where nothing could be trained with the template."
     tok = AutoTokenizer.from_pretrained(root()/'data/base_tiny')
-    if template := template_of(preset): tok.add_tokens(list(dict.fromkeys(re.findall(r'<\|\w+\|>|<im_\w+>', template))), special_tokens=True)
+    tok.chat_template = real_template(preset) or tok.chat_template
+    tok.add_tokens(list(dict.fromkeys(_MARKS.findall(tok.chat_template))), special_tokens=True)
     prepare_tokenizer(tok, lambda line: None)
-    tok.chat_template = chat_template(tok, template, preset['file'])
+    try: complete_template(tok, where=preset['file'], say=lambda line: None)
+    except ValueError as e: raise UsageError(str(e)) from None
     return tok
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #ee060d1a
@@ -440,7 +461,8 @@ def thin_base(
     folder:Path, # to write; kept when it is there
 )->Path:         # the folder
     "A random model of the preset's kind, two thin layers deep, in a standard folder."
-    config, parts, said = real_config(preset), model_parts(preset), {'rehearses': json.loads(json.dumps(preset['model']))}
+    config, parts = real_config(preset), model_parts(preset)
+    said = {'rehearses': json.loads(json.dumps({**preset['model'], 'chat_template': real_template(preset)}))}
     if (folder/'provenance.json').exists() and read_json(folder/'provenance.json').get('rehearses') == said['rehearses']: return folder
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as tmp:
         torch.manual_seed(0)

@@ -127,7 +127,7 @@ def preset_file(
 BLOCKS = {   # what a preset may say beside `description` and `parameters`, for `llava-med plan` and the tables; None: any key
     'model': ('checkpoint',     # a whole LLaVA: a name of llava_med/lab/architectures.yaml, or a folder; or
               'tower', 'language_model', # the two that are joined, each a name or its numbers
-              'template',       # a name of `llava_med.models.llava.TEMPLATES`, or Jinja
+              'template',       # a name of `llava_med.models.exchange.TEMPLATES`, or Jinja; of a checkpoint, what it brings
               'image_ends',     # true: the picture stands between <im_start> and <im_end>
               'image_size', 'connector', 'layers', # pixels; mlp or linear; which layer of the tower is read
               'revision', 'licence'),    # of each part on the hub, `unverified` where not known

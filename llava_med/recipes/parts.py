@@ -95,9 +95,10 @@ def world_samples(
 )->tuple:              # (encoded samples, what makes a batch of them)
     "Samples and a collator for `fit`."
     tok = processor.tokenizer
-    encode = partial(record_samples, tokenizer=processor,
+    objective = as_objective(objective)
+    encode = partial(record_samples, tokenizer=processor, split=type(objective).encode is Objective.encode,
                      image_tokens=model.config.image_seq_length)
-    samples, names = as_objective(objective).encode(records, encode)
+    samples, names = objective.encode(records, encode)
     pictures = Pictures(processor, [Path(images)/n for n in names])
     if not pixels: pictures = vision_features(model, pictures[range(len(names))])
     return samples, Collator(tok.pad_token_id, pictures)

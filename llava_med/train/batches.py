@@ -16,10 +16,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from ..data.conversations import images_of, to_messages
 from ..models.anatomy import connector, decoder, decoder_layers, head, vision_features
-from ..models.templates import encode_turns, image_mark
+from ..models.exchange import tokenizer_of
+from ..models.templates import encode_turns, exchanges, image_mark, sample_ids, slotted
 
 # %% ../../nbs/04_train/01_batches.ipynb #cd4151bf
 IGNORE = -100   # label that the loss skips
+_UNSCORED = ('No token of this conversation is scored; it has no answer, or its answer lies beyond '
+             'max_len: ')
+
+def _labelled(ids, scored):
+    return dict(input_ids=ids, labels=[i if s else IGNORE for i, s in zip(ids, scored)])
 
 def encode(
     tokenizer,       # a fast one with a chat template, or a processor that has both
@@ -27,13 +33,10 @@ def encode(
     image_tokens:int=64, # patches of one picture
     max_len:int=None,    # the end of a longer sequence is cut off; the image never is
 )->dict:             # input_ids and labels, lists of equal length
-    "Token ids and labels of one conversation; raises ValueError when nothing can be learned."
+    "Token ids and labels of a conversation; ValueError where nothing is learned, or it is several samples."
     ids, scored = encode_turns(tokenizer, messages, image_tokens, max_len=max_len)
-    if not any(scored):
-        raise ValueError('No token of this conversation is scored; it has no answer, '
-                                         'or its answer lies beyond max_len: '
-                                         + str(messages)[:120])
-    return dict(input_ids=ids, labels=[i if s else IGNORE for i, s in zip(ids, scored)])
+    if not any(scored): raise ValueError(_UNSCORED + str(messages)[:120])
+    return _labelled(ids, scored)
 
 # %% ../../nbs/04_train/01_batches.ipynb #47a3be48
 def length_batches(
@@ -263,36 +266,57 @@ def record_samples(
     image_tokens:int=64, # patches of a picture
     max_len:int=2048,    # the end of a longer conversation is cut off, and said so
     skip:bool=False,     # leave out a conversation that max_len leaves no answer of, and say so
+    split:bool=True,     # where a template asks for it, each answer becomes a sample; False refuses
 )->tuple:                # (encoded samples with the numbers of their pictures; picture names by number)
     "Encode conversation records; a record that cannot be used is named in the ValueError."
-    names, samples, cut, long = {}, [], 0, []
-    for r in records:
-        shown = images_of(r)
-        try: e = _encoded(r, tokenizer, image_tokens, max_len, len(shown))
-        except ValueError as err:
-            long.append(r.get('id'))
-            if not skip or not _only_long(r, tokenizer, image_tokens, len(shown)) or len(long) == len(records):
-                raise ValueError(f"Record '{r.get('id')}': {err}") from None
-            continue
-        numbers = [names.setdefault(n, len(names)) for n in shown]
-        image = numbers if len(numbers) > 1 else next(iter(numbers), None)
-        samples.append(dict(e, image=image, **_source(r)))
-        cut += len(e['input_ids']) == max_len
+    names, samples, cut, mark, several, long = {}, [], 0, image_mark(tokenizer), 0, []
+    for at in range(0, len(records), 512):               # so many are cut into tokens together
+        some = records[at:at + 512]
+        talks = [_named(r, exchanges, tokenizer, to_messages(r)) for r in some]
+        for r, parts in zip(some, sample_ids(tokenizer_of(tokenizer), talks)):
+            try: encoded = _record_parts(r, parts, mark, image_tokens, max_len, split)
+            except ValueError as err:
+                long.append(r.get('id'))
+                alone = not skip or len(long) == len(records)
+                if alone or not _only_long(r, parts, mark, image_tokens, None, split):
+                    raise ValueError(f"Record '{r.get('id')}': {err}") from None
+                continue
+            numbers = [names.setdefault(n, len(names)) for n in images_of(r)]
+            for e in encoded:
+                shown = numbers[:e['input_ids'].count(mark)//image_tokens]
+                image = shown if len(shown) > 1 else next(iter(shown), None)
+                samples.append(dict(e, image=image, **_source(r)))
+            cut += len(encoded) < len(parts) or len(encoded[-1]['input_ids']) == max_len
+            several += len(parts) > 1
     if cut: print(f'{cut} of {len(records)} conversations were cut at {max_len} tokens (max_len).')
+    if several: print(f'{several} of {len(records)} conversations became a sample for each answer: '
+                      'their chat template writes earlier turns otherwise than it asked for them.')
     if long: print(f'{len(long)} of {len(records)} conversations were left out, since no answer begins within '
                    f'{max_len} tokens (max_len): {", ".join(map(repr, long[:3]))}{" …" if len(long) > 3 else ""}.')
     return samples, list(names)
 
-def _encoded(record, tokenizer, image_tokens, max_len, n_images):
-    "Ids and labels of a record whose text has a mark for each image."
-    e = encode(tokenizer, to_messages(record), image_tokens, max_len)
-    _same_number(e['input_ids'].count(image_mark(tokenizer))//image_tokens, n_images)
-    return e
-
-def _only_long(record, tokenizer, image_tokens, n_images):
+def _only_long(*args):
     "Whether a record can be used without a limit of tokens."
-    try: return bool(_encoded(record, tokenizer, image_tokens, None, n_images))
+    try: return bool(_record_parts(*args))
     except ValueError: return False
+
+def _named(record, f, *args):
+    "What a function makes of a record; its ValueError names the record."
+    try: return f(*args)
+    except ValueError as err: raise ValueError(f"Record '{record.get('id')}': {err}") from None
+
+def _record_parts(record, parts, mark, image_tokens, max_len, split):
+    "The encoded samples of a record; those whose answer lies beyond `max_len` are left out."
+    if len(parts) > 1 and not split: raise ValueError(
+        'its chat template writes earlier turns otherwise than it asked for them, so it would be '
+        'several samples, and this objective compares whole conversations; give it one question, '
+        'or another template.')
+    whole = [slotted(p, mark, image_tokens, max_len) for p in parts]
+    scored = [p for p in whole if any(p[1])]
+    if not scored: raise ValueError(_UNSCORED + str(to_messages(record))[:120])
+    if len(scored) == len(parts):
+        _same_number(scored[-1][0].count(mark)//image_tokens, len(images_of(record)))
+    return [_labelled(*p) for p in scored]
 
 def _same_number(marks, images):
     if marks != images:

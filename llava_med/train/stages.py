@@ -255,7 +255,8 @@ def prepare(
     tok, own = processor.tokenizer, type(work.objective).encode is not Objective.encode
     check_step(model, work.start, s.lora_rank, tok.pad_token_id or 0)
     encode = partial(record_samples, tokenizer=processor, image_tokens=image_tokens(model),
-                     max_len=s.max_len, skip=not own)   # an objective may count on every record
+                     max_len=s.max_len, skip=not own,   # an objective may count on every record
+                     split=not own and work.objective.unit == 'token')
     samples, names = work.objective.encode(list(records), encode)
     held, others = work.objective.encode(list(val), encode) if val else ([], [])
     names = list(dict.fromkeys([*names, *others]))
