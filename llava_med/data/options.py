@@ -548,7 +548,7 @@ def _only(places):
     "The one place there is, else None."
     return next(iter(places)) if len(places) == 1 else None
 
-def _undisputed(places, words, said, short=6):
+def _undisputed(places, words, said, short=5):
     "The one place that letters name, if an answer of a few words names no other option beside it."
     named = _named(words, said) if len(said.split()) <= short else set()
     return None if named and not named & places else _only(places)
