@@ -392,3 +392,37 @@ def test_slake_is_paired_by_its_own_question_ids(tmp_path):
 def test_a_question_beside_its_template_pairs_the_answer(tmp_path):
     write_jsonl(tmp_path/'a.jsonl', [dict(prompt=f'Look. {o["question"]} Be brief.', question=o['question'], text=o['answer']) for o in FOUR])
     assert score(FOUR, tmp_path/'a.jsonl')[0] == {'model': 1.}
+
+
+def test_options_beside_or_in_the_logged_prompt_are_compared_too(tmp_path):
+    items = [o | dict(options=['liver', 'spleen', 'lung', 'skin'], answer_type='CLOSED') for o in FOUR]
+    for k, own in enumerate((dict(choices=['A. spleen', 'B. liver', 'C. lung', 'D. skin']), dict(options=dict(A='spleen', B='liver', C='lung', D='skin')),
+                             dict(prompt='{}\nA. spleen\nB. liver'))):
+        write_jsonl(tmp_path/f'{k}.jsonl', [dict(question=o['question'], response='A') | own | ({'prompt': own['prompt'].format(o['question'])} if 'prompt' in own else {})
+                                            for o in items])
+        with pytest.raises(ScoreError, match='options in another order'): score(items, tmp_path/f'{k}.jsonl')
+    write_jsonl(tmp_path/'l.jsonl', [dict(doc_id=o['row'], doc=dict(question=o['question']), input=o['question'] + '\nA. skin\nB. lung\nC. liver\nD. spleen',
+                                          target='x', resps=[['A']], filtered_resps=['A']) for o in items])
+    with pytest.raises(ScoreError, match='options in another order'): score(items, tmp_path/'l.jsonl')
+    write_jsonl(tmp_path/'m.jsonl', [dict(prompt=o['question'] + '\nA. liver\nB. spleen\nC. lung\nD. skin\nE. none of these', text='ABCD'[o['row']]) for o in items])
+    assert score(items, tmp_path/'m.jsonl')[0] == {'model': 1.}
+
+
+def test_a_prompt_with_its_options_in_it_is_the_question(tmp_path):
+    asked = [f'Which organ is number {i}? (A) liver (B) spleen' for i in range(4)]
+    table(tmp_path/'q.csv', ['image', 'question', 'answer'], [[f'{i}.png', q, 'AB'[i % 2]] for i, q in enumerate(asked)])
+    write_jsonl(tmp_path/'a.jsonl', [dict(prompt=q, text='AB'[i % 2]) for i, q in enumerate(asked)])
+    assert score(read_vqa(tmp_path/'q.csv'), tmp_path/'a.jsonl')[0] == {'model': 1.}
+
+
+@pytest.mark.parametrize('row', [dict(custom_id='q0', response=dict(body='{}')), dict(custom_id='q0', response=dict(body=dict(choices=['A']))),
+                                 dict(doc_id=0, doc='x', resps=[['A']], filtered_resps=['A'])])
+def test_records_that_only_look_like_those_of_a_tool_are_refused_in_words(tmp_path, row):
+    write_jsonl(tmp_path/'a.jsonl', [row, row])
+    with pytest.raises(ScoreError, match='a.jsonl, record 1: has the keys .* and not what belongs in them; write "prompt"'): read_answers(tmp_path/'a.jsonl')
+
+
+@pytest.mark.parametrize('word', ['', 'None', 'False', '0', 'nan'])
+def test_a_word_for_no_error_is_none(tmp_path, word):
+    table(tmp_path/'a.csv', ['question', 'text', 'error'], [[o['question'], o['answer'], word] for o in FOUR])
+    assert score(FOUR, tmp_path/'a.csv')[0] == {'model': 1.}

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from math import lgamma, log
 from pathlib import Path, PurePosixPath
-from ..data.options import LETTERS, clean, option_columns, same_option, split_options
+from ..data.options import (LETTERS, OptionError, clean, option_columns,
+    option_list, same_option, split_options)
 from ..data.vqa import same_question
 from .answer_text import ODD_TEXT, plain
 from .exact import ScoreError, _index, strict_normalise
@@ -173,7 +174,8 @@ def _of_lmms(r):
     parts = _picked(found, ('prompt', 'id', 'image'))
     model = r.get('model') or r.get('filter')
     said = dict(text=texts.get(source), key=r.get('target'), row=r.get('doc_id'), model=model)
-    return dict(prompt=_first_text(asked)) | parts | said | several
+    whole = _first_text(asked)
+    return dict(prompt=whole, asked=whole) | parts | said | several
 
 def _of_swift(r):
     "A line of ms-swift's results: a conversation, the answer beside it."
@@ -222,6 +224,7 @@ def _plain_record(path, i, r):
     if k != 'text' and 'prompt' not in parts and r.get('text'): parts['prompt'] = r['text']
     not_ours = ('dataset', 'split', 'condition', 'answer', 'model')
     own = {a: v for a, v in r.items() if _name(a) not in not_ours}
+    if str(own.get('error')).strip().lower() in ('', 'none', 'null', 'false', 'no', '0', 'nan'): own['error'] = None
     text = None if k is None else next(v for a, v in r.items() if _name(a) == k)
     return own | parts | dict(text=text)
 
@@ -235,7 +238,10 @@ def _answer(path, i, r):
                for k, v in r.items() if _name(k) in ANSWER_KEYS['text'])
     talk = isinstance(r.get('messages'), list) and all(isinstance(m, dict) for m in r['messages'])
     if (reader is _of_swift and not (flat and talk)) or (reader is _of_batch and flat): reader = None
-    out = reader(r) if reader else _plain_record(path, i, r)
+    try: out = reader(r) if reader else _plain_record(path, i, r)
+    except (AttributeError, TypeError, KeyError, IndexError): raise ScoreError(
+        f'{path}, record {i}: has the keys {", ".join(map(str, r))} and not what belongs in them; '
+        'write "prompt" and "text", and the item\'s own "id".') from None
     if out.get('text') is None and not out.get('error') and reader is _of_lmms: raise ScoreError(
         f'{path}, record {i}: holds log-likelihoods and no text; '
         'give samples of a task that generates.')
@@ -386,7 +392,9 @@ def _same_key(o, row): return bool(_key_forms(row['key']) & _item_forms(o))
 def _fits(items, rows):
     "For each row the items that its question and its images allow, and what it names of the two."
     asked, (index, alone) = defaultdict(list), _image_index(items)
-    for i, o in enumerate(items): asked[same_question(str(o['question']))].append(i)
+    for i, o in enumerate(items):
+        said = {same_question(str(o[k])) for k in ('question', 'prompt') if o.get(k)}
+        for q in said: asked[q].append(i)             # a prompt is the question with its options
     asked = {q: frozenset(found) for q, found in asked.items()}
     names = [r.get('image') if _given(r.get('image')) else r.get('images') for r in rows]
     shown = [_showing(index, alone, v) for v in names]
@@ -555,15 +563,18 @@ def align(
 def asked_in_order(
     item:dict, # VQA item
     row:dict,  # its answer
-)->list:       # texts; empty unless they are the item's own ones in another order
+)->list:       # texts; empty unless one of the item's own has another place among them
     "The options beside an answer or in its prompt, where their letters mean other options than the item's."
     own, low = list(map(same_option, item.get('options') or ())), {_name(k): v for k, v in row.items()}
     if len(own) < 2: return []
     columns = sorted(option_columns(low).items(), key=lambda c: c[1])
     asked = [clean(low[k]) for k, _ in columns if _given(low[k])]
-    if not asked and (inside := split_options(row.get('prompt') or '')): asked = inside.options
+    try: asked = asked or option_list(low.get('options') or low.get('choices'))[0]
+    except OptionError: pass                                         # something else has that name
+    inside = None if asked else split_options(row.get('asked') or row.get('prompt') or '')
+    asked = inside.options if inside else asked
     new = list(map(same_option, asked))
-    return asked if new != own and sorted(new) == sorted(own) else []
+    return asked if any(o in own and own.index(o) != i for i, o in enumerate(new)) else []
 
 def remedy(
     n:Counter, # counts of CASES
