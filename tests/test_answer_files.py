@@ -309,3 +309,120 @@ def test_a_split_is_chosen_only_where_it_is_proven():
     many = [item(i, f'Q{i}?', 'x', split='test', id=f'e{i}') for i in range(40)] + [item(i, f'Q{i + 30}?', 'y', split='train', id=f't{i}') for i in range(40)]
     out, notes = score_answers(many, [dict(prompt=f'Q{i}?', text='x') for i in range(40)], ['strict'], n_draws=9)
     assert '40 of 40 x test items'.replace('x', 'all') in notes[0] and next(r['value'] for r in out if r['metric'] == 'strict') == 1
+
+
+# What other people's files hold beside answers
+
+FOUR = [item(i, f'Which organ is number {i}?', a) for i, a in enumerate(('liver', 'spleen', 'lung', 'skin'))]
+
+
+def score(items, path):
+    rows, notes = score_answers(items, read_answers(path), ['strict'], n_draws=20)
+    return {r['model']: r['value'] for r in rows if (r['slice'], r['metric']) == ('all', 'strict')}, ' '.join(notes)
+
+
+def batch_line(o, text, **body):
+    choices = [dict(index=k, message=dict(role='assistant', content=t)) for k, t in enumerate([text] if isinstance(text, str) else text)]
+    return dict(custom_id=o['id'], error=None, response=dict(status_code=200, body=dict(model='org/m', choices=choices) | body))
+
+
+@pytest.mark.parametrize('failed', [dict(response=None, error=dict(code='x')), dict(response=dict(status_code=500, body=dict(error=dict(message='x'))))])
+def test_failed_rows_of_a_batch_belong_to_its_model(tmp_path, failed):
+    rows = [batch_line(o, o['answer']) for o in FOUR]
+    write_jsonl(tmp_path/'a.jsonl', [rows[0] | failed, *rows[1:]])
+    assert score(FOUR, tmp_path/'a.jsonl')[0] == {'model': .75}
+    write_jsonl(tmp_path/'b.jsonl', [rows[0] | failed, *rows[1:], *(batch_line(o, 'zz', model='n') for o in FOUR)])
+    with pytest.raises(ScoreError, match="b.jsonl: the failed answer to 'q0' names no model.*one file for each"): read_answers(tmp_path/'b.jsonl')
+
+
+def test_several_samples_are_counted(tmp_path):
+    write_jsonl(tmp_path/'a.jsonl', [batch_line(o, [o['answer'], 'zz']) for o in FOUR[:3]] + [batch_line(FOUR[3], ['skin', 'skin'])])
+    assert '3 answers with several samples that differ (the first counts)' in score(FOUR, tmp_path/'a.jsonl')[1]
+    write_jsonl(tmp_path/'b.jsonl', [dict(doc_id=o['row'], doc=dict(question=o['question']), target=o['answer'], resps=[['zz', o['answer']]],
+                                          filtered_resps=[['zz', o['answer']]]) for o in FOUR])
+    assert '4 answers with several samples' in score(FOUR, tmp_path/'b.jsonl')[1]
+
+
+def test_medevalkit_with_messages_and_under_a_name(tmp_path):
+    rows = [dict(question=o['question'], answer=o['answer'], response=o['answer'], messages=dict(prompt=o['question'], image='x')) for o in FOUR]
+    write_json(tmp_path/'a.json', rows)
+    write_json(tmp_path/'b.json', {'VQA_RAD': {'results': rows}})
+    assert score(FOUR, tmp_path/'a.json')[0] == score(FOUR, tmp_path/'b.json')[0] == {'model': 1.}
+
+
+def test_tables_with_two_columns_of_one_name_and_packed_files_are_refused(tmp_path):
+    table(tmp_path/'a.csv', ['question', 'prediction', 'prediction'], [[o['question'], 'zz', o['answer']] for o in FOUR])
+    book = openpyxl.Workbook()
+    book.active.append(['question', 'text', 'text'])
+    book.save(tmp_path/'b.xlsx')
+    for name in ('a.csv', 'b.xlsx'):
+        with pytest.raises(ScoreError, match=f'{name}: has two columns .*keep the one that counts'): read_answers(tmp_path/name)
+    for start, said in ((b'PAR1', 'Parquet; write it as'), (b'\x1f\x8b\x08\x00', 'compressed; unpack'), (b'PK\x03\x04', 'compressed; unpack')):
+        (tmp_path/'c.json').write_bytes(start)
+        with pytest.raises(ScoreError, match=f'c.json: is {said}'): read_answers(tmp_path/'c.json')
+
+
+@pytest.mark.parametrize('frame', ['<image>\nUSER: {} ASSISTANT:', 'Question: {} Short answer:', 'Q: {}\nA:', 'USER: <image>\n{} ASSISTANT: '])
+def test_the_label_of_the_answer_is_no_part_of_a_question(tmp_path, frame):
+    write_jsonl(tmp_path/'a.jsonl', [dict(prompt=frame.format(o['question']), text=o['answer']) for o in FOUR])
+    assert score(FOUR, tmp_path/'a.jsonl')[0] == {'model': 1.}
+
+
+def test_options_in_another_order_are_refused(tmp_path):
+    items = [o | dict(options=['liver', 'spleen', 'lung', 'skin'], answer_type='CLOSED') for o in FOUR]
+    other = ['spleen', 'liver', 'lung', 'skin']
+    lines = '\n'.join(f'{l}. {o}' for l, o in zip('ABCD', other))
+    beside = dict(zip('ABCD', other))
+    for rows in ([dict(prompt=f'{o["question"]}\n{lines}\nAnswer with the letter.', text='ABCD'[other.index(o['answer'])]) for o in items],
+                 [beside | dict(question=o['question'], prediction='ABCD'[other.index(o['answer'])]) for o in items]):
+        write_jsonl(tmp_path/'a.jsonl', rows)
+        with pytest.raises(ScoreError, match="'q0' was asked with its options in another order .spleen; liver.*as they were asked"): score(items, tmp_path/'a.jsonl')
+    write_jsonl(tmp_path/'a.jsonl', [beside | dict(question=o['question'], prediction=o['answer']) for o in items])   # texts say the same in any order
+    assert score(items, tmp_path/'a.jsonl')[0] == {'model': 1.}
+
+
+def test_slake_is_paired_by_its_own_question_ids(tmp_path):
+    rows = [dict(qid=i, img_name=f'x{i//2}/source.jpg', question='What organ is it?', answer='liver' if i % 3 else 'lung', answer_type='OPEN', q_lang='en',
+                 content_type='Organ', modality='CT', location='Lung') for i in range(40, 52)]
+    write_json(tmp_path/'test.json', rows)
+    write_jsonl(tmp_path/'a.jsonl', [dict(question_id=r['qid'], question=r['question'], response=r['answer']) for r in rows[::-1]])
+    assert score(read_vqa(tmp_path/'test.json', part=True), tmp_path/'a.jsonl')[0] == {'model': 1.}
+
+
+def test_a_question_beside_its_template_pairs_the_answer(tmp_path):
+    write_jsonl(tmp_path/'a.jsonl', [dict(prompt=f'Look. {o["question"]} Be brief.', question=o['question'], text=o['answer']) for o in FOUR])
+    assert score(FOUR, tmp_path/'a.jsonl')[0] == {'model': 1.}
+
+
+def test_options_beside_or_in_the_logged_prompt_are_compared_too(tmp_path):
+    items = [o | dict(options=['liver', 'spleen', 'lung', 'skin'], answer_type='CLOSED') for o in FOUR]
+    for k, own in enumerate((dict(choices=['A. spleen', 'B. liver', 'C. lung', 'D. skin']), dict(options=dict(A='spleen', B='liver', C='lung', D='skin')),
+                             dict(prompt='{}\nA. spleen\nB. liver'))):
+        write_jsonl(tmp_path/f'{k}.jsonl', [dict(question=o['question'], response='A') | own | ({'prompt': own['prompt'].format(o['question'])} if 'prompt' in own else {})
+                                            for o in items])
+        with pytest.raises(ScoreError, match='options in another order'): score(items, tmp_path/f'{k}.jsonl')
+    write_jsonl(tmp_path/'l.jsonl', [dict(doc_id=o['row'], doc=dict(question=o['question']), input=o['question'] + '\nA. skin\nB. lung\nC. liver\nD. spleen',
+                                          target='x', resps=[['A']], filtered_resps=['A']) for o in items])
+    with pytest.raises(ScoreError, match='options in another order'): score(items, tmp_path/'l.jsonl')
+    write_jsonl(tmp_path/'m.jsonl', [dict(prompt=o['question'] + '\nA. liver\nB. spleen\nC. lung\nD. skin\nE. none of these', text='ABCD'[o['row']]) for o in items])
+    assert score(items, tmp_path/'m.jsonl')[0] == {'model': 1.}
+
+
+def test_a_prompt_with_its_options_in_it_is_the_question(tmp_path):
+    asked = [f'Which organ is number {i}? (A) liver (B) spleen' for i in range(4)]
+    table(tmp_path/'q.csv', ['image', 'question', 'answer'], [[f'{i}.png', q, 'AB'[i % 2]] for i, q in enumerate(asked)])
+    write_jsonl(tmp_path/'a.jsonl', [dict(prompt=q, text='AB'[i % 2]) for i, q in enumerate(asked)])
+    assert score(read_vqa(tmp_path/'q.csv'), tmp_path/'a.jsonl')[0] == {'model': 1.}
+
+
+@pytest.mark.parametrize('row', [dict(custom_id='q0', response=dict(body='{}')), dict(custom_id='q0', response=dict(body=dict(choices=['A']))),
+                                 dict(doc_id=0, doc='x', resps=[['A']], filtered_resps=['A'])])
+def test_records_that_only_look_like_those_of_a_tool_are_refused_in_words(tmp_path, row):
+    write_jsonl(tmp_path/'a.jsonl', [row, row])
+    with pytest.raises(ScoreError, match='a.jsonl, record 1: has the keys .* and not what belongs in them; write "prompt"'): read_answers(tmp_path/'a.jsonl')
+
+
+@pytest.mark.parametrize('word', ['', 'None', 'False', '0', 'nan'])
+def test_a_word_for_no_error_is_none(tmp_path, word):
+    table(tmp_path/'a.csv', ['question', 'text', 'error'], [[o['question'], o['answer'], word] for o in FOUR])
+    assert score(FOUR, tmp_path/'a.csv')[0] == {'model': 1.}

@@ -102,3 +102,10 @@ def test_html_and_odd_texts():
     n = Counter()
     assert [answer_text(dict(text=t), n) for t in ('<b>no</b>', 2.0, None, ['x'], ' ')] == ['<b>no</b>', '2', '', '', ' ']
     assert +n == Counter(html=1, number=1, null=1, not_text=1, empty=1) and set(ODD_TEXT) >= {'thoughts', 'control'}
+
+
+@pytest.mark.parametrize('said, key, same', [('T2*', 'T2', False), ('T2', 'T2*', False), ('T2 star', 'T2*', True), ('*T2*', 'T2', True), ('3x4 cm', '3×4 cm', True),
+    ('3 x 4 cm', '3*4 cm', True), ('5 to 10 mm', '5-10 mm', True), ('5 to 10 mm', '510 mm', False), ('2.0', '2', True), ('2.0 cm', '2 cm', True), ('2.05', '2', False),
+    ('20', '2.0', False), ('1.2.0', '1.2', False), ('10.0', '1', False)])
+def test_stars_ranges_sizes_and_numbers_with_a_zero_behind(said, key, same):
+    assert strict(said, key) is same

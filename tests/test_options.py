@@ -10,6 +10,7 @@ from PIL import Image
 from llava_med.data import options as op
 from llava_med.data import vqa, vqa_readers
 from llava_med.data.options import OptionError, option_list, read_choices, said_option, split_options
+from llava_med.evaluate.answer_text import spoken
 from llava_med.evaluate.exact import right_answer
 from llava_med.evaluate.lmms_tasks import doc_text
 from llava_med.evaluate.scorers import SCORERS, score_answers, strict_scores
@@ -245,3 +246,65 @@ def test_lists_and_arrays():
     assert option_list(np.array(['CT', 'MRI'])) == (['CT', 'MRI'], []) and option_list(('CT', 'MRI'))[0] == ['CT', 'MRI']
     assert option_list(dict(text=np.array(['CT', 'MRI']).tolist(), label=['A', 'B']))[0] == ['CT', 'MRI'] and option_list([2, 3.5])[0] == ['2', '3.5']
     assert op.option_columns(['opa', 'opb', 'cop', 'question']) == dict(opa='A', opb='B')
+
+
+@pytest.mark.parametrize('said, place', [
+    ('B\n\nThe CT is excluded.', 1), ('**B**\n\nCT is wrong, X-ray too.', 1), ('B.\nBecause the MRI shows fat, not CT.', 1), ('{B}', 1),
+    ('A\nB\nC\nD', None), ('B\nC', None), ('B\n\nSo the answer is C.', None), ('Everything but CT', None), ('not MRI but CT', 0),
+    ('The answer is A. Wait, it is B.', None), ('The answer is A. Actually, the answer is B.', None), ('Answer: A. Actually this is clear.', 0),
+    ('It could be CT. Actually, the answer is B.', 1)])
+def test_a_letter_on_its_own_line_and_a_turn_of_mind(said, place):
+    assert said_option(FOUR, said) == place and right_answer(dict(options=FOUR, answer='MRI'), said) == (place == 1)
+
+
+@pytest.mark.parametrize('said, place', [('No evidence of pneumonia.', None), ('no signs of viral pneumonia', None), ('There is no acute pneumonia', None),
+                                         ('Pneumonia, no evidence of pleural effusion', 0), ('There is no pneumonia', 1)])
+def test_an_option_that_is_denied_in_more_words_is_not_named(said, place):
+    assert said_option(['Pneumonia', 'No pneumonia', 'Viral pneumonia', 'Pleural effusion'], said) == place
+
+
+@pytest.mark.parametrize('said, place', [('T2*', 2), ('T2', 1), ('T2*-weighted', 2), ('T2 star', 2), ('*T2*', 1), ('**T2**', 1), ('C. T2*', 2), ('B. T2*', None),
+                                         ('The T2* image', 2)])
+def test_the_star_of_an_mri_sequence_is_no_markdown(said, place):
+    options = ['T1', 'T2', 'T2*', 'FLAIR']
+    assert right_answer(dict(options=options, answer='T2*'), said) == (place == 2)
+    assert right_answer(dict(options=options, answer='T2'), said) == (place == 1)
+
+
+def test_pairs_of_an_arrow_map_are_options_and_other_lists_are_not():
+    assert option_list([('B', 'MRI'), ('A', 'CT')]) == (['CT', 'MRI'], ['A', 'B'])
+    with pytest.raises(OptionError, match='a list among its options; write one text'): option_list([['CT', 'PET', 'US'], ['MRI']])
+
+
+def test_a_key_that_is_taken_to_count_from_0_is_said(tmp_path):
+    (tmp_path/'a.json').write_text(json.dumps([dict(image=f'{i}.png', question='Q?', options=FOUR, answer=i + 1) for i in range(3)]))
+    (tmp_path/'b.json').write_text(json.dumps([dict(image=f'{i}.png', question='Q?', options=FOUR, answer=i) for i in range(3)]))
+    said = []
+    assert [o['answer'] for o in vqa_readers.read_vqa(tmp_path/'a.json', say=said.append)] == FOUR[1:]
+    assert [o['answer'] for o in vqa_readers.read_vqa(tmp_path/'b.json', say=said.append)] == FOUR[:3]
+    assert '3 keys are numbers, taken to count from 0' in said[0] and 'taken to count' not in said[1]
+
+
+def test_a_part_of_a_set_leaves_out_what_contradicts_itself(tmp_path):
+    (tmp_path/'test_2.csv').write_text(PMC.replace('B:Liver,C:Heart,D:Kidney,C,', 'B:Liver,C:Heart,D:Kidney,E,'))
+    with pytest.raises(OptionError, match='row 2 has the key .E.*--part, or vqa_part'): vqa_readers.read_vqa(tmp_path/'test_2.csv')
+    said = []
+    got = vqa_readers.read_vqa(tmp_path/'test_2.csv', part=True, say=said.append)
+    assert [o['row'] for o in got] == [0, 1, 3] and '1 left out because' in said[0] and 'row 2 has the key' in said[0]
+    assert len(vqa_readers.open_vqa(tmp_path/'test_2.csv', part=True)['test']) == 3
+    (tmp_path/'test_2.csv').write_text(PMC.replace(',A,test', ',E,test').replace(',B,test', ',E,test').replace(',C,test', ',F,test'))
+    with pytest.raises(OptionError, match='3 records are like this and 1 are sound: correct'): vqa_readers.read_vqa(tmp_path/'test_2.csv', part=True)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path/'q.csv').write_text('image,question,answer,Answer\na.png,Q?,yes,no\n')
+    with pytest.raises(ValueError, match="q.csv: has two columns 'answer'; keep the one"): vqa_readers.read_vqa(tmp_path/'q.csv')
+
+
+@pytest.mark.parametrize('options, said, place', [
+    (['Benign', 'Malignant'], 'non-malignant', None), (['Grade 1', 'Grade 2'], 'Grade 2-3', None), (['Grade 1', 'Grade 2'], 'grade two', 1),
+    (['< 5 mm', '5 mm', '> 5 mm'], 'less than 5 mm', None), (['< 5 mm', '5 mm', '> 5 mm'], 'about 5 mm', 1), (['-5', '5'], 'minus 5', None),
+    (['1', '2', 'More than 2'], 'more than two', 2), (['Left upper lobe', 'Right lower lobe', 'Right upper lobe'], 'Right upper lobe (option B)', None),
+    (FOUR, 'C would be the best option.', 2), (FOUR, 'B\u200b', 1), (FOUR, '\ufeffB', 1), (FOUR, '**Final Answer**\n\nB', 1), (FOUR, 'assistant\nB', 1)])
+def test_numbers_compared_prefixes_and_marks_without_a_width(options, said, place):
+    for key in options: assert right_answer(dict(options=options, answer=key), spoken(said)) == (place is not None and options[place] == key)

@@ -9,7 +9,7 @@ import pytest
 from llava_med.core.registry import UnknownName
 from llava_med.lab.commands import main
 from llava_med.core.runs import read_jsonl, test_data as data_folder, write_jsonl
-from llava_med.evaluate.scorers import SCORERS, ScoreError, align, judge_rows, read_answers, score_answers, score_files
+from llava_med.evaluate.scorers import SCORERS, ScoreError, align, judge_rows, read_answers, score_answers, score_files, strict_scores
 from llava_med.evaluate.exact import SCORE_COLUMNS, score_table
 from llava_med.data.vqa_readers import read_vqa
 from llava_med.data.vqa import same_question
@@ -260,3 +260,10 @@ def test_a_scorer_of_a_recipe_joins_the_tables():
     finally: del SCORERS['length']
     assert [r['value'] for r in rows if (r['metric'], r['slice']) == ('length.words', 'all')] == [3]
     with pytest.raises(UnknownName, match="no scorer named 'length'. Known"): score_answers([item('yes')], [dict(prompt=item('yes')['question'], text='yes')], ['length'])
+
+
+@pytest.mark.parametrize('question, key, said, right', [('Is it CT or MRI?', 'CT', 'not CT', False), ('Left or right lung?', 'left', 'It is not on the left', False),
+    ('Is it CT or MRI?', 'CT', 'this is a CT', True), ('Which side?', 'left', 'left, not right', True), ('Which?', 'not enlarged', 'it is not enlarged', True),
+    ('Which?', 'mass', 'no evidence of a mass', False)])
+def test_a_closed_key_that_is_denied_is_not_said(question, key, said, right):
+    assert strict_scores(dict(id='1', question=question, answer=key, answer_type='CLOSED', options=[]), said)['closed'] == right

@@ -545,3 +545,18 @@ def test_left_is_not_right_and_yes_is_not_no():
              item(3, 'a', 'Are the left lungs clear?', 'yes'), item(4, 'a', 'Is the lung clear?', 'yes')]
     wording = leakage.Wording(items)
     assert [wording.score(items[0], o) > 0 for o in items[1:]] == [False, False, True, True]
+
+
+@pytest.mark.parametrize('odd, said', [(dict(answer=['liver', 'spleen']), 'row 1 has the answer'), (dict(answer=dict(text='liver')), 'row 1 has the answer'),
+                                       (dict(question=['Which?', 'Where?']), 'row 1 has the question'), (dict(split='holdout'), "row 1 has the split 'holdout'")])
+def test_keys_and_splits_that_cannot_be_read_are_refused(tmp_path, odd, said):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from llava_med.data.vqa_readers import read_vqa
+    rows = [dict(image=f'{i}.png', question='Which?', answer=['liver'] if i < 1 and isinstance(odd.get('answer'), list) else 'liver') for i in range(2)]
+    rows[1] |= odd
+    write_json(tmp_path/'a.json', rows)
+    (tmp_path/'x').mkdir()
+    pq.write_table(pa.Table.from_pylist([rows[1], rows[1]]), tmp_path/'x/b.parquet')
+    with pytest.raises(ValueError, match=f'a.json: {said}.*; write'): read_vqa(tmp_path/'a.json')
+    with pytest.raises(ValueError, match=f'b.parquet: {said.replace("1", "0")}.*; write'): read_vqa(tmp_path/'x/b.parquet')

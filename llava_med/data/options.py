@@ -97,6 +97,9 @@ def _listed(value):
         pairs = [_pair(o) for o in value]
         if all(clean(l) for l, _ in pairs): return _labelled(pairs)
         value = [o for _, o in pairs]
+    elif any(isinstance(o, (list, tuple, dict)) for o in value):
+        if all(isinstance(o, (list, tuple)) and len(o) == 2 for o in value): return _labelled(value)   # Arrow's map
+        raise OptionError('has a list among its options; write one text for each')
     texts = [clean(o) for o in value]
     while texts and not texts[-1]: texts.pop()
     if not all(texts): raise OptionError('has an empty option among its options; write it or leave it out')
@@ -228,6 +231,7 @@ class Choice:
     options:list   # their texts
     answer:str     # text of the right one
     label:str      # its letter
+    assumed:bool=False # whether its number was taken to count from 0, which no record of the file proves
 
 def _whole(key):
     "The number that a key is, or None."
@@ -395,19 +399,22 @@ def read_choices(
     found = _resolved(records, wrong)
     said = [f'{path}: row {n} {wrong[n]}' for n in sorted(wrong)]
     more = f' (the first of {len(said)} such records)' if len(said) > 1 else ''
-    if said and left_out is None: raise OptionError(f'{said[0]}{more}.')
+    if said and left_out is None: raise OptionError(
+        f'{said[0]}{more}. To read the set without such records, say part=True, --part, or vqa_part to an evaluation.')
     if said: left_out += said
     return found | dict.fromkeys(wrong)
 
 def _resolved(records, wrong):
     "The right option of each record, by the evidence of all; what stays open is added to `wrong`."
     first, found = _first_number(records), {}
+    proven = first != 'from 0' or any('from 1' not in r.reads for r in _only_numbers(records))
     kinds = {r.n: _kinds(r, first) for r in records}
     votes = Counter(next(iter(k)) for k in kinds.values() if len(k) == 1)
     for r in records:
         try: i = _place(r, kinds[r.n], votes, first)
         except OptionError as e: wrong[r.n] = str(e); continue
-        found[r.n] = Choice(r.question, r.options, r.options[i], LETTERS[i])
+        assumed = not proven and set(kinds[r.n]) == {'from 0'}
+        found[r.n] = Choice(r.question, r.options, r.options[i], LETTERS[i], assumed)
     return found
 
 # %% ../../nbs/03_data/14_options.ipynb #7886cfbe
@@ -416,6 +423,7 @@ def option_words(
 )->str:       # words in lower case, single blanks between them
     "Words of a text without punctuation and articles; < and > stay."
     text = unicodedata.normalize('NFKC', str(text)).casefold().replace("'", '').replace('’', '')
+    text = re.sub(r'\b(t[12])\*', r'\1 star', text)
     words = re.findall(r'\d+(?:\.\d+)?|\w+|[<>≤≥±+%]', text)
     return ' '.join([w for w in words if w not in ('a', 'an', 'the')] or words)
 
@@ -429,7 +437,7 @@ _CUE = re.compile(rf"\b{_SAYS}\b(?:\s+(?i:is|would\s+be|should\s+be|must\s+be|es
 _STRONG = re.compile(r'(?:(?i:\banswer|\b(?:choose|chose|select|pick|go\s+with|choosing)\b)|答案[是为]?|故?选(?:择|项)?)\s*[:：=]?\s*' + _LEAD + r'[:=]?\s*' + _MARK)
 _WEAK = (re.compile(r'(?i:\b(?:option|choice|letter)\b)[\s:]*' + _MARK),
          re.compile(r"(?i:\b(?:it\s+is|it's|its|this\s+is|that\s+is|think|believe|say)\b)[\s:]*" + _LEAD + _MARK),
-         re.compile(r'()(?<![\w(])\(([A-Za-z])\)'), re.compile(r'(?:^|(?<=[.;:,]\s))()([B-Z])(?=\s+(?i:is|was|because|since)\b)'),
+         re.compile(r'()(?<![\w(])\(([A-Za-z])\)'), re.compile(r'(?:^|(?<=[.;:,]\s))()([B-Z])(?=\s+(?i:is|was|because|since|would\s+be)\b)'),
          re.compile(r'(?:^|(?<=[.;:]\s))()(A)(?=\s+(?i:is\s+(?:the\s+)?(?:correct|right|best|wrong|not|incorrect)|because)\b)'))
 _TRAILING = re.compile(r"(?:[:,;]|\b(?i:therefore|thus|hence|so|but|is|be|est|ist|es))\s*[\"'(\[]*()([A-Z])[\"')\]]*[.!。]?\s*$")
 _DENIED = re.compile(r"(?i)(?:\bnot|n't|\bnever|\bexcept|\brul\w+\s+out|\bexclud\w+|\bneither|\bnor|\brather\s+than|\binstead\s+of)\s+(?:be\s+|the\s+|an?\s+)?(?:(?:answer|option|choice|letter)\s*)*[\"'(\[]*$")
@@ -440,12 +448,13 @@ _ANSWER_NAMES = ('answer', 'Answer', 'final_answer', 'choice', 'option')   # of 
 
 def _unwrapped(text):
     "An answer without box, marks of Markdown and line breaks."
-    text = unicodedata.normalize('NFKC', str(text))
+    text = re.sub('[\u200b\u200e\u200f\u2060\ufeff]', '', unicodedata.normalize('NFKC', str(text)))
     box = _BOX.findall(text)
     if box: text = ''.join(box[-1])
     inside = text_literal(text.strip()) if text.strip()[:1] == '{' else None
     if isinstance(inside, dict): text = str(next((inside[k] for k in _ANSWER_NAMES if k in inside), text))
-    text = re.sub(r'\*\*|__|`|\$|^\s*#+\s*|(?<!\w)\*|\*(?!\w)|\\text\{([^{}]*)\}', r'\1', text, flags=re.M).strip()
+    text = re.sub(r'(?<![\w*])\*(?=\S)([^*\n]+)(?<=\S)\*(?![\w*])', r'\1', text)
+    text = re.sub(r'\*\*|__|`|\$|^\s*#+\s*|(?<!\w)\*|(?<!\b[tT][12])\*(?!\w)|\\text\{([^{}]*)\}', r'\1', text, flags=re.M).strip()
     return re.sub(r'\s+', ' ', re.sub(r'(?<=[\w)\]])[ \t]*\n\s*', '. ', text)).strip()
 
 def _letters(pattern, text, n):
@@ -460,21 +469,27 @@ def _letters(pattern, text, n):
             rest = rest[more.end():]
     return {i for i in said if i < n}
 
-_NOT = 'not|isnt|no|without|never|rather than|instead of|except'   # before an option, it is denied
+_NOT = ('not|isnt|never|non|rather than|instead of|except|(?:everything|all|anything) but|absence of|'
+        'negative for|free of|(?:no|without)(?: (?:definite|acute|clear|obvious|visible|convincing))*'
+        '(?: (?:evidence|signs?|indication|features?) of)?')   # before an option, it is denied
+_COMPARED = ('|(?:less|more|larger|greater|smaller|fewer|bigger|higher|lower) than|under|over|below|'
+             'above|minus|at least|at most|up to')   # before a number, it is another one
 
 def _named(words, text):
     "Places of the options that a text names in whole words; one inside a longer one does not count, nor one that is denied."
     found, text = set(), f' {text} '
     for i in sorted(range(len(words)), key=lambda i: -len(words[i])):
         if not words[i] or f' {words[i]} ' not in text: continue
-        kept = re.sub(rf' (?:{_NOT}) (?:be )?{re.escape(words[i])} ', ' | ', text)
+        other = _NOT + _COMPARED*words[i][0].isdigit()
+        kept = re.sub(rf' (?:{other}) (?:be )?{re.escape(words[i])} ', ' | ', text)
+        if words[i][-1].isdigit(): kept = re.sub(rf' {re.escape(words[i])} (?=\d)', ' | ', kept)   # grade 2-3 is not grade 2
         if f' {words[i]} ' in kept: found |= {j for j, w in enumerate(words) if w == words[i]}
         text = text.replace(f' {words[i]} ', ' | ')
     return found
 
 def _exact(options, said):
     "Places that a whole text may mean as an option or as a letter alone, and whether it is a letter."
-    bare = said.strip(' "\'“”')
+    bare = said.strip(' "\'“”{}')
     equal = {i for i, o in enumerate(options) if same_option(o) == same_option(bare)}
     m = _LETTER.fullmatch(bare.strip('.!;,。、'))
     place = LETTERS.index(m[1].upper()) if m else len(options)
@@ -533,7 +548,7 @@ def _only(places):
     "The one place there is, else None."
     return next(iter(places)) if len(places) == 1 else None
 
-def _undisputed(places, words, said, short=4):
+def _undisputed(places, words, said, short=5):
     "The one place that letters name, if an answer of a few words names no other option beside it."
     named = _named(words, said) if len(said.split()) <= short else set()
     return None if named and not named & places else _only(places)
@@ -550,6 +565,24 @@ def _by_forms(options, words, said, normalise):
         if place is not _OPEN: return place
     return _OPEN
 
+def _own_line(text, n):
+    "The place of a letter that has the first line for itself, None if others have too; _OPEN without such a line."
+    lines = [u for l in str(text).splitlines() if (u := _unwrapped(l))]
+    alone = [LETTERS.index(m[1].upper()) for l in lines if (m := _LETTER.fullmatch(l))]
+    if len(lines) < 2 or not _LETTER.fullmatch(lines[0]) or alone[0] >= n: return _OPEN
+    rest = ' '.join(lines[1:])
+    if {*alone, *_letters(_STRONG, rest, n)} != {alone[0]}: return None
+    return _OPEN if _TURN.search(rest) or any(map(_HEADED.fullmatch, lines[1:])) else alone[0]
+
+_TURN = re.compile(r"(?i)\b(?:wait|actually|correction|on\s+second\s+thoughts?|sorry|i\s+mean|let\s+me\s+re\w+)\b")
+
+def _taken_back(options, said, normalise):
+    "Whether an answer is followed by a turn of mind and by another answer."
+    turn = list(_TURN.finditer(said))[-1:]
+    before = _letters(_STRONG, said[:turn[0].start()], len(options)) if turn else set()
+    after = said_option(options, said[turn[0].end():].strip(' ,:;.'), normalise) if before else None
+    return after is not None and {after} != before
+
 def said_option(
     options:list, # texts of the options, in the order of their letters
     text:str,     # an answer
@@ -559,6 +592,8 @@ def said_option(
     said, n = _unwrapped(text), len(options)
     if not said or not n: return None
     words, last = [normalise(o) for o in options], _last_part(said)
+    if (place := _own_line(text, n)) is not _OPEN: return place
+    if _taken_back(options, said, normalise): return None
     place = _by_forms(options, words, said, normalise)
     if place is not _OPEN: return place
     for patterns in ((_STRONG,), (_TRAILING,), _WEAK):

@@ -227,6 +227,7 @@ def _slake_item(r, split, boxes):
     extra = {k: r[k]
              for k in ('patient', 'combination', 'kind', 'scene_seed', 'base_type', 'q_lang')
              if k in r}
+    if not ours: extra['qid'] = r['qid']
     return make_item(f"{source}-{r['qid']}", [name], r['question'], r['answer'], r['answer_type'],
                      split, source,
                      modality=_SLAKE_MODALITY.get(r.get('modality'),
@@ -375,6 +376,7 @@ def choice_item(
     if 'type_from' not in item and kind not in ('', 'CLOSED'): out.setdefault('official_type', kind)
     if asked != clean(item['question']): out.setdefault('prompt', clean(item['question']))
     else: asked = item['question']
+    if choice.assumed: out['key_assumed'] = True   # that its number counts from 0
     return out | dict(question=asked, options=list(choice.options), answer=choice.answer,
                       answer_type='CLOSED', label=choice.label)
 

@@ -103,9 +103,13 @@ def _table(f): # a table of an open text file whose columns are parted by commas
 def _csv_rows(path): # rows of a table
     csv_limit = csv.field_size_limit(2**27)   # pictures may be in it
     try:
-        with open(path, newline='', encoding='utf-8-sig', errors='strict') as f: rows = list(_table(f))
+        with open(path, newline='', encoding='utf-8-sig', errors='strict') as f:
+            table = _table(f)
+            twice = next((k for k, n in Counter(filter(None, table.fieldnames)).items() if n > 1), None)
+            rows = list(table)
     except (csv.Error, UnicodeDecodeError) as e: raise ValueError(f'{path}: not a table that can be read ({e}); save it as CSV in UTF-8.') from None
     finally: csv.field_size_limit(csv_limit)
+    if twice: raise ValueError(f'{path}: has two columns {twice!r}; keep the one that counts, or give each its own name.')
     if not rows: raise ValueError(f'{path}: holds no questions.')
     return rows
 
@@ -261,8 +265,16 @@ def _row_item(r, n, ident, names, part, source, choice):
     item = make_item(ident, names, asked, key, split=part, source=source, row=n, **kind, **tags, **extra)
     return choice_item(item, choice) if choice else item
 
+def _single(path, n, r):
+    "Refuse a question or a key that is several texts."
+    for k in ('question', next((k for k in KEY_COLUMNS if k in r and clean(r[k])), 'question')):
+        v = r[k].tolist() if hasattr(r[k], 'tolist') else r[k]
+        if isinstance(v, dict) or isinstance(v, (list, tuple)) and (len(v) != 1 or k == 'question'):
+            raise ValueError(f'{path}: row {n} has the {k} {str(v)[:60]!r}, which is no single text; write one text.')
+
 def _choices(path, rows, counts, left_out):
-    "The options of all rows; keys that are letters of nothing are refused."
+    "The options of all rows; keys that are letters of nothing, or no single text, are refused."
+    for n, r in enumerate(rows): _single(path, n, r)
     marked = ('question', 'options', 'choices', *option_columns(rows[0]))
     plain = [r | {k: _unmarked(r[k], n) for k in marked if k in r} for r, n in zip(rows, counts)]
     found = read_choices(path, plain, left_out)
@@ -325,7 +337,8 @@ def read_qa_records(
         if found.get(n, n) is None: continue
         own = clean(r.get('question_id') or r.get('id'))
         ident = f'{source}-{re.sub(r"[^A-Za-z0-9]+", "_", path.stem)}-{own or n}' if source != 'medxpertqa' else f'{source}-{own or n}'
-        out.append(_row_item(r, n, ident, names[n], _row_split(r, part), source, found.get(n)))
+        in_split = _row_split(r, part, None if part != 'all' else f'{path}: row {n}')
+        out.append(_row_item(r, n, ident, names[n], in_split, source, found.get(n)))
     return [o for o in out if split in (None, o['split'])]
 
 # %% ../../nbs/03_data/16_vqa_readers.ipynb #d9ddfa90
@@ -378,7 +391,8 @@ def read_parquet(
     rows, stored, columns = _parquet_text(path)
     parts = path.absolute().parts[::-1]  # the nearest name counts
     source = source or next((s for p in parts for s, pattern in _NAMES.items() if re.search(pattern, p.lower())), 'parquet')
-    splits = [_row_split(r, _parquet_split(path)) for r in rows]
+    known = _parquet_split(path)   # a file or a folder may name the split where a column does not
+    splits = [_row_split(r, known, None if known != 'all' else f'{path}: row {n}') for n, r in enumerate(rows)]
     if split and split not in splits: return []
     there = [images_dir if split in (None, s) else None for s in splits]
     names = [[name for cell in _row_pictures(r, columns) for name in _stored(cell, there[n], path, n)]
@@ -495,25 +509,31 @@ def read_vqa(
     path:str|Path,       # a folder or file of any set that this chapter knows
     split:str|None=None, # 'train', 'val' or 'test'; None for all that is there
     lang:str|None='en',  # for sets in several languages; None for all
-    part:bool=False,     # True if this is meant to be only a part of the set
+    part:bool=False,     # True if this is meant to be only a part of the set; records whose options contradict their key are left out
     images_dir:str|Path|None=None, # where the pictures of parquet files are written
     source:str|None=None, # the set's name, for parquet files in a folder that does not say it
     say=None,            # called with a sentence on what was recognised, such as `print`
-    left_out:list|None=None, # gets a sentence for each record whose options contradict its key, which is refused otherwise
+    left_out:list|None=None, # gets a sentence for each record whose options contradict its key, which is refused otherwise, unless it is a part
 )->list:                 # VQA items
     "Read a VQA set, whichever it is; a split of another size than published is refused unless it is said to be a part."
     path = Path(path)
     layout, files, what = recognise(path)
     if layout not in ('parquet', 'omnimed'): _one_file_a_split(path, files, split)
+    mostly = part and left_out is None   # sound, or it is no part of a set
+    if mostly: left_out = []
     items = [o for p in files for o in _read_file(layout, p, split, lang, images_dir, source, left_out)]
+    if mostly and len(left_out) > len(items): raise OptionError(
+        f'{left_out[0]}; {len(left_out)} records are like this and {len(items)} are sound: correct the file.')
     if not items: raise ValueError(f'{path}: {what}, but no question for split={split!r}, lang={lang!r}.')
     if layout == 'parquet': what += f', taken for {items[0]["source"]}'
     if n := sum(bool(o['options']) for o in items): what += f'; {n} with options'
-    if left_out: what += f'; {len(left_out)} left out because their options contradict their key'
+    if left_out: what += f'; {len(left_out)} left out because their options contradict their key (the first: {left_out[0]})'
+    assumed = sum('key_assumed' in o for o in items)
+    if assumed: what += f'; {assumed} keys are numbers, taken to count from 0'
     derived = sum('type_from' in o for o in items)
     if derived: what += f'; {derived} of {len(items)} questions have no official answer type, CLOSED means there that the answer is yes or no'
     wrong = [] if part or layout in ('items', 'llava') else check_counts(items, _edition(layout, items, files))
-    if wrong: raise ValueError(f'{path}: {wrong[0]} If this is meant to be a part of the set, say so: part=True, or --part.')
+    if wrong: raise ValueError(f'{path}: {wrong[0]} If this is meant to be a part of the set, say so: part=True, --part, or vqa_part to an evaluation.')
     if say: say(f'{path.name or path}: {what}; {len(items)} questions')
     return items
 
@@ -527,11 +547,12 @@ def open_vqa(
     lang:str|None='en',         # for sets in several languages; None for all
     say=None,                   # called with sentences on what was found, such as `print`
     left_out:list|None=None,    # gets a sentence for each record whose options contradict its key, which is refused otherwise
+    part:bool=False,            # as in `read_vqa`
 )->dict:                        # name, train, val, test (VQA items), train_is, test_is (whose items they are), images_dir, missing, items, split, public
     "A VQA set as an evaluation needs it: its splits, its pictures, and the names of those that are missing."
     path = Path(path).expanduser()
     if images_dir and not Path(images_dir).is_dir(): raise FileNotFoundError(f'{images_dir}: there is no such folder of images.')
-    items, folder = read_vqa(path, lang=lang, images_dir=store, say=say, left_out=left_out), path if path.is_dir() else path.parent
+    items, folder = read_vqa(path, lang=lang, part=part, images_dir=store, say=say, left_out=left_out), path if path.is_dir() else path.parent
     items = [o | dict(question=clean(o['question']), answer=clean(o['answer'])) for o in items]   # of sets made by hand, too
     parts = {s: [o for o in items if o['split'] == s] for s in ('train', 'val', 'test')}
     test_is = next((s for s in ('test', 'val') if parts[s]), 'all')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ANSWER_KEYS', 'TOOLS', 'CASES', 'CHANCE', 'read_rows', 'read_answers', 'questions_in', 'one_answer_each', 'align',
-           'remedy']
+           'asked_in_order', 'remedy']
 
 # %% ../../nbs/06_evaluate/05_answer_files.ipynb #b04d4943
 import csv, json, re
@@ -13,7 +13,9 @@ from collections.abc import Callable
 from functools import lru_cache
 from math import lgamma, log
 from pathlib import Path, PurePosixPath
-from ..data.vqa import LETTERS, same_question
+from ..data.options import (LETTERS, OptionError, clean, option_columns,
+    option_list, same_option, split_options)
+from ..data.vqa import same_question
 from .answer_text import ODD_TEXT, plain
 from .exact import ScoreError, _index, strict_normalise
 
@@ -43,6 +45,11 @@ def _first_text(v):
     found = (_first_text(o) for o in v) if isinstance(v, (list, tuple)) else ()
     return next((t for t in found if t is not None), None)
 
+def _differing(texts):
+    "The number of samples of an answer, where they are not all the same."
+    flat = [json.dumps(o) for t in texts for o in (t if isinstance(t, (list, tuple)) else [t])]
+    return dict(samples=len(flat)) if len(set(flat)) > 1 else {}
+
 def _content(v):
     "The text of a message, which may come in parts."
     if not isinstance(v, list): return v
@@ -50,13 +57,21 @@ def _content(v):
     return ''.join(p.get('text') or '' for p in said)
 
 # %% ../../nbs/06_evaluate/05_answer_files.ipynb #588d5e58
+def _names_once(path, names):
+    "Refuse columns of one name: only one of them could be read."
+    twice = next((k for k, c in Counter(filter(None, names)).items() if c > 1), None)
+    if twice: raise ScoreError(
+        f'{path}: has two columns {twice!r}; keep the one that counts, or give each its own name.')
+
 def _table_rows(f, path):
     "Rows of an open text file whose cells are parted by commas, semicolons or tabs."
     sep = max(',;\t', key=f.readline().count)
     f.seek(0)
     rows, limit = [], csv.field_size_limit(2**27)
     try:
-        for i, r in enumerate(csv.DictReader(f, delimiter=sep, strict=True), 1):
+        table = csv.DictReader(f, delimiter=sep, strict=True)
+        _names_once(path, [str(k).strip() for k in table.fieldnames or ()])
+        for i, r in enumerate(table, 1):
             if None in r: raise ScoreError(
                 f'{path}, row {i}: has more cells than the first line has names; '
                 'put a text that holds the separator in quotes.')
@@ -75,6 +90,7 @@ def _sheet_rows(path):
             f'{path}: not an Excel file that can be read ({e}); save it again.') from None
     rows = sheet.iter_rows(values_only=True)
     names = [str(k or '').strip() for k in next(rows, ())]
+    _names_once(path, names)
     return [{k: v for k, v in zip(names, r) if k} for r in rows if any(v is not None for v in r)]
 
 _HOLDERS = ('results', 'samples', 'predictions', 'answers', 'outputs', 'responses', 'data',
@@ -88,6 +104,8 @@ def _unpacked(found):
         if all(isinstance(o, list) for o in v.values()):                 # lm-eval: by task
             return [r for o in v.values() for r in o]
         if all(isinstance(o, dict) for o in v.values()): return _unpacked(v)
+    if len(found) == 1 and isinstance(v := next(iter(found.values())), dict) and set(v) & set(_HOLDERS):
+        return _unpacked(v)                                              # one set under its name
     if found and all(isinstance(o, dict) for o in found.values()):
         return [o if _record_id(o) is not None else {'id': k, **o} for k, o in found.items()]
     return [found]
@@ -115,6 +133,10 @@ def read_rows(
     "Read the records of a file; ScoreError names what is damaged and where."
     kind = Path(path).suffix.lower()
     if kind in ('.xlsx', '.xlsm'): return _sheet_rows(path)
+    with open(path, 'rb') as f: start = f.read(4)
+    packed = start[:2] in (b'PK', b'\x1f\x8b', b'BZ') or start == b'\xfd7zX'
+    if packed or start == b'PAR1': raise ScoreError(
+        f'{path}: is {"compressed; unpack it" if packed else "Parquet; write it as JSON Lines or CSV"}.')
     try:
         with open(path, encoding='utf-8-sig', newline='') as f:
             if kind in ('.csv', '.tsv'): return _table_rows(f, path)
@@ -136,20 +158,24 @@ def _of_batch(r):
     failed = r.get('error') or answer.get('error') or body.get('error')
     if not failed and text is None and not body.get('choices'):
         failed = f'status {answer.get("status_code", answer.get("type"))}'
-    return dict(id=r['custom_id'], text=text, error=failed or None, model=body.get('model'))
+    several = _differing([(o.get('message') or {}).get('content', o.get('text'))
+                          for o in body.get('choices') or []])
+    return dict(id=r['custom_id'], text=text, error=failed or None, model=body.get('model')) | several
 
 def _of_lmms(r):
     "A line of lmms-eval's or lm-eval's logged samples."
     doc, asked = r.get('doc') or {}, [r.get('input'), *(r.get('arguments') or [])]
     if isinstance(r.get('arguments'), dict):
         asked = [list(a.values()) for a in r['arguments'].values()]
-    texts = [_first_text(r.get(k)) for k in ('filtered_resps', 'resps')]
-    text = next((t for t in texts if t is not None), None)
+    texts = {k: _first_text(r.get(k)) for k in ('filtered_resps', 'resps')}
+    source = next((k for k, t in texts.items() if t is not None), None)
+    several = _differing(r[source]) if isinstance(r.get(source), (list, tuple)) else {}
     found = {k: v for k, v in doc.items() if isinstance(v, (str, int, float)) and k != 'answer'}
     parts = _picked(found, ('prompt', 'id', 'image'))
     model = r.get('model') or r.get('filter')
-    said = dict(text=text, key=r.get('target'), row=r.get('doc_id'), model=model)
-    return dict(prompt=_first_text(asked)) | parts | said
+    said = dict(text=texts.get(source), key=r.get('target'), row=r.get('doc_id'), model=model)
+    whole = _first_text(asked)
+    return dict(prompt=whole, asked=whole) | parts | said | several
 
 def _of_swift(r):
     "A line of ms-swift's results: a conversation, the answer beside it."
@@ -198,6 +224,7 @@ def _plain_record(path, i, r):
     if k != 'text' and 'prompt' not in parts and r.get('text'): parts['prompt'] = r['text']
     not_ours = ('dataset', 'split', 'condition', 'answer', 'model')
     own = {a: v for a, v in r.items() if _name(a) not in not_ours}
+    if str(own.get('error')).strip().lower() in ('', 'none', 'null', 'false', 'no', '0', 'nan'): own['error'] = None
     text = None if k is None else next(v for a, v in r.items() if _name(a) == k)
     return own | parts | dict(text=text)
 
@@ -209,13 +236,26 @@ def _answer(path, i, r):
     reader = next((f for k, f in TOOLS.values() if k in r), None)
     flat = any(v is not None and not isinstance(v, dict)
                for k, v in r.items() if _name(k) in ANSWER_KEYS['text'])
-    if (reader is _of_swift and not flat) or (reader is _of_batch and flat): reader = None
-    out = reader(r) if reader else _plain_record(path, i, r)
+    talk = isinstance(r.get('messages'), list) and all(isinstance(m, dict) for m in r['messages'])
+    if (reader is _of_swift and not (flat and talk)) or (reader is _of_batch and flat): reader = None
+    try: out = reader(r) if reader else _plain_record(path, i, r)
+    except (AttributeError, TypeError, KeyError, IndexError): raise ScoreError(
+        f'{path}, record {i}: has the keys {", ".join(map(str, r))} and not what belongs in them; '
+        'write "prompt" and "text", and the item\'s own "id".') from None
     if out.get('text') is None and not out.get('error') and reader is _of_lmms: raise ScoreError(
         f'{path}, record {i}: holds log-likelihoods and no text; '
         'give samples of a task that generates.')
     if str(out.get('text')).startswith('Failed to obtain answer'): out['error'] = out['text']
     return out
+
+def _failed_of(path, rows):
+    "Failed answers, which name no model, are given to the one model of the file."
+    names = {str(r['model']) for r in rows if _given(r.get('model'))}
+    failed = [r for r in rows if r.get('error') and not _given(r.get('model'))]
+    if failed and len(names) > 1: raise ScoreError(
+        f'{path}: the failed answer to {_record_id(failed[0])!r} names no model, and the file holds '
+        f'{len(names)} ({", ".join(sorted(names)[:3])}); give one file for each model.')
+    for r in failed: r['model'] = next(iter(names), None)
 
 def read_answers(
     path:str|Path, # a file that `read_rows` reads, of any tool in the table
@@ -229,6 +269,7 @@ def read_answers(
     if not rows: raise ScoreError(f'{path}: holds no answers; give the file that a model wrote.')
     out = [_answer(path, i, r) for i, r in enumerate(rows, 1)]
     ours = [r is o for r, o in zip(out, rows)]
+    _failed_of(path, [r for r, own in zip(out, ours) if not own])
     names = {str(r.get('model') or '') for r, own in zip(out, ours) if not own}
     short = {m: m.rstrip('/').split('/')[-1] for m in names}
     if len(set(short.values())) < len(names): short = {m: m for m in names}
@@ -249,6 +290,8 @@ def questions_in(
     cut = [re.split(more, t)[0] for t in [text, *lines]]
     label = r'(?i)^\s*(?:question|q|user|human)\s*\d*\s*[:：]'
     bare = [re.sub(label, '', t) for t in cut + lines]
+    asks = r'(?i)\s*\b(?:(?:short |final )?answer|assistant|a|response)\s*[:：]\s*$'   # for the answer
+    bare += [re.sub(asks, '', t) for t in bare]
     tries = map(same_question, [text, *cut, *lines, *bare])
     return list(dict.fromkeys(q for q in tries if q))
 
@@ -261,6 +304,7 @@ CASES = dict(missing='items without an answer', extra='answers to no item',
              no_prompt='answers without their question',
              other_id='answers with the id of another question (paired by text)',
              other_key='answers whose file has another key',
+             several='answers with several samples that differ (the first counts)',
              echo='answers that repeat the question', error='failed answers (count as wrong)',
              null='answers that are null (count as empty)', number='answers that are numbers',
              not_text='answers that are no text (count as empty)',
@@ -348,7 +392,9 @@ def _same_key(o, row): return bool(_key_forms(row['key']) & _item_forms(o))
 def _fits(items, rows):
     "For each row the items that its question and its images allow, and what it names of the two."
     asked, (index, alone) = defaultdict(list), _image_index(items)
-    for i, o in enumerate(items): asked[same_question(str(o['question']))].append(i)
+    for i, o in enumerate(items):
+        said = {same_question(str(o[k])) for k in ('question', 'prompt') if o.get(k)}
+        for q in said: asked[q].append(i)             # a prompt is the question with its options
     asked = {q: frozenset(found) for q, found in asked.items()}
     names = [r.get('image') if _given(r.get('image')) else r.get('images') for r in rows]
     shown = [_showing(index, alone, v) for v in names]
@@ -357,7 +403,8 @@ def _fits(items, rows):
     for r, images in zip(rows, shown):
         fit, told = everything, []
         if r.get('prompt'):
-            q = next((q for q in questions_in(r['prompt']) if q in asked), None)
+            said = [t for t in (r['prompt'], r.get('question')) if isinstance(t, str)]
+            q = next((q for t in said for q in questions_in(t) if q in asked), None)
             fit = asked.get(q, frozenset())
             told.append('question')
         if images is not None:
@@ -507,11 +554,28 @@ def align(
     by = {o['id']: o for o in items}
     keyed = {k: r for k, r in found.items() if _given(r.get('key'))}
     n['other_key'] = sum(not _same_key(by[k], r) for k, r in keyed.items())
+    n['several'] = sum('samples' in r for r in found.values())
     n['echo'] = sum(_asks(by[k], r.get('text')) for k, r in found.items())
     n['missing'] = len(items) - len(found)
     return found, _rule(ways, told, keyed), n
 
 # %% ../../nbs/06_evaluate/05_answer_files.ipynb #7924e288
+def asked_in_order(
+    item:dict, # VQA item
+    row:dict,  # its answer
+)->list:       # texts; empty unless one of the item's own has another place among them
+    "The options beside an answer or in its prompt, where their letters mean other options than the item's."
+    own, low = list(map(same_option, item.get('options') or ())), {_name(k): v for k, v in row.items()}
+    if len(own) < 2: return []
+    columns = sorted(option_columns(low).items(), key=lambda c: c[1])
+    asked = [clean(low[k]) for k, _ in columns if _given(low[k])]
+    try: asked = asked or option_list(low.get('options') or low.get('choices'))[0]
+    except OptionError: pass                                         # something else has that name
+    inside = None if asked else split_options(row.get('asked') or row.get('prompt') or '')
+    asked = inside.options if inside else asked
+    new = list(map(same_option, asked))
+    return asked if any(o in own and own.index(o) != i for i, o in enumerate(new)) else []
+
 def remedy(
     n:Counter, # counts of CASES
 )->str:        # what to do, in words

@@ -56,7 +56,7 @@ _TAG = re.compile(rf'(?is)<({_FRAME})>(.*?)(?:</\1>|\Z)|<\|begin_of_(?:solution|
                   r'(?:<\|end_of_(?:solution|box)\|>|\Z)')
 _BOX = re.compile(r'\\f?box(?:ed)?\s*\{|\x08oxed\s*\{')
 _LABEL = re.compile(r'(?i)[*_#\s]*(?:the\s+)?(?:final\s+answer|answer|response|assistant)(?:\s+is)?'
-                    r'[*_]*\s*[:：][*_]*\s*|[*_#\s]*(?:最终)?答案(?:是)?\s*[:：]\s*')
+                    r'[*_]*\s*(?:[:：][*_]*\s*|$)|[*_#\s]*(?:最终)?答案(?:是)?\s*[:：]\s*')
 
 def _boxes(text):
     "What stands in boxes, whose braces are balanced; a box that is cut off goes to the end."
@@ -244,6 +244,8 @@ def with_signs(
 )->str:       # in lower case; PLUS, MINUS, COMPARED and ^ are what is left of signs
     "Text in which only those signs are left that change what an answer says."
     if not _SIGNED.search(text): return text.lower()
+    text = re.sub(r'(?i)\b(t[12])\*(?!\*)', r'\1 star', text)            # T2* is not T2
+    text = re.sub(r'(?<=\d)\s?[×*]\s?(?=\d)', ' x ', text)                 # 3×4 is 3 x 4
     t = re.sub(r'−\s+(?=\d)', '−', _raised(text))   # a real minus is no bullet
     t = unicodedata.normalize('NFKC', t).translate(_SAME).lower()
     t = _signed(_compared(re.sub(r'(?<=\d),(?=\d{3}\b)', '', t)))

@@ -32,9 +32,12 @@ def strict_normalise(
 )->str:       # words in lower case, single blanks between them; signs beside what they belong to
     "Writing without case, punctuation, articles and number words; signs, powers and comparators stay."
     t = unicodedata.normalize('NFKC', with_signs(text)).replace("'", '').replace('’', '')
+    t = re.sub('[\u200b\u200e\u200f\u2060\ufeff]', '', t)   # marks without a width
     t = re.sub(r'(?<=\d),(?=\d{3}\b)', '', t)            # 1,000 is 1000
     t = re.sub(_DROPPED, ' ', t)                         # a point stays inside a number only
     t = re.sub(r'(?<=\d)(?=(mm|cm|ml|mg|kg)\b)', ' ', t)
+    t = re.sub(r'(?<=\d) ?x ?(?=\d)', ' x ', re.sub(r'(?<=\d) to (?=\d)', ' ', t))   # 5 to 10 is 5-10
+    t = re.sub(r'(?<![\d.])(\d+)\.0+(?![\d.])', r'\1', t)                         # 2.0 is 2
     words = t.split()
     kept = [NUMBER_WORDS.get(w, w) for w in words if w not in ARTICLES] or words
     t = re.sub(rf'([{COMPARED}]) (?=[\d{MINUS}])', r'\1', ' '.join(kept))   # < 5 is <5

@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..core.runs import write_csv
-from .answer_files import (CASES, CHANCE, align, one_answer_each, questions_in,
+from .answer_files import (CASES, CHANCE, align, asked_in_order, one_answer_each, questions_in,
     read_answers, read_rows, remedy)
 from .answer_text import ODD_TEXT, answer_text, plain, spoken
 from ..core.registry import Registry
 from .exact import (SCORE_COLUMNS, HEAD, SLICE_KEYS, MODEL_PAIRS, ScoreError,
     _contrasts, _index, _slices, _tidy, cluster_codes, draw_counts, intervals, item_tag, no_interval,
     right_answer, slice_keys, strict, strict_normalise, summarise)
-from ..data.options import LETTERS, key_place, said_option, spelt_out
+from ..data.options import LETTERS, key_place, said_option, same_option, spelt_out
 from ..data.generators import THOUGHT
 from ..data.conversations import DOMAINS
 from ..data.vqa_readers import read_vqa
@@ -212,7 +212,11 @@ def closed_right(
     if _lists_key(item): return right_answer(item, text)
     gold, t = strict_normalise(str(item['answer'])), strict_normalise(text)
     if gold in YES_NO: return set(YES_NO) & set(t.split()) == {gold}
-    return _holds(t, gold) and not any(_holds(t, r) for r in rivals(item))
+    t = re.sub(rf'{_DENIAL} {re.escape(gold)}(?= |$)', ' ', f' {t}')
+    return _holds(' '.join(t.split()), gold) and not any(_holds(t, r) for r in rivals(item))
+
+_DENIAL = (r'(?<= )(?:not|isnt|arent|never|rather than|instead of|except|neither|without|'
+           r'no (?:evidence|signs?) of)(?: (?:be|on|in|at|of|to|seen|located))*')   # before a key, it is denied
 
 # %% ../../nbs/06_evaluate/06_scorers.ipynb #008daff9
 def strict_scores(
@@ -375,6 +379,17 @@ def credit_rows(
                 for j, (name, _) in enumerate(slices) if np.isfinite(value[own][j])]
     return out
 
+def _same_letters(model, items, found, texts):
+    "Refuse answers to the options of an item in another order, if that changes what an answer says."
+    for o in items:
+        asked = asked_in_order(o, found[o['id']]) if o['id'] in found else []
+        if not asked: continue
+        own, said = list(map(str, o['options'])), spoken(texts[o['id']])
+        two = [(p, said_option(p, said, strict_normalise)) for p in (asked, own)]
+        if len({None if k is None else same_option(p[k]) for p, k in two}) > 1: raise ScoreError(
+            f'{model}: item {o["id"]!r} was asked with its options in another order ({"; ".join(asked)[:120]}), '
+            'so that a letter means another option; give the items with their options as they were asked.')
+
 def score_answers(
     items:list,          # VQA items
     predictions:list,    # answers, from `read_answers`
@@ -397,6 +412,7 @@ def score_answers(
             f'{h[0] or model}: {lost} of its {of} answers cannot be paired with the {len(items)} questions ({_said(n)}); '
             f'{remedy(n)}.')
         texts = {k: answer_text(r, n) for k, r in found.items()}
+        _same_letters(h[0] or model, asked, found, texts)
         n['empty_key'] = sum(not str(o['answer']).strip() for o in asked)
         h = tuple(a or b for a, b in zip(h, (model, _common(asked, 'source'), _split_of(asked), 'image')))
         tables[h], head = credits(asked, texts, scorers, keys), _part(h, len(found), len(asked))

@@ -146,7 +146,8 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument('--scorer', choices=('llavamed_v1', 'medevalkit', 'lmms_slake', 'strict'), metavar='NAME',
                    help='%(choices)s (default: all)')
     p.add_argument('--out', metavar='FILE', help='CSV file to write')
-    p.add_argument('--part', action='store_true', help='ITEMS is meant to be only a part of its set, not a file that was cut off')
+    p.add_argument('--part', action='store_true', help='ITEMS is meant to be only a part of its set, not a file that was\n'
+                        'cut off; records whose options contradict their key are left out')
     p = sub.add_parser('judge', help='judgements and relative scores of free answers', add_help=False, prefix_chars='\0')
     p.add_argument('words', nargs='*')   # read by evaluate.judge
     p = sub.add_parser('lmms', help='VQA-RAD, SLAKE and PathVQA as tasks of lmms-eval', add_help=False, prefix_chars='\0')
