@@ -453,3 +453,9 @@ def test_tokens_without_rows_are_said(tmp_path, capsys):
     model, processor = load(base(tmp_path/'m', KINDS['nothing to do'][0], '<|im_end|>', ['<|im_end|>'], more))
     n = len(processor.tokenizer)
     assert f"has {n - 7} rows of embeddings for the {n} tokens" in capsys.readouterr().out and len(model.get_output_embeddings().weight) >= n
+
+
+def test_a_date_that_cannot_be_fixed_names_the_folder(tmp_path):
+    folder = base(tmp_path/'m', KINDS['nothing to do'][0], '<|im_end|>', ['<|im_end|>'])
+    (folder/'chat_template.jinja').write_text("{% set how = '%d' %}{{ strftime_now(how) }}" + KINDS['nothing to do'][0])
+    with pytest.raises(ValueError, match=f"'{folder}'.*write the date into the template"): load(folder)

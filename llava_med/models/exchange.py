@@ -350,7 +350,9 @@ def complete_template(
 )->tuple:         # (Jinja, ids at which generation has to stop)
     "A template that asks as it trains and whose answers end; ValueError where it cannot be completed."
     own = TEMPLATES.get(template, template) or one_template(tokenizer.chat_template, where) or ''
-    if frozen(own) != own: say(
+    try: dated = frozen(own) != own
+    except ValueError as e: raise ValueError(f"'{where}': {e}") from None
+    if dated: say(
         f"The chat template of '{where}' wrote today's date: now it is always {DAY:%d %b %Y}.")
     ends = list(ends) or [i for i in [tokenizer.eos_token_id] if i is not None]
     template = chat_template(tokenizer, template, where)
