@@ -15,7 +15,7 @@ ODD_TEXT = dict(thoughts='answers with thoughts, left out',
                 control='answers with control tokens, left out',
                 framed='answers in a box, a tag or after a label (only that counts)',
                 markdown='answers with markdown, left out',
-                html='answers with HTML in them')
+                turn='answers that go on with the next question, left out', html='answers with HTML in them')
 
 _NAMES = (r'(?:seed:)?(?:think(?:ing|s)?|thoughts?|reasoning|analysis|reflection|scratchpad|'
           r'cot|rationale)')
@@ -86,6 +86,15 @@ def framed(
     if not found: return _after_label(text)
     return '\n'.join(dict.fromkeys(t.strip() for t in found))
 
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #7492c764
+_TURN = re.compile(r'(?m)\s*(?:###\s*(?:Human|User|Question|Instruction)\s*:'
+                   r'|(?:^|(?<=\s))(?:USER|HUMAN)\s*:|^\s*(?:User|Human|Question|Q)\s*:|###\s*\Z)')
+
+def _own_turn(text):
+    "What stands before the next question, where a model goes on and asks one."
+    found = _TURN.search(text)
+    return text[:found.start()] if found and text[:found.start()].strip() else text
+
 # %% ../../nbs/06_evaluate/03_answer_text.ipynb #c9d35d16
 _END = re.compile(r'(?i)</s>|<eos>|\[eos\]|<end_of_turn>|<end_of_utterance>|<turn\|>'
                   r'|<\|(?:im_end|eot_id|eom_id|end_of_text|endoftext|end|return|end_of_turn|eot|'
@@ -142,6 +151,7 @@ def _once(text, odd):
     if thoughts.strip() or not over: odd.add('thoughts' if over else 'unfinished')
     elif said != text: odd.add('control')
     if not over: return ''
+    if (own := _own_turn(said)) != said: odd.add('turn'); said = own
     apart = framed(said)
     for kind, new in (('framed', apart), ('control', None), ('html', None), ('markdown', None)):
         if kind == 'control':
