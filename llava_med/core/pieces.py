@@ -31,7 +31,8 @@ def read_pieces(
     try: proto.ParseFromString(raw); SentencePieceProcessor(model_proto=raw)
     except (DecodeError, RuntimeError, ValueError) as e:
         raise ValueError(f"'{path}' is no sentencepiece model, or is damaged; fetch it again.") from e
-    if not proto.pieces: raise ValueError(f"'{path}' is no sentencepiece model: it has no pieces; fetch it again.")
+    if not proto.pieces:
+        raise ValueError(f"'{path}' is no sentencepiece model: it has no pieces; fetch it again.")
     if proto.trainer_spec.model_type not in (1, 2):
         raise ValueError(f"'{path}' splits into words or characters; only BPE and unigram can be read.")
     if any(p.type == PIECE_KINDS['unused'] for p in proto.pieces):
@@ -81,7 +82,8 @@ def spaces(
     if prefix == 'first':   # a space that no text can hold any more, so that it is always put in front
         kinds = ((' ', 'first'), ('▁', 'never'))
         cut = pre_tokenizers.Sequence([
-            pre_tokenizers.Metaspace(replacement=a, prepend_scheme=b, split=False) for a, b in kinds])
+            pre_tokenizers.Metaspace(replacement=a, prepend_scheme=b, split=False)
+            for a, b in kinds])
     return normalizers.Sequence(steps), cut
 
 def plain_tokenizer(
@@ -99,8 +101,10 @@ def plain_tokenizer(
     return tok
 
 # %% ../../nbs/00_core/07_pieces.ipynb #c77f469d
-PROBES = ('the left lung', ' one space', '  two  spaces   three ', 'a line\nanother\n\n\tand a tab', '\n', ' ',
-          '3.14 and 2026, 1e-6', 'µm ≥ 5 °C', 'Größe ﬁbröse Ⅳ', '左肺に小さな結節', '😀👩‍⚕️', 'e\u0301', '▁a▁b',
+PROBES = ('the left lung', ' one space', '  two  spaces   three ',
+          'a line\nanother\n\n\tand a tab', '\n', ' ',
+          '3.14 and 2026, 1e-6', 'µm ≥ 5 °C', 'Größe ﬁbröse Ⅳ', '左肺に小さな結節', '😀👩‍⚕️',
+          'e\u0301', '▁a▁b',
           'a<s>b', '[INST] x [/INST]', 'USER: x ASSISTANT:', '###Human:', 'aaaaaaaa', 'x' * 40)
 
 def check_pieces(
@@ -112,7 +116,8 @@ def check_pieces(
     proto = read_pieces(path)
     proto.normalizer_spec.add_dummy_prefix = dummy
     sp = SentencePieceProcessor(model_proto=proto.SerializeToString())
-    apart = [p.piece for p in proto.pieces if p.type in (PIECE_KINDS['unknown'], PIECE_KINDS['control'])]
+    apart = [p.piece for p in proto.pieces
+             if p.type in (PIECE_KINDS['unknown'], PIECE_KINDS['control'])]
     texts = [t for t in (*PROBES, *(f'see {u} here' for u in _user(proto)[:50]))
              if not any(c in t for c in apart)]      # those become special tokens
     if bad := [t for t in texts if tok.encode(t, add_special_tokens=False).ids != sp.encode(t)]:
@@ -120,8 +125,10 @@ def check_pieces(
                          'sentencepiece makes; give a tokenizer.json of this model.')
 
 # %% ../../nbs/00_core/07_pieces.ipynb #f3453cf7
-TOKEN_ROLES = ('unk_token', 'bos_token', 'eos_token', 'pad_token', 'sep_token', 'cls_token', 'mask_token')
-LLAMA_CLASSES = ('LlamaTokenizer', 'CodeLlamaTokenizer', 'GemmaTokenizer', 'PreTrainedTokenizer', 'TokenizersBackend')
+TOKEN_ROLES = ('unk_token', 'bos_token', 'eos_token', 'pad_token', 'sep_token', 'cls_token',
+               'mask_token')
+LLAMA_CLASSES = ('LlamaTokenizer', 'CodeLlamaTokenizer', 'GemmaTokenizer', 'PreTrainedTokenizer',
+                 'TokenizersBackend')
 
 def _json(path): return read_json(path) if path.exists() else {}
 
@@ -134,7 +141,8 @@ def special_tokens(
     "What the files of a folder say about special tokens, the more special file first."
     words, spec = _json(folder/'tokenizer_config.json'), proto.trainer_spec
     said, own = _json(folder/'special_tokens_map.json'), {}
-    for k, i in (('unk', spec.unk_id), ('bos', spec.bos_id), ('eos', spec.eos_id), ('pad', spec.pad_id)):
+    for k, i in (('unk', spec.unk_id), ('bos', spec.bos_id), ('eos', spec.eos_id),
+                 ('pad', spec.pad_id)):
         if i >= 0: own[f'{k}_token'] = proto.pieces[i].piece
     found = {k: _text(said.get(k)) or _text(words.get(k)) or own.get(k) for k in TOKEN_ROLES}
     return {k: v for k, v in found.items() if v}, words | {
@@ -164,7 +172,8 @@ def _add(tok, added, roles, more, where):
     special = {*roles.values(), *more}
     def put(text, how={}):
         flags = {k: how.get(k, False) for k in ('lstrip', 'rstrip', 'single_word')}
-        tok.add_tokens([AddedToken(text, normalized=False, special=how.get('special', text in special),
+        tok.add_tokens([AddedToken(text, normalized=False,
+                                   special=how.get('special', text in special),
                                    **flags)])
     for i, (text, how) in added.items():
         put(text, how)
@@ -177,18 +186,21 @@ def _add(tok, added, roles, more, where):
 # %% ../../nbs/00_core/07_pieces.ipynb #e169fbd5
 def _frame(tok, roles, words):
     "Put the begin (and the end, if the files say so) around a text, as the original does."
-    ends = (('bos_token', words.get('add_bos_token', True)), ('eos_token', words.get('add_eos_token', False)))
+    ends = (('bos_token', words.get('add_bos_token', True)),
+            ('eos_token', words.get('add_eos_token', False)))
     front, back = (roles.get(k) if use else None for k, use in ends)
     if not front and not back: return
     single = ' '.join(f'{x}:0' for x in (front, '$A', back) if x)
     pair = single + ' ' + ' '.join(f'{x}:1' for x in (front, '$B', back) if x)
     named = [(x, tok.token_to_id(x)) for x in dict.fromkeys((front, back)) if x]
-    tok.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=named)
+    tok.post_processor = processors.TemplateProcessing(single=single, pair=pair,
+                                                       special_tokens=named)
 
 def _template_of(folder, words):
     "The chat template of a folder, as `transformers` would find it."
     said = words.get('chat_template')
-    if (folder/'chat_template.jinja').exists(): said = (folder/'chat_template.jinja').read_text(encoding='utf-8')
+    if (folder/'chat_template.jinja').exists():
+        said = (folder/'chat_template.jinja').read_text(encoding='utf-8')
     return {x['name']: x['template'] for x in said} if isinstance(said, list) else said
 
 def from_sentencepiece(
@@ -207,7 +219,8 @@ def from_sentencepiece(
     _add(tok, added, roles, words['more'], folder)
     _frame(tok, roles, words)
     limit = {k: words[k] for k in ('model_max_length', 'padding_side') if k in words}
-    out = PreTrainedTokenizerFast(tokenizer_object=tok, clean_up_tokenization_spaces=False, **roles, **limit)
+    out = PreTrainedTokenizerFast(tokenizer_object=tok, clean_up_tokenization_spaces=False,
+                                  **roles, **limit)
     out.chat_template = _template_of(folder, words)
     return out
 
@@ -217,7 +230,8 @@ def _stored(where, name):
     place = str(where)
     if not Path(place).is_dir():
         place, _, revision = place.partition('@')
-        got = cached_file(place, name, revision=revision or None, _raise_exceptions_for_missing_entries=False)
+        got = cached_file(place, name, revision=revision or None,
+                          _raise_exceptions_for_missing_entries=False)
     else: got = Path(place)/name
     return Path(got) if got and Path(got).is_file() else None
 
@@ -227,7 +241,8 @@ def _as_stored(tok, path):
     file.no_padding(); file.no_truncation()
     known = [t for t in (tok.bos_token, tok.eos_token) if t and file.token_to_id(t) is not None]
     texts = [*PROBES, *(f'a{t}\nb {t} c' for t in known)]
-    both = ([x.encode(t, add_special_tokens=False).ids for t in texts] for x in (tok.backend_tokenizer, file))
+    both = ([x.encode(t, add_special_tokens=False).ids for t in texts]
+            for x in (tok.backend_tokenizer, file))
     return next(both) == next(both)
 
 def read_tokenizer(
@@ -240,13 +255,16 @@ def read_tokenizer(
     name, _, revision = (str(where), '', '') if Path(where).is_dir() else str(where).partition('@')
     place = dict(pretrained_model_name_or_path=name, **({'revision': revision} if revision else {}))
     words = _stored(where, 'tokenizer_config.json')
-    kind = str((read_json(words) if words else {}).get('tokenizer_class') or LLAMA_CLASSES[0]).removesuffix('Fast')
+    kind = str((read_json(words) if words else {}).get('tokenizer_class')
+               or LLAMA_CLASSES[0]).removesuffix('Fast')
     if pieces and (original or not plain) and kind in LLAMA_CLASSES:
-        for n in ('special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja'): _stored(where, n)
+        for n in ('special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja'):
+            _stored(where, n)
         tok = from_sentencepiece(pieces.parent)
         say(f"'{where}' has a tokenizer.model: read with sentencepiece's own ids, saved as tokenizer.json.")
         return tok
-    if original and plain: return PreTrainedTokenizerFast.from_pretrained(**place)   # its config.json is of no known type
+    if original and plain:
+        return PreTrainedTokenizerFast.from_pretrained(**place)   # its config.json is of no known type
     tok = AutoTokenizer.from_pretrained(**place)
     if plain and hasattr(tok, 'backend_tokenizer') and not _as_stored(tok, plain):
         tok = PreTrainedTokenizerFast.from_pretrained(**place)

@@ -92,7 +92,8 @@ def draw_modalities(
 # %% ../../nbs/03_data/13_browse.ipynb #fcae6891
 def _share_limits(right, clusters):
     "95 % interval of a share over clusters; exact limits where all are alike, everything for one cluster."
-    values, (names, at) = np.asarray(list(right), float), np.unique(list(clusters), return_inverse=True)
+    values, (names, at) = np.asarray(list(right), float), np.unique(list(clusters),
+                                                                    return_inverse=True)
     g, n, share = len(names), len(values), values.mean()
     if g < 2: return 0., 1.
     off = np.bincount(at, values) - share*np.bincount(at)

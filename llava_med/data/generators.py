@@ -400,9 +400,11 @@ def _own_template(tokenizer, path):
     from llava_med.models.exchange import frozen, one_template
     from llava_med.models.llava import read_processor
     said = tokenizer.chat_template
-    if not said and any((Path(path)/f).exists() for f in ('processor_config.json', 'chat_template.json')):
+    if not said and any((Path(path)/f).exists()
+                        for f in ('processor_config.json', 'chat_template.json')):
         said = getattr(read_processor(path, lambda line: None), 'chat_template', None)
-    if not said: raise ValueError(f'{path} has no chat template: name a model that was tuned for conversations.')
+    if not said:
+        raise ValueError(f'{path} has no chat template: name a model that was tuned for conversations.')
     return frozen(one_template(said, path))
 
 def _chat_rules(tokenizer, model, path):
@@ -415,7 +417,8 @@ def _chat_rules(tokenizer, model, path):
     try:
         tokenizer.chat_template = chat_template(tokenizer)   # also where it reads lists only
         return with_end(tokenizer, tokenizer.chat_template, ends, path, lambda line: None)[1]
-    except ValueError: return ends   # a template that has no place for an image; its ends are as said
+    except ValueError:
+        return ends   # a template that has no place for an image; its ends are as said
 
 class LocalGenerator(TextGenerator):
     "A chat model of `transformers` that writes conversations on this machine."
@@ -438,7 +441,8 @@ class LocalGenerator(TextGenerator):
         try:
             config = AutoConfig.from_pretrained(self.path)
             kind = AutoModelForImageTextToText if hasattr(config, 'vision_config') else AutoModelForCausalLM
-            tokenizer, model = read_tokenizer(self.path), kind.from_pretrained(self.path, dtype='auto')
+            tokenizer, model = read_tokenizer(self.path), kind.from_pretrained(self.path,
+                                                                               dtype='auto')
         except (OSError, ValueError) as e:
             raise ValueError(f'{self.path} cannot be loaded as a chat model ({" ".join(str(e).split())[:200]}): name a folder with a model and its tokenizer, or a model of the hub.') from None
         model.generation_config.eos_token_id = _chat_rules(tokenizer, model, self.path)
@@ -453,7 +457,8 @@ class LocalGenerator(TextGenerator):
         from llava_med.models.exchange import chat_text, text_ids
         def encode(m):
             text, last = chat_text(tokenizer, m, cue=True), m[-1]['content'].strip()
-            if last not in text: raise ValueError(f'The chat template of {self.path} leaves out what is asked: {last[:80]!r}')
+            if last not in text:
+                raise ValueError(f'The chat template of {self.path} leaves out what is asked: {last[:80]!r}')
             return text_ids(tokenizer, [text])[0]
         try: return encode(messages)
         except ValueError:

@@ -75,15 +75,18 @@ def slake_labels(
     for r in read_json(slake_file(folder, 'train')): rows[clean(r['img_name'])].append(r)
     names = sorted(set(rows) - held_out_images(folder))
     names = [n for n in names if (folder/'imgs'/n).is_file()]
-    if not names: raise FileNotFoundError(f'{folder/"imgs"}: holds no image of a training question without a test question.')
+    if not names:
+        raise FileNotFoundError(f'{folder/"imgs"}: holds no image of a training question without a test question.')
     return [_labels_of(folder, n, rows[n]) for n in names]
 
 def _labels_of(folder, image, rows):
     "The labels of one image, from its questions and its boxes."
-    said = [(clean(r['question']).lower(), clean(r['answer']), clean(r.get('content_type'))) for r in rows]
+    said = [(clean(r['question']).lower(), clean(r['answer']), clean(r.get('content_type')))
+            for r in rows]
     planes = Counter(a.lower() for q, a, kind in said if kind == 'Plane' and 'plane' in a.lower())
     weights = Counter(a.upper() for q, a, kind in said if a.upper() in ('T1', 'T2'))
-    things = [Thing(b['name'], tuple(b['box']), is_lesion(b['name'])) for b in slake_boxes(folder, image)]
+    things = [Thing(b['name'], tuple(b['box']), is_lesion(b['name']))
+              for b in slake_boxes(folder, image)]
     first = lambda counts: ' '.join(counts.most_common(1)[0][0].split()) if counts else ''
     return Labels(image, clean(rows[0].get('modality')), body_part(clean(rows[0].get('location'))),
                   first(planes), first(weights), tuple(things))
@@ -102,7 +105,8 @@ def an(
     word:str, # that follows
 )->str:
     "The word with its article."
-    return f'an {word}' if word[:1].lower() in 'aeiou' or word[:3] in ('MRI', 'X-R') else f'a {word}'
+    return f'an {word}' if word[:1].lower() in 'aeiou' or word[:3] in ('MRI',
+                                                                       'X-R') else f'a {word}'
 
 def word_list(
     words:list, # of anything
@@ -116,7 +120,9 @@ def scan_words(
 )->str:            # such as 'CT of the abdomen, transverse plane'
     "The kind of image in a few words."
     kind = f'{labels.modality} of the {labels.part}'
-    return ', '.join([kind, *[w for w in (labels.plane, labels.weighting and f'{labels.weighting} weighted') if w]])
+    return ', '.join([kind, *[w for w in (labels.plane,
+                                          labels.weighting
+                                          and f'{labels.weighting} weighted') if w]])
 
 def label_caption(
     labels:Labels, # of an image
@@ -128,8 +134,11 @@ def label_caption(
     organs = [organs[i] for i in rng.permutation(len(organs))[:int(rng.integers(2, 7))]]
     head = an(scan_words(labels))
     said = [f'{head[0].upper()}{head[1:]}.']
-    if lesions: said.append(f"It shows {word_list(f'{t.name} in the {place_words(t.box)} of the image' for t in lesions)}.")
-    if organs: said.append(' '.join(f'The {t.name} is in the {place_words(t.box)} of the image.' for t in organs))
+    if lesions:
+        said.append(f"It shows {word_list(f'{t.name} in the {place_words(t.box)} of the image' for t in lesions)}.")
+    if organs:
+        said.append(' '.join(f'The {t.name} is in the {place_words(t.box)} of the image.'
+                             for t in organs))
     return ' '.join(said)
 
 # %% ../../nbs/03_data/18_labels.ipynb #59d34d5f
@@ -144,7 +153,8 @@ def knowledge(
         for line in path.read_text(encoding='utf-8-sig').splitlines()[1:]:
             key, attribute, value, *_ = *line.split('#'), '', ''
             pair = attribute.strip().lower(), value.strip()
-            if pair[0] in asked and pair[1] and pair not in out[key.strip().lower()]: out[key.strip().lower()].append(pair)
+            if pair[0] in asked and pair[1] and pair not in out[key.strip().lower()]:
+                out[key.strip().lower()].append(pair)
     return dict(out)
 
 def absent_things(
@@ -153,17 +163,22 @@ def absent_things(
     "What one may ask for and not find, image by image."
     common = defaultdict(Counter)
     for l in all_labels: common[l.modality, l.part].update({t.name for t in l.things})
-    return {l.image: sorted(set(common[l.modality, l.part]) - {t.name for t in l.things}) for l in all_labels}
+    return {l.image: sorted(set(common[l.modality, l.part]) - {t.name for t in l.things})
+            for l in all_labels}
 
 # %% ../../nbs/03_data/18_labels.ipynb #a27851dd
 def _scan_turns(l, rng):
     "Questions about modality, body part, plane and weighting."
-    out = [(['What modality is used to take this image?', 'How was this image taken?'], l.modality, 'modality', None),
-           (['Which part of the body does this image belong to?', 'What part of the body is shown?'],
+    out = [(['What modality is used to take this image?', 'How was this image taken?'], l.modality,
+            'modality', None),
+           (['Which part of the body does this image belong to?',
+             'What part of the body is shown?'],
             l.part.capitalize(), 'position', None)]
-    if l.plane: out.append((['What is the scanning plane of this image?', 'In what plane is it scanned?'],
+    if l.plane:
+        out.append((['What is the scanning plane of this image?', 'In what plane is it scanned?'],
                             l.plane.title(), 'plane', None))
-    if l.weighting: out.append((['What is the MR weighting of this image?'], l.weighting, 'modality', None))
+    if l.weighting:
+        out.append((['What is the MR weighting of this image?'], l.weighting, 'modality', None))
     return out
 
 def _thing_turns(l, absent, rng):
@@ -176,24 +191,29 @@ def _thing_turns(l, absent, rng):
     asked = [(t.name, 'Yes', t) for t in (there[i] for i in rng.permutation(len(there))[:n])]
     asked += [(absent[i], 'No', None) for i in rng.permutation(len(absent))[:max(len(asked), 1)]]
     for name, answer, t in asked:
-        out.append(([f'Does the picture contain {name}?', f'Is there {name} in this image?'], answer, 'presence', t))
+        out.append(([f'Does the picture contain {name}?', f'Is there {name} in this image?'],
+                    answer, 'presence', t))
     return out
 
 def _lesion_turns(l, rng):
     "Questions about lesions as a whole."
     lesions = [t for t in l.things if t.lesion]
     names = list(dict.fromkeys(t.name for t in lesions))
-    out = [(['Is this image normal?', 'Does this image look normal?'], 'No' if lesions else 'Yes', 'abnormality', None)]
+    out = [(['Is this image normal?', 'Does this image look normal?'], 'No' if lesions else 'Yes',
+            'abnormality', None)]
     if lesions:
         out.append((['What diseases are included in the picture?', 'Which abnormality is shown?'],
                     ', '.join(names).title(), 'abnormality', lesions[0]))
-        out.append((['Where is the abnormality located?'], place_words(lesions[0].box).capitalize(), 'abnormality', lesions[0]))
-        out.append((['How many kinds of abnormalities are there in this image?'], str(len(names)), 'count', None))
+        out.append((['Where is the abnormality located?'],
+                    place_words(lesions[0].box).capitalize(), 'abnormality', lesions[0]))
+        out.append((['How many kinds of abnormalities are there in this image?'], str(len(names)),
+                    'count', None))
     organs = [t for t in l.things if not t.lesion]
     if len(organs) > 1:
         sizes = sorted(organs, key=lambda t: -t.box[2]*t.box[3])
         if sizes[0].box[2]*sizes[0].box[3] > 1.3*sizes[1].box[2]*sizes[1].box[3]:
-            out.append((['What is the largest organ in the picture?'], sizes[0].name.title(), 'size', sizes[0]))
+            out.append((['What is the largest organ in the picture?'], sizes[0].name.title(),
+                        'size', sizes[0]))
     return out
 
 def _known_turns(l, known, rng):
@@ -216,7 +236,8 @@ def label_turns(
     most:int=6,    # turns of one conversation
 )->list:           # lists of (question, answer, question type, Thing or None), a conversation each
     "All that the labels of an image answer, as conversations."
-    turns = [*_scan_turns(labels, rng), *_thing_turns(labels, absent, rng), *_lesion_turns(labels, rng),
+    turns = [*_scan_turns(labels, rng), *_thing_turns(labels, absent, rng),
+             *_lesion_turns(labels, rng),
              *_known_turns(labels, known, rng)]
     turns = [turns[i] for i in rng.permutation(len(turns))]
     said = [(str(rng.choice(q)), a, kind, t) for q, a, kind, t in turns]
@@ -226,9 +247,11 @@ def _record(labels, name, turns, maker, tags):
     "One record in LLaVA-Med's form; the image stands before the first question."
     said = []
     for i, (q, a, *_) in enumerate(turns):
-        said += [{'from': 'human', 'value': f'{IMAGE}\n{q}' if i == 0 else q}, {'from': 'gpt', 'value': a}]
+        said += [{'from': 'human', 'value': f'{IMAGE}\n{q}' if i == 0 else q},
+                 {'from': 'gpt', 'value': a}]
     regions = [dict(name=t.name, box=list(t.box)) for t in dict.fromkeys(t for *_, t in turns if t)]
-    return dict(id=name, image=labels.image, domain=None, conversations=said, tags=tags, regions=regions,
+    return dict(id=name, image=labels.image, domain=None, conversations=said, tags=tags,
+                regions=regions,
                 lang='en', licence='CC BY 4.0', source='slake labels', generator=maker)
 
 def label_records(
@@ -244,11 +267,17 @@ def label_records(
         rng, stem = np.random.default_rng([seed, n]), re.sub(r'\W+', '-', l.image.rsplit('.', 1)[0])
         for k in range(n_captions):
             text = label_caption(l, rng)
-            length, prompts = ('detailed', DETAILED_PROMPTS) if len(text.split()) >= CUT_WORDS else ('brief', BRIEF_PROMPTS)
-            align.append(_record(l, f'{stem}-caption-{k}', [(str(rng.choice(prompts)), text, 'description', None)],
-                                 dict(name='labels', version='1', saw=['labels']), dict(length=length)))
+            length, prompts = ('detailed',
+                               DETAILED_PROMPTS) if len(text.split()) >= CUT_WORDS else ('brief',
+                                                                                         BRIEF_PROMPTS)
+            align.append(_record(l, f'{stem}-caption-{k}',
+                                 [(str(rng.choice(prompts)), text, 'description', None)],
+                                 dict(name='labels', version='1', saw=['labels']),
+                                 dict(length=length)))
         for k in range(n_rounds):
             for j, turns in enumerate(label_turns(l, absent[l.image], known, rng)):
-                talk.append(_record(l, f'{stem}-talk-{k}-{j}', turns, dict(name='labels', version='1', saw=['labels', 'knowledge graph']),
+                talk.append(_record(l, f'{stem}-talk-{k}-{j}', turns,
+                                    dict(name='labels', version='1',
+                                         saw=['labels', 'knowledge graph']),
                                     dict(question_types=[kind for *_, kind, _ in turns])))
     return align, talk

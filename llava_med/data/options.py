@@ -63,7 +63,8 @@ def _bare(options):
 
 def _order(labels):
     "Place of each label, and the labels in order; they are letters or numbers without a gap."
-    short = [re.sub(r'(?i)^(option|choice|opt|op)[\s_.-]*(?=\w)', '', l).strip('(). ').upper() for l in labels]
+    short = [re.sub(r'(?i)^(option|choice|opt|op)[\s_.-]*(?=\w)', '', l).strip('(). ').upper()
+             for l in labels]
     for known in (LETTERS, [str(i) for i in range(26)], [str(i) for i in range(1, 27)]):
         if sorted(short, key=lambda s: (len(s), s)) == list(known[:len(short)]):
             return [list(known).index(s) for s in short], list(known[:len(short)])
@@ -81,7 +82,8 @@ def _labelled(pairs):
     ranked = [o for _, (_, o) in sorted(zip(order, pairs), key=lambda x: x[0])]
     return _bare(list(map(clean, ranked))), names
 
-_LABELS, _TEXTS = ('letter', 'label', 'key', 'id', 'idx', 'index'), ('content', 'text', 'value', 'option', 'answer', 'choice')
+_LABELS, _TEXTS = ('letter', 'label', 'key', 'id', 'idx', 'index'), ('content', 'text', 'value',
+                                                                     'option', 'answer', 'choice')
 
 def _pair(entry):
     "Label and text of one entry of a list of dictionaries."
@@ -98,11 +100,13 @@ def _listed(value):
         if all(clean(l) for l, _ in pairs): return _labelled(pairs)
         value = [o for _, o in pairs]
     elif any(isinstance(o, (list, tuple, dict)) for o in value):
-        if all(isinstance(o, (list, tuple)) and len(o) == 2 for o in value): return _labelled(value)   # Arrow's map
+        if all(isinstance(o, (list, tuple)) and len(o) == 2 for o in value):
+            return _labelled(value)   # Arrow's map
         raise OptionError('has a list among its options; write one text for each')
     texts = [clean(o) for o in value]
     while texts and not texts[-1]: texts.pop()
-    if not all(texts): raise OptionError('has an empty option among its options; write it or leave it out')
+    if not all(texts):
+        raise OptionError('has an empty option among its options; write it or leave it out')
     return _bare(texts), []
 
 def option_list(
@@ -113,19 +117,22 @@ def option_list(
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, (list, tuple))]
         low = {str(k).lower(): v for k, v in value.items()}
-        if len(lists) == 2 and {'text', 'label'} <= set(low): return _labelled(zip(low['label'], low['text']))
+        if len(lists) == 2 and {'text', 'label'} <= set(low):
+            return _labelled(zip(low['label'], low['text']))
         return _labelled(value.items())
     if isinstance(value, (list, tuple)): return _listed(value)
     text = '' if clean(value) == '' else str(value).strip()
     if not text: return [], []
     if (found := text_literal(text)) is not None: return option_list(found)
     if inside := split_options(text): return inside.options, []
-    parts = next((p for s in '\n|;' if len(p := [clean(x) for x in text.split(s) if clean(x)]) > 1), None)
+    parts = next((p for s in '\n|;'
+                  if len(p := [clean(x) for x in text.split(s) if clean(x)]) > 1), None)
     if parts: return _bare(parts), []
     raise OptionError(f'has the options {clean(text)[:60]!r}, which are no list; write ["CT", "MRI"]')
 
 # %% ../../nbs/03_data/14_options.ipynb #1cf27f75
-_STYLES = (r'\(([A-J])\)', r'\[([A-J])\]', r'(?<![(\w])([A-J])\)', r'(?<![\w.])([A-J])\.(?=\s|[A-Z0-9])',
+_STYLES = (r'\(([A-J])\)', r'\[([A-J])\]', r'(?<![(\w])([A-J])\)',
+           r'(?<![\w.])([A-J])\.(?=\s|[A-Z0-9])',
            r'(?<![\w])([A-J])\s?[:：](?!\d)')
 _TITLE = re.compile(r'(?i)(?:\b(?:the\s+)?(?:answer\s+)?(?:options|choices)(?:\s+are)?|选项)\s*[:：]?\s*$')
 _LISTED = re.compile(r'(?i)(?:please\s+)?(?:choose|select|pick)?\s*(?:one\s+)?(?:from\s+)?(?:the\s+)?(?:following\s+)?(?:\w+\s+)?'
@@ -165,7 +172,8 @@ def _by_marks(text, style):
         lines = [text[:m.start()].rstrip(' \t*-') for m in chain]
         by_line, title = all(l[-1:] in ('', '\n') for l in lines), _TITLE.search(head)
         before = (head[:title.start()] if title else head).rstrip()
-        if title or by_line or before[-1:] in ('', *'?.:!？。：'): return _parted(text, chain, before, title, by_line)
+        if title or by_line or before[-1:] in ('', *'?.:!？。：'):
+            return _parted(text, chain, before, title, by_line)
 
 def _parted(text, chain, before, title, by_line):
     "The question and the options of a text, from the marks of its options."
@@ -192,7 +200,8 @@ def split_options(
         if found := _by_marks(text, style): return found
     m = _PLAIN_LIST.search(text)
     options = [clean(o) for o in re.split(r'[,;|/]|\bor\b', m[1].rstrip('. '))] if m else []
-    return Split(text[:m.start()].strip(), options, False) if len(options) > 1 and all(options) else None
+    return Split(text[:m.start()].strip(), options,
+                 False) if len(options) > 1 and all(options) else None
 
 # %% ../../nbs/03_data/14_options.ipynb #479f2c57
 _COLUMN = re.compile(r'((?:options?|choices?|opt|op|answers?|ans|candidate)[\s_.-]*)?[(\[]?([a-j]|\d{1,2})[)\]]?')
@@ -206,9 +215,11 @@ def option_columns(
     groups = {}
     for k in names:
         m = _COLUMN.fullmatch(k)
-        if m and (m[1] or m[2].isalpha()): groups.setdefault((m[1] or '', m[2].isalpha()), {})[k] = m[2].upper()
+        if m and (m[1] or m[2].isalpha()):
+            groups.setdefault((m[1] or '', m[2].isalpha()), {})[k] = m[2].upper()
     for (_, letters), found in sorted(groups.items(), key=lambda g: -len(g[1])):
-        if {'A', 'B'} <= set(found.values()) if letters else {'1', '2'} <= set(found.values()): return found
+        if {'A', 'B'} <= set(found.values()) if letters else {'1', '2'} <= set(found.values()):
+            return found
     return {}
 
 def _row_options(row, columns):
@@ -252,7 +263,8 @@ def key_readings(
     m = _LETTER.fullmatch(text)
     if m and LETTERS.index(m[1].upper()) < n: out['letter'] = LETTERS.index(m[1].upper())
     m = _BOTH.fullmatch(text)
-    if m and LETTERS.index(m[1].upper()) == places.get(same_option(m[2])): out['both'] = places[same_option(m[2])]
+    if m and LETTERS.index(m[1].upper()) == places.get(same_option(m[2])):
+        out['both'] = places[same_option(m[2])]
     number = _whole(key)
     if number is None: return out
     if labels and not labels[0].isalpha():
@@ -292,14 +304,19 @@ def _first_number(records):
 
 def _kinds(record, first):
     "Readings of a main key once it is known from where the file counts."
-    number, plain = ('from 0', 'from 1'), {k: v for k, v in record.reads.items() if k[:5] != 'from '}
-    counted = {k: record.reads[k] for k in number if k in record.reads and first in (None, 'mixed', k)}
-    if first in (None, 'mixed') and plain and (record.numbers or isinstance(record.keys[0][1], str)): return plain
+    number, plain = ('from 0',
+                     'from 1'), {k: v for k, v in record.reads.items() if k[:5] != 'from '}
+    counted = {k: record.reads[k] for k in number if k in record.reads
+               and first in (None, 'mixed', k)}
+    if first in (None,
+                 'mixed') and plain and (record.numbers or isinstance(record.keys[0][1], str)):
+        return plain
     return plain | counted
 
 def _place(record, kinds, votes, first):
     "The place of the right option; OptionError where the readings disagree."
-    named = [set(key_readings(v, record.options, record.labels).values()) for _, v in record.keys[1:]]
+    named = [set(key_readings(v, record.options, record.labels).values())
+             for _, v in record.keys[1:]]
     for places, (column, value) in zip(named, record.keys[1:]):
         both = {k: i for k, i in kinds.items() if i in places}
         if not both: raise OptionError(
@@ -320,9 +337,12 @@ def _place(record, kinds, votes, first):
                       f'"A. {record.options[0]}"')
 
 # %% ../../nbs/03_data/14_options.ipynb #09245d88
-KEY_COLUMNS = ('answer', 'gt_answer', 'answer_label', 'answer_idx', 'answer_index', 'answer_letter', 'answer_key',
-               'answerkey', 'answer_option', 'answer_text', 'correct_answer', 'correct_option', 'correct_choice',
-               'correct_idx', 'correct_index', 'correct_letter', 'cop', 'label', 'correct', 'gold', 'gt', 'ground_truth', 'target')
+KEY_COLUMNS = ('answer', 'gt_answer', 'answer_label', 'answer_idx', 'answer_index',
+               'answer_letter', 'answer_key',
+               'answerkey', 'answer_option', 'answer_text', 'correct_answer', 'correct_option',
+               'correct_choice',
+               'correct_idx', 'correct_index', 'correct_letter', 'cop', 'label', 'correct', 'gold',
+               'gt', 'ground_truth', 'target')
 KEY_COLUMNS += tuple(k.replace('_', ' ') for k in KEY_COLUMNS if '_' in k)   # in lower case; of two the first is the main one
 _VAGUE = {'label', 'correct', 'gold', 'gt', 'ground_truth', 'target'}   # beside another key often something else
 
@@ -345,16 +365,19 @@ def _full(value):
 def _fault(record):
     "What is wrong with the options and the main key of a record, or None."
     o, seen = record.options, {}
-    if len(o) > len(LETTERS): return f'has {len(o)} options and there are {len(LETTERS)} letters; leave some out'
+    if len(o) > len(LETTERS):
+        return f'has {len(o)} options and there are {len(LETTERS)} letters; leave some out'
     for i, text in enumerate(o):
         j = seen.setdefault(same_option(text), i)
-        if j != i: return f'has the option {text!r} twice ({LETTERS[j]} and {LETTERS[i]}); correct or remove one'
+        if j != i:
+            return f'has the option {text!r} twice ({LETTERS[j]} and {LETTERS[i]}); correct or remove one'
     if not record.keys: return 'has options and no key; add the right option'
     if record.reads: return None
     key, known = record.keys[0][1], f'A to {LETTERS[len(o) - 1]}'
     text, letter = clean(key), _LETTER.fullmatch(clean(key))
     both = _BOTH.fullmatch(text)
-    if letter: return f'has the key {text!r}, and its options are {known}; correct the key or add the option'
+    if letter:
+        return f'has the key {text!r}, and its options are {known}; correct the key or add the option'
     if both and same_option(both[2]) in map(same_option, o): return (
         f'has the key {text!r}, whose letter is not the letter of its text; correct one of them')
     return f'has the key {text[:60]!r}, which is none of its options ({"; ".join(o)[:120]}); correct the key or the options'
@@ -371,12 +394,14 @@ def _read_row(n, row, columns):
     numbers = isinstance(raw, (list, tuple)) and all(isinstance(v, (int, float)) for v in raw)
     if options:
         same = inside and _same_options(inside.options, options)
-        if inside and not same and inside.sure and len(inside.options) == len(options): raise OptionError(
+        if inside and not same and inside.sure and len(inside.options) == len(options):
+            raise OptionError(
             'has other options in its question than beside it; correct one of them')
         if same: asked = inside.question
         return _Record(n, asked, options, labels, keys, numbers)
     reads = key_readings(keys[0][1], inside.options) if keys else {}
-    if not keys or not (inside.sure or reads): return None   # the question only looks as if it had options
+    if not keys or not (inside.sure or reads):
+        return None   # the question only looks as if it had options
     return _Record(n, inside.question, inside.options, [], keys, False)
 
 def read_choices(
@@ -393,7 +418,8 @@ def read_choices(
         try: record = _read_row(n, row, columns)
         except OptionError as e: wrong[n] = str(e); continue
         if not record: continue
-        if record.keys: record.reads = key_readings(record.keys[0][1], record.options, record.labels)
+        if record.keys:
+            record.reads = key_readings(record.keys[0][1], record.options, record.labels)
         if fault := _fault(record): wrong[n] = fault
         else: records.append(record)
     found = _resolved(records, wrong)
@@ -436,8 +462,10 @@ _CUE = re.compile(rf"\b{_SAYS}\b(?:\s+(?i:is|would\s+be|should\s+be|must\s+be|es
                   r"|答案[是为：:]\s*|\b(?i:i\s+(?:would\s+)?(?:choose|select|pick))\s+")
 _STRONG = re.compile(r'(?:(?i:\banswer|\b(?:choose|chose|select|pick|go\s+with|choosing)\b)|答案[是为]?|故?选(?:择|项)?)\s*[:：=]?\s*' + _LEAD + r'[:=]?\s*' + _MARK)
 _WEAK = (re.compile(r'(?i:\b(?:option|choice|letter)\b)[\s:]*' + _MARK),
-         re.compile(r"(?i:\b(?:it\s+is|it's|its|this\s+is|that\s+is|think|believe|say)\b)[\s:]*" + _LEAD + _MARK),
-         re.compile(r'()(?<![\w(])\(([A-Za-z])\)'), re.compile(r'(?:^|(?<=[.;:,]\s))()([B-Z])(?=\s+(?i:is|was|because|since|would\s+be)\b)'),
+         re.compile(r"(?i:\b(?:it\s+is|it's|its|this\s+is|that\s+is|think|believe|say)\b)[\s:]*"
+                    + _LEAD + _MARK),
+         re.compile(r'()(?<![\w(])\(([A-Za-z])\)'),
+         re.compile(r'(?:^|(?<=[.;:,]\s))()([B-Z])(?=\s+(?i:is|was|because|since|would\s+be)\b)'),
          re.compile(r'(?:^|(?<=[.;:]\s))()(A)(?=\s+(?i:is\s+(?:the\s+)?(?:correct|right|best|wrong|not|incorrect)|because)\b)'))
 _TRAILING = re.compile(r"(?:[:,;]|\b(?i:therefore|thus|hence|so|but|is|be|est|ist|es))\s*[\"'(\[]*()([A-Z])[\"')\]]*[.!。]?\s*$")
 _DENIED = re.compile(r"(?i)(?:\bnot|n't|\bnever|\bexcept|\brul\w+\s+out|\bexclud\w+|\bneither|\bnor|\brather\s+than|\binstead\s+of)\s+(?:be\s+|the\s+|an?\s+)?(?:(?:answer|option|choice|letter)\s*)*[\"'(\[]*$")
@@ -452,9 +480,11 @@ def _unwrapped(text):
     box = _BOX.findall(text)
     if box: text = ''.join(box[-1])
     inside = text_literal(text.strip()) if text.strip()[:1] == '{' else None
-    if isinstance(inside, dict): text = str(next((inside[k] for k in _ANSWER_NAMES if k in inside), text))
+    if isinstance(inside, dict):
+        text = str(next((inside[k] for k in _ANSWER_NAMES if k in inside), text))
     text = re.sub(r'(?<![\w*])\*(?=\S)([^*\n]+)(?<=\S)\*(?![\w*])', r'\1', text)
-    text = re.sub(r'\*\*|__|`|\$|^\s*#+\s*|(?<!\w)\*|(?<!\b[tT][12])\*(?!\w)|\\text\{([^{}]*)\}', r'\1', text, flags=re.M).strip()
+    text = re.sub(r'\*\*|__|`|\$|^\s*#+\s*|(?<!\w)\*|(?<!\b[tT][12])\*(?!\w)|\\text\{([^{}]*)\}',
+                  r'\1', text, flags=re.M).strip()
     return re.sub(r'\s+', ' ', re.sub(r'(?<=[\w)\]])[ \t]*\n\s*', '. ', text)).strip()
 
 def _letters(pattern, text, n):
@@ -482,7 +512,8 @@ def _named(words, text):
         if not words[i] or f' {words[i]} ' not in text: continue
         other = _NOT + _COMPARED*words[i][0].isdigit()
         kept = re.sub(rf' (?:{other}) (?:be )?{re.escape(words[i])} ', ' | ', text)
-        if words[i][-1].isdigit(): kept = re.sub(rf' {re.escape(words[i])} (?=\d)', ' | ', kept)   # grade 2-3 is not grade 2
+        if words[i][-1].isdigit():
+            kept = re.sub(rf' {re.escape(words[i])} (?=\d)', ' | ', kept)   # grade 2-3 is not grade 2
         if f' {words[i]} ' in kept: found |= {j for j, w in enumerate(words) if w == words[i]}
         text = text.replace(f' {words[i]} ', ' | ')
     return found
@@ -502,7 +533,8 @@ def _goes_on(options, place, rest):
     if place + 1 >= len(options): return False
     after = rest[len(clean(options[place])):] if rest.casefold().startswith(clean(options[place]).casefold()) else ''
     after = re.sub(r'^[\s.,;]*' + _OWN.format(LETTERS[place + 1]), '\0', after)
-    return after[:1] == '\0' and after[1:].casefold().startswith(clean(options[place + 1]).casefold())
+    return after[:1] == '\0' and after[1:].casefold().startswith(clean(options[place
+                                                                               + 1]).casefold())
 
 def _headed(options, words, said, normalise):
     "The place of a letter at the head of an answer; -1 if its text is another option's; None where there is none."
@@ -526,7 +558,8 @@ def _side_by_side(words, said, normalise):
 
 def _several(said, n):
     "Whether an answer is a list of different letters, such as A and B, or AB."
-    if n > 1 and re.fullmatch(rf'[A-{LETTERS[min(n, 26) - 1]}]{{2,}}', said.strip('. ')): return True
+    if n > 1 and re.fullmatch(rf'[A-{LETTERS[min(n, 26) - 1]}]{{2,}}', said.strip('. ')):
+        return True
     m = re.match(r"(?:(?i:both|either|neither|options?)\s+)?[\"'(\[]*([A-Z])(?=[\"')\]]*\s*(?:,|(?:and|or)\b|/|&|\+))", said)
     more = m and _ALSO.match(said[m.end():])
     return bool(more and more[1] != m[1] and LETTERS.index(more[1]) < n)
@@ -598,7 +631,9 @@ def said_option(
     if place is not _OPEN: return place
     for patterns in ((_STRONG,), (_TRAILING,), _WEAK):
         places = set().union(*(_letters(p, said, n) for p in patterns))
-        if places: return _undisputed(places, words, normalise(said)) if patterns[0] is not _STRONG else _only(places)
+        if places:
+            return _undisputed(places, words,
+                               normalise(said)) if patterns[0] is not _STRONG else _only(places)
     for part in (last, said):
         if named := _named(words, normalise(part)): return _only(named)
 

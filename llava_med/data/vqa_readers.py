@@ -105,11 +105,13 @@ def _csv_rows(path): # rows of a table
     try:
         with open(path, newline='', encoding='utf-8-sig', errors='strict') as f:
             table = _table(f)
-            twice = next((k for k, n in Counter(filter(None, table.fieldnames)).items() if n > 1), None)
+            twice = next((k for k, n in Counter(filter(None, table.fieldnames)).items()
+                          if n > 1), None)
             rows = list(table)
     except (csv.Error, UnicodeDecodeError) as e: raise ValueError(f'{path}: not a table that can be read ({e}); save it as CSV in UTF-8.') from None
     finally: csv.field_size_limit(csv_limit)
-    if twice: raise ValueError(f'{path}: has two columns {twice!r}; keep the one that counts, or give each its own name.')
+    if twice:
+        raise ValueError(f'{path}: has two columns {twice!r}; keep the one that counts, or give each its own name.')
     if not rows: raise ValueError(f'{path}: holds no questions.')
     return rows
 
@@ -134,7 +136,8 @@ def read_pmc_vqa(
             raise ValueError(f'{path}: row {n} lacks Figure_path, Question, Answer or its choices; is the file cut off?')
     found = read_choices(path, rows, left_out)
     lost = next((n for n in range(len(rows)) if n not in found), None)
-    if lost is not None: raise OptionError(f'{path}: row {lost} has no options; write its choices or remove it.')
+    if lost is not None:
+        raise OptionError(f'{path}: row {lost} has no options; write its choices or remove it.')
     out = [_pmc_item(r, n, found[n], path) for n, r in enumerate(rows) if found[n]]
     return [o for o in out if split in (None, o['split'])]
 
@@ -149,9 +152,11 @@ def _llava_items(r, n, split, path):
     images = r.get('image') or []
     for k, (asked, answer) in enumerate(zip(said[::2], said[1::2])):
         asked = str(asked).replace('<image>', ' ')
-        item = make_item(f'llava_med-{split}-{n}' + (f'-{k}' if len(said) > 2 else ''), [images] if isinstance(images, str) else images,
+        item = make_item(f'llava_med-{split}-{n}' + (f'-{k}' if len(said) > 2 else ''),
+                         [images] if isinstance(images, str) else images,
                          asked, answer, r['answer_type'], split, 'llava_med', row=n,
-                         question_type=clean(r.get('question_type')).lower() or None, prompt=clean(asked), qid=r.get('id'))
+                         question_type=clean(r.get('question_type')).lower() or None,
+                         prompt=clean(asked), qid=r.get('id'))
         yield dict(question=asked, answer=answer), item
 
 def _answered(item, choice): # the item with its options, in the answer's own writing
@@ -174,7 +179,8 @@ def read_llava_vqa(
     return [_answered(o, c) if c else o for o, c in kept if c is not None]
 
 # %% ../../nbs/03_data/16_vqa_readers.ipynb #e49c12a3
-IMAGE_COLUMNS = ('image', 'images', 'image_path', 'image_paths', 'img', 'img_path', 'picture', 'figure_path', 'file_name',
+IMAGE_COLUMNS = ('image', 'images', 'image_path', 'image_paths', 'img', 'img_path', 'picture',
+                 'figure_path', 'file_name',
                  'image path', 'image_file', 'image_bytes', 'decoded_image', 'jpg', 'png')   # in lower case
 _ENDINGS = dict(JPEG='.jpg', PNG='.png', TIFF='.tif', GIF='.gif', WEBP='.webp', BMP='.bmp')
 _MAGIC = (b'\x89PNG', b'\xff\xd8\xff', b'GIF8', b'RIFF', b'BM', b'II*\x00', b'MM\x00*')
@@ -186,7 +192,9 @@ def _image_columns(names):
 
 def _base64(text): # the bytes of a picture in a text, or None
     body = re.sub(r'^data:image/[\w.+-]+;base64,', '', text)
-    if len(body) < 60 or not re.fullmatch(r'[A-Za-z0-9+/\s]+=*\s*', body[:400] if len(body) > 400 else body): return None
+    if len(body) < 60 or not re.fullmatch(r'[A-Za-z0-9+/\s]+=*\s*',
+                                          body[:400] if len(body) > 400 else body):
+        return None
     try: data = base64.b64decode(body)
     except ValueError: return None
     return data if data.startswith(_MAGIC) else None
@@ -194,9 +202,11 @@ def _base64(text): # the bytes of a picture in a text, or None
 def _pixels(value): # PNG of an image that is a list of rows of whole numbers
     x = np.asarray(value)
     if x.dtype.kind not in 'iu' or x.ndim not in (2, 3): raise ValueError('no image')
-    if x.ndim == 3 and x.shape[0] in (1, 3) and x.shape[2] not in (1, 3, 4): x = x.transpose(1, 2, 0)
+    if x.ndim == 3 and x.shape[0] in (1, 3) and x.shape[2] not in (1, 3, 4):
+        x = x.transpose(1, 2, 0)
     f = io.BytesIO()
-    Image.fromarray((x[..., 0] if x.ndim == 3 and x.shape[2] == 1 else x).astype(np.uint8)).save(f, 'PNG')
+    Image.fromarray((x[..., 0] if x.ndim == 3 and x.shape[2] == 1
+                     else x).astype(np.uint8)).save(f, 'PNG')
     return f.getvalue()
 
 def _pictures(value): # names and bytes of all images in a cell
@@ -204,10 +214,13 @@ def _pictures(value): # names and bytes of all images in a cell
     if isinstance(value, (bytes, bytearray, memoryview)): return [bytes(value)]
     if isinstance(value, dict):
         data = value.get('bytes')
-        return _pictures(bytes(data) if isinstance(data, list) else data) if data else _pictures(value.get('path'))
+        return _pictures(bytes(data) if isinstance(data, list)
+                         else data) if data else _pictures(value.get('path'))
     if isinstance(value, (list, tuple)):
         if value and all(type(v) is int for v in value): return [bytes(value)]
-        if value and isinstance(value[0], list) and value[0] and isinstance(value[0][0], (int, list)): return [_pixels(value)]
+        if value and isinstance(value[0], list) and value[0] and isinstance(value[0][0],
+                                                                            (int, list)):
+            return [_pixels(value)]
         return [p for v in value for p in _pictures(v)]
     text = clean(value) if isinstance(value, (str, int)) else ''
     if text.startswith('[') and (found := text_literal(text)) is not None: return _pictures(found)
@@ -232,7 +245,8 @@ def _stored(cell, images_dir, path, n): # the names of the pictures of a cell, w
 _IDS = ('qid', 'question_id', 'id', 'index', 'idx')
 _TAGS = dict(modality=('modality', 'modality_type'), organ=('organ', 'location'),
              question_type=('question_type', 'content_type', 'category'))
-_KEPT = ('hint', 'patient', 'cluster', 'q_lang', 'img_name', 'medical_task', 'body_system', 'subfield', 'topic_difficulty', 'l2-category')
+_KEPT = ('hint', 'patient', 'cluster', 'q_lang', 'img_name', 'medical_task', 'body_system',
+         'subfield', 'topic_difficulty', 'l2-category')
 
 def _unmarked(value, n_images):
     "A text, or the texts of a list, without another tool's marks of images."
@@ -245,9 +259,11 @@ def _unmarked(value, n_images):
 
 def _row_split(r, default, where=None):
     "The split of a row; one that is unknown is the file's, or refused where `where` names the row."
-    said = next((clean(r[k]).lower() for k in ('split', 'set', 'subset', 'partition') if k in r and split_of(clean(r[k]) or 'x')), None)
+    said = next((clean(r[k]).lower() for k in ('split', 'set', 'subset', 'partition') if k in r
+                 and split_of(clean(r[k]) or 'x')), None)
     if said: return split_of(said)
-    if where and clean(r.get('split')): raise ValueError(f'{where} has the split {clean(r["split"]).lower()!r}; write train, val or test.')
+    if where and clean(r.get('split')):
+        raise ValueError(f'{where} has the split {clean(r["split"]).lower()!r}; write train, val or test.')
     return default
 
 def _row_item(r, n, ident, names, part, source, choice):
@@ -262,7 +278,8 @@ def _row_item(r, n, ident, names, part, source, choice):
     if clean(r.get('dataset')): extra['subset'] = clean(r['dataset'])
     asked = _unmarked(str(r['question']), len(names))
     if asked != str(r['question']): extra['prompt'] = clean(r['question'])
-    item = make_item(ident, names, asked, key, split=part, source=source, row=n, **kind, **tags, **extra)
+    item = make_item(ident, names, asked, key, split=part, source=source, row=n, **kind,
+                     **tags, **extra)
     return choice_item(item, choice) if choice else item
 
 def _single(path, n, r):
@@ -279,7 +296,8 @@ def _choices(path, rows, counts, left_out):
     plain = [r | {k: _unmarked(r[k], n) for k in marked if k in r} for r, n in zip(rows, counts)]
     found = read_choices(path, plain, left_out)
     keys = {clean(next((r[k] for k in KEY_COLUMNS if k in r and clean(r[k])), '')) for r in rows}
-    if not found and len(rows) > 2 and len(keys) > 1 and all(re.fullmatch('[A-J]', k) for k in keys) and 'answer_type' not in rows[0]:
+    if not found and len(rows) > 2 and len(keys) > 1 and all(re.fullmatch('[A-J]', k)
+                                                             for k in keys) and 'answer_type' not in rows[0]:
         raise OptionError(f'{path}: its keys are the letters {", ".join(sorted(keys))}, and no column holds options '
                           f'({", ".join(rows[0])}); name the columns A, B, C and so on, or options.')
     return found
@@ -298,11 +316,13 @@ def read_table(
     columns, by_index = _image_columns(rows[0]), {clean(r.get('index')): r for r in rows}
     for r in rows:   # VLMEvalKit writes a picture once, and the index of that row in the others
         cell = clean(r.get('image'))
-        if cell.isdigit() and clean(by_index.get(cell, r).get('image')) != cell: r['image'] = by_index[cell]['image']
+        if cell.isdigit() and clean(by_index.get(cell, r).get('image')) != cell:
+            r['image'] = by_index[cell]['image']
     cells = [next((r[k] for k in columns if clean(r.get(k))), '') for r in rows]
     answered = [any(clean(r.get(k)) for k in KEY_COLUMNS) for r in rows]
     for n, r in enumerate(rows):
-        empty = [k for k, there in (('image', cells[n]), ('question', clean(r.get('question'))), ('answer', answered[n])) if not there]
+        empty = [k for k, there in (('image', cells[n]), ('question', clean(r.get('question'))),
+                                    ('answer', answered[n])) if not there]
         if empty: raise ValueError(f'{path}: row {n} has no {" and no ".join(empty)}.')
     names = [_stored(c, images_dir, path, n) for n, c in enumerate(cells)]
     found = _choices(path, rows, list(map(len, names)), left_out)
@@ -315,7 +335,8 @@ def read_table(
 _RECORDS = dict(omnimed='omnimedvqa', medxpert='medxpertqa', records='records')
 
 def _record_layout(keys): # which kind of record has these keys, in lower case, or None
-    if 'question' not in keys or not _image_columns(keys) or not keys & set(KEY_COLUMNS): return None
+    if 'question' not in keys or not _image_columns(keys) or not keys & set(KEY_COLUMNS):
+        return None
     if {'gt_answer', 'image_path'} <= keys: return 'omnimed'
     return 'medxpert' if {'options', 'label', 'images', 'medical_task'} <= keys else 'records'
 
@@ -330,9 +351,12 @@ def read_qa_records(
     rows = check_rows(path, _load(path), ())
     rows = [{clean(k).lower(): v for k, v in r.items()} for r in rows]
     check_rows(path, rows, ('question',))
-    columns, source = _image_columns(dict.fromkeys(k for r in rows for k in r)), _RECORDS[_record_layout(set(rows[0]))]
-    names = [_stored(next((r[k] for k in columns if _pictures(r.get(k))), None), images_dir, path, n) for n, r in enumerate(rows)]
-    found, part, out = _choices(path, rows, list(map(len, names)), left_out), split_of(path) or 'all', []
+    columns, source = _image_columns(dict.fromkeys(k for r in rows
+                                                   for k in r)), _RECORDS[_record_layout(set(rows[0]))]
+    names = [_stored(next((r[k] for k in columns if _pictures(r.get(k))), None), images_dir, path,
+                     n) for n, r in enumerate(rows)]
+    found, part, out = _choices(path, rows, list(map(len, names)),
+                                left_out), split_of(path) or 'all', []
     for n, r in enumerate(rows):
         if found.get(n, n) is None: continue
         own = clean(r.get('question_id') or r.get('id'))
@@ -342,7 +366,9 @@ def read_qa_records(
     return [o for o in out if split in (None, o['split'])]
 
 # %% ../../nbs/03_data/16_vqa_readers.ipynb #d9ddfa90
-_NAMES = {'medxpertqa': r'med[-_ ]?xpert', 'omnimedvqa': r'omni[-_ ]?med', 'mmmu': r'mmmu', 'vqa_rad': r'vqa[-_ ]?rad|rad[-_ ]?vqa', 'pathvqa': r'path[-_ ]?vqa|pvqa', 'slake': r'slake', 'pmc_vqa': r'pmc[-_ ]?vqa'}
+_NAMES = {'medxpertqa': r'med[-_ ]?xpert', 'omnimedvqa': r'omni[-_ ]?med', 'mmmu': r'mmmu',
+          'vqa_rad': r'vqa[-_ ]?rad|rad[-_ ]?vqa', 'pathvqa': r'path[-_ ]?vqa|pvqa',
+          'slake': r'slake', 'pmc_vqa': r'pmc[-_ ]?vqa'}
 
 def _table_rows(path, columns, size): # rows of a parquet file, a few at a time; names in lower case
     import pyarrow as pa, pyarrow.parquet as pq
@@ -360,7 +386,8 @@ def _parquet_columns(path): # names of the columns in lower case → as they are
         raise ValueError(f'{path}: not a parquet file that can be read ({str(e).splitlines()[0][:120]}); fetch it again.') from None
     names = {clean(k).lower(): k for k in schema.names}
     images = _image_columns(names)
-    if not images: images = [k for k, v in names.items() if 'binary' in str(schema.field(v).type)][:1]
+    if not images:
+        images = [k for k, v in names.items() if 'binary' in str(schema.field(v).type)][:1]
     return names, images
 
 def _parquet_split(path): # train, val or test, by the file's name or its folder's
@@ -369,8 +396,10 @@ def _parquet_split(path): # train, val or test, by the file's name or its folder
 def _parquet_text(path): # rows without their pictures, and the columns that hold these
     names, images = _parquet_columns(path)
     key = next((k for k in KEY_COLUMNS if k in names), None)
-    lack = [k for k, there in (('question', 'question' in names), ('answer', key), ('image', images)) if not there]
-    if lack: raise ValueError(f'{path}: has the columns {", ".join(names)}, but not {" and ".join(lack)}.')
+    lack = [k for k, there in (('question', 'question' in names), ('answer', key),
+                               ('image', images)) if not there]
+    if lack:
+        raise ValueError(f'{path}: has the columns {", ".join(names)}, but not {" and ".join(lack)}.')
     rows = list(_table_rows(path, [v for k, v in names.items() if k not in images], 4096))
     if not rows: raise ValueError(f'{path}: holds no questions.')
     return rows, [names[k] for k in images], images
@@ -392,13 +421,17 @@ def read_parquet(
     parts = path.absolute().parts[::-1]  # the nearest name counts
     source = source or next((s for p in parts for s, pattern in _NAMES.items() if re.search(pattern, p.lower())), 'parquet')
     known = _parquet_split(path)   # a file or a folder may name the split where a column does not
-    splits = [_row_split(r, known, None if known != 'all' else f'{path}: row {n}') for n, r in enumerate(rows)]
+    splits = [_row_split(r, known, None if known != 'all' else f'{path}: row {n}')
+              for n, r in enumerate(rows)]
     if split and split not in splits: return []
     there = [images_dir if split in (None, s) else None for s in splits]
-    names = [[name for cell in _row_pictures(r, columns) for name in _stored(cell, there[n], path, n)]
+    names = [[name for cell in _row_pictures(r, columns)
+              for name in _stored(cell, there[n], path, n)]
              for n, r in enumerate(_table_rows(path, stored, 64))]
-    found, stem = _choices(path, rows, list(map(len, names)), left_out), re.sub(r'\W+', '_', path.name.removesuffix('.parquet'))
-    out = [_row_item(r, n, f'{source}-{splits[n]}-{stem}-{n}', names[n], splits[n], source, found.get(n))
+    found, stem = _choices(path, rows, list(map(len, names)), left_out), re.sub(r'\W+', '_',
+                                                                                path.name.removesuffix('.parquet'))
+    out = [_row_item(r, n, f'{source}-{splits[n]}-{stem}-{n}', names[n], splits[n], source,
+                     found.get(n))
            for n, r in enumerate(rows) if found.get(n, n) is not None]
     return [o for o in out if split in (None, o['split'])]
 
@@ -441,8 +474,10 @@ LAYOUTS = dict( # layout: source, edition, what it is; of two layouts of one sou
 def _layout(path): # which layout one file has, or None
     if path.suffix == '.parquet': return 'parquet'
     if path.suffix in ('.csv', '.tsv'):
-        with open(path, newline='', encoding='utf-8-sig', errors='replace') as f: head = set(_table(f).fieldnames)
-        if {'figure_path', 'question', 'choice a'} <= head: return 'pmc_vqa_1' if 'answer_label' in head else 'pmc_vqa_2'
+        with open(path, newline='', encoding='utf-8-sig', errors='replace') as f:
+            head = set(_table(f).fieldnames)
+        if {'figure_path', 'question', 'choice a'} <= head:
+            return 'pmc_vqa_1' if 'answer_label' in head else 'pmc_vqa_2'
         return 'table' if _record_layout(head) else None
     rows = _load(path)
     keys = set(rows[0]) if isinstance(rows, list) and rows and isinstance(rows[0], dict) else set()
@@ -452,10 +487,12 @@ def _layout(path): # which layout one file has, or None
     if {'sent', 'img_id', 'label'} <= keys: return 'pathvqa_vqa'
     if keys & {'conversations', 'conversatons'}: return 'llava'
     if {'images', 'question', 'answer_type'} <= keys: return 'items'
-    if path.suffix in ('.pkl', '.pickle', '.p'): return 'pathvqa_qa' if keys == {'image', 'question', 'answer'} else None
+    if path.suffix in ('.pkl', '.pickle', '.p'):
+        return 'pathvqa_qa' if keys == {'image', 'question', 'answer'} else None
     return _record_layout({clean(k).lower() for k in keys})
 
-_PLACES = ('*.json', '*.jsonl', '*.csv', '*.tsv', 'MM/*.jsonl', 'QA_information/**/*.json', '*-access/*.json', '*.pkl', 'qas/*.pkl', 'qas/*/*.pkl', '**/*.parquet')
+_PLACES = ('*.json', '*.jsonl', '*.csv', '*.tsv', 'MM/*.jsonl', 'QA_information/**/*.json',
+           '*-access/*.json', '*.pkl', 'qas/*.pkl', 'qas/*/*.pkl', '**/*.parquet')
 
 def recognise(
     path:str|Path, # a file or folder
@@ -521,19 +558,22 @@ def read_vqa(
     if layout not in ('parquet', 'omnimed'): _one_file_a_split(path, files, split)
     mostly = part and left_out is None   # sound, or it is no part of a set
     if mostly: left_out = []
-    items = [o for p in files for o in _read_file(layout, p, split, lang, images_dir, source, left_out)]
+    items = [o for p in files
+             for o in _read_file(layout, p, split, lang, images_dir, source, left_out)]
     if mostly and len(left_out) > len(items): raise OptionError(
         f'{left_out[0]}; {len(left_out)} records are like this and {len(items)} are sound: correct the file.')
     if not items: raise ValueError(f'{path}: {what}, but no question for split={split!r}, lang={lang!r}.')
     if layout == 'parquet': what += f', taken for {items[0]["source"]}'
     if n := sum(bool(o['options']) for o in items): what += f'; {n} with options'
-    if left_out: what += f'; {len(left_out)} left out because their options contradict their key (the first: {left_out[0]})'
+    if left_out:
+        what += f'; {len(left_out)} left out because their options contradict their key (the first: {left_out[0]})'
     assumed = sum('key_assumed' in o for o in items)
     if assumed: what += f'; {assumed} keys are numbers, taken to count from 0'
     derived = sum('type_from' in o for o in items)
     if derived: what += f'; {derived} of {len(items)} questions have no official answer type, CLOSED means there that the answer is yes or no'
     wrong = [] if part or layout in ('items', 'llava') else check_counts(items, _edition(layout, items, files))
-    if wrong: raise ValueError(f'{path}: {wrong[0]} If this is meant to be a part of the set, say so: part=True, --part, or vqa_part to an evaluation.')
+    if wrong:
+        raise ValueError(f'{path}: {wrong[0]} If this is meant to be a part of the set, say so: part=True, --part, or vqa_part to an evaluation.')
     if say: say(f'{path.name or path}: {what}; {len(items)} questions')
     return items
 
@@ -552,7 +592,8 @@ def open_vqa(
     "A VQA set as an evaluation needs it: its splits, its pictures, and the names of those that are missing."
     path = Path(path).expanduser()
     if images_dir and not Path(images_dir).is_dir(): raise FileNotFoundError(f'{images_dir}: there is no such folder of images.')
-    items, folder = read_vqa(path, lang=lang, part=part, images_dir=store, say=say, left_out=left_out), path if path.is_dir() else path.parent
+    items, folder = read_vqa(path, lang=lang, part=part, images_dir=store, say=say,
+                             left_out=left_out), path if path.is_dir() else path.parent
     items = [o | dict(question=clean(o['question']), answer=clean(o['answer'])) for o in items]   # of sets made by hand, too
     parts = {s: [o for o in items if o['split'] == s] for s in ('train', 'val', 'test')}
     test_is = next((s for s in ('test', 'val') if parts[s]), 'all')
@@ -561,7 +602,10 @@ def open_vqa(
     twice = [i for i, n in Counter(o['id'] for o in test).items() if n > 1]
     if twice: raise ValueError(f'{path}: the item {twice[0]!r} occurs twice; give each item its own id.')
     names = {n for o in test for n in o['images']}
-    places = [Path(images_dir)] if images_dir else [*([Path(store)] if store else []), *(d/p for d in (folder, folder.parent, folder.parent.parent) for p in _IMAGE_DIRS)]
+    places = [Path(images_dir)] if images_dir else [*([Path(store)] if store else []),
+                                                    *(d/p for d in (folder, folder.parent,
+                                                                    folder.parent.parent)
+                                                                    for p in _IMAGE_DIRS)]
     there = {p: {n for n in names if (p/n).is_file()} for p in places}
     best = max(places, key=lambda p: len(there[p]))
     public = [p for p in folder.glob('*.json') if items[0]['source'] == 'vqa_rad' and _layout(p) == 'rad_public']

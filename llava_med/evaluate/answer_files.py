@@ -104,7 +104,8 @@ def _unpacked(found):
         if all(isinstance(o, list) for o in v.values()):                 # lm-eval: by task
             return [r for o in v.values() for r in o]
         if all(isinstance(o, dict) for o in v.values()): return _unpacked(v)
-    if len(found) == 1 and isinstance(v := next(iter(found.values())), dict) and set(v) & set(_HOLDERS):
+    if len(found) == 1 and isinstance(v := next(iter(found.values())),
+                                      dict) and set(v) & set(_HOLDERS):
         return _unpacked(v)                                              # one set under its name
     if found and all(isinstance(o, dict) for o in found.values()):
         return [o if _record_id(o) is not None else {'id': k, **o} for k, o in found.items()]
@@ -160,7 +161,8 @@ def _of_batch(r):
         failed = f'status {answer.get("status_code", answer.get("type"))}'
     several = _differing([(o.get('message') or {}).get('content', o.get('text'))
                           for o in body.get('choices') or []])
-    return dict(id=r['custom_id'], text=text, error=failed or None, model=body.get('model')) | several
+    return dict(id=r['custom_id'], text=text, error=failed or None,
+                model=body.get('model')) | several
 
 def _of_lmms(r):
     "A line of lmms-eval's or lm-eval's logged samples."
@@ -224,7 +226,8 @@ def _plain_record(path, i, r):
     if k != 'text' and 'prompt' not in parts and r.get('text'): parts['prompt'] = r['text']
     not_ours = ('dataset', 'split', 'condition', 'answer', 'model')
     own = {a: v for a, v in r.items() if _name(a) not in not_ours}
-    if str(own.get('error')).strip().lower() in ('', 'none', 'null', 'false', 'no', '0', 'nan'): own['error'] = None
+    if str(own.get('error')).strip().lower() in ('', 'none', 'null', 'false', 'no', '0', 'nan'):
+        own['error'] = None
     text = None if k is None else next(v for a, v in r.items() if _name(a) == k)
     return own | parts | dict(text=text)
 
@@ -237,7 +240,8 @@ def _answer(path, i, r):
     flat = any(v is not None and not isinstance(v, dict)
                for k, v in r.items() if _name(k) in ANSWER_KEYS['text'])
     talk = isinstance(r.get('messages'), list) and all(isinstance(m, dict) for m in r['messages'])
-    if (reader is _of_swift and not (flat and talk)) or (reader is _of_batch and flat): reader = None
+    if (reader is _of_swift and not (flat and talk)) or (reader is _of_batch and flat):
+        reader = None
     try: out = reader(r) if reader else _plain_record(path, i, r)
     except (AttributeError, TypeError, KeyError, IndexError): raise ScoreError(
         f'{path}, record {i}: has the keys {", ".join(map(str, r))} and not what belongs in them; '
@@ -565,7 +569,8 @@ def asked_in_order(
     row:dict,  # its answer
 )->list:       # texts; empty unless one of the item's own has another place among them
     "The options beside an answer or in its prompt, where their letters mean other options than the item's."
-    own, low = list(map(same_option, item.get('options') or ())), {_name(k): v for k, v in row.items()}
+    own, low = list(map(same_option, item.get('options') or ())), {_name(k): v
+                                                                   for k, v in row.items()}
     if len(own) < 2: return []
     columns = sorted(option_columns(low).items(), key=lambda c: c[1])
     asked = [clean(low[k]) for k, _ in columns if _given(low[k])]

@@ -15,7 +15,8 @@ ODD_TEXT = dict(thoughts='answers with thoughts, left out',
                 control='answers with control tokens, left out',
                 framed='answers in a box, a tag or after a label (only that counts)',
                 markdown='answers with markdown, left out',
-                turn='answers that go on with the next question, left out', html='answers with HTML in them')
+                turn='answers that go on with the next question, left out',
+                html='answers with HTML in them')
 
 _NAMES = (r'(?:seed:)?(?:think(?:ing|s)?|thoughts?|reasoning|analysis|reflection|scratchpad|'
           r'cot|rationale)')

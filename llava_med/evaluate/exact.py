@@ -61,7 +61,8 @@ def right_answer(
     "Strict exact match; of options, the letter, the text or both count alike."
     options, gold = list(map(str, item.get('options') or ())), str(item['answer'])
     place = key_place(options, gold)
-    return strict(text, gold) if place is None else said_option(options, text, strict_normalise) == place
+    return strict(text, gold) if place is None else said_option(options, text,
+                                                                strict_normalise) == place
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #cc6d36b7
 HEAD = ['model', 'dataset', 'split', 'condition']
@@ -302,7 +303,8 @@ def _rows(d, head, metric, keys, sides, n_draws, seed, transform, digits, bounds
     value, draws = (parts[0][i] - parts[1][i] if len(parts) == 2 else parts[0][i] for i in (0, 1))
     n = np.min([(den > 0).sum(0) for _, den in sums], 0)   # clusters in which something could be earned
     low, high = intervals(value, draws, n, bounds, len(parts) == 2)
-    return [dict(zip(SCORE_COLUMNS, [*head, name, metric, *(_tidy(x[j], digits) for x in (value, low, high)),
+    return [dict(zip(SCORE_COLUMNS,
+                     [*head, name, metric, *(_tidy(x[j], digits) for x in (value, low, high)),
                                int(m.sum()), len(set(images[m])), len(set(codes[m]))]))
             for j, (name, m) in enumerate(masks) if np.isfinite(value[j])]
 

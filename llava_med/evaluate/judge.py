@@ -453,7 +453,9 @@ def _only_say(questions, answers, judge, orders):
     pairs = []
     for part in _by_model(answers).values():
         found, _, n = _align(questions, part)
-        pairs += [pair_of(q, spoken(answer_text(found[i], n)), o) for q in questions if (i := str(q['question_id'])) in found for o in orders_of(q['question_id'], orders)]
+        pairs += [pair_of(q, spoken(answer_text(found[i], n)), o) for q in questions
+                  if (i := str(q['question_id'])) in found
+                  for o in orders_of(q['question_id'], orders)]
     about = judge.estimate((p,) for p in pairs)
     where = f' to {judge.url}' if hasattr(judge, 'url') else ''
     print(f'{len(pairs)} pairs of answers; {about["questions"]} are not judged yet: about {about["prompt_tokens"]} tokens in '

@@ -306,7 +306,8 @@ def score_figure(
         for j, (c, (mark, name)) in enumerate(MARKS.items()):
             at = [(i + .15*(j - 1.5), by[m, c]) for i, m in enumerate(models) if (m, c) in by]
             if not at: continue
-            v = np.array([[r[k] if r[k] != '' else np.nan for k in ('value', 'low', 'high')] for _, r in at], float)
+            v = np.array([[r[k] if r[k] != '' else np.nan for k in ('value', 'low', 'high')]
+                          for _, r in at], float)
             ax.errorbar(v[:, 0], [y for y, _ in at], xerr=np.abs(v[:, 1:] - v[:, :1]).T, fmt=mark, label=name, ms=6, color=SERIES_COLOURS[j])
         ax.set(yticks=range(len(models)), yticklabels=models, xlim=(-.03, 1.03), ylim=(len(models) - .5, -.5),
                xlabel=f'{metric}, share of questions, 95 % interval')
@@ -328,7 +329,8 @@ def calibration_figure(
     with figure_style():
         fig, ax = plt.subplots(figsize=(4.5, 3.6))
         for (m, group), style in zip(groups.items(), ('o-', 's--', 'D:', '^-.')*len(groups)):
-            t = reliability([confidence_of(p) for p in group], [right_answer(by_id[p['item']], p['text']) for p in group])
+            t = reliability([confidence_of(p) for p in group],
+                            [right_answer(by_id[p['item']], p['text']) for p in group])
             ax.plot(t.confidence, t.accuracy, style, label=m)
             words.append(f'{m}: ' + ', '.join(f'sure by {r.confidence:.0%}, right {r.accuracy:.0%} of {r.n:.0f}' for r in t.itertuples()))
         ax.plot([.5, 1], [.5, 1], 'k', lw=1)
@@ -390,7 +392,8 @@ def _tests(tests):
     return pd.DataFrame([{'difference': t['model'] + ('' if t['condition'] == 'image' else f", {t['condition']}"),
                           'rule': RULES.get(t['metric'], t['metric']),
                           'points': pc(t['difference'])
-                          + (f" [{pc(t['low'])},\u00a0{pc(t['high'])}]" if isfinite(t['low']) else ' [–]'), 'p': p(t['p']), 'p, Holm': p(t['p_holm']),
+                          + (f" [{pc(t['low'])},\u00a0{pc(t['high'])}]" if isfinite(t['low'])
+                             else ' [–]'), 'p': p(t['p']), 'p, Holm': p(t['p_holm']),
                           'McNemar': p(t['p_mcnemar']),
                           'win / tie / loss': f"{t['win']}\u00a0/\u00a0{t['tie']}\u00a0/\u00a0{t['loss']}",
                           'could be found': pc(t['smallest']) if np.isfinite(t['smallest'])
@@ -418,7 +421,9 @@ def in_words(
     if not r: return [f'No model was asked about pictures of {rows[0]["dataset"]}, {rows[0]["split"]}; what follows needs none.'] if rows else []
     out = [f'{model} answers {value_with_interval(r)} % of {r["n_items"]:,} questions about {r["n_images"]:,} images of {r["dataset"]}, {r["split"]}, '
            'exactly right (95 % interval).']
-    if gain: out[0] += (f' Looking at the picture is worth {value_with_interval(gain)} points.' if not no_interval(gain) and gain['low'] > 0 else
+    if gain:
+        out[0] += (f' Looking at the picture is worth {value_with_interval(gain)} points.'
+                   if not no_interval(gain) and gain['low'] > 0 else
                         f' That looking at the picture helps at all is not shown ({value_with_interval(gain)} points against a grey one).')
     best = max((by[k] for k in by if k[0].startswith(('prior_', 'always_', 'echo'))), key=lambda o: o['value'], default=None)
     if best: out.append(f'The best guesser that never looks ({best["model"]}) reaches {value_with_interval(best)} %.'
@@ -517,7 +522,8 @@ def evaluation_report(
     sections = _score_sections(own, whole, rows, models, guessers) + [
         ('Paired tests',
          [table(_tests(tests),
-                'All comparisons, by a sign-flip test over images, corrected together', NOTES['tests'])] if have(tests) else []),
+                'All comparisons, by a sign-flip test over images, corrected together',
+                NOTES['tests'])] if have(tests) else []),
         ('Calibration', [table(_calibration(calibration), 'Yes or no by probability: does the model know what it knows?', NOTES['calibration']),
                          calibration_figure(items, chosen)] if have(calibration) else []),
         ('Split audit', [table(shared, 'What the test split shares with training', audit_note)] if audit

@@ -17,12 +17,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..core.runs import write_csv
-from .answer_files import (CASES, CHANCE, align, asked_in_order, one_answer_each, questions_in,
+from .answer_files import (CASES, CHANCE, align, asked_in_order, one_answer_each,
+                                             questions_in,
     read_answers, read_rows, remedy)
 from .answer_text import ODD_TEXT, answer_text, plain, spoken
 from ..core.registry import Registry
 from .exact import (SCORE_COLUMNS, HEAD, SLICE_KEYS, MODEL_PAIRS, ScoreError,
-    _contrasts, _index, _slices, _tidy, cluster_codes, draw_counts, intervals, item_tag, no_interval,
+    _contrasts, _index, _slices, _tidy, cluster_codes, draw_counts, intervals, item_tag,
+    no_interval,
     right_answer, slice_keys, strict, strict_normalise, summarise)
 from ..data.options import LETTERS, key_place, said_option, same_option, spelt_out
 from ..data.generators import THOUGHT
@@ -151,7 +153,8 @@ def medevalkit(
 )->dict:       # metric → credit
     "The scores that MedEvalKit prints without a judge."
     place = key_place(_asked_options(item), str(item['answer']))
-    if place is not None: return dict(multi_choice=float(_like_medevalkit(_asked_options(item), place, text)))
+    if place is not None:
+        return dict(multi_choice=float(_like_medevalkit(_asked_options(item), place, text)))
     slake, gold = item.get('source') == 'slake', str(item['answer'])
     t, yes_no = answer_part(text), (gold if slake else gold.lower()) in YES_NO
     gold = gold.lower()
@@ -183,7 +186,8 @@ def lmms_slake(
     text:str,  # the answer
 )->dict:       # metric → credit
     "Exact match after lmms-eval's normalisation."
-    right = float(lmms_normalise(spelt_out(_asked_options(item), text)) == lmms_normalise(item['answer']))
+    right = float(lmms_normalise(spelt_out(_asked_options(item),
+                                           text)) == lmms_normalise(item['answer']))
     return {'accuracy': right, 'closed_accuracy' if is_closed(item) else 'open_accuracy': right}
 
 # %% ../../nbs/06_evaluate/06_scorers.ipynb #538e2114
@@ -228,7 +232,9 @@ def strict_scores(
     listed = _lists_key(item)
     closed = is_closed(item) or listed
     out = {'': float(right_answer(item, text) if listed else strict(raw, gold))}
-    if listed: out['no_option'] = float(said_option(list(map(str, item['options'])), text, strict_normalise) is None)
+    if listed:
+        out['no_option'] = float(said_option(list(map(str, item['options'])), text,
+                                             strict_normalise) is None)
     if strict_normalise(gold) in YES_NO: out['yes_no'] = float(closed_right(item, text))
     if closed: return out | dict(closed=float(closed_right(item, text)))
     s = word_scores(strict_normalise(text), strict_normalise(gold), clipped=True)
@@ -320,7 +326,8 @@ def _part(h, n, of):
     "Head of a row, whose split says if it is about a part of the items."
     return h if n == of else (h[0], h[1], f'{h[2]} ({n} of {of})', h[3])
 
-def _content(items): return Counter((o['question'], str(o['answer']), *(o.get('images') or ())) for o in items)
+def _content(items): return Counter((o['question'], str(o['answer']), *(o.get('images') or ()))
+                                    for o in items)
 
 def _proven(tried, t, n_rows):
     "Whether answers belong to this part of the items: it pairs no more than all do, or chance is no explanation."
@@ -328,7 +335,8 @@ def _proven(tried, t, n_rows):
     if t[3]['extra'] > n['extra']: return False            # it must hold what the whole set holds
     if all(k in whole for k in found): return True
     ids = {o['id'] for o in part}
-    others = [o for o in tried[1:] if o[3]['extra'] <= n['extra'] and not ids & {x['id'] for x in o[0]}]
+    others = [o for o in tried[1:] if o[3]['extra'] <= n['extra']
+              and not ids & {x['id'] for x in o[0]}]
     if others: return all(_content(o[0]) == _content(part) for o in others)
     asked = {o['question'] for o in part}
     share = sum(o['question'] in asked for o in items)/len(items)
@@ -374,7 +382,8 @@ def credit_rows(
         known = pd.concat([side[m] for side in sides]).dropna()
         bounds = (0., 1.) if not m.endswith('_words') and known.between(0, 1).all() else None
         low, high = intervals(value[own], draws[:, own], n_clusters, bounds, len(sides) == 2)
-        out += [dict(zip(SCORE_COLUMNS, [*head, name, m, *(_tidy(x[j], digits) for x in (value[own], low, high)),
+        out += [dict(zip(SCORE_COLUMNS,
+                         [*head, name, m, *(_tidy(x[j], digits) for x in (value[own], low, high)),
                                          int(at[j].sum()), len(set(images[at[j]])), n_clusters[j]]))
                 for j, (name, _) in enumerate(slices) if np.isfinite(value[own][j])]
     return out
@@ -407,7 +416,8 @@ def score_answers(
     for h, group in groups.items():
         asked, found, rule, n = _align_split(items, group)
         if n['caption'] == len(group): notes.append(f'{h[0] or model}, {h[3]}: {_said(n)}; not scored'); continue
-        lost, of = sum(n[k] for k in ('extra', 'ambiguous', 'no_prompt', 'conflict')), len(group) - n['caption']
+        lost, of = sum(n[k] for k in ('extra', 'ambiguous', 'no_prompt',
+                                      'conflict')), len(group) - n['caption']
         if 2*lost > of or not found: raise ScoreError(
             f'{h[0] or model}: {lost} of its {of} answers cannot be paired with the {len(items)} questions ({_said(n)}); '
             f'{remedy(n)}.')
@@ -544,7 +554,8 @@ def judge_rows(
     d, keys = pd.DataFrame(rows), ['question_type', 'modality']
     out = []
     for name, num, den in (('judge.mean_of_ratios', 'ratio', 'one'), ('judge.ratio_of_means', 'second', 'first')):
-        out += summarise(d.rename(columns={num: 'num', den: 'den'}), name, n_draws, seed, keys, bounds=None)
+        out += summarise(d.rename(columns={num: 'num', den: 'den'}), name, n_draws, seed, keys,
+                         bounds=None)
     n = len(judgements) - len(rows)
     return out + [dict(zip(SCORE_COLUMNS,
                            [*head.values(), 'all', 'judge.unread', n, '', '', len(judgements),

@@ -330,7 +330,9 @@ def calibration_table(
     for h, group in groups.items():
         good = [p for p in group if not p.get('error')]
         if not good: continue
-        p, right = np.array([confidence_of(o) for o in good]), np.array([right_answer(by_id[o['item']], o['text']) for o in good], float)
+        p, right = np.array([confidence_of(o)
+                             for o in good]), np.array([right_answer(by_id[o['item']], o['text'])
+                                                        for o in good], float)
         found = calibration_error(p, right, bins, seed=seed)
         rows.append(dict(zip(HEAD, h), accuracy=right.mean(), confidence=p.mean(), **{k: found[k] for k in ('ece', 'chance', 'chance_high')},
                          n_items=len(good),

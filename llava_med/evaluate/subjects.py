@@ -309,7 +309,8 @@ def settled(
     return [found[k] for k in want]
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #23be9a04
-_WRITINGS = dict(any=('{text}', '{letter}', '{letter}. {text}'), letter=('{letter}',), text=('{text}',))
+_WRITINGS = dict(any=('{text}', '{letter}', '{letter}. {text}'), letter=('{letter}',),
+                 text=('{text}',))
 
 def _last_text(prompt):
     "What the user says last in a prompt."
@@ -359,14 +360,18 @@ class Chooser(LocalModel):
             options = [self.choices(items[i]) for i in places]
             replies = [self._replies(items[i], o, prompts[i]) for i, o in zip(places, options)]
             shown, asked = [images[i] for i in places], [prompts[i] for i in places]
-            got = self.loglikelihood(shown, asked, [[r for rs in each for r in rs] for each in replies], batch_size)
-            return [self._fields(o, _summed(r, iter(scores))) for o, r, scores in zip(options, replies, got)]
+            got = self.loglikelihood(shown, asked,
+                                     [[r for rs in each for r in rs] for each in replies],
+                                     batch_size)
+            return [self._fields(o, _summed(r, iter(scores)))
+                    for o, r, scores in zip(options, replies, got)]
         yield _try(ask, range(len(prompts)))
     def _replies(self, item, options, prompt):
         "For each option the replies that say it."
         listed = item_options(item) if item.get('options') else ''
         if not listed or listed not in _last_text(prompt): return [[o] for o in options]
-        written = [[w.format(letter=l, text=o) for w in _WRITINGS[self.by]] for l, o in zip(LETTERS, options)]
+        written = [[w.format(letter=l, text=o) for w in _WRITINGS[self.by]]
+                   for l, o in zip(LETTERS, options)]
         count = Counter(r for rs in written for r in set(rs))
         out = [[r for r in dict.fromkeys(rs) if count[r] == 1] for rs in written]
         if not all(out): raise ValueError(
@@ -377,11 +382,13 @@ class Chooser(LocalModel):
         marks = dict(sum=[v for v, _ in scores], mean=[v/n for v, n in scores])
         best = {k: sorted(range(len(options)), key=lambda i: -v[i]) for k, v in marks.items()}
         said, own = {k: options[i[0]] for k, i in best.items()}, 'mean' if self.per_token else 'sum'
-        if not np.isfinite(marks['sum']).all(): return dict(options=told, error='ValueError: an option has no '
+        if not np.isfinite(marks['sum']).all():
+            return dict(options=told, error='ValueError: an option has no '
             'probability (NaN or infinite); look at the weights and their precision.')
         first, second = (*best[own], None)[:2]
         if second is not None and marks[own][first] - marks[own][second] < 1e-6: return dict(
-            options=told, error=f'ValueError: the options {options[first]!r} and {options[second]!r} are equally probable.')
+            options=told,
+            error=f'ValueError: the options {options[first]!r} and {options[second]!r} are equally probable.')
         return dict(text=said[own], by_sum=said['sum'], by_mean=said['mean'], options=told)
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #d89457f2

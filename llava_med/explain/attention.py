@@ -174,7 +174,8 @@ def _geometry(processor, pixels, image_at, size):
     if not patch: raise ValueError('The processor does not say its patch_size: set it.')
     grid = view[1]//patch, view[0]//patch
     extra = len(image_at) - grid[0]*grid[1]
-    more, default = (getattr(processor, k, None) for k in ('num_additional_image_tokens', 'vision_feature_select_strategy'))
+    more, default = (getattr(processor, k, None)
+                     for k in ('num_additional_image_tokens', 'vision_feature_select_strategy'))
     said = (more or 0) - (default == 'default')
     if extra not in (0, 1) and not (extra == said and extra <= MOST_REGISTERS):
         raise ValueError(f'The prompt holds {len(image_at)} image tokens, but the picture gives '
@@ -542,7 +543,8 @@ def over_pictures(
 )->tuple:              # estimate, low, high: sum of values over sum of denominators; 95 %
     "A mean or ratio with its 95 % interval from a bootstrap over pictures; NaN limits where there is none."
     values, (names, at) = np.asarray(values, float), np.unique(images, return_inverse=True)
-    top, n, low = np.zeros((len(names), *values.shape[1:])), np.bincount(at)[:, None], np.zeros(len(names))
+    top, n, low = np.zeros((len(names),
+                            *values.shape[1:])), np.bincount(at)[:, None], np.zeros(len(names))
     np.add.at(top, at, values); np.add.at(low, at, np.ones(len(values)) if over is None else np.asarray(over, float))
     top = top.reshape(len(names), -1)
     estimate, draws = bootstrap(top, low[:, None], n_draws, seed)

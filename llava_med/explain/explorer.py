@@ -86,7 +86,8 @@ def _triple(row):
 
 def _verdict(gains, unit):
     "Whether a map is confirmed, in one sentence."
-    weak = [f'{b} maps in {c}' for b in ('random', 'centre') for c in ('deletion', 'insertion') if not (gains[b][c] and (gains[b][c][1] or 0) > 0)]
+    weak = [f'{b} maps in {c}' for b in ('random', 'centre') for c in ('deletion', 'insertion')
+            if not (gains[b][c] and (gains[b][c][1] or 0) > 0)]
     if all(g[c] is None for g in gains.values() for c in g): return False, f'Not measured by exchanging {unit}.'
     if weak: return False, f'Not confirmed: exchanging {unit}, it is not shown to beat ' + ', '.join(weak) + '.'
     return True, f'Confirmed: exchanging {unit}, it beats random and centre maps in deletion and insertion.'

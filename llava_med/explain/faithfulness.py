@@ -120,7 +120,8 @@ def gain(
 )->tuple:              # value, low, high
     "Sum of values over sum of drops, with its interval over pictures; 0 without interval if the picture changes nothing, NaN if it only harms."
     values, drop = np.asarray(values, float), np.asarray(drop, float)
-    if np.abs(values).max() < 1e-6 and np.abs(drop).max() < 1e-4: return 0., float('nan'), float('nan')
+    if np.abs(values).max() < 1e-6 and np.abs(drop).max() < 1e-4:
+        return 0., float('nan'), float('nan')
     if drop.sum() <= 0: return (float('nan'),)*3   # the answer is likelier without the picture: there is nothing to lose
     return tuple(float(o) for o in over_pictures(values, images, drop, seed=seed))
 
@@ -326,16 +327,20 @@ def faithfulness(
                         value=value, low=low, high=high, **n))
     target = np.stack([target_cells(b, m.shape, w) for b, m, w in zip(boxes, next(iter(maps.values())), windows)] if masks is None else masks)
     chance = target.mean((1, 2))
-    for metric in ('pointing', 'auprc'): add('random', metric, '', over_pictures(chance, images, seed=seed, bounds=(0, 1)))
+    for metric in ('pointing', 'auprc'):
+        add('random', metric, '', over_pictures(chance, images, seed=seed, bounds=(0, 1)))
     for k, m in maps.items():
         for metric, v in localisation(m, boxes, windows, masks).items():
             bounds = None if metric == 'energy_lift' else (0, 1)
             add(k, metric, '', over_pictures(v, images, seed=seed, bounds=bounds))
-            if metric == 'pointing': add(k, metric, 'random', over_pictures(v, images, chance, seed=seed, bounds=(0, 1)))
+            if metric == 'pointing':
+                add(k, metric, 'random', over_pictures(v, images, chance, seed=seed, bounds=(0, 1)))
         for g in GOLD:
             if g in maps and k not in GOLD:
-                add(k, f'{g}_spearman', '', over_pictures(spearman(m, maps[g]), images, seed=seed, bounds=(-1, 1)))
-                add(k, f'{g}_overlap', '', over_pictures(top_overlap(m, maps[g]), images, seed=seed, bounds=(0, 1)))
+                add(k, f'{g}_spearman', '',
+                    over_pictures(spearman(m, maps[g]), images, seed=seed, bounds=(-1, 1)))
+                add(k, f'{g}_overlap', '',
+                    over_pictures(top_overlap(m, maps[g]), images, seed=seed, bounds=(0, 1)))
     judged = {k: m for k, m in maps.items() if curves_of is None or k in curves_of}
     for unit in units if judged else ():
         for kind in infills:

@@ -43,7 +43,8 @@ def gate_rows(
     if not asked: return []
     images, out = [o['item']['images'][0] for o in asked], []
     for k in GATES:
-        value, low, high = map(float, over_pictures([o[k] for o in asked], images, seed=seed, bounds=(0, 1)))
+        value, low, high = map(float, over_pictures([o[k] for o in asked], images, seed=seed,
+                                                    bounds=(0, 1)))
         about = dict(model=name, method='questions', layer='', metric=f'gates.{k}', baseline='')
         out.append(dict(about, value=value, low=low, high=high, n_items=len(asked), n_images=len(set(images))))
     return out

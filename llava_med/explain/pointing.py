@@ -69,7 +69,8 @@ def says(
     unit:str='', # written behind the value
 )->str:
     "A value with its interval, as a text."
-    if not np.isfinite(row['low']): return f"{row['value']:.2f}{unit} (–)"   # one image, or all alike
+    if not np.isfinite(row['low']):
+        return f"{row['value']:.2f}{unit} (–)"   # one image, or all alike
     return f"{row['value']:.2f}{unit} ({row['low']:.2f} to {row['high']:.2f})"
 
 # %% ../../nbs/07_explain/05_pointing.ipynb #7866e20d
@@ -102,7 +103,8 @@ def group_rate(
     pick = np.flatnonzero(keep)
     if not len(pick): return None
     hit = [pointing_game(maps[i], boxes[i], windows[i]) for i in pick]
-    value, low, high = map(float, over_pictures(hit, [images[i] for i in pick], seed=seed, bounds=(0, 1)))
+    value, low, high = map(float,
+                           over_pictures(hit, [images[i] for i in pick], seed=seed, bounds=(0, 1)))
     return dict(value=value, low=low, high=high, n_items=len(pick))
 
 # %% ../../nbs/07_explain/05_pointing.ipynb #fcfe2ca3

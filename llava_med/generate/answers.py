@@ -14,7 +14,8 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 from ..data.articles import open_image
 from ..models.anatomy import apart_because, base_of
-from .prefix_cache import (cache_gate, cache_rows, decode, image_features, padding_gate,
+from .prefix_cache import (cache_gate, cache_rows, decode, image_features,
+                                             padding_gate,
                                              read_prefixes, reply_logprobs, split_ids)
 from ..models.exchange import chat_text, needs_bos, reply_ids, reply_text
 from ..models.templates import answer_ids, as_turns, chat, model_inputs, prompt_ids, prompt_texts

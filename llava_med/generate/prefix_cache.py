@@ -212,7 +212,8 @@ def _last_two_cached(model, prefix, questions):
     own, ids, pos = (torch.tensor([v], device=model.device) for v in (
         range(1, n + 1), [q[-1] for q in questions], [len(prefix) + len(q) - 1 for q in questions]))
     seen = visible_keys(own, torch.cat([keys, own], 1))
-    more = decoder(model)(input_ids=ids, attention_mask=_attention_mask(model, seen), position_ids=pos,
+    more = decoder(model)(input_ids=ids, attention_mask=_attention_mask(model, seen),
+                          position_ids=pos,
                           past_key_values=cache, use_cache=True).last_hidden_state
     return [torch.stack(pair).float() for pair in zip(hidden[0, ends], more[0])]
 
@@ -223,8 +224,10 @@ def _measured(model):
     mixed = _last_two(model, prefix + one + two)          # as if the second could read the first
     limit = 1e-4 if model.dtype == torch.float32 else 3e-2
     gap, wrong = max(map(apart, got, want)), apart(mixed, want[1])
-    if not gap <= limit: return Gate(False, f'its hidden states differ by {gap:.0e} behind a shared prefix')
-    if wrong <= limit: return Gate(False, f'a wrong mask moves its hidden states by {wrong:.0e} only, so a trial shows nothing')
+    if not gap <= limit:
+        return Gate(False, f'its hidden states differ by {gap:.0e} behind a shared prefix')
+    if wrong <= limit:
+        return Gate(False, f'a wrong mask moves its hidden states by {wrong:.0e} only, so a trial shows nothing')
     return Gate(True, f'hidden states differ by {gap:.0e}, with a wrong mask by {wrong:.0e}')
 
 @torch.inference_mode()
@@ -250,7 +253,8 @@ def _first_logits(model, rows):
     n = max(map(len, rows))
     ids = torch.tensor([[0]*(n - len(r)) + r for r in rows], device=model.device)
     mask = torch.tensor([[0]*(n - len(r)) + [1]*len(r) for r in rows], device=model.device)
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False, num_beams=1,
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False,
+                         num_beams=1,
                          pad_token_id=0, return_dict_in_generate=True, output_logits=True)
     return out.logits[0].float()
 

@@ -142,11 +142,13 @@ def make_parser()->argparse.ArgumentParser:
                     'prediction. Several models in one file (model_id) are several models in the table.\n\n'
                     'example:\n  llava-med score vqa_rad/testset.json answers.jsonl --scorer llavamed_v1 --out scores.csv')
     p.add_argument('items', metavar='ITEMS', help='VQA-RAD, SLAKE, PathVQA or PMC-VQA as published or as parquet, LLaVA-Med\'s test.json, a CSV table with image, question and answer, or our items')
-    p.add_argument('predictions', metavar='PREDICTIONS', help='a file of answers, as above; at least "prompt" and "text"')
+    p.add_argument('predictions', metavar='PREDICTIONS',
+                   help='a file of answers, as above; at least "prompt" and "text"')
     p.add_argument('--scorer', choices=('llavamed_v1', 'medevalkit', 'lmms_slake', 'strict'), metavar='NAME',
                    help='%(choices)s (default: all)')
     p.add_argument('--out', metavar='FILE', help='CSV file to write')
-    p.add_argument('--part', action='store_true', help='ITEMS is meant to be only a part of its set, not a file that was\n'
+    p.add_argument('--part', action='store_true',
+                   help='ITEMS is meant to be only a part of its set, not a file that was\n'
                         'cut off; records whose options contradict their key are left out')
     p = sub.add_parser('judge', help='judgements and relative scores of free answers', add_help=False, prefix_chars='\0')
     p.add_argument('words', nargs='*')   # read by evaluate.judge

@@ -364,7 +364,8 @@ def _folder_template(folder):
     kind = AutoConfig.from_pretrained(folder) if (folder/'config.json').exists() else None
     reader = AutoProcessor.from_pretrained(folder) if hasattr(kind, 'vision_config') else read_tokenizer(folder, lambda line: None)
     own = one_template(getattr(reader, 'chat_template', None), folder)
-    return own or one_template(getattr(getattr(reader, 'tokenizer', None), 'chat_template', None), folder)
+    return own or one_template(getattr(getattr(reader, 'tokenizer', None), 'chat_template',
+                                       None), folder)
 
 def template_of(
     preset:dict, # from read_preset
@@ -437,14 +438,17 @@ def check_training(
     say=print,   # gets a line on every fast path that a step asks for and will not take
 )->None:
     "One tiny loss step in every way that the preset's steps will train; ValueError that names the folder where it cannot be trained."
-    steps = [v for s, v in plan_run(preset, preset['name']).items() if stem_of(s, preset) in STEP_STAGES]
+    steps = [v for s, v in plan_run(preset, preset['name']).items()
+             if stem_of(s, preset) in STEP_STAGES]
     pad = processor.tokenizer.pad_token_id or 0
-    for rank in sorted({v.get('lora_rank', 0) for v in steps} | {0}): check_step(model, where, rank, pad)
+    for rank in sorted({v.get('lora_rank', 0) for v in steps} | {0}):
+        check_step(model, where, rank, pad)
     ways = {(bool(v.get('share')), bool(v.get('packed')), v.get('max_len', 0)) for v in steps}
     for share, packed, longest in sorted(ways):
         if not (share or packed): continue
         gate = path_gate(model, share, packed, longest=longest, pad_id=pad)
-        names = ' and '.join(n for n, on in (('sharing of images', share), ('packed rows', packed)) if on)
+        names = ' and '.join(n for n, on in (('sharing of images', share),
+                                             ('packed rows', packed)) if on)
         if not gate.passed: say(f'Steps with {names} will train on separate samples: {gate.why}.')
 
 def _thin_parts(config, preset, folder):
@@ -469,7 +473,8 @@ def thin_base(
 )->Path:         # the folder
     "A random model of the preset's kind, two thin layers deep, in a standard folder."
     config, parts = real_config(preset), model_parts(preset)
-    said = {'rehearses': json.loads(json.dumps({**preset['model'], 'chat_template': real_template(preset)}))}
+    said = {'rehearses': json.loads(json.dumps({**preset['model'],
+                                                'chat_template': real_template(preset)}))}
     if (folder/'provenance.json').exists() and read_json(folder/'provenance.json').get('rehearses') == said['rehearses']: return folder
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as tmp:
         torch.manual_seed(0)
@@ -563,7 +568,9 @@ def join_base(
     for k, f in folders.items():
         if not f.is_dir(): raise UsageError(f"{f.relative_to(root())} is not there: `{preset['needs'].get(f'data/{m[k]}', f'llava-med get {m[k]}')}`.")
     plan = plan_run(preset, preset['name'])
-    return _join(preset, folders, root()/next(v['base_model'] for v in plan.values() if v.get('base_model')), 'bfloat16', print)
+    return _join(preset, folders,
+                 root()/next(v['base_model'] for v in plan.values() if v.get('base_model')),
+                 'bfloat16', print)
 
 def plan_command(
     args, # preset, join

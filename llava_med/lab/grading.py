@@ -472,7 +472,8 @@ def judge_scores(
         if '-' in r['model'] + r['condition']:
             continue   # a tested difference has the interval of its test
         found = _ends(t)
-        if any((a is None) != (b is None) or a is not None and abs(a - b) > slack for a, b in zip(ends, found)):
+        if any((a is None) != (b is None) or a is not None and abs(a - b) > slack
+               for a, b in zip(ends, found)):
             return f"{where}: the table's interval is {_said_ends(ends)}, the answers give {_said_ends(found)}"
     absent = [k for k in true if k[4] == 'all' and k not in seen]
     return f"{' '.join(absent[0])}: this row is missing" if absent else ''

@@ -35,7 +35,8 @@ from ..core.imports import modules_hash
 from ..core.registry import import_recipes
 from ..core.runs import (FULL, RunLock, clock, file_hash, folder_hash, git_state, machine, new_name, now,
                             outputs_dir, read_run, root, run_dir, update_run, versions, writing)
-from .steps import (GIVEN, PARAMETER_TYPES, Parameter, UsageError, allowed, books_of, changed_origin,
+from .steps import (GIVEN, PARAMETER_TYPES, Parameter, UsageError, allowed, books_of,
+                                 changed_origin,
                             comes_before, is_optional, known_name, library_dir, mapped, notebook_of, origin, pipeline,
                             read_parameters, read_recipes, read_steps, recipes_mark, stem_of, with_models)
 

@@ -29,7 +29,8 @@ def lora_targets(
 )->str:                                  # a regular expression for `peft`
     "The linear layers of the language model, and none of the tower or the projector."
     lm = decoder(model)
-    inside = {n for n, m in lm.named_modules() if isinstance(m, nn.Linear) and 'Router' not in type(m).__name__}
+    inside = {n for n, m in lm.named_modules() if isinstance(m, nn.Linear)
+              and 'Router' not in type(m).__name__}
     if not inside:
         raise ValueError(f'{type(lm).__name__} has no linear layers that an adapter could change.')
     ends = {re.search(r'(?:[^.]+\.)?\d+$|[^.]+$', n)[0].replace('.', r'\.') for n in inside}   # a number alone is a layer's name, too
@@ -96,10 +97,14 @@ def read_adapter(
     if (path/'non_lora_trainables.bin').exists():
         raise ValueError(f"'{path}' is an adapter of LLaVA's own code, whose projector lies apart in non_lora_trainables.bin; merge it "
                          "with that code (merge_lora_weights.py), then use `llava-med convert`.")
-    file = next((path/n for n in ('adapter_model.safetensors', 'adapter_model.bin') if (path/n).exists()), None)
-    if file is None: raise FileNotFoundError(f"'{path}' holds neither adapter_model.safetensors nor adapter_model.bin.")
-    try: state = load_file(file) if file.suffix == '.safetensors' else torch.load(file, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as e: raise ValueError(f"'{file}' holds more than tensors, so it is not opened.") from e
+    file = next((path/n for n in ('adapter_model.safetensors', 'adapter_model.bin')
+                 if (path/n).exists()), None)
+    if file is None:
+        raise FileNotFoundError(f"'{path}' holds neither adapter_model.safetensors nor adapter_model.bin.")
+    try:
+        state = load_file(file) if file.suffix == '.safetensors' else torch.load(file, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise ValueError(f"'{file}' holds more than tensors, so it is not opened.") from e
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as e:
         raise ValueError(f"'{file}' is damaged; fetch it again ({str(e).splitlines()[0][:80]}).") from e
     if not state: raise ValueError(f"'{file}' holds no weights, so it would change nothing.")
@@ -117,7 +122,8 @@ def present_name(
 )->str:         # in the layout of this version
     "The name that a weight of an older layout has now."
     for old, new in OLD_LAYOUTS: name = re.sub(old, new, name)
-    return name if inner else name.replace('model.vision_tower.vision_model.', 'model.vision_tower.', 1)
+    return name if inner else name.replace('model.vision_tower.vision_model.',
+                                           'model.vision_tower.', 1)
 
 def present_layout(
     config:dict, # adapter_config.json
@@ -129,12 +135,19 @@ def present_layout(
     now = lambda n: PEFT_FRONT + present_name(n.removeprefix(PEFT_FRONT), inner)
     new = {now(n): v for n, v in state.items()}
     if set(new) == set(state): return config, state
-    if len(new) < len(state): raise ValueError('two layouts name the same weight, so it is unclear which one counts.')
-    rows = {m[1]: v.shape[0] for n, v in new.items() if (m := re.match(PEFT_FRONT.replace('.', r'\.') + r'(.*)\.lora_(?:A|embedding_A)\b', n))}
-    short = lambda x: re.sub(r'^(\^?)language_model\.(model\.|(?=lm_head))', lambda m: m[1] + 'language_model.'*(m[2] != ''), x)
+    if len(new) < len(state):
+        raise ValueError('two layouts name the same weight, so it is unclear which one counts.')
+    rows = {m[1]: v.shape[0] for n, v in new.items()
+            if (m := re.match(PEFT_FRONT.replace('.', r'\.')
+                              + r'(.*)\.lora_(?:A|embedding_A)\b', n))}
+    short = lambda x: re.sub(r'^(\^?)language_model\.(model\.|(?=lm_head))',
+                             lambda m: m[1] + 'language_model.'*(m[2] != ''), x)
     free = dict.fromkeys(('exclude_modules', 'layers_to_transform', 'layers_pattern'))
-    exact = dict(target_modules=sorted(rows), rank_pattern={k: r for k, r in rows.items() if r != config.get('r')}, **free) if rows else {}
-    kept = [present_name(n, inner).removeprefix('model.') for n in config.get('modules_to_save') or []]
+    exact = dict(target_modules=sorted(rows),
+                 rank_pattern={k: r for k, r in rows.items() if r != config.get('r')},
+                 **free) if rows else {}
+    kept = [present_name(n, inner).removeprefix('model.')
+            for n in config.get('modules_to_save') or []]
     alpha = {short(k): v for k, v in (config.get('alpha_pattern') or {}).items()}
     return {**config, **exact, 'modules_to_save': kept or None, 'alpha_pattern': alpha}, new
 
@@ -143,7 +156,8 @@ def _embeddings(state, model, config):
     whole, out = dict(model.state_dict()), {}
     for n, v in state.items():
         own = n.removeprefix(PEFT_FRONT).replace('base_layer.', '')
-        aside = re.search(r'(embed_tokens|lm_head)(\.base_layer)?\.weight$', n) and not any(m in n for m in config.get('modules_to_save') or [])
+        aside = re.search(r'(embed_tokens|lm_head)(\.base_layer)?\.weight$',
+                          n) and not any(m in n for m in config.get('modules_to_save') or [])
         if not aside or own not in whole: out[n] = v; continue
         if v.shape != whole[own].shape:
             raise ValueError(f'its {own} has {len(v)} rows and the base has {len(whole[own])}: it was trained with another '
@@ -157,9 +171,11 @@ def _put_on(model, path, config, state, trainable):
     with tempfile.TemporaryDirectory() as tmp, warnings.catch_warnings(), writing(tmp):
         warnings.simplefilter('ignore')                        # what is missing is named by `load_adapter`
         file = path/'adapter_model.safetensors'
-        if file.exists() and set(load_file(file)) == set(state): return PeftModel.from_pretrained(model, path, is_trainable=trainable)
+        if file.exists() and set(load_file(file)) == set(state):
+            return PeftModel.from_pretrained(model, path, is_trainable=trainable)
         write_json(Path(tmp)/'adapter_config.json', config)
-        save_file({n: v.contiguous() for n, v in state.items()}, Path(tmp)/'adapter_model.safetensors')
+        save_file({n: v.contiguous() for n, v in state.items()},
+                  Path(tmp)/'adapter_model.safetensors')
         return PeftModel.from_pretrained(model, tmp, is_trainable=trainable)
 
 def load_adapter(
@@ -180,7 +196,8 @@ def load_adapter(
         adapted = _put_on(model, path, config, state, trainable)
     except (RuntimeError, ValueError, OSError, TypeError, KeyError, AttributeError) as e:
         raise ValueError(f"The adapter in '{path}' does not fit this model: {' '.join(str(e).split())[:300]}") from e
-    if lost := sorted(set(state) ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False))):
+    if lost := sorted(set(state) ^ set(get_peft_model_state_dict(adapted,
+                                                                 save_embedding_layers=False))):
         raise ValueError(f"The adapter in '{path}' does not fit this model: {few(lost)} has no place on one of the two sides.")
     adapted.base_record = record
     return adapted if trainable else adapted.eval()
@@ -189,11 +206,15 @@ def load_adapter(
 def _untie(adapted):
     "Give the output layer weights of its own where an adapter changes only one of two tied layers."
     last = r'\.(base_layer\.|original_module\.)?weight$'
-    tied = {n: p for n, p in adapted.named_parameters(remove_duplicate=False) if re.search(rf'(embed_tokens|lm_head){last}', n)}
-    touched = any(re.search('embed_tokens|lm_head', n) for n in get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    tied = {n: p for n, p in adapted.named_parameters(remove_duplicate=False)
+            if re.search(rf'(embed_tokens|lm_head){last}', n)}
+    touched = any(re.search('embed_tokens|lm_head', n)
+                  for n in get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if not touched or len({id(p) for p in tied.values()}) == len(tied): return
     for n, p in tied.items():
-        if 'lm_head' in n: adapted.get_submodule(n.rpartition('.')[0]).weight = nn.Parameter(p.detach().clone(), requires_grad=False)
+        if 'lm_head' in n:
+            adapted.get_submodule(n.rpartition('.')[0]).weight = nn.Parameter(p.detach().clone(),
+                                                                              requires_grad=False)
     config = adapted.get_base_model().config
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
 

@@ -136,7 +136,8 @@ def attention_window(
     text, kinds = base_of(model).config.text_config, layer_kinds(model)
     if kinds and not kinds & _WINDOWED and kinds <= _MASKED: return None
     names = ('sliding_window', 'attention_chunk_size', 'attention_window_size', 'window_size')
-    sizes = [n for n in (getattr(text, name, None) for name in names) if isinstance(n, int) and n > 0]
+    sizes = [n for n in (getattr(text, name, None) for name in names) if isinstance(n, int)
+             and n > 0]
     return min(sizes, default=1 if kinds & _WINDOWED else None)
 
 def apart_because(
@@ -145,7 +146,8 @@ def apart_because(
 )->str|None:      # a reason in words; None where a mask can keep them apart
     "Why questions about one image cannot share it, in a row or in a cache."
     base = base_of(model)
-    if not isinstance(base, LlavaForConditionalGeneration): return f'{type(base).__name__} is not LLaVA'
+    if not isinstance(base, LlavaForConditionalGeneration):
+        return f'{type(base).__name__} is not LLaVA'
     if base.config.vision_config.model_type == 'pixtral':
         return 'the number of its patches depends on the picture'
     if found := state_layer(base):
@@ -323,20 +325,25 @@ CLIP_LOOK = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.275
 IMAGENET_LOOK = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 HALF = ([.5]*3, [.5]*3)
 FAMILY_LOOKS = {   # beginning of a model type → whose pictures: mean and deviation, resampling
-    'clip': ("CLIP's", CLIP_LOOK, 3), 'siglip2': ("SigLIP 2's", HALF, 2), 'siglip': ("SigLIP's", HALF, 3),
+    'clip': ("CLIP's", CLIP_LOOK, 3), 'siglip2': ("SigLIP 2's", HALF, 2),
+    'siglip': ("SigLIP's", HALF, 3),
     'dinov3': ("DINOv3's", IMAGENET_LOOK, 2), 'dino': ("DINOv2's", IMAGENET_LOOK, 3),
     'ijepa': ("I-JEPA's", IMAGENET_LOOK, 2), 'vit_mae': ("MAE's", IMAGENET_LOOK, 3),
-    'vit_msn': ("MSN's", IMAGENET_LOOK, 3), 'vit': ("ViT's", HALF, 2), 'deit': ("DeiT's", IMAGENET_LOOK, 3),
+    'vit_msn': ("MSN's", IMAGENET_LOOK, 3), 'vit': ("ViT's", HALF, 2),
+    'deit': ("DeiT's", IMAGENET_LOOK, 3),
     'beit': ("BEiT's", HALF, 3)}
-IMAGE_SETTINGS = ('image_mean', 'image_std', 'resample', 'rescale_factor', 'do_rescale', 'do_normalize')
+IMAGE_SETTINGS = ('image_mean', 'image_std', 'resample', 'rescale_factor', 'do_rescale',
+                  'do_normalize')
 IMAGE_FILES = ('preprocessor_config.json', 'processor_config.json')   # where a folder says them
 
 def assumed_settings(
     kind:str, # model type of a tower, such as siglip_vision_model
 )->tuple:     # (whose they are, settings of the image processor)
     "How a family of towers was shown its pictures; an unknown one gets CLIP's, as LLaVA does."
-    whose, (mean, std), resample = next((v for k, v in FAMILY_LOOKS.items() if kind.startswith(k)), FAMILY_LOOKS['clip'])
-    return whose, dict(image_mean=list(mean), image_std=list(std), resample=resample, rescale_factor=1/255)
+    whose, (mean, std), resample = next((v for k, v in FAMILY_LOOKS.items() if kind.startswith(k)),
+                                        FAMILY_LOOKS['clip'])
+    return whose, dict(image_mean=list(mean), image_std=list(std), resample=resample,
+                       rescale_factor=1/255)
 
 def picture_settings(
     where:str, # folder or Hub id of a tower

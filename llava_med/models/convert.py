@@ -49,7 +49,8 @@ def weight_files(
             if gone := [f.name for f in files if not f.exists()]:
                 raise FileNotFoundError(f"'{folder}' lacks {few(gone)}, which {index.name} names; fetch the whole checkpoint.")
             return files
-        files = [f for f in sorted(folder.glob(f'{stem}*.{end}')) if not f.name.endswith('.index.json')]
+        files = [f for f in sorted(folder.glob(f'{stem}*.{end}'))
+                 if not f.name.endswith('.index.json')]
         if files: return _all_shards(files, folder)
     part = next((k for n, k in PARTIAL.items() if (folder/n).exists()), '')
     raise FileNotFoundError(f"'{folder}' holds no weights: neither model*.safetensors nor pytorch_model*.bin{part}.")
@@ -57,8 +58,10 @@ def weight_files(
 def _all_shards(files, folder):
     "Refuse shards of which some are missing, where no index names them."
     numbers = [m for f in files if (m := re.search(r'-(\d+)-of-(\d+)\.', f.name))]
-    gone = {int(m[2]) for m in numbers} and set(range(1, int(numbers[0][2]) + 1)) - {int(m[1]) for m in numbers}
-    if gone: raise FileNotFoundError(f"'{folder}' lacks part {few(sorted(gone))} of {int(numbers[0][2])}; fetch the whole checkpoint.")
+    gone = {int(m[2]) for m in numbers} and set(range(1, int(numbers[0][2]) + 1)) - {int(m[1])
+                                                                                     for m in numbers}
+    if gone:
+        raise FileNotFoundError(f"'{folder}' lacks part {few(sorted(gone))} of {int(numbers[0][2])}; fetch the whole checkpoint.")
     return files
 
 def read_weights(
@@ -80,7 +83,8 @@ def read_weights(
     return {n.removeprefix(around): v for n, v in state.items()}
 
 # %% ../../nbs/02_models/04_convert.ipynb #732b2d3a
-FAMILIES = {'llava': LlamaConfig, 'llava_llama': LlamaConfig, 'llava_mistral': MistralConfig, 'llava_qwen': Qwen2Config}
+FAMILIES = {'llava': LlamaConfig, 'llava_llama': LlamaConfig, 'llava_mistral': MistralConfig,
+            'llava_qwen': Qwen2Config}
 PROJECTORS = {'linear': 'linear', 'mlp2x_gelu': 'mlp'}   # theirs → ours
 
 def read_original(
@@ -98,8 +102,10 @@ def read_original(
     return raw
 
 THEIRS = re.compile(r'(mm_|tune_|freeze_|unfreeze_|use_mm_|image_|vision_|tokenizer_|sep_image_|_)')   # LLaVA's own settings
-ELSEWHERE = {'architectures', 'model_type', 'transformers_version', 'dtype', 'torch_dtype', 'vocab_size', 'use_cache', 'auto_map',
-             'pad_token_id', 'bos_token_id', 'eos_token_id', 'max_sequence_length', 'max_length', 'do_sample', 'temperature', 'top_p', 'pretraining_tp'}
+ELSEWHERE = {'architectures', 'model_type', 'transformers_version', 'dtype', 'torch_dtype',
+             'vocab_size', 'use_cache', 'auto_map',
+             'pad_token_id', 'bos_token_id', 'eos_token_id', 'max_sequence_length', 'max_length',
+             'do_sample', 'temperature', 'top_p', 'pretraining_tp'}
 ROPE = {'rope_theta', 'rope_scaling', 'rope_parameters', 'partial_rotary_factor'}   # older and newer names
 
 def strange_fields(
@@ -107,7 +113,8 @@ def strange_fields(
 )->list:      # names of settings that its language model does not know
     "Settings that are kept, although nothing reads them; the conversion names them."
     known = set(FAMILIES[raw['model_type']]().to_dict()) | ROPE | ELSEWHERE
-    return sorted(k for k, v in raw.items() if k not in known and not THEIRS.match(k) and v is not None)
+    return sorted(k for k, v in raw.items() if k not in known and not THEIRS.match(k)
+                  and v is not None)
 
 def text_config(
     raw:dict,    # config.json of the original
@@ -117,10 +124,12 @@ def text_config(
     kept = {k: v for k, v in raw.items() if k not in ELSEWHERE and not THEIRS.match(k)}
     if 'max_sequence_length' in raw: kept.setdefault('max_position_embeddings', raw['max_sequence_length'])
     rope = kept.get('rope_scaling') or kept.get('rope_parameters') or {}
-    if (kind := rope.get('rope_type', rope.get('type', 'default'))) not in {*ROPE_INIT_FUNCTIONS, 'default'}:
+    if (kind := rope.get('rope_type', rope.get('type', 'default'))) not in {*ROPE_INIT_FUNCTIONS,
+                                                                            'default'}:
         raise ValueError(f"config.json scales positions by '{kind}', which no model here knows: {few(ROPE_INIT_FUNCTIONS)}.")
     try: return FAMILIES[raw['model_type']](**kept, vocab_size=n_rows, pad_token_id=None)
-    except Exception as e: raise ValueError(f"config.json does not describe a language model: {' '.join(str(e).split())}") from e
+    except Exception as e:
+        raise ValueError(f"config.json does not describe a language model: {' '.join(str(e).split())}") from e
 
 def projector_of(
     raw:dict,   # config.json of the original
@@ -166,7 +175,8 @@ def add_base(
         if n not in need: out[n] = d; continue
         b = base[n].to(d.dtype)
         if b.shape != d.shape:
-            if n not in ('model.embed_tokens.weight', LM_HEAD) or b.shape[1] != d.shape[1] or len(b) > len(d):
+            if n not in ('model.embed_tokens.weight',
+                         LM_HEAD) or b.shape[1] != d.shape[1] or len(b) > len(d):
                 raise ValueError(f'The base is not that of this delta: {n} is {tuple(b.shape)} there and {tuple(d.shape)} here.')
             b = torch.cat([b, b.new_zeros(len(d) - len(b), b.shape[1])])
         out[n] = d + b
@@ -216,7 +226,8 @@ def convert_weights(
         for a, b in RENAME: name = re.sub(a, b, name)
         if name not in want: strangers.append(n)
         else: new[name] = grown(v, rows) if n in ('model.embed_tokens.weight', LM_HEAD) else v
-    if config.text_config.tie_word_embeddings: new[LM_HEAD] = new['model.language_model.embed_tokens.weight']
+    if config.text_config.tie_word_embeddings:
+        new[LM_HEAD] = new['model.language_model.embed_tokens.weight']
     if connector == 'linear':
         w = new.get('model.multi_modal_projector.linear_1.weight', embed)
         new['model.multi_modal_projector.linear_2.weight'] = torch.eye(len(w), dtype=dtype, device=w.device)
@@ -232,7 +243,9 @@ OWN_TURNS = ('<|eot_id|>', '<|im_end|>')   # ends of turns of Llama 3 and Qwen
 
 def _template(raw, connector, tok):
     "The way in which a checkpoint was trained to write a conversation; None: the tokenizer's own."
-    if tok.chat_template and (raw['model_type'] == 'llava_qwen' or set(OWN_TURNS) & set(tok.get_vocab())): return None
+    if tok.chat_template and (raw['model_type'] == 'llava_qwen'
+                              or set(OWN_TURNS) & set(tok.get_vocab())):
+        return None
     if raw['model_type'] == 'llava_mistral': return 'mistral_instruct'
     return 'llava_v0' if connector == 'linear' and raw.get('mm_use_im_start_end') else 'llava_v1'
 
@@ -245,11 +258,13 @@ def _pads(raw, pictures, src):
 def _new_texts_lack_space(tok):
     "Whether a tokenizer of pieces puts its space in front of the first text only, and not behind special tokens."
     pieces = lambda text: tok.convert_ids_to_tokens(tok(text, add_special_tokens=False).input_ids)
-    return bool(tok.bos_token) and pieces('a')[0][0] == '▁' and pieces(tok.bos_token + 'a')[1][0] != '▁'
+    return bool(tok.bos_token) and pieces('a')[0][0] == '▁' and pieces(tok.bos_token
+                                                                       + 'a')[1][0] != '▁'
 
 def _spaced(template):
     "A template with a space where LLaVA began to encode a new text: behind the begin and behind each image."
-    return template.replace('{{ bos_token }}', "{{ bos_token + ' ' }}").replace("'<image>\n'", "'<image> \n'")
+    return template.replace('{{ bos_token }}', "{{ bos_token + ' ' }}").replace("'<image>\n'",
+                                                                                "'<image> \n'")
 
 def _looks_like_delta(state): return 'model.norm.weight' in state and state['model.norm.weight'].float().abs().mean() < .1
 
@@ -272,7 +287,8 @@ def convert(
     if base is not None:
         if not _looks_like_delta(state): raise ValueError(f"'{src}' is a whole model, not a delta; leave out the base.")
         state = add_base(state, read_weights(local_folder(base)))
-    with _reading(tokenizer or src, 'a tokenizer'): tok = read_tokenizer(local_folder(tokenizer or src), say, original=True)
+    with _reading(tokenizer or src, 'a tokenizer'):
+        tok = read_tokenizer(local_folder(tokenizer or src), say, original=True)
     added, connector = prepare_tokenizer(tok, say), projector_of(raw, state)
     if 'model.embed_tokens.weight' in state and len(tok) - len(added) > len(state['model.embed_tokens.weight']):
         raise ValueError(f"The tokenizer of '{tokenizer or src}' has {len(tok) - len(added)} words, the checkpoint fewer rows; name its own tokenizer.")
@@ -284,7 +300,8 @@ def convert(
     model, weights, left_out = convert_weights(state, raw, vision, len(tok), stock)
     tok.chat_template = chat_template(tok, template or _template(raw, connector, tok), src)
     if _new_texts_lack_space(tok): tok.chat_template = _spaced(tok.chat_template)
-    if raw.get('mm_use_im_start_end'): tok.chat_template = tok.chat_template.replace("'<image>", "'<im_start><image><im_end>")
+    if raw.get('mm_use_im_start_end'):
+        tok.chat_template = tok.chat_template.replace("'<image>", "'<im_start><image><im_end>")
     processor = _processor(tok, vision.image_size, vision.patch_size, extra, {'do_pad': pad, **images})
     if raw.get('mm_vision_select_feature', 'patch') == 'cls_patch': processor.vision_feature_select_strategy = 'full'
     config = _config(vision, model.config.text_config, processor, connector, raw['mm_vision_select_layer'])
@@ -297,7 +314,8 @@ def convert(
         'connector': connector, 'pictures': 'padded' if pad else 'cropped', 'added_tokens': added, 'left_out': left_out}
     save(model, processor, dst, state=weights)
     write_card(dst, Path(dst).name, [f'That of the original checkpoint, {src}; its licence holds here, too.'], licence, str(src))
-    if strange := strange_fields(raw): say(f'Kept in config.json, although its language model does not read them: {few(strange)}.')
+    if strange := strange_fields(raw):
+        say(f'Kept in config.json, although its language model does not read them: {few(strange)}.')
     say(f"{sum({v.data_ptr(): v.numel() for v in weights.values()}.values()):,} parameters, {connector} connector, pictures "
         f"{model.provenance['pictures']}, tower from {model.provenance['vision_tower']['source']} (sha256 {used[:12]}).")
     if left_out: say(f'Left out: {few(left_out)}.')

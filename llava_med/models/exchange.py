@@ -85,7 +85,8 @@ def chat_texts(
         return [write(t, chat_template=template, add_generation_prompt=cue, tokenize=False)
                 for t in talks]
     except (TemplateError, TypeError) as e:
-        if [] in talks: raise ValueError('The chat template refuses a conversation that begins with an '
+        if [] in talks:
+            raise ValueError('The chat template refuses a conversation that begins with an '
                                          'answer; remove it, or put its question before it.') from None
         raise ValueError(
         f'The chat template refuses this conversation: {str(e).rstrip(".")}. It begins with '
@@ -212,7 +213,8 @@ TEMPLATES = {   # how checkpoints of LLaVA write a conversation, where the token
         "{% if m['role'] == 'assistant' %}{{ ' ASSISTANT: ' + m['content'] + eos_token }}"
         "{% else %}{{ ('' if loop.index0 and messages[loop.index0 - 1]['role'] == 'assistant' else ' ') + 'USER: ' + m['content'] }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}",
-    'llava_1_5': FLATTEN + "{% for m in messages %}{{ '' if m['role'] == 'system' else m['role'].upper() + ': ' }}"
+    'llava_1_5': FLATTEN
+    + "{% for m in messages %}{{ '' if m['role'] == 'system' else m['role'].upper() + ': ' }}"
         "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + ' ' }}{% endgeneration %}"
         "{% else %}{{ m['content'] + ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
     'mistral_instruct': FLATTEN + "{{ bos_token }}{% for m in messages %}"
@@ -276,8 +278,10 @@ def _ended(template, end, last_only):
     "A template whose answers, or whose last turn's answer, end with a token."
     which = "m['role'] == 'assistant'" + (' and loop.last' if last_only else '')
     end, add = json.dumps(end, ensure_ascii=False), "{%- set ns.all = ns.all + "
-    return (_EACH + "{%- if " + which + " and m['content'] is string -%}" + add + "[dict(m, content=m['content'] + "
-            + end + ")] -%}{%- elif " + which + " and m['content'] -%}{%- set c = m['content'][-1] -%}" + add
+    return (_EACH + "{%- if " + which + " and m['content'] is string -%}" + add
+            + "[dict(m, content=m['content'] + "
+            + end + ")] -%}{%- elif " + which
+            + " and m['content'] -%}{%- set c = m['content'][-1] -%}" + add
             + "[dict(m, content=m['content'][:-1] + [dict(c, text=c['text'] + " + end + ")])] -%}"
             "{%- else -%}" + add + "[m] -%}{%- endif -%}" + _ALL + template)
 
@@ -286,7 +290,8 @@ def _cued(template):
     body = re.sub(r'\{%-?\s*(?:end)?generation\s*-?%\}', '', template)   # places that a macro would shift
     said = f"[{{'role': 'assistant', 'content': [{{'type': 'text', 'text': '{_ANSWER}'}}]}}]"
     return ("{%- macro written(messages, add_generation_prompt) +%}" + body + "{%+ endmacro -%}"
-            "{%- if add_generation_prompt -%}{{- written(messages + " + said + f", false).rsplit('{_ANSWER}', 1)[0] -}}}}"
+            "{%- if add_generation_prompt -%}{{- written(messages + " + said
+            + f", false).rsplit('{_ANSWER}', 1)[0] -}}}}"
             "{%- else -%}{{- written(messages, false) -}}{%- endif -%}")
 
 def _drift(tokenizer, template):

@@ -25,7 +25,8 @@ import yaml
 from torch import nn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig,
-                          CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
+                          CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig,
+                          LlavaForConditionalGeneration,
                           LlavaProcessor, PreTrainedTokenizerFast)
 from transformers.utils import logging as hf_logging
 from . import anatomy
@@ -191,7 +192,8 @@ def _whole(info, where, spare=()):
     bad = sorted(k for k in info['missing_keys'] if not k.startswith(tuple(spare)))
     bad += sorted(k[0] for k in info['mismatched_keys'])
     untied = ' (or say tie_word_embeddings in its config.json, if they are tied)'*(bad == ['lm_head.weight'])
-    if bad: raise ValueError(f"'{where}' lacks {few(bad)}, or holds them in another shape; get the whole checkpoint{untied}.")
+    if bad:
+        raise ValueError(f"'{where}' lacks {few(bad)}, or holds them in another shape; get the whole checkpoint{untied}.")
 
 def few(
     names:list, # of anything
@@ -321,7 +323,8 @@ def complete_processor(
     "Complete what a processor brings; ValueError where it cannot be trained with. Without a template it stays so."
     tok = processor.tokenizer
     new = prepare_tokenizer(tok, say)
-    own = one_template(getattr(processor, 'chat_template', None), where) or one_template(tok.chat_template, where)
+    own = one_template(getattr(processor, 'chat_template', None),
+                       where) or one_template(tok.chat_template, where)
     if own:
         template, ends = complete_template(tok, own, _ends(generation), where, say)
         processor.chat_template = tok.chat_template = template
@@ -339,7 +342,8 @@ def read_processor(
     if PretrainedConfig.get_config_dict(**place)[0].get('model_type') != 'llava': return processor
     name, revision = place['pretrained_model_name_or_path'], place.get('revision', 'main')
     try: generation = GenerationConfig.from_pretrained(name, revision=revision)
-    except OSError: generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(**place))
+    except OSError:
+        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(**place))
     complete_processor(processor, generation, path, say)
     return processor
 
@@ -369,7 +373,8 @@ def join(
               'image_settings': {**images, 'pad': pad, 'size': size},
               'language_model': dict(source=str(language), sha256=weights_hash(lm)), 'connector': connector,
               'added_tokens': prepare_tokenizer(tok, say)}
-    tok.chat_template, ends = complete_template(tok, template, _ends(lm.generation_config), language, say)
+    tok.chat_template, ends = complete_template(tok, template, _ends(lm.generation_config),
+                                                language, say)
     ids = torch.arange(1, 9)[None] % lm.config.vocab_size
     with torch.no_grad(), _fits(lm.config, language): before = lm.eval()(ids).logits
     n_rows = lm.get_input_embeddings().weight.shape[0]
@@ -382,7 +387,8 @@ def join(
     model, processor = _joined(tower, lm, _processor(tok, size, tower.config.patch_size, extra, {'do_pad': pad, **images}),
                                connector, layers, seed, language)
     _set_ends(model.generation_config, ends)
-    with torch.no_grad(), _fits(lm.config, language): after = model(input_ids=ids).logits[..., :before.shape[-1]]
+    with torch.no_grad(), _fits(lm.config, language):
+        after = model(input_ids=ids).logits[..., :before.shape[-1]]
     if not torch.allclose(before, after, rtol=1e-2 if dtype != 'float32' else 1e-4, atol=float(before.abs().max())*1e-3):
         raise ValueError(f"'{language}' ({lm.config.model_type}) does more with its last layer than a LLaVA can: the logits "
                          'would change. Choose a model with a plain head, such as Llama, Mistral or Qwen.')
@@ -392,7 +398,8 @@ def join(
 def _joined(tower, lm, processor, connector, layers, seed, where):
     "Put a tower and a language model into a LLaVA whose projector is new."
     config = _config(tower.config, lm.config, processor, connector, layers)
-    with torch.device('meta'), _fits(lm.config, where): model = LlavaForConditionalGeneration(config)
+    with torch.device('meta'), _fits(lm.config, where):
+        model = LlavaForConditionalGeneration(config)
     if type(anatomy.decoder(model)) is not type(lm.base_model):
         raise ValueError(f"'{where}' ({type(lm).__name__}) has a body that is no model of its own, so it cannot be put into a LLaVA; {FITTING}.")
     with torch.random.fork_rng(devices=[]):
@@ -534,13 +541,16 @@ def load(
 
 def _complete(model, processor, where):
     "Complete what a checkpoint brings; a padding token that its embeddings have no row for gets one."
-    complete_processor(processor, model.generation_config, where, lambda line: print(line, flush=True))
+    complete_processor(processor, model.generation_config, where,
+                       lambda line: print(line, flush=True))
     n_rows, n = model.get_input_embeddings().weight.shape[0], len(processor.tokenizer)
     if (n := rows_for(n, n_rows)) == n_rows: return
     print(f"'{where}' has {n_rows} rows of embeddings for the {len(processor.tokenizer)} tokens of its tokenizer: {n} now, the new ones the mean of the others.", flush=True)
-    held = [grown(m.weight.data, n) for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+    held = [grown(m.weight.data, n)
+            for m in (model.get_input_embeddings(), model.get_output_embeddings())]
     model.resize_token_embeddings(n, mean_resizing=False)
-    for m, rows in zip((model.get_input_embeddings(), model.get_output_embeddings()), held): m.weight.data.copy_(rows)
+    for m, rows in zip((model.get_input_embeddings(), model.get_output_embeddings()), held):
+        m.weight.data.copy_(rows)
 
 def _read_processor(path):
     "A processor whose tokenizer has the ids of its own files, whatever its class would make of them."
@@ -550,7 +560,8 @@ def _read_processor(path):
         processor = AutoProcessor.from_pretrained(**_place(path))
     if said:   # not read the usual way, so the processor's own has other ids
         processor.tokenizer = tok
-        if hasattr(processor, 'image_token_id'): processor.image_token_id = tok.convert_tokens_to_ids(processor.image_token)
+        if hasattr(processor, 'image_token_id'):
+            processor.image_token_id = tok.convert_tokens_to_ids(processor.image_token)
     return processor
 
 def _connector_of(config, folder, where):

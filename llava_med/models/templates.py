@@ -9,7 +9,8 @@ __all__ = ['exchanges', 'answer_spans', 'sample_ids', 'scored_tokens', 'image_ma
 # %% ../../nbs/02_models/06_templates.ipynb #ea53150f
 import json
 from bisect import bisect_left
-from .exchange import (chat_template_of, chat_text, chat_texts, closed_marks, needs_bos, reply_ids, reply_text,
+from .exchange import (chat_template_of, chat_text, chat_texts, closed_marks,
+                                       needs_bos, reply_ids, reply_text,
                                        text_ids, tokenizer_of)
 
 # %% ../../nbs/02_models/06_templates.ipynb #9254c64c
@@ -227,8 +228,10 @@ def answer_ids(
     end:bool=True,    # with the token that ends an answer
 )->list:              # of each its token ids; none of an empty answer
     "Answers as training reads them behind a prompt; ValueError where the template writes them otherwise."
-    tok, before, turns = tokenizer_of(reader), chat(reader, prompt, n_images), as_turns(prompt, n_images)
-    said = [[*turns, {'role': 'assistant', 'content': [{'type': 'text', 'text': a}]}] for a in answers]
+    tok, before, turns = tokenizer_of(reader), chat(reader, prompt,
+                                                    n_images), as_turns(prompt, n_images)
+    said = [[*turns, {'role': 'assistant', 'content': [{'type': 'text', 'text': a}]}]
+            for a in answers]
     texts = [reply_text(tok, before, chat_text(reader, t), a) for t, a in zip(said, answers)]
     if not end: texts = [_bare(t, a.strip()) for t, a in zip(texts, answers)]
     return [ids for _, ids in reply_ids(tok, [before]*len(texts), texts)]

@@ -32,7 +32,8 @@ def gguf_facts(
         raise PartError(f'{path}: not a GGUF file that can be read ({e}); fetch it again.') from None
     kinds = [t.tensor_type.name for t in file.tensors]
     return dict(architecture=said.get('general.architecture'), name=said.get('general.name'),
-                licence=said.get('general.license'), formats={k: kinds.count(k) for k in sorted(set(kinds))})
+                licence=said.get('general.license'),
+                formats={k: kinds.count(k) for k in sorted(set(kinds))})
 
 def read_gguf(
     path:str|Path,   # a .gguf file of a causal language model
@@ -58,8 +59,10 @@ def read_gguf(
     return facts
 
 # %% ../../nbs/02_models/07_wheels.ipynb #5de54959
-_ATTENTION = {'attention.attention.query': 'attention.q_proj', 'attention.attention.key': 'attention.k_proj',
-              'attention.attention.value': 'attention.v_proj', 'attention.output.dense': 'attention.o_proj'}
+_ATTENTION = {'attention.attention.query': 'attention.q_proj',
+              'attention.attention.key': 'attention.k_proj',
+              'attention.attention.value': 'attention.v_proj',
+              'attention.output.dense': 'attention.o_proj'}
 
 def _onnx_graph(path):
     "The graph of an ONNX file and its constants by name."
@@ -86,7 +89,8 @@ def _added_after(graph, constants):
 
 def _positions(constants, width):
     "Position vectors, (1, 1 + patches, width), from the two constants that they were cut into."
-    nameless = [v for k, v in constants.items() if k.startswith('onnx::') and v.ndim == 3 and v.shape[-1] == width]
+    nameless = [v for k, v in constants.items() if k.startswith('onnx::') and v.ndim == 3
+                and v.shape[-1] == width]
     first = [v for v in nameless if v.shape[1] == 1]
     grid = [v for v in nameless if v.shape[1] > 1 and round(v.shape[1]**.5)**2 == v.shape[1]]
     return np.concatenate([first[0], grid[0]], 1) if len(first) == len(grid) == 1 else None
@@ -105,7 +109,8 @@ def onnx_tensors(
     positions = _positions(constants, width)
     if positions is None: raise PartError(
         f"{path}: holds no DINOv2 under the name '{prefix.rstrip('.')}'; only such a graph can be read.")
-    named |= {'embeddings.position_embeddings': positions, 'embeddings.mask_token': np.zeros((1, width), np.float32)}
+    named |= {'embeddings.position_embeddings': positions,
+              'embeddings.mask_token': np.zeros((1, width), np.float32)}
     return {_renamed(k): np.array(v, np.float32) for k, v in named.items()}
 
 def _renamed(name):
@@ -114,9 +119,12 @@ def _renamed(name):
     return name
 
 DINOV2_IMAGES = dict(   # of facebook/dinov2-small
-    image_processor_type='BitImageProcessor', do_resize=True, size=dict(shortest_edge=256), resample=3,
-    do_center_crop=True, crop_size=dict(height=224, width=224), do_rescale=True, rescale_factor=1/255,
-    do_normalize=True, image_mean=[.485, .456, .406], image_std=[.229, .224, .225], do_convert_rgb=True)
+    image_processor_type='BitImageProcessor', do_resize=True, size=dict(shortest_edge=256),
+    resample=3,
+    do_center_crop=True, crop_size=dict(height=224, width=224), do_rescale=True,
+    rescale_factor=1/255,
+    do_normalize=True, image_mean=[.485, .456, .406], image_std=[.229, .224, .225],
+    do_convert_rgb=True)
 HEAD_WIDTH = 64   # of every DINOv2, from ViT-S to ViT-g (Oquab et al. 2023, arXiv:2304.07193, table 17)
 
 def dinov2_config(
@@ -128,8 +136,10 @@ def dinov2_config(
     side = tensors['embeddings.patch_embeddings.projection.weight'].shape[-1]
     layers = 1 + max(int(k.split('.')[2]) for k in tensors if k.startswith('encoder.layer.'))
     hidden = tensors['encoder.layer.0.mlp.fc1.bias'].shape[0]
-    return Dinov2Config(hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(1, width//HEAD_WIDTH),
-                        mlp_ratio=hidden//width, patch_size=side, image_size=side*round((patches - 1)**.5))
+    return Dinov2Config(hidden_size=width, num_hidden_layers=layers,
+                        num_attention_heads=max(1, width//HEAD_WIDTH),
+                        mlp_ratio=hidden//width, patch_size=side,
+                        image_size=side*round((patches - 1)**.5))
 
 def read_onnx_tower(
     path:str|Path,   # an .onnx file with a DINOv2
@@ -174,6 +184,7 @@ def next_words(
 )->str:               # the answer's beginning
     "What a language model writes first, each time the likeliest token."
     turn = [dict(role='user', content=question)]
-    inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors='pt', return_dict=True)
+    inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors='pt',
+                                           return_dict=True)
     out = model.generate(**inputs, max_new_tokens=n, do_sample=False)
     return tokenizer.decode(out[0, inputs['input_ids'].shape[1]:], skip_special_tokens=True)

@@ -96,7 +96,8 @@ def world_samples(
     "Samples and a collator for `fit`."
     tok = processor.tokenizer
     objective = as_objective(objective)
-    encode = partial(record_samples, tokenizer=processor, split=type(objective).encode is Objective.encode,
+    encode = partial(record_samples, tokenizer=processor,
+                     split=type(objective).encode is Objective.encode,
                      image_tokens=model.config.image_seq_length)
     samples, names = objective.encode(records, encode)
     pictures = Pictures(processor, [Path(images)/n for n in names])

@@ -214,7 +214,8 @@ def _last_layer_on(model, keep):
     if again or None in parts: yield; return
     at, shape = keep.flatten().nonzero()[:, 0], keep.shape
     def take(module, args): return F.pad(args[0].flatten(0, 1)[at], (0, 0, 0, -len(at) % 64))[None], *args[1:]   # few shapes, as in `Collator`
-    def back(x): return x.new_zeros(keep.numel(), x.shape[-1]).index_copy(0, at, x[0, :len(at)]).view(*shape, -1)
+    def back(x): return x.new_zeros(keep.numel(),
+                                    x.shape[-1]).index_copy(0, at, x[0, :len(at)]).view(*shape, -1)
     def put(module, args, out): return (back(out[0]), *out[1:]) if isinstance(out, tuple) else back(out)   # a mixture of experts tells its router's choice, too
     hooks = [h for p in parts for h in (p.register_forward_pre_hook(take), p.register_forward_hook(put))]
     try: yield
@@ -291,7 +292,8 @@ def record_samples(
     if cut: print(f'{cut} of {len(records)} conversations were cut at {max_len} tokens (max_len).')
     if several: print(f'{several} of {len(records)} conversations became a sample for each answer: '
                       'their chat template writes earlier turns otherwise than it asked for them.')
-    if long: print(f'{len(long)} of {len(records)} conversations were left out, since no answer begins within '
+    if long:
+        print(f'{len(long)} of {len(records)} conversations were left out, since no answer begins within '
                    f'{max_len} tokens (max_len): {", ".join(map(repr, long[:3]))}{" …" if len(long) > 3 else ""}.')
     return samples, list(names)
 

@@ -17,7 +17,8 @@ import torch
 from peft import LoraConfig
 from torch.nn import functional as F
 from ..models.adapters import attach, lora_targets
-from ..models.anatomy import (apart_because, base_of, connector, decoder_layers, image_token, image_tokens,
+from ..models.anatomy import (apart_because, base_of, connector, decoder_layers,
+                                      image_token, image_tokens,
                                       vision_features)
 from .batches import IGNORE, Collator, batch_loss, embed, encode, share_pictures
 from .packing import ApartCollator, PackedCollator, pack_rows
@@ -50,7 +51,8 @@ def watched_weights(
                                                      if p.requires_grad]
 
 def _gradients(loss, learn):
-    if not loss.requires_grad: return [torch.zeros_like(p) for p in learn]   # a tower whose features are kept
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in learn]   # a tower whose features are kept
     found = torch.autograd.grad(loss, learn, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(learn, found)]
 
@@ -195,7 +197,9 @@ def prefix_gate(
     longest:int=0,     # tokens of the longest sample; 0: not known
 )->Gate:
     "Whether questions may share their image in training."
-    try: asked = [dict(encode(processor, _turns(*qa), image_tokens(model)), image=0) for qa in _ASKED]
+    try:
+        asked = [dict(encode(processor, _turns(*qa), image_tokens(model)), image=0)
+                 for qa in _ASKED]
     except Exception as e: return Gate(False, f'the probe failed ({_why(e)})')
     if len(share_pictures(asked, image_token(model))) != 1:
         return Gate(False,
@@ -293,7 +297,9 @@ def check_step(
         why = _step_fails(model, pad_id)
         adapter = _adapter_fails(model, lora_rank, pad_id) if lora_rank and not why else ''
     finally: model.train(was)
-    if why: raise ValueError(f"'{where}' ({kind}) cannot be trained: {why}; choose another language model, "
+    if why:
+        raise ValueError(f"'{where}' ({kind}) cannot be trained: {why}; choose another language model, "
                              'such as one of the Llama, Mistral, Qwen or Granite kind.')
-    if adapter: raise ValueError(f"'{where}' ({kind}) cannot be trained with an adapter: {adapter}; train its "
+    if adapter:
+        raise ValueError(f"'{where}' ({kind}) cannot be trained with an adapter: {adapter}; train its "
                                  'weights (lora_rank 0), or choose another language model.')

@@ -29,10 +29,12 @@ def loss_words(
     noise = 2*np.sqrt((first.var(ddof=1) + end.var(ddof=1))/n) if n > 1 else 0.
     change = end.mean() - first.mean()
     word = 'falls' if change < -noise else 'rises' if change > noise else 'does not clearly fall'
-    said = f'the loss {word}' + (':' if ' ' in word else ' from') + f' {first.mean():.2f} to {end.mean():.2f}'
+    said = f'the loss {word}' + (':' if ' ' in word
+                                 else ' from') + f' {first.mean():.2f} to {end.mean():.2f}'
     held = [r['held_loss'] for r in rows if r.get('held_loss') not in (None, '')]
     worse = held and f'{held[-1]:.2f}' > f'{min(held):.2f}'
-    return said + (f', validation loss from {min(held):.2f} at best to {held[-1]:.2f}' if worse else '')
+    return said + (f', validation loss from {min(held):.2f} at best to {held[-1]:.2f}'
+                   if worse else '')
 
 # %% ../../nbs/04_train/10_monitor.ipynb #753551ec
 def order_words(
@@ -41,7 +43,8 @@ def order_words(
 )->str:             # such as: side first at 90%, count last
     "Which kinds of question are learned first, and which last or not at all."
     first = {k: next((i for i, v in enumerate(c) if v >= level), None) for k, c in curves.items()}
-    done, late = {k: i for k, i in first.items() if i is not None}, [k for k, i in first.items() if i is None]
+    done, late = {k: i for k, i in first.items() if i is not None}, [k for k, i in first.items()
+                                                                     if i is None]
     if not done: return f'no kind of question reaches {level:.0%}'
     start = [k for k, i in done.items() if i == min(done.values())]
     last = late or [k for k, i in done.items() if i == max(done.values())]

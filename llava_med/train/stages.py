@@ -234,7 +234,8 @@ def _row_kind(work, share, samples):
     said = {}
     for way in dict.fromkeys(ways):
         gate = (prefix_gate(model, work.processor, way[1], longest=longest) if way[0] else
-                path_gate(model, *way, longest=longest, pad_id=work.processor.tokenizer.pad_token_id or 0))
+                path_gate(model, *way, longest=longest,
+                          pad_id=work.processor.tokenizer.pad_token_id or 0))
         if gate.passed: break
         said[way] = gate.why
     else: way = False, False
@@ -348,7 +349,8 @@ def show_losses(
 )->None:
     "Save and show the curve of the losses as the step's figure `losses`."
     words = loss_words(work.losses)
-    fig, first, last = loss_figure(work.losses, f'{title}: {words}' if title else words.capitalize())
+    fig, first, last = loss_figure(work.losses,
+                                   f'{title}: {words}' if title else words.capitalize())
     held = [r for r in work.losses if r.get('held_loss') not in (None, '')]
     said = [f" Held back, after {r['epoch'] + 1} epochs: {r['held_loss']:.2f}." for r in held]
     text = f'Mean loss of the first 20 steps {first:.2f}, of the last 20 {last:.2f}.'

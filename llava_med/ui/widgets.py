@@ -131,7 +131,8 @@ class _Said(TextIteratorStreamer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.ends = ends
     def put(self, value):
-        if self.next_tokens_are_prompt or value.flatten()[-1].item() not in self.ends: super().put(value)
+        if self.next_tokens_are_prompt or value.flatten()[-1].item() not in self.ends:
+            super().put(value)
 
 def stream_answer(
     model, processor, # a LLaVA and its processor
