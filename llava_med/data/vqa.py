@@ -310,12 +310,12 @@ def _item_faults(o, ids): # what is wrong with one item
     if lack: return [f'lacks {", ".join(lack)}']
     out = [f'has an empty {k}' for k in ('question', 'answer', 'images') if not o[k]]
     if o['answer_type'] not in ('OPEN', 'CLOSED'): out.insert(0, f'has answer type {o["answer_type"]!r}')
-    known = [same_option(v) for v in o['options']]
+    known = [same_option(v) for v in o['options'] or ()]
     if known and o['answer'] and same_option(o['answer']) not in known:
         out.append(f'has the answer {o["answer"]!r}, which is none of its options')
     elif known and o.get('label') and o['label'] != LETTERS[known.index(same_option(o['answer']))]:
-        out.append(
-        f'has the label {o["label"]!r}, which is not the letter of its answer {o["answer"]!r}')
+        out.append(f'has the label {o["label"]!r}, which is not the letter of its answer '
+                   f'{o["answer"]!r}')
     if o['twin_of'] is not None and o['twin_of'] not in ids: out.append(f'names the twin {o["twin_of"]!r}, which is not there')
     boxes = [r['box'] for r in o['regions'] if isinstance(r, dict)]
     if any(len(b) != 4 or not all(-.01 <= v <= 1.01 for v in b) for b in boxes): out.append('has a box outside its image')
