@@ -295,7 +295,7 @@ def check_step(
     model.eval()
     try:
         why = _step_fails(model, pad_id)
-        adapter = _adapter_fails(model, lora_rank, pad_id) if lora_rank and not why else ''
+        adapter = _adapter_fails(model, lora_rank, pad_id) if lora_rank > 0 and not why else ''
     finally: model.train(was)
     if why:
         raise ValueError(f"'{where}' ({kind}) cannot be trained: {why}; choose another language model, "
