@@ -14,9 +14,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from ..core.registry import Registry
 from .answers import _as_refs, _exact_batches, _say_once, _walk, end_ids, open_picture, slow_because
-from .prefix_cache import (_Asked, _attention_mask, _grid, _places, read_packed,
-                                             visible_keys)
-from ..models.anatomy import base_of, decoder, head
+from .prefix_cache import _Asked, go_on
+from ..models.anatomy import base_of, head
 from ..models.templates import model_inputs, needs_bos, prompt_texts
 
 # %% ../../nbs/05_generate/05_sampling.ipynb #dddfe106
@@ -129,30 +128,10 @@ def _numbers(seed, prompt, n, length):
 # %% ../../nbs/05_generate/05_sampling.ipynb #6091b5f8
 def _draw_row(model, suffixes, cache, drawn, pick, max_new_tokens):
     "Go on with all answers, one token a step, as `decode` does."
-    start, lm, dev = cache.get_seq_length(), decoder(model), base_of(model).device
-    live = drawn
-    last = [sum(map(len, suffixes[q.row][:q.number])) - 1 for q in live]
-    hidden, keys = read_packed(model, suffixes, cache)
-    hidden = hidden[[q.row for q in live], last]
-    for n in range(max_new_tokens):
-        pick(live, head(model)(hidden))
-        going = [q for q in live if not q.ended]
-        if not going or n + 1 == max_new_tokens: break
-        if n == 0 or 2*len(going) <= len(live):
-            live = going
-            rows, places = _places(live)
-            if len(rows) < len(keys):
-                rows = torch.tensor(rows, device=dev)
-                cache.batch_select_indices(rows)
-                keys = keys[rows]
-            own = _grid(places, [q.number for q in live], -1, dev)
-        ids = _grid(places, [0 if q.ended else q.ids[-1] for q in live], 0, dev)
-        pos = _grid(places, [q.at + n for q in live], start, dev)
-        keys = torch.cat([keys, own], 1)
-        mask = _attention_mask(model, visible_keys(own, keys))
-        out = lm(input_ids=ids, attention_mask=mask, position_ids=pos, past_key_values=cache,
-                 use_cache=True)
-        hidden = out.last_hidden_state[places[0], places[1]]
+    def take(live, logits):
+        pick(live, logits)
+        return [q for q in live if not q.ended]
+    go_on(model, suffixes, cache, drawn, take, max_new_tokens)
 
 def _draw_fast(model, processor, refs, prompts, drawn, pick, max_new_tokens, batch_size):
     "Draw all answers; each picture is read once."
