@@ -141,7 +141,10 @@ def make_parser()->argparse.ArgumentParser:
                     'Anthropic (with the items\' ids as custom_id), or a table (.csv, .tsv, .xlsx) with question and\n'
                     'prediction. Several models in one file (model_id) are several models in the table.\n\n'
                     'example:\n  llava-med score vqa_rad/testset.json answers.jsonl --scorer llavamed_v1 --out scores.csv')
-    p.add_argument('items', metavar='ITEMS', help='VQA-RAD, SLAKE, PathVQA or PMC-VQA as published or as parquet, LLaVA-Med\'s test.json, a CSV table with image, question and answer, or our items')
+    p.add_argument('items', metavar='ITEMS',
+                   help='VQA-RAD, SLAKE, PathVQA, PMC-VQA, OmniMedVQA or MedXpertQA as published or '
+                        'as parquet, LLaVA-Med\'s test.json, a CSV or TSV table with image, question, '
+                        'answer and perhaps options (A, B, C …), or our items')
     p.add_argument('predictions', metavar='PREDICTIONS',
                    help='a file of answers, as above; at least "prompt" and "text"')
     p.add_argument('--scorer', choices=('llavamed_v1', 'medevalkit', 'lmms_slake', 'strict'), metavar='NAME',
