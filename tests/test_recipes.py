@@ -11,7 +11,7 @@ import pytest
 from llava_med.core.registry import UnknownName
 from llava_med.recipes.parts import FIRST_SCENE, study_world
 from llava_med.recipes.rewards import REWARDS, reward_of
-from llava_med.recipes.study import RECIPE_FILES, STUDY_COLUMNS, read_study_file
+from llava_med.recipes.study import RECIPE_FILES, STUDY_COLUMNS, new_recipe, read_study_file
 
 REPO = Path(__file__).resolve().parents[1]
 TEMPLATE = REPO/'nbs/recipes/_template'
@@ -45,11 +45,15 @@ def test_nbdev_leaves_the_template_out():
     assert sorted(p.name for p in TEMPLATE.iterdir() if not p.name.startswith('.')) == sorted(RECIPE_FILES)
 
 
-def test_the_template_is_clean():
-    for path in TEMPLATE.glob('*.ipynb'):
-        cells = json.loads(path.read_text())['cells']
-        assert not [c for c in cells if c.get('outputs') or c.get('execution_count')]
-        assert len({c['id'] for c in cells}) == len(cells)
+def test_the_template_is_read_with_outputs_and_copied_without(tmp_path):
+    shutil.copytree(TEMPLATE, tmp_path/'_template')
+    copies = [p for p in new_recipe('losses', 'rare_answers', tmp_path) if p.suffix == '.ipynb']
+    for paths, there in ((TEMPLATE.glob('*.ipynb'), True), (copies, False)):
+        for path in paths:
+            cells = json.loads(path.read_text())['cells']
+            run = [c for c in cells if c.get('outputs') or c.get('execution_count') or 'execution' in c['metadata']]
+            assert bool(run) == there, path
+            assert len({c['id'] for c in cells}) == len(cells)
 
 
 def test_the_study_file_of_the_template():

@@ -11,13 +11,15 @@ import re
 from pathlib import Path
 from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 from .runs import read_json
 
 # %% ../../nbs/00_core/07_pieces.ipynb #01f07cea
-PIECE_KINDS = dict(normal=1, unknown=2, control=3, user=4, unused=5, byte=6)   # of pieces in sentencepiece's file
+# of pieces in sentencepiece's file
+PIECE_KINDS = dict(normal=1, unknown=2, control=3, user=4, unused=5, byte=6)
 
 def read_pieces(
     path:Path, # tokenizer.model
@@ -25,18 +27,23 @@ def read_pieces(
     "The content of a sentencepiece model; raises ValueError with the reason when it is none."
     raw, proto = Path(path).read_bytes(), sentencepiece_model_pb2.ModelProto()
     if raw.startswith(b'version https://git-lfs'):
-        raise ValueError(f"'{path}' is a Git LFS pointer and not the file itself: run `git lfs pull` there.")
+        raise ValueError(f"'{path}' is a Git LFS pointer and not the file itself: run `git lfs "
+                         f"pull` there.")
     if re.match(rb'[A-Za-z0-9+/]+={0,2} \d+\s', raw):
-        raise ValueError(f"'{path}' is a tiktoken file, not sentencepiece's; take the model's tokenizer.json.")
+        raise ValueError(f"'{path}' is a tiktoken file, not sentencepiece's; take the model's "
+                         f"tokenizer.json.")
     try: proto.ParseFromString(raw); SentencePieceProcessor(model_proto=raw)
     except (DecodeError, RuntimeError, ValueError) as e:
-        raise ValueError(f"'{path}' is no sentencepiece model, or is damaged; fetch it again.") from e
+        raise ValueError(
+            f"'{path}' is no sentencepiece model, or is damaged; fetch it again.") from e
     if not proto.pieces:
         raise ValueError(f"'{path}' is no sentencepiece model: it has no pieces; fetch it again.")
     if proto.trainer_spec.model_type not in (1, 2):
-        raise ValueError(f"'{path}' splits into words or characters; only BPE and unigram can be read.")
+        raise ValueError(f"'{path}' splits into words or characters; only BPE and unigram can be "
+                         f"read.")
     if any(p.type == PIECE_KINDS['unused'] for p in proto.pieces):
-        raise ValueError(f"'{path}' has unused pieces, so it cannot be read exactly; give a tokenizer.json.")
+        raise ValueError(f"'{path}' has unused pieces, so it cannot be read exactly; give a "
+                         f"tokenizer.json.")
     return proto
 
 # %% ../../nbs/00_core/07_pieces.ipynb #0719f15a
@@ -71,7 +78,8 @@ def spaces(
 )->tuple:       # (normalizer, pre-tokenizer or None)
     "How sentencepiece treats spaces; only a text that is nothing but a user-defined piece lacks its first one."
     spec, user = proto.normalizer_spec, '|'.join(map(re.escape, _user(proto)))
-    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    steps = [normalizers.Precompiled(
+        spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(a), b) for a, b in ((r'\A +| +\z', ''), (' {2,}', ' '))]
     if prefix == 'always':
@@ -79,7 +87,8 @@ def spaces(
         if user: steps.append(normalizers.Replace(Regex(rf'\A▁(?=(?:{user})\z)'), ''))
     steps.append(normalizers.Replace(' ', '▁'))
     cut = None
-    if prefix == 'first':   # a space that no text can hold any more, so that it is always put in front
+    # a space that no text can hold any more, so that it is always put in front
+    if prefix == 'first':
         kinds = ((' ', 'first'), ('▁', 'never'))
         cut = pre_tokenizers.Sequence([
             pre_tokenizers.Metaspace(replacement=a, prepend_scheme=b, split=False)
@@ -121,7 +130,8 @@ def check_pieces(
     texts = [t for t in (*PROBES, *(f'see {u} here' for u in _user(proto)[:50]))
              if not any(c in t for c in apart)]      # those become special tokens
     if bad := [t for t in texts if tok.encode(t, add_special_tokens=False).ids != sp.encode(t)]:
-        raise ValueError(f"'{path}' cannot be read exactly: {bad[0]!r} would become other tokens than "
+        raise ValueError(f"'{path}' cannot be read exactly: {bad[0]!r} would become other tokens "
+                         f"than "
                          'sentencepiece makes; give a tokenizer.json of this model.')
 
 # %% ../../nbs/00_core/07_pieces.ipynb #f3453cf7
@@ -178,8 +188,10 @@ def _add(tok, added, roles, more, where):
     for i, (text, how) in added.items():
         put(text, how)
         if (got := tok.token_to_id(text)) != i:
-            raise ValueError(f"'{where}': {text!r} is said to be token {i}, and would become {got}; take "
-                             'added_tokens.json and tokenizer_config.json of the same model as tokenizer.model.')
+            raise ValueError(f"'{where}': {text!r} is said to be token {i}, and would become "
+                             f"{got}; take "
+                             'added_tokens.json and tokenizer_config.json of the same model as '
+                             'tokenizer.model.')
     for text in (*roles.values(), *more):
         if text not in {t for t, _ in added.values()}: put(text)
 
@@ -261,12 +273,15 @@ def read_tokenizer(
         for n in ('special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja'):
             _stored(where, n)
         tok = from_sentencepiece(pieces.parent)
-        say(f"'{where}' has a tokenizer.model: read with sentencepiece's own ids, saved as tokenizer.json.")
+        say(f"'{where}' has a tokenizer.model: read with sentencepiece's own ids, saved as "
+            f"tokenizer.json.")
         return tok
     if original and plain:
-        return PreTrainedTokenizerFast.from_pretrained(**place)   # its config.json is of no known type
+        # its config.json is of no known type
+        return PreTrainedTokenizerFast.from_pretrained(**place)
     tok = AutoTokenizer.from_pretrained(**place)
     if plain and hasattr(tok, 'backend_tokenizer') and not _as_stored(tok, plain):
         tok = PreTrainedTokenizerFast.from_pretrained(**place)
-        say(f"The tokenizer of '{where}' is read as its tokenizer.json says, not as its class {kind} would.")
+        say(f"The tokenizer of '{where}' is read as its tokenizer.json says, not as its class "
+            f"{kind} would.")
     return tok

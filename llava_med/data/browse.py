@@ -91,7 +91,7 @@ def draw_modalities(
 
 # %% ../../nbs/03_data/13_browse.ipynb #fcae6891
 def _share_limits(right, clusters):
-    "95 % interval of a share over clusters; exact limits where all are alike, everything for one cluster."
+    "95 % interval of a share over clusters; exact limits where all are alike."
     values, (names, at) = np.asarray(list(right), float), np.unique(list(clusters),
                                                                     return_inverse=True)
     g, n, share = len(names), len(values), values.mean()

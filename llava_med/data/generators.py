@@ -396,7 +396,7 @@ def model_mark(
     return f'{p.resolve().name}@{folder_hash(p)[:8]}' if p.is_dir() else str(model)
 
 def _own_template(tokenizer, path):
-    "The chat template of a folder, without today's date; a processor's where the tokenizer has none."
+    "The chat template of a folder, without today's date; a processor's if need be."
     from llava_med.models.exchange import frozen, one_template
     from llava_med.models.llava import read_processor
     said = tokenizer.chat_template
@@ -404,11 +404,12 @@ def _own_template(tokenizer, path):
                         for f in ('processor_config.json', 'chat_template.json')):
         said = getattr(read_processor(path, lambda line: None), 'chat_template', None)
     if not said:
-        raise ValueError(f'{path} has no chat template: name a model that was tuned for conversations.')
+        raise ValueError(f'{path} has no chat template: name a model that was tuned for '
+                         f'conversations.')
     return frozen(one_template(said, path))
 
 def _chat_rules(tokenizer, model, path):
-    "Set the chat template of a tokenizer; gives the ids that end an answer, the template's own among them."
+    "Set the chat template of a tokenizer; gives the ids that end an answer, the template's too."
     from llava_med.models.exchange import chat_template, with_end
     tokenizer.chat_template = _own_template(tokenizer, path)
     ends = getattr(model.generation_config, 'eos_token_id', None)
@@ -458,7 +459,8 @@ class LocalGenerator(TextGenerator):
         def encode(m):
             text, last = chat_text(tokenizer, m, cue=True), m[-1]['content'].strip()
             if last not in text:
-                raise ValueError(f'The chat template of {self.path} leaves out what is asked: {last[:80]!r}')
+                raise ValueError(f'The chat template of {self.path} leaves out what is asked: '
+                                 f'{last[:80]!r}')
             return text_ids(tokenizer, [text])[0]
         try: return encode(messages)
         except ValueError:

@@ -35,7 +35,8 @@ class Labels:
     weighting:str=''   # of an MRI: 'T1' or 'T2', where a question says it
     things:tuple=()    # of `Thing`
 
-_LESION = re.compile(r'tumor|cancer|edema|nodule|mass|effusion|pneumo|atelectasis|infiltrat|cardiomegaly|lesion|fracture')
+_LESION = re.compile(r'tumor|cancer|edema|nodule|mass|effusion|pneumo|atelectasis|infiltrat|'
+                     r'cardiomegaly|lesion|fracture')
 
 _PART = re.compile(r'(brain|head)|(lung|chest|heart)')
 
@@ -70,13 +71,14 @@ def held_out_images(
 def slake_labels(
     folder:str|Path, # train.json and imgs/, and the other splits, whose images are left out
 )->list:             # of `Labels`, in the order of names
-    "The labels of the training images of SLAKE; FileNotFoundError where its test questions or all images are missing."
+    "The labels of SLAKE's training images; FileNotFoundError without test file or images."
     folder, rows = Path(folder), defaultdict(list)
     for r in read_json(slake_file(folder, 'train')): rows[clean(r['img_name'])].append(r)
     names = sorted(set(rows) - held_out_images(folder))
     names = [n for n in names if (folder/'imgs'/n).is_file()]
     if not names:
-        raise FileNotFoundError(f'{folder/"imgs"}: holds no image of a training question without a test question.')
+        raise FileNotFoundError(f'{folder/"imgs"}: holds no image of a training question without '
+                                f'a test question.')
     return [_labels_of(folder, n, rows[n]) for n in names]
 
 def _labels_of(folder, image, rows):
@@ -135,7 +137,8 @@ def label_caption(
     head = an(scan_words(labels))
     said = [f'{head[0].upper()}{head[1:]}.']
     if lesions:
-        said.append(f"It shows {word_list(f'{t.name} in the {place_words(t.box)} of the image' for t in lesions)}.")
+        said.append(f"It shows "
+                    f"{word_list(f'{t.name} in the {place_words(t.box)} of the image' for t in lesions)}.")
     if organs:
         said.append(' '.join(f'The {t.name} is in the {place_words(t.box)} of the image.'
                              for t in organs))
@@ -259,7 +262,7 @@ def label_records(
     known:dict={},   # from `knowledge`
     seed:int=0,      # of the wording
     n_captions:int=2, # alignment captions of each image
-    n_rounds:int=1,  # how often all questions of an image are asked, in other words and another order
+    n_rounds:int=1,  # how often an image is asked about, in another order
 )->tuple:            # alignment records, instruction records
     "Captions and conversations of all images."
     absent, align, talk = absent_things(all_labels), [], []

@@ -16,7 +16,8 @@ from pathlib import Path, PureWindowsPath
 
 import ijson
 
-from .conversations import DOMAINS, IMAGE, RecordError, fault, images_of, one_spelling, stream_json, turns_of
+from .conversations import (
+    DOMAINS, IMAGE, RecordError, fault, images_of, one_spelling, stream_json, turns_of)
 from .images import ImageError, image_size
 from .jats import figure_numbers
 from ..core.runs import read_jsonl, replacing

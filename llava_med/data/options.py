@@ -18,7 +18,7 @@ from pathlib import Path
 LETTERS = string.ascii_uppercase   # of options
 
 class OptionError(ValueError):
-    "Options that cannot be read, or that contradict the key; the message names the record and the remedy."
+    "Options that cannot be read, or contradict the key; names the record and the remedy."
 
 def clean(
     value, # a question or answer as it stands in a file
@@ -91,7 +91,8 @@ def _pair(entry):
     label, text = (next((k for k in names if k in low), None) for names in (_LABELS, _TEXTS))
     if text: return low[label] if label else '', low[text]
     if len(entry) == 1: return next(iter(entry.items()))
-    raise OptionError(f'has an option with the keys {", ".join(entry)}; name them letter and content')
+    raise OptionError(f'has an option with the keys {", ".join(entry)}; name them letter and '
+                      f'content')
 
 def _listed(value):
     "Options and labels of a list."
@@ -128,18 +129,22 @@ def option_list(
     parts = next((p for s in '\n|;'
                   if len(p := [clean(x) for x in text.split(s) if clean(x)]) > 1), None)
     if parts: return _bare(parts), []
-    raise OptionError(f'has the options {clean(text)[:60]!r}, which are no list; write ["CT", "MRI"]')
+    raise OptionError(f'has the options {clean(text)[:60]!r}, which are no list; write ["CT", '
+                      f'"MRI"]')
 
 # %% ../../nbs/03_data/14_options.ipynb #1cf27f75
 _STYLES = (r'\(([A-J])\)', r'\[([A-J])\]', r'(?<![(\w])([A-J])\)',
-           r'(?<![\w.])([A-J])\.(?=\s|[A-Z0-9])',
-           r'(?<![\w])([A-J])\s?[:：](?!\d)')
-_TITLE = re.compile(r'(?i)(?:\b(?:the\s+)?(?:answer\s+)?(?:options|choices)(?:\s+are)?|选项)\s*[:：]?\s*$')
-_LISTED = re.compile(r'(?i)(?:please\s+)?(?:choose|select|pick)?\s*(?:one\s+)?(?:from\s+)?(?:the\s+)?(?:following\s+)?(?:\w+\s+)?'
+           r'(?<![\w.])([A-J])\.(?=\s|[A-Z0-9])', r'(?<![\w])([A-J])\s?[:：](?!\d)')
+_TITLE = re.compile(r'(?i)(?:\b(?:the\s+)?(?:answer\s+)?(?:options|choices)(?:\s+are)?|'
+                    r'选项)\s*[:：]?\s*$')
+_LISTED = re.compile(r'(?i)(?:please\s+)?(?:choose|select|'
+                     r'pick)?\s*(?:one\s+)?(?:from\s+)?(?:the\s+)?(?:following\s+)?(?:\w+\s+)?'
                      r'(?:options|choices)(?:\s+are)?\s*[:：]?\s*(\[[^\]]*\])\.?\s*$')
 _PLAIN_LIST = re.compile(r'(?i)\b(?:options|choices)\s*[:：]\s*([^\[\]:：\n]+)$')
-_INSTRUCTION = re.compile(r"(?i)[\s.]*(?:^|(?<=[\s.]))(?:please\s+)?(?:(?:answer|respond|reply)\s+(?:with|using|by|the question|directly|only)"
-                          r"|(?:choose|select|pick)\s+(?:the|one|an?|from|only)\b|your\s+answer|only\s+(?:answer|output)|think\s+step).*$", re.S)
+_INSTRUCTION = re.compile(r"(?i)[\s.]*(?:^|(?<=[\s.]))(?:please\s+)?(?:(?:answer|respond|"
+                          r"reply)\s+(?:with|using|by|the question|directly|only)"
+                          r"|(?:choose|select|pick)\s+(?:the|one|an?|from|only)\b|your\s+answer|"
+                          r"only\s+(?:answer|output)|think\s+step).*$", re.S)
 
 @dataclass
 class Split:
@@ -160,7 +165,8 @@ def _chains(found):
 
 def _tail(text, by_line):
     "The last option, and what stands behind it."
-    line, _, rest = text.strip().partition('\n') if by_line or '\n' in text.strip() else (text, '', '')
+    parted = by_line or '\n' in text.strip()
+    line, _, rest = text.strip().partition('\n') if parted else (text, '', '')
     cut = _INSTRUCTION.search(line)
     if cut and cut.start() > 0: line = line[:cut.start()]
     return line, _INSTRUCTION.sub('', '\n' + rest).strip()
@@ -184,7 +190,7 @@ def _parted(text, chain, before, title, by_line):
     if not all(options): return None
     return Split('\n'.join(t for t in (before, rest) if t), options, bool(title or by_line))
 
-_HINT = re.compile(r'(?i)(?<![a-z])[a-b]\s?[.):：\]]|options|choices|选项')   # without one of these there is nothing to find
+_HINT = re.compile(r'(?i)(?<![a-z])[a-b]\s?[.):：\]]|options|choices|选项')   # one is needed
 
 def split_options(
     text:str, # a question, perhaps with its options
@@ -204,7 +210,8 @@ def split_options(
                  False) if len(options) > 1 and all(options) else None
 
 # %% ../../nbs/03_data/14_options.ipynb #479f2c57
-_COLUMN = re.compile(r'((?:options?|choices?|opt|op|answers?|ans|candidate)[\s_.-]*)?[(\[]?([a-j]|\d{1,2})[)\]]?')
+_COLUMN = re.compile(
+    r'((?:options?|choices?|opt|op|answers?|ans|candidate)[\s_.-]*)?[(\[]?([a-j]|\d{1,2})[)\]]?')
 _FIELDS = ('options', 'choices', 'candidates', 'answer_choices', 'answer_options', 'answer choices',
            'multiple_choices', 'mc_options')
 
@@ -242,7 +249,7 @@ class Choice:
     options:list   # their texts
     answer:str     # text of the right one
     label:str      # its letter
-    assumed:bool=False # whether its number was taken to count from 0, which no record of the file proves
+    assumed:bool=False # whether it was taken to count from 0, without proof
 
 def _whole(key):
     "The number that a key is, or None."
@@ -320,20 +327,24 @@ def _place(record, kinds, votes, first):
     for places, (column, value) in zip(named, record.keys[1:]):
         both = {k: i for k, i in kinds.items() if i in places}
         if not both: raise OptionError(
-            f'has the keys {clean(record.keys[0][1])!r} ({record.keys[0][0]}) and {clean(value)!r} ({column}), '
+            f'has the keys {clean(record.keys[0][1])!r} ({record.keys[0][0]}) and '
+            f'{clean(value)!r} ({column}), '
             'which name different options; correct one of them')
         kinds = both
     if len(set(kinds.values())) > 1: kinds = {k: i for k, i in kinds.items() if k in votes} or kinds
     key = record.keys[0][1]
     if first == 'mixed' and set(kinds) <= {'from 0', 'from 1'}: raise OptionError(
-        f'has the key {clean(key)!r}, and the keys of the file count both from 0 and up to the number of '
+        f'has the key {clean(key)!r}, and the keys of the file count both from 0 and up to the '
+        f'number of '
         "options; write the letter or the option's text")
     if len(set(kinds.values())) == 1: return next(iter(kinds.values()))
     if {'from 0', 'from 1'} <= set(kinds): raise OptionError(
-        f'has the key {clean(key)!r}, which may count its options from 0 or from 1, and no record of the '
+        f'has the key {clean(key)!r}, which may count its options from 0 or from 1, and no record '
+        f'of the '
         "file tells; write the letter or the option's text")
     raise OptionError(f'has the key {clean(key)!r}, which is one option as a text and another as a '
-                      f'{"letter" if "letter" in kinds else "number"}; write letter and text, such as '
+                      f'{"letter" if "letter" in kinds else "number"}; write letter and text, '
+                      f'such as '
                       f'"A. {record.options[0]}"')
 
 # %% ../../nbs/03_data/14_options.ipynb #09245d88
@@ -343,8 +354,8 @@ KEY_COLUMNS = ('answer', 'gt_answer', 'answer_label', 'answer_idx', 'answer_inde
                'correct_choice',
                'correct_idx', 'correct_index', 'correct_letter', 'cop', 'label', 'correct', 'gold',
                'gt', 'ground_truth', 'target')
-KEY_COLUMNS += tuple(k.replace('_', ' ') for k in KEY_COLUMNS if '_' in k)   # in lower case; of two the first is the main one
-_VAGUE = {'label', 'correct', 'gold', 'gt', 'ground_truth', 'target'}   # beside another key often something else
+KEY_COLUMNS += tuple(k.replace('_', ' ') for k in KEY_COLUMNS if '_' in k)   # the first is the main one
+_VAGUE = {'label', 'correct', 'gold', 'gt', 'ground_truth', 'target'}   # often something else
 
 def _row_keys(row):
     "Columns that hold the key, the main one first."
@@ -408,8 +419,8 @@ def read_choices(
     path:str|Path,  # the file, for messages
     rows:list,      # its rows as dictionaries, in order; columns in any case
     left_out:list|None=None, # gets a sentence for each record that contradicts itself
-)->dict:            # row number → Choice, or None for a record that is left out; rows without options are not in it
-    "The options and keys of a whole file; a record that contradicts itself is an OptionError where `left_out` is None."
+)->dict:            # row number → Choice, or None for one left out; rows without options are not in it
+    "The options and keys of a whole file; OptionError for a record that contradicts itself."
     records, wrong = [], {}
     names = {k: clean(k).lower() for r in rows for k in r}
     rows = [{names[k]: v for k, v in r.items()} for r in rows]
@@ -426,7 +437,8 @@ def read_choices(
     said = [f'{path}: row {n} {wrong[n]}' for n in sorted(wrong)]
     more = f' (the first of {len(said)} such records)' if len(said) > 1 else ''
     if said and left_out is None: raise OptionError(
-        f'{said[0]}{more}. To read the set without such records, say part=True, --part, or vqa_part to an evaluation.')
+        f'{said[0]}{more}. To read the set without such records, say part=True, --part, or '
+        f'vqa_part to an evaluation.')
     if said: left_out += said
     return found | dict.fromkeys(wrong)
 
@@ -458,21 +470,30 @@ _END = r'''(?=["')\]]*\s*(?:$|[.,;:!?)\]。、]|[-–—(/&]|(?:is|was|because|s
 _MARK = rf'''["'(\[]*(?:([A-Z])\b{_END}|([a-z])(?=[)\]"'.]|\s*$))'''
 _LEAD = r'(?:(?i:is|are|was|be|would|should|must|option|choice|letter|the|most|likely|therefore|thus|clearly|correct|answer)\b[\s:]*)*'
 _SAYS = r"(?i:answer|ans|choice|option|antwort|respuesta|réponse|reponse|risposta|resposta)"
-_CUE = re.compile(rf"\b{_SAYS}\b(?:\s+(?i:is|would\s+be|should\s+be|must\s+be|est|ist|es)\b|\s*[:：=]|\s+[-–—](?=\s))\s*[:：]?\s*"
+_CUE = re.compile(rf"\b{_SAYS}\b(?:\s+(?i:is|would\s+be|should\s+be|must\s+be|est|ist|es)\b|"
+                  rf"\s*[:：=]|\s+[-–—](?=\s))\s*[:：]?\s*"
                   r"|答案[是为：:]\s*|\b(?i:i\s+(?:would\s+)?(?:choose|select|pick))\s+")
-_STRONG = re.compile(r'(?:(?i:\banswer|\b(?:choose|chose|select|pick|go\s+with|choosing)\b)|答案[是为]?|故?选(?:择|项)?)\s*[:：=]?\s*' + _LEAD + r'[:=]?\s*' + _MARK)
+_STRONG = re.compile(r'(?:(?i:\banswer|\b(?:choose|chose|select|pick|go\s+with|choosing)\b)|'
+                     r'答案[是为]?|故?选(?:择|项)?)\s*[:：=]?\s*' + _LEAD + r'[:=]?\s*' + _MARK)
 _WEAK = (re.compile(r'(?i:\b(?:option|choice|letter)\b)[\s:]*' + _MARK),
          re.compile(r"(?i:\b(?:it\s+is|it's|its|this\s+is|that\s+is|think|believe|say)\b)[\s:]*"
-                    + _LEAD + _MARK),
-         re.compile(r'()(?<![\w(])\(([A-Za-z])\)'),
+                    + _LEAD + _MARK), re.compile(r'()(?<![\w(])\(([A-Za-z])\)'),
          re.compile(r'(?:^|(?<=[.;:,]\s))()([B-Z])(?=\s+(?i:is|was|because|since|would\s+be)\b)'),
-         re.compile(r'(?:^|(?<=[.;:]\s))()(A)(?=\s+(?i:is\s+(?:the\s+)?(?:correct|right|best|wrong|not|incorrect)|because)\b)'))
-_TRAILING = re.compile(r"(?:[:,;]|\b(?i:therefore|thus|hence|so|but|is|be|est|ist|es))\s*[\"'(\[]*()([A-Z])[\"')\]]*[.!。]?\s*$")
-_DENIED = re.compile(r"(?i)(?:\bnot|n't|\bnever|\bexcept|\brul\w+\s+out|\bexclud\w+|\bneither|\bnor|\brather\s+than|\binstead\s+of)\s+(?:be\s+|the\s+|an?\s+)?(?:(?:answer|option|choice|letter)\s*)*[\"'(\[]*$")
-_REFUTED = re.compile(r"(?i)[\"')\]]*\s*(?:\([^)]*\)\s*)?(?:is|was|are|would\s+be|can\s+be|seems)(?:\s+(?:not|clearly|also))*\s+(?:not|incorrect|wrong|false|unlikely|inappropriate|ruled\s+out|excluded|less)\b|[\"')\]]*\s*(?:\([^)]*\)\s*)?(?:isn't|is\s+not|cannot|can't)")
-_ALSO = re.compile(r"[\"')\]]*\s*(?:,\s*(?:and|or)?|and/or|and|or|/|&|\+)\s*(?:(?:option|choice)\s+)?[\"'(\[]*([A-Z])\b(?![\w'])" + _END)
+         re.compile(r'(?:^|(?<=[.;:]\s))()(A)(?=\s+(?i:is\s+(?:the\s+)?(?:correct|right|best|'
+                    r'wrong|not|incorrect)|because)\b)'))
+_TRAILING = re.compile(r"(?:[:,;]|\b(?i:therefore|thus|hence|so|but|is|be|est|ist|"
+                       r"es))\s*[\"'(\[]*()([A-Z])[\"')\]]*[.!。]?\s*$")
+_DENIED = re.compile(r"(?i)(?:\bnot|n't|\bnever|\bexcept|\brul\w+\s+out|\bexclud\w+|\bneither|"
+                     r"\bnor|\brather\s+than|\binstead\s+of)\s+(?:be\s+|the\s+|"
+                     r"an?\s+)?(?:(?:answer|option|choice|letter)\s*)*[\"'(\[]*$")
+_REFUTED = re.compile(r"(?i)[\"')\]]*\s*(?:\([^)]*\)\s*)?(?:is|was|are|would\s+be|can\s+be|"
+                      r"seems)(?:\s+(?:not|clearly|also))*\s+(?:not|incorrect|wrong|false|"
+                      r"unlikely|inappropriate|ruled\s+out|excluded|less)\b|"
+                      r"[\"')\]]*\s*(?:\([^)]*\)\s*)?(?:isn't|is\s+not|cannot|can't)")
+_ALSO = re.compile(r"[\"')\]]*\s*(?:,\s*(?:and|or)?|and/or|and|or|/|&|\+)\s*(?:(?:option|"
+                   r"choice)\s+)?[\"'(\[]*([A-Z])\b(?![\w'])" + _END)
 
-_ANSWER_NAMES = ('answer', 'Answer', 'final_answer', 'choice', 'option')   # of an answer that is a dictionary
+_ANSWER_NAMES = ('answer', 'Answer', 'final_answer', 'choice', 'option')   # of a dictionary
 
 def _unwrapped(text):
     "An answer without box, marks of Markdown and line breaks."
@@ -499,45 +520,49 @@ def _letters(pattern, text, n):
             rest = rest[more.end():]
     return {i for i in said if i < n}
 
-_NOT = ('not|isnt|never|non|rather than|instead of|except|(?:everything|all|anything) but|absence of|'
-        'negative for|free of|(?:no|without)(?: (?:definite|acute|clear|obvious|visible|convincing))*'
+_NOT = ('not|isnt|never|non|rather than|instead of|except|(?:everything|all|anything) but|absence '
+        'of|negative for|free of|(?:no|without)(?: '
+        '(?:definite|acute|clear|obvious|visible|convincing))*'
         '(?: (?:evidence|signs?|indication|features?) of)?')   # before an option, it is denied
-_COMPARED = ('|(?:less|more|larger|greater|smaller|fewer|bigger|higher|lower) than|under|over|below|'
+_COMPARED = ('|(?:less|more|larger|greater|smaller|fewer|bigger|higher|lower) '
+             'than|under|over|below|'
              'above|minus|at least|at most|up to')   # before a number, it is another one
 
 def _named(words, text):
-    "Places of the options that a text names in whole words; one inside a longer one does not count, nor one that is denied."
+    "Places of the options that a text names in whole words, but no denied or included ones."
     found, text = set(), f' {text} '
     for i in sorted(range(len(words)), key=lambda i: -len(words[i])):
         if not words[i] or f' {words[i]} ' not in text: continue
         other = _NOT + _COMPARED*words[i][0].isdigit()
         kept = re.sub(rf' (?:{other}) (?:be )?{re.escape(words[i])} ', ' | ', text)
         if words[i][-1].isdigit():
-            kept = re.sub(rf' {re.escape(words[i])} (?=\d)', ' | ', kept)   # grade 2-3 is not grade 2
+            kept = re.sub(rf' {re.escape(words[i])} (?=\d)', ' | ', kept)   # grade 2-3
         if f' {words[i]} ' in kept: found |= {j for j, w in enumerate(words) if w == words[i]}
         text = text.replace(f' {words[i]} ', ' | ')
     return found
 
 def _exact(options, said):
-    "Places that a whole text may mean as an option or as a letter alone, and whether it is a letter."
+    "Places that a whole text may mean, and whether it is a letter."
     bare = said.strip(' "\'“”{}')
     equal = {i for i, o in enumerate(options) if same_option(o) == same_option(bare)}
     m = _LETTER.fullmatch(bare.strip('.!;,。、'))
     place = LETTERS.index(m[1].upper()) if m else len(options)
     return equal | ({place} if place < len(options) else set()), bool(m)
 
-_HEADED = re.compile(r'(?s)[(\[]?(?:([A-Za-z])\s*(?:[)\]]|[.:](?=\s|[A-Z\d]))[.:,]?\s*|([A-Z])(?:\s*[,=]|\s+[-–—]|\s*(?=\())\s*)(\S.*)')
+_HEADED = re.compile(r'(?s)[(\[]?(?:([A-Za-z])\s*(?:[)\]]|[.:](?=\s|[A-Z\d]))[.:,]?\s*|'
+                     r'([A-Z])(?:\s*[,=]|\s+[-–—]|\s*(?=\())\s*)(\S.*)')
 
 def _goes_on(options, place, rest):
-    "Whether a text behind a letter is its option and then the next letter with its own: the options are only repeated."
+    "Whether the options are only repeated: each letter with its text, then the next one."
     if place + 1 >= len(options): return False
-    after = rest[len(clean(options[place])):] if rest.casefold().startswith(clean(options[place]).casefold()) else ''
+    own = clean(options[place])
+    after = rest[len(own):] if rest.casefold().startswith(own.casefold()) else ''
     after = re.sub(r'^[\s.,;]*' + _OWN.format(LETTERS[place + 1]), '\0', after)
     return after[:1] == '\0' and after[1:].casefold().startswith(clean(options[place
                                                                                + 1]).casefold())
 
 def _headed(options, words, said, normalise):
-    "The place of a letter at the head of an answer; -1 if its text is another option's; None where there is none."
+    "The place of a letter at the head; -1 if its text is another option's, None without."
     m = _HEADED.fullmatch(said)
     place = LETTERS.index((m[1] or m[2]).upper()) if m else len(words)
     if place >= len(words): return None
@@ -560,14 +585,15 @@ def _several(said, n):
     "Whether an answer is a list of different letters, such as A and B, or AB."
     if n > 1 and re.fullmatch(rf'[A-{LETTERS[min(n, 26) - 1]}]{{2,}}', said.strip('. ')):
         return True
-    m = re.match(r"(?:(?i:both|either|neither|options?)\s+)?[\"'(\[]*([A-Z])(?=[\"')\]]*\s*(?:,|(?:and|or)\b|/|&|\+))", said)
+    m = re.match(r"(?:(?i:both|either|neither|options?)\s+)?[\"'(\[]*([A-Z])(?=[\"')\]]*\s*(?:,|"
+                 r"(?:and|or)\b|/|&|\+))", said)
     more = m and _ALSO.match(said[m.end():])
     return bool(more and more[1] != m[1] and LETTERS.index(more[1]) < n)
 
 _OPEN = object()   # nothing was decided yet
 
 def _by_form(options, words, said, normalise):
-    "The place by the form of a whole text: an option, a letter, a letter with its text; None if that is unclear."
+    "The place by the form of a whole text: option, letter, or both; None if unclear."
     whole, is_letter = _exact(options, said)
     if whole or is_letter: return whole.pop() if len(whole) == 1 else None
     if _several(said, len(options)): return None
@@ -599,7 +625,7 @@ def _by_forms(options, words, said, normalise):
     return _OPEN
 
 def _own_line(text, n):
-    "The place of a letter that has the first line for itself, None if others have too; _OPEN without such a line."
+    "The place of a letter alone on the first line; None if others are, _OPEN without one."
     lines = [u for l in str(text).splitlines() if (u := _unwrapped(l))]
     alone = [LETTERS.index(m[1].upper()) for l in lines if (m := _LETTER.fullmatch(l))]
     if len(lines) < 2 or not _LETTER.fullmatch(lines[0]) or alone[0] >= n: return _OPEN
@@ -607,7 +633,8 @@ def _own_line(text, n):
     if {*alone, *_letters(_STRONG, rest, n)} != {alone[0]}: return None
     return _OPEN if _TURN.search(rest) or any(map(_HEADED.fullmatch, lines[1:])) else alone[0]
 
-_TURN = re.compile(r"(?i)\b(?:wait|actually|correction|on\s+second\s+thoughts?|sorry|i\s+mean|let\s+me\s+re\w+)\b")
+_TURN = re.compile(r"(?i)\b(?:wait|actually|correction|on\s+second\s+thoughts?|sorry|i\s+mean|"
+                   r"let\s+me\s+re\w+)\b")
 
 def _taken_back(options, said, normalise):
     "Whether an answer is followed by a turn of mind and by another answer."
@@ -631,8 +658,7 @@ def said_option(
     if place is not _OPEN: return place
     for patterns in ((_STRONG,), (_TRAILING,), _WEAK):
         places = set().union(*(_letters(p, said, n) for p in patterns))
-        if places:
-            return _undisputed(places, words,
+        if places: return _undisputed(places, words,
                                normalise(said)) if patterns[0] is not _STRONG else _only(places)
     for part in (last, said):
         if named := _named(words, normalise(part)): return _only(named)
@@ -641,7 +667,7 @@ def spelt_out(
     options:list, # texts of the options
     text:str,     # an answer
     normalise:Callable=option_words, # what makes two texts the same words
-)->str:           # the option's text where the answer is a letter, alone or with its text; else the answer as it is
+)->str:           # the option's text for a letter, alone or with its text; else the answer
     "An answer for rules that know no letters."
     said = _unwrapped(text)
     if not said or not options: return text

@@ -371,8 +371,8 @@ def question_record(
 def choice_item(
     item:dict,     # VQA item as its file has it
     choice:Choice, # its options and the right one, from `read_choices`
-)->dict:           # VQA item with `options`, the right one's text as `answer`, its letter as `label`
-    "A multiple-choice item, which is closed whatever its file says; a question that held its options stays in `prompt`."
+)->dict:           # item with `options`, the right one's text as `answer`, its `label`
+    "A multiple-choice item, always closed; a question that held its options stays in `prompt`."
     asked, kind = clean(choice.question), str(item.get('answer_type') or '')
     out = {k: v for k, v in item.items() if k != 'type_from'}
     if 'type_from' not in item and kind not in ('', 'CLOSED'): out.setdefault('official_type', kind)
@@ -394,9 +394,9 @@ def write_items(
 
 def read_items(
     path:str|Path, # a .json or .jsonl file written by `write_items` or by hand
-    left_out:list|None=None, # gets a sentence for each item whose options contradict its answer, which is refused otherwise
+    left_out:list|None=None, # gets a sentence for each contradictory item; None refuses it
 )->list:           # VQA items
-    "Read items that are in our schema already; OptionError for options that contradict their answer."
+    "Read items in our schema; OptionError for options that contradict their answer."
     path = Path(path)
     items = read_jsonl(path) if path.suffix == '.jsonl' else read_json(path)
     if not isinstance(items, list): raise ValueError(f'{path}: holds no list of items.')

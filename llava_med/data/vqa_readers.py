@@ -16,7 +16,8 @@ from PIL import Image
 
 from .images import MAX_FILE
 from ..core.runs import read_json, read_jsonl, replacing
-from .options import KEY_COLUMNS, OptionError, clean, option_columns, read_choices, same_option, text_literal
+from .options import (
+    KEY_COLUMNS, OptionError, clean, option_columns, read_choices, same_option, text_literal)
 from .vqa import check_counts, check_rows, choice_item, is_yes_no, make_item
 from .vqa import read_items, read_slake, read_vqa_rad, same_question, split_of
 
@@ -111,7 +112,8 @@ def _csv_rows(path): # rows of a table
     except (csv.Error, UnicodeDecodeError) as e: raise ValueError(f'{path}: not a table that can be read ({e}); save it as CSV in UTF-8.') from None
     finally: csv.field_size_limit(csv_limit)
     if twice:
-        raise ValueError(f'{path}: has two columns {twice!r}; keep the one that counts, or give each its own name.')
+        raise ValueError(f'{path}: has two columns {twice!r}; keep the one that counts, or give '
+                         f'each its own name.')
     if not rows: raise ValueError(f'{path}: holds no questions.')
     return rows
 
@@ -127,7 +129,7 @@ def _pmc_item(r, n, choice, path):
 def read_pmc_vqa(
     path:str|Path,       # train.csv, test.csv, test_clean.csv, train_2.csv or test_2.csv
     split:str|None=None, # keep only 'train' or 'test'
-    left_out:list|None=None, # gets a sentence for each row that contradicts itself, which is refused otherwise
+    left_out:list|None=None, # gets a sentence for each contradictory row; None refuses it
 )->list:                 # VQA items with options
     "Read a table of PMC-VQA, of either version; OptionError for options that contradict the key."
     rows = _csv_rows(path)
@@ -167,7 +169,7 @@ def _answered(item, choice): # the item with its options, in the answer's own wr
 def read_llava_vqa(
     path:str|Path,       # such as test.json
     split:str|None=None, # keep only 'train', 'val' or 'test'
-    left_out:list|None=None, # gets a sentence for each question whose options contradict its answer, which is refused otherwise
+    left_out:list|None=None, # gets a sentence for each contradictory question; None refuses it
 )->list:                 # VQA items
     "Read a VQA set in LLaVA-Med's converted form."
     part = split_of(path) or 'all'
@@ -227,7 +229,8 @@ def _pictures(value): # names and bytes of all images in a cell
     data = _base64(str(value).strip()) if text else None
     return [data or text] if text else []
 
-def _stored(cell, images_dir, path, n): # the names of the pictures of a cell, which are written if wanted
+def _stored(cell, images_dir, path, n):
+    # the names of the pictures of a cell, which are written if wanted
     names = []
     try:
         for data in _pictures(cell):
@@ -238,7 +241,8 @@ def _stored(cell, images_dir, path, n): # the names of the pictures of a cell, w
                 with replacing(Path(images_dir)/name) as part: part.write_bytes(data)
     except (ValueError, OSError) as e:
         if isinstance(e, OSError) and e.filename: raise
-        raise ValueError(f'{path}: the image of row {n} cannot be read; fetch the file again.') from None
+        raise ValueError(
+            f'{path}: the image of row {n} cannot be read; fetch the file again.') from None
     return names
 
 # %% ../../nbs/03_data/16_vqa_readers.ipynb #2a7d51ef
@@ -263,7 +267,8 @@ def _row_split(r, default, where=None):
                  and split_of(clean(r[k]) or 'x')), None)
     if said: return split_of(said)
     if where and clean(r.get('split')):
-        raise ValueError(f'{where} has the split {clean(r["split"]).lower()!r}; write train, val or test.')
+        raise ValueError(f'{where} has the split {clean(r["split"]).lower()!r}; write train, val '
+                         f'or test.')
     return default
 
 def _row_item(r, n, ident, names, part, source, choice):
@@ -287,7 +292,8 @@ def _single(path, n, r):
     for k in ('question', next((k for k in KEY_COLUMNS if k in r and clean(r[k])), 'question')):
         v = r[k].tolist() if hasattr(r[k], 'tolist') else r[k]
         if isinstance(v, dict) or isinstance(v, (list, tuple)) and (len(v) != 1 or k == 'question'):
-            raise ValueError(f'{path}: row {n} has the {k} {str(v)[:60]!r}, which is no single text; write one text.')
+            raise ValueError(f'{path}: row {n} has the {k} {str(v)[:60]!r}, which is no single '
+                             f'text; write one text.')
 
 def _choices(path, rows, counts, left_out):
     "The options of all rows; keys that are letters of nothing, or no single text, are refused."
@@ -298,16 +304,17 @@ def _choices(path, rows, counts, left_out):
     keys = {clean(next((r[k] for k in KEY_COLUMNS if k in r and clean(r[k])), '')) for r in rows}
     if not found and len(rows) > 2 and len(keys) > 1 and all(re.fullmatch('[A-J]', k)
                                                              for k in keys) and 'answer_type' not in rows[0]:
-        raise OptionError(f'{path}: its keys are the letters {", ".join(sorted(keys))}, and no column holds options '
+        raise OptionError(f'{path}: its keys are the letters {", ".join(sorted(keys))}, and no '
+                          f'column holds options '
                           f'({", ".join(rows[0])}); name the columns A, B, C and so on, or options.')
     return found
 
 # %% ../../nbs/03_data/16_vqa_readers.ipynb #abdec02b
 def read_table(
-    path:str|Path,       # CSV or TSV file with an image, a question and a key; options, split, answer_type, modality, organ, question_type, patient may stand beside
+    path:str|Path,       # CSV or TSV file with image, question and key; options and tags may stand beside
     split:str|None=None, # keep only 'train', 'val' or 'test'
     images_dir:str|Path|None=None, # where pictures that stand in the table as text are written
-    left_out:list|None=None, # gets a sentence for each row whose options contradict its key, which is refused otherwise
+    left_out:list|None=None, # gets a sentence for each contradictory row; None refuses it
 )->list:                 # VQA items
     "Read a table of one's own, or of VLMEvalKit."
     rows = _csv_rows(path)
@@ -341,10 +348,10 @@ def _record_layout(keys): # which kind of record has these keys, in lower case, 
     return 'medxpert' if {'options', 'label', 'images', 'medical_task'} <= keys else 'records'
 
 def read_qa_records(
-    path:str|Path,       # JSON or JSON Lines: OmniMedVQA, MedXpertQA, or records with an image, a question and a key
+    path:str|Path,       # JSON or JSON Lines: OmniMedVQA, MedXpertQA, or records like theirs
     split:str|None=None, # keep only 'train', 'val' or 'test'
     images_dir:str|Path|None=None, # where pictures that stand in the file as text are written
-    left_out:list|None=None, # gets a sentence for each record whose options contradict its key, which is refused otherwise
+    left_out:list|None=None, # gets a sentence for each contradictory record; None refuses it
 )->list:                 # VQA items
     "Read records with an image, a question and a key."
     path = Path(path)
@@ -352,7 +359,8 @@ def read_qa_records(
     rows = [{clean(k).lower(): v for k, v in r.items()} for r in rows]
     check_rows(path, rows, ('question',))
     columns, source = _image_columns(dict.fromkeys(k for r in rows
-                                                   for k in r)), _RECORDS[_record_layout(set(rows[0]))]
+                                                   for k in r)), _RECORDS[_record_layout(
+                                                       set(rows[0]))]
     names = [_stored(next((r[k] for k in columns if _pictures(r.get(k))), None), images_dir, path,
                      n) for n, r in enumerate(rows)]
     found, part, out = _choices(path, rows, list(map(len, names)),
@@ -379,7 +387,8 @@ def _table_rows(path, columns, size): # rows of a parquet file, a few at a time;
     except (pa.ArrowException, OSError) as e:
         raise ValueError(f'{path}: not a parquet file that can be read ({str(e).splitlines()[0][:120]}); fetch it again.') from None
 
-def _parquet_columns(path): # names of the columns in lower case → as they are, and those that hold images
+def _parquet_columns(path):
+    # names of the columns in lower case → as they are, and those that hold images
     import pyarrow as pa, pyarrow.parquet as pq
     try: schema = pq.read_schema(path)
     except (pa.ArrowException, OSError) as e:
@@ -399,7 +408,8 @@ def _parquet_text(path): # rows without their pictures, and the columns that hol
     lack = [k for k, there in (('question', 'question' in names), ('answer', key),
                                ('image', images)) if not there]
     if lack:
-        raise ValueError(f'{path}: has the columns {", ".join(names)}, but not {" and ".join(lack)}.')
+        raise ValueError(f'{path}: has the columns {", ".join(names)}, but not '
+                         f'{" and ".join(lack)}.')
     rows = list(_table_rows(path, [v for k, v in names.items() if k not in images], 4096))
     if not rows: raise ValueError(f'{path}: holds no questions.')
     return rows, [names[k] for k in images], images
@@ -413,7 +423,7 @@ def read_parquet(
     split:str|None=None, # keep only 'train', 'val' or 'test'
     images_dir:str|Path|None=None, # where pictures are written, each once; None leaves them in the file
     source:str|None=None, # the set's name; None takes it from the path
-    left_out:list|None=None, # gets a sentence for each row whose options contradict its key, which is refused otherwise
+    left_out:list|None=None, # gets a sentence for each contradictory row; None refuses it
 )->list:                 # VQA items; images are named by their content
     "Read a VQA set as it lies on the Hugging Face Hub."
     path = Path(path)
@@ -546,11 +556,11 @@ def read_vqa(
     path:str|Path,       # a folder or file of any set that this chapter knows
     split:str|None=None, # 'train', 'val' or 'test'; None for all that is there
     lang:str|None='en',  # for sets in several languages; None for all
-    part:bool=False,     # True if this is meant to be only a part of the set; records whose options contradict their key are left out
+    part:bool=False,     # True if only a part of the set is meant; leaves contradictory records out
     images_dir:str|Path|None=None, # where the pictures of parquet files are written
     source:str|None=None, # the set's name, for parquet files in a folder that does not say it
     say=None,            # called with a sentence on what was recognised, such as `print`
-    left_out:list|None=None, # gets a sentence for each record whose options contradict its key, which is refused otherwise, unless it is a part
+    left_out:list|None=None, # gets a sentence for each contradictory record; None refuses it, except in a part
 )->list:                 # VQA items
     "Read a VQA set, whichever it is; a split of another size than published is refused unless it is said to be a part."
     path = Path(path)
@@ -561,7 +571,8 @@ def read_vqa(
     items = [o for p in files
              for o in _read_file(layout, p, split, lang, images_dir, source, left_out)]
     if mostly and len(left_out) > len(items): raise OptionError(
-        f'{left_out[0]}; {len(left_out)} records are like this and {len(items)} are sound: correct the file.')
+        f'{left_out[0]}; {len(left_out)} records are like this and {len(items)} are sound: '
+        f'correct the file.')
     if not items: raise ValueError(f'{path}: {what}, but no question for split={split!r}, lang={lang!r}.')
     if layout == 'parquet': what += f', taken for {items[0]["source"]}'
     if n := sum(bool(o['options']) for o in items): what += f'; {n} with options'
@@ -573,7 +584,8 @@ def read_vqa(
     if derived: what += f'; {derived} of {len(items)} questions have no official answer type, CLOSED means there that the answer is yes or no'
     wrong = [] if part or layout in ('items', 'llava') else check_counts(items, _edition(layout, items, files))
     if wrong:
-        raise ValueError(f'{path}: {wrong[0]} If this is meant to be a part of the set, say so: part=True, --part, or vqa_part to an evaluation.')
+        raise ValueError(f'{path}: {wrong[0]} If this is meant to be a part of the set, say so: '
+                         f'part=True, --part, or vqa_part to an evaluation.')
     if say: say(f'{path.name or path}: {what}; {len(items)} questions')
     return items
 
@@ -586,7 +598,7 @@ def open_vqa(
     store:str|Path|None=None,   # where the pictures of parquet files are written
     lang:str|None='en',         # for sets in several languages; None for all
     say=None,                   # called with sentences on what was found, such as `print`
-    left_out:list|None=None,    # gets a sentence for each record whose options contradict its key, which is refused otherwise
+    left_out:list|None=None,    # gets a sentence for each contradictory record; None refuses it
     part:bool=False,            # as in `read_vqa`
 )->dict:                        # name, train, val, test (VQA items), train_is, test_is (whose items they are), images_dir, missing, items, split, public
     "A VQA set as an evaluation needs it: its splits, its pictures, and the names of those that are missing."

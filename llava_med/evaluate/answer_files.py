@@ -137,7 +137,8 @@ def read_rows(
     with open(path, 'rb') as f: start = f.read(4)
     packed = start[:2] in (b'PK', b'\x1f\x8b', b'BZ') or start == b'\xfd7zX'
     if packed or start == b'PAR1': raise ScoreError(
-        f'{path}: is {"compressed; unpack it" if packed else "Parquet; write it as JSON Lines or CSV"}.')
+        f'{path}: is '
+        f'{"compressed; unpack it" if packed else "Parquet; write it as JSON Lines or CSV"}.')
     try:
         with open(path, encoding='utf-8-sig', newline='') as f:
             if kind in ('.csv', '.tsv'): return _table_rows(f, path)
@@ -257,7 +258,8 @@ def _failed_of(path, rows):
     names = {str(r['model']) for r in rows if _given(r.get('model'))}
     failed = [r for r in rows if r.get('error') and not _given(r.get('model'))]
     if failed and len(names) > 1: raise ScoreError(
-        f'{path}: the failed answer to {_record_id(failed[0])!r} names no model, and the file holds '
+        f'{path}: the failed answer to {_record_id(failed[0])!r} names no model, and the file '
+        f'holds '
         f'{len(names)} ({", ".join(sorted(names)[:3])}); give one file for each model.')
     for r in failed: r['model'] = next(iter(names), None)
 
@@ -294,7 +296,8 @@ def questions_in(
     cut = [re.split(more, t)[0] for t in [text, *lines]]
     label = r'(?i)^\s*(?:question|q|user|human)\s*\d*\s*[:：]'
     bare = [re.sub(label, '', t) for t in cut + lines]
-    asks = r'(?i)\s*\b(?:(?:short |final )?answer|assistant|a|response)\s*[:：]\s*$'   # for the answer
+    # for the answer
+    asks = r'(?i)\s*\b(?:(?:short |final )?answer|assistant|a|response)\s*[:：]\s*$'
     bare += [re.sub(asks, '', t) for t in bare]
     tries = map(same_question, [text, *cut, *lines, *bare])
     return list(dict.fromkeys(q for q in tries if q))
@@ -568,7 +571,7 @@ def asked_in_order(
     item:dict, # VQA item
     row:dict,  # its answer
 )->list:       # texts; empty unless one of the item's own has another place among them
-    "The options beside an answer or in its prompt, where their letters mean other options than the item's."
+    "The options beside an answer or in its prompt, where they stand in another order."
     own, low = list(map(same_option, item.get('options') or ())), {_name(k): v
                                                                    for k, v in row.items()}
     if len(own) < 2: return []

@@ -30,13 +30,14 @@ ARTICLES = {'a', 'an', 'the'}
 def strict_normalise(
     text:str, # answer or key
 )->str:       # words in lower case, single blanks between them; signs beside what they belong to
-    "Writing without case, punctuation, articles and number words; signs, powers and comparators stay."
+    "Writing without case, punctuation, articles, number words; signs and powers stay."
     t = unicodedata.normalize('NFKC', with_signs(text)).replace("'", '').replace('’', '')
     t = re.sub('[\u200b\u200e\u200f\u2060\ufeff]', '', t)   # marks without a width
     t = re.sub(r'(?<=\d),(?=\d{3}\b)', '', t)            # 1,000 is 1000
     t = re.sub(_DROPPED, ' ', t)                         # a point stays inside a number only
     t = re.sub(r'(?<=\d)(?=(mm|cm|ml|mg|kg)\b)', ' ', t)
-    t = re.sub(r'(?<=\d) ?x ?(?=\d)', ' x ', re.sub(r'(?<=\d) to (?=\d)', ' ', t))   # 5 to 10 is 5-10
+    # 5 to 10 is 5-10
+    t = re.sub(r'(?<=\d) ?x ?(?=\d)', ' x ', re.sub(r'(?<=\d) to (?=\d)', ' ', t))
     t = re.sub(r'(?<![\d.])(\d+)\.0+(?![\d.])', r'\1', t)                         # 2.0 is 2
     words = t.split()
     kept = [NUMBER_WORDS.get(w, w) for w in words if w not in ARTICLES] or words
@@ -301,7 +302,8 @@ def _rows(d, head, metric, keys, sides, n_draws, seed, transform, digits, bounds
     sums = [_sums(d, masks, f'num{s}', f'den{s}', codes, codes.max(initial=-1) + 1) for s in sides]
     parts = [bootstrap(*s, n_draws, seed, transform) for s in sums]
     value, draws = (parts[0][i] - parts[1][i] if len(parts) == 2 else parts[0][i] for i in (0, 1))
-    n = np.min([(den > 0).sum(0) for _, den in sums], 0)   # clusters in which something could be earned
+    # clusters in which something could be earned
+    n = np.min([(den > 0).sum(0) for _, den in sums], 0)
     low, high = intervals(value, draws, n, bounds, len(parts) == 2)
     return [dict(zip(SCORE_COLUMNS,
                      [*head, name, metric, *(_tidy(x[j], digits) for x in (value, low, high)),

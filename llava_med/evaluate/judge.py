@@ -234,7 +234,8 @@ def judge_answers(
     found, rule, n = _align(questions, answers)
     lost = sum(n[k] for k in ('extra', 'ambiguous', 'no_prompt', 'conflict'))
     if not found or 2*lost > len(answers): raise ScoreError(
-        f'{lost} of the {len(answers)} answers cannot be paired with the {len(questions)} questions; {remedy(n)}.')
+        f'{lost} of the {len(answers)} answers cannot be paired with the {len(questions)} '
+        f'questions; {remedy(n)}.')
     texts = {k: spoken(answer_text(r, n)) for k, r in found.items()}   # a judge sees no thoughts
     jobs = [(q, o, pair_of(q, texts[i], o) if (i := str(q['question_id'])) in texts else None)
             for q in questions for o in orders_of(q['question_id'], orders)]

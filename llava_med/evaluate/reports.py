@@ -147,7 +147,7 @@ def write_page(
 def value_with_interval(
     row:dict|None, # row of scores.csv
 )->str:            # such as 91.8 [90.4, 93.1]
-    "A value with its interval: per cent, words, or a bare number; [–] where there is no interval of one image."
+    "A value with its interval: per cent, words, or a number; [–] for one image."
     if not row: return '–'
     k, digits = (1, 2) if re.search(r'_words$|^perplexity$', row['metric']) else (100, 1)
     value = f"{k*float(row['value']):.{digits}f}"
@@ -339,7 +339,7 @@ def calibration_figure(
 
 # %% ../../nbs/06_evaluate/09_reports.ipynb #f675b9e1
 def looking_title(
-    gains:dict, # kind of question → row with low and high of the difference with and without the image
+    gains:dict, # kind of question → row with low, high of image - blank
 )->str:         # a title
     "For how many kinds of question the image is shown to help."
     known = [(float(r['low']), float(r['high'])) for r in gains.values() if not no_interval(r)]
@@ -436,17 +436,21 @@ def in_words(
 NOTES = dict(
     summary='blank: a grey picture instead; shuffled: the picture of another patient; noise: random dots. image-blank and its like are '
             'paired differences on the same questions. Those that never look are listed first, under blank.',
-    intervals='Intervals are from a bootstrap over images; where all or none are right, an exact limit that depends on the number of '
+    intervals='Intervals are from a bootstrap over images; where all or none are right, an exact '
+              'limit that depends on the number of '
               'images (3 of 3: at least 36.8 %). [–]: one image has no interval.',
-    few='Few images: with fewer than ten, of which some are right and some wrong, these intervals are too narrow (of five images they hold '
+    few='Few images: with fewer than ten, of which some are right and some wrong, these intervals '
+        'are too narrow (of five images they hold '
         'the truth about 9 times in 10, of three about 8).',
     rules='Per cent with 95 % intervals from a bootstrap over images; lengths in words. A recall grows with the length of the answer, so '
           'the length stands under it. Where models were asked different numbers of questions, the differences below are of common ones.',
     controls='always_yes_no says "yes no" to everything, echo repeats the question, the priors give the commonest training answer: of all, '
              'to the type of question, to its wording. A rule under which they score high is a weak rule.',
     tests='Could be found: the smallest difference in points that 80 % of such comparisons would call different. An interval excludes '
-          'zero exactly where p, before the correction, is below 0.05. The sign of each image\'s difference is flipped, for up to 16 images in '
-          'all ways; five or fewer cannot show anything. Not shown to differ is not the same as equal.',
+          'zero exactly where p, before the correction, is below 0.05. The sign of each image\'s '
+          'difference is flipped, for up to 16 images in '
+          'all ways; five or fewer cannot show anything. Not shown to differ is not the same as '
+          'equal.',
     calibration='Per cent. By chance at most: what 95 % of perfectly calibrated models would stay below with as many questions.',
     own='These are per cent as printed by others, on their own machines and by their own rules.',
     other='For orientation only: these are of other data, and no number of this page may be held against them.')

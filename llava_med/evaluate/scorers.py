@@ -96,11 +96,13 @@ def is_closed(
     "Whether the authors of the set call the question closed; PathVQA says `yes/no`."
     return str(item.get('answer_type') or '').strip().upper() in ('CLOSED', 'YES/NO')
 
-_OWN_SETS = ('vqa_rad', 'slake', 'pathvqa', 'llava_med')   # sets on which the published rules were published
+# sets on which the published rules were published
+_OWN_SETS = ('vqa_rad', 'slake', 'pathvqa', 'llava_med')
 
 def _words(text): return float(len(text.split()))
 
-def _asked_options(item): # the options of a multiple-choice set; none for the sets that the rules were made for
+def _asked_options(item):
+    # the options of a multiple-choice set; none for the sets that the rules were made for
     return [] if item.get('source') in _OWN_SETS else list(map(str, item.get('options') or ()))
 
 def llavamed_v1(
@@ -245,7 +247,8 @@ SCORERS = Registry('scorer', llavamed_v1=llavamed_v1, medevalkit=medevalkit, lmm
                    strict=strict_scores)   # name → f(item, text), which gives metric → credit
 
 # %% ../../nbs/06_evaluate/06_scorers.ipynb #b1b8bb00
-AS_WRITTEN = ('llavamed_v1', 'medevalkit', 'lmms_slake')   # rules that read a text as it was written
+# rules that read a text as it was written
+AS_WRITTEN = ('llavamed_v1', 'medevalkit', 'lmms_slake')
 
 # %% ../../nbs/06_evaluate/06_scorers.ipynb #e58fade8
 def credits(
@@ -315,7 +318,8 @@ def _said(n): return '; '.join(f'{n[k]} {what}' for k, what in CASES.items() if 
 def _as_written(n, scorers):
     "What must be added where something was left out and a published rule reads it."
     rules = [s for s in scorers if s in AS_WRITTEN]
-    return f' ({" and ".join(rules)} read these texts as written)' if rules and any(n[k] for k in ODD_TEXT if k != 'html') else ''
+    return f' ({" and ".join(rules)} read these texts as written)' if rules and any(
+        n[k] for k in ODD_TEXT if k != 'html') else ''
 
 def _common(items, key):
     "The value that all items share, or `all`."
@@ -330,7 +334,7 @@ def _content(items): return Counter((o['question'], str(o['answer']), *(o.get('i
                                     for o in items)
 
 def _proven(tried, t, n_rows):
-    "Whether answers belong to this part of the items: it pairs no more than all do, or chance is no explanation."
+    "Whether answers belong to this part of the items, beyond what chance explains."
     (items, whole, _, n), (part, found, *_) = tried[0], t
     if t[3]['extra'] > n['extra']: return False            # it must hold what the whole set holds
     if all(k in whole for k in found): return True
@@ -389,15 +393,17 @@ def credit_rows(
     return out
 
 def _same_letters(model, items, found, texts):
-    "Refuse answers to the options of an item in another order, if that changes what an answer says."
+    "Refuse answers to options in another order, if that changes what an answer says."
     for o in items:
         asked = asked_in_order(o, found[o['id']]) if o['id'] in found else []
         if not asked: continue
         own, said = list(map(str, o['options'])), spoken(texts[o['id']])
         two = [(p, said_option(p, said, strict_normalise)) for p in (asked, own)]
         if len({None if k is None else same_option(p[k]) for p, k in two}) > 1: raise ScoreError(
-            f'{model}: item {o["id"]!r} was asked with its options in another order ({"; ".join(asked)[:120]}), '
-            'so that a letter means another option; give the items with their options as they were asked.')
+            f'{model}: item {o["id"]!r} was asked with its options in another order '
+            f'({"; ".join(asked)[:120]}), '
+            'so that a letter means another option; give the items with their options as they '
+            'were asked.')
 
 def score_answers(
     items:list,          # VQA items
@@ -489,7 +495,7 @@ def score_files(
     part:bool=False,      # True if the items are meant to be only a part of their set
     **kw,                 # further arguments of `score_answers`
 )->int:                   # exit code
-    "Score an answer file, print the summary, and return the exit code; ScoreError says what cannot be read or paired."
+    "Score an answer file and print the summary; ScoreError for what cannot be read or paired."
     if scorer: SCORERS.named(scorer, '--scorer')
     if not Path(predictions).is_file(): raise FileNotFoundError(f'{predictions}: there is no such file.')
     if out and Path(out).is_dir(): raise ScoreError(f'{out} is a folder: name a file for --out, such as {Path(out)/"scores.csv"}.')

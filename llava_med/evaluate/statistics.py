@@ -114,7 +114,7 @@ def paired_difference(
     images:np.ndarray,  # image of each item, or its patient or cluster
     n_draws:int=10_000, # random subsets, where there are too many images for all
     seed:int=0,         # of the draws
-)->dict:                # difference, low, high, p, and se (standard error); NaN limits for one image
+)->dict:                # difference, low, high, p, se (standard error); NaN for one image
     "Difference of two models by a sign-flip test over images: exact on few, else by random flips."
     d = np.asarray(a, float) - np.asarray(b, float)
     if not len(d) or len(d) != len(images) or not np.isfinite(d).all(): raise ScoreError(

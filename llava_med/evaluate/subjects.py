@@ -319,7 +319,7 @@ def _last_text(prompt):
     return said if isinstance(said, str) else '\n'.join(c.get('text', '') for c in said)
 
 def _summed(replies, scores):
-    "For each option the log-probability of all its replies together, and the tokens of the most probable one."
+    "For each option the log-probability of all its replies, and its likeliest one's tokens."
     out = []
     for each in replies:
         got = [next(scores) for _ in each]
@@ -334,7 +334,7 @@ class Chooser(LocalModel):
         processor=None,       # as in `LocalModel`
         per_token:bool=False, # compare the mean log-probability of a token instead of the sum
         options:tuple=(),     # replies for items without options; not listed in the prompt
-        by:str='any',         # of options that the prompt lists with letters: `letter`, `text`, or `any` of both
+        by:str='any',         # of options listed with letters: `letter`, `text`, `any`
         **kw,                 # further arguments of `LocalModel`
     ):
         super().__init__(model, processor, **kw)
@@ -388,7 +388,8 @@ class Chooser(LocalModel):
         first, second = (*best[own], None)[:2]
         if second is not None and marks[own][first] - marks[own][second] < 1e-6: return dict(
             options=told,
-            error=f'ValueError: the options {options[first]!r} and {options[second]!r} are equally probable.')
+            error=f'ValueError: the options {options[first]!r} and {options[second]!r} are '
+                  f'equally probable.')
         return dict(text=said[own], by_sum=said['sum'], by_mean=said['mean'], options=told)
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #d89457f2

@@ -80,8 +80,10 @@ def language_model(
         raise ValueError(f'{type(model).__name__} has no model.language_model.layers with '
             'self-attention: use a LlavaForConditionalGeneration with a Llama-like decoder.')
     if not getattr(type(inner), '_supports_sdpa', True):
-        raise ValueError(f'{type(inner).__name__} has attention of its own (sinks or soft caps), which maps '
-            'would leave out: use a language model that computes plain attention, such as Llama or Qwen.')
+        raise ValueError(f'{type(inner).__name__} has attention of its own (sinks or soft caps), '
+                         f'which maps '
+            'would leave out: use a language model that computes plain attention, such as Llama '
+            'or Qwen.')
     return base, inner
 
 # %% ../../nbs/07_explain/01_attention.ipynb #852e3e7b
@@ -256,7 +258,8 @@ def image_vectors(
     vectors = torch.stack(list(base.get_image_features(pixels).pooler_output))
     extra = vectors.shape[1] - len(samples[0].image_at)
     if extra > 1 and leading_vectors(base) != extra: raise ValueError(
-        f'The connector gives {vectors.shape[1]} vectors for {len(samples[0].image_at)} patches, and which of them '
+        f'The connector gives {vectors.shape[1]} vectors for {len(samples[0].image_at)} patches, '
+        f'and which of them '
         'stand for patches is not known: maps need one vector a patch.')
     return vectors
 
@@ -539,9 +542,9 @@ def over_pictures(
     over=None,         # denominators, (items,); ones give a mean
     n_draws:int=1000,  # bootstrap draws
     seed:int=0,        # of the draws
-    bounds:tuple|None=None, # least and most that a value can be, such as (0, 1) for hits; None: not known
+    bounds:tuple|None=None, # least and most of a value, (0, 1) for hits; None: unknown
 )->tuple:              # estimate, low, high: sum of values over sum of denominators; 95 %
-    "A mean or ratio with its 95 % interval from a bootstrap over pictures; NaN limits where there is none."
+    "A mean or ratio with its 95 % interval from a bootstrap over images, or NaN limits."
     values, (names, at) = np.asarray(values, float), np.unique(images, return_inverse=True)
     top, n, low = np.zeros((len(names),
                             *values.shape[1:])), np.bincount(at)[:, None], np.zeros(len(names))

@@ -12,7 +12,8 @@ import numpy as np
 from ..data.vqa import item_question
 from .attention import over_pictures
 from .explorer import LABELS
-from .faithfulness import best_method, choose_layers, faithfulness, gates, make_maps, sanity
+from .faithfulness import (
+    best_method, choose_layers, faithfulness, gates, make_maps, sanity)
 from .maps import METHOD_FACTS, METHODS
 from .pointing import says
 

@@ -18,7 +18,8 @@ from .prefix_cache import (cache_gate, cache_rows, decode, image_features,
                                              padding_gate,
                                              read_prefixes, reply_logprobs, split_ids)
 from ..models.exchange import chat_text, needs_bos, reply_ids, reply_text
-from ..models.templates import answer_ids, as_turns, chat, model_inputs, prompt_ids, prompt_texts
+from ..models.templates import (
+    answer_ids, as_turns, chat, model_inputs, prompt_ids, prompt_texts)
 
 # %% ../../nbs/05_generate/02_answers.ipynb #59e984d4
 def open_picture(

@@ -141,7 +141,7 @@ def go_on(
     model,         # LlavaForConditionalGeneration
     suffixes:list, # for each row a list of questions, each a list of token ids
     cache,         # keys and values of the prefixes, one row a row; it grows
-    live:list,     # the answers, in the order of their questions; each knows its row, number and place
+    live:list,     # answers in the order of their questions, with row, number and place
     take,          # f(live, logits) gives each its next token, and returns those that go on
     max_new_tokens:int=24, # longest answer
 )->None:           # the tokens are in the answers
@@ -221,7 +221,7 @@ def _last_two(model, ids):
     return decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0, -2:].float()
 
 def _last_two_cached(model, prefix, questions):
-    "The same for questions behind a prefix that is read once: the last token follows the others, as an answer does."
+    "The same for questions behind a prefix that is read once; the last token follows alone."
     cache, n = read_prefixes(model, [prefix], [[]]), len(questions)
     hidden, keys = read_packed(model, [[q[:-1] for q in questions]], cache)
     ends = np.cumsum([len(q) - 1 for q in questions]) - 1
@@ -243,7 +243,8 @@ def _measured(model):
     if not gap <= limit:
         return Gate(False, f'its hidden states differ by {gap:.0e} behind a shared prefix')
     if wrong <= limit:
-        return Gate(False, f'a wrong mask moves its hidden states by {wrong:.0e} only, so a trial shows nothing')
+        return Gate(False, f'a wrong mask moves its hidden states by {wrong:.0e} only, so a trial '
+                           f'shows nothing')
     return Gate(True, f'hidden states differ by {gap:.0e}, with a wrong mask by {wrong:.0e}')
 
 @torch.inference_mode()
@@ -278,7 +279,7 @@ def _first_logits(model, rows):
 def padding_gate(
     model,  # any model that generates
 )->Gate:
-    "Whether padding on the left leaves answers as they are: asked once for each model, of words alone."
+    "Whether padding on the left leaves answers as they are; once a model, words alone."
     key, known = ('padding', model.dtype, model.device.type), _GATES.setdefault(model, {})
     if key in known: return known[key]
     try:

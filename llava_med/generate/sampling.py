@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from ..core.registry import Registry
-from .answers import _as_refs, _exact_batches, _say_once, _walk, end_ids, open_picture, slow_because
+from .answers import (
+    _as_refs, _exact_batches, _say_once, _walk, end_ids, open_picture, slow_because)
 from .prefix_cache import _Asked, go_on
 from ..models.anatomy import base_of, head
 from ..models.templates import model_inputs, needs_bos, prompt_texts
@@ -214,7 +215,7 @@ def sample(
     processors=(),         # functions (ids so far, logits) → logits, or a dict name → options
     seed:int=0,            # equal seeds give equal answers, whatever `n` and `batch_size` are
     batch_size:int=64,     # answers drawn together
-)->list:                   # for each prompt n dicts text, ids, logprobs (nats, with the end's), ended, end (its token, or None)
+)->list:                   # for each prompt n dicts: text, ids, logprobs (nats), ended, end (id)
     "Draw answers; a picture is read once for all of them where the model allows it."
     _checked_how(n, temperature, top_p, max_new_tokens)
     if len(images) != len(prompts): raise ValueError(

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 from .steps import UsageError, known_name, stem_of
-from .runner import StepFailed, read_preset, read_scores, results_table, run_pipeline, shown
+from .runner import (
+    StepFailed, read_preset, read_scores, results_table, run_pipeline, shown)
 from ..core.runs import RunLocked, clock, read_json, run_dir
 
 # %% ../../nbs/09_lab/07_commands.ipynb #d6f4f28c
@@ -107,7 +108,8 @@ def make_parser()->argparse.ArgumentParser:
     sub = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     p = sub.add_parser('run', help='run the pipeline with a preset', description=RUN_HELP, formatter_class=raw)
     p.add_argument('preset', metavar='PRESET',
-                   help='a name from nbs/pipeline/presets, such as tiny or recipes/dpo, or a YAML file')
+                   help='a name from nbs/pipeline/presets, such as tiny or recipes/dpo, or a YAML '
+                        'file')
     p.add_argument('--name', metavar='RUN', help="name of the run, a folder in outputs/ (default: the preset's name)")
     p.add_argument('--only', nargs='+', action='extend', default=[], metavar='STEP', help='run only these steps')
     p.add_argument('--set', nargs='+', action='extend', default=[], metavar='STEP.PARAM=VALUE',
@@ -116,7 +118,8 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument('-v', '--verbose', action='store_true', help='show everything that the notebooks print')
     p = sub.add_parser('plan', help='what a preset will cost, and what it lacks', formatter_class=raw, description=PLAN_HELP)
     p.add_argument('preset', metavar='PRESET',
-                   help='a name from nbs/pipeline/presets, such as tiny or recipes/dpo, or a YAML file')
+                   help='a name from nbs/pipeline/presets, such as tiny or recipes/dpo, or a YAML '
+                        'file')
     p.add_argument('--join', action='store_true', help='make its base model from the tower and the language model in data/')
     p = sub.add_parser('batch', help='run a grid of presets, parameters and seeds', description=BATCH_HELP, formatter_class=raw)
     p.add_argument('grid', metavar='GRID', help='a name from nbs/pipeline/grids, or a YAML file')
@@ -133,17 +136,26 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument('--scheduler', metavar='ADDRESS', help='of a Dask scheduler, whose workers see the same folders')
     add_get(sub.add_parser('get', help='fetch data sets, base models, or articles', description=GET_HELP, formatter_class=raw))
     p = sub.add_parser('score', help='scores of an answer file, without a model', formatter_class=raw,
-        description='Scores the answers of any tool against a VQA set. They are paired by ids, images and questions,\n'
-                    'and never by a guess: what cannot be told apart gets no score. The rule used and everything\n'
-                    'odd is printed; the strict rule leaves out thoughts, control tokens and markdown.\n\n'
-                    'PREDICTIONS may be a log of ours, LLaVA\'s JSON Lines, samples of lmms-eval, .xlsx, .tsv or .json\n'
-                    'of VLMEvalKit, results.json of MedEvalKit, results of ms-swift, batch output of vLLM, OpenAI or\n'
-                    'Anthropic (with the items\' ids as custom_id), or a table (.csv, .tsv, .xlsx) with question and\n'
-                    'prediction. Several models in one file (model_id) are several models in the table.\n\n'
+        description='Scores the answers of any tool against a VQA set. They are paired by ids, '
+                    'images and questions,\n'
+                    'and never by a guess: what cannot be told apart gets no score. The rule used '
+                    'and everything\n'
+                    'odd is printed; the strict rule leaves out thoughts, control tokens and '
+                    'markdown.\n\n'
+                    'PREDICTIONS may be a log of ours, LLaVA\'s JSON Lines, samples of lmms-eval, '
+                    '.xlsx, .tsv or .json\n'
+                    'of VLMEvalKit, results.json of MedEvalKit, results of ms-swift, batch output '
+                    'of vLLM, OpenAI or\n'
+                    'Anthropic (with the items\' ids as custom_id), or a table (.csv, .tsv, '
+                    '.xlsx) with question and\n'
+                    'prediction. Several models in one file (model_id) are several models in the '
+                    'table.\n\n'
                     'example:\n  llava-med score vqa_rad/testset.json answers.jsonl --scorer llavamed_v1 --out scores.csv')
     p.add_argument('items', metavar='ITEMS',
-                   help='VQA-RAD, SLAKE, PathVQA, PMC-VQA, OmniMedVQA or MedXpertQA as published or '
-                        'as parquet, LLaVA-Med\'s test.json, a CSV or TSV table with image, question, '
+                   help='VQA-RAD, SLAKE, PathVQA, PMC-VQA, OmniMedVQA or MedXpertQA as published '
+                        'or '
+                        'as parquet, LLaVA-Med\'s test.json, a CSV or TSV table with image, '
+                        'question, '
                         'answer and perhaps options (A, B, C …), or our items')
     p.add_argument('predictions', metavar='PREDICTIONS',
                    help='a file of answers, as above; at least "prompt" and "text"')

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaConfig,
+    LlavaForConditionalGeneration)
 
 from .steps import GIVEN, UsageError, known_name, mapped, origin, stem_of
 from .runner import as_planned, plan_run, presets, read_preset, read_yaml, run_pipeline
@@ -101,11 +103,12 @@ def real_config(
 def meta_model(
     config:LlavaConfig, # of any size
 )->LlavaForConditionalGeneration: # without memory
-    "The model of a configuration on the meta device; raises UsageError where its language model cannot stand in one."
+    "The model of a configuration on the meta device; UsageError where none can be made."
     try:
         with torch.device('meta'): return LlavaForConditionalGeneration(config)
     except AttributeError as e: raise UsageError(
-        f'A language model of the kind {config.text_config.model_type} cannot stand in a LLaVA ({e}); {FITTING}.') from None
+        f'A language model of the kind {config.text_config.model_type} cannot stand in a LLaVA '
+        f'({e}); {FITTING}.') from None
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #bd487a13
 def trained_parts(
@@ -362,7 +365,8 @@ def plan_text(
 def _folder_template(folder):
     "The chat template that a folder brings, whichever file it stands in; None where it has none."
     kind = AutoConfig.from_pretrained(folder) if (folder/'config.json').exists() else None
-    reader = AutoProcessor.from_pretrained(folder) if hasattr(kind, 'vision_config') else read_tokenizer(folder, lambda line: None)
+    reader = AutoProcessor.from_pretrained(
+        folder) if hasattr(kind, 'vision_config') else read_tokenizer(folder, lambda line: None)
     own = one_template(getattr(reader, 'chat_template', None), folder)
     return own or one_template(getattr(getattr(reader, 'tokenizer', None), 'chat_template',
                                        None), folder)
@@ -379,7 +383,7 @@ def template_of(
 def real_template(
     preset:dict, # from read_preset
 )->str|None:     # Jinja; None: the shipped tokenizer's own
-    "The chat template that a real run reads: that of its base where it is on this machine, else the preset's."
+    "The chat template that a real run reads: its base's where it is here, else the preset's."
     m, named = preset['model'], template_of(preset)
     if 'tower' in m and named: return named                       # it is joined with this one
     if 'tower' in m: folders = [root()/'data'/str(m['language_model'])]
@@ -407,11 +411,12 @@ def thin_config(
     thin.update(new)
     return thin
 
-_MARKS = re.compile(r'<\|[^\s|<>]+\|>|<im_\w+>|<\w+_of_\w+>|</s>')   # of the templates that presets name
+# of the templates that presets name
+_MARKS = re.compile(r'<\|[^\s|<>]+\|>|<im_\w+>|<\w+_of_\w+>|</s>')
 
 def thin_tokenizer(
     preset:dict, # from read_preset
-):               # the shipped tokenizer with the real template, as it is, and that template's own marks
+):               # the shipped tokenizer with the real template and its marks
     "A tokenizer for a rehearsal; UsageError where nothing could be trained with the template."
     tok = AutoTokenizer.from_pretrained(root()/'data/base_tiny')
     tok.chat_template = real_template(preset) or tok.chat_template
@@ -437,7 +442,7 @@ def check_training(
     where,       # the folder of its language model, for the messages
     say=print,   # gets a line on every fast path that a step asks for and will not take
 )->None:
-    "One tiny loss step in every way that the preset's steps will train; ValueError that names the folder where it cannot be trained."
+    "One tiny loss step in every way that the preset trains; ValueError names the folder."
     steps = [v for s, v in plan_run(preset, preset['name']).items()
              if stem_of(s, preset) in STEP_STAGES]
     pad = processor.tokenizer.pad_token_id or 0

@@ -160,7 +160,8 @@ def read_steps(
     books, values = {}, {}
     for name, book, own in (read_entry(e, file) for e in given):
         if name.lower() in map(str.lower, books):
-            raise UsageError(f'{file}: two steps are named {name}: give one of them another `name:`.')
+            raise UsageError(f'{file}: two steps are named {name}: give one of them another '
+                             f'`name:`.')
         books[name], values[name] = book, own
     return books, values
 
@@ -261,7 +262,8 @@ def read_recipes(
 )->list:      # dotted names
     "The recipe modules of a preset; raises UsageError where one does not exist."
     if not isinstance(given or [], list):
-        raise UsageError(f'{file}: `recipes:` must be a list of modules, such as [llava_med.recipes.dpo].')
+        raise UsageError(f'{file}: `recipes:` must be a list of modules, such as '
+                         f'[llava_med.recipes.dpo].')
     for m in given or []:
         if recipe_file(str(m)): continue
         there = sorted(p.stem for p in library_dir().glob('recipes/*.py')

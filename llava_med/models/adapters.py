@@ -33,7 +33,8 @@ def lora_targets(
               and 'Router' not in type(m).__name__}
     if not inside:
         raise ValueError(f'{type(lm).__name__} has no linear layers that an adapter could change.')
-    ends = {re.search(r'(?:[^.]+\.)?\d+$|[^.]+$', n)[0].replace('.', r'\.') for n in inside}   # a number alone is a layer's name, too
+    # a number alone is a layer's name, too
+    ends = {re.search(r'(?:[^.]+\.)?\d+$|[^.]+$', n)[0].replace('.', r'\.') for n in inside}
     return rf"(?:.*\.)?language_model\..*\.({'|'.join(sorted(ends))})"
 
 def base_hash(
@@ -95,23 +96,29 @@ def read_adapter(
     path = Path(path)
     if not (path/'adapter_config.json').exists(): raise FileNotFoundError(f"No adapter in '{path}': it holds no adapter_config.json.")
     if (path/'non_lora_trainables.bin').exists():
-        raise ValueError(f"'{path}' is an adapter of LLaVA's own code, whose projector lies apart in non_lora_trainables.bin; merge it "
+        raise ValueError(f"'{path}' is an adapter of LLaVA's own code, whose projector lies apart "
+                         f"in non_lora_trainables.bin; merge it "
                          "with that code (merge_lora_weights.py), then use `llava-med convert`.")
     file = next((path/n for n in ('adapter_model.safetensors', 'adapter_model.bin')
                  if (path/n).exists()), None)
     if file is None:
-        raise FileNotFoundError(f"'{path}' holds neither adapter_model.safetensors nor adapter_model.bin.")
+        raise FileNotFoundError(f"'{path}' holds neither adapter_model.safetensors nor "
+                                f"adapter_model.bin.")
     try:
-        state = load_file(file) if file.suffix == '.safetensors' else torch.load(file, map_location='cpu', weights_only=True)
+        state = load_file(file) if file.suffix == '.safetensors' else torch.load(
+            file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         raise ValueError(f"'{file}' holds more than tensors, so it is not opened.") from e
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as e:
-        raise ValueError(f"'{file}' is damaged; fetch it again ({str(e).splitlines()[0][:80]}).") from e
+        raise ValueError(
+            f"'{file}' is damaged; fetch it again ({str(e).splitlines()[0][:80]}).") from e
     if not state: raise ValueError(f"'{file}' holds no weights, so it would change nothing.")
     return read_json(path/'adapter_config.json'), state
 
 # %% ../../nbs/02_models/05_adapters.ipynb #131508cb
-OLD_LAYOUTS = ((r'^language_model\.model\.', 'model.language_model.'), (r'^language_model\.lm_head\b', 'lm_head'),   # transformers < 4.52
+# transformers < 4.52
+OLD_LAYOUTS = ((r'^language_model\.model\.', 'model.language_model.'),
+               (r'^language_model\.lm_head\b', 'lm_head'),
            (r'^(vision_tower|multi_modal_projector)\b', r'model.\1'),
            (r'^model\.(layers|embed_tokens|norm)\b', r'model.language_model.\1'))                               # a bare language model
 PEFT_FRONT = 'base_model.model.'   # what `peft` puts before each name
@@ -160,16 +167,20 @@ def _embeddings(state, model, config):
                           n) and not any(m in n for m in config.get('modules_to_save') or [])
         if not aside or own not in whole: out[n] = v; continue
         if v.shape != whole[own].shape:
-            raise ValueError(f'its {own} has {len(v)} rows and the base has {len(whole[own])}: it was trained with another '
-                             'number of tokens; take the base and the tokenizer that it was trained with.')
+            raise ValueError(f'its {own} has {len(v)} rows and the base has {len(whole[own])}: it '
+                             f'was trained with another '
+                             'number of tokens; take the base and the tokenizer that it was '
+                             'trained with.')
         if not torch.equal(v.float(), whole[own].detach().cpu().to(v.dtype).float()):
-            raise ValueError(f"it holds {own} beside the adapter, with other values than the base's; merge it where it was trained.")
+            raise ValueError(f"it holds {own} beside the adapter, with other values than the "
+                             f"base's; merge it where it was trained.")
     return out
 
 def _put_on(model, path, config, state, trainable):
     "`PeftModel.from_pretrained`; names that were translated, and pickles, are written as safetensors first."
     with tempfile.TemporaryDirectory() as tmp, warnings.catch_warnings(), writing(tmp):
-        warnings.simplefilter('ignore')                        # what is missing is named by `load_adapter`
+        # what is missing is named by `load_adapter`
+        warnings.simplefilter('ignore')
         file = path/'adapter_model.safetensors'
         if file.exists() and set(load_file(file)) == set(state):
             return PeftModel.from_pretrained(model, path, is_trainable=trainable)
@@ -195,7 +206,8 @@ def load_adapter(
         state = _embeddings(state, model, config)
         adapted = _put_on(model, path, config, state, trainable)
     except (RuntimeError, ValueError, OSError, TypeError, KeyError, AttributeError) as e:
-        raise ValueError(f"The adapter in '{path}' does not fit this model: {' '.join(str(e).split())[:300]}") from e
+        raise ValueError(f"The adapter in '{path}' does not fit this model: "
+                         f"{' '.join(str(e).split())[:300]}") from e
     if lost := sorted(set(state) ^ set(get_peft_model_state_dict(adapted,
                                                                  save_embedding_layers=False))):
         raise ValueError(f"The adapter in '{path}' does not fit this model: {few(lost)} has no place on one of the two sides.")
@@ -224,12 +236,15 @@ def merge(
     "Add an adapter to the weights of its base; raises ValueError when the sum is not finite, or does something else."
     record = getattr(adapted, 'base_record', {})
     _untie(adapted.eval())
-    ids = torch.arange(1, 9, device=adapted.device)[None] % adapted.get_base_model().config.text_config.vocab_size
+    ids = torch.arange(
+        1, 9, device=adapted.device)[None] % adapted.get_base_model().config.text_config.vocab_size
     with torch.no_grad(): before = adapted(input_ids=ids).logits.float()
     model = adapted.merge_and_unload(safe_merge=True)
     with torch.no_grad(): after = model(input_ids=ids).logits.float()
-    if float((before - after).abs().max()) > float(before.abs().max())*(.05 if model.dtype != torch.float32 else 1e-3):
-        raise ValueError('The merged model says something else than base and adapter; an adapter of this kind cannot be merged.')
+    if float((before - after).abs(
+        ).max()) > float(before.abs().max())*(.05 if model.dtype != torch.float32 else 1e-3):
+        raise ValueError('The merged model says something else than base and adapter; an adapter '
+                         'of this kind cannot be merged.')
     model.provenance = {**getattr(model, 'provenance', {}), 'merged_adapter_onto': record}
     return model.requires_grad_(True).eval()
 

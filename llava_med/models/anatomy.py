@@ -106,8 +106,10 @@ def position_ids(
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #8b73854a
-_MASKED = {'full_attention', 'attention', 'global', 'mlp', 'moe'}   # kinds of layers that a mask governs
-_WINDOWED = {'sliding_attention', 'chunked_attention', 'local'}     # those that look back so far only
+# kinds of layers that a mask governs
+_MASKED = {'full_attention', 'attention', 'global', 'mlp', 'moe'}
+# those that look back so far only
+_WINDOWED = {'sliding_attention', 'chunked_attention', 'local'}
 _STATES = re.compile('Mamba|SSM|Conv(?!1D)|Recurrent|Rglru|DeltaNet|DeltaAttention|LinearAttention'
                      '|Lightning|LSTM|Rwkv|Retention|Hyena')   # in names of classes
 
@@ -212,7 +214,8 @@ def leading_vectors(
     plain, marked = sees(px, output_hidden_states=True).hidden_states[0]
     moved, n = (plain != marked).any(-1).nonzero().flatten().tolist(), len(plain)
     if not moved or moved[-1] != n - 1 or moved[0] < n - side**2: raise ValueError(
-        f'{type(sees).__name__} gives {n} vectors for {side} x {side} patches, and those of the patches are not '
+        f'{type(sees).__name__} gives {n} vectors for {side} x {side} patches, and those of the '
+        f'patches are not '
         'the last ones: no map can be drawn.')
     return n - side**2 - int(config.vision_feature_select_strategy == 'default')
 
@@ -356,10 +359,12 @@ def picture_settings(
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as e:
         own, both = (Path(where)/n for n in IMAGE_FILES)
         if own.exists() or both.exists() and 'image_processor' in both.read_text(encoding='utf-8'):
-            raise ValueError(f'its {(own if own.exists() else both).name} is damaged: {" ".join(str(e).split())[:120]}') from e
+            raise ValueError(f'its {(own if own.exists() else both).name} is damaged: '
+                             f'{" ".join(str(e).split())[:120]}') from e
         whose, assumed = assumed_settings(kind)
         says = ', '.join(f'{x:.3f}' for x in (*assumed['image_mean'], *assumed['image_std']))
-        say(f"'{where}' ({kind}) says nothing of its pictures (no {IMAGE_FILES[0]}): {whose} mean and deviation are "
+        say(f"'{where}' ({kind}) says nothing of its pictures (no {IMAGE_FILES[0]}): {whose} mean "
+            f"and deviation are "
             f"assumed ({says}), resampling {assumed['resample']}, the size of its config.json.")
         return assumed
     return {k: getattr(p, k) for k in IMAGE_SETTINGS if getattr(p, k, None) is not None}

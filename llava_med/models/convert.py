@@ -16,7 +16,9 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig, Qwen2Config, ViTConfig
+from transformers import (
+    CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig,
+    Qwen2Config, ViTConfig)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..core.pieces import read_tokenizer
 from .anatomy import assumed_settings
@@ -36,7 +38,8 @@ def local_folder(
     try: return Path(snapshot_download(name, revision=revision or None, allow_patterns=['*.json', '*.safetensors', '*.bin', '*.model', '*.jinja']))
     except Exception as e: raise FileNotFoundError(f"'{where}' is no folder here and cannot be fetched from the Hub: {str(e).splitlines()[0]}") from e
 
-PARTIAL = {'adapter_config.json': ', but an adapter of a base model; merge the two as its authors did, and convert the sum',
+PARTIAL = {'adapter_config.json': ', but an adapter of a base model; merge the two as its authors '
+                                  'did, and convert the sum',
            'mm_projector.bin': ', but a projector alone; name the whole checkpoint'}
 
 def weight_files(
@@ -53,7 +56,8 @@ def weight_files(
                  if not f.name.endswith('.index.json')]
         if files: return _all_shards(files, folder)
     part = next((k for n, k in PARTIAL.items() if (folder/n).exists()), '')
-    raise FileNotFoundError(f"'{folder}' holds no weights: neither model*.safetensors nor pytorch_model*.bin{part}.")
+    raise FileNotFoundError(f"'{folder}' holds no weights: neither model*.safetensors nor "
+                            f"pytorch_model*.bin{part}.")
 
 def _all_shards(files, folder):
     "Refuse shards of which some are missing, where no index names them."
@@ -61,7 +65,8 @@ def _all_shards(files, folder):
     gone = {int(m[2]) for m in numbers} and set(range(1, int(numbers[0][2]) + 1)) - {int(m[1])
                                                                                      for m in numbers}
     if gone:
-        raise FileNotFoundError(f"'{folder}' lacks part {few(sorted(gone))} of {int(numbers[0][2])}; fetch the whole checkpoint.")
+        raise FileNotFoundError(f"'{folder}' lacks part {few(sorted(gone))} of "
+                                f"{int(numbers[0][2])}; fetch the whole checkpoint.")
     return files
 
 def read_weights(
@@ -79,7 +84,8 @@ def read_weights(
     for index in folder.glob('*.index.json'):
         if index.name.startswith(weight_files(folder)[0].name.split('-')[0].split('.')[0]) and (gone := sorted(set(read_json(index)['weight_map']) - set(state))):
             raise ValueError(f"'{folder}' lacks {few(gone)}, which {index.name} names; fetch the whole checkpoint.")
-    around = 'module.' if state and all(n.startswith('module.') for n in state) else ''   # of several processes
+    # of several processes
+    around = 'module.' if state and all(n.startswith('module.') for n in state) else ''
     return {n.removeprefix(around): v for n, v in state.items()}
 
 # %% ../../nbs/02_models/04_convert.ipynb #732b2d3a
@@ -101,12 +107,14 @@ def read_original(
         raise ValueError(f"'{folder}' cuts pictures into tiles (LLaVA 1.6); that is another model, llava_next.")
     return raw
 
-THEIRS = re.compile(r'(mm_|tune_|freeze_|unfreeze_|use_mm_|image_|vision_|tokenizer_|sep_image_|_)')   # LLaVA's own settings
+# LLaVA's own settings
+THEIRS = re.compile(r'(mm_|tune_|freeze_|unfreeze_|use_mm_|image_|vision_|tokenizer_|sep_image_|_)')
 ELSEWHERE = {'architectures', 'model_type', 'transformers_version', 'dtype', 'torch_dtype',
              'vocab_size', 'use_cache', 'auto_map',
              'pad_token_id', 'bos_token_id', 'eos_token_id', 'max_sequence_length', 'max_length',
              'do_sample', 'temperature', 'top_p', 'pretraining_tp'}
-ROPE = {'rope_theta', 'rope_scaling', 'rope_parameters', 'partial_rotary_factor'}   # older and newer names
+# older and newer names
+ROPE = {'rope_theta', 'rope_scaling', 'rope_parameters', 'partial_rotary_factor'}
 
 def strange_fields(
     raw:dict, # config.json of the original
@@ -126,10 +134,12 @@ def text_config(
     rope = kept.get('rope_scaling') or kept.get('rope_parameters') or {}
     if (kind := rope.get('rope_type', rope.get('type', 'default'))) not in {*ROPE_INIT_FUNCTIONS,
                                                                             'default'}:
-        raise ValueError(f"config.json scales positions by '{kind}', which no model here knows: {few(ROPE_INIT_FUNCTIONS)}.")
+        raise ValueError(f"config.json scales positions by '{kind}', which no model here knows: "
+                         f"{few(ROPE_INIT_FUNCTIONS)}.")
     try: return FAMILIES[raw['model_type']](**kept, vocab_size=n_rows, pad_token_id=None)
     except Exception as e:
-        raise ValueError(f"config.json does not describe a language model: {' '.join(str(e).split())}") from e
+        raise ValueError(f"config.json does not describe a language model: "
+                         f"{' '.join(str(e).split())}") from e
 
 def projector_of(
     raw:dict,   # config.json of the original
@@ -191,9 +201,11 @@ def with_head(
     "The weights with their output layer, which tied checkpoints leave out; raises ValueError where file and configuration disagree."
     embed, head = state['model.embed_tokens.weight'], state.get(LM_HEAD)
     if head is None and not tied:
-        raise ValueError(f'{LM_HEAD}: missing in the checkpoint, and its config.json does not say tie_word_embeddings; nothing was written.')
+        raise ValueError(f'{LM_HEAD}: missing in the checkpoint, and its config.json does not say '
+                         f'tie_word_embeddings; nothing was written.')
     if head is not None and tied and not (head.is_meta or torch.equal(head, embed)):
-        raise ValueError(f'{LM_HEAD}: another tensor than the embedding, while config.json says tie_word_embeddings; correct one of them.')
+        raise ValueError(f'{LM_HEAD}: another tensor than the embedding, while config.json says '
+                         f'tie_word_embeddings; correct one of them.')
     return {**state, LM_HEAD: embed if tied else head}
 
 RENAME = ((r'^model\.mm_projector\.(weight|bias)$', r'model.multi_modal_projector.linear_1.\1'),
@@ -316,7 +328,8 @@ def convert(
     write_card(dst, Path(dst).name, [f'That of the original checkpoint, {src}; its licence holds here, too.'], licence, str(src))
     if strange := strange_fields(raw):
         say(f'Kept in config.json, although its language model does not read them: {few(strange)}.')
-    say(f"{sum({v.data_ptr(): v.numel() for v in weights.values()}.values()):,} parameters, {connector} connector, pictures "
+    say(f"{sum({v.data_ptr(): v.numel() for v in weights.values()}.values()):,} parameters, "
+        f"{connector} connector, pictures "
         f"{model.provenance['pictures']}, tower from {model.provenance['vision_tower']['source']} (sha256 {used[:12]}).")
     if left_out: say(f'Left out: {few(left_out)}.')
     return Path(dst)

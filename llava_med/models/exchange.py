@@ -161,7 +161,8 @@ def reply_text(
         f'{said[:80]!r}')
     start = rest.find(said)
     if said not in whole: raise ValueError('The chat template does not write this answer as it is, '
-                                           f'so it cannot be scored: {said[:80]!r}; leave marks of the '
+                                           f'so it cannot be scored: {said[:80]!r}; leave marks '
+                                           f'of the '
                                            'template, such as a thinking block, out of the answer')
     if not whole.startswith(asked) or start < 0 or rest[:start].strip(): raise ValueError(
         f'The chat template asks with {asked[-40:]!r} and writes this answer behind another text, '
@@ -215,8 +216,10 @@ TEMPLATES = {   # how checkpoints of LLaVA write a conversation, where the token
         "{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}",
     'llava_1_5': FLATTEN
     + "{% for m in messages %}{{ '' if m['role'] == 'system' else m['role'].upper() + ': ' }}"
-        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + ' ' }}{% endgeneration %}"
-        "{% else %}{{ m['content'] + ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + ' ' }}{% "
+        "endgeneration %}"
+        "{% else %}{{ m['content'] + ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt "
+        "%}{{ 'ASSISTANT:' }}{% endif %}",
     'mistral_instruct': FLATTEN + "{{ bos_token }}{% for m in messages %}"
         "{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
         "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}",
@@ -287,7 +290,8 @@ def _ended(template, end, last_only):
 
 def _cued(template):
     "A template whose cue is what it writes before an answer in the last turn."
-    body = re.sub(r'\{%-?\s*(?:end)?generation\s*-?%\}', '', template)   # places that a macro would shift
+    # places that a macro would shift
+    body = re.sub(r'\{%-?\s*(?:end)?generation\s*-?%\}', '', template)
     said = f"[{{'role': 'assistant', 'content': [{{'type': 'text', 'text': '{_ANSWER}'}}]}}]"
     return ("{%- macro written(messages, add_generation_prompt) +%}" + body + "{%+ endmacro -%}"
             "{%- if add_generation_prompt -%}{{- written(messages + " + said
@@ -334,7 +338,8 @@ def with_end(
     if not last:
         last = earlier if earlier in known else tokenizer.eos_token
         if not last: raise ValueError(
-            f"The chat template of '{where}' writes no end behind an answer and its tokenizer has no "
+            f"The chat template of '{where}' writes no end behind an answer and its tokenizer has "
+            f"no "
             f"eos_token, so a model would never stop; name one of {', '.join(TEMPLATES)}, "
             'or set eos_token.')
         template = _ended(template, last, earlier == last)
@@ -342,7 +347,8 @@ def with_end(
             f'stop: {last!r} added.')
     if last not in known:
         ends = [*ends, tokenizer.convert_tokens_to_ids(last)]
-        say(f"Answers of '{where}' end with {last!r}, which generation did not wait for: it is an end "
+        say(f"Answers of '{where}' end with {last!r}, which generation did not wait for: it is an "
+            f"end "
             'now, too.')
     return template, ends
 
@@ -370,6 +376,7 @@ def complete_template(
     if best != template:
         texts = [chat_text(tokenizer, _ASKED[:1], True, t) for t in (template, best)]
         old, new = (t.rpartition('Why?')[2] for t in texts)
-        say(f"The chat template of '{where}' asked with {old!r} and trained with {new!r}: now it asks "
+        say(f"The chat template of '{where}' asked with {old!r} and trained with {new!r}: now it "
+            f"asks "
             'as it trains.')
     return best, ends

@@ -30,7 +30,8 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
                           LlavaProcessor, PreTrainedTokenizerFast)
 from transformers.utils import logging as hf_logging
 from . import anatomy
-from .exchange import TEMPLATES, chat_template, complete_template, one_template, prepare_tokenizer
+from .exchange import (
+    TEMPLATES, chat_template, complete_template, one_template, prepare_tokenizer)
 from .anatomy import PARTS, picture_settings
 from ..core.pieces import read_tokenizer
 from .connectors import (ACTIVATIONS, CONNECTORS, connector_record, load_connector,
@@ -105,7 +106,8 @@ def _config(vision, text, processor, connector, layers):
     config.eos_token_id = tok.eos_token_id
     return config
 
-FITTING = 'choose one of the Llama, Mistral, Qwen, Gemma or Granite kind'   # where a language model does not fit
+# where a language model does not fit
+FITTING = 'choose one of the Llama, Mistral, Qwen, Gemma or Granite kind'
 
 @contextlib.contextmanager
 def _fits(text, where):
@@ -191,9 +193,11 @@ def _whole(info, where, spare=()):
     "Refuse weights that are missing or have another shape; `from_pretrained` would draw them at random."
     bad = sorted(k for k in info['missing_keys'] if not k.startswith(tuple(spare)))
     bad += sorted(k[0] for k in info['mismatched_keys'])
-    untied = ' (or say tie_word_embeddings in its config.json, if they are tied)'*(bad == ['lm_head.weight'])
+    untied = ' (or say tie_word_embeddings in its config.json, if they are tied)'*(
+        bad == ['lm_head.weight'])
     if bad:
-        raise ValueError(f"'{where}' lacks {few(bad)}, or holds them in another shape; get the whole checkpoint{untied}.")
+        raise ValueError(f"'{where}' lacks {few(bad)}, or holds them in another shape; get the "
+                         f"whole checkpoint{untied}.")
 
 def few(
     names:list, # of anything
@@ -401,7 +405,8 @@ def _joined(tower, lm, processor, connector, layers, seed, where):
     with torch.device('meta'), _fits(lm.config, where):
         model = LlavaForConditionalGeneration(config)
     if type(anatomy.decoder(model)) is not type(lm.base_model):
-        raise ValueError(f"'{where}' ({type(lm).__name__}) has a body that is no model of its own, so it cannot be put into a LLaVA; {FITTING}.")
+        raise ValueError(f"'{where}' ({type(lm).__name__}) has a body that is no model of its "
+                         f"own, so it cannot be put into a LLaVA; {FITTING}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         new = type(anatomy.connector(model))(config).to(lm.dtype)
@@ -545,7 +550,8 @@ def _complete(model, processor, where):
                        lambda line: print(line, flush=True))
     n_rows, n = model.get_input_embeddings().weight.shape[0], len(processor.tokenizer)
     if (n := rows_for(n, n_rows)) == n_rows: return
-    print(f"'{where}' has {n_rows} rows of embeddings for the {len(processor.tokenizer)} tokens of its tokenizer: {n} now, the new ones the mean of the others.", flush=True)
+    print(f"'{where}' has {n_rows} rows of embeddings for the {len(processor.tokenizer)} tokens "
+          f"of its tokenizer: {n} now, the new ones the mean of the others.", flush=True)
     held = [grown(m.weight.data, n)
             for m in (model.get_input_embeddings(), model.get_output_embeddings())]
     model.resize_token_embeddings(n, mean_resizing=False)

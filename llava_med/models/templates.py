@@ -257,6 +257,7 @@ def model_inputs(
         f'{type(tok).__name__} ends every text with a token of its own, so a prompt would be '
         'read as finished; set its `add_eos_token` to False.')
     pictures = dict(images=images) if any(images) else {}
-    how = dict(padding=False, truncation=False) | kw   # a tokenizer's own settings may say otherwise
+    # a tokenizer's own settings may say otherwise
+    how = dict(padding=False, truncation=False) | kw
     return processor(text=texts, **pictures, return_tensors='pt',
                      add_special_tokens=True in need, **how)

@@ -29,7 +29,8 @@ def gguf_facts(
         file = GGUFReader(str(path))
         said = {k: f.contents() for k, f in file.fields.items() if k.startswith('general.')}
     except (ValueError, IndexError, KeyError, UnicodeDecodeError, struct.error) as e:
-        raise PartError(f'{path}: not a GGUF file that can be read ({e}); fetch it again.') from None
+        raise PartError(
+            f'{path}: not a GGUF file that can be read ({e}); fetch it again.') from None
     kinds = [t.tensor_type.name for t in file.tensors]
     return dict(architecture=said.get('general.architecture'), name=said.get('general.name'),
                 licence=said.get('general.license'),
@@ -44,12 +45,14 @@ def read_gguf(
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
     path, facts = Path(path), gguf_facts(path)
     if facts['architecture'] not in GGUF_SUPPORTED_ARCHITECTURES:
-        raise PartError(f"{path}: holds a model of the kind '{facts['architecture']}', which transformers cannot "
+        raise PartError(f"{path}: holds a model of the kind '{facts['architecture']}', which "
+                        f"transformers cannot "
                         f'read from GGUF; it reads {few(sorted(GGUF_SUPPORTED_ARCHITECTURES), 8)}.')
     place = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
     with new_folder(folder) as tmp:
         tokenizer = AutoTokenizer.from_pretrained(**place)
-        with mock.patch('transformers.modeling_gguf_pytorch_utils.tqdm', lambda x, **kw: x):  # no bar
+        # no bar
+        with mock.patch('transformers.modeling_gguf_pytorch_utils.tqdm', lambda x, **kw: x):
             rounded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
         rounded.config.__dict__.pop('quantization_config', None)
         plain = type(rounded)(rounded.config)
@@ -71,7 +74,8 @@ def _onnx_graph(path):
     if not Path(path).is_file(): raise PartError(f'{path}: there is no such file.')
     try: graph = onnx.load(str(path)).graph
     except (DecodeError, ValueError, OSError) as e:
-        raise PartError(f'{path}: not an ONNX file that can be read ({e}); fetch it again.') from None
+        raise PartError(
+            f'{path}: not an ONNX file that can be read ({e}); fetch it again.') from None
     return graph, {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
 
 def _added_after(graph, constants):
@@ -108,7 +112,8 @@ def onnx_tensors(
     width = named['embeddings.cls_token'].shape[-1] if 'embeddings.cls_token' in named else 0
     positions = _positions(constants, width)
     if positions is None: raise PartError(
-        f"{path}: holds no DINOv2 under the name '{prefix.rstrip('.')}'; only such a graph can be read.")
+        f"{path}: holds no DINOv2 under the name '{prefix.rstrip('.')}'; only such a graph can be "
+        f"read.")
     named |= {'embeddings.position_embeddings': positions,
               'embeddings.mask_token': np.zeros((1, width), np.float32)}
     return {_renamed(k): np.array(v, np.float32) for k, v in named.items()}
@@ -125,7 +130,8 @@ DINOV2_IMAGES = dict(   # of facebook/dinov2-small
     rescale_factor=1/255,
     do_normalize=True, image_mean=[.485, .456, .406], image_std=[.229, .224, .225],
     do_convert_rgb=True)
-HEAD_WIDTH = 64   # of every DINOv2, from ViT-S to ViT-g (Oquab et al. 2023, arXiv:2304.07193, table 17)
+# of every DINOv2, from ViT-S to ViT-g (Oquab et al. 2023, arXiv:2304.07193, table 17)
+HEAD_WIDTH = 64
 
 def dinov2_config(
     tensors:dict, # from `onnx_tensors`
@@ -153,7 +159,8 @@ def read_onnx_tower(
     wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     held = {k: v.shape for k, v in tensors.items()}
     if wrong := sorted(k for k in wanted | held if wanted.get(k) != held.get(k)):
-        raise PartError(f'{path}: {few(wrong)} missing, over or of another shape; only a whole DINOv2 can be read.')
+        raise PartError(f'{path}: {few(wrong)} missing, over or of another shape; only a whole '
+                        f'DINOv2 can be read.')
     model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
     with new_folder(folder) as tmp:
         model.save_pretrained(tmp)

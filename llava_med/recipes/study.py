@@ -231,7 +231,8 @@ def study_verdicts(
         if not r['verdict']: continue
         value, low, high = (100*_number(r[k]) for k in ('value', 'low', 'high'))
         limits = f'{low:+.1f} to {high:+.1f}' if np.isfinite(low) else 'no interval'
-        said.append(f"{r['study']}: {r['arm']} against {r['control']}, {value:+.1f} points ({limits}), "
+        said.append(f"{r['study']}: {r['arm']} against {r['control']}, {value:+.1f} points "
+                    f"({limits}), "
                     f"{r['n_seeds']} seeds, {r['n_images']} images: {r['verdict']}.")
     return ' '.join(said)
 
@@ -524,6 +525,15 @@ def study_folder(
 RECIPE_FILES = {'chapter.ipynb': '{idea}.ipynb', 'study.ipynb': '{idea}_study.ipynb',
                 'study.yaml': '{idea}_study.yaml'}   # of the template, and their copies
 
+def _without_outputs(text):
+    "A notebook's text as it is before it was run."
+    notebook = json.loads(text)
+    for cell in notebook['cells']:
+        if cell['cell_type'] == 'code':
+            cell |= dict(outputs=[], execution_count=None)
+            cell['metadata'].pop('execution', None)
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + '\n'
+
 def new_recipe(
     family:str,         # folder below nbs/recipes, such as preference
     idea:str,           # name of the module, such as rare_answers
@@ -542,6 +552,7 @@ def new_recipe(
     for old, new in RECIPE_FILES.items():
         text = (home/'_template'/old).read_text(encoding='utf-8')
         for word, own in words.items(): text = text.replace(word, own)
+        if old.endswith('.ipynb'): text = _without_outputs(text)
         made.append(home/family/new.format(idea=idea))
         made[-1].parent.mkdir(exist_ok=True)
         made[-1].write_text(text, encoding='utf-8')

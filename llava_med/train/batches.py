@@ -33,7 +33,7 @@ def encode(
     image_tokens:int=64, # patches of one picture
     max_len:int=None,    # the end of a longer sequence is cut off; the image never is
 )->dict:             # input_ids and labels, lists of equal length
-    "Token ids and labels of a conversation; ValueError where nothing is learned, or it is several samples."
+    "Token ids and labels of a conversation; ValueError where it is none or several samples."
     ids, scored = encode_turns(tokenizer, messages, image_tokens, max_len=max_len)
     if not any(scored): raise ValueError(_UNSCORED + str(messages)[:120])
     return _labelled(ids, scored)
@@ -213,10 +213,14 @@ def _last_layer_on(model, keep):
     again = getattr(layer, 'gradient_checkpointing', False) or getattr(layer, '_compiled_call_impl', None)   # computed later, or already translated
     if again or None in parts: yield; return
     at, shape = keep.flatten().nonzero()[:, 0], keep.shape
-    def take(module, args): return F.pad(args[0].flatten(0, 1)[at], (0, 0, 0, -len(at) % 64))[None], *args[1:]   # few shapes, as in `Collator`
+    def take(module, args):
+        # few shapes, as in `Collator`
+        return F.pad(args[0].flatten(0, 1)[at], (0, 0, 0, -len(at) % 64))[None], *args[1:]
     def back(x): return x.new_zeros(keep.numel(),
                                     x.shape[-1]).index_copy(0, at, x[0, :len(at)]).view(*shape, -1)
-    def put(module, args, out): return (back(out[0]), *out[1:]) if isinstance(out, tuple) else back(out)   # a mixture of experts tells its router's choice, too
+    def put(module, args, out):
+        # a mixture of experts tells its router's choice, too
+        return (back(out[0]), *out[1:]) if isinstance(out, tuple) else back(out)
     hooks = [h for p in parts for h in (p.register_forward_pre_hook(take), p.register_forward_hook(put))]
     try: yield
     finally:
@@ -293,8 +297,10 @@ def record_samples(
     if several: print(f'{several} of {len(records)} conversations became a sample for each answer: '
                       'their chat template writes earlier turns otherwise than it asked for them.')
     if long:
-        print(f'{len(long)} of {len(records)} conversations were left out, since no answer begins within '
-                   f'{max_len} tokens (max_len): {", ".join(map(repr, long[:3]))}{" …" if len(long) > 3 else ""}.')
+        print(f'{len(long)} of {len(records)} conversations were left out, since no answer begins '
+              f'within '
+                   f'{max_len} tokens (max_len): '
+                   f'{", ".join(map(repr, long[:3]))}{" …" if len(long) > 3 else ""}.')
     return samples, list(names)
 
 def _only_long(*args):

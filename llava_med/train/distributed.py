@@ -310,7 +310,8 @@ def read_progress(
     if p['fingerprint'] == fingerprint: return path, p
     other = [f"the {k} {p[k]}, not {v}" for k, v in facts.items() if p.get(k, v) != v]
     if other:
-        print(f'{path}: this checkpoint was made with {" and ".join(other)}; training starts from the beginning.')
+        print(f'{path}: this checkpoint was made with {" and ".join(other)}; training starts from '
+              f'the beginning.')
     return None, None
 
 def load_state(

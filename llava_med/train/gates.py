@@ -152,11 +152,14 @@ def _measured(model, share, packed, tolerance, pad_id):
     seen = image_effect(model, samples, features, pad_id)
     differ = f'loss and gradients differ by {gap:.0e} from those of separate samples'
     if seen < limit:
-        return Gate(False, f'another image changes the logits by {seen:.0e} only, so the probe shows nothing')
+        return Gate(False, f'another image changes the logits by {seen:.0e} only, so the probe '
+                           f'shows nothing')
     if gap > limit: return Gate(False, differ)
     if wrong <= 3*limit:
-        return Gate(False, f'a wrong mask changes loss and gradients by {wrong:.0e} only, so the probe shows nothing')
-    return Gate(True, f'{differ}; another image changes the logits by {seen:.0e}, a wrong mask those by {wrong:.0e}')
+        return Gate(False, f'a wrong mask changes loss and gradients by {wrong:.0e} only, so the '
+                           f'probe shows nothing')
+    return Gate(True, f'{differ}; another image changes the logits by {seen:.0e}, a wrong mask '
+                      f'those by {wrong:.0e}')
 
 _KNOWN = weakref.WeakKeyDictionary()   # model → {path: what its gate said last}
 
@@ -290,7 +293,7 @@ def check_step(
     lora_rank:int=0, # of the adapter that will be trained; 0: none
     pad_id:int=0,    # token that fills up
 )->None:
-    "Take one tiny loss step without moving a weight; ValueError that names the folder where it fails."
+    "Take one tiny loss step, no weight moves; ValueError names the folder where it fails."
     kind, was = base_of(model).config.text_config.model_type, model.training
     model.eval()
     try:
@@ -298,8 +301,10 @@ def check_step(
         adapter = _adapter_fails(model, lora_rank, pad_id) if lora_rank > 0 and not why else ''
     finally: model.train(was)
     if why:
-        raise ValueError(f"'{where}' ({kind}) cannot be trained: {why}; choose another language model, "
+        raise ValueError(f"'{where}' ({kind}) cannot be trained: {why}; choose another language "
+                         f"model, "
                              'such as one of the Llama, Mistral, Qwen or Granite kind.')
     if adapter:
-        raise ValueError(f"'{where}' ({kind}) cannot be trained with an adapter: {adapter}; train its "
+        raise ValueError(f"'{where}' ({kind}) cannot be trained with an adapter: {adapter}; train "
+                         f"its "
                                  'weights (lora_rank 0), or choose another language model.')

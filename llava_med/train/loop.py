@@ -203,7 +203,8 @@ def attention_for(
 ):
     "For a while, the attention that fits the batches."
     was = model.config.text_config._attn_implementation
-    fast = 'plain' if cpu_bf16 and was == 'sdpa' else was   # eager attention may have sinks or soft caps
+    # eager attention may have sinks or soft caps
+    fast = 'plain' if cpu_bf16 and was == 'sdpa' else was
     model.set_attn_implementation({'text_config': kind or fast})
     try:
         with checkpointed(model, again): yield

@@ -9,7 +9,8 @@ __all__ = ['patch_targets', 'LookingLoss', 'WorldSet', 'world_scores']
 import numpy as np
 import torch
 from torch.nn import functional as F
-from .batches import IGNORE, Collator, batch_loss, encode, encode_questions, scored_hits
+from .batches import (
+    IGNORE, Collator, batch_loss, encode, encode_questions, scored_hits)
 from ..models.anatomy import tower, vision_features
 
 # %% ../../nbs/04_train/12_patch_loss.ipynb #b40d2f4f

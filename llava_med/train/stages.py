@@ -223,7 +223,7 @@ def _renumbered(sample, new):
 def _rows(samples, model, max_len): return share_pictures(samples, image_token(model), max_len)
 
 def _row_kind(work, share, samples):
-    "Whether samples share images in rows, and whether rows are packed: what is wanted, as far as the gates pass."
+    "Whether samples share images, and rows are packed: as wanted, where the gates pass."
     model, packed = work.model, work.settings.packed
     if share and work.objective.unit != 'token':
         name = objective_name(work.objective)
@@ -251,7 +251,7 @@ def prepare(
     val:list=(),       # records of the validation set
     share:bool=False,  # samples of one image share it in one row
 )->TrainingSet:        # with the features of all images
-    "Encode records and compute the features of their images; an unusable record is named, and a model that cannot be trained."
+    "Encode records and compute image features; ValueError names an unusable record or model."
     model, processor, s = work.model, work.processor, work.settings
     tok, own = processor.tokenizer, type(work.objective).encode is not Objective.encode
     check_step(model, work.start, s.lora_rank, tok.pad_token_id or 0)
