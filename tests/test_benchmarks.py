@@ -13,6 +13,7 @@ from llava_med.models.anatomy import set_trainable
 from llava_med.models.llava import tiny_model
 from llava_med.train.packing import PackedCollator, pack_rows
 from llava_med.core.runs import write_csv, write_json, write_jsonl
+from llava_med.lab.runner import started
 
 
 @pytest.fixture(scope='module')
@@ -99,7 +100,8 @@ def test_a_caption_right_behind_its_picture_is_not_shared(toy):
 
 def run(repo, tmp_path, name, **parameters):
     "A benchmark at a tiny size; returns what it printed."
-    made = papermill.execute_notebook(repo/f'nbs/benchmarks/{name}.ipynb', tmp_path/f'{name}.ipynb', parameters, kernel_name='python3', cwd=tmp_path, progress_bar=False)
+    source, out = repo/f'nbs/benchmarks/{name}.ipynb', tmp_path/f'{name}.ipynb'
+    made = started(lambda: papermill.execute_notebook(source, out, parameters, kernel_name='python3', cwd=tmp_path, progress_bar=False))
     return '\n'.join(o.text for c in made.cells for o in c.get('outputs', []) if o.output_type == 'stream')
 
 

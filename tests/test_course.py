@@ -15,6 +15,7 @@ from llava_med.lab.grading import (BEGIN, EXERCISES, GRADE_PARTS, GRADED_STEPS, 
     hint_for, made_run, points_of, total, unsolved)
 from llava_med.data.claims import read_claims
 from llava_med.core.runs import read_json, read_jsonl, write_csv, write_json, write_jsonl
+from llava_med.lab.runner import started
 
 REPO = Path(__file__).resolve().parents[1]
 COURSE = REPO/'nbs/course'
@@ -35,7 +36,8 @@ def markdown(nb): return '\n'.join(c.source for c in nb.cells if c.cell_type == 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
 def test_notebook_runs(path, tmp_path):
     import papermill
-    papermill.execute_notebook(str(path), str(tmp_path/'out.ipynb'), cwd=str(path.parent), kernel_name='python3', progress_bar=False)
+    how = dict(cwd=str(path.parent), kernel_name='python3', progress_bar=False)
+    started(lambda: papermill.execute_notebook(str(path), str(tmp_path/'out.ipynb'), **how))
     out = nbformat.read(tmp_path/'out.ipynb', 4)
     text = ' '.join(o.get('text', '') for c in out.cells for o in c.get('outputs', []))
     if 'exercises' in path.name: assert '0 of 5' in text and 'three dots' in text

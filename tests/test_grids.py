@@ -232,7 +232,7 @@ def test_planned_keys_are_those_of_the_runner(lab):
     from llava_med.lab.runner import step_inputs, step_key
     got, _ = lab.batch('preset: toy\ngrid: {1_one.n: [1, 2]}')
     runs, units = lay_out(read_grid(lab.grid('preset: toy\ngrid: {1_one.n: [1, 2]}')))
-    assert got['ran'] == 4 and all(u.done for u in units.values())
+    assert got['failures'] == [] and got['ran'] == 4 and all(u.done for u in units.values())
     for r in runs:
         record = read_run(f'g/{r.name}')
         assert {s: p['key'] for s, p in record['steps'].items()} == r.keys

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from llava_med.core.runs import test_data as data_folder
+from llava_med.lab.runner import started
 
 REPO = Path(__file__).resolve().parents[1]
 STEPS = ['1_data_prep', '2_stage1_alignment', '3_stage2_tuning', '4_evaluation', '5_attention']
@@ -161,8 +162,9 @@ def alone(outputs, step, **parameters):
     import papermill
     with pytest.MonkeyPatch.context() as m:
         for k, v in dict(LLAVA_MED_OUTPUTS=outputs, LLAVA_MED_ROOT=REPO, PYTHONPATH=REPO).items(): m.setenv(k, str(v))
-        papermill.execute_notebook(str(REPO/f'nbs/pipeline/{step}.ipynb'), str(outputs/'out.ipynb'), {'inputs_from': 'smoke', **parameters},
-                                   kernel_name='python3', progress_bar=False)
+        values = {'inputs_from': 'smoke', **parameters}
+        started(lambda: papermill.execute_notebook(str(REPO/f'nbs/pipeline/{step}.ipynb'), str(outputs/'out.ipynb'), values,
+                                                   kernel_name='python3', progress_bar=False))
 
 
 def test_a_notebook_by_itself(outputs, smoke):

@@ -15,7 +15,7 @@ from llava_med.core.runs import read_json, read_run
 from llava_med.lab import estimate, runner
 from llava_med.lab.commands import scores_text
 from llava_med.lab.grids import lay_out, plan_grid, read_grid
-from llava_med.lab.runner import UsageError, as_planned, plan_run, presets, read_preset, step_inputs, step_key
+from llava_med.lab.runner import UsageError, as_planned, plan_run, presets, read_preset, started, step_inputs, step_key
 from llava_med.lab.sweeps import run_batch
 
 REPO = Path(__file__).resolve().parents[1]
@@ -227,7 +227,8 @@ def test_plain_papermill_refuses_what_a_notebook_does_not_have(lists, monkeypatc
     import papermill
     monkeypatch.setenv('PYTHONPATH', str(REPO))
     out = lists.root/'out.ipynb'
-    run = lambda **values: papermill.execute_notebook(str(lists.notebook('1_one')), str(out), values, kernel_name='python3', progress_bar=False)
+    one = str(lists.notebook('1_one'))
+    run = lambda **values: started(lambda: papermill.execute_notebook(one, str(out), values, kernel_name='python3', progress_bar=False))
     with pytest.raises(papermill.PapermillExecutionError, match="1_one has no parameter 'm'.*Known: run, inputs_from"): run(m=2)
     run(n=3)
     assert read_json(lists.outputs/'scratch/1_one/model/w.json') == [3]

@@ -21,7 +21,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-from .runner import (GIVEN, StepFailed, UsageError, child_env, error_sentence,
+from .runner import (GIVEN, StepFailed, UsageError, child_env, error_sentence, started,
     pipeline, read_parameters, read_scores)
 from ..data.catalogue import write_data_page
 from ..core.runs import data_dir, file_hash, outputs_dir, read_run, read_json, replacing, root, run_dir, write_json
@@ -302,7 +302,7 @@ def fill_index()->Path: # the notebook
     source, executed = nbformat.read(path, 4), nbformat.read(path, 4)
     client = NotebookClient(executed, timeout=120, kernel_name='python3', record_timing=False,
                             resources={'metadata': {'path': str(path.parent)}}, extra_arguments=['--IPKernelApp.log_level=40'])
-    try: client.execute(env=child_env('index'))
+    try: started(lambda: client.execute(env=child_env('index')))
     except (CellExecutionError, DeadKernelError) as e: raise StepFailed(f'{path.name} failed: {error_sentence(e)}') from None
     return save_notebook(with_outputs(source, executed, path.name), path)
 
