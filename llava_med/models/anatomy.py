@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PARTS', 'TRAINABLE', 'CLIP_LOOK', 'IMAGENET_LOOK', 'HALF', 'FAMILY_LOOKS', 'IMAGE_SETTINGS', 'IMAGE_FILES', 'base_of',
            'tower', 'connector', 'decoder', 'head', 'put_part', 'layers_of', 'decoder_layers', 'image_token',
-           'image_tokens', 'position_ids', 'layer_kinds', 'state_layer', 'attention_window', 'apart_because',
-           'vision_features', 'leading_vectors', 'part_of', 'check_patterns', 'has_identity', 'trainable_names',
-           'set_trainable', 'part_table', 'assumed_settings', 'picture_settings']
+           'image_tokens', 'image_side', 'position_ids', 'layer_kinds', 'state_layer', 'attention_window',
+           'apart_because', 'vision_features', 'leading_vectors', 'part_of', 'check_patterns', 'has_identity',
+           'trainable_names', 'set_trainable', 'part_table', 'assumed_settings', 'picture_settings']
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #c340e3ef
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -98,6 +99,19 @@ def image_tokens(
 )->int:    # how many tokens one image takes
     "The number of vectors that the language model gets for one image."
     return base_of(model).config.image_seq_length
+
+def image_side(
+    model, # a LLaVA, with adapters or not
+)->int:    # pixels
+    """Side of the square images that the model is given. A tower that interpolates its positions
+    may name the side of its own training; then the number of image tokens tells."""
+    config = base_of(model).config
+    own, patch = config.vision_config.image_size, config.vision_config.patch_size
+    spare = config.image_seq_length - (own//patch)**2    # class vector, registers
+    if getattr(config, 'connector', None) or 0 <= spare <= 32: return own
+    for n in range(config.image_seq_length, max(config.image_seq_length - 33, 0), -1):
+        if math.isqrt(n)**2 == n: return math.isqrt(n)*patch
+    return own
 
 def position_ids(
     mask:torch.Tensor, # (rows, length): 1 where a token is, 0 where it is padding
@@ -207,7 +221,7 @@ def leading_vectors(
 )->int:    # such as 4 for a tower with registers
     "How many vectors that the connector gets of an image stand before those of its patches; ValueError where they stand elsewhere."
     sees, config = tower(model), base_of(model).config
-    size, patch = config.vision_config.image_size, config.vision_config.patch_size
+    size, patch = image_side(model), config.vision_config.patch_size
     side, last = size//patch, slice((size//patch - 1)*patch, size//patch*patch)
     px = torch.zeros(2, 3, size, size, device=base_of(model).device, dtype=base_of(model).dtype)
     px[1, :, last, last] = 1.                                # only the last patch differs

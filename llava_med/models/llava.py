@@ -227,6 +227,14 @@ def _resized(tower, size, where):
     new.load_state_dict(old)
     return new.eval()
 
+def _kept_size(tower, states, size, where):
+    "A tower that interpolates its positions at every call, with positions of that size instead, if it says the same."
+    try: new = _resized(tower, size, where)
+    except ValueError: return tower
+    same = (torch.allclose(a, b, rtol=1e-3, atol=1e-4*float(a.abs().max()))
+            for a, b in zip(states, _states(new, size)))
+    return new if all(same) else tower
+
 def read_tower(
     where:str,            # folder or Hub id of a tower; of a whole CLIP or SigLIP the tower is taken
     image_size:int=None,  # side of the square that it shall see, pixels; default: the one it was trained with
@@ -251,6 +259,8 @@ def read_tower(
     except (ValueError, RuntimeError, TypeError) as e:
         if size == native: raise ValueError(f"'{where}' ({config.model_type}) is no tower that reads a picture alone: {e}") from e
         tower = _resized(tower, size, where); states = _states(tower, size)
+    else:
+        if size != native: tower = _kept_size(tower, states, size, where)
     shapes, grid = {tuple(s.shape) for s in states}, (size//patch)**2
     extra = states[-1].shape[1] - grid if len(shapes) == 1 and states[-1].dim() == 3 else -1
     if not 0 <= extra <= 32:

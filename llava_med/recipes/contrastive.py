@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 import torch
-from ..models.anatomy import TRAINABLE, base_of, tower, vision_features
+from ..models.anatomy import TRAINABLE, base_of, image_side, tower, vision_features
 from .parts import (StudyWorld, TwoTowers, arm_result, caption_records,
     leaked_records, measured_fit, shipped, total_cost, world_samples)
 from .study import ArmResult, arm_settings
@@ -25,7 +25,7 @@ MAX_LOG_SCALE = math.log(100)   # as in CLIP, so that a batch without a mistake 
 
 def _black(model, graph=False):
     "Features of a black image."
-    side = base_of(model).config.vision_config.image_size
+    side = image_side(model)
     return vision_features(model, torch.zeros(1, 3, side, side), graph=graph)
 
 def _caption(record, sample, seen):

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from torch.nn import functional as F
 from ..models.adapters import attach, lora_targets
 from ..models.anatomy import (apart_because, base_of, connector, decoder_layers,
-                                      image_token, image_tokens,
+                                      image_side, image_token, image_tokens,
                                       vision_features)
 from .batches import IGNORE, Collator, batch_loss, embed, encode, share_pictures
 from .packing import ApartCollator, PackedCollator, pack_rows
@@ -38,7 +38,7 @@ def probe_samples(
         before, said = prefix + words(q), words(a)
         samples.append(dict(input_ids=before + said, labels=[IGNORE]*len(before) + said, image=0))
     vision = base_of(model).config.vision_config
-    shape = (2, getattr(vision, 'num_channels', 3), vision.image_size, vision.image_size)
+    shape = (2, getattr(vision, 'num_channels', 3), image_side(model), image_side(model))
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return samples, vision_features(model, pixels)
 
