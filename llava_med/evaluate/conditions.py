@@ -56,6 +56,25 @@ class Pool(list):
             'give the pool all items that are asked.')
         return self.images_dir/self.partners[name]
 
+    @cached_property
+    def kinds(self)->dict: # image name → (patient, modality, organ)
+        "What is known of each image."
+        tags = lambda o: [o['tags'].get(k) for k in ('modality', 'organ')] if o.get('tags') else [None]*2
+        return {n: (item_cluster(o), *tags(o)) for o in reversed(self) for n in o['images']}
+
+    def similar(self,
+        name:str, # of an image
+        n:int=2,  # 1: of the same modality; 2: of the same organ or region, too
+    )->list:      # names of images, never none
+        """Other patients' images that share what is known of an image; where no other has all of it,
+        less is asked for, the organ first. ValueError where all are one patient's."""
+        who, *own = self.kinds[name]
+        others = {other: tags for other, (patient, *tags) in self.kinds.items() if patient != who}
+        if not others: raise ValueError(
+            f'All images are of the patient of {name!r}, so there is no other one to show.')
+        for k in range(n, -1, -1):
+            if found := sorted(o for o, tags in others.items() if tags[:k] == own[:k]): return found
+
     def others(self,
         item:dict, # VQA item
     )->list:       # items of the pool
@@ -89,6 +108,16 @@ def _blank(images, item, pool, rng):
 def _shuffled(images, item, pool, rng):
     "The image of another patient instead of each."
     return [pool.partner(n) for n in item['images']]
+
+@CONDITIONS.register('same_modality')
+def _same_modality(images, item, pool, rng):
+    "Another patient's image of the same modality instead of each; of any, where there is no other."
+    return [pool.images_dir/str(rng.choice(pool.similar(n, 1))) for n in item['images']]
+
+@CONDITIONS.register('same_region')
+def _same_region(images, item, pool, rng):
+    "Another patient's image of the same modality and organ or region, as far as there is one."
+    return [pool.images_dir/str(rng.choice(pool.similar(n, 2))) for n in item['images']]
 
 @CONDITIONS.register('noise')
 def _noise(images, item, pool, rng):
