@@ -8,7 +8,9 @@ import pytest
 
 from llava_med.core.runs import read_json
 from llava_med.data.conversations import fault
-from llava_med.data.labels import absent_things, held_out_images, knowledge, label_records, place_words, slake_labels
+from llava_med.data.labels import (absent_things, held_out_images, knowledge, label_records, label_set,
+                                   place_words, slake_labels, vqa_rad_labels)
+from llava_med.data.vqa_readers import open_vqa
 
 DATA = Path(os.environ.get('LLAVA_MED_TESTDATA', Path(__file__).parents[1]/'../shared/data'))/'full/slake'
 needs_slake = pytest.mark.skipif(not DATA.is_dir(), reason=f'{DATA} is not there: set LLAVA_MED_TESTDATA')
@@ -64,3 +66,23 @@ def test_a_no_asks_for_what_others_have(labels):
     there = {}
     for l in labels: there.setdefault(kinds[l.image], set()).update(t.name for t in l.things)
     for image, names in absent_things(labels).items(): assert set(names) <= there[kinds[image]]
+
+
+@needs_slake
+def test_a_set_joins_a_run_with_images_records_and_licence(tmp_path, labels):
+    rows, align, talk = label_set(DATA, tmp_path, n_captions=1)
+    assert len(rows) == len(align) == len(labels) and {r['licence'] for r in rows + align + talk} == {'CC BY 4.0'}
+    assert {r['image'] for r in align + talk} == {r['image'] for r in rows}
+    assert len(list((tmp_path/'labels').glob('*.jpg'))) == len(rows) and len({r['id'] for r in align + talk}) == len(align + talk)
+    assert sum(r['domain']['chest_xray'] for r in align) == sum(l.modality == 'X-Ray' and l.part == 'chest' for l in labels)
+
+
+@pytest.mark.skipif(not (DATA.parent/'vqa_rad').is_dir(), reason=f'{DATA.parent/"vqa_rad"} is not there: set LLAVA_MED_TESTDATA')
+def test_vqa_rad_lends_no_label_of_a_test_image_and_calls_nothing_normal():
+    folder = DATA.parent/'vqa_rad'
+    its = open_vqa(folder, say=lambda line: None)
+    got = vqa_rad_labels(folder)
+    assert not {l.image for l in got} & {n for o in its['test'] for n in o['images']} and len(got) == 111
+    assert not any(l.boxed or l.things for l in got)
+    _, talk = label_records(got)
+    assert {k for r in talk for k in r['tags']['question_types']} <= {'modality', 'position', 'plane'}

@@ -14,7 +14,9 @@ from .attention import (ATTENTION_METHODS, all_maps, best_layer, encode_sample,
 from .faithfulness import next_partners
 
 # %% ../../nbs/07_explain/05_pointing.ipynb #806871f6
-LOCATED = ('side', 'quadrant', 'count', 'size', 'presence')   # question types with a place
+# question types with a place; the second row are SLAKE's
+LOCATED = ('side', 'quadrant', 'count', 'size', 'presence',
+           'position', 'organ', 'abnormality', 'color', 'shape')
 
 def located(
     item:dict, # VQA item

@@ -23,7 +23,7 @@ from transformers import (
     LlavaForConditionalGeneration)
 
 from .steps import GIVEN, UsageError, known_name, mapped, origin, stem_of
-from .runner import as_planned, plan_run, presets, read_preset, read_yaml, run_pipeline
+from .runner import as_planned, plan_run, presets, read_preset, read_yaml, run_pipeline, stand_ins
 from ..data.catalogue import CATALOGUE
 from ..train.gates import check_step, path_gate
 from ..train.loop import STEP_STAGES, stage_record
@@ -324,7 +324,7 @@ def make_plan(
     others = [s for s in plan if preset['notebooks'] and s not in stages]
     return {'others': others, 'parts': {r['part']: r['parameters'] for r in part_table(model)},
             'config': model.config, 'names': parts, 'stages': stages,
-            'disk': disk_use(preset, model, plan), 'missing': {p: c for p, c in preset['needs'].items() if not (root()/p).exists()},
+            'disk': disk_use(preset, model, plan), 'missing': {p: c for p, c in preset['needs'].items() if not (root()/p).exists() and p not in stand_ins(preset)},
             'warnings': [f'{f.name}: {w}' for f in here for w in remote_code(f)]}
 
 def _sources(parts):
