@@ -25,6 +25,7 @@ CURRICULA = [n for n in SHIPPED if not n.startswith('recipes/')]   # a recipe's 
 LARGE = [n for n in CURRICULA if n not in ('tiny', 'smoke')]
 LAYOUTS = json.loads((Path(__file__).parent/'layouts_7b.json').read_text())
 each = pytest.mark.parametrize('name', LARGE)
+GPU = [n for n in LARGE if n != 'laptop']   # `laptop` is meant for a processor, and small
 
 
 def command(root, outputs, *words):
@@ -59,7 +60,8 @@ def test_a_large_preset_is_pinned(name):
         assert revision == (repos[part].revision or 'unverified'), part
         assert revision == 'unverified' or re.fullmatch('[0-9a-f]{40}', revision)
     asked = [w for c in p['needs'].values() for m in re.findall(r'llava-med get ((?!pmc)[\w.-]+)', c) for w in [m]]
-    assert set(asked) <= set(repos) and set(pinned) <= set(asked)
+    parts = {first for a in asked if a in repos for first, *_ in repos[a].parts or ()}   # of what is joined here
+    assert set(asked) <= set(repos) and set(pinned) <= set(asked) | parts
     assert p['hardware']['memory_gb'] and p['data']['disk_gb'] and p['data']['licence']
 
 
@@ -175,7 +177,7 @@ def test_every_preset_can_be_planned(name):
     if name in LARGE:
         assert all('computed' in s['source'] or 'measured' in s['source'] for s in plan['stages'].values())
         for path, how in plan['missing'].items(): assert path in text and how in text
-        assert plan['disk']['downloads'] > 1
+        assert plan['disk']['downloads'] > (1 if name in GPU else .1)
 
 
 def test_what_a_finished_run_measured_is_preferred(monkeypatch, tmp_path):
@@ -196,7 +198,7 @@ def test_code_of_the_hub_is_named(tmp_path):
 
 def test_the_evidence_stands_on_the_home_page():
     assert estimate.evidence_table() in (REPO/'README.md').read_text(encoding='utf-8').replace('nbs/pipeline/', 'pipeline/'), 'make readme'
-    for name in LARGE:
+    for name in GPU:
         e = read_preset(name)['evidence']
         assert e['never run'] and not e['measured'] and 'thin' in e['rehearsed'], 'change it when someone has measured it, and this line'
         assert re.match(r'\d{4}-\d\d-\d\d, ', e['rehearsed']) and f"{estimate.real_config(read_preset(name)).image_seq_length} image tokens" in e['rehearsed']
@@ -216,10 +218,10 @@ def test_a_thin_base_is_of_the_real_kind(name, tmp_path):
         real.vision_config.model_type, real.text_config.model_type, real.vision_config.image_size, real.image_seq_length, real.projector_hidden_act,
         real.vision_feature_layer, real.vision_feature_select_strategy)
     assert t.tie_word_embeddings == real.text_config.tie_word_embeddings and t.num_hidden_layers == 2
-    assert t.num_key_value_heads*real.text_config.num_attention_heads == 4*real.text_config.num_key_value_heads
+    assert t.num_key_value_heads*real.text_config.num_attention_heads == t.num_attention_heads*real.text_config.num_key_value_heads
     turn = [dict(role='user', content=[dict(type='image'), dict(type='text', text='Why?')])]
     text = processor.apply_chat_template(turn, add_generation_prompt=True)
-    assert '<image>' in text and {'llava_v0': '### Human:', 'llava_1_5': 'USER:', 'mistral_instruct': '[INST]'}.get(p['model']['template'], '<|im_start|>user') in text
+    assert '<image>' in text and {'llava_v0': '### Human:', 'llava_1_5': 'USER:', 'mistral_instruct': '[INST]'}.get(p['model'].get('template'), '<|im_start|>user') in text
     assert ('<im_start><image><im_end>' in text) == bool(p['model'].get('image_ends'))
     ids = processor(text=text, images=torch.zeros(3, 40, 60, dtype=torch.uint8), return_tensors='pt')
     assert int((ids['input_ids'] == c.image_token_id).sum()) == real.image_seq_length

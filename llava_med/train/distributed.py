@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from ..models.adapters import attach
-from .memory import token_groups
+from .memory import Heap, token_groups
 
 from ..models.anatomy import connector, decoder_layers, put_part, tower
 from ..models.connectors import own_connector
@@ -68,12 +68,14 @@ def _help(conn, shape, flat):
     params = trainable_parameters(model)
     for p, g in zip(params, _lay_out(flat, params)): p.grad = g   # backward adds to it in place
     model.train()
+    heap = Heap()
     with contextlib.suppress(EOFError, KeyboardInterrupt), around(model):
         while (asked := conn.recv()) is not None:
             flat.zero_()
             groups = [[samples[j] for j in g] for g in divide(asked[0])]
             try: conn.send(_share(model, loss, collate, groups, asked[1], bf16))
             except Exception as e: conn.send(e)
+            heap.give_back()
 
 def _share(model, loss, collate, groups, seed, bf16):
     "Gradients of a share of a step; its sums."

@@ -28,7 +28,7 @@ from ..models.anatomy import PARTS, check_patterns, decoder_layers, set_trainabl
 from ..models.connectors import CONNECTORS
 from ..models.llava import weights_hash
 from .gates import exact_collate
-from .memory import MemoryPlan, checkpointed
+from .memory import Heap, MemoryPlan, checkpointed
 from .objectives import CrossEntropy, as_objective, objective_name
 from .samplers import SAMPLERS, group_keys
 from llava_med.train.distributed import (COUNT_SUM, LOSS_SUM, Helpers, Job, TrainingError,
@@ -314,6 +314,7 @@ def _take(run, batches, turns):
             total, own = _micro(run, batch, counts)
             total.backward()
         sums.update(own)
+    if run.acc.device.type == 'cpu': run.heap.give_back()
     return _reduced(run.helpers.add(sums), run.acc)
 
 def _move(opt, params, stage, n, factor, check):
@@ -352,6 +353,7 @@ class _Run:
                                    for s in self.samples], group_keys(self.samples)
         self.plan, self.done, self.rows, self.over = self._steps(), 0, [], False
         self._refuse()
+        self.heap = Heap()
         self.objective.start(self.model)
         self._read_past()
         self._build()
