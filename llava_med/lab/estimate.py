@@ -24,8 +24,8 @@ from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaConfig,
     LlavaForConditionalGeneration)
 
-from .steps import GIVEN, UsageError, known_name, mapped, origin, stem_of
-from .runner import as_planned, plan_run, presets, read_preset, read_yaml, run_pipeline, stand_ins
+from .steps import GIVEN, UsageError, known_name, mapped, origin, stand_ins, stem_of
+from .runner import as_planned, plan_run, presets, read_preset, read_yaml, run_pipeline
 from ..data.catalogue import CATALOGUE
 from ..train.gates import check_step, path_gate
 from ..train.loop import STEP_STAGES, has_bf16, stage_record

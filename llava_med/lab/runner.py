@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['BLOCKS', 'PRESET_KEYS', 'OUTCOME_MARK', 'NEVER_STARTED', 'PresetLoader', 'read_yaml', 'check_value', 'parse_value',
            'from_here', 'presets', 'preset_file', 'preset_text', 'preset_parameters', 'read_preset', 'plain_values',
-           'stand_ins', 'with_stand_ins', 'missing_files', 'choose_steps', 'split_set', 'targets', 'check_stage',
-           'check_stages', 'given_value', 'plan_run', 'plan_base', 'in_run', 'as_planned', 'path_mark', 'named_paths',
-           'notebook_mark', 'library_mark', 'step_inputs', 'keys_before', 'own_name', 'step_key', 'files_mark',
-           'is_done', 'die_with_parent', 'error_sentence', 'kernel_codes', 'with_recipes', 'started', 'child',
-           'child_env', 'run_notebook', 'stop', 'StepFailed', 'start_step', 'run_step', 'shown', 'is_progress',
-           'run_pipeline', 'read_scores', 'cell', 'results_table']
+           'missing_files', 'choose_steps', 'split_set', 'targets', 'check_stage', 'check_stages', 'given_value',
+           'plan_run', 'plan_base', 'in_run', 'as_planned', 'path_mark', 'named_paths', 'notebook_mark', 'library_mark',
+           'step_inputs', 'keys_before', 'own_name', 'step_key', 'files_mark', 'is_done', 'die_with_parent',
+           'error_sentence', 'kernel_codes', 'with_recipes', 'started', 'child', 'child_env', 'run_notebook', 'stop',
+           'StepFailed', 'start_step', 'run_step', 'shown', 'is_progress', 'run_pipeline', 'read_scores', 'cell',
+           'results_table']
 
 # %% ../../nbs/09_lab/01_runner.ipynb #6d6afb17
 import contextlib
@@ -35,11 +35,12 @@ import yaml
 from ..core.imports import modules_hash
 from ..core.registry import import_recipes
 from ..core.runs import (FULL, RunLock, clock, file_hash, folder_hash, git_state, machine, new_name, now,
-                            outputs_dir, read_run, root, run_dir, test_data, update_run, versions, writing)
+                            outputs_dir, read_run, root, run_dir, update_run, versions, writing)
 from .steps import (GIVEN, PARAMETER_TYPES, Parameter, UsageError, allowed, books_of,
                                  changed_origin,
                             comes_before, is_optional, known_name, library_dir, mapped, notebook_of, origin, pipeline,
-                            read_parameters, read_recipes, read_steps, recipes_mark, stem_of, with_models)
+                            read_parameters, read_recipes, read_steps, recipes_mark, stand_ins, stem_of, with_models,
+                                 with_stand_ins)
 
 # %% ../../nbs/09_lab/01_runner.ipynb #3fa1e6c4
 class PresetLoader(yaml.SafeLoader):
@@ -196,25 +197,6 @@ def plain_values(
     found = []
     mapped(value, found.append)
     return found
-
-def stand_ins(
-    preset:dict, # from read_preset
-)->dict:         # path that the preset needs → path of the same set among the test data
-    "Sets that are not where a preset wants them, but that `LLAVA_MED_TESTDATA` holds in full."
-    there = test_data()
-    found = {p: there/'full'/Path(p).name for p in preset['needs'] if there and not (root()/p).exists()}
-    return {p: str(at) for p, at in found.items() if at.is_dir()}
-
-def with_stand_ins(
-    values:dict, # parameters of a step
-    found:dict,  # from stand_ins
-)->dict:         # the same, with paths that are there
-    "Let a parameter name the set that stands in for one that is not there."
-    def put(v):
-        if not isinstance(v, str): return v
-        p = next((p for p in found if v == p or v.startswith(p + '/')), None)
-        return found[p] + v[len(p):] if p else v
-    return mapped(values, put) if found else values
 
 def missing_files(
     preset:dict, # from read_preset

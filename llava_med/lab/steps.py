@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PARAMETER_TYPES', 'GIVEN', 'STEP_NAME', 'MODEL_PARAMETERS', 'UsageError', 'order', 'pipeline', 'is_optional',
            'known_name', 'Parameter', 'allowed', 'tagged_cell', 'comments', 'read_parameters', 'find_notebook',
-           'read_entry', 'read_steps', 'mapped', 'with_models', 'origin', 'changed_origin', 'books_of', 'notebook_of',
-           'stem_of', 'comes_before', 'recipe_file', 'read_recipes', 'library_dir', 'recipes_mark']
+           'read_entry', 'read_steps', 'mapped', 'with_models', 'stand_ins', 'with_stand_ins', 'origin',
+           'changed_origin', 'books_of', 'notebook_of', 'stem_of', 'comes_before', 'recipe_file', 'read_recipes',
+           'library_dir', 'recipes_mark']
 
 # %% ../../nbs/09_lab/00_steps.ipynb #6288e56a
 import ast
@@ -23,7 +24,7 @@ from pathlib import Path
 import nbformat
 
 from ..core.imports import modules_hash
-from ..core.runs import new_name, root
+from ..core.runs import new_name, root, test_data
 
 # %% ../../nbs/09_lab/00_steps.ipynb #43552e1e
 class UsageError(ValueError): "The command asks for something that does not exist; nothing has run."
@@ -198,6 +199,27 @@ def with_models(
         return known_name(v, earlier,
                           f'earlier step, nor a folder, ({step}.{name})') if unknown else v
     return mapped(value, change)
+
+# %% ../../nbs/09_lab/00_steps.ipynb #8ceaf69c
+def stand_ins(
+    preset:dict, # from read_preset
+)->dict:         # path that the preset needs → path of the same set among the test data
+    "Sets that are not where a preset wants them, but that `LLAVA_MED_TESTDATA` holds in full."
+    there = test_data()
+    found = {p: there/'full'/Path(p).name for p in preset['needs'] if there and not (root()/p).exists()}
+    return {p: str(at) for p, at in found.items() if at.is_dir()}
+
+def with_stand_ins(
+    values:dict, # parameters of a step
+    found:dict,  # from stand_ins
+)->dict:         # the same, with paths that are there
+    "Let a parameter name the set that stands in for one that is not there."
+    def put(v):
+        if not isinstance(v, str): return v
+        p = next((p for p in found if v == p or v.startswith(p + '/')), None)
+        return found[p] + v[len(p):] if p else v
+    return mapped(values, put) if found else values
+
 
 # %% ../../nbs/09_lab/00_steps.ipynb #8841378c
 def origin(
