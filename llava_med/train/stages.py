@@ -11,6 +11,7 @@ __all__ = ['IMAGE_ENDS', 'Settings', 'recorded', 'StageRun', 'begin_stage', 'sta
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
+import os
 from pathlib import Path
 import numpy as np
 import torch
@@ -157,12 +158,20 @@ def _unusable(item, file):
     if file is None: return 'no picture file'
     return '' if item['split'] in ('train', 'val') else 'another split'
 
+def _files_below(folder):
+    "All files at any depth, also behind a link to a folder elsewhere; each folder once."
+    seen = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(where)) in seen: folders.clear()
+        else: yield from (Path(where)/n for n in names)
+        seen.add(real)
+
 def trainable_questions(
     items:list,   # VQA items of any split
     folder:Path,  # of their images, at any depth
 )->Questions:     # with disjoint images in training and validation set
     "The questions that a stage can learn from; ValueError where there are none."
-    found = sorted(p for p in folder.rglob('*') if p.suffix.lower() in IMAGE_ENDS)
+    found = sorted(p for p in _files_below(folder) if p.suffix.lower() in IMAGE_ENDS)
     by_name = {p.name: p for p in found}
     files = [_image_file(i, folder, by_name) for i in items]
     reasons = [_unusable(i, f) for i, f in zip(items, files)]
