@@ -395,6 +395,7 @@ def _joined(tower, lm, processor, connector, layers, seed, where):
     parts = dict(vision_tower=tower, projector=new, language_model=lm.base_model)
     for part, module in parts.items(): anatomy.put_part(model, part, module)
     anatomy.head(model).weight = lm.get_output_embeddings().weight
+    for c in (tower.config, lm.config): c._name_or_path = Path(c._name_or_path or '').name   # no path of this machine
     model.config.vision_config, model.config.text_config = tower.config, lm.config
     model.generation_config = copy.deepcopy(lm.generation_config)
     tok = processor.tokenizer
