@@ -8,7 +8,7 @@ __all__ = ['IMAGE_ENDS', 'Settings', 'recorded', 'StageRun', 'begin_stage', 'sta
            'run_stage', 'show_losses', 'finish_stage']
 
 # %% ../../nbs/04_train/13_stages.ipynb #e55153bd
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from functools import partial
 import os
@@ -143,12 +143,20 @@ class Questions:
 
 IMAGE_ENDS = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff')
 
-def _image_file(item, folder, by_name):
-    "The file of an item's only image, or None."
-    if len(item['images']) != 1: return None
-    name = item['images'][0]
-    found = (p for p in (folder/name, by_name.get(name.split('/')[-1])) if p and p.is_file())
-    return next(found, None)
+def _image_files(names, folder):
+    """The file of each image: the one of that very name, else the only one whose path ends so. The last part
+    of a name alone is enough only where no other image of the set is called so. False: several fit."""
+    by_name = defaultdict(list)
+    for p in sorted(_files_below(folder)):
+        if p.suffix.lower() in IMAGE_ENDS: by_name[p.name].append(p)
+    called, out = Counter(Path(n).name for n in names), {}
+    for n in names:
+        parts = Path(n).parts
+        ends = [p for p in by_name[parts[-1]] if p.parts[-len(parts):] == parts]
+        fits = ends or (by_name[parts[-1]] if called[parts[-1]] == 1 else [])
+        if (folder/n).is_file(): fits = [folder/n]
+        out[n] = None if not fits else fits[0] if len(fits) == 1 else False
+    return out
 
 def _unusable(item, file):
     "Why an item cannot be learned from; empty where it can."
@@ -156,6 +164,7 @@ def _unusable(item, file):
     if not item['answer']: return 'no answer'
     if len(item['images']) != 1: return 'not one picture'
     if file is None: return 'no picture file'
+    if file is False: return 'several picture files of that name'
     return '' if item['split'] in ('train', 'val') else 'another split'
 
 def _files_below(folder):
@@ -171,9 +180,8 @@ def trainable_questions(
     folder:Path,  # of their images, at any depth
 )->Questions:     # with disjoint images in training and validation set
     "The questions that a stage can learn from; ValueError where there are none."
-    found = sorted(p for p in _files_below(folder) if p.suffix.lower() in IMAGE_ENDS)
-    by_name = {p.name: p for p in found}
-    files = [_image_file(i, folder, by_name) for i in items]
+    known = _image_files({n for i in items for n in i['images']}, folder)
+    files = [known[i['images'][0]] if len(i['images']) == 1 else None for i in items]
     reasons = [_unusable(i, f) for i, f in zip(items, files)]
     left_out = dict(Counter(r for r in reasons if r))
     usable = {i['images'][0]: f for i, f, r in zip(items, files, reasons) if not r}
