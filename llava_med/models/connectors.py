@@ -17,7 +17,7 @@ from torch import nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from ..core.registry import Registry, UnknownName, import_recipes
 from ..core.runs import file_hash, read_json, write_json
-from .anatomy import PARTS, base_of, connector, head, image_side, put_part, vision_features
+from .anatomy import PARTS, base_of, connector, head, put_part, vision_features
 
 # %% ../../nbs/02_models/02_connectors.ipynb #def2cbc5
 class _Linear: "One linear layer, as in LLaVA-Med; plain transformers adds an identity behind it."
@@ -69,7 +69,7 @@ def own_connector(
 def _black(model):
     "The features of one black image."
     base = base_of(model)
-    side = image_side(base)
+    side = base.config.vision_config.image_size   # not told by the tokens: a connector makes its own number
     return vision_features(base, torch.zeros(1, 3, side, side))
 
 def _tokens_out(name, new, features, width):
