@@ -256,7 +256,7 @@ def processor_hours(
     kind = 'bfloat16' if values.get('bf16', False) else 'float32'
     there = hardware['gflops_bf16' if kind == 'bfloat16' else 'gflops']
     missing = '' if bf16 or kind == 'float32' else ' without bfloat16'
-    return said['minutes']/60*there/here, (f"computed: {said['minutes']:g} min were measured at {there:,.0f} GFLOP/s "
+    return said['minutes']/60*there/here, (f"computed from {said['minutes']:g} min at {there:,.0f} GFLOP/s "
                                            f"in {kind}, this processor makes {here:,.0f}{missing}")
 
 def stage_hours(
