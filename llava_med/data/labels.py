@@ -86,13 +86,15 @@ def slake_labels(
                                 f'a test question.')
     return [_labels_of(folder, n, rows[n]) for n in names]
 
-_KIND = re.compile(r'\b(?:(mri?|flair|dwi|diffusion|t[12])|(ct)|(x-?ray|radiograph|film)|(ultrasound))', re.I)
+_KIND = re.compile(r'\b(?:(mri?|flair|dwi|diffusion|t[12])|(ct)|(x-?ray|radiograph|film)|'
+                   r'(ultrasound))', re.I)
 
 def _said_kind(item):
     "The modality that the answer to an open question about it names, or nothing."
     asks = item['tags']['question_type'] == 'modality' and item['answer_type'] == 'OPEN'
     found = _KIND.search(item['answer']) if asks and ' not ' not in item['question'] else None
-    return next((k for k, said in zip(('MRI', 'CT', 'X-Ray', 'ultrasound'), found.groups()) if said),
+    return next((k
+                 for k, said in zip(('MRI', 'CT', 'X-Ray', 'ultrasound'), found.groups()) if said),
                 '') if found else ''
 
 def vqa_rad_labels(
@@ -110,7 +112,8 @@ def vqa_rad_labels(
     out = []
     for n in names:
         kinds = Counter(filter(None, map(_said_kind, rows[n])))
-        axial = any(o['tags']['question_type'] == 'plane' and o['answer'].lower() == 'axial' for o in rows[n])
+        axial = any(o['tags']['question_type'] == 'plane' and o['answer'].lower() == 'axial'
+                    for o in rows[n])
         part = next((o['tags']['organ'] for o in rows[n] if o['tags']['organ']), '')
         if part: out.append(Labels(n, kinds.most_common(1)[0][0] if kinds else '', part,
                                    'axial plane' if axial else '', boxed=False))
@@ -294,7 +297,8 @@ def _record(labels, name, turns, maker, tags, licence, source):
                  {'from': 'gpt', 'value': a}]
     regions = [dict(name=t.name, box=list(t.box)) for t in dict.fromkeys(t for *_, t in turns if t)]
     kind = _DOMAINS.get((labels.modality, labels.part), _DOMAINS.get(labels.modality))
-    return dict(id=name, image=labels.image, domain={d: d == kind for d in DOMAINS}, conversations=said,
+    return dict(id=name, image=labels.image, domain={d: d == kind for d in DOMAINS},
+                conversations=said,
                 tags=dict(modality=[kind] if kind else [], **tags),
                 regions=regions,
                 lang='en', licence=licence, source=source, generator=maker)
@@ -344,10 +348,12 @@ def label_set(
     labels = slake_labels(folder) if slake else vqa_rad_labels(folder)
     licence, source = ('CC BY 4.0', 'SLAKE') if slake else ('CC0 1.0', 'VQA-RAD')
     where = folder/'imgs' if slake else Path(open_vqa(folder, say=lambda line: None)['images_dir'])
-    made = label_records(labels, knowledge(folder), seed, n_captions, n_rounds, licence, f'{source} labels')
+    made = label_records(labels, knowledge(folder), seed, n_captions, n_rounds, licence,
+                         f'{source} labels')
     stem = lambda name: f"{source.lower()}-{re.sub(r'[^A-Za-z0-9]+', '-', name.rsplit('.', 1)[0])}"
     for records in made:
-        for r in records: r.update(id=f"{source.lower()}-{r['id']}", image=f"labels/{stem(r['image'])}.jpg")
+        for r in records:
+            r.update(id=f"{source.lower()}-{r['id']}", image=f"labels/{stem(r['image'])}.jpg")
     captions = {r['image']: r['conversations'][1]['value'] for r in reversed(made[0])}
     (images/'labels').mkdir(parents=True, exist_ok=True)
     for l in labels:

@@ -59,7 +59,8 @@ class Pool(list):
     @cached_property
     def kinds(self)->dict: # image name → (patient, modality, organ)
         "What is known of each image."
-        tags = lambda o: [o['tags'].get(k) for k in ('modality', 'organ')] if o.get('tags') else [None]*2
+        tags = lambda o: [o['tags'].get(k)
+                          for k in ('modality', 'organ')] if o.get('tags') else [None]*2
         return {n: (item_cluster(o), *tags(o)) for o in reversed(self) for n in o['images']}
 
     def similar(self,

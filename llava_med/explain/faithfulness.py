@@ -76,12 +76,14 @@ def box_edit(
     for _, _, w, h in boxes:
         for _ in range(tries):
             x, y = rng.uniform(0, max(1 - w, 0)), rng.uniform(0, max(1 - h, 0))
-            if all(x + w <= a or a + c <= x or y + h <= b or b + d <= y for a, b, c, d in taken): break
+            if all(x + w <= a or a + c <= x or y + h <= b or b + d <= y for a, b, c, d in taken):
+                break
         else: return None
         places.append((x, y, w, h))
         taken.append(places[-1])
     edited, elsewhere = painted_over(image, boxes), painted_over(image, places)
-    return dict(original=image.convert('RGB'), edited=edited, elsewhere=elsewhere, answer=None, boxes=boxes)
+    return dict(original=image.convert('RGB'), edited=edited, elsewhere=elsewhere, answer=None,
+                boxes=boxes)
 
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #ab1aaccc
 CONTROLS = ('random', 'centre', 'static', 'inverted', 'box')  # what a map is compared with

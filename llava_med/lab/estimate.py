@@ -256,7 +256,8 @@ def processor_hours(
     kind = 'bfloat16' if values.get('bf16', False) else 'float32'
     there = hardware['gflops_bf16' if kind == 'bfloat16' else 'gflops']
     missing = '' if bf16 or kind == 'float32' else ' without bfloat16'
-    return said['minutes']/60*there/here, (f"computed from {said['minutes']:g} min at {there:,.0f} GFLOP/s "
+    return said['minutes']/60*there/here, (f"computed from {said['minutes']:g} min at "
+                                           f"{there:,.0f} GFLOP/s "
                                            f"in {kind}, this processor makes {here:,.0f}{missing}")
 
 def stage_hours(
@@ -269,7 +270,8 @@ def stage_hours(
     hours, source = measured_hours(preset['name'], step)
     stem = stem_of(step, preset)
     d, h = rows_of(preset, step), preset['hardware']
-    if hours is None and d and d.get('minutes') and h.get('gflops'): return processor_hours(d, h, values)
+    if hours is None and d and d.get('minutes') and h.get('gflops'):
+        return processor_hours(d, h, values)
     if hours is not None or not d or not h.get('tflops'): return hours, source or 'unknown: the preset says nothing of rows and tflops'
     rank = values.get('lora_rank', 0)
     mfu, source = measured_mfu(h.get('gpu', ''), stem, rank > 0)
@@ -343,9 +345,12 @@ def make_plan(
     others = [s for s in plan if preset['notebooks'] and s not in stages]
     rest = {s: stage_hours(model, s, v, preset) for s, v in plan.items()
             if s not in stages and (rows_of(preset, s) or {}).get('minutes')}
-    return {'others': others, 'rest': rest, 'parts': {r['part']: r['parameters'] for r in part_table(model)},
+    return {'others': others, 'rest': rest,
+            'parts': {r['part']: r['parameters'] for r in part_table(model)},
             'config': model.config, 'names': parts, 'stages': stages,
-            'disk': disk_use(preset, model, plan), 'missing': {p: c for p, c in preset['needs'].items() if not (root()/p).exists() and p not in stand_ins(preset)},
+            'disk': disk_use(preset, model, plan),
+            'missing': {p: c for p, c in preset['needs'].items() if not (root()/p).exists()
+                        and p not in stand_ins(preset)},
             'warnings': [f'{f.name}: {w}' for f in here for w in remote_code(f)]}
 
 def _sources(parts):
@@ -374,7 +379,8 @@ def plan_text(
                   f"kept {s['kept']:.1f} for {s['tokens']:,} tokens at once (checkpointing {s['checkpointing']})"
                   + ('' if s['fits'] or not h.get('memory_gb') else f"; THAT DOES NOT FIT in {h['memory_gb']} GB: {s['most']:,} tokens would"),
                   '    ' + (f"{s['hours']:.1f} h" if s['hours'] and s['hours'] >= 1 else f"{(s['hours'] or 0)*60:.1f} min" if s['hours'] is not None else 'time') + f" ({s['source']})"]
-    for step, (hours, source) in plan['rest'].items(): lines.append(f'  {step}: {hours*60:.1f} min ({source})')
+    for step, (hours, source) in plan['rest'].items():
+        lines.append(f'  {step}: {hours*60:.1f} min ({source})')
     known = [s['hours'] for s in plan['stages'].values()] + [h for h, _ in plan['rest'].values()]
     if plan['rest'] and None not in known: lines.append(f'  in all {sum(known)*60:.0f} min')
     if plan['others']:
@@ -429,13 +435,15 @@ def thin_config(
     kv = getattr(config, 'num_key_value_heads', None)
     shared = heads//kv if kv else 1   # query heads that share one pair of key and value
     few = 4 if 4 % shared == 0 else shared
-    new = dict(hidden_size=8*few, intermediate_size=64, num_hidden_layers=depth, num_attention_heads=few, initializer_range=0.02)
+    new = dict(hidden_size=8*few, intermediate_size=64, num_hidden_layers=depth,
+               num_attention_heads=few, initializer_range=0.02)
     if kv: new['num_key_value_heads'] = max(1, few//shared)
     if getattr(config, 'head_dim', None): new['head_dim'] = 8
     if hasattr(config, 'projection_dim'): new['projection_dim'] = 32
     if getattr(config, 'layer_types', None): new['layer_types'] = config.layer_types[:depth]
     if hasattr(config, 'stage_names'):   # a backbone, whose stages are its layers
-        rest = {k: v for k, v in config.to_dict().items() if k not in ('stage_names', 'out_features', 'out_indices')}
+        rest = {k: v for k, v in config.to_dict().items()
+                if k not in ('stage_names', 'out_features', 'out_indices')}
         return type(config).from_dict(rest | new)
     thin.update(new)
     return thin

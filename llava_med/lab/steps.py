@@ -206,7 +206,8 @@ def stand_ins(
 )->dict:         # path that the preset needs → path of the same set among the test data
     "Sets that are not where a preset wants them, but that `LLAVA_MED_TESTDATA` holds in full."
     there = test_data()
-    found = {p: there/'full'/Path(p).name for p in preset['needs'] if there and not (root()/p).exists()}
+    found = {p: there/'full'/Path(p).name for p in preset['needs'] if there
+             and not (root()/p).exists()}
     return {p: str(at) for p, at in found.items() if at.is_dir()}
 
 def with_stand_ins(
@@ -219,7 +220,6 @@ def with_stand_ins(
         p = next((p for p in found if v == p or v.startswith(p + '/')), None)
         return found[p] + v[len(p):] if p else v
     return mapped(values, put) if found else values
-
 
 # %% ../../nbs/09_lab/00_steps.ipynb #8841378c
 def origin(

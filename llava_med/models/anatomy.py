@@ -258,7 +258,8 @@ def resized_tower(
     for n, p in new.state_dict().items():
         if p.shape == old[n].shape: continue
         if not POSITIONS.search(n): raise ValueError(
-            f"'{where}' sees {tower.config.image_size} px and cannot be stretched to {size} px: {n} would change.")
+            f"'{where}' sees {tower.config.image_size} px and cannot be stretched to {size} px: "
+            f"{n} would change.")
         rows, (a, b) = old[n].reshape(-1, p.shape[-1]), (c.image_size//c.patch_size for c in (tower.config, config))
         grid = rows[len(rows) - a*a:].T.reshape(1, -1, a, a).float()
         grid = nn.functional.interpolate(grid, size=(b, b), mode='bicubic', align_corners=False)
@@ -278,7 +279,6 @@ def settled_tower(
     same = (torch.allclose(a, b, rtol=1e-3, atol=1e-4*float(a.abs().max()))
             for a, b in zip(states, tower_states(new, size)))
     return new if all(same) else tower
-
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #46b89be4
 def part_of(

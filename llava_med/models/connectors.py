@@ -69,7 +69,8 @@ def own_connector(
 def _black(model):
     "The features of one black image."
     base = base_of(model)
-    side = base.config.vision_config.image_size   # not told by the tokens: a connector makes its own number
+    # not told by the tokens: a connector makes its own number
+    side = base.config.vision_config.image_size
     return vision_features(base, torch.zeros(1, 3, side, side))
 
 def _tokens_out(name, new, features, width):

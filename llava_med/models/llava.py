@@ -229,7 +229,8 @@ def read_tower(
     try: states = anatomy.tower_states(tower.eval(), size)
     except (ValueError, RuntimeError, TypeError) as e:
         if size == native: raise ValueError(f"'{where}' ({config.model_type}) is no tower that reads a picture alone: {e}") from e
-        tower = anatomy.resized_tower(tower, size, where); states = anatomy.tower_states(tower, size)
+        tower = anatomy.resized_tower(tower, size,
+                                      where); states = anatomy.tower_states(tower, size)
     else:
         if size != native: tower = anatomy.settled_tower(tower, states, size, where)
     shapes, grid = {tuple(s.shape) for s in states}, (size//patch)**2
@@ -395,7 +396,8 @@ def _joined(tower, lm, processor, connector, layers, seed, where):
     parts = dict(vision_tower=tower, projector=new, language_model=lm.base_model)
     for part, module in parts.items(): anatomy.put_part(model, part, module)
     anatomy.head(model).weight = lm.get_output_embeddings().weight
-    for c in (tower.config, lm.config): c._name_or_path = Path(c._name_or_path or '').name   # no path of this machine
+    for c in (tower.config, lm.config):
+        c._name_or_path = Path(c._name_or_path or '').name   # no path of this machine
     model.config.vision_config, model.config.text_config = tower.config, lm.config
     model.generation_config = copy.deepcopy(lm.generation_config)
     tok = processor.tokenizer

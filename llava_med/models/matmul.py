@@ -60,8 +60,10 @@ def onednn_helps(
     width = getattr(text, 'hidden_size', 0) or 0
     inner = getattr(text, 'intermediate_size', 0) or 4*width
     weight = next(model.parameters())
-    if weight.device.type != 'cpu' or weight.dtype != torch.float32 or width < LEAST_WIDTH: return False
-    if os.environ.get('LLAVA_MED_ONEDNN') == '0' or not torch.backends.mkldnn.is_available(): return False
+    if weight.device.type != 'cpu' or weight.dtype != torch.float32 or width < LEAST_WIDTH:
+        return False
+    if os.environ.get('LLAVA_MED_ONEDNN') == '0' or not torch.backends.mkldnn.is_available():
+        return False
     gain, loss = compare_products(width, inner, torch.get_num_threads())
     return gain >= LEAST_GAIN and loss <= MOST_ERROR
 
@@ -90,7 +92,8 @@ def processor_speed(
     rounds:int=9,    # the fastest counts, since others share the machine
 )->float:            # GFLOP/s of one core
     "How fast one core multiplies matrices of a small language model's sizes."
-    kind, best, threads = torch.bfloat16 if bf16 else torch.float32, float('inf'), torch.get_num_threads()
+    kind, best, threads = torch.bfloat16 if bf16 else torch.float32, float(
+        'inf'), torch.get_num_threads()
     x, w = torch.ones(rows, width, dtype=kind), torch.ones(inner, width, dtype=kind)
     torch.set_num_threads(1)
     try:
