@@ -101,7 +101,8 @@ def test_a_caption_right_behind_its_picture_is_not_shared(toy):
 def run(repo, tmp_path, name, **parameters):
     "A benchmark at a tiny size; returns what it printed."
     source, out = repo/f'nbs/benchmarks/{name}.ipynb', tmp_path/f'{name}.ipynb'
-    made = started(lambda: papermill.execute_notebook(source, out, parameters, kernel_name='python3', cwd=tmp_path, progress_bar=False))
+    made = started(lambda **own: papermill.execute_notebook(source, out, parameters, kernel_name='python3', cwd=tmp_path, progress_bar=False,
+                                                            **own))
     return '\n'.join(o.text for c in made.cells for o in c.get('outputs', []) if o.output_type == 'stream')
 
 

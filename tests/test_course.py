@@ -37,7 +37,7 @@ def markdown(nb): return '\n'.join(c.source for c in nb.cells if c.cell_type == 
 def test_notebook_runs(path, tmp_path):
     import papermill
     how = dict(cwd=str(path.parent), kernel_name='python3', progress_bar=False)
-    started(lambda: papermill.execute_notebook(str(path), str(tmp_path/'out.ipynb'), **how))
+    started(lambda **own: papermill.execute_notebook(str(path), str(tmp_path/'out.ipynb'), **how, **own))
     out = nbformat.read(tmp_path/'out.ipynb', 4)
     text = ' '.join(o.get('text', '') for c in out.cells for o in c.get('outputs', []))
     if 'exercises' in path.name: assert '0 of 5' in text and 'three dots' in text

@@ -163,8 +163,8 @@ def alone(outputs, step, **parameters):
     with pytest.MonkeyPatch.context() as m:
         for k, v in dict(LLAVA_MED_OUTPUTS=outputs, LLAVA_MED_ROOT=REPO, PYTHONPATH=REPO).items(): m.setenv(k, str(v))
         values = {'inputs_from': 'smoke', **parameters}
-        started(lambda: papermill.execute_notebook(str(REPO/f'nbs/pipeline/{step}.ipynb'), str(outputs/'out.ipynb'), values,
-                                                   kernel_name='python3', progress_bar=False))
+        started(lambda **own: papermill.execute_notebook(str(REPO/f'nbs/pipeline/{step}.ipynb'), str(outputs/'out.ipynb'), values,
+                                                         kernel_name='python3', progress_bar=False, **own))
 
 
 def test_a_notebook_by_itself(outputs, smoke):

@@ -228,7 +228,8 @@ def test_plain_papermill_refuses_what_a_notebook_does_not_have(lists, monkeypatc
     monkeypatch.setenv('PYTHONPATH', str(REPO))
     out = lists.root/'out.ipynb'
     one = str(lists.notebook('1_one'))
-    run = lambda **values: started(lambda: papermill.execute_notebook(one, str(out), values, kernel_name='python3', progress_bar=False))
+    run = lambda **values: started(lambda **own: papermill.execute_notebook(one, str(out), values, kernel_name='python3',
+                                                                          progress_bar=False, **own))
     with pytest.raises(papermill.PapermillExecutionError, match="1_one has no parameter 'm'.*Known: run, inputs_from"): run(m=2)
     run(n=3)
     assert read_json(lists.outputs/'scratch/1_one/model/w.json') == [3]

@@ -37,8 +37,8 @@ def png():
 def run(source):
     "A notebook of one cell, executed, as the text of its file, with the state of its widgets."
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-    client = NotebookClient(nb, timeout=120, kernel_name='python3', resources={'metadata': {'path': str(REPO)}}, store_widget_state=True)
-    started(client.execute)
+    how = dict(timeout=120, kernel_name='python3', resources={'metadata': {'path': str(REPO)}}, store_widget_state=True)
+    started(lambda **own: NotebookClient(nb, **how, **own).execute())
     return nbformat.writes(nb)
 
 
@@ -238,7 +238,8 @@ def test_the_first_notebook_runs_under_papermill(tuned, tmp_path, monkeypatch):
     for name in ('base_tiny', 'tuned_tiny')[:1 + tuned]: os.symlink(REPO/'data'/name, root/'data'/name)
     monkeypatch.setenv('LLAVA_MED_ROOT', str(root))
     monkeypatch.setenv('PYTHONPATH', str(REPO))
-    started(lambda: papermill.execute_notebook(REPO/'nbs/start.ipynb', tmp_path/'out.ipynb', kernel_name='python3', progress_bar=False))
+    started(lambda **own: papermill.execute_notebook(REPO/'nbs/start.ipynb', tmp_path/'out.ipynb', kernel_name='python3',
+                                                     progress_bar=False, **own))
     text = (tmp_path/'out.ipynb').read_text()
     assert ('data/tuned_tiny is missing' in ''.join(str(c.outputs) for c in nbformat.read(tmp_path/'out.ipynb', 4).cells if c.cell_type == 'code')) != tuned
     assert text.count('image/jpeg') + text.count('image/png') >= 3

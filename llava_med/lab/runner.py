@@ -31,6 +31,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import yaml
+from traitlets.config import Config
 
 from ..core.imports import modules_hash
 from ..core.registry import import_recipes
@@ -474,15 +475,19 @@ def with_recipes(
 NEVER_STARTED = ('Kernel died before replying', "Kernel didn't respond")  # jupyter_client's words
 
 def started(
-    execute,   # runs a notebook in a kernel of its own
+    execute,   # runs a notebook in a kernel of its own; gets `config` for papermill or nbclient
     tries:int=3, # in all
 ):             # what it returns
-    """Run a notebook again if its kernel never started, which happens when two kernels that start
-    at once take the same port; no cell has run then. Raises: whatever else `execute` raises."""
+    """Run a notebook in a kernel that talks through files of its own folder (two kernels that start
+    at once may take the same port), and again if it never started; no cell has run then.
+    Raises: whatever else `execute` raises."""
     for left in reversed(range(tries)):
-        try: return execute()
-        except RuntimeError as e:
-            if not left or not any(words in str(e) for words in NEVER_STARTED): raise
+        with tempfile.TemporaryDirectory() as folder:
+            files = os.name == 'posix' and len(folder) < 90   # a socket's path has at most 107 characters
+            sockets = {'transport': 'ipc', 'ip': f'{folder}/kernel'} if files else {}
+            try: return execute(config=Config(KernelManager=sockets))
+            except RuntimeError as e:
+                if not left or not any(words in str(e) for words in NEVER_STARTED): raise
 
 def child()->None:
     "Run one notebook under papermill: the job comes as one line on the input, the outcome leaves as one line."
@@ -496,7 +501,7 @@ def child()->None:
                extra_arguments=['--IPKernelApp.log_level=40'])
     outcome = {'ok': True}
     try:
-        started(lambda: papermill.execute_notebook(notebook, job['partial'], job['parameters'], **how))
+        started(lambda **own: papermill.execute_notebook(notebook, job['partial'], job['parameters'], **how, **own))
     except Exception as e: outcome = {'ok': False, 'error': error_sentence(e, *codes[:1])}
     print('\n' + OUTCOME_MARK + json.dumps(outcome), flush=True)
     os._exit(0)
