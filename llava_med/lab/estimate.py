@@ -24,7 +24,8 @@ from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaConfig,
     LlavaForConditionalGeneration)
 
-from .steps import GIVEN, UsageError, known_name, mapped, origin, stand_ins, stem_of
+from .steps import (
+    GIVEN, UsageError, incomplete_sets, is_there, known_name, mapped, origin, stand_ins, stem_of)
 from .runner import as_planned, plan_run, presets, read_preset, read_yaml, run_pipeline
 from ..data.catalogue import CATALOGUE
 from ..train.gates import check_step, path_gate
@@ -349,9 +350,10 @@ def make_plan(
             'parts': {r['part']: r['parameters'] for r in part_table(model)},
             'config': model.config, 'names': parts, 'stages': stages,
             'disk': disk_use(preset, model, plan),
-            'missing': {p: c for p, c in preset['needs'].items() if not (root()/p).exists()
+            'missing': {p: c for p, c in preset['needs'].items() if not is_there(p)
                         and p not in stand_ins(preset)},
-            'warnings': [f'{f.name}: {w}' for f in here for w in remote_code(f)]}
+            'warnings': [f'{f.name}: {w}' for f in here for w in remote_code(f)] + [
+                f'{f} lacks {lacks}' for f, lacks in incomplete_sets(plan).items()]}
 
 def _sources(parts):
     "Which parts are stored how."

@@ -35,13 +35,14 @@ from traitlets.config import Config
 
 from ..core.imports import modules_hash
 from ..core.registry import import_recipes
-from ..core.runs import (FULL, RunLock, clock, file_hash, folder_hash, git_state, machine, new_name, now,
-                            outputs_dir, read_run, root, run_dir, update_run, versions, writing)
-from .steps import (GIVEN, PARAMETER_TYPES, Parameter, UsageError, allowed, books_of,
-                                 changed_origin,
-                            comes_before, is_optional, known_name, library_dir, mapped, notebook_of, origin, pipeline,
-                            read_parameters, read_recipes, read_steps, recipes_mark, stand_ins, stem_of, with_models,
-                                 with_stand_ins)
+from ..core.runs import (
+    FULL, clock, file_hash, folder_hash, git_state, machine, new_name, now, outputs_dir, read_run,
+    root, run_dir, RunLock, update_run, versions, writing)
+from .steps import (
+    GIVEN, PARAMETER_TYPES, allowed, books_of, changed_origin, check_sets, comes_before,
+    is_optional, is_there, known_name, library_dir, mapped, notebook_of, origin, Parameter,
+    pipeline, read_parameters, read_recipes, read_steps, recipes_mark, stand_ins, stem_of,
+    UsageError, with_models, with_stand_ins)
 
 # %% ../../nbs/09_lab/01_runner.ipynb #3fa1e6c4
 class PresetLoader(yaml.SafeLoader):
@@ -206,7 +207,7 @@ def missing_files(
     "What a preset needs and what is not there."
     values = {s: {k: v for k, v in vs.items() if k not in GIVEN} for s, vs in plan.items()}
     named = [t for t in plain_values(values) if isinstance(t, str)]
-    return {p: c for p, c in preset['needs'].items() if not (root()/p).exists() and any(t == p or t.startswith(p + '/') for t in named)}
+    return {p: c for p, c in preset['needs'].items() if not is_there(p) and any(t == p or t.startswith(p + '/') for t in named)}
 
 # %% ../../nbs/09_lab/01_runner.ipynb #7e6e6bdb
 def choose_steps(
@@ -630,6 +631,7 @@ def run_pipeline(
     if lost := missing_files(recipe, plan):
         path, how = next(iter(lost.items()))
         raise UsageError(f'{recipe["name"]} needs {path}, which is not there: `{how}`. `llava-med plan {preset}` lists all that is missing.')
+    check_sets(plan, recipe['name'])
     for p, at in stand_ins(recipe).items():
         if any(isinstance(t, str) and t.startswith(at) for t in plain_values(plan)): say(f'{p} is not there: {at} of the test data is taken.')
     with RunLock(run, recipe['owner']):
