@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PARAMETER_TYPES', 'GIVEN', 'STEP_NAME', 'MODEL_PARAMETERS', 'UsageError', 'order', 'pipeline', 'is_optional',
            'known_name', 'Parameter', 'allowed', 'tagged_cell', 'comments', 'read_parameters', 'find_notebook',
-           'read_entry', 'read_steps', 'mapped', 'with_models', 'is_there', 'stand_ins', 'with_stand_ins',
-           'incomplete_sets', 'check_sets', 'origin', 'changed_origin', 'books_of', 'notebook_of', 'stem_of',
-           'comes_before', 'recipe_file', 'read_recipes', 'library_dir', 'recipes_mark']
+           'read_entry', 'read_steps', 'mapped', 'with_models', 'is_there', 'plain_values', 'missing_files',
+           'stand_ins', 'with_stand_ins', 'incomplete_sets', 'check_sets', 'origin', 'changed_origin', 'books_of',
+           'notebook_of', 'stem_of', 'comes_before', 'recipe_file', 'read_recipes', 'library_dir', 'recipes_mark']
 
 # %% ../../nbs/09_lab/00_steps.ipynb #6288e56a
 import ast
@@ -207,6 +207,23 @@ def is_there(
     "Whether something is at a path; an empty folder is nothing."
     p = root()/path
     return any(p.iterdir()) if p.is_dir() else p.exists()
+
+def plain_values(
+    value,  # of a parameter: a list or a dictionary may hold others
+)->list:    # of values that hold no others
+    "All values in a parameter."
+    found = []
+    mapped(value, found.append)
+    return found
+
+def missing_files(
+    preset:dict, # from read_preset
+    plan:dict,   # from plan_run; only what its steps name counts
+)->dict:         # path → the command that puts it there
+    "What a preset needs and what is not there."
+    values = {s: {k: v for k, v in vs.items() if k not in GIVEN} for s, vs in plan.items()}
+    named = [t for t in plain_values(values) if isinstance(t, str)]
+    return {p: c for p, c in preset['needs'].items() if not is_there(p) and any(t == p or t.startswith(p + '/') for t in named)}
 
 def stand_ins(
     preset:dict, # from read_preset
