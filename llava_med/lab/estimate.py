@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORK', 'REHEARSAL_SIZES', 'EMPTY', 'HERE_ONLY', 'architectures', 'model_parts', 'real_config', 'meta_model',
-           'row_flops', 'measured_hours', 'measured_mfu', 'rows_of', 'processor_hours', 'stage_hours', 'memory_needs',
-           'memory_shortage', 'shortage_of', 'gigabytes', 'is_trained', 'disk_use', 'remote_code', 'make_plan',
+           'row_flops', 'measured_hours', 'measured_mfu', 'rows_of', 'processor_hours', 'stage_hours', 'gigabytes',
+           'is_trained', 'disk_use', 'remote_code', 'memory_needs', 'memory_shortage', 'shortage_of', 'make_plan',
            'plan_text', 'template_of', 'real_template', 'thin_config', 'thin_tokenizer', 'check_training', 'thin_depth',
            'thin_base', 'rehearsal_values', 'steps_text', 'rehearse', 'evidence_table', 'join_base', 'plan_command']
 
@@ -219,6 +219,50 @@ def stage_hours(
                                                 rank, checkpointing, values)
     return work/(h['tflops']*1e12*mfu*min(h['gpus'], values.get('processes', 1)))/3600, source
 
+# %% ../../nbs/09_lab/03_estimate.ipynb #44b8f0e9
+def gigabytes(
+    text:str, # such as 15.1 GB or 358 MB
+)->float:     # GB; 0 where nothing is said
+    "A size of the catalogue as a number."
+    m = re.search(r'([\d.,]+) *([kMGT])B', text)
+    return float(m[1].replace(',', ''))*{'k': 1e-6, 'M': 1e-3, 'G': 1, 'T': 1e3}[m[2]] if m else 0.
+
+def is_trained(
+    step:str,    # of a run
+    values:dict, # its parameters
+    preset:dict, # from read_preset
+)->bool:
+    "Whether a step is known to train something."
+    return bool(trained_parts(stem_of(step, preset), values))
+
+def disk_use(
+    preset:dict,  # from read_preset
+    model,        # from `meta_model`
+    plan:dict,    # from plan_run
+)->dict:          # what → GB
+    "What a run of the preset takes on disk."
+    total, d = sum(p.numel() for p in model.parameters()), preset['data']
+    sizes, names = {e.name: gigabytes(e.size) for e in CATALOGUE}, re.findall(r'llava-med get ([\w.-]+)', ' '.join(preset['needs'].values()))
+    made = sum(not c.startswith('llava-med get') and re.search(r'--join|--base', c) is not None for c in preset['needs'].values())
+    learn = {s: trainable_counts(model, stem_of(s, preset), v.get('lora_rank', 0), v)
+             for s, v in plan.items() if is_trained(s, v, preset)}
+    v, pictures = model.config.vision_config, max(((rows_of(preset, s) or {}).get('rows', 0)
+                                                   for s in [*learn, *STEP_STAGES]), default=0)
+    return {'downloads': sum(sizes.get(n, 0) for n in names), 'the base that is made of them': 2*total*made/1e9, 'articles and images': float(d.get('disk_gb', 0)),
+            'models of the stages': sum(2*total + 2*sum(n.values()) for n in learn.values())/1e9,
+            'state to go on from': max((12*sum(n.values()) for n in learn.values()), default=0)/1e9,
+            'patch vectors': pictures*model.config.image_seq_length*v.hidden_size*2/1e9}
+
+def remote_code(
+    folder:Path, # of a model
+)->list:         # what is suspicious, in words
+    "What in a downloaded folder would run code or unpickle when loaded carelessly."
+    config = read_json(folder/'config.json') if (folder/'config.json').exists() else {}
+    found = [f"{p.name} is Python code; it is never run here, delete it" for p in sorted(folder.glob('*.py'))]
+    if 'auto_map' in config: found.append('config.json asks for code of the hub (auto_map); it is not loaded')
+    if any(folder.glob('*.bin')) and not any(folder.glob('*.safetensors')): found.append('only .bin files, which are read as tensors alone')
+    return found
+
 # %% ../../nbs/09_lab/03_estimate.ipynb #8e2ce65e
 WORK = .2, 1.   # GiB, about: what a step that trains nothing works with beside its models, at least and at most
 
@@ -276,50 +320,6 @@ def shortage_of(
     done = {s for s, r in read_run(run)['steps'].items() if r.get('state') == 'done'}
     plan = plan_run(preset, run, only, sets)
     return memory_shortage(preset, {s: v for s, v in plan.items() if s not in done}, free)
-
-# %% ../../nbs/09_lab/03_estimate.ipynb #44b8f0e9
-def gigabytes(
-    text:str, # such as 15.1 GB or 358 MB
-)->float:     # GB; 0 where nothing is said
-    "A size of the catalogue as a number."
-    m = re.search(r'([\d.,]+) *([kMGT])B', text)
-    return float(m[1].replace(',', ''))*{'k': 1e-6, 'M': 1e-3, 'G': 1, 'T': 1e3}[m[2]] if m else 0.
-
-def is_trained(
-    step:str,    # of a run
-    values:dict, # its parameters
-    preset:dict, # from read_preset
-)->bool:
-    "Whether a step is known to train something."
-    return bool(trained_parts(stem_of(step, preset), values))
-
-def disk_use(
-    preset:dict,  # from read_preset
-    model,        # from `meta_model`
-    plan:dict,    # from plan_run
-)->dict:          # what → GB
-    "What a run of the preset takes on disk."
-    total, d = sum(p.numel() for p in model.parameters()), preset['data']
-    sizes, names = {e.name: gigabytes(e.size) for e in CATALOGUE}, re.findall(r'llava-med get ([\w.-]+)', ' '.join(preset['needs'].values()))
-    made = sum(not c.startswith('llava-med get') and re.search(r'--join|--base', c) is not None for c in preset['needs'].values())
-    learn = {s: trainable_counts(model, stem_of(s, preset), v.get('lora_rank', 0), v)
-             for s, v in plan.items() if is_trained(s, v, preset)}
-    v, pictures = model.config.vision_config, max(((rows_of(preset, s) or {}).get('rows', 0)
-                                                   for s in [*learn, *STEP_STAGES]), default=0)
-    return {'downloads': sum(sizes.get(n, 0) for n in names), 'the base that is made of them': 2*total*made/1e9, 'articles and images': float(d.get('disk_gb', 0)),
-            'models of the stages': sum(2*total + 2*sum(n.values()) for n in learn.values())/1e9,
-            'state to go on from': max((12*sum(n.values()) for n in learn.values()), default=0)/1e9,
-            'patch vectors': pictures*model.config.image_seq_length*v.hidden_size*2/1e9}
-
-def remote_code(
-    folder:Path, # of a model
-)->list:         # what is suspicious, in words
-    "What in a downloaded folder would run code or unpickle when loaded carelessly."
-    config = read_json(folder/'config.json') if (folder/'config.json').exists() else {}
-    found = [f"{p.name} is Python code; it is never run here, delete it" for p in sorted(folder.glob('*.py'))]
-    if 'auto_map' in config: found.append('config.json asks for code of the hub (auto_map); it is not loaded')
-    if any(folder.glob('*.bin')) and not any(folder.glob('*.safetensors')): found.append('only .bin files, which are read as tensors alone')
-    return found
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #6bc0c76d
 def make_plan(
