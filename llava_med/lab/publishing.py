@@ -215,14 +215,11 @@ def real_row(
     file = Path(file or root()/'nbs/benchmarks/results/real_small.json')
     got = read_json(file) if file.exists() else {}
     own = [r for r in got.get('rows', []) if got['best'] and r['work'].startswith(got['best'] + ',')]
-    by = {r['metric']: r for r in own if r['work'] == own[0]['work']}
-    if not by: return []
-    def said(condition):
-        r = by.get(f'{condition} strict')
-        sign = '+' if '-' in condition else ''
-        return f"{r['value']:{sign}.3f} [{r['low']:{sign}.2f}, {r['high']:{sign}.2f}]" if r else '–'
+    if not own: return []
+    rows = [r | dict(model='real', condition=r['metric'].removesuffix(' strict'), slice='all', metric='strict')
+            for r in own if r['work'] == own[0]['work']]
     return ['[real](benchmarks/real_small.ipynb): SLAKE, 157 million parameters',
-            *map(said, ('image', 'blank', 'shuffled', 'image-blank')), str(got['questions'])]
+            *(value(rows, 'real', c) for c in ('image', 'blank', 'shuffled', 'image-blank')), str(got['questions'])]
 
 def example_tables()->str: # Markdown
     "The results in outputs/example as two tables and a line."
