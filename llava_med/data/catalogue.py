@@ -58,6 +58,7 @@ class Entry:
     tried:str=''      # when it was last fetched; empty: unverified
     wheel:Wheel|None=None # or a package of the Python Package Index
     parts:tuple=()    # or what it is put together from: for each part the names of entries, the first that can be had is taken
+    image_size:int=224 # of a model put together from parts, in pixels
 
 _GIT, _COMMIT = 'microsoft/LLaVA-Med', 'd406e3fc7c3d1e4c797a7676de18cbfd070b6d2c'
 _SLAKE = 'https://huggingface.co/datasets/BoKelvin/SLAKE/resolve/a9083ce6c34ac3ffb17671a605962924d8a8f9e9'
@@ -68,6 +69,13 @@ _WEIGHTS = ('*.json', '*.safetensors', '*.model', '*.txt', '*.jinja')
 def _llava_med(name, what, size, path, n, sha256): # a large file of LLaVA-Med's repository, kept there in Git LFS
     url = f'https://media.githubusercontent.com/media/{_GIT}/{_COMMIT}/data/{path}'
     return Entry(name, what, size, 'CC BY-NC 4.0', _RESEARCH, f'https://github.com/{_GIT}', (File(path.split('/')[-1], url, n, sha256),))
+
+def _laptop_base(name, side, tried): # a base of the preset laptop
+    what = (f'the base of the preset `laptop`{"" if side == 224 else f" for images of {side} px"}: DINOv2 ViT-S/14 and '
+            'SmolLM2-135M-Instruct joined, connector untrained')
+    parts = ('dinov2_small', 'dinov2_small_wheel'), ('smollm2_135m', 'smollm2_135m_wheel')
+    return Entry(name, what, '180 or 360 MB, 0.7 GB on disk', 'Apache-2.0 (packages: see their entries)', 'none',
+                 'https://arxiv.org/abs/2502.02737', tried=tried, parts=parts, image_size=side)
 
 def _model(name, what, size, licence, access, repo, patterns=_WEIGHTS, revision=None):
     return Entry(name, what, size, licence, access, f'https://huggingface.co/{repo}', repo=repo, patterns=patterns, revision=revision)
@@ -152,13 +160,9 @@ CATALOGUE = (
               ('What is a chest X-ray used for? Answer in one sentence.',
                'A chest X-ray is used to diagnose', 9),
               'Its weights were rounded to 4 bits (Q4_1) and are not those of the published model.')),
-    Entry('laptop_base',
-          'the base of the preset `laptop`: DINOv2 ViT-S/14 and SmolLM2-135M-Instruct joined, '
-          'connector untrained',
-          '180 or 360 MB, 0.7 GB on disk', 'Apache-2.0 (packages: see their entries)', 'none',
-          'https://arxiv.org/abs/2502.02737',
-          tried='2026-11-29',
-          parts=(('dinov2_small', 'dinov2_small_wheel'), ('smollm2_135m', 'smollm2_135m_wheel'))),
+    _laptop_base('laptop_base', 224, '2026-11-29'),
+    _laptop_base('laptop_base_196', 196, '2026-11-30'),
+    _laptop_base('laptop_base_336', 336, '2026-11-30'),
 )
 
 # %% ../../nbs/03_data/05_catalogue.ipynb #aae56aa2
@@ -347,7 +351,7 @@ def get_joined(
     if _is_joined(entry, folder): say(f'{entry.name}: kept'); return folder
     tower, language = (get_part(names, folder.parent, endpoint, say) for names in entry.parts)
     sources = [read_json(p/'source.json') for p in (tower, language)]
-    model, processor = join(str(tower), str(language), image_size=224, say=say)
+    model, processor = join(str(tower), str(language), image_size=entry.image_size, say=say)
     with _beside(folder) as tmp:
         made = save(model, processor, tmp/folder.name)
         write_card(made, entry.name, [_part_line(s) for s in sources], entry.licence,

@@ -600,6 +600,7 @@ def open_vqa(
     say=None,                   # called with sentences on what was found, such as `print`
     left_out:list|None=None,    # gets a sentence for each contradictory record; None refuses it
     part:bool=False,            # as in `read_vqa`
+    split:str='test',           # whose questions are asked: test or val
 )->dict:                        # name, train, val, test (VQA items), train_is, test_is (whose items they are), images_dir, missing, items, split, public
     "A VQA set as an evaluation needs it: its splits, its pictures, and the names of those that are missing."
     path = Path(path).expanduser()
@@ -608,7 +609,8 @@ def open_vqa(
                              left_out=left_out), path if path.is_dir() else path.parent
     items = [o | dict(question=clean(o['question']), answer=clean(o['answer'])) for o in items]   # of sets made by hand, too
     parts = {s: [o for o in items if o['split'] == s] for s in ('train', 'val', 'test')}
-    test_is = next((s for s in ('test', 'val') if parts[s]), 'all')
+    if split == 'val' and not parts['val']: raise ValueError(f'{path}: this set has no validation questions; ask its test split.')
+    test_is = next((s for s in ('test', 'val') if parts[s] and (s, split) != ('test', 'val')), 'all')
     train_is = next((s for s in ('train', 'val') if parts[s] and test_is not in (s, 'all')), None)
     test = parts.get(test_is) or items
     twice = [i for i, n in Counter(o['id'] for o in test).items() if n > 1]

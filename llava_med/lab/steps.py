@@ -252,7 +252,8 @@ def incomplete_sets(
     from llava_med.data.vqa import slake_lacks   # here, since it brings NumPy along
     whole, parts = {}, set()
     for values in plan.values():
-        named = [v for v in (values.get('vqa'), *(values.get('labels') or ())) if v]
+        several = [*(values.get('labels') or ()), *(values.get('also') or ())]
+        named = [v for v in (values.get('vqa'), *several) if v and isinstance(v, str)]
         if values.get('vqa_part') or values.get('images') or values.get('vqa_images'): parts |= set(named)
         else: whole |= {v: from_root(v) for v in named}
     lacks = {v: slake_lacks(p) for v, p in whole.items() if v not in parts and p.is_dir()}
