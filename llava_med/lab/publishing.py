@@ -314,9 +314,11 @@ def fill_index()->Path: # the notebook
     path = root()/'nbs/index.ipynb'
     if not path.exists(): raise FileNotFoundError(f'{path} is missing: README.md is made from it.')
     source, executed = nbformat.read(path, 4), nbformat.read(path, 4)
-    how = dict(timeout=120, kernel_name='python3', record_timing=False, resources={'metadata': {'path': str(path.parent)}},
+    how = dict(timeout=120, kernel_name='python3', record_timing=False,
+               resources={'metadata': {'path': str(path.parent)}},
                extra_arguments=['--IPKernelApp.log_level=40'])
-    try: started(lambda **own: NotebookClient(executed, **how, **own).execute(env=child_env('index')))
+    def fill(**own): return NotebookClient(executed, **how, **own).execute(env=child_env('index'))
+    try: started(fill)
     except (CellExecutionError, DeadKernelError) as e: raise StepFailed(f'{path.name} failed: {error_sentence(e)}') from None
     return save_notebook(with_outputs(source, executed, path.name), path)
 

@@ -461,12 +461,11 @@ def started(
     execute,   # runs a notebook in a kernel of its own; gets `config` for papermill or nbclient
     tries:int=3, # in all
 ):             # what it returns
-    """Run a notebook in a kernel that talks through files of its own folder (two kernels that start
-    at once may take the same port), and again if it never started; no cell has run then.
-    Raises: whatever else `execute` raises."""
+    """Run a notebook in a kernel that talks through files of its own (two kernels at once may take
+    one port), and again if it never started. Raises: whatever else `execute` raises."""
     for left in reversed(range(tries)):
         with tempfile.TemporaryDirectory() as folder:
-            files = os.name == 'posix' and len(folder) < 90   # a socket's path has at most 107 characters
+            files = os.name == 'posix' and len(folder) < 90   # a socket's path ends at 107 letters
             sockets = {'transport': 'ipc', 'ip': f'{folder}/kernel'} if files else {}
             try: return execute(config=Config(KernelManager=sockets))
             except RuntimeError as e:
@@ -478,13 +477,13 @@ def child()->None:
     die_with_parent()
     import papermill
     codes = kernel_codes()
-    notebook = with_recipes(job['notebook'], job.get('recipes'))
-    how = dict(kernel_name='python3', cwd=str(Path(job['notebook']).parent), progress_bar=False,
-               stdout_file=sys.stdout, autosave_cell_every=5,
-               extra_arguments=['--IPKernelApp.log_level=40'])
+    how = dict(input_path=with_recipes(job['notebook'], job.get('recipes')),
+               output_path=job['partial'], parameters=job['parameters'], kernel_name='python3',
+               cwd=str(Path(job['notebook']).parent), progress_bar=False, stdout_file=sys.stdout,
+               autosave_cell_every=5, extra_arguments=['--IPKernelApp.log_level=40'])
     outcome = {'ok': True}
     try:
-        started(lambda **own: papermill.execute_notebook(notebook, job['partial'], job['parameters'], **how, **own))
+        started(lambda **own: papermill.execute_notebook(**how, **own))
     except Exception as e: outcome = {'ok': False, 'error': error_sentence(e, *codes[:1])}
     print('\n' + OUTCOME_MARK + json.dumps(outcome), flush=True)
     os._exit(0)
