@@ -149,10 +149,10 @@ def kept_bytes(
 )->int:              # bytes of a token and a layer
     "What a layer's forward pass keeps for the backward pass."
     d, f, a = text.hidden_size, text.intermediate_size, 2 if bf16 else 4
-    kv = text.num_key_value_heads*(getattr(text, 'head_dim', None) or d//text.num_attention_heads)
-    n = a*(3*f + 2*d + 2*kv) + 2*4*d                       # gate, up and their product; q, k, v, o; two norms in 32 bits
-    if kind != 'frozen': n += a*(2*d + f)                  # inputs of the linear layers
-    if kind == 'full': n += a*2*d                          # and of the norms
+    width = text.num_attention_heads*(getattr(text, 'head_dim', None) or d//text.num_attention_heads)
+    n = a*(3*f + 4*width) + 2*4*d      # gate, up, their product; q, k, v, o of each head; two norms in 32 bits
+    if kind != 'frozen': n += a*((5 if bf16 else 2)*d + width + f)   # inputs; autocast copies one for each layer
+    if kind == 'full': n += 4*2*d      # and of the norms
     return n + (7*rank*a if kind == 'adapter' else 0)
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #82e04370
@@ -173,10 +173,11 @@ def stage_memory(
     frozen = total - sum(v for k, v in learn.items() if k != 'adapter')
     shards = values.get('processes', 1) if values.get('sharding') == 'fsdp' else 1
     out = dict(weights=(4*n + frozen*(2 if bf16 else 4))/shards/GIB, gradients=4*n/shards/GIB, moments=8*n/shards/GIB)
+    if bf16: out['weights'] += 2*n/GIB     # copies of what learns, from the forward to the backward pass
     if shards > 1: out['weights'] += 2*2*total/text.num_hidden_layers/GIB     # two layers that are gathered
     kind = 'adapter' if 'adapter' in learn else 'full' if 'language_model' in learn else 'frozen'
     layer, head = kept_bytes(text, kind, bf16, rank), scored/row*text.vocab_size*10   # scores in two formats, and their gradient
-    each = {'off': text.num_hidden_layers*layer + head, 'on': text.num_hidden_layers*text.hidden_size*(2 if bf16 else 4) + layer + head}
+    each = {'off': text.num_hidden_layers*layer + head, 'on': text.num_hidden_layers*text.hidden_size*(2 if bf16 and kind != 'full' else 4) + layer + head}
     room = (hardware.get('memory_gb') or 0)*ROOM*GIB - sum(out.values())*GIB
     longest, said = values.get('max_len', row), values.get('checkpointing', 'auto')
     mode = said if said in each else 'off' if not room or room >= each['off']*longest else 'on'

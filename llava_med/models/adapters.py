@@ -263,12 +263,14 @@ def merge_folders(
 # %% ../../nbs/02_models/05_adapters.ipynb #895eaf40
 def load_quantised(
     path:Path,         # folder of a LLaVA, or its Hub id
-    device:str='cuda', # a GPU
+    device:str='cuda', # where it computes; cpu is slow, and enough for a trial
 )->tuple:              # (model for `add_lora`, processor)
     "Read a LLaVA whose language model is held in 4 bits; raises ValueError where that cannot be."
     if importlib.util.find_spec('bitsandbytes') is None:
         raise ValueError(f"'{path}' in 4 bits needs the package bitsandbytes, which is not here: `pip install bitsandbytes`, or read it with `load`.")
-    if not torch.cuda.is_available(): raise ValueError(f"'{path}' in 4 bits needs a GPU, and there is none here; read it with `load`.")
+    if torch.device(device).type == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f"'{path}' in 4 bits on '{device}' needs a GPU, and there is none here; "
+                         "take device='cpu', or read it with `load`.")
     whole, processor = load(path, dtype='bfloat16')            # checks everything, and is hashed
     record = dict(base=base_hash(whole), source=str(path))
     del whole

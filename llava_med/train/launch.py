@@ -31,7 +31,8 @@ from .samplers import group_keys
 from ..models.anatomy import put_part, set_trainable
 from ..models.connectors import own_connector
 from .objectives import as_objective, learned_modules, load_modules, save_modules
-from .distributed import SHARDINGS, Job, TrainingError, whole_weights
+from .distributed import (
+    SHARDINGS, Job, TrainingError, trainable_parameters, whole_weights)
 from ..core.runs import read_json, replacing, write_json, writing
 from .loop import fit
 from .monitor import TensorBoard, watch
@@ -112,6 +113,15 @@ def _end(p):
             with contextlib.suppress(psutil.Error): q.kill()
     p.wait()
 
+@contextlib.contextmanager
+def _aside(model):
+    "For a while the model lies in the machine's memory: the first process needs the GPU that it was on."
+    device = next(model.parameters()).device
+    model.to('cpu')
+    torch.cuda.empty_cache()
+    try: yield
+    finally: model.to(device)
+
 def launch(
     processes:int,    # as many as GPUs; on a CPU, cores
     folder:Path,      # for the job; removed afterwards
@@ -130,7 +140,7 @@ def launch(
     path = os.pathsep.join(filter(None, [str(Path(llava_med.__file__).parents[1]), os.environ.get('PYTHONPATH')]))
     env = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': str(threads), 'TOKENIZERS_PARALLELISM': 'false',
            **({'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''} if arguments.get('cpu', True) else {})}
-    with writing(folder), open(folder/'output.txt', 'w+', encoding='utf-8') as errors:
+    with _aside(model), writing(folder), open(folder/'output.txt', 'w+', encoding='utf-8') as errors:
         p = subprocess.Popen(launch_command(folder, processes), stdout=subprocess.PIPE, stderr=errors, text=True, encoding='utf-8', env=env)
         try: _relay(p, report)
         finally: _end(p)
@@ -227,6 +237,7 @@ def train(
     if lora_rank: model = add_lora(model, lora_rank, lora_alpha or None, projector='projector' in stage.parts, seed=seed)
     else: set_trainable(model, stage.parts)
     inner = model.get_base_model() if lora_rank else model
+    for p in trainable_parameters(inner): p.data = p.data.float()   # as it will train, so that the plan measures that
     collate = exact_collate(model, samples, collate)
     memory = _planned(inner, samples, collate, stage, objective, checkpointing, batch_tokens,
                       processes, threads, more)
