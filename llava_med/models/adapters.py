@@ -275,7 +275,7 @@ def load_quantised(
     record = dict(base=base_hash(whole), source=str(path))
     del whole
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
-                             llm_int8_skip_modules=['vision_tower', 'multi_modal_projector', 'lm_head'])
+                             llm_int8_skip_modules=['model.vision_tower', 'model.multi_modal_projector', 'lm_head'])   # whole beginnings of names
     model = AutoModelForImageTextToText.from_pretrained(path, quantization_config=how, device_map={'': device}, dtype=torch.bfloat16)
     connector(model).float()
     model.base_record = record
