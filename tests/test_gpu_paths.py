@@ -309,6 +309,7 @@ def test_compiled_layers_take_the_same_step(toy, backend, packed):
         try: get_cpp_compiler()
         except Exception: pytest.skip('no C++ compiler is installed (Debian: apt install g++)')
     found = []
+    torch._dynamo.utils.counters.clear()
     for compiled in (False, True):
         model = tiny_model(image_size=24)[0].train()
         set_trainable(model, ALL.parts)
@@ -318,6 +319,7 @@ def test_compiled_layers_take_the_same_step(toy, backend, packed):
         loss, _ = batch_loss(model, (toy.packed(toy.rows[:2]) if packed else toy.plain(toy.samples[:4])))
         loss.backward()
         found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] > 0, 'nothing was compiled'
     torch._dynamo.reset()
     (a, g), (b, h) = found
     assert abs(a - b) < 1e-5*a and float((g - h).norm()/g.norm()) < 1e-4
