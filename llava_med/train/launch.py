@@ -135,6 +135,8 @@ def launch(
     if processes < 1: raise ValueError(f'processes is {processes}; it must be at least 1.')
     if not arguments.get('cpu', True) and processes > torch.cuda.device_count():
         raise ValueError(f'processes is {processes}, but there are {torch.cuda.device_count()} GPUs here; each process needs one.')
+    if getattr(model, 'is_loaded_in_4bit', False):
+        raise ValueError('A model in 4 bits cannot be handed to other processes: set processes to 1.')
     arguments['objective'] = as_objective(arguments.get('objective') or stage.objective)
     folder = write_job(folder, model, samples=samples, collate=collate, stage=stage, seed=seed, **arguments)
     path = os.pathsep.join(filter(None, [str(Path(llava_med.__file__).parents[1]), os.environ.get('PYTHONPATH')]))
