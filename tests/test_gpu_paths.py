@@ -28,7 +28,7 @@ from llava_med.models.adapters import add_lora, attach, base_hash, load_adapter,
 from llava_med.models.anatomy import connector, decoder, decoder_layers, set_trainable
 from llava_med.models.llava import load, save, tiny_model
 from llava_med.train import launch as launching
-from llava_med.train import loop, packing, stages
+from llava_med.train import footprint, loop, packing, stages
 from llava_med.train.batches import Collator, batch_loss, encode, share_pictures
 from llava_med.train.distributed import Job
 from llava_med.train.launch import launch, train
@@ -180,6 +180,12 @@ def test_free_memory_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'memory_reserved', lambda device: 25*gib)
     monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda device: 5*gib)
     assert free_bytes('cuda') == 40*gib and free_bytes(torch.device('cuda:1'), share=.5) == 25*gib
+
+
+def test_a_gpu_is_not_refused_for_want_of_the_processors_memory(gpu):
+    assert estimate.shortage_of('tiny', 'new', [], [], free=.01) == ''
+    gpu.setattr(torch.cuda, 'is_available', lambda: False)
+    assert 'GiB' in estimate.shortage_of('tiny', 'new', [], [], free=.01)
 
 
 def test_notebooks_of_a_grid_do_not_share_a_gpu(monkeypatch):
@@ -350,6 +356,7 @@ def test_launched_processes_see_the_gpus_and_have_them_alone(toy, gpu, tmp_path,
     assert seen['words'][seen['words'].index('--nproc_per_node') + 1] == '2'
 
 
+@pytest.mark.slow
 def test_shared_weights_of_two_formats_agree_with_one_process(toy, tmp_path):
     "FSDP over gloo as stage 2 has it on GPUs: a tower in bfloat16, what learns in 32 bits, autocast, packed rows."
     one, two = mixed(ALL), mixed(ALL)
@@ -423,7 +430,7 @@ def learns_in_a_layer(preset, kind, rank):
     return count(many) - count(few)
 
 
-@pytest.mark.parametrize('kind, bf16', [('frozen', True), ('adapter', True), ('full', True), ('frozen', False), ('full', False)])
+@pytest.mark.parametrize('kind, bf16', [('frozen', True), ('adapter', True), ('full', True)])
 @pytest.mark.parametrize('preset', ['llava_med_v15', 'llava15_7b'])
 def test_the_plan_keeps_what_a_layer_of_full_width_keeps(preset, kind, bf16):
     "Bytes of a token and a layer, and the copies in bfloat16 of what learns."
@@ -431,7 +438,7 @@ def test_the_plan_keeps_what_a_layer_of_full_width_keeps(preset, kind, bf16):
     of_a_layer = {t: kept(preset, 2, t, kind, bf16, 64) - kept(preset, 1, t, kind, bf16, 64) for t in (512, 1024)}
     each = (of_a_layer[1024] - of_a_layer[512])/512
     copies = of_a_layer[512] - 512*each
-    planned = estimate.kept_bytes(text, kind, bf16, 64)
+    planned = footprint.autocast_bytes(text, kind, 64)
     print(f'{preset}, {kind}: {each:,.0f} bytes a token and layer, planned {planned:,}; copies {copies:,.0f}')
     assert abs(each/planned - 1) < .005
     assert abs(copies - 2*bf16*learns_in_a_layer(preset, kind, 64)) <= .001*copies
@@ -443,10 +450,10 @@ def test_a_plan_with_checkpointing_keeps_the_inputs_of_layers(kind):
     grown = {t: kept('llava15_7b', 2, t, kind, True, 64, True) - kept('llava15_7b', 1, t, kind, True, 64, True) for t in (512, 1024)}
     assert (grown[1024] - grown[512])/512 == text.hidden_size*(4 if kind == 'full' else 2)
     model = estimate.meta_model(estimate.real_config(read_preset('llava15_7b')))
-    said = [estimate.stage_memory(model, '3_stage2_tuning', dict(lora_rank=64*(kind == 'adapter'), checkpointing='on', batch_tokens=t), dict(gpus=1, memory_gb=80), 926, 250)
+    said = [footprint.stage_memory(model, '3_stage2_tuning', dict(lora_rank=64*(kind == 'adapter'), checkpointing='on', batch_tokens=t), dict(gpus=1, memory_gb=80), 926, 250)
             for t in (2048, 4096)]
     grows = (said[1]['kept'] - said[0]['kept'])*2**30/2048
-    one, head = estimate.kept_bytes(text, kind, True, 64), 250/926*text.vocab_size*10
+    one, head = footprint.autocast_bytes(text, kind, 64), 250/926*text.vocab_size*10
     assert abs(grows - text.num_hidden_layers*text.hidden_size*(4 if kind == 'full' else 2) - one - head) < 2
 
 

@@ -573,7 +573,7 @@ def read_vqa(
     if mostly and len(left_out) > len(items): raise OptionError(
         f'{left_out[0]}; {len(left_out)} records are like this and {len(items)} are sound: '
         f'correct the file.')
-    if not items: raise ValueError(f'{path}: {what}, but no question for split={split!r}, lang={lang!r}.')
+    if not items: raise ValueError(f'{path}: {what}, but no question for split={split!r}, lang={lang!r}; name another file, split or language.')
     if layout == 'parquet': what += f', taken for {items[0]["source"]}'
     if n := sum(bool(o['options']) for o in items): what += f'; {n} with options'
     if left_out:
@@ -629,6 +629,9 @@ def open_vqa(
                train=parts.get(train_is, []), val=parts['val'] if test_is == 'test' else [], test=test,
                train_is=train_is, test_is=test_is, images_dir=best, missing=sorted(gone),
                public=read_vqa(public[0], part=True) if public else [])
+    if names and not there[best]: raise FileNotFoundError(
+        f'{path}: none of the {len(names)} images of its questions is here; name their folder '
+        '(vqa_images to an evaluation), or fetch the set again.')
     if say: say(f'{len(test)} questions of the split {test_is}, {len(there[best])} of {len(names)} images found'
                 + ('' if train_is else '; no other split to learn priors from'))
     return out

@@ -13,8 +13,8 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from ..core.runs import (file_hash, folder_hash, git_state, now, read_json, read_jsonl, root,
-                                 run_dir, write_csv)
+from ..core.runs import (file_hash, folder_hash, now, read_json, read_jsonl, root, run_dir,
+                                 write_csv)
 from ..data.vqa_readers import open_vqa
 from ..evaluate.exact import right_answer
 from .grids import Run
@@ -109,7 +109,8 @@ def measured_rows(
     folder:Path, # of the finished run
 )->list:         # (metric, value)
     "What a finished run says, as names and values."
-    found = [('made', now()), ('commit', git_state()['commit'][:12])]
+    record = read_json(folder/'run.json') if (folder/'run.json').is_file() else {}
+    found = [('made', now()), ('commit', ((record.get('git') or {}).get('commit') or '')[:12])]
     for step, values in run.plan.items():
         own, ledger = folder/step, folder/step/'ledger.json'
         costs = read_json(ledger) if ledger.is_file() else {}
