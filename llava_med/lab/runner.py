@@ -461,9 +461,8 @@ def started(
     execute,   # runs a notebook in a kernel of its own; gets `config` for papermill or nbclient
     tries:int=3, # in all
 ):             # what it returns
-    """Run a notebook in a kernel that talks through files of its own folder (two kernels that start
-    at once may take the same port), and again if it never started; no cell has run then.
-    Raises: whatever else `execute` raises."""
+    """Run a notebook in a kernel that talks through files of its own (two that start at once may take
+    one port), and again if it never started. Raises: whatever else `execute` raises."""
     for left in reversed(range(tries)):
         with tempfile.TemporaryDirectory() as folder:
             files = os.name == 'posix' and len(folder) < 90   # a socket's path has at most 107 characters
