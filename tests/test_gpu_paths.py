@@ -356,7 +356,6 @@ def test_launched_processes_see_the_gpus_and_have_them_alone(toy, gpu, tmp_path,
     assert seen['words'][seen['words'].index('--nproc_per_node') + 1] == '2'
 
 
-@pytest.mark.slow
 def test_shared_weights_of_two_formats_agree_with_one_process(toy, tmp_path):
     "FSDP over gloo as stage 2 has it on GPUs: a tower in bfloat16, what learns in 32 bits, autocast, packed rows."
     one, two = mixed(ALL), mixed(ALL)
