@@ -160,9 +160,10 @@ def test_memory_follows_what_learns_and_how_it_is_shared():
     need = lambda gb=80, **values: estimate.stage_memory(model, '3_stage2_tuning', {'max_len': 2048, 'batch_size': 64, **values}, {'gpus': 1, 'memory_gb': gb}, 926, 250)
     fixed = lambda m: m['weights'] + m['gradients'] + m['moments']
     full, lora, shared = need(), need(lora_rank=128), need(processes=8, sharding='fsdp')
-    assert abs(fixed(full) - 16*7.263e9/2**30 - 2*.304e9/2**30) < 1 and not full['fits']
+    copies = 2*7.263e9/2**30   # in bfloat16, of what learns; each process has them all
+    assert abs(fixed(full) - 16*7.263e9/2**30 - copies - 2*.304e9/2**30) < 1 and not full['fits']
     assert fixed(lora) < 22 and lora['fits'] and lora['checkpointing'] == 'off'
-    assert fixed(shared) < fixed(full)/6 and shared['fits']
+    assert fixed(shared) - copies < (fixed(full) - copies)/6 and shared['fits']
     assert need(gb=24, lora_rank=16)['checkpointing'] == 'on' and need(checkpointing='on')['kept'] < need(checkpointing='off')['kept']
     assert need(batch_tokens=4096)['tokens'] == 4096
     assert fixed(need(bf16=False, lora_rank=8)) > 1.8*fixed(need(lora_rank=8))

@@ -263,17 +263,19 @@ def merge_folders(
 # %% ../../nbs/02_models/05_adapters.ipynb #895eaf40
 def load_quantised(
     path:Path,         # folder of a LLaVA, or its Hub id
-    device:str='cuda', # a GPU
+    device:str='cuda', # where it computes; cpu is slow, and enough for a trial
 )->tuple:              # (model for `add_lora`, processor)
     "Read a LLaVA whose language model is held in 4 bits; raises ValueError where that cannot be."
     if importlib.util.find_spec('bitsandbytes') is None:
         raise ValueError(f"'{path}' in 4 bits needs the package bitsandbytes, which is not here: `pip install bitsandbytes`, or read it with `load`.")
-    if not torch.cuda.is_available(): raise ValueError(f"'{path}' in 4 bits needs a GPU, and there is none here; read it with `load`.")
+    if torch.device(device).type == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f"'{path}' in 4 bits on '{device}' needs a GPU, and there is none here; "
+                         "take device='cpu', or read it with `load`.")
     whole, processor = load(path, dtype='bfloat16')            # checks everything, and is hashed
     record = dict(base=base_hash(whole), source=str(path))
     del whole
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
-                             llm_int8_skip_modules=['vision_tower', 'multi_modal_projector', 'lm_head'])
+                             llm_int8_skip_modules=['model.vision_tower', 'model.multi_modal_projector', 'lm_head'])   # whole beginnings of names
     model = AutoModelForImageTextToText.from_pretrained(path, quantization_config=how, device_map={'': device}, dtype=torch.bfloat16)
     connector(model).float()
     model.base_record = record

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GIB', 'ROOM', 'SHELL', 'KERNEL', 'HEAP', 'HEAVY', 'HOLES', 'trained_parts', 'trainable_counts', 'kept_bytes',
-           'stage_memory', 'machine_memory']
+           'autocast_bytes', 'stage_memory', 'machine_memory']
 
 # %% ../../nbs/04_train/14_footprint.ipynb #fac360ed
 from torch import nn
@@ -58,6 +58,18 @@ def kept_bytes(
 # %% ../../nbs/04_train/14_footprint.ipynb #8dd4c578
 GIB, ROOM = 2**30, 0.95   # the share of a GPU's memory that a plan fills
 
+def autocast_bytes(
+    text,       # configuration of the language model
+    kind:str,   # frozen, adapter or full: what learns in a layer
+    rank:int=0, # of the adapter
+)->int:         # bytes of a token and a layer
+    "What a layer of packed rows keeps under autocast: `kept_bytes` and the copies that are made on the way."
+    d, heads = text.hidden_size, text.num_attention_heads
+    one = getattr(text, 'head_dim', None) or d//heads
+    n = kept_bytes(text, kind, True, rank) + 2*(4*heads*one - 2*d - 2*text.num_key_value_heads*one)   # k, v for each query
+    if kind != 'frozen': n += 2*(3*d + heads*one)   # each linear layer has an input of its own
+    return n + (4*d if kind == 'full' else 0)       # those of norms are in 32 bits
+
 def stage_memory(
     model,           # from `meta_model`
     step:str,        # the stem of its notebook
@@ -73,10 +85,12 @@ def stage_memory(
     frozen = total - sum(v for k, v in learn.items() if k != 'adapter')
     shards = values.get('processes', 1) if values.get('sharding') == 'fsdp' else 1
     out = dict(weights=(4*n + frozen*(2 if bf16 else 4))/shards/GIB, gradients=4*n/shards/GIB, moments=8*n/shards/GIB)
+    if bf16: out['weights'] += 2*n/GIB   # copies of what learns, in each process
     if shards > 1: out['weights'] += 2*2*total/text.num_hidden_layers/GIB     # two layers that are gathered
     kind = 'adapter' if 'adapter' in learn else 'full' if 'language_model' in learn else 'frozen'
-    layer, head = kept_bytes(text, kind, bf16, rank), scored/row*text.vocab_size*10   # scores in two formats, and their gradient
-    each = {'off': text.num_hidden_layers*layer + head, 'on': text.num_hidden_layers*text.hidden_size*(2 if bf16 else 4) + layer + head}
+    layer = autocast_bytes(text, kind, rank) if bf16 else kept_bytes(text, kind, bf16, rank)
+    head = scored/row*text.vocab_size*10   # scores in two formats, and their gradient
+    each = {'off': text.num_hidden_layers*layer + head, 'on': text.num_hidden_layers*text.hidden_size*(2 if bf16 and kind != 'full' else 4) + layer + head}
     room = (hardware.get('memory_gb') or 0)*ROOM*GIB - sum(out.values())*GIB
     longest, said = values.get('max_len', row), values.get('checkpointing', 'auto')
     mode = said if said in each else 'off' if not room or room >= each['off']*longest else 'on'

@@ -31,7 +31,8 @@ from .samplers import group_keys
 from ..models.anatomy import put_part, set_trainable
 from ..models.connectors import own_connector
 from .objectives import as_objective, learned_modules, load_modules, save_modules
-from .distributed import SHARDINGS, Job, TrainingError, whole_weights
+from .distributed import (
+    SHARDINGS, Job, TrainingError, trainable_parameters, whole_weights)
 from ..core.runs import read_json, replacing, write_json, writing
 from .loop import fit
 from .monitor import TensorBoard, watch
@@ -112,6 +113,15 @@ def _end(p):
             with contextlib.suppress(psutil.Error): q.kill()
     p.wait()
 
+@contextlib.contextmanager
+def _aside(model):
+    "For a while the model lies in the machine's memory: the first process needs the GPU that it was on."
+    device = next(model.parameters()).device
+    model.to('cpu')
+    torch.cuda.empty_cache()
+    try: yield
+    finally: model.to(device)
+
 def launch(
     processes:int,    # as many as GPUs; on a CPU, cores
     folder:Path,      # for the job; removed afterwards
@@ -125,12 +135,14 @@ def launch(
     if processes < 1: raise ValueError(f'processes is {processes}; it must be at least 1.')
     if not arguments.get('cpu', True) and processes > torch.cuda.device_count():
         raise ValueError(f'processes is {processes}, but there are {torch.cuda.device_count()} GPUs here; each process needs one.')
+    if getattr(model, 'is_loaded_in_4bit', False):
+        raise ValueError('A model in 4 bits cannot be handed to other processes: set processes to 1.')
     arguments['objective'] = as_objective(arguments.get('objective') or stage.objective)
     folder = write_job(folder, model, samples=samples, collate=collate, stage=stage, seed=seed, **arguments)
     path = os.pathsep.join(filter(None, [str(Path(llava_med.__file__).parents[1]), os.environ.get('PYTHONPATH')]))
     env = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': str(threads), 'TOKENIZERS_PARALLELISM': 'false',
            **({'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''} if arguments.get('cpu', True) else {})}
-    with writing(folder), open(folder/'output.txt', 'w+', encoding='utf-8') as errors:
+    with _aside(model), writing(folder), open(folder/'output.txt', 'w+', encoding='utf-8') as errors:
         p = subprocess.Popen(launch_command(folder, processes), stdout=subprocess.PIPE, stderr=errors, text=True, encoding='utf-8', env=env)
         try: _relay(p, report)
         finally: _end(p)
@@ -227,6 +239,7 @@ def train(
     if lora_rank: model = add_lora(model, lora_rank, lora_alpha or None, projector='projector' in stage.parts, seed=seed)
     else: set_trainable(model, stage.parts)
     inner = model.get_base_model() if lora_rank else model
+    for p in trainable_parameters(inner): p.data = p.data.float()   # as it will train, so that the plan measures that
     collate = exact_collate(model, samples, collate)
     memory = _planned(inner, samples, collate, stage, objective, checkpointing, batch_tokens,
                       processes, threads, more)

@@ -96,7 +96,7 @@ def begin_stage(
     start:Path,        # folder of the model to start from
 )->StageRun:           # with the model on the step's device, and the stage's parts unfrozen
     "Load the model that a stage starts from; raises what `load` raises."
-    half = settings.bf16 and step.device.type == 'cuda'
+    half = settings.bf16 and step.device.type == 'cuda' and has_bf16(step.device)
     precision = 'bfloat16' if half else 'float32'
     model, processor = load(start, step.device, precision)
     _put_connector(model, processor, stage, step.seed)
