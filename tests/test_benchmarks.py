@@ -219,6 +219,15 @@ def test_a_report_reads_the_committed_tables(repo, tmp_path, name):
     assert re.search(r'[\d,]+ scores; \d+ settings, seeds 0, 1, 2', said)
 
 
+@pytest.mark.slow
+def test_the_report_of_the_real_model_reads_the_committed_rows(repo, tmp_path):
+    results = repo/'nbs/benchmarks/results'
+    said = run(repo, tmp_path, 'real_small', rows=str(results/'real_small_runs.csv'), items=str(results/'real_small_items.csv'), out='small.json', draws=200)
+    got = json.loads((tmp_path/'small.json').read_text())
+    assert re.search(r'\d+ finished runs of \d+ arms', said) and got['name'] == 'real_small'
+    assert all(r['low'] <= r['value'] <= r['high'] for r in got['rows'])
+
+
 def test_verdicts_follow_from_the_committed_marks(repo):
     "Differences are means over the questions that both models were asked; a verdict needs both intervals to leave zero out."
     folder = repo/'nbs/benchmarks/results'

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -25,7 +26,7 @@ CURRICULA = [n for n in SHIPPED if not n.startswith('recipes/')]   # a recipe's 
 LARGE = [n for n in CURRICULA if n not in ('tiny', 'smoke', 'laptop_smoke')]
 LAYOUTS = json.loads((Path(__file__).parent/'layouts_7b.json').read_text())
 each = pytest.mark.parametrize('name', LARGE)
-GPU = [n for n in LARGE if n != 'laptop']   # `laptop` is meant for a processor, and small
+GPU = [n for n in LARGE if not n.startswith('laptop')]   # these are meant for a processor, and small
 
 
 def command(root, outputs, *words):
@@ -178,6 +179,119 @@ def test_every_preset_can_be_planned(name):
         assert all('computed' in s['source'] or 'measured' in s['source'] for s in plan['stages'].values())
         for path, how in plan['missing'].items(): assert path in text and how in text
         assert plan['disk']['downloads'] > (1 if name in GPU else .1)
+
+
+def laptop(bf16=True, **change):
+    "What the stages of the preset `laptop` take in all processes together, in MiB."
+    p = read_preset('laptop')
+    plan = {s: v | {k: x for k, x in change.items() if k in v} for s, v in plan_run(p, 'laptop').items()}
+    needs = estimate.memory_needs(estimate.meta_model(estimate.real_config(p)), p, plan, bf16)
+    return {s: 1024*m['total'] for s, m in needs.items()}
+
+
+@pytest.mark.parametrize('step, measured', [('2_stage1_alignment', 6966), ('3_stage2_tuning', 11386), ('3b_vqa_tuning', 11104)])
+def test_memory_of_all_processes_is_what_a_run_took(step, measured):
+    "Peaks of the sum of proportional set sizes over all processes, in MiB, while the preset ran on two cores in bfloat16."
+    assert abs(laptop()[step]/measured - 1) < .25
+
+
+def test_memory_follows_processes_and_what_is_kept():
+    two, one, twice = laptop(), laptop(threads=1), laptop(threads=1, checkpointing='on')
+    step = '3_stage2_tuning'
+    assert twice[step] < one[step] < .8*two[step]
+    assert laptop(batch_size=8)[step] > two[step] > laptop(batch_tokens=300)[step] and laptop(lora_rank=8)[step] < two[step]
+    assert laptop(patience=1)[step] > two[step] and laptop(bf16=False)[step] > two[step]
+    assert 2000 < two['4_evaluation'] < two[step]
+
+
+def shares(threads):
+    "A small training of the shipped base with rows as in the preset tiny; another process looks at its memory."
+    from llava_med.train.batches import Collator, encode
+    from llava_med.train.launch import train
+    from llava_med.train.loop import stage_record
+    torch.set_num_threads(1)
+    model, processor = load(REPO/'data/base_tiny')
+    user = [dict(type='image'), dict(type='text', text='what is it?')]
+    chat = lambda k: [dict(role='user', content=user), dict(role='assistant', content='a small nodule '*k)]
+    samples = [dict(encode(processor.tokenizer, chat(8 + i % 20), 64), image=0) for i in range(48)]
+    collate = Collator(processor.tokenizer.pad_token_id, torch.randn(1, 64, model.config.vision_config.hidden_size))
+    stage = stage_record('stage2', batch_size=16, lr=1e-4)
+    print('ready', flush=True)
+    import tempfile
+    with tempfile.TemporaryDirectory() as d: train(model, samples, collate, stage, Path(d), threads=threads, report=lambda r: None)
+    row = sum(len(s['input_ids']) for s in samples)/len(samples)
+    scored = sum(sum(l >= 0 for l in s['labels']) for s in samples)/len(samples)
+    from llava_med.train.footprint import KERNEL, SHELL, machine_memory
+    needs = machine_memory(model, '3_stage2_tuning', dict(threads=threads, batch_size=16), round(row), round(scored))
+    print('counted', needs['total']*2**30 - SHELL - KERNEL)   # there is no command and no notebook here
+
+
+@pytest.mark.skipif(not Path('/proc/self/smaps_rollup').exists(), reason='needs /proc, as on Linux')
+@pytest.mark.parametrize('threads', [1, 2])
+def test_memory_of_a_small_model_is_counted(threads):
+    from test_memory import proportional, tree
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'LLAVA_MED_ROOT': str(REPO), 'PYTHONPATH': os.pathsep.join(sys.path)}
+    p = subprocess.Popen([sys.executable, '-c', f'import test_estimate; test_estimate.shares({threads})'], stdout=subprocess.PIPE, text=True,
+                         env=env, cwd=Path(__file__).parent)
+    peak = 0
+    try:
+        while p.poll() is None:
+            peak = max(peak, sum(map(proportional, tree(p.pid))))
+            time.sleep(.05)
+        counted = float(p.stdout.read().split('counted ')[1])
+    finally: p.kill(); p.wait()
+    print(f'{threads} processes: counted {counted/2**20:.0f} MiB, at most {peak/2**20:.0f}')
+    assert abs(counted/peak - 1) < .25
+
+
+def test_too_little_memory_is_one_sentence_before_anything_runs(tmp_path, monkeypatch, capsys):
+    "With a way that fits where there is one; the explicit word goes on."
+    from types import SimpleNamespace
+    from llava_med.lab import commands
+    p, plan = read_preset('laptop'), plan_run(read_preset('laptop'), 'laptop')
+    say = lambda free, plan=plan: estimate.memory_shortage(p, plan, free)
+    assert say(64.) == '' and say(7., {}) == ''
+    assert re.search(r'^laptop needs about [\d.]+ GiB of memory for 3\w+, all processes together, and 7.0 are free: close other programs, '
+                     r'take `--set all.threads=1.*` \(about [\d.]+ GiB, but slower\), or go on with --anyway.$', say(7.))
+    assert 'take a smaller preset, or go on with --anyway' in say(1.)
+    monkeypatch.setenv('LLAVA_MED_OUTPUTS', str(tmp_path/'outputs'))
+    monkeypatch.setattr(commands, 'psutil', SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=2**29)))
+    assert commands.main(['run', 'smoke', '--name', 'x']) == 2
+    err = capsys.readouterr().err
+    assert 'smoke needs about' in err and '0.5 are free' in err and len(err.strip().splitlines()) == 1 and not (tmp_path/'outputs').exists()
+    ran = []
+    monkeypatch.setattr(commands, 'run_pipeline', lambda *a, **k: ran.append(a) or {})
+    assert commands.main(['run', 'smoke', '--name', 'x', '--anyway']) == 0 and ran
+
+
+def test_a_plan_says_time_and_memory_of_every_step(monkeypatch, tmp_path):
+    monkeypatch.setenv('LLAVA_MED_OUTPUTS', str(tmp_path))
+    p = read_preset('laptop')
+    plan = estimate.make_plan(p)
+    text = estimate.plan_text(p, plan)
+    assert all(f'  {s}:' in text for s in plan_run(p, 'laptop')) and text.count('GiB in all processes together =') == 5
+    assert re.search(r'in all \d+ min', text) and re.search(r'at most [\d.]+ GiB in all processes together \(3\w*\); [\d.]+ GiB are free here', text)
+    assert 'TOO LITTLE' in estimate.plan_text(p, {**plan, 'free': 1.})
+    assert 'downloads 572 MB' in text, 'the parts and the set'
+
+
+def test_a_processor_without_bfloat16_is_told_how_much_longer_it_takes(monkeypatch):
+    monkeypatch.setattr(estimate, 'has_bf16', lambda device: False)
+    monkeypatch.setattr(estimate, 'processor_speed', lambda bf16: 125.)
+    monkeypatch.setattr(estimate.os, 'cpu_count', lambda: 2)
+    hours, said = estimate.processor_hours(dict(minutes=60), dict(gflops=500, gflops_bf16=1000), dict(bf16=True, threads=2))
+    assert hours == 4 and said.endswith('this processor makes 250 without bfloat16, so it takes 4.0 times as long')
+    assert 'times as long' not in estimate.processor_hours(dict(minutes=60), dict(gflops=250, gflops_bf16=1000), dict(bf16=False, threads=2))[1]
+
+
+def test_what_was_measured_with_other_parameters_does_not_count(monkeypatch, tmp_path):
+    monkeypatch.setenv('LLAVA_MED_OUTPUTS', str(tmp_path))
+    folder = tmp_path/'laptop/3b_vqa_tuning'
+    folder.mkdir(parents=True)
+    (folder/'ledger.json').write_text('{"wall_s": 60}')
+    (tmp_path/'laptop/run.json').write_text(json.dumps(dict(run='laptop', steps={'3b_vqa_tuning': dict(state='done', parameters=dict(epochs=1))})))
+    assert estimate.measured_hours('laptop', '3b_vqa_tuning', dict(epochs=6)) == (None, '')
+    assert estimate.measured_hours('laptop', '3b_vqa_tuning', dict(epochs=1))[0] == 1/60
 
 
 def test_what_a_finished_run_measured_is_preferred(monkeypatch, tmp_path):

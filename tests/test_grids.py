@@ -541,3 +541,42 @@ def test_a_step_waits_for_all_that_it_depends_on(lab):
     assert set(units[keys['2_two']].before) == {keys['0_base'], keys['1_one']} and units[keys['1_one']].before == []
     got, _ = lab.batch("preset: toy\nonly: [0_base, 1_one, 2_two]\nparameters: {2_two.tag: '{run}/0_base/model'}\ngrid: {1_one.n: [1, 2]}", 'based')
     assert got['failures'] == [] and got['ran'] == 5   # 0_base once for both
+
+
+# Rows that outlive a batch
+
+GRID = 'preset: toy\nfinished: kept/rows.csv\ngrid: {2_two.n: [1, 2]}\nparameters: {1_one.lr: %s}'
+
+
+def test_a_finished_run_is_not_run_again_on_another_machine(lab):
+    got, _ = lab.batch(GRID % 1e-3)
+    rows = lab.root/'kept/rows.csv'
+    assert got['ran'] == 3 and {(r['arm'], r['metric']) for r in csv.DictReader(rows.open(newline=''))} >= {
+        (f'n{n}', f'2_two/stage2/image/strict{end}') for n in (1, 2) for end in ('', '.low', '.high')}
+    shutil.rmtree(lab.outputs)   # as after a fresh clone
+    again, said = lab.batch(GRID % 1e-3)
+    assert again['ran'] == 0 and said == ['2 of 2 runs are finished: their rows stand in rows.csv.']
+    changed, said = lab.batch(GRID % 2e-3)
+    assert changed['ran'] == 3 and said[0] == 'n1-s0: its rows in rows.csv are stale (1_one.lr was 0.001 and is 0.002); it runs again.'
+
+
+def test_a_run_that_fails_has_no_rows(lab):
+    lab.step('2_two', "if n == 2: raise ValueError('no')\n" + SCORES)
+    got, _ = lab.batch(GRID % 1e-3)
+    assert len(got['failures']) == 1
+    with (lab.root/'kept/rows.csv').open(newline='') as f: assert {r['arm'] for r in csv.DictReader(f)} == {'n1'}
+    lab.step('2_two', SCORES)
+    got, said = lab.batch(GRID % 1e-3)
+    assert got['done'] == ['n2-s0'] and '1 of 2 runs are finished' in said[0]
+
+
+@pytest.mark.parametrize('given', ['rows.txt', '[a]', '3'])
+def test_a_file_of_finished_runs_is_a_csv(lab, given):
+    with pytest.raises(ValueError, match='finished must name a CSV file'): lab.batch(f'preset: toy\nfinished: {given}')
+
+
+def test_a_damaged_file_of_finished_runs_is_refused_before_anything_runs(lab):
+    (lab.root/'kept').mkdir()
+    (lab.root/'kept/rows.csv').write_text('arm,seed\nn1,0\n')
+    with pytest.raises(ValueError, match='rows.csv, line 2: not a row of arm, seed, key'): lab.batch(GRID % 1e-3)
+    assert not lab.outputs.exists() or not list(lab.outputs.glob('*/*/run.json'))

@@ -407,12 +407,29 @@ def test_an_entry_goes_on_and_refuses_what_has_another_hash(phantoms, bucket, we
     web.tries = 1
     bucket.faults['big.bin'] = ['short']
     with pytest.raises(NoAnswer): get_entry(make(hashlib.sha256(data).hexdigest()), tmp_path/'toy', web, **quiet)
-    assert 0 < (tmp_path/'toy/.big.bin.part').stat().st_size < len(data)
+    assert 0 < (tmp_path/'.toy.part/.big.bin.part').stat().st_size < len(data) and not (tmp_path/'toy').exists()
     get_entry(make(hashlib.sha256(data).hexdigest()), tmp_path/'toy', web, **quiet)
     assert (tmp_path/'toy/big.bin').read_bytes() == data and bucket.asked['big.bin'] == 2
     assert json.loads((tmp_path/'toy/source.json').read_text())['files']['big.bin']['bytes'] == len(data)
     with pytest.raises(WebError, match='sha256'): get_entry(make('0'*64), tmp_path/'other', web, **quiet)
-    assert not (tmp_path/'other/big.bin').exists()
+    assert not (tmp_path/'other').exists() and not (tmp_path/'.other.part').exists()
+
+
+def test_a_set_has_its_name_when_its_last_file_is_there(bucket, web, tmp_path):
+    "The second file is gone: the first stays in the hidden folder, and a set of an older version is completed in its place."
+    from llava_med.data.catalogue import Entry, File, get_entry
+    bucket.objects |= {'one.json': b'[]', 'two.json': b'[1]'}
+    files = lambda *names: Entry('toy', 'a toy', '1 kB', 'CC0', 'none', 'https://example.org/page', tuple(
+        File(n, f'{bucket.url}/{n}', None, hashlib.sha256(bucket.objects.get(n, b'')).hexdigest()) for n in names))
+    with pytest.raises(WebError, match='^toy/none.json: .* does not exist; the same command goes on.*example.org/page') as e:
+        get_entry(files('one.json', 'none.json'), tmp_path/'toy', web, **quiet)
+    assert str(e.value).count('\n') == 0 and not (tmp_path/'toy').exists() and (tmp_path/'.toy.part/one.json').is_file()
+    get_entry(files('one.json', 'two.json'), tmp_path/'toy', web, **quiet)
+    assert {p.name for p in (tmp_path/'toy').iterdir()} == {'one.json', 'two.json', 'source.json'} and not (tmp_path/'.toy.part').exists()
+    assert bucket.asked['one.json'] == 1
+    (tmp_path/'toy/source.json').unlink(); (tmp_path/'toy/two.json').unlink()
+    get_entry(files('one.json', 'two.json'), tmp_path/'toy', web, **quiet)
+    assert bucket.asked['one.json'] == 1 and (tmp_path/'toy/two.json').is_file()
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -427,13 +444,15 @@ class Hub(BaseHTTPRequestHandler):
         elif path.startswith('/api/models/lab/toy'):
             found = json.dumps(dict(id='lab/toy', sha='a'*40, siblings=[{'rfilename': f} for f in self.files])).encode()
         elif path.startswith('/lab/toy/resolve/'): found = self.files.get(path.split('/')[-1])
-        self.send_response(200 if found is not None else 404)
+        code = next((c for w, c in (('gone', 'RevisionNotFound'), ('closed', 'GatedRepo')) if w in path), 'RepoNotFound')
+        if code != 'RepoNotFound': found = None
+        self.send_response(200 if found is not None else 403 if code == 'GatedRepo' else 404)
         for k, v in {'Content-Length': len(found or b''), 'ETag': f'"{md5(found or b"")}"', 'X-Repo-Commit': 'a'*40,
-                     **({} if found is not None else {'X-Error-Code': 'RepoNotFound'})}.items(): self.send_header(k, str(v))
+                     **({} if found is not None else {'X-Error-Code': code})}.items(): self.send_header(k, str(v))
         self.end_headers()
-        if self.command == 'GET': self.wfile.write(found or b'')
+        if self.command == 'GET': self.wfile.write((found or b'')[:len(found or b'')//2 if self.broken and path.endswith('model.safetensors') else None])
 
-    do_HEAD = do_GET
+    do_HEAD, broken = do_GET, False
 
 
 @pytest.fixture
@@ -453,6 +472,29 @@ def test_a_repository_comes_from_the_hub(hub, tmp_path):
     assert (tmp_path/'toy/model.safetensors').read_bytes() == Hub.files['model.safetensors']
     with pytest.raises(WebError, match='does not exist on the hub'): get_entry(entry('lab/none'), tmp_path/'none', endpoint=hub, **quiet)
     with pytest.raises(WebError, match='cannot be fetched'): get_entry(entry('lab/toy'), tmp_path/'off', endpoint='http://127.0.0.1:9', **quiet)
+    assert [p.name for p in tmp_path.iterdir()] == ['toy']
+
+
+@pytest.mark.parametrize('change, says', [
+    (dict(revision='gone'), r'lab/toy: the revision gone is gone from the hub; see https://example.org for the one that took its place'),
+    (dict(revision='closed'), 'lab/toy: wants an account of the hub.*hf auth login'),
+    (dict(patterns=('*.json',)), r'lab/toy: holds no weights among \*.json; see https://example.org')])
+def test_what_the_hub_refuses_is_one_sentence_and_leaves_nothing(hub, tmp_path, change, says):
+    from llava_med.data.catalogue import Entry, get_entry
+    entry = Entry('toy', 'a toy', '7 kB', 'MIT', 'none', 'https://example.org', repo='lab/toy', **{'patterns': ('*.json', '*.safetensors'), **change})
+    with pytest.raises(WebError, match=says) as e: get_entry(entry, tmp_path/'toy', endpoint=hub, **quiet)
+    assert str(e.value).count('\n') == 0 and not (tmp_path/'toy').exists()
+
+
+def test_a_transfer_from_the_hub_that_breaks_off_goes_on(hub, tmp_path, monkeypatch):
+    from llava_med.data.catalogue import Entry, get_entry
+    entry = Entry('toy', 'a toy', '7 kB', 'MIT', 'none', 'https://example.org', repo='lab/toy', patterns=('*.json', '*.safetensors'))
+    monkeypatch.setattr(Hub, 'broken', True)
+    with pytest.raises(WebError, match='lab/toy: cannot be fetched .*goes on where it was') as e: get_entry(entry, tmp_path/'toy', endpoint=hub, **quiet)
+    assert str(e.value).count('\n') == 0 and not (tmp_path/'toy').exists()
+    monkeypatch.setattr(Hub, 'broken', False)
+    get_entry(entry, tmp_path/'toy', endpoint=hub, **quiet)
+    assert (tmp_path/'toy/model.safetensors').read_bytes() == Hub.files['model.safetensors'] and not (tmp_path/'.toy.part').exists()
 
 
 # Killed

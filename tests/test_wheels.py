@@ -12,7 +12,8 @@ from llava_med.data import catalogue
 from llava_med.data.catalogue import CATALOGUE, Entry, Wheel, check_part, fetch_wheel, find_entry, get_entry, get_part
 from llava_med.core.runs import test_data as data_folder
 from llava_med.data.pubmed import WebError
-from llava_med.models.wheels import PartError, dinov2_config, onnx_tensors, read_onnx_tower, tower_features
+from llava_med.models.wheels import (
+    PartError, dinov2_config, onnx_tensors, read_gguf, read_onnx_tower, tower_features)
 
 
 REPO = Path(__file__).resolve().parents[1]
@@ -88,7 +89,7 @@ def test_another_hash_is_not_opened(tmp_path, index):
 
 
 def test_a_package_that_no_index_has(tmp_path, index):
-    with pytest.raises(WebError, match='no-such-part==1.0 cannot be fetched.*PIP_INDEX_URL'):
+    with pytest.raises(WebError, match='no-such-part==1.0: cannot be fetched.*PIP_INDEX_URL'):
         get_entry(entry_of(replace(index, requirement='no-such-part==1.0')), tmp_path/'out/toy', say=str)
 
 
@@ -115,6 +116,173 @@ def test_the_shape_says_the_configuration(tmp_path, tower):
     for k in ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'mlp_ratio', 'image_size', 'patch_size'):
         assert getattr(found, k) == getattr(tower.config, k)
     with pytest.raises(PartError, match='holds no DINOv2'): onnx_tensors(tmp_path/'x.onnx', 'encoder.')
+
+# What is wrong with a package, a GGUF or an ONNX file is one sentence, and nothing is left
+
+def packed(place, data, member='toy_part/tower.onnx'):
+    "A package with one file, where pip finds it; its SHA-256."
+    name = place/'toy_part-1.0-py3-none-any.whl'
+    name.unlink(missing_ok=True)
+    with zipfile.ZipFile(name, 'w') as z:
+        z.writestr(member, data)
+        z.writestr('toy_part-1.0.dist-info/METADATA', 'Metadata-Version: 2.1\nName: toy-part\nVersion: 1.0\n')
+        z.writestr('toy_part-1.0.dist-info/WHEEL', 'Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        z.writestr('toy_part-1.0.dist-info/RECORD', '')
+    return hashlib.sha256(name.read_bytes()).hexdigest()
+
+
+def refused(wheel, tmp_path, says):
+    "The sentence with which a package is refused; nothing is left of it."
+    with pytest.raises(WebError, match=says) as e: get_entry(entry_of(wheel), tmp_path/'out/toy', say=str)
+    assert str(e.value).count('\n') == 0 and str(tmp_path) not in str(e.value) and '; ' in str(e.value)
+    assert not list((tmp_path/'out').iterdir())
+
+
+def test_a_wheel_of_which_one_byte_changed(tmp_path, index):
+    f = tmp_path/'wheelhouse/toy_part-1.0-py3-none-any.whl'
+    data = bytearray(f.read_bytes())
+    data[5000] ^= 1
+    f.write_bytes(data)
+    refused(index, tmp_path, 'another SHA-256.*not opened.*PIP_INDEX_URL')
+
+
+@pytest.mark.parametrize('member, data, says', [
+    ('toy_part/other.onnx', b'x', 'toy-part==1.0: holds no toy_part/tower.onnx; fetch'),
+    ('toy_part/tower.onnx', b'<html>404</html>', r'toy \(toy_part/tower.onnx of toy-part==1.0\): not a whole ONNX file'),
+    ('toy_part/tower.onnx', b'', 'holds no DINOv2 under the name')])
+def test_a_wheel_that_holds_something_else(tmp_path, index, member, data, says):
+    refused(replace(index, sha256=packed(tmp_path/'wheelhouse', data, member)), tmp_path, says)
+
+
+@pytest.mark.parametrize('said, why', [
+    ('WARNING: Retrying after NewConnectionError(...)\nERROR: No matching distribution found for toy', 'pip reaches no package index; connect, name an index'),
+    ('ERROR: No matching distribution found for toy', 'no index that pip knows has it'),
+    ('ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device', 'the disk is full; free some space'),
+    ("ERROR: Wheel 'toy' located at /x/y.whl is invalid.", 'no whole wheel'),
+    ('/usr/bin/python: No module named pip', 'without pip.*ensurepip'), ('', 'pip ended without a word')])
+def test_what_pip_says_is_a_reason_and_a_remedy(tmp_path, index, monkeypatch, said, why):
+    done = lambda *a, **k: subprocess.CompletedProcess(a, 1, '', said)
+    monkeypatch.setattr(catalogue.subprocess, 'run', done)
+    refused(index, tmp_path, why)
+
+
+def test_features_that_are_no_numbers_agree_with_nothing(tmp_path, index):
+    refused(replace(index, recorded=(float('nan'),)*8), tmp_path, 'features differ by nan')
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, index):
+    gone = tmp_path/'out/.toy.get-2147483000'   # no process has this number
+    gone.mkdir(parents=True)
+    (gone/'half.whl').write_bytes(b'x')
+    get_entry(entry_of(index), tmp_path/'out/toy', say=str)
+    assert [p.name for p in (tmp_path/'out').iterdir()] == ['toy']
+
+
+def test_no_network_and_no_wheel_is_one_sentence(tmp_path, index, monkeypatch, capsys):
+    "Through the command: both ways, why neither leads there, and what to do."
+    from llava_med.lab.commands import main
+    hub = Entry('toy_hub', 'a toy', '1 kB', 'CC0', 'none', 'https://example.org', repo='lab/toy')
+    gone = entry_of(replace(index, requirement='no-such-part==1.0'), 'toy_wheel')
+    both = Entry('toy_base', 'a toy', '1 kB', 'CC0', 'none', 'https://example.org', parts=(('toy_hub', 'toy_wheel'),)*2)
+    monkeypatch.setattr(catalogue, 'CATALOGUE', (hub, gone, both))
+    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', 'http://127.0.0.1:9')
+    assert main(['get', 'toy_base', '--out', str(tmp_path/'out')]) == 1
+    err = capsys.readouterr().err.strip()
+    assert len(err.splitlines()) == 1 and err.count('. ') == 0, err
+    for word in ('toy_hub and toy_wheel cannot be had', 'lab/toy: cannot be fetched (', 'no-such-part==1.0: cannot be fetched', 'PIP_FIND_LINKS'): assert word in err
+    assert not list((tmp_path/'out').iterdir())
+
+
+def gguf_file(path, architecture='llama', kind=None, leave_out=(), nan=False, tokenizer='gpt2'):
+    "A Llama of one layer as GGUF."
+    import gguf
+    w, tokens = gguf.GGUFWriter(str(path), architecture), ['<s>', '</s>', 'a', 'b', 'ab']
+    w.add_block_count(1); w.add_context_length(64); w.add_embedding_length(32); w.add_feed_forward_length(64)
+    w.add_head_count(2); w.add_head_count_kv(2); w.add_layer_norm_rms_eps(1e-5); w.add_rope_freq_base(1e4); w.add_rope_dimension_count(16)
+    w.add_vocab_size(5); w.add_tokenizer_model(tokenizer); w.add_token_list(tokens); w.add_token_types([3, 3, 1, 1, 1]); w.add_token_merges(['a b'])
+    w.add_bos_token_id(0); w.add_eos_token_id(1); w.add_unk_token_id(0)
+    sizes = {'token_embd': (5, 32), 'output_norm': (32,), 'blk.0.attn_norm': (32,), 'blk.0.ffn_norm': (32,), 'blk.0.ffn_gate': (64, 32),
+             'blk.0.ffn_up': (64, 32), 'blk.0.ffn_down': (32, 64), **{f'blk.0.attn_{k}': (32, 32) for k in ('q', 'k', 'v', 'output')}}
+    for name, size in sizes.items():
+        x = np.full(size, np.nan if nan else .5, np.float32)
+        if name in leave_out: continue
+        if kind and len(size) == 2: w.add_tensor(f'{name}.weight', np.zeros(size, np.int8), raw_dtype=kind)
+        else: w.add_tensor(f'{name}.weight', x)
+    w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
+    return path
+
+
+def number_format(path, name, number):
+    "Write another number format of a tensor into a GGUF file."
+    data = bytearray(path.read_bytes())
+    at = data.find(name.encode()) + len(name) + 4 + 2*8   # behind the name: the number of dimensions, two of them, the format
+    data[at:at + 4] = number.to_bytes(4, 'little')
+    path.write_bytes(data)
+
+
+def test_a_small_gguf_is_read(tmp_path):
+    read_gguf(gguf_file(tmp_path/'x.gguf'), tmp_path/'m')
+    assert (tmp_path/'m/model.safetensors').is_file()
+
+
+@pytest.mark.parametrize('change, says', [
+    (dict(architecture='clip'), "holds a model of the kind 'clip', which transformers cannot read"),
+    (dict(architecture='t5'), 'not a language model that transformers reads .*T5Config'),
+    (dict(tokenizer='plamo2'), 'tokenizer'),
+    (dict(leave_out=('blk.0.attn_q',)), r'lacks model.layers.0.self_attn.q_proj.weight; take the whole model'),
+    (dict(leave_out=('token_embd', 'output_norm', 'blk.0.attn_norm', 'blk.0.ffn_norm')), 'lacks '),
+    (dict(nan=True), 'not all numbers are finite'),
+    (dict(kind='I8'), 'Dequantization for I8.*another number format')])
+def test_a_gguf_of_another_kind(tmp_path, change, says):
+    import gguf
+    if 'kind' in change: change = dict(kind=gguf.GGMLQuantizationType[change['kind']])
+    path = gguf_file(tmp_path/'odd.gguf', **change)
+    with pytest.raises(PartError, match=says) as e: read_gguf(path, tmp_path/'out/m')
+    assert 'odd.gguf' in str(e.value) and '\n' not in str(e.value) and not (tmp_path/'out/m').exists()
+    assert not [p for p in tmp_path.rglob('.m*')]
+
+
+@pytest.mark.parametrize('share', [0, .01, .1, .3, .6, .9, .99])
+def test_a_gguf_that_was_cut_off(tmp_path, share):
+    path = gguf_file(tmp_path/'cut.gguf')
+    data = path.read_bytes()
+    path.write_bytes(data[:int(len(data)*share)])
+    with pytest.raises(PartError, match='cut.gguf: not a whole GGUF file .*fetch it again'): read_gguf(path, tmp_path/'m')
+
+
+def test_a_gguf_with_a_number_format_that_nobody_knows(tmp_path):
+    number_format(gguf_file(tmp_path/'new.gguf'), 'blk.0.attn_q.weight', 99)
+    with pytest.raises(PartError, match='99.*newer version of the package gguf'): read_gguf(tmp_path/'new.gguf', tmp_path/'m')
+
+
+def test_a_reader_that_is_not_installed(tmp_path, monkeypatch):
+    gguf_file(tmp_path/'x.gguf')
+    (tmp_path/'x.onnx').write_bytes(b'x')
+    for name in ('gguf', 'onnx'):
+        monkeypatch.setitem(sys.modules, name, None)
+        read = dict(gguf=lambda: read_gguf(tmp_path/'x.gguf', tmp_path/'m'), onnx=lambda: onnx_tensors(tmp_path/'x.onnx'))[name]
+        with pytest.raises(PartError, match=f'`pip install {name}`'): read()
+
+
+@pytest.mark.parametrize('names, says', [
+    (dict(resnet=(3, 3)), 'holds no DINOv2'),
+    ({'backbone.embeddings.cls_token': (1, 1, 64), 'onnx::Concat_1': (1, 1, 64), 'onnx::Reshape_2': (1, 16, 64)}, 'fit no DINOv2'),
+    ({'backbone.embeddings.cls_token': (), 'onnx::Concat_1': (1, 1, 64)}, 'holds no DINOv2')])
+def test_an_onnx_of_another_model(tmp_path, names, says):
+    from onnx import helper, numpy_helper
+    graph = helper.make_graph([], 'x', [], [], [numpy_helper.from_array(np.zeros(s, np.float32), k) for k, s in names.items()])
+    (tmp_path/'odd.onnx').write_bytes(helper.make_model(graph).SerializeToString())
+    with pytest.raises(PartError, match=f'odd.onnx: .*{says}'): read_onnx_tower(tmp_path/'odd.onnx', tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+
+def test_an_onnx_whose_numbers_lie_in_another_file_that_is_gone(tmp_path, tower):
+    import onnx
+    model = onnx.load_from_string(as_onnx(tower))
+    onnx.save(model, str(tmp_path/'x.onnx'), save_as_external_data=True, location='x.data', size_threshold=0)
+    (tmp_path/'x.data').unlink()
+    with pytest.raises(PartError, match='x.onnx: not a whole ONNX file'): onnx_tensors(tmp_path/'x.onnx')
 
 
 def test_every_part_of_a_base_is_in_the_catalogue():

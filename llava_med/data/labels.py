@@ -18,7 +18,7 @@ from ..core.runs import read_json
 from .conversations import CUT_WORDS, DOMAINS, BRIEF_PROMPTS, DETAILED_PROMPTS, IMAGE
 from ..core.runs import replacing
 from .images import open_image
-from .vqa import clean, slake_boxes, slake_file
+from .vqa import check_rows, clean, is_slake, slake_boxes, slake_file
 from .vqa_readers import open_vqa
 
 # %% ../../nbs/03_data/18_labels.ipynb #8cda6d70
@@ -63,28 +63,39 @@ def held_out_images(
     folder:str|Path, # in SLAKE's layout
     splits:tuple=('val', 'test'), # whose images are left out
 )->set:              # names of images that a test or validation question shows, in any language
-    "Images whose labels may not be learned."
+    "Images whose labels may not be learned; FileNotFoundError without test file, ValueError where one holds nothing."
     out = set()
     for s in splits:
-        try: rows = read_json(slake_file(folder, s))
+        try: path = slake_file(folder, s)
         except FileNotFoundError:
             if s == 'test': raise
             continue
-        out |= {clean(r['img_name']) for r in rows}
+        out |= {clean(r['img_name']) for r in check_rows(path, read_json(path), ('img_name',))}
     return out
 
 def slake_labels(
     folder:str|Path, # train.json and imgs/, and the other splits, whose images are left out
+    say=print,       # gets a line where images or boxes are missing
 )->list:             # of `Labels`, in the order of names
     "The labels of SLAKE's training images; FileNotFoundError without test file or images."
     folder, rows = Path(folder), defaultdict(list)
-    for r in read_json(slake_file(folder, 'train')): rows[clean(r['img_name'])].append(r)
-    names = sorted(set(rows) - held_out_images(folder))
-    names = [n for n in names if (folder/'imgs'/n).is_file()]
+    path, imgs = slake_file(folder, 'train'), folder/'imgs'
+    if not imgs.is_dir():
+        raise FileNotFoundError(f'{imgs}: there is no such folder; `llava-med get slake` fetches it.')
+    for r in check_rows(path, read_json(path), ('img_name', 'question', 'answer')):
+        rows[clean(r['img_name'])].append(r)
+    wanted = sorted(set(rows) - held_out_images(folder))
+    names = [n for n in wanted if (imgs/n).is_file()]
     if not names:
-        raise FileNotFoundError(f'{folder/"imgs"}: holds no image of a training question without '
-                                f'a test question.')
-    return [_labels_of(folder, n, rows[n]) for n in names]
+        raise FileNotFoundError(f'{imgs}: holds no image of a training question without a test '
+                                'question; `llava-med get slake` fetches them.')
+    out = [_labels_of(folder, n, rows[n]) for n in names]
+    bare = sum(not l.boxed for l in out)
+    if len(names) < len(wanted):
+        say(f'{imgs}: {len(wanted) - len(names)} of {len(wanted)} labelled images are missing.')
+    if bare: say(f'{imgs}: {bare} of {len(out)} images have no detection.json; nothing is said of '
+                 'what they show or lack.')
+    return out
 
 _KIND = re.compile(r'\b(?:(mri?|flair|dwi|diffusion|t[12])|(ct)|(x-?ray|radiograph|film)|'
                    r'(ultrasound))', re.I)
@@ -128,8 +139,9 @@ def _labels_of(folder, image, rows):
     things = [Thing(b['name'], tuple(b['box']), is_lesion(b['name']))
               for b in slake_boxes(folder, image)]
     first = lambda counts: ' '.join(counts.most_common(1)[0][0].split()) if counts else ''
+    boxed = (folder/'imgs'/image).with_name('detection.json').is_file()
     return Labels(image, clean(rows[0].get('modality')), body_part(clean(rows[0].get('location'))),
-                  first(planes), first(weights), tuple(things))
+                  first(planes), first(weights), tuple(things), boxed)
 
 # %% ../../nbs/03_data/18_labels.ipynb #f388179e
 def place_words(
@@ -186,12 +198,14 @@ def label_caption(
 def knowledge(
     folder:str|Path, # with KG/en_disease.csv and KG/en_organ.csv
 )->dict:             # name in lower case → [(attribute, value), …] of those that are asked
-    "What SLAKE's knowledge graph says, by organ and disease; empty where there is none."
+    "What SLAKE's knowledge graph says, by organ and disease; empty where there is none, ValueError where it is no text."
     asked, out = {'function', 'symptom', 'cause', 'treatment', 'prevention'}, defaultdict(list)
     for name in ('en_disease', 'en_organ'):
         path = Path(folder)/'KG'/f'{name}.csv'
         if not path.is_file(): continue
-        for line in path.read_text(encoding='utf-8-sig').splitlines()[1:]:
+        try: lines = path.read_text(encoding='utf-8-sig').splitlines()
+        except UnicodeDecodeError: raise ValueError(f'{path}: not UTF-8; fetch it again.') from None
+        for line in lines[1:]:
             key, attribute, value, *_ = *line.split('#'), '', ''
             pair = attribute.strip().lower(), value.strip()
             if pair[0] in asked and pair[1] and pair not in out[key.strip().lower()]:
@@ -341,14 +355,18 @@ def label_set(
     n_captions:int=3, # alignment captions of each image
     n_rounds:int=1,  # how often an image is asked about, in another order
     max_side:int=512, # pixels of the longer side
+    say=print,       # gets a line for what the set lacks
 )->tuple:            # figure-like rows, alignment records, instruction records
     "Captions and conversations about the images of a set that lend their labels, and these images as JPEG."
     folder = Path(folder)
-    slake = (folder/'train.json').is_file() and (folder/'imgs').is_dir()
-    labels = slake_labels(folder) if slake else vqa_rad_labels(folder)
+    slake, known = is_slake(folder), knowledge(folder)
+    labels = slake_labels(folder, say) if slake else vqa_rad_labels(folder)
+    lost = [n for n in ('en_disease.csv', 'en_organ.csv') if not (folder/'KG'/n).is_file()]
+    if slake and lost: say(f"{folder/'KG'}: {' and '.join(lost)} not there, so fewer questions are "
+                           'about knowledge; `llava-med get slake` fetches the set with them.')
     licence, source = ('CC BY 4.0', 'SLAKE') if slake else ('CC0 1.0', 'VQA-RAD')
     where = folder/'imgs' if slake else Path(open_vqa(folder, say=lambda line: None)['images_dir'])
-    made = label_records(labels, knowledge(folder), seed, n_captions, n_rounds, licence,
+    made = label_records(labels, known, seed, n_captions, n_rounds, licence,
                          f'{source} labels')
     stem = lambda name: f"{source.lower()}-{re.sub(r'[^A-Za-z0-9]+', '-', name.rsplit('.', 1)[0])}"
     for records in made:

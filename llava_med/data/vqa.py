@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ITEM_KEYS', 'ANSWER_TYPES', 'EDITIONS', 'make_item', 'same_question', 'is_yes_no', 'named_cluster', 'item_cluster',
            'check_rows', 'split_of', 'read_vqa_rad', 'slake_boxes', 'slake_masks', 'slake_regions', 'region_mask',
-           'slake_file', 'read_slake', 'item_counts', 'check_counts', 'check_items', 'item_options', 'item_question',
-           'question_record', 'choice_item', 'write_items', 'read_items']
+           'slake_file', 'read_slake', 'is_slake', 'slake_lacks', 'item_counts', 'check_counts', 'check_items',
+           'item_options', 'item_question', 'question_record', 'choice_item', 'write_items', 'read_items']
 
 # %% ../../nbs/03_data/15_vqa.ipynb #6c00b3f6
+import contextlib
 import re
 from collections import Counter
 from pathlib import Path
@@ -131,22 +132,35 @@ def read_vqa_rad(
     return [_rad_item(r, n, s, path) for n, (r, s) in enumerate(zip(rows, parts)) if split in (None, s)]
 
 # %% ../../nbs/03_data/15_vqa.ipynb #07583d91
+@contextlib.contextmanager
+def _opened(path):
+    "An image; one sentence where it is none."
+    try: img = Image.open(path)
+    except OSError: raise ValueError(f'{path}: not an image that can be read; fetch it again.') from None
+    with img: yield img
+
 def slake_boxes(
     folder:str|Path, # the set's folder
     image:str,       # such as 'xmlab1/source.jpg'
 )->list:             # [{name, box}] in fractions of the image; empty when there are none
-    "All boxes of one SLAKE image."
+    "All boxes of one SLAKE image; ValueError names a file that cannot be read."
     path = Path(folder)/'imgs'/image
     found = path.parent/'detection.json'
     if not found.is_file() or not path.is_file(): return []
-    with Image.open(path) as img: w, h = img.size
-    return [dict(name=k.lower(), box=[round(v, 5) for v in (b[0]/w, b[1]/h, b[2]/w, b[3]/h)])
-            for row in read_json(found) for k, b in row.items()]
+    with _opened(path) as img: w, h = img.size
+    rows = read_json(found)
+    try: return [dict(name=k.lower(), box=[round(v, 5) for v in (x/w, y/h, bw/w, bh/h)])
+                 for row in rows for k, (x, y, bw, bh) in row.items()]
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f'{found}: holds no boxes in the form [{{name: [x, y, width, height]}}]; '
+                         'fetch it again.') from None
 
 # %% ../../nbs/03_data/15_vqa.ipynb #e7cabc6e
 def _labels(path): # grey values of a mask, or None where the file is no mask
     if not path.is_file(): return None
-    with Image.open(path) as img: x = np.asarray(img.convert('RGB') if img.mode not in ('L', 'P', 'I') else img.convert('L'))
+    with _opened(path) as img:
+        try: x = np.asarray(img.convert('L' if img.mode in ('L', 'P', 'I') else 'RGB'))
+        except OSError as e: raise ValueError(f'{path}: cut off ({e}); fetch it again.') from None
     if x.ndim == 3 and (x != x[..., :1]).any(): return None
     return x if x.ndim == 2 else x[..., 0]
 
@@ -264,6 +278,42 @@ def read_slake(
         return known[name]
     rows = check_rows(path, read_json(path), ('qid', 'img_name', 'question', 'answer', 'answer_type'))
     return [_slake_item(r, split, boxes) for r in rows if lang in (None, r.get('q_lang', 'en'))]
+
+# %% ../../nbs/03_data/15_vqa.ipynb #8a2000a6
+def _split_rows(folder):
+    "Split → rows of its file, of those that are there; None where a file holds something else."
+    found = {s: next((p for n in names if (p := folder/f'{n}.json').is_file()), None)
+             for s, names in _SLAKE_FILES.items()}
+    rows = {s: read_json(p) for s, p in found.items() if p}
+    first = next((r[0] for r in rows.values() if isinstance(r, list) and r), dict(img_name=''))
+    other = not isinstance(first, dict) or 'img_name' not in first or 'scene_seed' in first
+    return None if other or not all(isinstance(r, list) for r in rows.values()) else rows
+
+def is_slake(
+    folder:str|Path, # of any set
+)->bool:
+    "Whether a folder is SLAKE or a part of it, however incomplete."
+    folder = Path(folder)
+    rows = _split_rows(folder)
+    if rows: return True
+    return rows == {} and ((folder/'KG').is_dir() or any(folder.glob('imgs/xmlab*')))
+
+def slake_lacks(
+    folder:str|Path, # of any set
+)->list:             # phrases, such as 'imgs/'; empty where nothing is missing, or it is another set
+    "Which files SLAKE's questions and labels need and the folder does not hold; its knowledge graph is not among them."
+    folder = Path(folder)
+    if not is_slake(folder): return []
+    rows = _split_rows(folder)
+    out = [f'{_SLAKE_FILES[s][0]}.json' for s in _SLAKE_FILES if not rows.get(s)]
+    if not (folder/'imgs').is_dir(): return [*out, 'imgs/']
+    named = {clean(r['img_name']) for part in rows.values() for r in part if 'img_name' in r}
+    names = sorted(n for n in named if n)
+    lost = [n for n in names if not (folder/'imgs'/n).is_file()]
+    bare = [n for n in names if n not in lost and not (folder/'imgs'/n).with_name('detection.json').is_file()]
+    for which, what in ((lost, 'images'), (bare, "images' detection.json")):
+        if which: out.append(f'{len(which)} of {len(names)} {what} (the first: {which[0]})')
+    return out
 
 # %% ../../nbs/03_data/15_vqa.ipynb #2f31ce71
 EDITIONS = { # set, edition, split: questions, images, open, closed; None where it is not known

@@ -573,7 +573,7 @@ def read_vqa(
     if mostly and len(left_out) > len(items): raise OptionError(
         f'{left_out[0]}; {len(left_out)} records are like this and {len(items)} are sound: '
         f'correct the file.')
-    if not items: raise ValueError(f'{path}: {what}, but no question for split={split!r}, lang={lang!r}.')
+    if not items: raise ValueError(f'{path}: {what}, but no question for split={split!r}, lang={lang!r}; name another file, split or language.')
     if layout == 'parquet': what += f', taken for {items[0]["source"]}'
     if n := sum(bool(o['options']) for o in items): what += f'; {n} with options'
     if left_out:
@@ -600,6 +600,7 @@ def open_vqa(
     say=None,                   # called with sentences on what was found, such as `print`
     left_out:list|None=None,    # gets a sentence for each contradictory record; None refuses it
     part:bool=False,            # as in `read_vqa`
+    split:str='test',           # whose questions are asked: test or val
 )->dict:                        # name, train, val, test (VQA items), train_is, test_is (whose items they are), images_dir, missing, items, split, public
     "A VQA set as an evaluation needs it: its splits, its pictures, and the names of those that are missing."
     path = Path(path).expanduser()
@@ -608,7 +609,8 @@ def open_vqa(
                              left_out=left_out), path if path.is_dir() else path.parent
     items = [o | dict(question=clean(o['question']), answer=clean(o['answer'])) for o in items]   # of sets made by hand, too
     parts = {s: [o for o in items if o['split'] == s] for s in ('train', 'val', 'test')}
-    test_is = next((s for s in ('test', 'val') if parts[s]), 'all')
+    if split == 'val' and not parts['val']: raise ValueError(f'{path}: this set has no validation questions; ask its test split.')
+    test_is = next((s for s in ('test', 'val') if parts[s] and (s, split) != ('test', 'val')), 'all')
     train_is = next((s for s in ('train', 'val') if parts[s] and test_is not in (s, 'all')), None)
     test = parts.get(test_is) or items
     twice = [i for i, n in Counter(o['id'] for o in test).items() if n > 1]
@@ -627,6 +629,9 @@ def open_vqa(
                train=parts.get(train_is, []), val=parts['val'] if test_is == 'test' else [], test=test,
                train_is=train_is, test_is=test_is, images_dir=best, missing=sorted(gone),
                public=read_vqa(public[0], part=True) if public else [])
+    if names and not there[best]: raise FileNotFoundError(
+        f'{path}: none of the {len(names)} images of its questions is here; name their folder '
+        '(vqa_images to an evaluation), or fetch the set again.')
     if say: say(f'{len(test)} questions of the split {test_is}, {len(there[best])} of {len(names)} images found'
                 + ('' if train_is else '; no other split to learn priors from'))
     return out

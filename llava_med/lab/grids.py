@@ -27,7 +27,8 @@ from pathlib import Path
 import psutil
 import yaml
 
-from .steps import UsageError, books_of, known_name, origin, stem_of
+from .steps import (UsageError, books_of, known_name, origin, stand_ins, stem_of,
+                                 with_stand_ins)
 from .runner import (GIVEN, as_planned, check_stages, check_value, choose_steps,
                                   given_value, in_run, is_done,
     keys_before, missing_files, plain_values, plan_base, read_parameters, read_preset, read_yaml,
@@ -36,7 +37,7 @@ from ..core.runs import clock, git_state, new_name, now, outputs_dir, read_json,
 
 # %% ../../nbs/09_lab/02_grids.ipynb #a261b651
 GRID_KEYS = ('name', 'description', 'preset', 'seeds', 'seed_steps', 'sizes', 'parameters', 'grid', 'cases', 'only', 'threads', 'gpus',
-        'retries', 'memory_gb', 'timeout_min')
+        'retries', 'memory_gb', 'timeout_min', 'finished')
 CASE_KEYS = ('name', 'description', 'preset', 'parameters', 'grid', 'only')
 
 def range_values(
@@ -134,6 +135,8 @@ def read_grid(
     if not isinstance(got.get('preset'), str): raise UsageError(f'{path.name} names no preset: add a line such as `preset: tiny`.')
     if not isinstance(about := got.get('description') or '', str): raise UsageError(f'{path.name}: the description must be a text, not {about!r}.')
     whole, name = path.resolve(), _label(got.get('name', path.stem), 'batch', path.name)
+    if not isinstance(rows := got.get('finished') or '', str) or (rows and not rows.endswith('.csv')):
+        raise UsageError(f'{path.name}: finished must name a CSV file below the repository, not {rows!r}.')
     if preset and preset != got['preset']:
         cases = got['cases'] if isinstance(got.get('cases'), list) else []
         if own := [c.get('name') for c in cases if isinstance(c, dict) and c.get('preset')]:
@@ -142,7 +145,7 @@ def read_grid(
         name, other = f"{name}-{recipe['name']}", '' if recipe['owner'] == recipe['name'] else f" with the preset {recipe['owner']}"
         got = {k: v for k, v in got.items() if k not in ('sizes', 'memory_gb', 'timeout_min', 'gpus')} | dict(
             preset=preset, gpus=(recipe['hardware'] or {}).get('gpus', 0))
-    read = dict(name=_label(name, 'batch', path.name), description=' '.join(about.split()), preset=got['preset'], path=path,
+    read = dict(name=_label(name, 'batch', path.name), description=' '.join(about.split()), preset=got['preset'], path=path, finished='' if preset else rows,
                 owner='grid ' + (whole.relative_to(root()).as_posix() if whole.is_relative_to(root()) else str(whole)) + other)
     for key, kinds, least, most in (('threads', (int,), 1, 1024), ('gpus', (int,), 0, 1024), ('retries', (int,), 0, 100),
                                     ('memory_gb', (int, float), 0, 100_000), ('timeout_min', (int, float), 0, 1_000_000)):
@@ -243,14 +246,15 @@ def _runs(grid):
                                           for s, p in books_of(recipe).items()}
         seeded = [known_name(s, known, 'step', prefix=True) for s in grid['seed_steps']] or list(known)
         _check_seeds(case, seeded, known)
-        axes = _axes(case, known)
+        axes, found = _axes(case, known), stand_ins(recipe)
         n = len(runs) + math.prod(map(len, axes.values()))*len(grid['seeds'])
         if n > MAX_RUNS: raise UsageError(f'{n} runs are too many for one batch: it may have {MAX_RUNS}.')
         for combination, seed in itertools.product(itertools.product(*axes.values()), grid['seeds']):
             varied = dict(zip(axes, combination))
             plan = _plan(grid, case, recipe, varied, seed, seeded, known)
             name, base = run_name(case['name'], varied, seed), plan_base(plan)
-            plan = {s: in_run(v, f"{grid['name']}/{name}", base) for s, v in plan.items()}
+            plan = {s: with_stand_ins(in_run(v, f"{grid['name']}/{name}", base), found)
+                    for s, v in plan.items()}
             runs.append(Run(name, case['name'], seed, varied, plan, preset=recipe['name'],
                             origin=origin(recipe)))
     hit = lambda k: any(t in r.plan for r in runs for t in targets(*k, known_by[r.case]))
@@ -537,10 +541,12 @@ def seed_differences(
 # %% ../../nbs/09_lab/02_grids.ipynb #3127039a
 def lay_out(
     grid:dict, # from read_grid
+    left=None, # gets the runs with their keys, returns those that are still to run
 )->tuple:      # runs, units
     "Everything that a grid asks for, with keys and estimates; nothing is written."
     runs = plan_grid(grid)
     set_keys(runs, grid['name'])
+    if left: runs = left(runs)
     units, past = units_of(runs, grid['name']), past_steps()
     for u in units.values():
         r = u.runs[0]

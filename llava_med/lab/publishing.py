@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXAMPLE', 'TUNED_LIMIT', 'NO_RESULTS', 'QUOTED', 'clean_output', 'with_outputs', 'small_image', 'save_example',
            'save_notebook', 'check_shown', 'refresh', 'save_tuned', 'value', 'count', 'markdown_table',
-           'further_numbers', 'example_tables', 'example_pictures', 'benchmark_table', 'ablation_table', 'relink',
-           'as_readme', 'fill_index', 'readme', 'refresh_command', 'readme_command']
+           'further_numbers', 'real_row', 'example_tables', 'example_pictures', 'benchmark_table', 'ablation_table',
+           'relink', 'as_readme', 'fill_index', 'readme', 'refresh_command', 'readme_command']
 
 # %% ../../nbs/09_lab/05_publishing.ipynb #7c1f8837
 import argparse
@@ -208,6 +208,19 @@ def further_numbers(
             f"difference {recall['stage1-base']}; stage 2 {recall['stage2']}. Perplexity of replies to text alone: "
             + ', '.join(f'{m} {prose.get(m.replace(" ", ""), "-")}' for m in ('base', 'stage 1', 'stage 2')) + '.')
 
+def real_row(
+    file:Path=None, # of the report on the small real model; default: that of nbs/benchmarks/results
+)->list:            # of texts: model, image, blank, shuffled, image − blank, questions; empty without a result
+    "The best arm of the small real model, its first seed, as a row of the first table."
+    file = Path(file or root()/'nbs/benchmarks/results/real_small.json')
+    got = read_json(file) if file.exists() else {}
+    own = [r for r in got.get('rows', []) if got['best'] and r['work'].startswith(got['best'] + ',')]
+    if not own: return []
+    rows = [r | dict(model='real', condition=r['metric'].removesuffix(' strict'), slice='all', metric='strict')
+            for r in own if r['work'] == own[0]['work']]
+    return ['[real](benchmarks/real_small.ipynb): SLAKE, 157 million parameters',
+            *(value(rows, 'real', c) for c in ('image', 'blank', 'shuffled', 'image-blank')), str(got['questions'])]
+
 def example_tables()->str: # Markdown
     "The results in outputs/example as two tables and a line."
     path = root()/'outputs/example/4_evaluation/scores.csv'
@@ -215,6 +228,7 @@ def example_tables()->str: # Markdown
     rows, models, shown = read_scores(path), ('base', 'stage1', 'stage2'), ('image', 'blank', 'shuffled', 'image-blank')
     first = [['model', 'image', 'blank', 'shuffled', 'image − blank', 'questions']]
     first += [[m, *(value(rows, m, c) for c in shown), count(rows, m)] for m in models]
+    first += [r for r in [real_row()] if r]
     kinds = dict.fromkeys(r['slice'] for r in rows if r['model'] == 'stage2' and r['slice'].startswith('question_type='))
     second = [['stage2 by question type', 'image', 'blank', 'questions']]
     second += [[k.split('=')[1], value(rows, 'stage2', 'image', k), value(rows, 'stage2', 'blank', k), count(rows, 'stage2', k)]

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'PRESET_KEYS', 'OUTCOME_MARK', 'NEVER_STARTED', 'PresetLoader', 'read_yaml', 'check_value', 'parse_value',
-           'from_here', 'presets', 'preset_file', 'preset_text', 'preset_parameters', 'read_preset', 'plain_values',
-           'missing_files', 'choose_steps', 'split_set', 'targets', 'check_stage', 'check_stages', 'given_value',
-           'plan_run', 'plan_base', 'in_run', 'as_planned', 'path_mark', 'named_paths', 'notebook_mark', 'library_mark',
-           'step_inputs', 'keys_before', 'own_name', 'step_key', 'files_mark', 'is_done', 'die_with_parent',
-           'error_sentence', 'kernel_codes', 'with_recipes', 'started', 'child', 'child_env', 'run_notebook', 'stop',
-           'StepFailed', 'start_step', 'run_step', 'shown', 'is_progress', 'run_pipeline', 'read_scores', 'cell',
-           'results_table']
+           'from_here', 'presets', 'preset_file', 'preset_text', 'preset_parameters', 'read_preset', 'choose_steps',
+           'split_set', 'targets', 'check_stage', 'check_stages', 'given_value', 'plan_run', 'plan_base', 'in_run',
+           'as_planned', 'path_mark', 'named_paths', 'notebook_mark', 'library_mark', 'step_inputs', 'keys_before',
+           'own_name', 'step_key', 'files_mark', 'is_done', 'die_with_parent', 'error_sentence', 'kernel_codes',
+           'with_recipes', 'started', 'child', 'child_env', 'run_notebook', 'stop', 'StepFailed', 'start_step',
+           'run_step', 'shown', 'is_progress', 'run_pipeline', 'read_scores', 'cell', 'results_table']
 
 # %% ../../nbs/09_lab/01_runner.ipynb #6d6afb17
 import contextlib
@@ -35,13 +34,14 @@ from traitlets.config import Config
 
 from ..core.imports import modules_hash
 from ..core.registry import import_recipes
-from ..core.runs import (FULL, RunLock, clock, file_hash, folder_hash, git_state, machine, new_name, now,
-                            outputs_dir, read_run, root, run_dir, update_run, versions, writing)
-from .steps import (GIVEN, PARAMETER_TYPES, Parameter, UsageError, allowed, books_of,
-                                 changed_origin,
-                            comes_before, is_optional, known_name, library_dir, mapped, notebook_of, origin, pipeline,
-                            read_parameters, read_recipes, read_steps, recipes_mark, stand_ins, stem_of, with_models,
-                                 with_stand_ins)
+from ..core.runs import (
+    FULL, clock, file_hash, folder_hash, git_state, machine, new_name, now, outputs_dir, read_run,
+    root, run_dir, RunLock, update_run, versions, writing)
+from .steps import (
+    GIVEN, PARAMETER_TYPES, allowed, books_of, changed_origin, check_sets, comes_before,
+    is_optional, known_name, library_dir, mapped, missing_files, notebook_of, origin, Parameter,
+    pipeline, plain_values, read_parameters, read_recipes, read_steps, recipes_mark, stand_ins,
+    stem_of, UsageError, with_models, with_stand_ins)
 
 # %% ../../nbs/09_lab/01_runner.ipynb #3fa1e6c4
 class PresetLoader(yaml.SafeLoader):
@@ -190,23 +190,6 @@ def read_preset(
     return {'name': path.stem, 'owner': shipped or str(path.resolve()), 'file': str(path), 'description': got.get('description', ''),
             'parameters': preset_parameters(got.get('parameters'), own, path), 'notebooks': books,
             'recipes': read_recipes(got.get('recipes'), path.name), **_blocks(got, path)}
-
-def plain_values(
-    value,  # of a parameter: a list or a dictionary may hold others
-)->list:    # of values that hold no others
-    "All values in a parameter."
-    found = []
-    mapped(value, found.append)
-    return found
-
-def missing_files(
-    preset:dict, # from read_preset
-    plan:dict,   # from plan_run; only what its steps name counts
-)->dict:         # path → the command that puts it there
-    "What a preset needs and what is not there."
-    values = {s: {k: v for k, v in vs.items() if k not in GIVEN} for s, vs in plan.items()}
-    named = [t for t in plain_values(values) if isinstance(t, str)]
-    return {p: c for p, c in preset['needs'].items() if not (root()/p).exists() and any(t == p or t.startswith(p + '/') for t in named)}
 
 # %% ../../nbs/09_lab/01_runner.ipynb #7e6e6bdb
 def choose_steps(
@@ -630,6 +613,7 @@ def run_pipeline(
     if lost := missing_files(recipe, plan):
         path, how = next(iter(lost.items()))
         raise UsageError(f'{recipe["name"]} needs {path}, which is not there: `{how}`. `llava-med plan {preset}` lists all that is missing.')
+    check_sets(plan, recipe['name'])
     for p, at in stand_ins(recipe).items():
         if any(isinstance(t, str) and t.startswith(at) for t in plain_values(plan)): say(f'{p} is not there: {at} of the test data is taken.')
     with RunLock(run, recipe['owner']):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PARAMETER_TYPES', 'GIVEN', 'STEP_NAME', 'MODEL_PARAMETERS', 'UsageError', 'order', 'pipeline', 'is_optional',
            'known_name', 'Parameter', 'allowed', 'tagged_cell', 'comments', 'read_parameters', 'find_notebook',
-           'read_entry', 'read_steps', 'mapped', 'with_models', 'stand_ins', 'with_stand_ins', 'origin',
-           'changed_origin', 'books_of', 'notebook_of', 'stem_of', 'comes_before', 'recipe_file', 'read_recipes',
-           'library_dir', 'recipes_mark']
+           'read_entry', 'read_steps', 'mapped', 'with_models', 'is_there', 'plain_values', 'missing_files',
+           'stand_ins', 'with_stand_ins', 'incomplete_sets', 'check_sets', 'origin', 'changed_origin', 'books_of',
+           'notebook_of', 'stem_of', 'comes_before', 'recipe_file', 'read_recipes', 'library_dir', 'recipes_mark']
 
 # %% ../../nbs/09_lab/00_steps.ipynb #6288e56a
 import ast
@@ -24,7 +24,7 @@ from pathlib import Path
 import nbformat
 
 from ..core.imports import modules_hash
-from ..core.runs import new_name, root, test_data
+from ..core.runs import from_root, new_name, root, test_data
 
 # %% ../../nbs/09_lab/00_steps.ipynb #43552e1e
 class UsageError(ValueError): "The command asks for something that does not exist; nothing has run."
@@ -201,13 +201,37 @@ def with_models(
     return mapped(value, change)
 
 # %% ../../nbs/09_lab/00_steps.ipynb #8ceaf69c
+def is_there(
+    path:str, # from the root of the repository
+)->bool:
+    "Whether something is at a path; an empty folder is nothing."
+    p = root()/path
+    return any(p.iterdir()) if p.is_dir() else p.exists()
+
+def plain_values(
+    value,  # of a parameter: a list or a dictionary may hold others
+)->list:    # of values that hold no others
+    "All values in a parameter."
+    found = []
+    mapped(value, found.append)
+    return found
+
+def missing_files(
+    preset:dict, # from read_preset
+    plan:dict,   # from plan_run; only what its steps name counts
+)->dict:         # path → the command that puts it there
+    "What a preset needs and what is not there."
+    values = {s: {k: v for k, v in vs.items() if k not in GIVEN} for s, vs in plan.items()}
+    named = [t for t in plain_values(values) if isinstance(t, str)]
+    return {p: c for p, c in preset['needs'].items() if not is_there(p) and any(t == p or t.startswith(p + '/') for t in named)}
+
 def stand_ins(
     preset:dict, # from read_preset
 )->dict:         # path that the preset needs → path of the same set among the test data
     "Sets that are not where a preset wants them, but that `LLAVA_MED_TESTDATA` holds in full."
     there = test_data()
     found = {p: there/'full'/Path(p).name for p in preset['needs'] if there
-             and not (root()/p).exists()}
+             and not is_there(p)}
     return {p: str(at) for p, at in found.items() if at.is_dir()}
 
 def with_stand_ins(
@@ -220,6 +244,30 @@ def with_stand_ins(
         p = next((p for p in found if v == p or v.startswith(p + '/')), None)
         return found[p] + v[len(p):] if p else v
     return mapped(values, put) if found else values
+
+def incomplete_sets(
+    plan:dict, # step → parameters, from plan_run
+)->dict:       # folder → what it lacks, in words; empty where nothing does
+    "Sets in SLAKE's layout that steps read whole, and that lack files."
+    from llava_med.data.vqa import slake_lacks   # here, since it brings NumPy along
+    whole, parts = {}, set()
+    for values in plan.values():
+        several = [*(values.get('labels') or ()), *(values.get('also') or ())]
+        named = [v for v in (values.get('vqa'), *several) if v and isinstance(v, str)]
+        if values.get('vqa_part') or values.get('images') or values.get('vqa_images'): parts |= set(named)
+        else: whole |= {v: from_root(v) for v in named}
+    lacks = {v: slake_lacks(p) for v, p in whole.items() if v not in parts and p.is_dir()}
+    return {v: ', '.join(l) for v, l in lacks.items() if l}
+
+def check_sets(
+    plan:dict, # step → parameters, from plan_run
+    name:str,  # of the preset, for the message
+)->None:
+    "Raise UsageError where a set lacks files that a step will read."
+    for folder, lacks in incomplete_sets(plan).items():
+        raise UsageError(f'{name} reads {folder}, which lacks {lacks}: fetch it again '
+                         '(`llava-med get slake` completes data/slake), or set vqa_part: true '
+                         'in a step that may read a part of it.')
 
 # %% ../../nbs/09_lab/00_steps.ipynb #8841378c
 def origin(

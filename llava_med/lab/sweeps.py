@@ -31,6 +31,7 @@ from .steps import UsageError, changed_origin, comes_before, notebook_of, pipeli
 from .runner import StepFailed, files_mark, is_done, is_progress, run_step, shown, step_inputs, step_key
 from .grids import (Guard, Run, Unit, default_workers, gpus_here, headline, lacking, lay_out, main_scores, most_threads, needed_columns, over_seeds, plan_lines, plan_record, read_grid, summary_rows,
                              total_time)
+from .finished import keep_run, unanswered
 from ..core.runs import (RunLock, RunLocked, check_name, clear_folder, clock, figure_bytes, figure_style, git_state, hold,
                             machine, now, outputs_dir, read_json, read_run, replacing, root, run_dir, update_run, versions,
                             write_csv, write_json, writing)
@@ -285,7 +286,7 @@ class Batch:
         self.grid, self.runs, self.units, self.place, self.tell = grid, runs, units, place, say
         self.folder, self.started = outputs_dir()/grid['name'], time.monotonic()
         self.running, self.failed, self.ran, self.begun = {}, {}, {}, now()
-        self.undelivered, self.waiting, self.last = {}, [], time.monotonic()
+        self.undelivered, self.waiting, self.last, self.kept = {}, [], time.monotonic(), set()
         self.writing, self.over, self.mark = threading.Lock(), False, uuid.uuid4().hex[:8]
         self.weight = {k: (-len(u.runs), i) for i, (k, u) in enumerate(units.items())}
     def full(self,
@@ -358,10 +359,18 @@ class Batch:
         else: self.failed[u.key] = got | dict(step=u.step, run=self.full(u.runs[0]))
         waiting, self.waiting = self.waiting, []
         for v in waiting: self.deliver(v)
+        self.keep_complete()
         n = sum(bool(v.done) or v.key in self.failed for v in self.units.values())
         more = f' (for {len(u.runs)} runs)' if len(u.runs) > 1 else ''
         text = f"done in {clock(got['wall_s'])}" if u.done else f"{got['state']}: {got['cell'] + ': ' if got['cell'] else ''}{got['error']}"
         self.say(f'[{n}/{len(self.units)}] {u.runs[0].name} {u.step}{more}: {text}')
+    def keep_complete(self)->None:
+        "Put what complete runs measured into the grid's file of finished runs, where it names one."
+        for r in self.runs if self.grid['finished'] else ():
+            if r.name in self.kept or not self._complete(r): continue
+            self.kept.add(r.name)
+            try: keep_run(r, self.grid['name'], root()/self.grid['finished'])
+            except Exception as e: self.say(f'{r.name}: its rows could not be kept. {_sentence(e)}')
     def _complete(self, r): return r.name not in self.undelivered and all(self.units[k].done for k in r.keys.values())
     def problem(self,
         r:Run, # a run
@@ -411,6 +420,7 @@ class Batch:
         "Run everything that is left."
         for u in self.units.values():
             if u.done: self.deliver(u)
+        self.keep_complete()
         written = 0.0
         while self.turn():
             if time.monotonic() - written > 2:
@@ -482,7 +492,9 @@ def run_batch(
     "Run a grid: check everything, show the plan, run what is missing, report. The same call goes on where it stopped."
     g = read_grid(grid, preset)
     check_folder(g)
-    runs, units = lay_out(g)
+    rows = root()/g['finished'] if g['finished'] else None
+    runs, units = lay_out(g, rows and (lambda runs: unanswered(runs, rows, say)))
+    if not runs: return dict(done=[], failures=[], ran=0, folder=outputs_dir()/g['name'])
     threads = most_threads(g, runs)
     if plan_only:
         for line in plan_lines(g, runs, units, workers or default_workers(threads, g['memory_gb'], g['gpus'])): say(line)

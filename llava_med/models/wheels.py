@@ -7,56 +7,103 @@ __all__ = ['DINOV2_IMAGES', 'HEAD_WIDTH', 'PartError', 'gguf_facts', 'read_gguf'
            'read_onnx_tower', 'probe_image', 'tower_features', 'next_words']
 
 # %% ../../nbs/02_models/07_wheels.ipynb #a54cfba7
-import struct
+import contextlib, importlib
 from pathlib import Path
 from unittest import mock
 import numpy as np, torch
+from transformers.utils import logging as hf_logging
 
 from ..core.runs import write_json
-from .llava import few, new_folder
+from .llava import _no_bars, few, new_folder
 
 # %% ../../nbs/02_models/07_wheels.ipynb #1a32ad58
 class PartError(ValueError):
-    "A file that cannot be read as a part of a model; the text names it and the remedy."
+    "A file that cannot be read as a part of a model: one sentence names it, says why, and what to do."
+    def __init__(self,
+        path:str|Path,   # the file
+        why:str,         # what is wrong with it
+        remedy:str='take another file', # what to do
+    ):
+        super().__init__(f'{path}: {why}; {remedy}.')
+        self.reason = why
+
+def _library(name, path):
+    "A package that reads such files; PartError where it is not installed."
+    try: return importlib.import_module(name)
+    except ImportError:
+        raise PartError(path, f'is read with the package {name}, which is not installed',
+                        f'`pip install {name}`') from None
+
+def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip('.:;')[:160]
 
 def gguf_facts(
     path:str|Path, # a .gguf file
 )->dict:           # `architecture`, `name`, `licence` and how many tensors there are of each number format
     "What a GGUF file says of itself; PartError where it is none."
-    from gguf import GGUFReader
-    if not Path(path).is_file(): raise PartError(f'{path}: there is no such file.')
+    if not Path(path).is_file(): raise PartError(path, 'there is no such file', 'name one that is there')
     try:
-        file = GGUFReader(str(path))
+        file = _library('gguf', path).GGUFReader(str(path))
         said = {k: f.contents() for k, f in file.fields.items() if k.startswith('general.')}
-    except (ValueError, IndexError, KeyError, UnicodeDecodeError, struct.error) as e:
-        raise PartError(
-            f'{path}: not a GGUF file that can be read ({e}); fetch it again.') from None
+    except PartError: raise
+    except Exception as e:   # the reader trusts every number in the file
+        said, anew = _first_line(e), 'fetch it again'
+        if 'GGMLQuantizationType' in said:
+            anew = 'take a file of another number format, or a newer version of the package gguf'
+        raise PartError(path, f'not a whole GGUF file of a known kind ({said})', anew) from None
     kinds = [t.tensor_type.name for t in file.tensors]
     return dict(architecture=said.get('general.architecture'), name=said.get('general.name'),
                 licence=said.get('general.license'),
                 formats={k: kinds.count(k) for k in sorted(set(kinds))})
 
+@contextlib.contextmanager
+def _quiet():
+    "Read without progress bars and without a report of what is missing; we look ourselves."
+    was = hf_logging.get_verbosity()
+    hf_logging.set_verbosity(hf_logging.CRITICAL)
+    no_bar = mock.patch('transformers.modeling_gguf_pytorch_utils.tqdm', lambda x, **kw: x)
+    try:
+        with no_bar, _no_bars(): yield
+    finally: hf_logging.set_verbosity(was)
+
+def _from_gguf(path):
+    "Tokenizer and model; PartError where `transformers` fails or would fill in random numbers."
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    place = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(**place)
+            model, found = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32,
+                                                                output_loading_info=True,
+                                                                ignore_mismatched_sizes=True)
+    except MemoryError: raise
+    except Exception as e:   # of many kinds, each from another converter
+        raise PartError(path, f'not a language model that transformers reads ({_first_line(e)})',
+                        'take a file of another number format, or the model itself') from None
+    if lost := sorted(found['missing_keys']):
+        raise PartError(path, f'lacks {few(lost, 3)}', 'take the whole model, not a piece of it')
+    if odd := sorted(k[0] for k in found['mismatched_keys']):
+        raise PartError(path, f'{few(odd, 3)}: another shape than its configuration says',
+                        'fetch it again')
+    bad = [n for n, p in model.named_parameters() if not p.isfinite().all()]
+    if bad: raise PartError(path, f'{few(bad, 3)}: not all numbers are finite', 'fetch it again')
+    return tokenizer, model
+
 def read_gguf(
     path:str|Path,   # a .gguf file of a causal language model
     folder:str|Path, # where the Hugging Face folder is written
 )->dict:             # from `gguf_facts`
-    "A language model and its tokenizer out of a GGUF file; PartError where `transformers` does not know its kind."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+    "A language model and its tokenizer out of a GGUF file; PartError where it is of another kind, cut off or a piece."
     path, facts = Path(path), gguf_facts(path)
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
     if facts['architecture'] not in GGUF_SUPPORTED_ARCHITECTURES:
-        raise PartError(f"{path}: holds a model of the kind '{facts['architecture']}', which "
-                        f"transformers cannot "
-                        f'read from GGUF; it reads {few(sorted(GGUF_SUPPORTED_ARCHITECTURES), 8)}.')
-    place = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
+        known = few(sorted(GGUF_SUPPORTED_ARCHITECTURES), 8)
+        raise PartError(path, f"holds a model of the kind '{facts['architecture']}', which "
+                        'transformers cannot read from GGUF', f'it reads {known}')
+    tokenizer, rounded = _from_gguf(path)
+    rounded.config.__dict__.pop('quantization_config', None)
+    plain = type(rounded)(rounded.config)
+    plain.load_state_dict(rounded.state_dict())
     with new_folder(folder) as tmp:
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-        # no bar
-        with mock.patch('transformers.modeling_gguf_pytorch_utils.tqdm', lambda x, **kw: x):
-            rounded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-        rounded.config.__dict__.pop('quantization_config', None)
-        plain = type(rounded)(rounded.config)
-        plain.load_state_dict(rounded.state_dict())
         plain.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
     return facts
@@ -69,14 +116,13 @@ _ATTENTION = {'attention.attention.query': 'attention.q_proj',
 
 def _onnx_graph(path):
     "The graph of an ONNX file and its constants by name."
-    import onnx
-    from google.protobuf.message import DecodeError
-    if not Path(path).is_file(): raise PartError(f'{path}: there is no such file.')
-    try: graph = onnx.load(str(path)).graph
-    except (DecodeError, ValueError, OSError) as e:
-        raise PartError(
-            f'{path}: not an ONNX file that can be read ({e}); fetch it again.') from None
-    return graph, {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    if not Path(path).is_file(): raise PartError(path, 'there is no such file', 'name one that is there')
+    onnx, numpy_helper = (_library(n, path) for n in ('onnx', 'onnx.numpy_helper'))
+    try:
+        graph = onnx.load(str(path)).graph
+        return graph, {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    except Exception as e:   # of protobuf, of numpy, or that a second file is missing
+        raise PartError(path, f'not a whole ONNX file ({_first_line(e)})', 'fetch it again') from None
 
 def _added_after(graph, constants):
     "Name of a product's nameless weight → name of the bias that is added to the product."
@@ -109,13 +155,15 @@ def onnx_tensors(
     for weight, bias in _added_after(graph, constants).items():
         if bias.startswith(prefix):
             named[bias.removeprefix(prefix).removesuffix('.bias') + '.weight'] = constants[weight].T
-    width = named['embeddings.cls_token'].shape[-1] if 'embeddings.cls_token' in named else 0
+    token = named.get('embeddings.cls_token')
+    width = token.shape[-1] if token is not None and token.ndim else 0
     positions = _positions(constants, width)
     if positions is None: raise PartError(
-        f"{path}: holds no DINOv2 under the name '{prefix.rstrip('.')}'; only such a graph can be "
-        f"read.")
+        path, f"holds no DINOv2 under the name '{prefix.rstrip('.')}'", 'only such a graph can be read')
     named |= {'embeddings.position_embeddings': positions,
               'embeddings.mask_token': np.zeros((1, width), np.float32)}
+    bad = [k for k, v in named.items() if not np.isfinite(v).all()]
+    if bad: raise PartError(path, f'{few(bad, 3)}: not all numbers are finite', 'fetch it again')
     return {_renamed(k): np.array(v, np.float32) for k, v in named.items()}
 
 def _renamed(name):
@@ -154,13 +202,14 @@ def read_onnx_tower(
 ):                   # Dinov2Model in evaluation mode
     "A DINOv2 and its image settings out of an ONNX file; PartError where a weight is missing or over."
     from transformers import Dinov2Model
-    tensors = onnx_tensors(path, prefix)
-    model = Dinov2Model(dinov2_config(tensors)).eval()
+    tensors, whole = onnx_tensors(path, prefix), 'only a whole DINOv2 can be read'
+    try: model = Dinov2Model(dinov2_config(tensors)).eval()
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as e:
+        raise PartError(path, f'its weights fit no DINOv2 ({_first_line(e)})', whole) from None
     wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     held = {k: v.shape for k, v in tensors.items()}
     if wrong := sorted(k for k in wanted | held if wanted.get(k) != held.get(k)):
-        raise PartError(f'{path}: {few(wrong)} missing, over or of another shape; only a whole '
-                        f'DINOv2 can be read.')
+        raise PartError(path, f'{few(wrong)} missing, over or of another shape', whole)
     model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
     with new_folder(folder) as tmp:
         model.save_pretrained(tmp)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_ENDS', 'Settings', 'recorded', 'StageRun', 'begin_stage', 'stage_records', 'stage_questions', 'Questions',
-           'trainable_questions', 'evenly', 'TrainingSet', 'prepare', 'token_table', 'first_batch', 'token_losses',
-           'run_stage', 'show_losses', 'finish_stage']
+           'trainable_questions', 'joined_questions', 'evenly', 'TrainingSet', 'prepare', 'token_table', 'first_batch',
+           'token_losses', 'run_stage', 'show_losses', 'finish_stage']
 
 # %% ../../nbs/04_train/13_stages.ipynb #e55153bd
 from collections import Counter, defaultdict
@@ -123,10 +123,11 @@ def stage_questions(
     step:Step,          # of the notebook
     vqa:str='',         # folder or file of a VQA set; empty: the run's own
     images:str='',      # folder of its images; empty: beside the set
+    name:str='vqa',     # of the set in the record of what the step uses
 )->tuple:               # VQA items of all splits, folder of their images
     "Questions that a stage may learn from, and where their images are."
     if vqa:
-        source = step.uses('vqa', root()/vqa)
+        source = step.uses(name, root()/vqa)
         beside = source if source.is_dir() else source.parent
         return read_vqa(source, part=True, say=print), root()/images if images else beside
     files = [step.input('1_data_prep', f'vqa/{s}.json') for s in ('train', 'val')]
@@ -197,6 +198,19 @@ def trainable_questions(
         raise ValueError(f'{folder}: {len(items)} questions, but all of them are for validation; '
                          'the set needs a training split.')
     return Questions(train, val, usable, left_out)
+
+def joined_questions(
+    sets:dict,    # name of a VQA set → its Questions
+)->Questions:     # an image is called by its set and its own name
+    "The questions of several VQA sets as those of one."
+    joined = Questions([], [], {}, {})
+    for name, found in sets.items():
+        own = lambda i: i | {'images': [f'{name}/{n}' for n in i['images']]}
+        joined.train += map(own, found.train)
+        joined.val += map(own, found.val)
+        joined.files |= {f'{name}/{n}': f for n, f in found.files.items()}
+        joined.left_out |= {f'{name}: {why}': n for why, n in found.left_out.items()}
+    return joined
 
 # %% ../../nbs/04_train/13_stages.ipynb #3cfe3cbe
 def evenly(
