@@ -176,3 +176,53 @@ def test_models_that_share_a_vision_encoder_share_what_it_said(monkeypatch):
     for model in (base, tuned): tower(model).register_forward_hook(lambda *a: calls.append(1))
     assert [answer(m, processor, images, prompts, max_new_tokens=6) for m in (base, tuned)] == expected
     assert len(calls) == 1
+
+
+# Attention that copies no key
+
+@pytest.mark.parametrize('dtype, limit', [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize('n', [1, 7, 65])
+@pytest.mark.parametrize('heads, shared', [(6, 2), (4, 4), (4, 1)])
+def test_grouped_attention_is_that_of_pytorch(n, heads, shared, dtype, limit):
+    g = torch.Generator().manual_seed(0)
+    query = torch.randn(2, n, heads, 8, generator=g).to(dtype).transpose(1, 2)   # as a model hands it over
+    key, value = torch.randn(2, 2, shared, 90, 8, generator=g).to(dtype)
+    seen = torch.rand(2, 1, n, 90, generator=g) > .5
+    seen[..., 0] = True
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    want = torch.nn.functional.scaled_dot_product_attention(query, *(t.repeat_interleave(heads//shared, 1) for t in (key, value)), attn_mask=seen)
+    got, _ = prefix_cache.grouped_attention(None, query, key, value, mask, 8**-.5)
+    assert got.shape == (2, n, heads, 8) and (got.transpose(1, 2) - want).abs().max() < limit
+
+
+@pytest.mark.parametrize('more', [dict(softcap=30.), dict(position_bias=torch.zeros(1)), dict(s_aux=torch.zeros(4)), dict(dropout=.1)])
+def test_grouped_attention_refuses_what_it_does_not_know(more):
+    q = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ValueError, match=f'knows no {next(iter(more))}'):
+        prefix_cache.grouped_attention(None, q, q, q, torch.zeros(1, 1, 2, 2), 1., **more)
+
+
+def test_the_attention_of_a_model_is_changed_while_it_reads_only(monkeypatch):
+    model, processor = grouped('llama')
+    kinds = []
+    def seen(model, mask, right=prefix_cache._attention_mask):
+        kinds.append(model.config.text_config._attn_implementation)
+        return right(model, mask)
+    monkeypatch.setattr(prefix_cache, '_attention_mask', seen)
+    image = quilt(np.random.default_rng(0), 48)
+    answer(model, processor, [image]*4, list(QUESTIONS), 3)
+    assert set(kinds) == {'grouped'} and model.config.text_config._attn_implementation == 'sdpa'
+    def fails(*args, **kw): raise RuntimeError('no memory')
+    monkeypatch.setattr(prefix_cache, '_attention_mask', fails)
+    with pytest.raises(RuntimeError, match='no memory'): answer(model, processor, [image], ['where?'], 3)
+    assert model.config.text_config._attn_implementation == 'sdpa'
+
+
+def test_a_model_that_answers_otherwise_with_it_keeps_its_own_attention(monkeypatch):
+    model, processor = grouped('llama')
+    images, asked = [quilt(np.random.default_rng(0), 48)]*4, list(QUESTIONS)
+    want = answer(copy.deepcopy(model), processor, images, asked, 6)
+    def wrong(module, query, key, *args, **kw): return prefix_cache.grouped_attention(module, query*2, key, *args, **kw)
+    monkeypatch.setitem(prefix_cache.AttentionInterface._global_mapping, 'grouped', wrong)
+    assert answers.slow_because(model) is None and model in prefix_cache._UNGROUPED
+    assert answer(model, processor, images, asked, 6) == want

@@ -3,6 +3,7 @@ import contextlib
 import csv
 import json
 import re
+import sys
 
 import papermill
 import pytest
@@ -14,6 +15,7 @@ from llava_med.models.llava import tiny_model
 from llava_med.train.packing import PackedCollator, pack_rows
 from llava_med.core.runs import write_csv, write_json, write_jsonl
 from llava_med.lab.runner import started
+from llava_med.world.sets import write_vqa
 
 
 @pytest.fixture(scope='module')
@@ -106,14 +108,83 @@ def run(repo, tmp_path, name, **parameters):
     return '\n'.join(o.text for c in made.cells for o in c.get('outputs', []) if o.output_type == 'stream')
 
 
+REAL_WORK = 'phantoms, real model of 3 M, float32'
+
 @pytest.mark.slow
 def test_training_speed(repo, tmp_path):
-    said = run(repo, tmp_path, 'training_speed', rounds=1, width=64, depth=2, image_size=56, batch=4, memory=False, out='small.json')
+    write_vqa(tmp_path/'phantoms', 4, 1, 1, seed=11)
+    was = dict(work=REAL_WORK, system='TRL, tuned', metric='loss', value=9., unit='', low=9., high=9.)
+    other = was | dict(work='another real model')
+    write_json(tmp_path/'small.json', dict(rows=[was, other], ratios=dict(real_other=7.), ranges=dict(real_other=[6., 8.]), dates=dict(real_other='2026'), real={REAL_WORK: {}, 'another real model': dict(date='2026', threads=2)}))
+    said = run(repo, tmp_path, 'training_speed', rounds=1, width=64, depth=2, image_size=56, batch=4, memory=False, out='small.json',
+               real_model=str(repo/'data/base_tiny'), real_vqa=str(tmp_path/'phantoms'), real_rounds=1, real_pictures=2, real_threads=1)
     got = json.loads((tmp_path/'small.json').read_text())
+    assert got['ratios']['real_other'] == 7. and other in got['rows'] and was not in got['rows']   # another model's rows stay, this one's are new
+    loss = {r['system']: r['value'] for r in got['rows'] if r['work'] == REAL_WORK and r['metric'] == 'loss'}
+    assert abs(loss['ours'] - loss['transformers, tuned']) < 1e-3 and {'real_phantoms', 'real_other'} <= set(got['ratios'])
+    assert got['real'][REAL_WORK]['threads'] == 1 and 'questions an image' in said
     assert {'vqa_slake', 'vqa_rad', 'stage1_vs_hf', 'stage1_vs_best', 'stage2_vs_hf', 'stage2_vs_best'} <= set(got['ratios'])
     assert 'NOT THE SAME STEP' in said and 'epoch 2: 0 of 4 pictures opened' in said
     assert {tuple(r) for r in got['rows']} == {('work', 'system', 'metric', 'value', 'unit', 'low', 'high')}
     if 'TRL is not installed' in said: assert not any('TRL' in r['system'] for r in got['rows'])
+
+
+STUB = '''
+from types import SimpleNamespace as Bag
+
+class SamplingParams:
+    def __init__(self, temperature, max_tokens): self.max_tokens = max_tokens
+
+class LLM:
+    "Answers by transformers, as vLLM would."
+    def __init__(self, model, dtype, **how):
+        import torch
+        from llava_med.models.llava import load
+        torch.set_num_threads(1)
+        (self.model, self.processor), self.llm_engine, self.forgotten = load(model, 'cpu', dtype), self, set()
+    def reset_prefix_cache(self): self.forgotten.add('prefixes')
+    def reset_mm_cache(self): self.forgotten.add('images')
+    def reset_encoder_cache(self): self.forgotten.add('features')
+    def generate(self, prompts, settings, use_tqdm):
+        from llava_med.models.templates import model_inputs
+        assert len(self.forgotten) == 3
+        self.forgotten.clear()
+        print('a line that is no answer')
+        return [self.one(o, settings.max_tokens, model_inputs) for o in prompts]
+    def one(self, prompt, most, model_inputs):
+        x = model_inputs(self.processor, [prompt['prompt']], [[prompt['multi_modal_data']['image']]])
+        ids = self.model.generate(**x, max_new_tokens=most, do_sample=False)[0, x['input_ids'].shape[1]:]
+        return Bag(outputs=[Bag(text=self.processor.tokenizer.decode(ids, skip_special_tokens=True))])
+'''
+
+
+def vllm_like(repo, folder, text=STUB):
+    "A Python whose `vllm` is ours."
+    folder.mkdir()
+    (folder/'vllm.py').write_text(text)
+    (folder/'python').write_text(f'#!/bin/sh\nPYTHONPATH={folder}:{repo} OMP_NUM_THREADS=1 exec {sys.executable} "$@"\n')
+    (folder/'python').chmod(0o755)
+    return str(folder/'python')
+
+
+@pytest.mark.slow
+def test_evaluation_speed_beside_vllm(repo, tmp_path):
+    write_vqa(tmp_path/'phantoms', 1, 1, 3, seed=11)
+    committed = json.loads((repo/'nbs/benchmarks/results/evaluation_speed.json').read_text())
+    write_json(tmp_path/'small.json', committed)
+    small = dict(minutes=0, out='small.json', real_model=str(repo/'data/base_tiny'), real_vqa=str(tmp_path/'phantoms'), real_dtypes='float32',
+                 real_rounds=1, real_images=2, real_generate=1, real_threads=1)
+    run(repo, tmp_path, 'evaluation_speed', **small, vllm_python=vllm_like(repo, tmp_path/'env'))
+    got = json.loads((tmp_path/'small.json').read_text())
+    assert [r for r in got['rows'] if r['work'] != REAL_WORK] == committed['rows'] and got['date'] == committed['date']
+    new = {(r['system'], r['metric']): r['value'] for r in got['rows'] if r['work'] == REAL_WORK}
+    assert new['vLLM', 'equal_answers'] == new['batched generate', 'equal_answers'] == 1
+    assert abs(new['ours / vLLM', 'ratio'] - new['ours', 'questions_per_second']/new['vLLM', 'questions_per_second']) < .5
+    assert set(got['ratios']) - set(committed['ratios']) == {'real_phantoms_vs_vllm', 'real_phantoms_vs_generate'}
+    run(repo, tmp_path, 'evaluation_speed', **small)   # without vLLM its rows stay
+    again = json.loads((tmp_path/'small.json').read_text())
+    assert again['ratios']['real_phantoms_vs_vllm'] == got['ratios']['real_phantoms_vs_vllm']
+    assert again['real'][REAL_WORK]['dates']['vLLM'] == got['real'][REAL_WORK]['dates']['vLLM'] < again['real'][REAL_WORK]['dates']['ours']
 
 
 @pytest.mark.slow
@@ -133,7 +204,7 @@ def test_training_gpu_runs_without_one_and_writes_nothing(repo, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name, parameters, says', [('training_speed', dict(rounds=0), 'rounds is 0'), ('training_speed', dict(image_size=100), '100'),
-                                                    ('training_scale', dict(most=2), 'most 2'), ('training_gpu', dict(device='cuda'), 'no GPU')])
+                                                    ('training_scale', dict(most=2), 'most 2'), ('evaluation_speed', dict(minutes=0, real_model='data/base_tiny'), 'real_vqa'), ('training_gpu', dict(device='cuda'), 'no GPU')])
 def test_bad_parameters_say_so(repo, tmp_path, name, parameters, says):
     if says == 'no GPU' and torch.cuda.is_available(): pytest.skip('There is a GPU.')
     with pytest.raises(papermill.PapermillExecutionError, match=f'ValueError: .*{says}'): run(repo, tmp_path, name, **parameters)

@@ -7,7 +7,7 @@ __all__ = ['CHANGES', 'open_picture', 'end_ids', 'plain_answer', 'slow_because',
            'talk', 'reply_losses']
 
 # %% ../../nbs/05_generate/02_answers.ipynb #f882d462
-import hashlib, json
+import contextlib, ctypes, functools, hashlib, json
 from collections import defaultdict
 import torch
 from PIL import Image
@@ -166,8 +166,29 @@ def _walk_shard(model, users, split, feats_of, length, batch_size):
                 own = cache if len(pieces) == len(group) else cache_rows(cache, places)   # one row each: no copy
                 yield rows, [[split[i][1] for i in r] for r in rows], own
 
+# %% ../../nbs/05_generate/02_answers.ipynb #8805ba31
+_TRIM, _MMAP = -1, -3   # names of two settings in glibc: when the heap shrinks, and what is kept apart from it
+
+@functools.lru_cache
+def _heap():
+    "The C library's functions that set and shrink its heap, where it has them."
+    try: return (libc := ctypes.CDLL(None)).mallopt, libc.malloc_trim
+    except (OSError, AttributeError, TypeError): return (lambda *args: 0,)*2
+
+@contextlib.contextmanager
+def _kept_memory(most=2**31 - 1, apart=2**25):
+    "For a while, memory that is freed stays with the process, up to `most` bytes."
+    set_to, shrink = _heap()
+    set_to(_TRIM, most)
+    set_to(_MMAP, apart)
+    try: yield
+    finally:
+        set_to(_TRIM, 2*apart)
+        shrink(0)
+
 # %% ../../nbs/05_generate/02_answers.ipynb #75236d08
 @in_fast_float32
+@_kept_memory()
 @torch.inference_mode()
 def answer(
     model,                 # LlavaForConditionalGeneration, or any model of AutoModelForImageTextToText
@@ -202,6 +223,7 @@ def answer(
 
 # %% ../../nbs/05_generate/02_answers.ipynb #ba7ea122
 @in_fast_float32
+@_kept_memory()
 @torch.inference_mode()
 def option_logprobs(
     model,             # LlavaForConditionalGeneration, or any model of AutoModelForImageTextToText
@@ -283,6 +305,7 @@ def talk(
 
 # %% ../../nbs/05_generate/02_answers.ipynb #235e1933
 @in_fast_float32
+@_kept_memory()
 @torch.inference_mode()
 def reply_losses(
     model,        # LlavaForConditionalGeneration
