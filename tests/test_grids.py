@@ -278,11 +278,14 @@ def test_the_ablations_start_from_the_base_of_the_preset(preset):
 
 
 def test_committed_grids_can_be_planned(monkeypatch):
-    "Every grid of the repository names parameters that exist, shares steps, and stays within two hours."
+    "Every grid of the repository names parameters that exist and shares steps; those whose rows do not outlive the batch stay within two hours."
     from llava_med.lab.grids import total_time
     for name in grids():
-        runs, units = lay_out(read_grid(name))
-        assert len({r.seed for r in runs}) >= 3 and len(units) < sum(len(r.plan) for r in runs)
+        grid = read_grid(name)
+        runs, units = lay_out(grid)
+        assert len(units) < sum(len(r.plan) for r in runs)
+        assert len({r.seed for r in runs}) >= 3 or name.endswith('_screen')
+        if grid['finished']: continue
         assert all(u.estimate for u in units.values() if not u.step.startswith('0'))
         assert total_time(units, 2) < 7200, name
 

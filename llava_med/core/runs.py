@@ -9,7 +9,8 @@ __all__ = ['FULL', 'SERIES_COLOURS', 'PACKAGES', 'PEAK_FLOPS', 'STAYS', 'BASE_RE
            'shows_bars', 'clock', 'progress_line', 'progress', 'figure_style', 'figure_bytes', 'show_figure', 'now',
            'git_state', 'versions', 'machine', 'check_name', 'run_dir', 'read_run', 'update_run', 'RunLocked',
            'RunLock', 'hold', 'peak_memory_mib', 'ledger_row', 'StepInputError', 'made_by', 'find_input',
-           'clear_folder', 'new_name', 'assigned_names', 'injected_names', 'check_injected', 'rename_injected', 'Step']
+           'clear_folder', 'link_tree', 'new_name', 'assigned_names', 'injected_names', 'check_injected',
+           'rename_injected', 'Step']
 
 # %% ../../nbs/00_core/01_runs.ipynb #746f58c4
 import ast
@@ -516,6 +517,21 @@ def clear_folder(
             if p.name in STAYS or '.partial-' in p.name: continue
             shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
     return folder
+
+def link_tree(
+    source:Path, # a step's folder
+    target:Path, # another one; what it holds goes
+)->None:
+    "The same files in a second folder, as hard links where the disk can do that."
+    clear_folder(target)
+    for p in sorted(source.rglob('*')):
+        name = p.relative_to(source)
+        if any(x.startswith('.') for x in name.parts) or '.partial-' in p.name: continue
+        with writing(target):
+            if p.is_dir(): (target/name).mkdir(parents=True, exist_ok=True); continue
+            (target/name).parent.mkdir(parents=True, exist_ok=True)
+            try: os.link(p, target/name)
+            except OSError: shutil.copy2(p, target/name)
 
 # %% ../../nbs/00_core/01_runs.ipynb #e3290e45
 RENAMED = {}   # old name of a parameter → its present name
