@@ -247,13 +247,17 @@ def make_maps(
     samples:list,     # of Sample, with one grid
     methods=None,     # names; all when None
     batch_size:int=16,# questions at once
+    block:int=1,      # patches a side that the methods of `GOLD` leave out at once
 )->dict:              # method -> (items, layers, down, across), heads averaged
     "Maps of many questions by many methods."
     if len({o.grid for o in samples}) > 1: raise ValueError('The questions have several grids; measure one grid at a time.')
     if not samples: raise ValueError('No question is left to map: none passed the gates, or the list is empty.')
     for k in methods or (): METHODS.named(k)
-    return {k: np.stack([m.mean(1) for i in range(0, len(samples), batch_size)
-                         for m in METHODS[k](model, processor, samples[i:i+batch_size])]) for k in methods or METHODS}
+    def maps_of(k):
+        more = dict(block=block) if k in GOLD else {}
+        for i in range(0, len(samples), batch_size):
+            yield from METHODS[k](model, processor, samples[i:i+batch_size], **more)
+    return {k: np.stack([m.mean(1) for m in maps_of(k)]) for k in methods or METHODS}
 
 def top_overlap(
     a:np.ndarray,   # (items, down, across)
