@@ -56,7 +56,7 @@ def lists(tmp_path, monkeypatch): return Lists(tmp_path, monkeypatch)
 
 def command(*words, wait=True):
     "`llava-med …` in a process of its own."
-    code = "import sys\nimport llava_med.lab.runner as b\nfrom llava_med.lab.commands import main\nb.library_mark = lambda nb: 'the same library'\nsys.exit(main())"
+    code = "import sys\nimport llava_med.lab.runner as b\nfrom llava_med.lab.commands import main\nb.library_fingerprint = lambda nb: 'the same library'\nsys.exit(main())"
     p = subprocess.Popen([sys.executable, '-c', code, *words], env={**os.environ, 'PYTHONPATH': str(REPO)},
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     return p.communicate() if wait else p

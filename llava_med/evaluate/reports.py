@@ -317,7 +317,7 @@ def score_figure(
 
 def calibration_figure(
     items:list, # VQA items
-    lines:list, # log lines of a `Chooser`, see `statistics.calibration_table`
+    lines:list, # log lines of a `LogLikelihoodModel`, see `statistics.calibration_table`
 )->dict|None:   # a part of a page; None if nothing was asked
     "Confidence against the share of right answers."
     import matplotlib.pyplot as plt
@@ -507,7 +507,7 @@ def evaluation_report(
     about:dict,         # what was run: words → text
     tests:pd.DataFrame=None,       # from `statistics.paired_tests`
     calibration:pd.DataFrame=None, # from `statistics.calibration_table`
-    chosen:tuple=(),    # log lines of a `Chooser`, for the figure
+    chosen:tuple=(),    # log lines of a `LogLikelihoodModel`, for the figure
     audit:list=(),      # from `audit.audit_splits`
     audit_note:str='',  # what was compared
     prompts:list=(),    # from `prompting.choose_prompt`

@@ -320,7 +320,7 @@ def confidence_of(
 
 def calibration_table(
     items:list,   # VQA items that were to be answered with one of some options
-    lines:list,   # log lines of a `Chooser`; failed ones are left out and counted
+    lines:list,   # log lines of a `LogLikelihoodModel`; failed ones are left out and counted
     bins:int=10,  # of equal width
     seed:int=0,   # of the simulation
 )->pd.DataFrame:  # one row a model: HEAD, accuracy, confidence, ece, chance, chance_high, n_items, n_images, n_clusters, failed

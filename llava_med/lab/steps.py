@@ -7,7 +7,8 @@ __all__ = ['PARAMETER_TYPES', 'GIVEN', 'STEP_NAME', 'MODEL_PARAMETERS', 'UsageEr
            'known_name', 'Parameter', 'allowed', 'tagged_cell', 'comments', 'read_parameters', 'find_notebook',
            'read_entry', 'read_steps', 'mapped', 'with_models', 'is_there', 'plain_values', 'missing_files',
            'stand_ins', 'with_stand_ins', 'incomplete_sets', 'check_sets', 'origin', 'changed_origin', 'books_of',
-           'notebook_of', 'stem_of', 'comes_before', 'recipe_file', 'read_recipes', 'library_dir', 'recipes_mark']
+           'notebook_of', 'stem_of', 'comes_before', 'recipe_file', 'read_recipes', 'library_dir',
+           'recipes_fingerprint']
 
 # %% ../../nbs/09_lab/00_steps.ipynb #6288e56a
 import ast
@@ -346,7 +347,7 @@ def library_dir()->Path: # the folder of llava_med
     "Where the exported library lies."
     return Path(importlib.util.find_spec('llava_med').origin).parent
 
-def recipes_mark(
+def recipes_fingerprint(
     modules:list, # dotted names
 )->str:           # a hash
     "A fingerprint of recipe modules, of those of the library that they import, and so on."

@@ -44,9 +44,9 @@ class Pictures:
         with ThreadPoolExecutor(self.threads) as pool: return torch.cat(list(pool.map(self._one, [self.paths[int(i)] for i in numbers])))
 
     @property
-    def mark(self): return [_file_mark(p) for p in self.paths]
+    def fingerprint(self): return [_file_fingerprint(p) for p in self.paths]
 
-def _file_mark(path):
+def _file_fingerprint(path):
     "A picture file's size and time of change; None where it is missing."
     try: s = Path(path).stat()
     except OSError: return None
@@ -69,7 +69,7 @@ class Features:
     def shape(self): return (len(self.rows), *self.row_shape)
 
     @property
-    def mark(self): return [str(self.file.parent.name), hashlib.sha256(self.rows.tobytes()).hexdigest()]
+    def fingerprint(self): return [str(self.file.parent.name), hashlib.sha256(self.rows.tobytes()).hexdigest()]
 
     def __getstate__(self): return {**self.__dict__, '_map': None}   # another process opens the file itself
 
@@ -101,7 +101,7 @@ def _table(folder):
 def _hashes(db, names):
     "The content hash of each file; only those that look changed are read."
     known = {n: (m, h) for n, m, h in db.execute('select * from files')}
-    marks = {n: str(_file_mark(n)) for n in names}
+    marks = {n: str(_file_fingerprint(n)) for n in names}
     new = [n for n in marks if known.get(n, ('',))[0] != marks[n]]
     found = {n: h for n, (_, h) in known.items()} | {n: file_hash(n) if Path(n).is_file() else '' for n in new}
     return found, [(n, marks[n], found[n]) for n in new if found[n]]
