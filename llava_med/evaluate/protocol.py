@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 import numpy as np
+from ..core.renames import old_names
 from .exact import item_tag, strict
 from ..data.vqa import item_cluster
 from .subjects import predict
@@ -50,6 +51,7 @@ def whole_images(
     return [o for o in items if o['images'][0] in drawn]
 
 # %% ../../nbs/06_evaluate/11_protocol.ipynb #e9ef2934
+@old_names({'ways': 'prompts'})
 def ask_all(
     models:dict,     # name → (model, processor), or a subject such as a `LogLikelihoodModel`
     plan:dict,       # (model, condition) → VQA items

@@ -38,6 +38,7 @@ from ..models.anatomy import connector, decoder, part_table
 from ..core.pieces import read_tokenizer
 from ..models.exchange import TEMPLATES, complete_template, one_template, prepare_tokenizer
 from ..models.llava import FITTING, _no_bars, _processor, assemble, join, rows_for, save
+from ..core.renames import recorded_values
 from ..core.runs import read_json, read_run, replacing, root, run_dir, write_json
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #db7853c4
@@ -158,7 +159,7 @@ def measured_hours(
 
 def _changed(name, step, values):
     "Whether the last run of a step had other parameters, as far as its record says."
-    had = read_run(name)['steps'].get(step, {}).get('parameters') or {}
+    had = recorded_values(read_run(name)['steps'].get(step, {}).get('parameters') or {})
     return values is not None and any(values.get(k, v) != v for k, v in had.items())
 
 def measured_mfu(

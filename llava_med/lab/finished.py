@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from ..core.renames import recorded_values
 from ..core.runs import (file_hash, folder_hash, now, read_json, read_jsonl, root, run_dir,
                                  write_csv)
 from ..data.vqa_readers import open_vqa
@@ -60,7 +61,7 @@ def changed_setting(
     "Why a row does not answer a run."
     if list(old) != list(new): return f'its steps were {", ".join(old)}'
     for step, values in new.items():
-        before = old[step]
+        before = recorded_values(old[step])   # a row may be older than a name
         if gone := sorted(before.keys() - values.keys()): return f'{step} has no {gone[0]} any more'
         for k, v in values.items():
             was = before.get(k, defaults.get(step, {}).get(k))
@@ -102,7 +103,7 @@ def _right(folder, step, values): # of an evaluation of a VQA set
 def _curve(folder, step): # of a training: loss on what was held out
     if not (path := folder/'val_losses.csv').is_file(): return
     with open(path, newline='', encoding='utf-8') as f:
-        for r in csv.DictReader(f): yield f"{step}/val_loss/{r['epoch']}", r['loss']
+        for r in csv.DictReader(f): yield f"{step}/val_loss/{r['epoch']}", r['val_loss']
 
 def measured_rows(
     run:Run,     # of a grid
@@ -134,7 +135,7 @@ def read_finished(
         own = found.setdefault((r['arm'], int(r['seed'])), {'key': r['key']})
         if r['metric'] in own or r['key'] != own['key']:
             raise UsageError(f"{path}, line {n}: {r['metric']} of {r['arm']}, seed {r['seed']}, stands twice or under two keys; delete the rows of that arm.")
-        own[r['metric']] = r['value']
+        own[r['metric'].replace('/held_loss/', '/val_loss/')] = r['value']   # as it was called before
     return found
 
 def keep_finished(

@@ -33,7 +33,8 @@ from .runner import (GIVEN, as_planned, check_stages, check_value, choose_steps,
                                   given_value, in_run, is_done,
     keys_before, missing_files, plain_values, plan_base, read_parameters, read_preset, read_yaml,
     step_inputs, step_key, targets)
-from ..core.runs import clock, git_state, new_name, now, outputs_dir, read_json, root, run_dir
+from ..core.renames import new_name, recorded_values, renamed
+from ..core.runs import clock, git_state, now, outputs_dir, read_json, root, run_dir
 
 # %% ../../nbs/09_lab/02_grids.ipynb #a261b651
 GRID_KEYS = ('name', 'description', 'preset', 'seeds', 'seed_steps', 'sizes', 'parameters', 'grid', 'cases', 'only', 'threads', 'gpus',
@@ -88,10 +89,12 @@ def dotted(
     found = {}
     if not isinstance({} if values is None else values, dict): raise UsageError(f'{where} must hold lines such as `2_stage1_alignment.epochs: …`.')
     for k, v in (values or {}).items():
-        if m := re.fullmatch(r'([\w-]+)\.(\w+)', str(k)): new = {m.groups(): v}
-        elif isinstance(v, dict): new = {(str(k), str(name)): x for name, x in v.items()}
+        if m := re.fullmatch(r'([\w-]+)\.(\w+)', str(k)): new = {(m[1], new_name(m[2])): v}
+        elif isinstance(v, dict):
+            own = {str(name): x for name, x in v.items()}
+            own = renamed(own, where=f'{where}: {k}.', error=UsageError)
+            new = {(str(k), name): x for name, x in own.items()}
         else: raise UsageError(f'{where}: {k} is no parameter; write it as STEP.NAME, such as 2_stage1_alignment.epochs.')
-        new = {(s, new_name(name)): x for (s, name), x in new.items()}
         if both := new.keys() & found.keys(): raise UsageError(f'{where}: {".".join(*both)} stands twice.')
         found |= new
     return found
@@ -412,7 +415,7 @@ def past_steps()->dict: # notebook → list of (parameters, seconds)
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):   # a damaged record tells nothing
             record = read_json(p)
             steps = record.get('steps', {})
-            told = {s: r.get('parameters', {}) for s, r in steps.items()}
+            told = {s: recorded_values(r.get('parameters', {})) for s, r in steps.items()}
             for s, r in steps.items():
                 if r.get('wall_s') and r.get('state', 'done') == 'done' and not r.get('shared_from'):
                     found.setdefault(stem_of(s, record),

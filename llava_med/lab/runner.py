@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BLOCKS', 'PRESET_KEYS', 'OUTCOME_MARK', 'NEVER_STARTED', 'PresetLoader', 'read_yaml', 'check_value', 'parse_value',
            'from_here', 'presets', 'preset_file', 'preset_text', 'preset_parameters', 'read_preset', 'choose_steps',
-           'split_set', 'targets', 'check_stage', 'check_stages', 'given_value', 'plan_run', 'plan_base', 'in_run',
-           'as_planned', 'path_fingerprint', 'named_paths', 'notebook_fingerprint', 'library_fingerprint',
+           'split_set', 'check_names', 'targets', 'check_stage', 'check_stages', 'given_value', 'plan_run', 'plan_base',
+           'in_run', 'as_planned', 'path_fingerprint', 'named_paths', 'notebook_fingerprint', 'library_fingerprint',
            'step_inputs', 'keys_before', 'own_name', 'step_key', 'files_fingerprint', 'is_done', 'die_with_parent',
            'error_sentence', 'kernel_codes', 'with_recipes', 'started', 'child', 'child_env', 'run_notebook', 'stop',
            'StepFailed', 'start_step', 'run_step', 'shown', 'is_progress', 'run_pipeline', 'read_scores', 'cell',
@@ -34,9 +34,10 @@ import yaml
 from traitlets.config import Config
 
 from ..core.imports import modules_hash
+from ..core.renames import STAGE_RENAMED, new_name, renamed
 from ..core.registry import import_recipes
 from ..core.runs import (
-    FULL, clock, file_hash, folder_hash, git_state, machine, new_name, now, outputs_dir, read_run,
+    FULL, clock, file_hash, folder_hash, git_state, machine, now, outputs_dir, read_run,
     root, run_dir, RunLock, update_run, versions, writing)
 from .steps import (
     GIVEN, PARAMETER_TYPES, allowed, books_of, changed_origin, check_sets, comes_before,
@@ -173,7 +174,9 @@ def preset_parameters(
     parts = {str(step): values for step, values in (given or {}).items()}   # YAML reads 4: as a number
     for step, values in parts.items():
         if not isinstance(values or {}, dict): raise UsageError(f'{path}: {step} must hold `name: value` lines.')
-    parts = {step: {new_name(str(k)): v for k, v in (values or {}).items()} for step, values in parts.items()}
+    for step, values in parts.items():
+        values = {str(k): v for k, v in (values or {}).items()}
+        parts[step] = renamed(values, where=f'{path}: {step}.', error=UsageError)
     for step, values in own.items():
         both = values.keys() & parts.get(step, {}).keys()
         if both: raise UsageError(f'{path}: {step}.{min(both)} stands under `steps:` and under `parameters:`.')
@@ -212,6 +215,16 @@ def split_set(
     m = re.fullmatch(r'([\w-]+)\.(\w+)=(.*)', text, flags=re.S)
     if not m: raise UsageError(f"--set {text}: write it as STEP.PARAM=VALUE, such as 2_stage1_alignment.epochs=1.")
     return m[1], new_name(m[2]), m[3]
+
+def check_names(
+    sets:list, # STEP.PARAM=VALUE texts
+)->None:
+    "Refuse, with a UsageError, one parameter of a step under both its old and its present name."
+    given = {}
+    for step, name in re.findall(r'(?m)^([\w-]+)\.(\w+)=', '\n'.join(t.split('\n')[0] for t in sets)):
+        given.setdefault(step, {})[name] = None
+    for step, names in given.items():
+        renamed(names, where=f'--set {step}.', error=UsageError, quiet=True)
 
 def targets(
     step:str, name:str, # a step or `all`, and a parameter
@@ -254,7 +267,10 @@ def given_value(
     known:dict,         # step → its parameters, of all steps that the preset can run
 ):                      # of the right type, a step's name made the folder of its model
     "A value that is checked, or one sentence that says what is wrong."
-    return with_models(step, name, check_value(value, known[step][name], step), known)
+    value = check_value(value, known[step][name], step)
+    if name == 'stage' and isinstance(value, dict):
+        value = renamed(value, STAGE_RENAMED, f'{step}.stage.', UsageError)
+    return with_models(step, name, value, known)
 
 def plan_run(
     preset:dict,     # from read_preset
@@ -273,6 +289,7 @@ def plan_run(
             for t in targets(s, k, known):
                 value = given_value(t, k, v, known)
                 if t in plan: plan[t][k] = value
+    check_names(sets := list(sets))
     for s, k, text in map(split_set, sets):
         hit = [t for t in targets(s, k, known) if t in plan]
         if not hit: raise UsageError(f'--set {s}.{k}: {s} is not among the steps to run ({", ".join(plan)}).')

@@ -25,7 +25,8 @@ from pathlib import Path
 import nbformat
 
 from ..core.imports import modules_hash
-from ..core.runs import from_root, new_name, root, test_data
+from ..core.renames import renamed
+from ..core.runs import from_root, root, test_data
 
 # %% ../../nbs/09_lab/00_steps.ipynb #43552e1e
 class UsageError(ValueError): "The command asks for something that does not exist; nothing has run."
@@ -149,7 +150,8 @@ def read_entry(
         raise UsageError(f'{file}: {name[:80]!r} cannot name a step; use letters, digits, dashes and underscores.')
     if name in pipeline() and book != f'pipeline/{name}':
         raise UsageError(f'{file}: the step {name} runs {book}, and has the name of another notebook: call it otherwise.')
-    return name, book, {new_name(str(k)): v for k, v in keys.items()}
+    values = {str(k): v for k, v in keys.items()}
+    return name, book, renamed(values, where=f'{file}: {name}.', error=UsageError)
 
 def read_steps(
     given,    # what stands under `steps:`; None where nothing does

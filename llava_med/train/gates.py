@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from peft import LoraConfig
 from torch.nn import functional as F
+from ..core.renames import ARGUMENTS_RENAMED, old_names
 from ..models.adapters import attach, lora_targets
 from ..models.anatomy import (apart_because, base_of, connector, decoder_layers,
                                       image_side, image_token, image_tokens,
@@ -163,6 +164,7 @@ def _measured(model, pack_by_image, packed, tolerance, pad_id):
 
 _KNOWN = weakref.WeakKeyDictionary()   # model → {path: what its gate said last}
 
+@old_names(ARGUMENTS_RENAMED)
 def path_gate(
     model,             # a LLaVA with weights that learn
     pack_by_image:bool, # whether questions share their image

@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator, init_empty_weights
 from safetensors.torch import load_file, save_file
 import llava_med
+from ..core.renames import ARGUMENTS_RENAMED, old_names
 from ..models.adapters import add_lora, attach
 from .batches import batch_loss
 from .gates import exact_collate
@@ -98,6 +99,7 @@ def work(
 if __name__ == '__main__' and '__file__' in globals(): work(sys.argv[1])   # in a notebook there is no __file__
 
 # %% ../../nbs/04_train/11_launch.ipynb #284045ab
+@old_names(ARGUMENTS_RENAMED)
 def launch_command(
     folder:Path,   # of a job
     nproc:int,     # on this machine
@@ -122,6 +124,7 @@ def _aside(model):
     try: yield
     finally: model.to(device)
 
+@old_names(ARGUMENTS_RENAMED)
 def launch(
     nproc:int,        # as many as GPUs; on a CPU, cores
     folder:Path,      # for the job; removed afterwards
@@ -215,6 +218,7 @@ def _planned(model, samples, collate, stage, objective, gradient_checkpointing, 
         least=_least(objective, samples, stage, getattr(collate, 'padded', True)),
         best=bool(getattr(more.get('validation'), 'patience', 0)))
 
+@old_names(ARGUMENTS_RENAMED)
 def train(
     model, samples, collate, stage, # as in `fit`; the model is changed in place
     folder:Path,       # for checkpoints (`.checkpoint`) and what TensorBoard reads (`logs`)

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from ..core.registry import Registry
+from ..core.renames import ARGUMENTS_RENAMED, STAGE_RENAMED, old_names
 from ..models.anatomy import PARTS, check_patterns, decoder_layers, set_trainable, trainable_names
 from ..models.connectors import CONNECTORS
 from ..models.llava import weights_hash
@@ -88,6 +89,7 @@ def sgd(
     return torch.optim.SGD(groups, momentum=.9, weight_decay=weight_decay)
 
 # %% ../../nbs/04_train/09_loop.ipynb #8465c7ab
+@old_names(STAGE_RENAMED)
 @dataclass
 class Stage:
     "What one stage of a curriculum trains, and how."
@@ -132,14 +134,14 @@ RECIPES = {
                       Stage('stage2', _BOTH, 2e-4, 1, 128, learning_rates={'projector': 2e-5}))}
 STEP_STAGES = {'2_stage1_alignment': 'stage1', '3_stage2_tuning': 'stage2', '3b_vqa_tuning': 'vqa'}
 
+@old_names(STAGE_RENAMED)
 def stage_record(
     name:str,                 # stage1, stage2 or vqa
     recipe:str='llava_med_v1', # key of `RECIPES`
-    **changes,                # fields of `Stage` that differ; see `Stage`
+    **changes,                # fields of `Stage` that differ
 )->Stage:
     "A stage of a recipe with some fields changed; ValueError for a field that does not exist."
     found = {s.name: s for s in RECIPES[recipe]}
-    if 'trainable' in changes: changes['parts'] = changes.pop('trainable')
     known = [f for f in Stage.__dataclass_fields__]
     if strange := sorted(set(changes) - set(known)): raise ValueError(
         f"{name}: a stage has no field '{strange[0]}'; known: {', '.join(known)}.")
@@ -179,11 +181,11 @@ def _rates(model, stage):
     return {f'model.{n}': rate for pattern, rate in (stage.learning_rates or {}).items()
             for n in trainable_names(model, [pattern])}
 
-def _parameter_groups(job, stage, rates):
+def _parameter_groups(job, stage, learning_rates):
     "Parameters that learn, by their peak learning rate."
     groups = {}
     for n, p in job.named_parameters():
-        rate = rates.get(n.removeprefix('module.'), stage.lr)
+        rate = learning_rates.get(n.removeprefix('module.'), stage.lr)
         if p.requires_grad: groups.setdefault(rate, []).append(p)
     return [dict(params=ps, lr=r, peak=r) for r, ps in groups.items()]
 
@@ -196,6 +198,7 @@ def has_bf16(
     known = getattr(torch.cpu, 'get_capabilities', dict)()
     return bool(known.get('avx512_bf16') or known.get('amx_bf16'))
 
+@old_names(ARGUMENTS_RENAMED)
 @contextlib.contextmanager
 def attention_for(
     model,         # a LlavaForConditionalGeneration
@@ -565,6 +568,7 @@ class _Run:
 def _reports(report): return report if isinstance(report, tuple) else (report,) if report else ()
 
 # %% ../../nbs/04_train/09_loop.ipynb #09c33bbc
+@old_names(ARGUMENTS_RENAMED)
 def fit(
     model,               # changed in place, ends in evaluation mode; with an adapter (`add_lora`), what the adapter says learns
     samples:list,        # encoded samples, see `llava_med.train.batches`

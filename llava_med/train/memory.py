@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from ..core.renames import ARGUMENTS_RENAMED, old_names
 from .batches import batch_loss
 from ..models.anatomy import decoder, decoder_layers
 
@@ -132,6 +133,7 @@ class Heap:
 
 def _amount(b): return f'{b/2**30:.1f} GiB' if b >= 2**30 else f'{b/2**20:.1f} MiB'
 
+@old_names(ARGUMENTS_RENAMED)
 @dataclass(frozen=True)
 class MemoryPlan:
     "How a step is taken so that it fits."
@@ -176,6 +178,7 @@ def free_bytes(
 def _learning(model, modules=()): return sum(p.numel() for m in (model, *modules)
                                              for p in m.parameters() if p.requires_grad)
 
+@old_names(ARGUMENTS_RENAMED)
 def state_bytes(
     model,          # with parts frozen as in training
     nproc:int=1,     # that share the weights out; 1: each holds all
@@ -292,6 +295,7 @@ def _check_plan(plan, n, need, least, tokens):
     raise ValueError(f'{what} needs {need/2**30:.2f} GiB{where} and {plan.free/2**30:.2f} are free: {remedy}'
                      'train an adapter (lora_rank) or fewer parts, or share the weights out (sharding).')
 
+@old_names(ARGUMENTS_RENAMED)
 def plan_memory(
     model,               # with parts frozen as in training, on its device
     samples:list,        # what a step takes its rows from

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch.nn import functional as F
+from ..core.renames import ARGUMENTS_RENAMED, old_names
 from ..core.runs import Step, outputs_dir, root
 from ..models.anatomy import image_token, image_tokens, set_trainable
 from ..models.connectors import ACTIVATIONS, connector_record, put_connector
@@ -36,6 +37,7 @@ from .monitor import loss_figure, loss_words, train_flops, write_losses
 from .launch import train
 
 # %% ../../nbs/04_train/13_stages.ipynb #7867d5c2
+@old_names(ARGUMENTS_RENAMED)
 @dataclass
 class Settings:
     "How a stage is trained: the form of its rows, its adapter, its validation set and the machine."
@@ -275,6 +277,7 @@ def _row_kind(work, pack_by_image, samples):
     if names: print(f"Without {' and '.join(names)}: {next(iter(said.values()))}.")
     return way
 
+@old_names(ARGUMENTS_RENAMED)
 def prepare(
     work:StageRun,     # from `begin_stage`
     records:list,      # conversation records to learn from
