@@ -70,7 +70,7 @@ RUN = '''
 import json, os, sys, torch
 from pathlib import Path
 from llava_med.train.batches import encode
-from llava_med.train.vision_cache import Pictures
+from llava_med.train.vision_cache import ImageFiles
 from llava_med.train.batches import Collator
 from llava_med.models.llava import tiny_model
 from llava_med.train.loop import Stage, Validation, fit
@@ -82,7 +82,7 @@ if __name__ == '__main__':
     words = 'left right top bottom none one two three'.split()
     def chat(i): return [dict(role='user', content=[dict(type='image'), dict(type='text', text='where?')]), dict(role='assistant', content=words[i % 8])]
     samples = [dict(encode(tok, chat(i), n), image=i % 4) for i in range(24)]
-    collate = Collator(tok.pad_token_id, Pictures(processor, [folder/f'{i}.png' for i in range(4)]))
+    collate = Collator(tok.pad_token_id, ImageFiles(processor, [folder/f'{i}.png' for i in range(4)]))
     stage = Stage('stage2', ('projector', 'language_model'), 1e-2, epochs=5, batch_size=4)
     def tell(r): print(r['step'], flush=True)
     rows = fit(model, samples, collate, stage, seed=3, checkpoint=folder/'state', save_s=0, report=tell, num_workers=2, validation=Validation(samples[:4], patience=20))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WARNINGS', 'SET_NOTES', 'PUBLISHED', 'MARKS', 'REPORT_USE', 'RULES', 'ORDER', 'NOTES', 'text', 'table', 'data_uri',
-           'figure', 'picture_uri', 'page', 'write_page', 'value_with_interval', 'side_by_side', 'row_table', 'wrapped',
+           'figure', 'image_uri', 'page', 'write_page', 'value_with_interval', 'side_by_side', 'row_table', 'wrapped',
            'published_rows', 'drawn_examples', 'gallery', 'example_figure', 'score_figure', 'calibration_figure',
            'looking_title', 'case_table', 'in_words', 'evaluation_report']
 
@@ -58,7 +58,7 @@ def figure(
     plt.close(fig)
     return dict(kind='figure', uri=data_uri(kind, data), caption=caption, alt=caption.split('. ')[0] + '. The numbers stand in the caption.')
 
-def picture_uri(
+def image_uri(
     source,         # path of a picture, or a PIL image
     size:int=224,   # longest side in pixels
     quality:int=80, # of the JPEG
@@ -263,7 +263,7 @@ def gallery(
     cards = []
     for o in items:
         verdict = lambda t: f'{t or "(nothing)"} ({"right" if right_answer(o, t) else "wrong"})'
-        cards.append(dict(uri=picture_uri(Path(images_dir)/o['images'][0], size), alt=f'Picture {o["images"][0]}',
+        cards.append(dict(uri=image_uri(Path(images_dir)/o['images'][0], size), alt=f'Picture {o["images"][0]}',
                           lines=[('question', o['question']), ('key', o['answer']),
                                  *((who, verdict(said[o['id']])) for who, said in replies.items() if o['id'] in said)]))
     return dict(kind='gallery', caption=caption, cards=cards) if cards else None
