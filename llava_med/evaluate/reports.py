@@ -396,7 +396,7 @@ def _tests(tests):
                              else ' [–]'), 'p': p(t['p']), 'p, Holm': p(t['p_holm']),
                           'McNemar': p(t['p_mcnemar']),
                           'win / tie / loss': f"{t['win']}\u00a0/\u00a0{t['tie']}\u00a0/\u00a0{t['loss']}",
-                          'could be found': pc(t['smallest']) if np.isfinite(t['smallest'])
+                          'could be found': pc(t['mde']) if np.isfinite(t['mde'])
                           else '–', 'questions': t['n_items'], 'images': t['n_images'],
                           'verdict': 'different' if t['p_holm'] < .05 else 'not shown to differ'}
                          for t in sorted(tests.to_dict('records'), key=lambda t: '-' not in t['model'])])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BLOCKS', 'PRESET_KEYS', 'OUTCOME_MARK', 'NEVER_STARTED', 'PresetLoader', 'read_yaml', 'check_value', 'parse_value',
            'from_here', 'presets', 'preset_file', 'preset_text', 'preset_parameters', 'read_preset', 'choose_steps',
-           'split_set', 'check_names', 'targets', 'check_stage', 'check_stages', 'given_value', 'plan_run', 'plan_base',
-           'in_run', 'as_planned', 'path_fingerprint', 'named_paths', 'notebook_fingerprint', 'library_fingerprint',
+           'split_set', 'targets', 'check_stage', 'check_stages', 'given_value', 'plan_run', 'plan_base', 'in_run',
+           'as_planned', 'path_fingerprint', 'named_paths', 'notebook_fingerprint', 'library_fingerprint',
            'step_inputs', 'keys_before', 'own_name', 'step_key', 'files_fingerprint', 'is_done', 'die_with_parent',
            'error_sentence', 'kernel_codes', 'with_recipes', 'started', 'child', 'child_env', 'run_notebook', 'stop',
            'StepFailed', 'start_step', 'run_step', 'shown', 'is_progress', 'run_pipeline', 'read_scores', 'cell',
@@ -40,10 +40,10 @@ from ..core.runs import (
     FULL, clock, file_hash, folder_hash, git_state, machine, now, outputs_dir, read_run,
     root, run_dir, RunLock, update_run, versions, writing)
 from .steps import (
-    GIVEN, PARAMETER_TYPES, allowed, books_of, changed_origin, check_sets, comes_before,
-    is_optional, known_name, library_dir, mapped, missing_files, notebook_of, origin, Parameter,
-    pipeline, plain_values, read_parameters, read_recipes, read_steps, recipes_fingerprint, stand_ins,
-    stem_of, UsageError, with_models, with_stand_ins)
+    GIVEN, PARAMETER_TYPES, allowed, books_of, changed_origin, check_names, check_sets,
+    comes_before, is_optional, known_name, library_dir, mapped, missing_files, notebook_of,
+    origin, Parameter, pipeline, plain_values, read_parameters, read_recipes, read_steps,
+    recipes_fingerprint, stand_ins, stem_of, UsageError, with_models, with_stand_ins)
 
 # %% ../../nbs/09_lab/01_runner.ipynb #3fa1e6c4
 class PresetLoader(yaml.SafeLoader):
@@ -215,16 +215,6 @@ def split_set(
     m = re.fullmatch(r'([\w-]+)\.(\w+)=(.*)', text, flags=re.S)
     if not m: raise UsageError(f"--set {text}: write it as STEP.PARAM=VALUE, such as 2_stage1_alignment.epochs=1.")
     return m[1], new_name(m[2]), m[3]
-
-def check_names(
-    sets:list, # STEP.PARAM=VALUE texts
-)->None:
-    "Refuse, with a UsageError, one parameter of a step under both its old and its present name."
-    given = {}
-    for step, name in re.findall(r'(?m)^([\w-]+)\.(\w+)=', '\n'.join(t.split('\n')[0] for t in sets)):
-        given.setdefault(step, {})[name] = None
-    for step, names in given.items():
-        renamed(names, where=f'--set {step}.', error=UsageError, quiet=True)
 
 def targets(
     step:str, name:str, # a step or `all`, and a parameter

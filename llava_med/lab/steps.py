@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PARAMETER_TYPES', 'GIVEN', 'STEP_NAME', 'MODEL_PARAMETERS', 'UsageError', 'order', 'pipeline', 'is_optional',
            'known_name', 'Parameter', 'allowed', 'tagged_cell', 'comments', 'read_parameters', 'find_notebook',
-           'read_entry', 'read_steps', 'mapped', 'with_models', 'is_there', 'plain_values', 'missing_files',
-           'stand_ins', 'with_stand_ins', 'incomplete_sets', 'check_sets', 'origin', 'changed_origin', 'books_of',
-           'notebook_of', 'stem_of', 'comes_before', 'recipe_file', 'read_recipes', 'library_dir',
+           'read_entry', 'read_steps', 'check_names', 'mapped', 'with_models', 'is_there', 'plain_values',
+           'missing_files', 'stand_ins', 'with_stand_ins', 'incomplete_sets', 'check_sets', 'origin', 'changed_origin',
+           'books_of', 'notebook_of', 'stem_of', 'comes_before', 'recipe_file', 'read_recipes', 'library_dir',
            'recipes_fingerprint']
 
 # %% ../../nbs/09_lab/00_steps.ipynb #6288e56a
@@ -168,6 +168,17 @@ def read_steps(
                              f'`name:`.')
         books[name], values[name] = book, own
     return books, values
+
+# %% ../../nbs/09_lab/00_steps.ipynb #c0f3bc50
+def check_names(
+    sets:list, # STEP.PARAM=VALUE texts
+)->None:
+    "Refuse, with a UsageError, one parameter of a step under both its old and its present name."
+    given = {}
+    for step, name in re.findall(r'(?m)^([\w-]+)\.(\w+)=', '\n'.join(t.split('\n')[0] for t in sets)):
+        given.setdefault(step, {})[name] = None
+    for step, names in given.items():
+        renamed(names, where=f'--set {step}.', error=UsageError, quiet=True)
 
 # %% ../../nbs/09_lab/00_steps.ipynb #31b64338
 MODEL_PARAMETERS = ('start_from', 'base_model', 'models')   # they name models, as do all that end in _model; the value may be a step
