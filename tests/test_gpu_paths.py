@@ -533,7 +533,7 @@ def test_4_bits_without_a_gpu_or_a_package_cost_one_sentence(tmp_path, monkeypat
 def test_a_model_in_4_bits_is_not_launched(toy, tmp_path):
     model = add_lora(tiny_model(image_size=24)[0], 2)
     model.get_base_model().is_loaded_in_4bit = True
-    with pytest.raises(ValueError, match='4 bits .* set processes to 1'): launch(2, tmp_path/'job', model, toy.samples, toy.plain, ALL)
+    with pytest.raises(ValueError, match='4 bits .* set nproc to 1'): launch(2, tmp_path/'job', model, toy.samples, toy.plain, ALL)
     assert not (tmp_path/'job').exists()
 
 
