@@ -10,7 +10,7 @@ __all__ = ['LAYERED', 'GATES', 'ENOUGH', 'validation_layers', 'gate_rows', 'judg
 from collections.abc import Callable, Iterable
 import numpy as np
 from ..data.vqa import item_question
-from .attention import over_pictures
+from .attention import over_images
 from .explorer import LABELS
 from .faithfulness import (
     best_method, choose_layers, faithfulness, gates, make_maps, sanity)
@@ -45,7 +45,7 @@ def gate_rows(
     if not asked: return []
     images, out = [o['item']['images'][0] for o in asked], []
     for k in GATES:
-        value, low, high = map(float, over_pictures([o[k] for o in asked], images, seed=seed,
+        value, low, high = map(float, over_images([o[k] for o in asked], images, seed=seed,
                                                     bounds=(0, 1)))
         about = dict(model=name, method='questions', layer='', metric=f'gates.{k}', baseline='')
         out.append(dict(about, value=value, low=low, high=high, n_items=len(asked), n_images=len(set(images))))

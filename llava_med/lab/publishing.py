@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXAMPLE', 'TUNED_LIMIT', 'NO_RESULTS', 'QUOTED', 'clean_output', 'with_outputs', 'small_image', 'save_example',
            'save_notebook', 'check_shown', 'refresh', 'save_tuned', 'value', 'count', 'markdown_table',
-           'further_numbers', 'real_row', 'example_tables', 'example_pictures', 'benchmark_table', 'ablation_table',
+           'further_numbers', 'real_row', 'example_tables', 'example_images', 'benchmark_table', 'ablation_table',
            'relink', 'as_readme', 'fill_index', 'readme', 'refresh_command', 'readme_command']
 
 # %% ../../nbs/09_lab/06_publishing.ipynb #7c1f8837
@@ -235,7 +235,7 @@ def example_tables()->str: # Markdown
                for k in kinds]
     return '\n\n'.join([markdown_table(first), markdown_table(second), further_numbers(rows)])
 
-def example_pictures(
+def example_images(
     named:dict, # figure in outputs/example, without ending → what it shows, in words
 )->str:         # Markdown, as seen from nbs/
     "Those of the pictures that exist."

@@ -32,7 +32,7 @@ from transformers.utils import logging as hf_logging
 from . import anatomy
 from .exchange import (
     TEMPLATES, chat_template, complete_template, one_template, prepare_tokenizer)
-from .anatomy import PARTS, picture_settings
+from .anatomy import PARTS, image_settings
 from ..core.pieces import read_tokenizer
 from .connectors import (ACTIVATIONS, CONNECTORS, connector_record, load_connector,
                                          make_identity, put_connector, read_connector,
@@ -218,7 +218,7 @@ def read_tower(
         config = getattr(config, 'vision_config', config)
         tower, info = AutoModel.from_pretrained(**_place(where), config=config, dtype=getattr(torch, dtype),
                                                 output_loading_info=True)
-        images = picture_settings(where, config.model_type, _place(where), say)
+        images = image_settings(where, config.model_type, _place(where), say)
     _whole(info, where, spare=('pooler.', 'head.'))          # nothing reads a pooled vector
     for n in info['missing_keys']: nn.init.zeros_(tower.get_parameter(n))
     native, patch = getattr(config, 'image_size', None), getattr(config, 'patch_size', None)
