@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['FULL', 'SERIES_COLOURS', 'PACKAGES', 'PEAK_FLOPS', 'STAYS', 'BASE_REMEDY', 'root', 'from_root', 'outputs_dir',
            'data_dir', 'test_data', 'OutputError', 'writing', 'replacing', 'write_json', 'read_json', 'write_jsonl',
-           'read_jsonl', 'write_csv', 'file_hash', 'folder_hash', 'seed_everything', 'pick_device', 'shows_bars',
-           'clock', 'progress_line', 'progress', 'figure_style', 'figure_bytes', 'show_figure', 'now', 'git_state',
-           'versions', 'machine', 'check_name', 'run_dir', 'read_run', 'update_run', 'RunLocked', 'RunLock', 'hold',
-           'peak_memory_mib', 'ledger_row', 'StepInputError', 'made_by', 'find_input', 'clear_folder', 'link_tree',
-           'Step']
+           'read_jsonl', 'write_csv', 'file_hash', 'folder_hash', 'seed_everything', 'probe_step', 'device_fault',
+           'pick_device', 'shows_bars', 'clock', 'progress_line', 'progress', 'figure_style', 'figure_bytes',
+           'show_figure', 'now', 'git_state', 'versions', 'machine', 'check_name', 'run_dir', 'read_run', 'update_run',
+           'RunLocked', 'RunLock', 'hold', 'peak_memory_mib', 'ledger_row', 'StepInputError', 'made_by', 'find_input',
+           'clear_folder', 'link_tree', 'Step']
 
 # %% ../../nbs/00_core/01_runs.ipynb #746f58c4
 import contextlib
 import csv
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -200,17 +201,60 @@ def seed_everything(
     torch.manual_seed(seed)
     if threads > 0: torch.set_num_threads(threads)
 
+# %% ../../nbs/00_core/01_runs.ipynb #f78c8df4
+def probe_step(
+    device, # name of a device
+)->list:    # loss, logits and gradients, on the CPU
+    "One training step of a small layer: patches, padding, causal attention, loss."
+    import torch
+    from torch.nn import functional as F
+    g = torch.Generator().manual_seed(0)   # leaves the global generators alone
+    sizes = (32, 3, 4, 4), (50, 32), (96, 32), (50, 32)
+    weights = [torch.randn(*s, generator=g)/s[-1]**.5 for s in sizes]
+    patch, table, qkv, head = [w.to(device).requires_grad_() for w in weights]
+    image = torch.randn(2, 3, 16, 16, generator=g).to(device)
+    ids = torch.randint(50, (2, 24), generator=g).to(device)
+    features = F.conv2d(image, patch, stride=4).flatten(2).transpose(1, 2)
+    x = F.layer_norm(torch.cat([features, table[ids]], 1), (32,))       # (2, 16 + 24, 32)
+    q, k, v = (x @ qkv.T).view(2, 40, 3, 4, 8).permute(2, 0, 3, 1, 4)
+    seen = torch.ones(2, 1, 40, 40, dtype=torch.bool, device=device).tril()
+    seen[1, :, 5:, :5] = False                                          # the second row is padded
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)
+    logits = F.gelu(x + y)[:, 15:-1] @ head.T
+    loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=0)
+    loss.backward()
+    found = [loss, logits, *(w.grad for w in (patch, table, qkv, head))]
+    return [t.detach().cpu() for t in found]
+
+# %% ../../nbs/00_core/01_runs.ipynb #87af1b15
+@functools.cache
+def device_fault(
+    device:str, # its name
+)->str:         # why it cannot be used; empty if it computes what the CPU computes
+    "What is wrong with the results of a device."
+    right = probe_step('cpu')
+    try: found = probe_step(device)
+    except Exception as e: return f'a test step stops with {type(e).__name__}'   # whatever it is
+    for a, b in zip(found, right):
+        off = float((a - b).abs().max()/b.abs().max())
+        if not off < 1e-4: return f'a test step is off by {off:.1g} of its largest value'   # or NaN
+    return ''
+
 def pick_device(
     name:str='auto', # auto, cpu, cuda, cuda:1 or mps
 ):                   # a torch.device
-    "The device of that name; `auto` takes a GPU where there is one."
+    "The device of that name; `auto` takes a GPU where there is one, and mps only if it is exact."
     import torch
     gpu, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == 'auto': name = 'cuda' if gpu else 'mps' if mps else 'cpu'
     if name.startswith('cuda') and not gpu or name == 'mps' and not mps:
-        raise ValueError(f"device = '{name}', but PyTorch sees no such device here: use 'auto' or 'cpu'.")
+        raise ValueError(f"device = '{name}', but PyTorch sees no such device here: "
+                         "use 'auto' or 'cpu'.")
     if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', name):
         raise ValueError(f"device = '{name}' is unknown: use 'auto', 'cpu', 'cuda' or 'mps'.")
+    if name == 'mps' and (why := device_fault('mps')):
+        print(f'The CPU is used in place of mps: {why}.', flush=True)
+        name = 'cpu'
     return torch.device(name)
 
 # %% ../../nbs/00_core/01_runs.ipynb #67bf3bfa

@@ -267,7 +267,7 @@ def check_part(
     "Repeat the recorded measurement; GetError where the part is not what it should be."
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
     if wheel.reader == 'onnx':
-        found = tower_features(AutoModel.from_pretrained(folder).eval())
+        found = tower_features(AutoModel.from_pretrained(folder, trust_remote_code=False).eval())
         errors = [abs(a - b) for a, b in zip(found, wheel.recorded, strict=True)]
         if not all(e <= .01 for e in errors):   # false for NaN, too
             raise GetError(folder, f'features differ by {max(errors):.2f} from what was recorded',
@@ -275,8 +275,9 @@ def check_part(
         return ('features of a drawn image agree with the recorded ones '
                 f'(largest difference {max(errors):.0e})')
     question, answer, n = wheel.recorded
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    found = next_words(model, AutoTokenizer.from_pretrained(folder), question, n)
+    safe = dict(trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, **safe).eval()
+    found = next_words(model, AutoTokenizer.from_pretrained(folder, **safe), question, n)
     if found != answer: raise GetError(folder, f'writes {found!r} instead of {answer!r}', 'fetch it again')
     return f'{answer!r} is written as recorded'
 

@@ -440,10 +440,10 @@ class LocalGenerator(TextGenerator):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
         from llava_med.core.pieces import read_tokenizer
         try:
-            config = AutoConfig.from_pretrained(self.path)
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             kind = AutoModelForImageTextToText if hasattr(config, 'vision_config') else AutoModelForCausalLM
-            tokenizer, model = read_tokenizer(self.path), kind.from_pretrained(self.path,
-                                                                               dtype='auto')
+            tokenizer = read_tokenizer(self.path)
+            model = kind.from_pretrained(self.path, dtype='auto', trust_remote_code=False)
         except (OSError, ValueError) as e:
             raise ValueError(f'{self.path} cannot be loaded as a chat model ({" ".join(str(e).split())[:200]}): name a folder with a model and its tokenizer, or a model of the hub.') from None
         model.generation_config.eos_token_id = _chat_rules(tokenizer, model, self.path)

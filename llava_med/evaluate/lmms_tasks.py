@@ -7,7 +7,6 @@ __all__ = ['SETS', 'FIELDS', 'METRICS', 'image_path', 'lmms_docs', 'doc_visual',
            'mean_score', 'write_lmms', 'lmms_command']
 
 # %% ../../nbs/06_evaluate/10_lmms_tasks.ipynb #687fa21c
-import argparse
 import json
 import shutil
 from importlib import resources
@@ -117,22 +116,10 @@ def _embedded(docs): # the pictures' bytes instead of their paths
     return docs.with_format('arrow').map(embed_table_storage, batched=True, batch_size=100).with_format(None)
 
 def lmms_command(
-    words:list, # of the command line, after `lmms`
-)->int:         # exit code
+    args, # what was typed: items, images, out, split, lang, part
+)->int:   # exit code
     "The command `llava-med lmms`."
-    p = argparse.ArgumentParser('llava-med lmms', formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Writes a folder of tasks for lmms-eval, with official answer types and our scores.\n\n'
-                    'example:\n  llava-med lmms vqa_rad/testset.json --images vqa_rad/images --out lmms\n'
-                    '  lmms-eval --model llava_hf --model_args pretrained=outputs/tiny/3_stage2_tuning/model \\\n'
-                    '      --include_path lmms --tasks llava_med_vqa_rad --batch_size 1')
-    p.add_argument('items', metavar='ITEMS', help='VQA-RAD, SLAKE or PathVQA as published')
-    p.add_argument('--images', required=True, metavar='FOLDER', help='where the pictures are')
-    p.add_argument('--out', required=True, metavar='FOLDER', help='folder to write to')
-    p.add_argument('--split', default='test', metavar='NAME', help='train, val or test (default: test)')
-    p.add_argument('--lang', default='en', metavar='LANG', help='of SLAKE: en or zh (default: en)')
-    p.add_argument('--part', action='store_true', help='leave out questions whose picture is not there')
-    a = p.parse_args(words)
     import datasets
     datasets.disable_progress_bars()
-    write_lmms(a.items, a.images, a.out, a.split, a.lang, a.part)
+    write_lmms(args.items, args.images, args.out, args.split, args.lang, args.part)
     return 0

@@ -91,7 +91,7 @@ def real_config(
     parts, file = model_parts(preset), preset['file']
     if parts['folder']:
         if not (parts['folder']/'config.json').exists(): raise UsageError(f"{file}: there is no model in {parts['name']}.")
-        config = AutoConfig.from_pretrained(parts['folder'])
+        config = AutoConfig.from_pretrained(parts['folder'], trust_remote_code=False)
         if config.model_type != 'llava': raise UsageError(f"{file}: {parts['name']} holds a {config.model_type}, not a llava.")
         return config
     native = parts['tower']['config'].get('image_size')
@@ -417,9 +417,11 @@ def plan_text(
 # %% ../../nbs/09_lab/03_estimate.ipynb #62f6d606
 def _folder_template(folder):
     "The chat template that a folder brings, whichever file it stands in; None where it has none."
-    kind = AutoConfig.from_pretrained(folder) if (folder/'config.json').exists() else None
-    reader = AutoProcessor.from_pretrained(
-        folder) if hasattr(kind, 'vision_config') else read_tokenizer(folder, lambda line: None)
+    safe = dict(trust_remote_code=False)
+    whole = (folder/'config.json').exists()
+    kind = AutoConfig.from_pretrained(folder, **safe) if whole else None
+    if hasattr(kind, 'vision_config'): reader = AutoProcessor.from_pretrained(folder, **safe)
+    else: reader = read_tokenizer(folder, lambda line: None)
     own = one_template(getattr(reader, 'chat_template', None), folder)
     return own or one_template(getattr(getattr(reader, 'tokenizer', None), 'chat_template',
                                        None), folder)
@@ -478,7 +480,7 @@ def thin_tokenizer(
     preset:dict, # from read_preset
 ):               # the shipped tokenizer with the real template and its marks
     "A tokenizer for a rehearsal; UsageError where nothing could be trained with the template."
-    tok = AutoTokenizer.from_pretrained(root()/'data/base_tiny')
+    tok = AutoTokenizer.from_pretrained(root()/'data/base_tiny', trust_remote_code=False)
     tok.chat_template = real_template(preset) or tok.chat_template
     tok.add_tokens(list(dict.fromkeys(_MARKS.findall(tok.chat_template))), special_tokens=True)
     prepare_tokenizer(tok, lambda line: None)

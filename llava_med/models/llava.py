@@ -182,11 +182,12 @@ def _reading(where, what):
 
 def _place(where):
     "What `from_pretrained` needs: a folder, or a Hub id and its revision."
-    if Path(where).is_dir(): return dict(pretrained_model_name_or_path=str(where))
+    if Path(where).is_dir(): return dict(pretrained_model_name_or_path=str(where), trust_remote_code=False)
     if not PLACE.fullmatch(str(where)):
         raise FileNotFoundError(f"'{where}' is neither a folder nor a Hub id such as owner/name or owner/name@revision.")
     name, _, revision = str(where).partition('@')
-    return dict(pretrained_model_name_or_path=name, revision=revision or 'main')
+    return dict(pretrained_model_name_or_path=name, revision=revision or 'main',
+                trust_remote_code=False)
 
 def _whole(info, where, spare=()):
     "Refuse weights that are missing or have another shape; `from_pretrained` would draw them at random."
