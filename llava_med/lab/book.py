@@ -52,7 +52,8 @@ def opening(
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
     lines = ''.join(cells[0]['source']).splitlines() if cells else []
     first = lambda mark, other: next((x[2:] for x in lines if x.startswith(mark)), other)
-    line = re.sub(r'^(After this chapter|At the end) (you can )?', '', first('> ', ''))
+    begin = r'^(After this chapter |At the end )?([Yy]ou (can|have|will have|know) )?'
+    line = re.sub(begin, '', first('> ', ''))
     line = line.rstrip('.').replace('|', r'\|')
     return first('# ', path.stem), line[:1].upper() + line[1:]
 
