@@ -69,16 +69,20 @@ def chapter_rows()->list: # (number, title, file below nbs/ without ending, what
 
 def package_rows()->dict: # folder of the chapters → (number, name, what is in it)
     "The packages in reading order."
-    folders = dict.fromkeys(r[2].split('/')[0] for r in chapter_rows())
-    return {f: (str(int(f[:2])), f[3:], ROOMS.get(f[3:], '')) for f in folders}
+    packages = {}
+    for _, _, file, _ in chapter_rows():
+        folder = file.split('/')[0]
+        packages[folder] = (str(int(folder[:2])), folder[3:], ROOMS.get(folder[3:], ''))
+    return packages
 
 def chapter_table()->str: # Markdown, as seen from nbs/
     "Every chapter with its package, a link, and what it promises."
-    lines = [['', 'chapter', 'what you get']]
-    for folder, (n, name, what) in package_rows().items():
-        lines.append([n, f'**{name}**', what])
-        lines += [[number, f'[{title}]({file}.ipynb)', line]
-                  for number, title, file, line in chapter_rows() if file.startswith(folder + '/')]
+    packages, lines = package_rows(), [['', 'chapter', 'what you get']]
+    for number, title, file, line in chapter_rows():
+        if package := packages.pop(file.split('/')[0], None):   # its first chapter
+            n, name, what = package
+            lines.append([n, f'**{name}**', what])
+        lines.append([number, f'[{title}]({file}.ipynb)', line])
     return markdown_table(lines)
 
 # %% ../../nbs/09_lab/07_book.ipynb #50b76fb6
@@ -164,7 +168,7 @@ def name_links(
 )->str:          # MyST Markdown
     "Names of the library in prose, as links to their description."
     def fix(m):
-        block, bracket, name, call = (x or '' for x in m.groups())
+        block, bracket, name, call = m.groups('')
         if block or bracket or name not in names: return m[0]
         alone = len(names[name]) == 1 and (call or re.search(r'_|.[A-Z]', name))
         if own not in names[name] and not alone: return m[0]
@@ -196,8 +200,9 @@ def module_of(
     nb,   # a notebook
 )->str:   # such as lab.book, or ''
     "The module that a notebook exports."
-    found = (re.match(r'#\s*\|\s*default_exp ([\w.]+)', c.source) for c in nb.cells)
-    return next((m[1] for m in found if m), '')
+    for c in nb.cells:
+        if m := re.match(r'#\s*\|\s*default_exp ([\w.]+)', c.source): return m[1]
+    return ''
 
 # %% ../../nbs/09_lab/07_book.ipynb #290247a8
 def book_page(
@@ -268,10 +273,12 @@ def described(
     source:str, # of a module
 )->list:        # dicts with name, kind, signature, doc, parameters (name, type, comment), …
     "The public functions and classes of a module, with the comments behind their parameters."
-    notes = comments(source)
-    how = {ast.FunctionDef: described_function, ast.ClassDef: described_class}
-    return [how[type(n)](n, notes) for n in ast.parse(source).body
-            if type(n) in how and not n.name.startswith('_')]
+    notes, found = comments(source), []
+    for n in ast.parse(source).body:
+        if not isinstance(n, (ast.FunctionDef, ast.ClassDef)) or n.name.startswith('_'): continue
+        describe = described_function if isinstance(n, ast.FunctionDef) else described_class
+        found.append(describe(n, notes))
+    return found
 
 # %% ../../nbs/09_lab/07_book.ipynb #193e068d
 def plain(
@@ -292,8 +299,9 @@ def entry(
         typed = f'{type_} {name}' if re.fullmatch(r'[\w.]+', type_) else name
         if comment: lines.append(f':param {typed}: {plain(comment)}')
     if d['returns']: lines.append(f":returns: {plain(d['returns'])}")
-    members = [entry(m, module, depth + 1) for m in d['members']]
-    return '\n'.join([*lines, '', *members, fence, ''])
+    lines.append('')
+    for m in d['members']: lines.append(entry(m, module, depth + 1))
+    return '\n'.join([*lines, fence, ''])
 
 def api_page(
     module:str,   # its name
@@ -311,19 +319,23 @@ def api_page(
 # %% ../../nbs/09_lab/07_book.ipynb #a306a924
 def library()->dict: # module, such as core.runs → its text
     "The exported modules."
-    home = root()/'llava_med'
-    found = sorted(p for p in home.rglob('*.py') if not p.name.startswith('_'))
-    name = lambda p: '.'.join(p.relative_to(home).with_suffix('').parts)
-    return {name(p): p.read_text(encoding='utf-8') for p in found}
+    home, found = root()/'llava_med', {}
+    for p in sorted(home.rglob('[!_]*.py')):
+        module = '.'.join(p.relative_to(home).with_suffix('').parts)
+        found[module] = p.read_text(encoding='utf-8')
+    return found
 
 def parts()->dict: # folder → its notebooks, paths from nbs/, in order
     "The notebooks beside the chapters; exercises come after their lecture."
     home, found = root()/'nbs', {}
     for folder in BOOK_PARTS:
-        files = [p.relative_to(home) for p in (home/folder).rglob('*.ipynb')]
-        seen = [f.as_posix() for f in files if not any(x.startswith(('_', '.')) for x in f.parts)]
-        found[folder] = sorted(seen, key=lambda f: re.sub(r'(\d)_exercises', r'\1_~', f))
-    return {folder: files for folder, files in found.items() if files}
+        files = []
+        for p in (home/folder).rglob('*.ipynb'):
+            file = p.relative_to(home).as_posix()
+            if not re.search('/[_.]', file): files.append(file)
+        files.sort(key=lambda f: re.sub(r'(\d)_exercises', r'\1_~', f))
+        if files: found[folder] = files
+    return found
 
 def part_table(
     folder:str, # a part, such as pipeline
@@ -367,9 +379,9 @@ def notebook_pages(
         nb = nbformat.read(root()/'nbs'/file, 4)
         made[module_of(nb)] = file
         pages[file] = book_page(nb, f'nbs/{file}', names, book)
-    there = [p.relative_to(root()/'nbs').as_posix() for p in (root()/'nbs').glob('[0-9]*/*.ipynb')]
-    if alone := sorted(f for f in there if f not in pages and '/_' not in f):
-        raise UsageError(f"nbs/{', '.join(alone)}: a chapter is named NN_package/NN_noun.ipynb; "
+    for p in sorted((root()/'nbs').glob('[0-9]*/[!_.]*.ipynb')):
+        if p.relative_to(root()/'nbs').as_posix() in pages: continue
+        raise UsageError(f'{p.relative_to(root())}: a chapter is named NN_package/NN_noun.ipynb; '
                          'rename it, or let its name begin with _.')
     return pages, made
 
@@ -399,7 +411,7 @@ def reference_pages(
     order = sorted(code, key=lambda m: made.get(m, '~'))   # the folders' digits give the order
     about = 'Every public name of the library, by module, in reading order.'
     pages = {'api.md': part_page('Functions', [f'api/{m}' for m in order], about)}
-    pages |= {f'api/{m}.md': api_page(m, code[m], made.get(m, '')) for m in order}
+    for m in order: pages[f'api/{m}.md'] = api_page(m, code[m], made.get(m, ''))
     for file, page in PAGES.items():
         if file == 'README.md' or not (root()/file).exists(): continue
         pages[page] = book_links((root()/file).read_text(encoding='utf-8'), file, book)
@@ -413,8 +425,10 @@ def contents(
 )->str:         # MyST Markdown
     "The whole table of contents, for the home page."
     heads = [(f'{n} {name}', folder) for folder, (n, name, _) in packages.items()]
-    begin = [s for s in ('start', 'pages') if s in groups or (root()/f'nbs/{s}.ipynb').exists()]
-    work = [g for g in groups if g not in begin]
+    work, begin = list(groups), ['start']*(root()/'nbs/start.ipynb').exists()
+    if 'pages' in work:
+        work.remove('pages')
+        begin.append('pages')
     trees = {'Begin': begin, 'Chapters': heads, 'Work': work, 'Reference': extra}
     return '\n\n'.join(toctree(entries, c) for c, entries in trees.items() if entries)
 
@@ -432,7 +446,9 @@ def write_sources(
     chapters = [f'{r[2]}.ipynb' for r in rows]
     pages, made = notebook_pages([*front, *chapters, *sum(groups.values(), [])], names, book)
     pages |= list_pages(rows, packages, groups) | reference_pages(code, made, book)
-    extra = ['api', *((t, page[:-3]) for page, t in TITLES.items() if page in pages)]
+    extra = ['api']
+    for page, title in TITLES.items():
+        if page in pages: extra.append((title, page[:-3]))
     tree = nbformat.v4.new_markdown_cell(contents(packages, groups, extra))
     pages['index.ipynb'].cells.append(tree)
     for name, page in pages.items():
@@ -558,16 +574,19 @@ def check_site(
     "Dead links, missing places, and what would be fetched from elsewhere."
     from lxml import html
     site, found = Path(site).resolve(), []
-    own = [p for p in site.rglob('*.html') if not {'files', '_downloads'} & set(p.parts)]
-    trees = {p: html.fromstring(p.read_bytes()) for p in own}
-    ids = {p: {*t.xpath('//@id'), *t.xpath('//a/@name')} for p, t in trees.items()}
+    trees, ids = {}, {}
+    for p in site.rglob('*.html'):
+        if {'files', '_downloads'} & set(p.parts): continue
+        trees[p] = html.fromstring(p.read_bytes())
+        ids[p] = {*trees[p].xpath('//@id'), *trees[p].xpath('//a/@name')}
     for p, t in trees.items():
-        asked = [(e.tag, e.get(k)) for k in ('href', 'src') for e in t.xpath(f'//*[@{k}]')]
-        faults = filter(None, (link_fault(tag, target, p, ids) for tag, target in asked))
-        found += [f'{p.relative_to(site).as_posix()}: {fault}' for fault in faults]
+        name = p.relative_to(site).as_posix()
+        for e in t.xpath('//*[@href or @src]'):
+            for target in filter(None, (e.get('href'), e.get('src'))):
+                if fault := link_fault(e.tag, target, p, ids): found.append(f'{name}: {fault}')
     for p in site.rglob('*.css'):
-        addresses = IMPORTED.findall(p.read_text(errors='replace'))
-        found += [f'{p.name}: {address} would be fetched' for address in addresses]
+        for address in IMPORTED.findall(p.read_text(errors='replace')):
+            found.append(f'{p.name}: {address} would be fetched')
     return sorted(set(found))
 
 # %% ../../nbs/09_lab/07_book.ipynb #6c04a11f

@@ -154,11 +154,12 @@ TUNED_LIMIT = 12_000_000  # bytes of data/tuned_tiny at most
 PHANTOMS = 'Phantoms: drawn figures with captions and questions, made by this project (CC0 1.0)'
 
 def quoted_scores(
-    rows:list, # stage 2's strict scores, from read_scores
+    rows:list, # from read_scores
 )->dict:       # 'all' or question type → n, image, blank
-    "The scores that a shipped model's manifest quotes."
+    "Stage 2's strict scores, as its manifest quotes them."
     kinds = {}
     for r in rows:
+        if (r['model'], r['metric']) != ('stage2', 'strict'): continue
         if r['slice'] != 'all' and not r['slice'].startswith('question_type='): continue
         if r['condition'] not in ('image', 'blank'): continue
         kind = kinds.setdefault(r['slice'].split('=')[-1], {'n': int(r['n_items'])})
@@ -198,13 +199,12 @@ def save_tuned(
     model, processor = load(source)
     save(model, processor, folder, dtype=dtype)
     scores = run_dir(run)/'4_evaluation/scores.csv'
-    rows = [r for r in (read_scores(scores) if scores.exists() else [])
-            if (r['model'], r['metric']) == ('stage2', 'strict')]
+    quoted = quoted_scores(read_scores(scores)) if scores.exists() else {}
     size = sum(p.numel() for p in model.parameters())
-    write_json(folder/'manifest.json', manifest(run, folder, dtype, size, quoted_scores(rows)))
+    write_json(folder/'manifest.json', manifest(run, folder, dtype, size, quoted))
     write_card(folder, f'LLaVA-Med Lab: {folder.name}', [PHANTOMS], 'apache-2.0',
-               base='data/base_tiny', scores=scores if rows else None,
-               model='stage2' if rows else None)
+               base='data/base_tiny', scores=scores if quoted else None,
+               model='stage2' if quoted else None)
     return folder
 
 # %% ../../nbs/09_lab/06_publishing.ipynb #14c4c5ee
@@ -220,8 +220,8 @@ def value(
     r = next((r for r in rows if want.items() <= r.items()), None)
     if r is None or r['value'] is None: return '-'
     sign = '+' if '-' in model + condition else ''
-    limits = (f'{x:{sign}.2f}' for x in (r['low'], r['high']) if x is not None)
-    return f"{r['value']:{sign}.3f} [{', '.join(limits) or '–'}]"
+    limits = '–' if r['low'] is None else f"{r['low']:{sign}.2f}, {r['high']:{sign}.2f}"
+    return f"{r['value']:{sign}.3f} [{limits}]"
 
 def count(
     rows:list,       # from read_scores
@@ -236,8 +236,9 @@ def markdown_table(
     grid:list, # rows of texts, the first one is the head
 )->str:        # Markdown
     "A table."
-    lines = ['| ' + ' | '.join(g) + ' |' for g in [grid[0], ['---']*len(grid[0]), *grid[1:]]]
-    return '\n'.join(lines)
+    head, *rows = grid
+    lines = [' | '.join(g) for g in [head, ['---']*len(head), *rows]]
+    return '| ' + ' |\n| '.join(lines) + ' |'
 
 # %% ../../nbs/09_lab/06_publishing.ipynb #b8bb8adf
 NO_RESULTS = 'No results are here yet: run `make demo` and then `make refresh`.'
@@ -254,10 +255,13 @@ def real_row(
     "The best arm of the small real model, its first seed, as a row of the first table."
     file = Path(file or root()/'nbs/benchmarks/results/real_small.json')
     got = read_json(file) if file.exists() else {}
-    best = got.get('best')
-    own = [r for r in got.get('rows', []) if best and r['work'].startswith(f'{best},')]
-    rows = [dict(r, model='real', condition=r['metric'].removesuffix(' strict'), slice='all',
-                 metric='strict') for r in own if r['work'] == own[0]['work']]
+    rows, work = [], None
+    for r in got.get('rows', []):
+        if not got['best'] or not r['work'].startswith(f"{got['best']},"): continue
+        work = work or r['work']
+        condition = r['metric'].removesuffix(' strict')
+        if r['work'] != work: continue
+        rows.append(dict(r, model='real', condition=condition, slice='all', metric='strict'))
     if not rows: return []
     name = '[real](benchmarks/real_small.ipynb): SLAKE, 157 million parameters'
     return [name, *(value(rows, 'real', c) for c in SHOWN), str(got['questions'])]
@@ -269,33 +273,36 @@ def score_table()->str: # Markdown, as seen from nbs/
     lines = [['model', 'image', 'blank', 'shuffled', 'image − blank', 'questions']]
     for m in ('base', 'stage1', 'stage2'):
         lines.append([m, *(value(rows, m, c) for c in SHOWN), count(rows, m)])
-    return markdown_table(lines + [r for r in [real_row()] if r])
+    if real := real_row(): lines.append(real)
+    return markdown_table(lines)
 
 # %% ../../nbs/09_lab/06_publishing.ipynb #9e1770ea
 def type_table(
     rows:list, # from read_scores
 )->str:        # Markdown
     "Stage 2's strict accuracy by question type, with the image and with a blank one."
-    kinds = dict.fromkeys(r['slice'] for r in rows if r['model'] == 'stage2')
-    lines = [['stage2 by question type', 'image', 'blank', 'questions']]
-    for k in (k for k in kinds if k.startswith('question_type=')):
-        seen, blank = (value(rows, 'stage2', c, k) for c in ('image', 'blank'))
-        lines.append([k.split('=')[1], seen, blank, count(rows, 'stage2', k)])
-    return markdown_table(lines)
+    lines = {}
+    for r in rows:
+        k = r['slice']
+        if r['model'] != 'stage2' or not k.startswith('question_type='): continue
+        seen, blank = value(rows, 'stage2', 'image', k), value(rows, 'stage2', 'blank', k)
+        lines[k] = [k.split('=')[1], seen, blank, count(rows, 'stage2', k)]
+    head = ['stage2 by question type', 'image', 'blank', 'questions']
+    return markdown_table([head, *lines.values()])
 
 def further_numbers(
     rows:list, # from read_scores
 )->str:        # Markdown
     "One paragraph of what the two tables leave out."
-    models = ('base', 'stage1', 'stage1-base', 'stage2')
-    recall = {m: value(rows, m, metric='finding_recall') for m in models}
-    seen, unseen = (value(rows, 'stage2', slice=f'combination={k}') for k in ('seen', 'unseen'))
+    recall = lambda model: value(rows, model, metric='finding_recall')
+    seen = value(rows, 'stage2', slice='combination=seen')
+    unseen = value(rows, 'stage2', slice='combination=unseen')
     prose = {r['model']: f"{r['value']:.1f}" for r in rows if r['metric'] == 'perplexity'}
     pairs = value(rows, 'stage2', metric='strict_pairs')
     return (f'Yes/no twins, both right: {pairs}. Combinations of finding and side that were not '
             f'in the training data: {unseen}; all others: {seen}. Recall of findings in generated '
-            f"captions: base {recall['base']}, stage 1 {recall['stage1']}, difference "
-            f"{recall['stage1-base']}; stage 2 {recall['stage2']}. Perplexity of answers to text "
+            f"captions: base {recall('base')}, stage 1 {recall('stage1')}, difference "
+            f"{recall('stage1-base')}; stage 2 {recall('stage2')}. Perplexity of answers to text "
             f"alone: base {prose.get('base', '-')}, stage 1 {prose.get('stage1', '-')}, "
             f"stage 2 {prose.get('stage2', '-')}.")
 
@@ -365,9 +372,10 @@ def benchmark_table(
 )->str:               # Markdown, as seen from nbs/
     "The ratios of the benchmark notebooks, as their result files hold them."
     folder = Path(folder or root()/'nbs/benchmarks/results')
-    files = {name: folder/f'{name}.json' for name in QUOTED}
-    rows = [row for name, file in files.items() if file.exists()
-            for row in benchmark_rows(name, read_json(file))]
+    rows = []
+    for name in QUOTED:
+        file = folder/f'{name}.json'
+        if file.exists(): rows += benchmark_rows(name, read_json(file))
     if not rows: return 'No benchmark has been run here.'
     return markdown_table([['measured', 'ratio', 'of', 'notebook', 'date'], *rows])
 
@@ -376,7 +384,7 @@ def ablation_row(
     d:dict, # a verdict
 )->list:    # texts: comparison, here, in the paper, direction, what is not alike
     "One comparison, with a star where the correction for many comparisons unmakes it."
-    mean, low, high = (float(d[k]) for k in ('mean', 'low', 'high'))
+    mean, low, high = float(d['mean']), float(d['low']), float(d['high'])
     star = '*' if low*high > 0 and float(d['p_holm']) >= .05 else ''
     here = f'{mean:+.1f} [{low:+.1f}, {high:+.1f}]{star}'
     there = f"{float(d['paper']):+.1f} ± {float(d['paper_half']):.1f}" if d['paper'] else ''
@@ -389,7 +397,7 @@ def ablation_table(
     file = Path(file or root()/'nbs/benchmarks/results/paper_ablations_verdicts.csv')
     if not file.exists(): return 'The ablations have not been run here.'
     with open(file, newline='', encoding='utf-8') as f:
-        rows = [ablation_row(d) for d in csv.DictReader(f)]
+        rows = list(map(ablation_row, csv.DictReader(f)))
     head = ['comparison', 'here, points', 'in the paper', 'direction', 'differs']
     return markdown_table([head, *rows])
 
@@ -414,8 +422,8 @@ def as_readme(
     "A notebook as a README: its prose, and of its code what it shows in Markdown."
     parts = []
     for c in nb.cells:
-        shown = [o.get('data', {}).get('text/markdown', '') for o in c.get('outputs', [])]
-        parts += [c.source] if c.cell_type == 'markdown' else shown
+        if c.cell_type == 'markdown': parts.append(c.source)
+        for o in c.get('outputs', []): parts.append(o.get('data', {}).get('text/markdown', ''))
     text = '\n\n'.join(relink(p.strip()) for p in parts if p.strip())
     made = '<!-- Made from nbs/index.ipynb by `make readme`: change it there. -->'
     return f'{made}\n\n{text}\n'
@@ -441,7 +449,7 @@ def fill_pages()->list: # the notebooks
     path = root()/'nbs/index.ipynb'
     if not path.exists(): raise FileNotFoundError(f'{path} is missing: README.md is made from it.')
     pages = sorted((root()/'nbs/pages').glob('[!_.]*.ipynb'))
-    return [fill_page(p) for p in [path, *pages]]
+    return list(map(fill_page, [path, *pages]))
 
 def readme()->Path: # the file
     "Make README.md from nbs/index.ipynb as it stands."
