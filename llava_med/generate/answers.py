@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 from ..data.articles import open_image
 from ..models.anatomy import apart_because, base_of
-from .prefix_cache import (cache_gate, cache_rows, decode, image_features,
+from .prefix_cache import (cache_gate, cache_rows, decode_parts, image_features,
                                              padding_gate,
                                              read_prefixes, reply_logprobs, split_ids)
 from ..models.matmul import in_fast_float32
@@ -214,9 +214,17 @@ def answer(
             texts = dict(enumerate(plain_answer(model, processor, refs, prompts, max_new_tokens, batch_size)))
         else:
             ends = end_ids(model, processor.tokenizer)
-            for rows, suffixes, cache in _walk(model, processor, refs, prompts, lambda i, s: len(s), batch_size):
-                for places, said in zip(rows, decode(model, suffixes, cache, ends, max_new_tokens)):
-                    for i, ids in zip(places, said): texts[i] = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            places = []
+            def parts():
+                walk = _walk(model, processor, refs, prompts, lambda i, s: len(s), batch_size)
+                for rows, suffixes, cache in walk:
+                    places.extend(rows)
+                    yield suffixes, cache
+            said = decode_parts(model, parts(), ends, max_new_tokens)
+            for row, answers in zip(places, (a for part in said for a in part)):
+                for i, ids in zip(row, answers):
+                    text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+                    texts[i] = text.strip()
     finally: model.train(was_training)
     back = {k: j for j, k in enumerate(first)}
     return [texts[back[k]] for k in keys]

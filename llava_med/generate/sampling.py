@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ..core.registry import Registry
 from .answers import (
     _as_refs, _exact_batches, _say_once, _walk, end_ids, open_picture, slow_because)
-from .prefix_cache import _Asked, go_on
+from .prefix_cache import _Asked, first_tokens, further_tokens
 from ..models.anatomy import base_of, head
 from ..models.templates import model_inputs, needs_bos, prompt_texts
 
@@ -132,7 +132,7 @@ def _draw_row(model, suffixes, cache, drawn, pick, max_new_tokens):
     def take(live, logits):
         pick(live, logits)
         return [q for q in live if not q.ended]
-    go_on(model, suffixes, cache, drawn, take, max_new_tokens)
+    further_tokens(model, first_tokens(model, suffixes, cache, drawn, take), take, max_new_tokens)
 
 def _draw_fast(model, processor, refs, prompts, drawn, pick, max_new_tokens, batch_size):
     "Draw all answers; each picture is read once."
