@@ -17,7 +17,7 @@ from conftest import NO_BROWSER, browser, wait_for
 from llava_med.lab.runner import UsageError
 from llava_med.lab.book import (BOOK_PARTS, ROOMS, api_page, book_command, book_links, book_page,
     chapter_rows, chapter_table, check_site, configuration, described, library, make_book, name_links,
-    opening, package_rows, page_of, part_table, parts, slug, write_sources)
+    opening, package_rows, page_of, folder_table, parts, slug, write_sources)
 from llava_med.lab.publishing import relink
 
 REPO = Path(__file__).resolve().parents[1]
@@ -84,7 +84,7 @@ def shown(name):
 
 def test_the_list_of_chapters_is_made_from_the_notebooks():
     text = shown('chapters')
-    for table in (chapter_table(), *map(part_table, set(BOOK_PARTS) - {'pages'})):
+    for table in (chapter_table(), *map(folder_table, set(BOOK_PARTS) - {'pages'})):
         assert relink(table, '..') in text, 'make readme'
     others = [p for p in (REPO/'nbs').rglob('*.ipynb') if p != REPO/'nbs/pages/chapters.ipynb']
     for p in others:

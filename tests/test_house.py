@@ -236,8 +236,8 @@ def test_readme_is_made_from_the_index():
 
 
 def test_index_shows_the_example_results():
-    from llava_med.lab.publishing import example_tables, relink, score_table
-    assert score_table() in markdown_of(nbformat.read(REPO/'nbs/index.ipynb', 4)), 'make readme'
+    from llava_med.lab.publishing import example_tables, relink, demo_table
+    assert demo_table() in markdown_of(nbformat.read(REPO/'nbs/index.ipynb', 4)), 'make readme'
     results = markdown_of(nbformat.read(REPO/'nbs/pages/results.ipynb', 4))
     assert relink(example_tables(), '..') in results, 'make readme'
 
@@ -251,15 +251,15 @@ def test_pages_show_the_measurements():
 
 def test_the_real_model_joins_the_table_when_it_is_measured(tmp_path, monkeypatch):
     from llava_med.core.runs import write_json
-    from llava_med.lab.publishing import real_row, score_table
+    from llava_med.lab.publishing import real_row, demo_table
     rows = [dict(work='both, 0', metric=f'{c} strict', value=.5, low=.4, high=.6)
             for c in ('image', 'blank', 'shuffled', 'image-blank')]
     shutil.copytree(REPO/'outputs/example', tmp_path/'outputs/example')
     monkeypatch.setenv('LLAVA_MED_ROOT', str(tmp_path))
-    assert real_row() == [] and '[real]' not in score_table()
+    assert real_row() == [] and '[real]' not in demo_table()
     file = tmp_path/'nbs/benchmarks/results/real_small.json'
     write_json(file, dict(best='both', questions=1061, rows=rows))
-    last = score_table().splitlines()[-1]
+    last = demo_table().splitlines()[-1]
     assert last.startswith('| [real](benchmarks/real_small.ipynb)') and last.endswith('| 1061 |')
     assert last.count('0.500 [0.40, 0.60]') == 3 and '+0.500 [+0.40, +0.60]' in last
     write_json(file, dict(best=None, questions=0, rows=[]))
