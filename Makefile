@@ -47,7 +47,7 @@ refresh: demo   ## bring the demo's results into nbs/pipeline/, outputs/example/
 	$(BIN)/llava-med refresh tiny
 	$(BIN)/llava-med readme
 
-readme: $(READY) ## run nbs/index.ipynb and make README.md of it
+readme: $(READY) ## run the home page and nbs/pages/, and make README.md of the first
 	$(BIN)/llava-med readme
 
 docs: $(READY)  ## make the book of all notebooks, _docs/index.html; nothing is run

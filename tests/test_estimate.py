@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from llava_med.lab import estimate
+from llava_med.lab.publishing import relink
 from llava_med.lab.runner import missing_files, plan_run, read_preset
 from llava_med.lab.steps import UsageError
 from llava_med.data.catalogue import CATALOGUE
@@ -311,8 +312,11 @@ def test_code_of_the_hub_is_named(tmp_path):
     assert len(estimate.remote_code(tmp_path)) == 3 and not estimate.remote_code(REPO/'data/base_tiny')
 
 
-def test_the_evidence_stands_on_the_home_page():
-    assert estimate.evidence_table() in (REPO/'README.md').read_text(encoding='utf-8').replace('nbs/pipeline/', 'pipeline/'), 'make readme'
+def test_the_evidence_stands_on_its_page():
+    page = json.loads((REPO/'nbs/pages/presets.ipynb').read_text(encoding='utf-8'))
+    outputs = [o for c in page['cells'] for o in c.get('outputs', [])]
+    shown = ''.join(x for o in outputs for x in o['data']['text/markdown'])
+    assert relink(estimate.evidence_table(), '..') in shown, 'make readme'
     for name in GPU:
         e = read_preset(name)['evidence']
         assert e['never run'] and not e['measured'] and 'thin' in e['rehearsed'], 'change it when someone has measured it, and this line'

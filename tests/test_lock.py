@@ -89,7 +89,7 @@ def test_setup_says_what_the_settings_say():
 
 def test_make_conda_and_readme_install_the_same_torch():
     pinned = pins((REPO/'constraints.txt').read_text())[0]['torch']
-    for f in ('Makefile', 'environment.yml', 'README.md'):
+    for f in ('Makefile', 'environment.yml', 'README.md', 'nbs/pages/install.ipynb'):
         named = set(re.findall(r'torch==([\d.]+\d)', (REPO/f).read_text()))
         assert named == {str(pinned)}, f'{f} names torch {named}'
     assert settings()['min_python'] in (REPO/'Makefile').read_text() and f"Python {settings()['min_python']} or newer" in (REPO/'README.md').read_text()
