@@ -9,7 +9,7 @@ READY := .venv/.installed
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all lab export refresh readme docs clean
+.PHONY: help demo test test-chapters test-quick test-slow test-all lab export refresh readme docs clean
 
 help:           ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -23,6 +23,12 @@ test: $(READY)  ## run every chapter from top to bottom, and the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -m 'not slow' -n 2 --dist loadfile; quick=$$?; \
 	[ $$chapters -eq 0 ] || echo "Chapters that fail (their messages are the first above): $$failed"; \
 	[ $$chapters -eq 0 ] && [ $$quick -eq 0 ]
+
+test-chapters: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+
+test-quick: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -m 'not slow' -n 2 --dist loadfile
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -m slow -n 2 --dist loadfile
@@ -41,7 +47,7 @@ refresh: demo   ## bring the demo's results into nbs/pipeline/, outputs/example/
 	$(BIN)/llava-med refresh tiny
 	$(BIN)/llava-med readme
 
-readme: $(READY) ## run nbs/index.ipynb and make README.md of it
+readme: $(READY) ## run the home page and nbs/pages/, and make README.md of the first
 	$(BIN)/llava-med readme
 
 docs: $(READY)  ## make the book of all notebooks, _docs/index.html; nothing is run

@@ -106,7 +106,7 @@ class Toy:
         self.root, self.outputs = folder, folder/'outputs'
         monkeypatch.setenv('LLAVA_MED_ROOT', str(folder))
         monkeypatch.setenv('LLAVA_MED_OUTPUTS', str(self.outputs))
-        monkeypatch.setattr('llava_med.lab.runner.library_mark', lambda nb: 'the same library')
+        monkeypatch.setattr('llava_med.lab.runner.library_fingerprint', lambda nb: 'the same library')
         (folder/'nbs/pipeline/presets').mkdir(parents=True)
         (folder/'settings.ini').write_text('[DEFAULT]\n')
         for s in self.steps: self.step(s)

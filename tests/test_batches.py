@@ -5,7 +5,7 @@ import torch
 from llava_med.data.conversations import fault, read_records, to_messages, write_records
 from llava_med.models.anatomy import vision_features
 from llava_med.models.llava import tiny_model
-from llava_med.train.batches import Collator, batch_loss, encode, record_samples, share_pictures
+from llava_med.train.batches import Collator, batch_loss, encode, record_samples, pack_shared_prefixes
 from llava_med.train.loop import Stage, fit
 from llava_med.train.packing import PackedCollator, pack_rows
 
@@ -34,11 +34,11 @@ def test_a_stage_mixes_and_weighs_the_sources_of_a_file(toy, tmp_path):
     assert [s.get('source') for s in samples] == ['general']*4 + ['figures']*2 + [None]
     assert 'source' not in samples[-1]
     collate = Collator(processor.tokenizer.pad_token_id, feats)
-    stage = dict(parts=('projector',), lr=1e-3, batch_size=64)
+    stage = dict(trainable=('projector',), lr=1e-3, batch_size=64)
     def seen(rows, **kw): return fit(model, rows, collate, Stage('toy', **stage, **kw))[-1]['samples']
     assert seen(samples) == 7
     assert seen(samples, mix={'general': .5, 'figures': 3}) == 2 + 6 + 1
-    assert seen(share_pictures(samples, model.config.image_token_id), mix={'figures': 2}) == 4   # one row a source
+    assert seen(pack_shared_prefixes(samples, model.config.image_token_id), mix={'figures': 2}) == 4   # one row a source
     with pytest.raises(ValueError, match="no sample comes from 'tables'"): seen(samples, mix={'tables': 2})
     a, b = (fit(tiny_model(image_size=24)[0], samples, collate, Stage('toy', **stage, **kw))[0]['loss'] for kw in ({}, dict(weights={'general': 0.})))
     assert a == pytest.approx(b, abs=1e-3)   # equal samples: the mean does not change
@@ -70,7 +70,7 @@ def test_samples_of_the_same_images_share_them(toy, tmp_path):
     pair = lambda i, a: dict(id=f'{i}{a}', image=['a.png', 'b.png'], conversations=said(f'<image>\n<image>\nquestion {i}?', a))
     late = dict(id='late', image=['a.png', 'b.png'], conversations=said('<image>\nwhich side?', 'left', '<image>\nand here?', 'right'))
     samples, _ = from_file(tmp_path, [pair(0, 'yes'), pair(1, 'no'), late, dict(late, id='late2'), pair(2, 'no')], processor)
-    rows = share_pictures(samples, model.config.image_token_id)
+    rows = pack_shared_prefixes(samples, model.config.image_token_id)
     assert [max(r['segments']) for r in rows] == [3, 1, 1]   # an answer between the images is scored in each sample
     assert sum(len(r['input_ids']) for r in rows) < sum(len(s['input_ids']) for s in samples)
     pad = processor.tokenizer.pad_token_id

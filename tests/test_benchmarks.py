@@ -9,7 +9,7 @@ import papermill
 import pytest
 import torch
 from llava_med.train import batches as library
-from llava_med.train.batches import IGNORE, Collator, batch_loss, share_pictures
+from llava_med.train.batches import IGNORE, Collator, batch_loss, pack_shared_prefixes
 from llava_med.models.anatomy import set_trainable
 from llava_med.models.llava import tiny_model
 from llava_med.train.packing import PackedCollator, pack_rows
@@ -57,7 +57,7 @@ def alone(toy):
 
 def test_rows_of_shared_pictures_pass_the_gates(toy, alone):
     samples, features, image, pad = toy
-    rows = pack_rows(share_pictures(samples, image), 60)
+    rows = pack_rows(pack_shared_prefixes(samples, image), 60)
     loss, grad = step([PackedCollator(pad, features)([r]) for r in rows])
     assert abs(loss - alone[0]) < 1e-5 and off(grad, alone[1]) < 1e-4
 
@@ -95,8 +95,8 @@ def test_checkpointing_of_the_last_layer_still_works(toy, alone):
 def test_a_caption_right_behind_its_picture_is_not_shared(toy):
     samples, features, image, pad = toy
     bare = [dict(input_ids=[1, *[image]*4, 9 + i, 10], labels=[IGNORE]*5 + [9 + i, 10], image=0) for i in (0, 1)]
-    assert len(share_pictures(bare, image)) == 2
-    (a, g), (b, h) = step([Collator(pad, features)([s]) for s in bare]), step([PackedCollator(pad, features)(pack_rows(share_pictures(bare, image), 60))])
+    assert len(pack_shared_prefixes(bare, image)) == 2
+    (a, g), (b, h) = step([Collator(pad, features)([s]) for s in bare]), step([PackedCollator(pad, features)(pack_rows(pack_shared_prefixes(bare, image), 60))])
     assert abs(a - b) < 1e-5 and off(h, g) < 1e-4
 
 

@@ -15,30 +15,56 @@ import nbformat
 import pytest
 from conftest import NO_BROWSER, browser, wait_for
 from llava_med.lab.runner import UsageError
-from llava_med.lab.book import (BOOK_PARTS, api_page, book_links, book_page, chapter_rows,
-    check_site, configuration, described, library, book_command, make_book, name_links,
-    package_rows, page_of, parts, slug, words, write_sources)
+from llava_med.lab.book import (BOOK_PARTS, ROOMS, api_page, book_command, book_links, book_page,
+    chapter_rows, chapter_table, check_site, configuration, described, library, make_book, name_links,
+    opening, package_rows, page_of, folder_table, parts, slug, write_sources)
+from llava_med.lab.publishing import relink
 
 REPO = Path(__file__).resolve().parents[1]
 NO_BUILDER = '' if all(map(find_spec, ('sphinx', 'furo', 'myst_nb'))) else "Sphinx, Furo or MyST-NB is missing (pip install -c constraints.txt -e '.[dev]')"
 until = partial(wait_for, seconds=100)   # what may take long on a busy machine
-INDEX = REPO/'nbs/index.ipynb'
+PAGES = sorted((REPO/'nbs/pages').glob('*.ipynb'))
+# Terms of the field that readers search for: each must stand in the glossary
+TERMS = ('validation loss', 'validation set', 'validation check', 'early stopping', 'micro-batch',
+    'gradient accumulation', 'gradient checkpointing', 'data loader', 'kv cache', 'attention mask',
+    'data leakage', 'temperature', 'overfitting', 'hyperparameter', 'learning rate', 'visual tokens',
+    'vision encoder', 'projector', 'shared-prefix packing', 'packed sequence', 'perplexity',
+    'log-likelihood scoring', 'minimum detectable effect', 'catastrophic forgetting', 'significant')
 md, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
 
 
 # What the pages are made of
 
 def test_every_notebook_has_its_place():
-    rows = [r[2] for r in chapter_rows(nbformat.read(INDEX, 4))]
-    there = sorted(p.relative_to(REPO/'nbs').with_suffix('').as_posix() for p in (REPO/'nbs').rglob('[0-9]*.ipynb') if p.relative_to(REPO/'nbs').parts[0] not in BOOK_PARTS)
-    assert len(there) >= 57
-    assert sorted(rows) == there and len(set(rows)) == len(rows)
-    assert rows == sorted(rows), 'the reading order is the order of the numbers'
-    assert [(f'{int(f[:2])}.{int(f.split("/")[1][:2])}') for f in rows] == [r[0] for r in chapter_rows(nbformat.read(INDEX, 4))]
-    assert {f.split('/')[0] for f in rows} == set(package_rows(nbformat.read(INDEX, 4)))
+    rows, home = [r[2] for r in chapter_rows()], REPO/'nbs'
+    seen = [p.relative_to(home) for p in home.rglob('*.ipynb')]
+    seen = [p for p in seen if not any(x.startswith(('_', '.')) for x in p.parts)]
+    chapters = [p for p in seen if p.parts[0] not in BOOK_PARTS and len(p.parts) > 1]
+    assert len(chapters) >= 57
+    assert rows == sorted(p.with_suffix('').as_posix() for p in chapters)
+    assert [r[0] for r in chapter_rows()] == [f'{int(f[:2])}.{int(f[f.index("/") + 1:][:2])}' for f in rows]
     listed = [f for files in parts().values() for f in files]
-    assert sorted(listed) == sorted(p.relative_to(REPO/'nbs').as_posix() for d in BOOK_PARTS for p in (REPO/'nbs'/d).rglob('*.ipynb')
-                                    if not any(x.startswith(('_', '.')) for x in p.relative_to(REPO).parts))
+    assert sorted(listed) == sorted(p.as_posix() for p in seen if p.parts[0] in BOOK_PARTS)
+
+
+def test_every_package_says_what_is_in_it():
+    assert [name for _, name, _ in package_rows().values()] == list(ROOMS)
+    assert all(what and not what.endswith('.') for what in ROOMS.values())
+
+
+def test_every_chapter_says_what_one_gets():
+    said = {file: line for _, _, file, line in chapter_rows()}
+    assert not [f for f, line in said.items() if len(line) < 20 or line.startswith('You can')]
+    assert len(set(said.values())) == len(said), 'two chapters promise the same'
+
+
+@pytest.mark.parametrize('first, title, line', [
+    ('# A: b\n\n> After this chapter you can add.', 'A: b', 'Add'),
+    ('# A\n> At the end you have a | b', 'A', r'A \| b'), ('# A\n> You know why', 'A', 'Why'),
+    ('# A\n> At the end the sums are right', 'A', 'The sums are right'), ('text', 'x', '')])
+def test_the_first_cell_is_read(tmp_path, first, title, line):
+    nbformat.write(nbformat.v4.new_notebook(cells=[md(first)]), tmp_path/'x.ipynb')
+    assert opening(tmp_path/'x.ipynb') == (title, line)
 
 
 def test_the_course_is_read_in_its_order():
@@ -49,9 +75,63 @@ def test_the_course_is_read_in_its_order():
         assert exercises == f'course/{n}_exercises.ipynb' != lecture, 'exercises come after their lecture'
 
 
-def test_every_word_has_a_meaning():
-    found = words(nbformat.read(INDEX, 4))
-    assert 'alignment' in dict(found) and all(w and m for w, m in found) and len(dict(found)) == len(found)
+def shown(name):
+    "What a page of nbs/pages/ shows: prose and computed tables."
+    nb = nbformat.read(REPO/f'nbs/pages/{name}.ipynb', 4)
+    outputs = [o.data['text/markdown'] for c in nb.cells for o in c.get('outputs', [])]
+    return '\n\n'.join([c.source for c in nb.cells if c.cell_type == 'markdown'] + outputs)
+
+
+def test_the_list_of_chapters_is_made_from_the_notebooks():
+    text = shown('chapters')
+    for table in (chapter_table(), *map(folder_table, set(BOOK_PARTS) - {'pages'})):
+        assert relink(table, '..') in text, 'make readme'
+    others = [p for p in (REPO/'nbs').rglob('*.ipynb') if p != REPO/'nbs/pages/chapters.ipynb']
+    for p in others:
+        rows = re.findall(r'(?m)^\s*"?\|[^|\n]*\| \[[^|\n]*\d\d_\w+/\d\d_\w+\.ipynb', p.read_text())
+        assert len(rows) < 20, f'{p.name} holds a second list of the chapters'
+
+
+def glossary():
+    "Terms and what the glossary says of each."
+    rows = re.findall(r'(?m)^\| (.+?) \| (.+?) \| (.+?) \|$', shown('glossary'))
+    return {term: (meaning, more) for term, meaning, more in rows if term != 'term'}
+
+
+def test_the_glossary_explains_the_terms_of_the_field():
+    found = glossary()
+    named = {x.strip().lower() for term in found for x in term.split(',')}
+    assert not set(TERMS) - named
+    assert len(named) == sum(term.count(',') + 1 for term in found), 'a term stands twice'
+    assert list(found) == sorted(found, key=str.lower)
+    for term, (meaning, more) in found.items():
+        assert len(meaning.split()) > 4 and re.fullmatch(r'\[.+\]\(.+\.ipynb\)', more), term
+        assert term.lower() not in meaning.lower().split(', '), term
+
+
+def test_the_readme_is_read_in_ten_minutes():
+    text = (REPO/'README.md').read_text(encoding='utf-8')
+    assert len(text.split()) <= 1500, f'{len(text.split())} words'
+    assert text.count('![') == 1, 'one picture'
+    for p in PAGES: assert f'(nbs/pages/{p.name})' in text, f'README does not lead to {p.name}'
+
+
+@pytest.mark.parametrize('sign', ['make demo', 'make lab', 'llava-med score ', 'all.base_model=',
+    '1_data_prep.articles=', '3b_vqa_tuning.vqa=', '-p vqa ', '--rehearse', '**blank**', '**shuffled**',
+    'nbs/course/0_syllabus.ipynb', 'nbs/recipes/how_to_add_a_paper.ipynb', '## What it cannot tell'])
+def test_the_readme_shows_a_new_user_the_way(sign):
+    assert sign in (REPO/'README.md').read_text(encoding='utf-8')
+
+
+@pytest.mark.parametrize('page', ['README.md', 'nbs/pages/commands.ipynb'])
+def test_commands_that_are_shown_name_what_is_there(page):
+    from llava_med.lab.runner import pipeline, presets, read_parameters
+    text = (REPO/page).read_text(encoding='utf-8')
+    known = {n: set(read_parameters(p)) for n, p in pipeline().items()}
+    for step, parameter in re.findall(r'[ (`](\d\w*|all)\.([a-z]\w*)=', text):
+        assert any(parameter in known[n] for n in (known if step == 'all' else [step])), (step, parameter)
+    for name in re.findall(r'llava-med (?:run|plan) ([\w/]+)(?![\w/.])', text): assert name in presets(), name
+    for f in re.findall(r'papermill (\S+\.ipynb)', text): assert (REPO/f).exists(), f
 
 
 @pytest.mark.parametrize('module', sorted(library()))
@@ -120,12 +200,13 @@ def test_a_repository_without_home_page(tmp_path, monkeypatch):
     assert book_command([]) == 2 and not (tmp_path/'_docs').exists() and not list(tmp_path.glob('.book*'))
 
 
-def test_a_table_that_lists_too_much_or_too_little(tmp_path, monkeypatch):
-    toy(tmp_path, monkeypatch, index='# T\n\n| 0 | **x** | y |\n| 0.1 | [A](00_x/01_a.ipynb) | x |')
-    with pytest.raises(UsageError, match='lists 00_x/01_a.ipynb, which is not there|the link 00_x/01_a.ipynb leads nowhere'): make_book()
+def test_a_link_or_a_chapter_that_is_not_in_order(tmp_path, monkeypatch):
+    toy(tmp_path, monkeypatch, index='# T\n\n[A](00_x/01_a.ipynb)')
+    with pytest.raises(UsageError, match='the link 00_x/01_a.ipynb leads nowhere'): make_book()
     (tmp_path/'nbs/00_x').mkdir()
-    for name in ('00_x/01_a', '00_x/02_b'): nbformat.write(nbformat.v4.new_notebook(cells=[md('# A')]), tmp_path/f'nbs/{name}.ipynb')
-    with pytest.raises(UsageError, match='its table lacks 00_x/02_b.ipynb'): make_book()
+    for name in ('00_x/01_a', '00_x/b'):
+        nbformat.write(nbformat.v4.new_notebook(cells=[md('# A')]), tmp_path/f'nbs/{name}.ipynb')
+    with pytest.raises(UsageError, match='00_x/b.ipynb: a chapter is named NN_package/NN_noun'): make_book()
 
 
 def test_a_folder_that_is_no_book_is_left_alone(tmp_path, monkeypatch, capsys):
@@ -175,7 +256,7 @@ def test_the_book_is_whole(site):
     assert check_site(site) == []
     pages = {p.relative_to(site).as_posix() for p in site.rglob('*.html')}
     wanted = {p.relative_to(REPO/'nbs').with_suffix('.html').as_posix() for p in (REPO/'nbs').rglob('*.ipynb') if not any(x.startswith(('_', '.')) for x in p.relative_to(REPO).parts)}
-    wanted |= {f'api/{m}.html' for m in library()} | {'glossary.html', 'contributing.html', 'changelog.html', 'outputs.html', 'data.html', 'search.html', 'genindex.html'}
+    wanted |= {f'api/{m}.html' for m in library()} | {'pages.html', 'contributing.html', 'changelog.html', 'outputs.html', 'data.html', 'search.html', 'genindex.html'}
     assert not wanted - pages
     for p in site.rglob('*.html'):
         if 'files' in p.parts or '_downloads' in p.parts: continue
@@ -186,11 +267,12 @@ def test_the_book_is_whole(site):
 
 
 @pytest.mark.slow
-def test_the_order_of_the_pages_is_that_of_the_home_page(site):
+def test_the_order_of_the_pages_is_that_of_the_chapters(site):
     from lxml import html
     shown = [a.get('href') for a in html.parse(site/'index.html').xpath('//div[contains(@class,"sidebar-tree")]//a[contains(@class,"reference")]')]
-    rows = [f'{r[2]}.html' for r in chapter_rows(nbformat.read(INDEX, 4))]
-    assert [h for h in shown if h in rows] == rows and shown.index('pipeline.html') > shown.index(rows[-1])
+    rows = [f'{r[2]}.html' for r in chapter_rows()]
+    assert [h for h in shown if h in rows] == rows and shown.index('pages.html') < shown.index(rows[0])
+    assert shown.index('pipeline.html') > shown.index(rows[-1])
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -248,7 +330,7 @@ def test_search_finds_a_word(driver, shot, address, site, how):
 
 @pytest.mark.slow
 def test_pages_light_and_dark_wide_and_narrow(driver, shot, address):
-    names = ('index', '00_core/01_runs', '03_data/03_articles', '07_explain/02_maps', '03_data', 'pipeline/4_evaluation', 'pipeline', 'glossary', 'api/models.llava', 'api', 'contributing', 'data')
+    names = ('index', '00_core/01_runs', '03_data/03_articles', '07_explain/02_maps', '03_data', 'pipeline/4_evaluation', 'pipeline', 'pages/glossary', 'pages/chapters', 'api/models.llava', 'api', 'contributing', 'data')
     for width, height in ((1400, 1100), (390, 844)):
         size(driver, width, height)
         for name in names:

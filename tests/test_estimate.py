@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from llava_med.lab import estimate
+from llava_med.lab.publishing import relink
 from llava_med.lab.runner import missing_files, plan_run, read_preset
 from llava_med.lab.steps import UsageError
 from llava_med.data.catalogue import CATALOGUE
@@ -159,13 +160,13 @@ def test_memory_follows_what_learns_and_how_it_is_shared():
     model = estimate.meta_model(estimate.real_config(read_preset('llava_med_v15')))
     need = lambda gb=80, **values: estimate.stage_memory(model, '3_stage2_tuning', {'max_len': 2048, 'batch_size': 64, **values}, {'gpus': 1, 'memory_gb': gb}, 926, 250)
     fixed = lambda m: m['weights'] + m['gradients'] + m['moments']
-    full, lora, shared = need(), need(lora_rank=128), need(processes=8, sharding='fsdp')
+    full, lora, shared = need(), need(lora_rank=128), need(nproc=8, sharding='fsdp')
     copies = 2*7.263e9/2**30   # in bfloat16, of what learns; each process has them all
     assert abs(fixed(full) - 16*7.263e9/2**30 - copies - 2*.304e9/2**30) < 1 and not full['fits']
-    assert fixed(lora) < 22 and lora['fits'] and lora['checkpointing'] == 'off'
+    assert fixed(lora) < 22 and lora['fits'] and lora['gradient_checkpointing'] == 'off'
     assert fixed(shared) - copies < (fixed(full) - copies)/6 and shared['fits']
-    assert need(gb=24, lora_rank=16)['checkpointing'] == 'on' and need(checkpointing='on')['kept'] < need(checkpointing='off')['kept']
-    assert need(batch_tokens=4096)['tokens'] == 4096
+    assert need(gb=24, lora_rank=16)['gradient_checkpointing'] == 'on' and need(gradient_checkpointing='on')['kept'] < need(gradient_checkpointing='off')['kept']
+    assert need(max_tokens_per_microbatch=4096)['tokens'] == 4096
     assert fixed(need(bf16=False, lora_rank=8)) > 1.8*fixed(need(lora_rank=8))
 
 
@@ -197,10 +198,10 @@ def test_memory_of_all_processes_is_what_a_run_took(step, measured):
 
 
 def test_memory_follows_processes_and_what_is_kept():
-    two, one, twice = laptop(), laptop(threads=1), laptop(threads=1, checkpointing='on')
+    two, one, twice = laptop(), laptop(threads=1), laptop(threads=1, gradient_checkpointing='on')
     step = '3_stage2_tuning'
     assert twice[step] < one[step] < .8*two[step]
-    assert laptop(batch_size=8)[step] > two[step] > laptop(batch_tokens=300)[step] and laptop(lora_rank=8)[step] < two[step]
+    assert laptop(batch_size=8)[step] > two[step] > laptop(max_tokens_per_microbatch=300)[step] and laptop(lora_rank=8)[step] < two[step]
     assert laptop(patience=1)[step] > two[step] and laptop(bf16=False)[step] > two[step]
     assert 2000 < two['4_evaluation'] < two[step]
 
@@ -311,8 +312,11 @@ def test_code_of_the_hub_is_named(tmp_path):
     assert len(estimate.remote_code(tmp_path)) == 3 and not estimate.remote_code(REPO/'data/base_tiny')
 
 
-def test_the_evidence_stands_on_the_home_page():
-    assert estimate.evidence_table() in (REPO/'README.md').read_text(encoding='utf-8').replace('nbs/pipeline/', 'pipeline/'), 'make readme'
+def test_the_evidence_stands_on_its_page():
+    page = json.loads((REPO/'nbs/pages/presets.ipynb').read_text(encoding='utf-8'))
+    outputs = [o for c in page['cells'] for o in c.get('outputs', [])]
+    shown = ''.join(x for o in outputs for x in o['data']['text/markdown'])
+    assert relink(estimate.evidence_table(), '..') in shown, 'make readme'
     for name in GPU:
         e = read_preset(name)['evidence']
         assert e['never run'] and not e['measured'] and 'thin' in e['rehearsed'], 'change it when someone has measured it, and this line'
@@ -380,9 +384,9 @@ def test_a_rehearsal_keeps_what_matters(name):
     real, values = plan_run(p, name), estimate.rehearsal_values(p, Path('/thin'))
     assert set(values) == set(real)
     for step in values:
-        for k in ('lr', 'batch_size', 'max_len', 'lora_rank', 'lora_alpha', 'packed', 'sharding', 'checkpointing', 'batch_tokens', 'bf16', 'warmup', 'save_s'):
+        for k in ('lr', 'batch_size', 'max_len', 'lora_rank', 'lora_alpha', 'packed', 'sharding', 'gradient_checkpointing', 'max_tokens_per_microbatch', 'bf16', 'warmup', 'save_s'):
             if step in estimate.STEP_STAGES: assert values[step][k] == real[step][k], (step, k)
-        assert values[step].get('base_model', '/thin') == '/thin' and values[step].get('processes', 1) == min(2, real[step].get('processes', 1))
+        assert values[step].get('base_model', '/thin') == '/thin' and values[step].get('nproc', 1) == min(2, real[step].get('nproc', 1))
         assert not [v for v in values[step].values() if isinstance(v, str) and v.startswith('data/')]
     assert (values['3_stage2_tuning']['start_from'] == '/thin') == name.endswith('one_stage')
 
@@ -445,8 +449,8 @@ def test_every_large_preset_is_rehearsed(name, tmp_path):
         assert not [o for c in nb.cells for o in c.get('outputs', []) if o.output_type == 'error']
         if step in estimate.STEP_STAGES:
             used = record['steps'][step]['parameters']
-            for k in ('lr', 'lora_rank', 'packed', 'sharding', 'checkpointing', 'batch_size', 'max_len'): assert used[k] == real[step][k], (step, k)
-            assert used['processes'] == min(2, real[step]['processes'])
+            for k in ('lr', 'lora_rank', 'packed', 'sharding', 'gradient_checkpointing', 'batch_size', 'max_len'): assert used[k] == real[step][k], (step, k)
+            assert used['nproc'] == min(2, real[step]['nproc'])
             if real[step]['lora_rank']: assert read_json(folder/step/'adapter/adapter_config.json')['r'] == real[step]['lora_rank']
             model, _ = load(folder/step/'model')
             assert model.config.image_seq_length == estimate.real_config(read_preset(name)).image_seq_length

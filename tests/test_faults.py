@@ -145,9 +145,9 @@ def test_items_of_two_images_are_counted_and_named(run):
 
 
 @pytest.mark.parametrize('values, says', [
-    (dict(checkpointing='yes'), "checkpointing is 'yes'; known: auto, on, off."), (dict(sharding='zero3', processes=2), "sharding is 'zero3'; known: none, fsdp."),
-    (dict(batch_tokens=20), 'more than 20 at once; raise that or lower max_len'), (dict(lora_rank=-1), 'rank -1'), (dict(processes=0), 'processes is 0'),
-    (dict(patience=2, n_held=0), 'patience is 2'), (dict(max_len=30), 'The image does not fit into max_len = 30 tokens')])
+    (dict(gradient_checkpointing='yes'), "gradient_checkpointing is 'yes'; known: auto, on, off."), (dict(sharding='zero3', nproc=2), "sharding is 'zero3'; known: none, fsdp."),
+    (dict(max_tokens_per_microbatch=20), 'more than 20 at once; raise that or lower max_len'), (dict(lora_rank=-1), 'rank -1'), (dict(nproc=0), 'nproc is 0'),
+    (dict(patience=2, n_val=0), 'patience is 2'), (dict(max_len=30), 'The image does not fit into max_len = 30 tokens')])
 def test_a_way_of_training_that_there_is_not(run, values, says):
     said = first_error('3_stage2_tuning', start_from=str(BASE), n_show=1, **values)
     assert says in said and '\n' not in said, said
@@ -160,7 +160,7 @@ def test_the_number_of_a_step_is_enough():
 
 def test_a_part_that_there_is_not():
     with pytest.raises(ValueError, match="stage1: there is no trainable pattern named 'head'.*projector"): Stage('stage1', ('projector', 'head'), 1e-3)
-    with pytest.raises(ValueError, match='a rate for .*language_model'): Stage('stage1', ('projector',), 1e-3, rates={'language_model': 1e-5})
+    with pytest.raises(ValueError, match='a rate for .*language_model'): Stage('stage1', ('projector',), 1e-3, learning_rates={'language_model': 1e-5})
 
 
 def test_an_adapter_of_another_stage_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from llava_med.generate.answers import answer, plain_answer, slow_because
 from llava_med.models.anatomy import apart_because, image_token, tower
 from llava_med.models.llava import assemble, join, tiny_model
 from llava_med.train import batches, gates, packing, stages
-from llava_med.train.batches import Collator, encode, record_samples, share_pictures
+from llava_med.train.batches import Collator, encode, record_samples, pack_shared_prefixes
 from llava_med.train.gates import check_step, exact_collate, path_gate, prefix_gate, separate_loss
 from llava_med.train.loop import Stage, fit
 from llava_med.train.objectives import CrossEntropy
@@ -76,10 +76,10 @@ def toy():
     return [sample(*x) for x in said], tok.pad_token_id, features, model.config.image_token_id
 
 
-def of_path(toy, share, packed):
+def of_path(toy, pack_by_image, packed):
     "Rows of a path and what makes batches of them."
     samples, pad, features, image = toy
-    rows = share_pictures(samples, image) if share else samples
+    rows = pack_shared_prefixes(samples, image) if pack_by_image else samples
     return pack_rows(rows, 10**6) if packed else rows, (PackedCollator if packed else Collator)(pad, features)
 
 
@@ -89,7 +89,7 @@ PATHS = [(True, False), (False, True), (True, True)]
 def stepped(model, rows, collate):
     "Loss and gradients as one step of `fit` shows them: a plain step of length one moves each weight by its gradient."
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    stage = Stage('toy', ('projector', 'language_model'), 1., batch_size=len(rows), warmup=0., clip=1e9, optimizer='sgd', schedule='constant')
+    stage = Stage('toy', ('projector', 'language_model'), 1., batch_size=len(rows), warmup=0., max_grad_norm=1e9, optimizer='sgd', schedule='constant')
     row, = fit(model, rows, collate, stage)
     return row['loss'], {n: before[n] - p.detach() for n, p in model.named_parameters()}
 
@@ -122,9 +122,9 @@ def equal(got, want, tolerance=1e-5):
 def test_a_step_teaches_what_separate_samples_teach(name, toy, capsys):
     model, _ = thin(name)
     want = truth(model, toy)
-    for share, packed in PATHS:
+    for pack_by_image, packed in PATHS:
         capsys.readouterr()
-        assert equal(stepped(copy.deepcopy(model), *of_path(toy, share, packed)), want), (share, packed)
+        assert equal(stepped(copy.deepcopy(model), *of_path(toy, pack_by_image, packed)), want), (pack_by_image, packed)
         said = capsys.readouterr().out
         assert ('Rows are taken apart: its' in said) == (name in LEAKY), said
 
@@ -139,11 +139,11 @@ def test_without_the_gate_it_would_leak(name, toy, monkeypatch):
     assert not equal(stepped(copy.deepcopy(model), *of_path(toy, True, False)), truth(model, toy))
 
 
-@pytest.mark.parametrize('share,packed', PATHS)
-def test_an_adapter_is_asked_for_the_model_inside(share, packed, toy, capsys):
+@pytest.mark.parametrize('pack_by_image,packed', PATHS)
+def test_an_adapter_is_asked_for_the_model_inside(pack_by_image, packed, toy, capsys):
     from llava_med.models.adapters import add_lora
     stage = Stage('toy', ('language_model',), 1e-2, batch_size=8)
-    rows, collate = of_path(toy, share, packed)
+    rows, collate = of_path(toy, pack_by_image, packed)
     leaky, right = (fit(add_lora(thin(n)[0], 2), rows, collate, stage) for n in ('lfm2', 'llama'))
     assert capsys.readouterr().out.count('Rows are taken apart') == 1 and leaky and right
 
@@ -151,10 +151,10 @@ def test_an_adapter_is_asked_for_the_model_inside(share, packed, toy, capsys):
 def test_helpers_and_launched_processes_take_rows_apart_too(toy):
     rows, collate = of_path(toy, True, False)
     want = truth(thin('lfm2')[0], toy)
-    stage = Stage('toy', ('projector', 'language_model'), 1., batch_size=len(rows), warmup=0., clip=1e9, optimizer='sgd', schedule='constant')
+    stage = Stage('toy', ('projector', 'language_model'), 1., batch_size=len(rows), warmup=0., max_grad_norm=1e9, optimizer='sgd', schedule='constant')
     model = thin('lfm2')[0]
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    row, = fit(model, rows, collate, stage, workers=2)
+    row, = fit(model, rows, collate, stage, grad_workers=2)
     assert equal((row['loss'], {n: before[n] - p for n, p in model.named_parameters()}), want)
 
 
@@ -185,8 +185,8 @@ def test_a_wrong_mask_is_caught(wrong, toy, monkeypatch, capsys):
 
 def test_positions_that_do_not_restart_are_caught(monkeypatch):
     model, processor = thin()
-    right = batches.share_pictures
-    monkeypatch.setattr(gates, 'share_pictures', lambda *a, **k: [dict(r, positions=list(range(len(r['positions'])))) for r in right(*a, **k)])
+    right = batches.pack_shared_prefixes
+    monkeypatch.setattr(gates, 'pack_shared_prefixes', lambda *a, **k: [dict(r, positions=list(range(len(r['positions'])))) for r in right(*a, **k)])
     assert not prefix_gate(model, processor).passed
 
 
@@ -232,25 +232,25 @@ def test_rows_are_taken_apart_as_they_were_joined(toy):
     n = samples[0]['input_ids'].count(image)
     two['input_ids'] = [image]*n + samples[0]['input_ids']; two['labels'] = [-100]*n + samples[0]['labels']
     mixed = [dict(s, weights=[.5]*len(s['labels'])) for s in (*samples, two)]
-    for share in (False, True):
-        rows = share_pictures([{k: v for k, v in s.items() if k != 'weights'} for s in mixed], image) if share else mixed
+    for pack_by_image in (False, True):
+        rows = pack_shared_prefixes([{k: v for k, v in s.items() if k != 'weights'} for s in mixed], image) if pack_by_image else mixed
         for packed in (False, True):
             made = pack_rows(rows, 60) if packed else rows
             back = [s for r in made for s in split_row(r, image, n)]
             key = lambda s: (s['input_ids'], s['labels'][1:], s['image'], s.get('weights'))
-            plain = [{k: v for k, v in s.items() if not share or k != 'weights'} for s in mixed]
-            assert sorted(map(repr, map(key, back))) == sorted(map(repr, map(key, plain))), (share, packed)
+            plain = [{k: v for k, v in s.items() if not pack_by_image or k != 'weights'} for s in mixed]
+            assert sorted(map(repr, map(key, back))) == sorted(map(repr, map(key, plain))), (pack_by_image, packed)
 
 
 def test_what_needs_no_gate_is_left_alone(toy):
     samples, pad, features, image = toy
     model, plain = thin('lfm2')[0], Collator(pad, features)
     assert exact_collate(model, samples, plain) is plain
-    assert exact_collate(model, share_pictures(samples[:1], image), plain) is plain   # a row of one sample
+    assert exact_collate(model, pack_shared_prefixes(samples[:1], image), plain) is plain   # a row of one sample
     own = lambda rows: plain(rows)
-    assert exact_collate(model, share_pictures(samples, image), own) is own
-    apart = exact_collate(model, share_pictures(samples, image), plain)
-    assert isinstance(apart, ApartCollator) and exact_collate(model, share_pictures(samples, image), apart) is apart
+    assert exact_collate(model, pack_shared_prefixes(samples, image), own) is own
+    apart = exact_collate(model, pack_shared_prefixes(samples, image), plain)
+    assert isinstance(apart, ApartCollator) and exact_collate(model, pack_shared_prefixes(samples, image), apart) is apart
 
 
 # A stage
@@ -268,15 +268,15 @@ def stage(tmp_path):
     return at_work, records, tmp_path, record
 
 
-@pytest.mark.parametrize('name,share,packed,line,kind,n', [
+@pytest.mark.parametrize('name,pack_by_image,packed,line,kind,n', [
     ('llama', True, False, '', Collator, 2), ('llama', False, True, '', PackedCollator, 4), ('llama', True, True, '', PackedCollator, 2),
     ('lfm2', True, False, 'Without sharing of images: its layers of the kind conv', Collator, 4),
     ('lfm2', False, True, 'Without packed rows: its layers of the kind conv', Collator, 4),
     ('qwen3_5', True, True, 'Without sharing of images and packed rows: its layers of the kind linear_attention', Collator, 4),
     ('gemma2', False, True, 'Without packed rows: its attention sees a window of 12 tokens only', Collator, 4)])
-def test_a_stage_says_which_rows_it_takes(stage, capsys, name, share, packed, line, kind, n):
+def test_a_stage_says_which_rows_it_takes(stage, capsys, name, pack_by_image, packed, line, kind, n):
     at_work, records, folder, _ = stage
-    made = stages.prepare(at_work(name, packed=packed), records, folder, share=share)
+    made = stages.prepare(at_work(name, packed=packed), records, folder, pack_by_image=pack_by_image)
     assert type(made.collate) is kind and len(made.rows) == n
     said = [l for l in capsys.readouterr().out.splitlines() if 'Without' in l]
     assert said == [] if not line else len(said) == 1 and said[0].startswith(line)
@@ -287,7 +287,7 @@ def test_packing_gives_way_to_sharing(stage, capsys):
     work = at_work('llama', packed=True)
     base, processor = tiny_model(image_size=24)
     work.model = assemble(base.config.vision_config, AutoConfig.for_model('stablelm', **{**SIZE, 'vocab_size': 320}), processor)
-    made = stages.prepare(work, records, folder, share=True)
+    made = stages.prepare(work, records, folder, pack_by_image=True)
     assert type(made.collate) is Collator and len(made.rows) == 2
     assert 'Without packed rows: the probe failed (its attention is not told where packed samples begin).' in capsys.readouterr().out
 

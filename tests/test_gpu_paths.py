@@ -29,7 +29,7 @@ from llava_med.models.anatomy import connector, decoder, decoder_layers, set_tra
 from llava_med.models.llava import load, save, tiny_model
 from llava_med.train import launch as launching
 from llava_med.train import footprint, loop, packing, stages
-from llava_med.train.batches import Collator, batch_loss, encode, share_pictures
+from llava_med.train.batches import Collator, batch_loss, encode, pack_shared_prefixes
 from llava_med.train.distributed import Job
 from llava_med.train.launch import launch, train
 from llava_med.train.loop import Stage, fit
@@ -190,13 +190,13 @@ def test_a_gpu_is_not_refused_for_want_of_the_processors_memory(gpu):
 
 def test_notebooks_of_a_grid_do_not_share_a_gpu(monkeypatch):
     monkeypatch.setattr(sweeps, 'gpus_here', lambda: ['0', '2', '5'])
-    monkeypatch.setattr(sweeps, 'run_unit', lambda job: job['env']['CUDA_VISIBLE_DEVICES'])
-    here = sweeps.Here(3, gpus=1)
+    monkeypatch.setattr(sweeps, 'run_task', lambda job: job['env']['CUDA_VISIBLE_DEVICES'])
+    here = sweeps.LocalExecutor(3, gpus=1)
     first = [here.start(dict(env={})) for _ in range(3)]
     assert sorted(f.result() for f in first) == ['0', '2', '5'] and not here.room()
     freed = here.ended(first[1])
     assert here.start(dict(env={})).result() == freed
-    assert sweeps.Here(1, gpus=2).start(dict(env={})).result() == '0,2'
+    assert sweeps.LocalExecutor(1, gpus=2).start(dict(env={})).result() == '0,2'
 
 
 # The loop
@@ -209,7 +209,7 @@ def toy():
     chat = lambda w: [dict(role='user', content=[dict(type='image'), dict(type='text', text='which side?')]), dict(role='assistant', content=w)]
     samples = [dict(encode(tok, chat('left'*(1 + i % 3)), n), image=i % 5) for i in range(12)]
     features = torch.randn(5, n, model.config.vision_config.hidden_size, generator=torch.Generator().manual_seed(0))
-    rows = pack_rows(share_pictures(samples[:9], model.config.image_token_id), 90)   # the fifth image has one sample
+    rows = pack_rows(pack_shared_prefixes(samples[:9], model.config.image_token_id), 90)   # the fifth image has one sample
     return SimpleNamespace(samples=samples, plain=Collator(tok.pad_token_id, features), rows=rows,
                            packed=PackedCollator(tok.pad_token_id, features))
 
@@ -240,7 +240,7 @@ def dressed(monkeypatch):
         if dtype is torch.bfloat16: asked.autocast.append((device_type, enabled))
         return autocast('cpu', torch.bfloat16, enabled=enabled, **how)
     make = loop._batches
-    monkeypatch.setattr(loop, '_batches', lambda samples, turns, collate, loaders, pin: asked.pinned.append(pin) or make(samples, turns, collate, loaders, pin))
+    monkeypatch.setattr(loop, '_batches', lambda samples, micro, collate, num_workers, pin: asked.pinned.append(pin) or make(samples, micro, collate, num_workers, pin))
     monkeypatch.setattr(loop, 'Accelerator', lambda cpu: asked.cpu.append(cpu) or acc)
     monkeypatch.setattr(loop, 'Job', Stay)
     monkeypatch.setattr(loop, 'send_to_device', lambda batch, device, non_blocking: batch)
@@ -253,7 +253,7 @@ def dressed(monkeypatch):
 def test_a_stage_as_on_a_gpu(toy, dressed, bf16):
     "Every branch of the loop for a GPU; the weights and losses are those of the processor."
     models = [mixed(PROJECTOR) if bf16 else tiny_model(image_size=24)[0] for _ in range(2)]
-    there = fit(models[0], toy.rows, toy.packed, PROJECTOR, cpu=False, bf16=bf16, compile=True, workers=2)
+    there = fit(models[0], toy.rows, toy.packed, PROJECTOR, cpu=False, bf16=bf16, compile=True, grad_workers=2)
     assert dressed.cpu == [False] and dressed.pinned == [True] and set(dressed.autocast) == {('cuda', bf16)}
     assert dressed.compiled == list(decoder_layers(models[0]))
     loop.Accelerator = lambda cpu: SimpleNamespace(device=torch.device('cpu'), num_processes=1, process_index=0, is_main_process=True)
@@ -449,7 +449,7 @@ def test_a_plan_with_checkpointing_keeps_the_inputs_of_layers(kind):
     grown = {t: kept('llava15_7b', 2, t, kind, True, 64, True) - kept('llava15_7b', 1, t, kind, True, 64, True) for t in (512, 1024)}
     assert (grown[1024] - grown[512])/512 == text.hidden_size*(4 if kind == 'full' else 2)
     model = estimate.meta_model(estimate.real_config(read_preset('llava15_7b')))
-    said = [footprint.stage_memory(model, '3_stage2_tuning', dict(lora_rank=64*(kind == 'adapter'), checkpointing='on', batch_tokens=t), dict(gpus=1, memory_gb=80), 926, 250)
+    said = [footprint.stage_memory(model, '3_stage2_tuning', dict(lora_rank=64*(kind == 'adapter'), gradient_checkpointing='on', max_tokens_per_microbatch=t), dict(gpus=1, memory_gb=80), 926, 250)
             for t in (2048, 4096)]
     grows = (said[1]['kept'] - said[0]['kept'])*2**30/2048
     one, head = footprint.autocast_bytes(text, kind, 64), 250/926*text.vocab_size*10
@@ -533,7 +533,7 @@ def test_4_bits_without_a_gpu_or_a_package_cost_one_sentence(tmp_path, monkeypat
 def test_a_model_in_4_bits_is_not_launched(toy, tmp_path):
     model = add_lora(tiny_model(image_size=24)[0], 2)
     model.get_base_model().is_loaded_in_4bit = True
-    with pytest.raises(ValueError, match='4 bits .* set processes to 1'): launch(2, tmp_path/'job', model, toy.samples, toy.plain, ALL)
+    with pytest.raises(ValueError, match='4 bits .* set nproc to 1'): launch(2, tmp_path/'job', model, toy.samples, toy.plain, ALL)
     assert not (tmp_path/'job').exists()
 
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from conftest import PARAMETERS, Toy, dask_processes, wait_for
-from llava_med.lab.runner import library_mark
+from llava_med.lab.runner import library_fingerprint
 from llava_med.lab.commands import main
 from llava_med.lab.grids import Guard, batch_rows, grids, lay_out, over_seeds, plan_grid, read_grid
 from llava_med.core.runs import read_json, read_run
@@ -45,7 +45,7 @@ class Lab(Toy):
         self.mark(monkeypatch)
         self.step('2_two', work)
 
-    def mark(self, monkeypatch): monkeypatch.setattr('llava_med.lab.runner.library_mark', library_mark)   # as workers compute it
+    def mark(self, monkeypatch): monkeypatch.setattr('llava_med.lab.runner.library_fingerprint', library_fingerprint)   # as workers compute it
 
     def grid(self, text, name='g'):
         (self.root/f'{name}.yaml').write_text(text)
@@ -189,8 +189,8 @@ def test_damaged_files_of_a_batch_are_named(lab, capsys):
 
 def test_a_scheduler_that_is_not_there(lab, capsys, monkeypatch):
     from llava_med.lab import sweeps
-    place = sweeps.place_for
-    monkeypatch.setattr(sweeps, 'place_for', lambda *a: place(*a, wait=2))
+    executor = sweeps.executor_for
+    monkeypatch.setattr(sweeps, 'executor_for', lambda *a: executor(*a, wait=2))
     assert main(['batch', lab.grid('preset: toy'), '--scheduler', 'tcp://127.0.0.1:9']) == 1
     assert 'No scheduler answers at tcp://127.0.0.1:9' in capsys.readouterr().err
     assert not lab.outputs.exists()
@@ -231,8 +231,8 @@ def test_values_arrive_and_later_levels_win(lab):
 def test_planned_keys_are_those_of_the_runner(lab):
     from llava_med.lab.runner import step_inputs, step_key
     got, _ = lab.batch('preset: toy\ngrid: {1_one.n: [1, 2]}')
-    runs, units = lay_out(read_grid(lab.grid('preset: toy\ngrid: {1_one.n: [1, 2]}')))
-    assert got['failures'] == [] and got['ran'] == 4 and all(u.done for u in units.values())
+    runs, tasks = lay_out(read_grid(lab.grid('preset: toy\ngrid: {1_one.n: [1, 2]}')))
+    assert got['failures'] == [] and got['ran'] == 4 and all(u.done for u in tasks.values())
     for r in runs:
         record = read_run(f'g/{r.name}')
         assert {s: p['key'] for s, p in record['steps'].items()} == r.keys
@@ -282,19 +282,19 @@ def test_committed_grids_can_be_planned(monkeypatch):
     from llava_med.lab.grids import total_time
     for name in grids():
         grid = read_grid(name)
-        runs, units = lay_out(grid)
-        assert len(units) < sum(len(r.plan) for r in runs)
+        runs, tasks = lay_out(grid)
+        assert len(tasks) < sum(len(r.plan) for r in runs)
         assert len({r.seed for r in runs}) >= 3 or name.endswith('_screen')
         if grid['finished']: continue
-        assert all(u.estimate for u in units.values() if not u.step.startswith('0'))
-        assert total_time(units, 2) < 7200, name
+        assert all(u.estimate for u in tasks.values() if not u.step.startswith('0'))
+        assert total_time(tasks, 2) < 7200, name
 
 
 def test_a_batch_shows_that_it_lives_while_it_is_busy(lab):
     "Its pulse goes on beside the loop, which may share large folders for minutes; `stop` is the last word."
     from llava_med.lab.sweeps import Batch
     grid = read_grid(lab.grid('preset: toy'))
-    batch = Batch(grid, *lay_out(grid), place=None)
+    batch = Batch(grid, *lay_out(grid), executor=None)
     batch.folder.mkdir(parents=True)
     pulse = batch.folder/'.alive'
     batch.beat(.02)
@@ -539,9 +539,9 @@ def test_a_step_waits_for_all_that_it_depends_on(lab):
     "A step that names what step 0 of its run makes waits for that, and steps that do not need it go ahead."
     lab.step('0_base')
     grid = read_grid(lab.grid("preset: toy\nonly: [0_base, 1_one, 2_two]\nparameters: {2_two.tag: '{run}/0_base/model'}\ngrid: {1_one.n: [1, 2]}"))
-    runs, units = lay_out(grid)
+    runs, tasks = lay_out(grid)
     keys = runs[0].keys
-    assert set(units[keys['2_two']].before) == {keys['0_base'], keys['1_one']} and units[keys['1_one']].before == []
+    assert set(tasks[keys['2_two']].before) == {keys['0_base'], keys['1_one']} and tasks[keys['1_one']].before == []
     got, _ = lab.batch("preset: toy\nonly: [0_base, 1_one, 2_two]\nparameters: {2_two.tag: '{run}/0_base/model'}\ngrid: {1_one.n: [1, 2]}", 'based')
     assert got['failures'] == [] and got['ran'] == 5   # 0_base once for both
 

@@ -27,14 +27,16 @@ def notebooks(folder, *but):
     return sorted(p for p in home.rglob('*.ipynb') if inside(p)[0] not in but and not any(x.startswith(('_', '.')) for x in inside(p)))
 
 
-PIPELINE, OTHERS = notebooks('pipeline'), notebooks('benchmarks') + notebooks('course')
-CHAPTERS, RECIPES = notebooks('', 'pipeline', 'benchmarks', 'course', 'recipes'), notebooks('recipes')
+PIPELINE, FRONT = notebooks('pipeline'), notebooks('pages')
+OTHERS = notebooks('benchmarks') + notebooks('course') + FRONT
+CHAPTERS = notebooks('', 'pipeline', 'benchmarks', 'course', 'recipes', 'pages')
+RECIPES = notebooks('recipes')
 NOTEBOOKS = CHAPTERS + RECIPES + PIPELINE + OTHERS
 PAGES = ('index', 'start')   # chapters that export nothing
 PRESETS = sorted((REPO/'nbs/pipeline/presets').rglob('*.yaml'))
 MODULES = sorted(p for p in (REPO/'llava_med').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
 TESTS = sorted((REPO/'tests').rglob('test_*.py'))
-LEAST = dict(CHAPTERS=90, RECIPES=12, PIPELINE=7, OTHERS=28, PRESETS=15, MODULES=95, TESTS=68)   # what there is
+LEAST = dict(CHAPTERS=92, RECIPES=12, PIPELINE=7, OTHERS=37, PRESETS=16, MODULES=97, TESTS=75)   # what there is
 each = lambda paths: pytest.mark.parametrize('path', paths, ids=name)
 
 
@@ -190,11 +192,11 @@ def test_no_export_cell_and_no_shell(path):
         if re.match(r'#\s*\|\s*export', c.source): assert not re.search(r'^\s*[%!]', c.source, re.M)
 
 
-@each([p for p in CHAPTERS + RECIPES + PIPELINE if p.stem != 'index'])
+@each([p for p in CHAPTERS + RECIPES + PIPELINE + FRONT if p.stem != 'index'])
 def test_opening_and_end(path):
     cells = nbformat.read(path, 4).cells
     assert re.match(r'# .+\n+> .+', cells[0].source), 'begins with a title and one line that says what one will have'
-    assert 'markdown' in (cells[1].cell_type, cells[2].cell_type), 'then says what goes in, what comes out, and how long it takes'
+    assert 'markdown' in [c.cell_type for c in cells[1:3]], 'then says what goes in, what comes out, and how long it takes'
     headings = [x for c in cells if c.cell_type == 'markdown' for x in c.source.splitlines() if x.startswith('## ')]
     if path in CHAPTERS + RECIPES: assert '## What you have now' in headings and '## Try' in headings
 
@@ -234,9 +236,34 @@ def test_readme_is_made_from_the_index():
 
 
 def test_index_shows_the_example_results():
-    from llava_med.lab.publishing import example_tables
-    shown = markdown_of(nbformat.read(REPO/'nbs/index.ipynb', 4))
-    assert example_tables() in shown, 'make readme'
+    from llava_med.lab.publishing import example_tables, relink, demo_table
+    assert demo_table() in markdown_of(nbformat.read(REPO/'nbs/index.ipynb', 4)), 'make readme'
+    results = markdown_of(nbformat.read(REPO/'nbs/pages/results.ipynb', 4))
+    assert relink(example_tables(), '..') in results, 'make readme'
+
+
+def test_pages_show_the_measurements():
+    from llava_med.lab.publishing import ablation_table, benchmark_table, relink
+    for name, table in (('benchmarks', benchmark_table()), ('ablations', ablation_table())):
+        page = markdown_of(nbformat.read(REPO/f'nbs/pages/{name}.ipynb', 4))
+        assert relink(table, '..') in page and table.count('\n') > 10, 'make readme'
+
+
+def test_the_real_model_joins_the_table_when_it_is_measured(tmp_path, monkeypatch):
+    from llava_med.core.runs import write_json
+    from llava_med.lab.publishing import real_row, demo_table
+    rows = [dict(work='both, 0', metric=f'{c} strict', value=.5, low=.4, high=.6)
+            for c in ('image', 'blank', 'shuffled', 'image-blank')]
+    shutil.copytree(REPO/'outputs/example', tmp_path/'outputs/example')
+    monkeypatch.setenv('LLAVA_MED_ROOT', str(tmp_path))
+    assert real_row() == [] and '[real]' not in demo_table()
+    file = tmp_path/'nbs/benchmarks/results/real_small.json'
+    write_json(file, dict(best='both', questions=1061, rows=rows))
+    last = demo_table().splitlines()[-1]
+    assert last.startswith('| [real](benchmarks/real_small.ipynb)') and last.endswith('| 1061 |')
+    assert last.count('0.500 [0.40, 0.60]') == 3 and '+0.500 [+0.40, +0.60]' in last
+    write_json(file, dict(best=None, questions=0, rows=[]))
+    assert real_row() == []
 
 
 def test_the_page_of_data_is_made_from_the_catalogue():
@@ -244,11 +271,12 @@ def test_the_page_of_data_is_made_from_the_catalogue():
     assert (REPO/'data/README.md').read_text(encoding='utf-8') == data_page(), 'make readme'
 
 
-def test_index_names_every_chapter_and_step():
-    found = set(links(markdown_of(nbformat.read(REPO/'nbs/index.ipynb', 4))))
-    wanted = {p.relative_to(REPO/'nbs').as_posix() for p in CHAPTERS + RECIPES + PIPELINE if p.stem != 'index'}
-    missing = sorted(wanted - found)
-    assert not missing, f'nbs/index.ipynb names no {missing}'
+def test_one_page_names_every_notebook():
+    page = REPO/'nbs/pages/chapters.ipynb'
+    found = {(page.parent/x).resolve() for x in links(markdown_of(nbformat.read(page, 4)))}
+    wanted = [p for p in CHAPTERS + RECIPES + PIPELINE + OTHERS if p.stem != 'index' and p not in FRONT]
+    missing = sorted(name(p) for p in wanted if p not in found)
+    assert not missing, f'make readme: nbs/pages/chapters.ipynb names no {missing}'
 
 
 # Chapters and the library

@@ -42,7 +42,7 @@ def toy():
 def test_a_bad_sample_in_a_helper_is_named_by_its_own_error(toy):
     samples, pad, features = toy
     bad = [dict(s, image=99 if i == 5 else s['image']) for i, s in enumerate(samples)]
-    with pytest.raises(IndexError) as error: fit(tiny_model(image_size=24)[0], bad, Collator(pad, features), STAGE, workers=4)
+    with pytest.raises(IndexError) as error: fit(tiny_model(image_size=24)[0], bad, Collator(pad, features), STAGE, grad_workers=4)
     assert any(t.name == 'add' for t in error.traceback)   # it came from a helper
     assert not helpers()   # nobody is left behind
 
@@ -53,7 +53,7 @@ def test_a_killed_helper_is_reported(toy):
         if row['step'] == 1:
             for p in helpers(): os.kill(p.pid, signal.SIGKILL)
     with pytest.raises(TrainingError, match='threads=1'):
-        fit(tiny_model(image_size=24)[0], samples, Collator(pad, features), STAGE, workers=2, report=kill)
+        fit(tiny_model(image_size=24)[0], samples, Collator(pad, features), STAGE, grad_workers=2, report=kill)
 
 
 def test_more_workers_than_samples(toy):
@@ -61,7 +61,7 @@ def test_more_workers_than_samples(toy):
     models = [tiny_model(image_size=24)[0] for _ in range(2)]
     for m in models:   # a model that has been used carries hooks of transformers
         m(input_ids=torch.tensor([samples[0]['input_ids']])[:, -3:], output_hidden_states=True)
-    one, many = (fit(m, samples[:6], Collator(pad, features), STAGE, workers=w) for m, w in zip(models, (1, 3)))
+    one, many = (fit(m, samples[:6], Collator(pad, features), STAGE, grad_workers=w) for m, w in zip(models, (1, 3)))
     assert [r['samples'] for r in one] == [r['samples'] for r in many]
     assert max(abs(a['loss'] - b['loss']) for a, b in zip(one, many)) < 1e-4
 
@@ -70,10 +70,10 @@ RUN = '''
 import json, os, sys, torch
 from pathlib import Path
 from llava_med.train.batches import encode
-from llava_med.train.vision_cache import Pictures
+from llava_med.train.vision_cache import ImageFiles
 from llava_med.train.batches import Collator
 from llava_med.models.llava import tiny_model
-from llava_med.train.loop import Stage, fit, Held
+from llava_med.train.loop import Stage, Validation, fit
 
 if __name__ == '__main__':
     folder = Path(sys.argv[1])
@@ -82,10 +82,10 @@ if __name__ == '__main__':
     words = 'left right top bottom none one two three'.split()
     def chat(i): return [dict(role='user', content=[dict(type='image'), dict(type='text', text='where?')]), dict(role='assistant', content=words[i % 8])]
     samples = [dict(encode(tok, chat(i), n), image=i % 4) for i in range(24)]
-    collate = Collator(tok.pad_token_id, Pictures(processor, [folder/f'{i}.png' for i in range(4)]))
+    collate = Collator(tok.pad_token_id, ImageFiles(processor, [folder/f'{i}.png' for i in range(4)]))
     stage = Stage('stage2', ('projector', 'language_model'), 1e-2, epochs=5, batch_size=4)
     def tell(r): print(r['step'], flush=True)
-    rows = fit(model, samples, collate, stage, seed=3, checkpoint=folder/'state', save_s=0, report=tell, loaders=2, held=Held(samples[:4], patience=20))
+    rows = fit(model, samples, collate, stage, seed=3, checkpoint=folder/'state', save_s=0, report=tell, num_workers=2, validation=Validation(samples[:4], patience=20))
     torch.save(model.state_dict(), folder/'end.pt')
     (folder/'rows.json').write_text(json.dumps(rows))
 '''
@@ -126,8 +126,8 @@ def test_a_killed_data_worker_is_reported(toy, tmp_path):
             for p in psutil.Process().children():
                 with contextlib.suppress(psutil.Error):
                     if p.name().startswith('pt_data') or 'pytest' in ' '.join(p.cmdline()): p.kill()
-    with pytest.raises(TrainingError, match='fewer loaders'):
-        fit(tiny_model(image_size=24)[0], samples*20, Collator(pad, features), STAGE, loaders=2, report=kill)
+    with pytest.raises(TrainingError, match='fewer of them .num_workers.'):
+        fit(tiny_model(image_size=24)[0], samples*20, Collator(pad, features), STAGE, num_workers=2, report=kill)
 
 
 def test_a_data_worker_that_dies_while_all_is_put_back_is_reported_too(toy, monkeypatch):
@@ -137,7 +137,7 @@ def test_a_data_worker_that_dies_while_all_is_put_back_is_reported_too(toy, monk
         yield
         raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.')
     monkeypatch.setattr(loop, 'attention_for', interrupted)
-    with pytest.raises(TrainingError, match='fewer loaders'): fit(tiny_model(image_size=24)[0], samples[:4], Collator(pad, features), STAGE)
+    with pytest.raises(TrainingError, match='fewer of them .num_workers.'): fit(tiny_model(image_size=24)[0], samples[:4], Collator(pad, features), STAGE)
 
 
 @pytest.mark.parametrize('sharding', ['none', 'fsdp'])

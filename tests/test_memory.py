@@ -69,13 +69,13 @@ def test_every_process_is_counted(toy):
 def test_no_batch_lies_more_than_a_tenth_above_the_line(toy):
     model, _, collate = toy
     tok = tiny_model(image_size=24)[1].tokenizer
-    for checkpointing in ('off', 'on'):
+    for gradient_checkpointing in ('off', 'on'):
         samples, _ = encoded(tok, 8, (1, 20, 9, 14))
-        plan = plan_memory(model, samples, collate, checkpointing, free=2**30)
+        plan = plan_memory(model, samples, collate, gradient_checkpointing, free=2**30)
         for rows in (samples[1:2], samples, samples[1::4]*6, samples[2::4]*3):
             batch = collate(rows)
             from llava_med.train.memory import checkpointed
-            with checkpointed(model.train(), plan.checkpointing): _, peak = step_bytes(model, batch)
+            with checkpointed(model.train(), plan.gradient_checkpointing): _, peak = step_bytes(model, batch)
             assert peak <= 1.1*(plan.fixed + plan.per_token*batch['input_ids'].numel())
 
 
@@ -119,7 +119,7 @@ def trial(processes, bf16):
     plan = plan_memory(model, samples, collate, tokens=128, bf16=bf16, free=2**34, helpers=processes)
     print('planned', plan.total(), flush=True)
     stage = Stage('trial', PARTS, 1e-4, batch_size=2*processes)
-    fit(model, samples, collate, stage, workers=processes, memory=plan, bf16=bf16)
+    fit(model, samples, collate, stage, grad_workers=processes, memory=plan, bf16=bf16)
 
 
 def tree(pid):

@@ -61,7 +61,7 @@ def toy():
     return samples, Collator(tok.pad_token_id, features)
 
 
-STAGE = Stage('contrast', ('projector',), 1e-2, epochs=2, batch_size=8, optimizer='sgd', clip=1e9)
+STAGE = Stage('contrast', ('projector',), 1e-2, epochs=2, batch_size=8, optimizer='sgd', max_grad_norm=1e9)
 
 
 def trained(toy, objective, **how):
@@ -86,10 +86,10 @@ def test_a_loss_of_the_whole_batch_is_never_divided(toy, recipe):
     with pytest.raises(ValueError, match='A batch of this objective has .* may not be divided, but only'):
         trained(toy, objective, memory=MemoryPlan(most - 1, False, 0, 0, 0))
     with pytest.raises(ValueError, match='InBatch.* is a loss of the whole batch, which helper processes cannot share'):
-        trained(toy, objective, workers=2)
+        trained(toy, objective, grad_workers=2)
     loose = lambda model, batch: objective.loss(model, batch)[:2]   # a function that says nothing of its unit
     same(whole, trained(toy, loose))
-    with pytest.raises(ValueError, match='whole batch'): trained(toy, loose, workers=2)
+    with pytest.raises(ValueError, match='whole batch'): trained(toy, loose, grad_workers=2)
 
 
 @pytest.mark.parametrize('gathers', [False, True])
@@ -211,16 +211,16 @@ def test_samples_that_the_model_makes(toy, tmp_path):
 @pytest.mark.parametrize('change, said', [
     (dict(objective='dpoo'), 'no objective named'), (dict(sampler='pair'), 'Did you mean pairs'),
     (dict(optimizer='adam'), 'Did you mean adamw'), (dict(schedule='cos'), 'no schedule named'),
-    (dict(parts=('tower',)), 'no trainable pattern named'), (dict(parts=('*adapter*',)), 'fits no weight')])
+    (dict(trainable=('tower',)), 'no trainable pattern named'), (dict(trainable=('*adapter*',)), 'fits no weight')])
 def test_unknown_names_are_refused_before_anything_is_trained(toy, change, said):
     with pytest.raises(ValueError, match=said):
-        fit(tiny_model(image_size=24)[0], *toy, Stage(**dict(name='odd', parts=('projector',), lr=1e-3) | change))
+        fit(tiny_model(image_size=24)[0], *toy, Stage(**dict(name='odd', trainable=('projector',), lr=1e-3) | change))
 
 
 def test_patterns_train_what_they_name(toy):
     for parts in (('last_block',), ('norms',), ('*self_attn.q_proj*',)):
         model, start = (tiny_model(image_size=24)[0] for _ in range(2))
-        fit(model, *toy, Stage('some', parts, 1e-2, batch_size=4, rates={parts[0]: 2e-2}))
+        fit(model, *toy, Stage('some', parts, 1e-2, batch_size=4, learning_rates={parts[0]: 2e-2}))
         moved = {n for (n, p), q in zip(model.named_parameters(), start.parameters()) if not torch.equal(p, q)}
         inside = dict(last_block='layers.1.', norms='norm').get(parts[0], 'self_attn.q_proj')
         assert moved and all(inside in n for n in moved), moved

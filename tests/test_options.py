@@ -14,7 +14,7 @@ from llava_med.evaluate.answer_text import spoken
 from llava_med.evaluate.exact import right_answer
 from llava_med.evaluate.lmms_tasks import doc_text
 from llava_med.evaluate.scorers import SCORERS, score_answers, strict_scores
-from llava_med.evaluate.subjects import Chooser
+from llava_med.evaluate.subjects import LogLikelihoodModel
 from llava_med.generate.prompts import Prompting
 
 FOUR = ['CT', 'MRI', 'X-ray', 'Ultrasound']
@@ -220,7 +220,7 @@ def test_published_rules_read_letters_of_other_sets_and_stay_on_their_own():
 
 # Log-likelihood
 
-class Scored(Chooser):
+class Scored(LogLikelihoodModel):
     "A chooser whose model gives each reply its own log-probability."
     def __init__(self, table, **kw): super().__init__(None, object(), **kw); self.table = table
     def loglikelihood(self, images, prompts, options, batch_size=64): return [[self.table[o] for o in os] for os in options]

@@ -3,7 +3,7 @@ import random
 
 import pytest
 import torch
-from llava_med.train.batches import Collator, encode, share_pictures
+from llava_med.train.batches import Collator, encode, pack_shared_prefixes
 from llava_med.models.llava import tiny_model
 from llava_med.train.packing import PackedCollator, pack_rows
 from llava_med.train.loop import Stage, fit
@@ -30,11 +30,11 @@ def test_a_step_on_one_row_is_a_step_on_its_samples(toy, workers):
     samples, pad, features, image = toy
     rows = [pack_rows(samples[:7], 10_000), pack_rows(samples[7:], 10_000)]
     assert [len(r) for r in rows] == [1, 1]
-    stage = dict(name='toy', parts=('projector', 'language_model'), lr=1e-3, epochs=3)
+    stage = dict(name='toy', trainable=('projector', 'language_model'), lr=1e-3, epochs=3)
     for part, row in zip((samples[:7], samples[7:]), rows):
         one, packed = tiny_model(image_size=24)[0], tiny_model(image_size=24)[0]
         a = fit(one, part, Collator(pad, features), Stage(**stage, batch_size=7))
-        b = fit(packed, row*workers if workers > 1 else row, PackedCollator(pad, features), Stage(**stage, batch_size=workers), workers=workers)
+        b = fit(packed, row*workers if workers > 1 else row, PackedCollator(pad, features), Stage(**stage, batch_size=workers), grad_workers=workers)
         assert max(abs(x['loss'] - y['loss']) for x, y in zip(a, b)) < 1e-4   # a row twice has the mean of the row
         assert (weights(one) - weights(packed)).abs().max() < 1e-4
         assert packed.config.text_config._attn_implementation == one.config.text_config._attn_implementation
@@ -42,7 +42,7 @@ def test_a_step_on_one_row_is_a_step_on_its_samples(toy, workers):
 
 def test_shared_pictures_pack_too(toy):
     samples, pad, features, image = toy
-    rows = pack_rows(share_pictures(samples, image), 400)
+    rows = pack_rows(pack_shared_prefixes(samples, image), 400)
     assert sum(len(r['input_ids']) for r in rows) < sum(len(s['input_ids']) for s in samples)
     model = tiny_model(image_size=24)[0]
     from llava_med.train.batches import batch_loss

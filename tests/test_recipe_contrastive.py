@@ -21,7 +21,7 @@ from llava_med.train.memory import MemoryPlan
 from llava_med.train.objectives import load_modules, objective_name, save_modules
 
 REPO = Path(__file__).resolve().parents[1]
-STAGE = Stage('contrastive', ('used_tower',), 1e-2, epochs=2, batch_size=8, optimizer='sgd', clip=1e9, objective='contrastive')
+STAGE = Stage('contrastive', ('used_tower',), 1e-2, epochs=2, batch_size=8, optimizer='sgd', max_grad_norm=1e9, objective='contrastive')
 
 
 @pytest.fixture(scope='module')

@@ -139,7 +139,7 @@ def few_steps(way, folder=None):
     collate = Collator(tok.pad_token_id, torch.randn(8, 4, 32, generator=torch.manual_seed(0)))
     stage = Stage('stage1', ('projector',), 1e-2, epochs=2, batch_size=4)
     if way == 'launch': rows = launch(2, folder/'job', model, samples, collate, stage)
-    else: rows = fit(model, samples, collate, stage, workers=2 if way == 'helper' else 1)
+    else: rows = fit(model, samples, collate, stage, grad_workers=2 if way == 'helper' else 1)
     return [r['loss'] for r in rows], [p.detach().clone() for p in model.model.multi_modal_projector.parameters()]
 
 

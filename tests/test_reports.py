@@ -183,7 +183,7 @@ def test_a_loss_is_said_to_fall_only_if_it_does():
     falls = [dict(loss=3 - .05*i) for i in range(40)]
     assert 'falls from' in loss_words(falls) and 'rises from' in loss_words(falls[::-1])
     assert 'does not clearly fall' in loss_words([dict(loss=2 + (-1)**i) for i in range(40)]) and 'not finite' in loss_words([dict(loss=float('nan'))]*4)
-    held = [dict(r, held_loss=abs(i - 10)/10 if i % 5 == 0 else '') for i, r in enumerate(falls)]
+    held = [dict(r, val_loss=abs(i - 10)/10 if i % 5 == 0 else '') for i, r in enumerate(falls)]
     assert 'validation loss from 0.00 at best to 2.50' in loss_words(held) and 'validation' not in loss_words(falls)
 
 

@@ -18,7 +18,7 @@ from llava_med.lab.publishing import refresh
 from llava_med.core.runs import RunLocked, Step, StepInputError, read_run, run_dir, update_run
 
 REPO = Path(__file__).resolve().parents[1]
-SAME = "import sys\nimport llava_med.lab.runner as b\nimport llava_med.lab.commands as c\nb.library_mark = lambda nb: 'the same library'\n"  # as the fixture does
+SAME = "import sys\nimport llava_med.lab.runner as b\nimport llava_med.lab.commands as c\nb.library_fingerprint = lambda nb: 'the same library'\n"  # as the fixture does
 COMMAND = [sys.executable, '-c', SAME + 'sys.exit(c.main())', 'run']
 
 
@@ -223,7 +223,7 @@ def test_data_base_and_library_belong_to_the_key(toy, monkeypatch):
     (toy.root/'data/base_tiny').mkdir(parents=True)
     (toy.root/'data/base_tiny/config.json').write_text('{}'); keys.append(key())
     (toy.root/'data/base_tiny/config.json').write_text('{"a": 1}'); keys.append(key())
-    monkeypatch.setattr(b, 'library_mark', lambda nb: 'another'); keys.append(key())
+    monkeypatch.setattr(b, 'library_fingerprint', lambda nb: 'another'); keys.append(key())
     assert len(set(keys)) == len(keys)
 
 

@@ -9,7 +9,7 @@ from llava_med.core.runs import test_data as data_folder
 from llava_med.evaluate.scorers import align, answer_text, credits, read_answers
 from llava_med.evaluate.exact import ScoreError
 from llava_med.evaluate.statistics import (_p, calibration_error, compare, design_effect, holm, mcnemar, null_rate, paired_difference,
-                                  share_interval, smallest_difference, subset_means)
+                                  share_interval, minimum_detectable_effect, subset_means)
 from llava_med.data.vqa_readers import read_vqa
 
 DATA = data_folder()
@@ -61,14 +61,14 @@ def test_comparison_of_real_answers(answers):
 
 def test_what_should_be_found_four_times_in_five_is():
     rng, n, studies = np.random.default_rng(1), 272, 800
-    gain = smallest_difference(n)
+    gain = minimum_detectable_effect(n)
     d = rng.choice([1., 0, -1], (n, studies), p=[.075 + gain/2, .85, .075 - gain/2])
     draws = subset_means(d, np.ones(d.shape), 1000)
     assert .75 <= (_p(draws) < .05).mean() <= .87
 
 
 def test_published_sizes_and_intervals():
-    assert [round(100*smallest_difference(n), 1) for n in (272, 416, 451, 1061, 6761)] == [6.6, 5.3, 5.1, 3.3, 1.3]
+    assert [round(100*minimum_detectable_effect(n), 1) for n in (272, 416, 451, 1061, 6761)] == [6.6, 5.3, 5.1, 3.3, 1.3]
     assert [round(100*x, 1) for x in share_interval(229, 272)] == [79.4, 88.0]
     assert [round(100*x, 1) for x in share_interval(110, 179)] == [54.2, 68.3]
 
@@ -113,7 +113,7 @@ def test_calibration_error_of_perfect_models_is_what_chance_says():
 
 @pytest.mark.parametrize('work,message', [
     (lambda: paired_difference([], [], []), '0 differences'), (lambda: paired_difference([1, np.nan], [0, 0], [1, 2]), '1 of them numbers'),
-    (lambda: mcnemar([.5], [1]), '0 or 1'), (lambda: smallest_difference(0), 'at least one'),
+    (lambda: mcnemar([.5], [1]), '0 or 1'), (lambda: minimum_detectable_effect(0), 'at least one'),
     (lambda: calibration_error([.5], [1, 0]), '1 confidences for 2 answers'), (lambda: calibration_error([np.nan], [1]), 'between 0 and 1'),
     (lambda: compare({}, [('a', 'b')]), "No answers of 'a'")])
 def test_bad_input_is_named(work, message):

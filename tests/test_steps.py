@@ -11,6 +11,7 @@ import nbformat
 import pytest
 
 from conftest import PARAMETERS, Toy, make_notebook, wait_for
+from llava_med.core import renames
 from llava_med.core.runs import read_json, read_run
 from llava_med.lab import estimate, runner
 from llava_med.lab.commands import scores_text
@@ -56,7 +57,7 @@ def lists(tmp_path, monkeypatch): return Lists(tmp_path, monkeypatch)
 
 def command(*words, wait=True):
     "`llava-med …` in a process of its own."
-    code = "import sys\nimport llava_med.lab.runner as b\nfrom llava_med.lab.commands import main\nb.library_mark = lambda nb: 'the same library'\nsys.exit(main())"
+    code = "import sys\nimport llava_med.lab.runner as b\nfrom llava_med.lab.commands import main\nb.library_fingerprint = lambda nb: 'the same library'\nsys.exit(main())"
     p = subprocess.Popen([sys.executable, '-c', code, *words], env={**os.environ, 'PYTHONPATH': str(REPO)},
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     return p.communicate() if wait else p
@@ -235,12 +236,58 @@ def test_plain_papermill_refuses_what_a_notebook_does_not_have(lists, monkeypatc
     assert read_json(lists.outputs/'scratch/1_one/model/w.json') == [3]
 
 
+def test_plain_papermill_takes_an_old_name(lists, monkeypatch):
+    import papermill
+    monkeypatch.setenv('PYTHONPATH', str(REPO))
+    work = "step = Step('1_one', run, inputs_from, seed, 'cpu')\nwrite_json(step.path('n.json'), n_val)\nstep.finish()"
+    book = make_notebook(lists.notebook('1_one'), HEAD, MORE + 'n_val: int = 1  # samples', work, tags=())
+    nb = nbformat.read(book, 4)
+    nb.cells[1].metadata['tags'] = ['parameters']
+    nbformat.write(nb, book)
+    run = lambda **values: started(lambda **own: papermill.execute_notebook(str(book), str(lists.root/'out.ipynb'), values, kernel_name='python3',
+                                                                          progress_bar=False, **own))
+    run(n_held=3)
+    assert read_json(lists.outputs/'scratch/1_one/n.json') == 3
+    with pytest.raises(papermill.PapermillExecutionError, match='1_one: n_held is now called n_val, and both are given'): run(n_held=3, n_val=4)
+
+
 def test_an_old_name_is_told_and_still_works(lists, monkeypatch, capsys):
-    monkeypatch.setitem(runner.new_name.__globals__['RENAMED'], 'number', 'n')
+    monkeypatch.setitem(renames.RENAMED, 'number', 'n')
+    renames._say.cache_clear()   # it is said once a process
     assert plan_run(read_preset('toy'), 'x', sets=['first.number=7'])['first']['n'] == 7
-    assert 'The parameter number is called n now' in capsys.readouterr().err
+    assert 'number is now called n; the old name works in this version only.' in capsys.readouterr().err
     lists.preset('old', 'steps: [{name: a, notebook: 2_two, number: 4}]\n')
     assert plan_run(read_preset('old'), 'x')['a']['n'] == 4
+    (lists.root/'old.yaml').write_text('preset: toy\ngrid: {first.number: [1, 2]}\nparameters: {again: {number: 5}}')
+    runs = plan_grid(read_grid(str(lists.root/'old.yaml')))
+    assert [(r.name, r.plan['again']['n']) for r in runs] == [('n1-s0', 5), ('n2-s0', 5)]
+
+
+@pytest.mark.parametrize('old', ['steps: [{name: a, notebook: 2_two, number: 4, n: 4}]', 'steps: [{name: a, notebook: 2_two, number: 4}]\nparameters: {a: {n: 4}}',
+                                 'steps: [2_two]\nparameters: {2_two: {number: 4, n: 4}}'])
+def test_both_names_of_a_parameter_are_refused(lists, monkeypatch, old):
+    monkeypatch.setitem(renames.RENAMED, 'number', 'n')
+    lists.preset('old', old + '\n')
+    with pytest.raises(UsageError, match='number is now called n, and both are given|a.n stands under'): plan_run(read_preset('old'), 'x')
+
+
+def test_both_names_in_arguments_and_grids_are_refused(lists, monkeypatch):
+    monkeypatch.setitem(renames.RENAMED, 'number', 'n')
+    with pytest.raises(UsageError, match='--set first.number is now called n, and both are given'):
+        plan_run(read_preset('toy'), 'x', sets=['first.number=7', 'first.n=8'])
+    assert plan_run(read_preset('toy'), 'x', sets=['first.number=7', 'again.n=8'])['again']['n'] == 8
+    for text in ('parameters: {first: {number: 1, n: 2}}', 'parameters: {first.number: 1, first.n: 2}', 'grid: {first.number: [1], first.n: [2]}'):
+        (lists.root/'both.yaml').write_text(f'preset: toy\n{text}')
+        with pytest.raises(UsageError, match='both are given|stands twice'): read_grid(str(lists.root/'both.yaml'))
+
+
+def test_fields_of_a_stage_have_old_names_too():
+    preset = read_preset('tiny')
+    said = '3_stage2_tuning.stage={parts: [projector, language_model], rates: {projector: 1e-4}, clip: 2.0}'
+    assert plan_run(preset, 'x', sets=[said])['3_stage2_tuning']['stage'] == {
+        'trainable': ['projector', 'language_model'], 'learning_rates': {'projector': 1e-4}, 'max_grad_norm': 2.}
+    with pytest.raises(UsageError, match='3_stage2_tuning.stage.clip is now called max_grad_norm, and both are given'):
+        plan_run(preset, 'x', sets=['3_stage2_tuning.stage={clip: 1.0, max_grad_norm: 2.0}'])
 
 
 # Presets in folders

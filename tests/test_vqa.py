@@ -505,11 +505,11 @@ def test_real_pictures_under_other_names(tmp_path):
         if k % 3 == 0: save(tmp_path / f'{k}.png', img)                      # the same pixels in another file
         elif k % 3 == 1: save(tmp_path / f'{k}.jpg', img, quality=60)        # stored again
         else: save(tmp_path / f'{k}.png', img.resize((img.width * 2 // 3, img.height * 2 // 3)))
-    theirs = leakage.picture_marks(names, DATA / 'vqa_rad/images')
-    pairs = leakage.near_pictures(leakage.picture_marks([p.name for p in tmp_path.iterdir()], tmp_path), theirs)
+    theirs = leakage.image_fingerprints(names, DATA / 'vqa_rad/images')
+    pairs = leakage.near_images(leakage.image_fingerprints([p.name for p in tmp_path.iterdir()], tmp_path), theirs)
     assert {(a, b) for a, b, _ in pairs} == {(f'{k}.{"jpg" if k % 3 == 1 else "png"}', names[k]) for k in range(20)}
     assert {a for a, _, equal in pairs if equal} == {f'{k}.png' for k in range(0, 20, 3)}
-    assert {(a, b) for a, b, _ in leakage.near_pictures(theirs, theirs)} == {(n, n) for n in names}
+    assert {(a, b) for a, b, _ in leakage.near_images(theirs, theirs)} == {(n, n) for n in names}
 
 
 def test_pictures_count_under_any_name_and_ids_count(tmp_path):
@@ -530,14 +530,14 @@ def test_comparing_thousands_of_pictures_takes_seconds():
     rng = np.random.default_rng(0)
     many = {n: (bytes([n % 256, n // 256]), rng.integers(0, 256, 32, np.uint8), np.zeros((48, 48), np.int16)) for n in range(3000)}
     start = time.perf_counter()
-    assert len(leakage.near_pictures(many, many)) == 3000
+    assert len(leakage.near_images(many, many)) == 3000
     assert time.perf_counter() - start < 15
 
 
 def test_flat_pictures_are_not_all_the_same(tmp_path):
     for v in (0, 128): save(tmp_path / f'{v}.png', Image.new('RGB', (32, 32), (v,) * 3))
-    marks = leakage.picture_marks(['0.png', '128.png'], tmp_path)
-    assert {(a, b) for a, b, _ in leakage.near_pictures(marks, marks)} == {('0.png', '0.png'), ('128.png', '128.png')}
+    marks = leakage.image_fingerprints(['0.png', '128.png'], tmp_path)
+    assert {(a, b) for a, b, _ in leakage.near_images(marks, marks)} == {('0.png', '0.png'), ('128.png', '128.png')}
 
 
 def test_left_is_not_right_and_yes_is_not_no():

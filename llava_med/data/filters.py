@@ -280,7 +280,7 @@ class ImageModality:
         from transformers import AutoModel, AutoProcessor
         if not Path(folder).is_dir(): raise FileNotFoundError(f'{folder}: there is no such folder; name the folder of a CLIP-type checkpoint.')
         def opened(kind, what):
-            try: return kind.from_pretrained(folder, local_files_only=True)
+            try: return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             except Exception as e: raise ValueError(f'{folder}: transformers cannot open the {what} in it ({" ".join(str(e).split())[:150]}).') from None
         self.model = opened(AutoModel, 'model').eval().to(device)
         if not all(hasattr(self.model, k) for k in ('get_image_features', 'get_text_features', 'logit_scale')):

@@ -6,7 +6,7 @@
 __all__ = ['NOTHING', 'ROLE', 'FOREIGN', 'THOUGHT', 'OPENING', 'SOURCE_ASIDE', 'INLINE', 'REPORTED', 'REVEALS', 'REFUSAL',
            'PromptError', 'Prompts', 'read_prompts', 'row', 'short', 'split_talk', 'with_capital', 'mend', 'read_talk',
            'AnswersError', 'Answers', 'texts_of', 'in_turn', 'TextGenerator', 'unusable', 'written_records',
-           'model_mark', 'LocalGenerator']
+           'model_fingerprint', 'LocalGenerator']
 
 # %% ../../nbs/03_data/09_generators.ipynb #a3383d3a
 import contextlib
@@ -388,7 +388,7 @@ def written_records(
         if r: yield r
 
 # %% ../../nbs/03_data/09_generators.ipynb #b10c3956
-def model_mark(
+def model_fingerprint(
     model:str|Path, # a folder, or a name on the hub
 )->str:             # a name without a path; a folder's has a hash of its files
     "How a local model is called in records."
@@ -431,7 +431,7 @@ class LocalGenerator(TextGenerator):
         batch_size:int=8,   # conversations at once
         **how,              # prompts, mentions, n_examples, settings: as for `TextGenerator`
     ):
-        super().__init__(model_mark(model), answers, **how)
+        super().__init__(model_fingerprint(model), answers, **how)
         if self.settings['temperature']: raise ValueError('A local model writes with temperature 0, so that a stopped run ends with the same words.')
         self.path, self.device, self.batch_size = str(model), device, batch_size
         self.settings['batch_size'] = batch_size
@@ -440,10 +440,10 @@ class LocalGenerator(TextGenerator):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
         from llava_med.core.pieces import read_tokenizer
         try:
-            config = AutoConfig.from_pretrained(self.path)
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             kind = AutoModelForImageTextToText if hasattr(config, 'vision_config') else AutoModelForCausalLM
-            tokenizer, model = read_tokenizer(self.path), kind.from_pretrained(self.path,
-                                                                               dtype='auto')
+            tokenizer = read_tokenizer(self.path)
+            model = kind.from_pretrained(self.path, dtype='auto', trust_remote_code=False)
         except (OSError, ValueError) as e:
             raise ValueError(f'{self.path} cannot be loaded as a chat model ({" ".join(str(e).split())[:200]}): name a folder with a model and its tokenizer, or a model of the hub.') from None
         model.generation_config.eos_token_id = _chat_rules(tokenizer, model, self.path)

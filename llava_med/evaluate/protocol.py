@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 import numpy as np
+from ..core.renames import old_names
 from .exact import item_tag, strict
 from ..data.vqa import item_cluster
 from .subjects import predict
@@ -50,18 +51,19 @@ def whole_images(
     return [o for o in items if o['images'][0] in drawn]
 
 # %% ../../nbs/06_evaluate/11_protocol.ipynb #e9ef2934
+@old_names({'ways': 'prompts'})
 def ask_all(
-    models:dict,     # name → (model, processor), or a subject such as a `Chooser`
+    models:dict,     # name → (model, processor), or a subject such as a `LogLikelihoodModel`
     plan:dict,       # (model, condition) → VQA items
     images_dir:Path, # folder that the items' image names refer to
     log_fn:Path,     # the prediction log; lines are appended
-    ways:dict|None=None, # model → `Prompting`; the bare question where there is none
+    prompts:dict|None=None, # model → `Prompting`; the bare question where there is none
     **kw,            # further arguments of `predict`
 )->list:             # what `predict` returned, one for each entry of the plan
     "Ask all questions of a plan; what the log holds is not asked again."
     done = []
     for (name, condition), items in plan.items():
-        pair, way = models[name], (ways or {}).get(name)
+        pair, way = models[name], (prompts or {}).get(name)
         model, processor = pair if isinstance(pair, tuple) else (pair, None)
         asks, prompt_of = (way.items(items), way.prompt_of) if way else (items, None)
         done.append(predict(model, processor, asks, images_dir, log_fn, name, condition,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WARNINGS', 'SET_NOTES', 'PUBLISHED', 'MARKS', 'REPORT_USE', 'RULES', 'ORDER', 'NOTES', 'text', 'table', 'data_uri',
-           'figure', 'picture_uri', 'page', 'write_page', 'value_with_interval', 'side_by_side', 'row_table', 'wrapped',
+           'figure', 'image_uri', 'page', 'write_page', 'value_with_interval', 'side_by_side', 'row_table', 'wrapped',
            'published_rows', 'drawn_examples', 'gallery', 'example_figure', 'score_figure', 'calibration_figure',
            'looking_title', 'case_table', 'in_words', 'evaluation_report']
 
@@ -58,7 +58,7 @@ def figure(
     plt.close(fig)
     return dict(kind='figure', uri=data_uri(kind, data), caption=caption, alt=caption.split('. ')[0] + '. The numbers stand in the caption.')
 
-def picture_uri(
+def image_uri(
     source,         # path of a picture, or a PIL image
     size:int=224,   # longest side in pixels
     quality:int=80, # of the JPEG
@@ -263,7 +263,7 @@ def gallery(
     cards = []
     for o in items:
         verdict = lambda t: f'{t or "(nothing)"} ({"right" if right_answer(o, t) else "wrong"})'
-        cards.append(dict(uri=picture_uri(Path(images_dir)/o['images'][0], size), alt=f'Picture {o["images"][0]}',
+        cards.append(dict(uri=image_uri(Path(images_dir)/o['images'][0], size), alt=f'Picture {o["images"][0]}',
                           lines=[('question', o['question']), ('key', o['answer']),
                                  *((who, verdict(said[o['id']])) for who, said in replies.items() if o['id'] in said)]))
     return dict(kind='gallery', caption=caption, cards=cards) if cards else None
@@ -317,7 +317,7 @@ def score_figure(
 
 def calibration_figure(
     items:list, # VQA items
-    lines:list, # log lines of a `Chooser`, see `statistics.calibration_table`
+    lines:list, # log lines of a `LogLikelihoodModel`, see `statistics.calibration_table`
 )->dict|None:   # a part of a page; None if nothing was asked
     "Confidence against the share of right answers."
     import matplotlib.pyplot as plt
@@ -396,7 +396,7 @@ def _tests(tests):
                              else ' [–]'), 'p': p(t['p']), 'p, Holm': p(t['p_holm']),
                           'McNemar': p(t['p_mcnemar']),
                           'win / tie / loss': f"{t['win']}\u00a0/\u00a0{t['tie']}\u00a0/\u00a0{t['loss']}",
-                          'could be found': pc(t['smallest']) if np.isfinite(t['smallest'])
+                          'could be found': pc(t['mde']) if np.isfinite(t['mde'])
                           else '–', 'questions': t['n_items'], 'images': t['n_images'],
                           'verdict': 'different' if t['p_holm'] < .05 else 'not shown to differ'}
                          for t in sorted(tests.to_dict('records'), key=lambda t: '-' not in t['model'])])
@@ -507,7 +507,7 @@ def evaluation_report(
     about:dict,         # what was run: words → text
     tests:pd.DataFrame=None,       # from `statistics.paired_tests`
     calibration:pd.DataFrame=None, # from `statistics.calibration_table`
-    chosen:tuple=(),    # log lines of a `Chooser`, for the figure
+    chosen:tuple=(),    # log lines of a `LogLikelihoodModel`, for the figure
     audit:list=(),      # from `audit.audit_splits`
     audit_note:str='',  # what was compared
     prompts:list=(),    # from `prompting.choose_prompt`

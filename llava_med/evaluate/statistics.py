@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXACT_CLUSTERS', 'share_interval', 'win_tie_loss', 'mcnemar', 'subsets', 'subset_means', 'draw_limits',
-           'alike_difference', 'paired_difference', 'design_effect', 'holm', 'smallest_difference', 'compare',
+           'alike_difference', 'paired_difference', 'design_effect', 'holm', 'minimum_detectable_effect', 'compare',
            'paired_tests', 'test_rows', 'with_tests', 'null_rate', 'reliability', 'calibration_error', 'confidence_of',
            'calibration_table', 'calibration_rows']
 
@@ -156,7 +156,7 @@ def holm(
     return out
 
 # %% ../../nbs/06_evaluate/07_statistics.ipynb #e3998f7a
-def smallest_difference(
+def minimum_detectable_effect(
     n:int,                 # items
     discordant:float=.15,  # share of items on which only one of the two is right
     power:float=.8,        # how often it should be found
@@ -189,10 +189,10 @@ def compare(
             if len(d):
                 rows.append(dict(model=f'{x}-{y}', metric=m, **_comparison(d, m, n_draws, seed)))
     out = pd.DataFrame(rows, columns=['model', 'metric', 'difference', 'low', 'high', 'p', 'p_holm', 'p_mcnemar', 'win', 'tie',
-                                      'loss', 'smallest', 'n_items', 'n_images', 'n_clusters'])
+                                      'loss', 'mde', 'n_items', 'n_images', 'n_clusters'])
     return out.assign(p_holm=holm(out['p']))
 
-def _smallest(r):
+def _mde(r):
     "What a comparison could have found; where nothing varies, half its exact interval."
     if r['se'] > 1e-12: return (norm.ppf(.975) + norm.ppf(.8))*r['se']
     return (r['high'] - r['low'])/2
@@ -207,7 +207,7 @@ def _comparison(d, m, n_draws, seed):
     p_mcnemar = mcnemar(a, b) if np.isin([a, b], (0, 1)).all() else np.nan
     return dict({k: r[k] for k in ('difference', 'low', 'high', 'p')}, p_mcnemar=p_mcnemar,
                 win=win, tie=tie, loss=loss,
-                smallest=_smallest(r), n_items=len(d),
+                mde=_mde(r), n_items=len(d),
                 n_images=d['image'].nunique(),
                 n_clusters=clusters.nunique())
 
@@ -241,7 +241,7 @@ _SIZES = ('n_items', 'n_images', 'n_clusters')
 
 def _test_values(t):
     "What is told of one test. Rounding takes no p-value over 0.05, and none to zero."
-    values = {k: t[k] for k in ('p', 'p_holm', 'p_mcnemar', 'smallest')} | {k: t[k]/t['n_items']
+    values = {k: t[k] for k in ('p', 'p_holm', 'p_mcnemar', 'mde')} | {k: t[k]/t['n_items']
                                                                             for k in ('win', 'tie', 'loss')}
     def tidy(k, v):
         if not k.startswith('p'): return round(float(v), 4)
@@ -320,7 +320,7 @@ def confidence_of(
 
 def calibration_table(
     items:list,   # VQA items that were to be answered with one of some options
-    lines:list,   # log lines of a `Chooser`; failed ones are left out and counted
+    lines:list,   # log lines of a `LogLikelihoodModel`; failed ones are left out and counted
     bins:int=10,  # of equal width
     seed:int=0,   # of the simulation
 )->pd.DataFrame:  # one row a model: HEAD, accuracy, confidence, ece, chance, chance_high, n_items, n_images, n_clusters, failed

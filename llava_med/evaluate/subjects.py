@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEY', 'DESCRIBE', 'USUAL_STEPS', 'prompt_hash', 'processor_hash', 'item_hash', 'Subject', 'LocalModel', 'predict',
-           'settled', 'Chooser', 'caption_items', 'choose_prompt', 'ModelError', 'find_models', 'open_models']
+           'settled', 'LogLikelihoodModel', 'caption_items', 'choose_prompt', 'ModelError', 'find_models',
+           'open_models']
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #584d6e60
 import hashlib, json, os, re, time
@@ -327,7 +328,7 @@ def _summed(replies, scores):
         out.append((total, max(got, key=lambda g: g[0])[1]))
     return out
 
-class Chooser(LocalModel):
+class LogLikelihoodModel(LocalModel):
     "A model that answers with the most probable of an item's options."
     def __init__(self,
         model,                # as in `LocalModel`

@@ -7,7 +7,7 @@ __all__ = ['TOKEN_KINDS', 'MOST_REGISTERS', 'ATTENTION_METHODS', 'NEUTRAL', 'row
            'capture_rows', 'view_window', 'Sample', 'encode_sample', 'collate', 'Trace', 'image_vectors', 'trace',
            'to_grid', 'token_shares', 'answer_maps', 'generate', 'neutral_sample', 'all_maps', 'overlay', 'plot_maps',
            'cell_boxes', 'target_cells', 'item_boxes', 'hits', 'pointing_game', 'random_rate', 'box_cover',
-           'energy_lift', 'over_pictures', 'layer_rates', 'best_layer', 'static_map', 'untrained']
+           'energy_lift', 'over_images', 'layer_rates', 'best_layer', 'static_map', 'untrained']
 
 # %% ../../nbs/07_explain/01_attention.ipynb #02f3482b
 from contextlib import contextmanager
@@ -536,7 +536,7 @@ def energy_lift(
     return np.where((total > 0) & (area > 0), lift, 1.)
 
 # %% ../../nbs/07_explain/01_attention.ipynb #b031dd56
-def over_pictures(
+def over_images(
     values:np.ndarray, # (items,) or (items, columns)
     images:list,       # the picture of each item
     over=None,         # denominators, (items,); ones give a mean
@@ -573,7 +573,7 @@ def layer_rates(
     cover = np.stack([box_cover(b, grid, w) for b, w in zip(boxes, windows)])
     rand = targets.mean((1, 2))
     def rows(method, metric, baseline, values, over=None, bounds=(0, 1)):
-        got = np.stack(over_pictures(values, images, over, seed=seed, bounds=bounds)).T
+        got = np.stack(over_images(values, images, over, seed=seed, bounds=bounds)).T
         return [dict(method=method, layer=i if method != 'random' else '', metric=metric,
                      baseline=baseline, **dict(zip(('value', 'low', 'high'), o.tolist())), **n)
                 for i, o in enumerate(got)]

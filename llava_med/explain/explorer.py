@@ -19,7 +19,7 @@ from .attention import encode_sample, generate
 from ..models.templates import answer_ids
 from .faithfulness import best_method
 from .maps import METHOD_FACTS, METHODS
-from ..evaluate.reports import REPORT_USE, picture_uri, write_page
+from ..evaluate.reports import REPORT_USE, image_uri, write_page
 
 # %% ../../nbs/07_explain/04_explorer.ipynb #3559eeb9
 def pack_maps(
@@ -302,7 +302,7 @@ def _said(found, right, name):
 def _question(q, pictures, size):
     "One question as the page wants it; its picture goes into `pictures`."
     key = q.get('name') or f'picture {len(pictures)}'
-    if key not in pictures: pictures[key] = picture_uri(q['image'], size, 85)
+    if key not in pictures: pictures[key] = image_uri(q['image'], size, 85)
     windows = {tuple(np.round(a['window'], 6).tolist()) for a in q['answers'].values()}
     if len(windows) != 1: raise ValueError(f'{q["question"]!r}: the models see {len(windows)} different parts of the picture; show models with one view.')
     boxes = [[round(float(v), 4) for v in b] for b in q.get('boxes') or []]

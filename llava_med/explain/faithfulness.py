@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from scipy.stats import rankdata
 from .attention import (Sample, box_cover, cell_boxes, encode_sample, energy_lift,
-    hits, image_vectors, item_boxes, language_model, over_pictures, target_cells, untrained)
+    hits, image_vectors, item_boxes, language_model, over_images, target_cells, untrained)
 from llava_med.explain.maps import (METHODS, answer_scores, other_question, infill, mix_patches,
     mix_vectors)
 from ..data.vqa import item_question, region_mask
@@ -164,7 +164,7 @@ def gain(
     if np.abs(values).max() < 1e-6 and np.abs(drop).max() < 1e-4:
         return 0., float('nan'), float('nan')
     if drop.sum() <= 0: return (float('nan'),)*3   # the answer is likelier without the picture: there is nothing to lose
-    return tuple(float(o) for o in over_pictures(values, images, drop, seed=seed))
+    return tuple(float(o) for o in over_images(values, images, drop, seed=seed))
 
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #91feb905
 def auprc(
@@ -247,13 +247,17 @@ def make_maps(
     samples:list,     # of Sample, with one grid
     methods=None,     # names; all when None
     batch_size:int=16,# questions at once
+    block:int=1,      # patches a side that the methods of `GOLD` leave out at once
 )->dict:              # method -> (items, layers, down, across), heads averaged
     "Maps of many questions by many methods."
     if len({o.grid for o in samples}) > 1: raise ValueError('The questions have several grids; measure one grid at a time.')
     if not samples: raise ValueError('No question is left to map: none passed the gates, or the list is empty.')
     for k in methods or (): METHODS.named(k)
-    return {k: np.stack([m.mean(1) for i in range(0, len(samples), batch_size)
-                         for m in METHODS[k](model, processor, samples[i:i+batch_size])]) for k in methods or METHODS}
+    def maps_of(k):
+        more = dict(block=block) if k in GOLD else {}
+        for i in range(0, len(samples), batch_size):
+            yield from METHODS[k](model, processor, samples[i:i+batch_size], **more)
+    return {k: np.stack([m.mean(1) for m in maps_of(k)]) for k in methods or METHODS}
 
 def top_overlap(
     a:np.ndarray,   # (items, down, across)
@@ -369,25 +373,25 @@ def faithfulness(
     target = np.stack([target_cells(b, m.shape, w) for b, m, w in zip(boxes, next(iter(maps.values())), windows)] if masks is None else masks)
     chance = target.mean((1, 2))
     for metric in ('pointing', 'auprc'):
-        add('random', metric, '', over_pictures(chance, images, seed=seed, bounds=(0, 1)))
+        add('random', metric, '', over_images(chance, images, seed=seed, bounds=(0, 1)))
     for k, m in maps.items():
         for metric, v in localisation(m, boxes, windows, masks).items():
             bounds = None if metric == 'energy_lift' else (0, 1)
-            add(k, metric, '', over_pictures(v, images, seed=seed, bounds=bounds))
+            add(k, metric, '', over_images(v, images, seed=seed, bounds=bounds))
             if metric == 'pointing':
-                add(k, metric, 'random', over_pictures(v, images, chance, seed=seed, bounds=(0, 1)))
+                add(k, metric, 'random', over_images(v, images, chance, seed=seed, bounds=(0, 1)))
         for g in GOLD:
             if g in maps and k not in GOLD:
                 add(k, f'{g}_spearman', '',
-                    over_pictures(spearman(m, maps[g]), images, seed=seed, bounds=(-1, 1)))
+                    over_images(spearman(m, maps[g]), images, seed=seed, bounds=(-1, 1)))
                 add(k, f'{g}_overlap', '',
-                    over_pictures(top_overlap(m, maps[g]), images, seed=seed, bounds=(0, 1)))
+                    over_images(top_overlap(m, maps[g]), images, seed=seed, bounds=(0, 1)))
     judged = {k: m for k, m in maps.items() if curves_of is None or k in curves_of}
     for unit in units if judged else ():
         for kind in infills:
             extra = knowing_nothing(judged, boxes, windows, images, controls, seed=seed)
             areas, drop = all_areas(model, processor, samples, judged | extra, images, unit, kind, steps, seed)
-            add('picture', f'drop.{unit}.{kind}', '', over_pictures(drop, images, seed=seed))
+            add('picture', f'drop.{unit}.{kind}', '', over_images(drop, images, seed=seed))
             for k, curve, baseline, got in curve_rows(areas, drop, images, seed): add(k, f'{curve}.{unit}.{kind}', baseline, got)
     return out
 
@@ -487,7 +491,7 @@ def sanity(
     n, grid, out = dict(n_items=len(samples), n_images=len(set(images))), samples[0].grid, []
     def add(method, metric, baseline, values, pictures=images):
         bounds = (0, 1) if metric == 'sanity.question_swap' else (-1, 1)   # hits, or correlations
-        got = over_pictures(values, pictures, seed=seed, bounds=bounds)
+        got = over_images(values, pictures, seed=seed, bounds=bounds)
         out.append(dict(model=name, method=method, layer=layers[method], metric=metric, baseline=baseline,
                         **dict(zip(('value', 'low', 'high'), map(float, got))), n_items=len(values), n_images=len(set(pictures))))
     depth = len(language_model(model)[1].layers)

@@ -10,7 +10,7 @@ __all__ = ['LAYERED', 'GATES', 'ENOUGH', 'validation_layers', 'gate_rows', 'judg
 from collections.abc import Callable, Iterable
 import numpy as np
 from ..data.vqa import item_question
-from .attention import over_pictures
+from .attention import over_images
 from .explorer import LABELS
 from .faithfulness import (
     best_method, choose_layers, faithfulness, gates, make_maps, sanity)
@@ -26,9 +26,10 @@ def validation_layers(
     samples:list,     # of Sample, from questions that do not judge
     methods:Iterable=LAYERED, # those that have layers to choose from
     batch_size:int=4, # questions at once
+    block:int=1,      # patches a side that are left out at once
 )->dict:              # method → layer, for all methods
     "For each method the layer that agrees best with leaving tokens out."
-    maps = make_maps(model, processor, samples, [*methods, 'token_occlusion'], batch_size)
+    maps = make_maps(model, processor, samples, [*methods, 'token_occlusion'], batch_size, block)
     return dict.fromkeys(METHODS, 0) | choose_layers(maps)
 
 # %% ../../nbs/07_explain/06_judging.ipynb #5fdffd8f
@@ -44,7 +45,7 @@ def gate_rows(
     if not asked: return []
     images, out = [o['item']['images'][0] for o in asked], []
     for k in GATES:
-        value, low, high = map(float, over_pictures([o[k] for o in asked], images, seed=seed,
+        value, low, high = map(float, over_images([o[k] for o in asked], images, seed=seed,
                                                     bounds=(0, 1)))
         about = dict(model=name, method='questions', layer='', metric=f'gates.{k}', baseline='')
         out.append(dict(about, value=value, low=low, high=high, n_items=len(asked), n_images=len(set(images))))
@@ -58,11 +59,12 @@ def judging_rows(
     name:str='model',  # in the column `model`
     seed:int=0,        # of random orders and bootstrap
     batch_size:int=4,  # questions at once
+    block:int=1,       # patches a side that are left out at once
 )->list:               # rows with the keys `faithfulness.COLUMNS`
     "All numbers about all maps of one model; maps of tokens are judged twice."
     samples, boxes = ([o[k] for o in passed] for k in ('sample', 'boxes'))
     images = [o['item']['images'][0] for o in passed]
-    maps = make_maps(model, processor, samples, batch_size=batch_size)
+    maps = make_maps(model, processor, samples, batch_size=batch_size, block=block)
     of_tokens = [k for k in METHOD_FACTS if METHOD_FACTS[k]['of'] == 'tokens']
     about = (model, processor, samples, boxes, images, layers, name)
     kw = dict(maps=maps, seed=seed)
@@ -79,14 +81,15 @@ def judge(
     name:str='model', # in the column `model`
     n:int=10,         # judge at most so many
     seed:int=0,       # of random orders and bootstrap
+    block:int=1,      # patches a side that are left out at once, where places are left out
 )->dict:              # layers, passed (from `gates`), rows, note (why nothing was measured)
     "Gates, layers and rows of one model."
     asked = gates(model, processor, items, edit, images) if samples else []
     passed = [o for o in asked if o['passed']][:n]
     enough = min(len(passed), len({o['item']['images'][0] for o in passed})) >= ENOUGH
-    layers = validation_layers(model, processor, samples) if samples else None
+    layers = validation_layers(model, processor, samples, block=block) if samples else None
     rows, note = gate_rows(asked, name, seed), ''
-    if enough: rows += judging_rows(model, processor, passed, layers, name, seed)
+    if enough: rows += judging_rows(model, processor, passed, layers, name, seed, block=block)
     else: note = (f'Not measured: {sum(o["passed"] for o in asked)} of {len(asked)} questions pass the gates '
                   f'of {name}; at least three, about three pictures, must.')
     return dict(layers=layers, passed=passed if enough else [], rows=rows, note=note)

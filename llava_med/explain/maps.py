@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 from ..core.registry import Registry
 from ..models.anatomy import head, tower as vision_tower
+from ..models.matmul import in_fast_float32
 from .attention import NEUTRAL, TOKEN_KINDS, Sample, _cut_answer, _kinds
 from .attention import (collate, encode_sample, image_vectors, language_model,
     row_weights, to_grid, token_shares, trace)
@@ -239,6 +240,7 @@ def mix_patches(
     return torch.where(full[:, None], other, own)
 
 # %% ../../nbs/07_explain/02_maps.ipynb #99ab3097
+@in_fast_float32
 @torch.no_grad()
 def answer_scores(
     model,               # a LLaVA in evaluation mode
@@ -246,7 +248,7 @@ def answer_scores(
     pixels:torch.Tensor=None,  # (variants, 3, height, width): other views of the picture
     vectors:torch.Tensor=None, # or (variants, image tokens, width): other image vectors
     tokens=None,         # see `chosen_tokens`
-    batch_size:int=128,  # variants at once
+    batch_size:int=32,   # variants at once
     first:bool=False,    # also say where all these tokens are the model's first choice
 )->np.ndarray:           # (variants,) natural logarithms; with `first` a pair of arrays
     "Log-probability of the answer for many variants of one picture."

@@ -10,7 +10,7 @@ __all__ = ['LOCATED', 'located', 'draw_located', 'measure', 'rate_of', 'says', '
 import numpy as np
 from ..data.vqa import item_question
 from .attention import (ATTENTION_METHODS, all_maps, best_layer, encode_sample,
-    layer_rates, neutral_sample, over_pictures, pointing_game, static_map)
+    layer_rates, neutral_sample, over_images, pointing_game, static_map)
 from .faithfulness import next_partners
 
 # %% ../../nbs/07_explain/05_pointing.ipynb #806871f6
@@ -106,7 +106,7 @@ def group_rate(
     if not len(pick): return None
     hit = [pointing_game(maps[i], boxes[i], windows[i]) for i in pick]
     value, low, high = map(float,
-                           over_pictures(hit, [images[i] for i in pick], seed=seed, bounds=(0, 1)))
+                           over_images(hit, [images[i] for i in pick], seed=seed, bounds=(0, 1)))
     return dict(value=value, low=low, high=high, n_items=len(pick))
 
 # %% ../../nbs/07_explain/05_pointing.ipynb #fcfe2ca3

@@ -9,7 +9,7 @@ __all__ = ['data_url', 'as_messages', 'Endpoint']
 import base64, io, json, os
 from concurrent.futures import ThreadPoolExecutor, as_completed
 import openai
-from .answers import _key, open_picture, short_hash
+from .answers import _key, as_image, short_hash
 from ..models.templates import as_turns
 
 # %% ../../nbs/05_generate/04_api.ipynb #22914308
@@ -18,7 +18,7 @@ def data_url(
     longest:int=0, # largest side in pixels; a larger picture is made smaller; 0 is no limit
 )->str:            # data:image/png;base64,…
     "A picture as text."
-    picture, buf = open_picture(source), io.BytesIO()
+    picture, buf = as_image(source), io.BytesIO()
     if longest: picture.thumbnail((longest, longest))
     picture.save(buf, 'PNG')
     return 'data:image/png;base64,' + base64.b64encode(buf.getvalue()).decode()

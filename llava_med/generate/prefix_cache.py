@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
+from transformers.cache_utils import DynamicLayer
 from ..models.anatomy import connector, decoder, head
 from ..models.templates import as_turns, chat, fill_slots, prompt_ids, text_ids
 from ..train.batches import splice
@@ -195,6 +196,35 @@ def _grid(places, values, fill, device):
     out[places[0], places[1]] = torch.tensor(values)
     return out.to(device)
 
+# %% ../../nbs/05_generate/01_prefix_cache.ipynb #b7c1e0d2
+class _Roomy(DynamicLayer):
+    "A layer of a cache with room behind its last token, so that most tokens are written and nothing is copied."
+    _room = ()
+    def update(self, key_states, value_states, *args, **more):
+        if not (end := self.get_seq_length()): return super().update(key_states, value_states)
+        full = end + key_states.shape[-2]
+        if not self._room or full > self._room[0].shape[-2]:
+            self._room = [_filled(x, full + end//4) for x in (self.keys, self.values)]
+        for room, new in zip(self._room, (key_states, value_states)): room[..., end:full, :] = new
+        self.keys, self.values = (room[..., :full, :] for room in self._room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        self._room = ()
+        super().batch_select_indices(indices)
+
+def _filled(x, length, value=0):
+    "Longer in the next to last dimension."
+    return F.pad(x, (0, 0, 0, length - x.shape[-2]), value=value)
+
+def _give_room(cache):
+    "Let the plain layers of a cache grow without being copied."
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is not DynamicLayer: continue
+        cache.layers[i] = new = _Roomy()
+        new.__dict__.update(layer.__dict__)
+
+
 # %% ../../nbs/05_generate/01_prefix_cache.ipynb #f7fede22
 def first_tokens(
     model,         # LlavaForConditionalGeneration
@@ -218,6 +248,7 @@ def further_tokens(
     "Write all answers at once, one token of each a step; rows without open answers are dropped."
     cache, keys, live = begun
     going, places = live, None
+    if live: _give_room(cache)
     for n in range(max_new_tokens - 1):
         if not going: break
         if places is None or 2*len(going) <= len(live):
@@ -258,10 +289,6 @@ def decode(
 
 # %% ../../nbs/05_generate/01_prefix_cache.ipynb #a7c1e0d2
 TOGETHER = 2**30   # bytes of keys and values from which on waiting answers are written
-
-def _filled(x, length, value=0):
-    "Longer in the next to last dimension."
-    return F.pad(x, (0, 0, 0, length - x.shape[-2]), value=value)
 
 def _joined(begun):
     "Several begun batches as one; their caches are used up."

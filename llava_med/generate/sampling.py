@@ -14,7 +14,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from ..core.registry import Registry
 from .answers import (
-    _as_refs, _exact_batches, _say_once, _walk, end_ids, open_picture, slow_because)
+    _as_refs, _exact_batches, _say_once, _walk, as_image, end_ids, slow_because)
 from .prefix_cache import _Asked, first_tokens, further_tokens
 from ..models.anatomy import base_of, head
 from ..models.templates import model_inputs, needs_bos, prompt_texts
@@ -175,7 +175,7 @@ def _draw_plain(model, processor, refs, prompts, drawn, pick, max_new_tokens, ba
     kinds = [(len(r), needs_bos(tok, t)) for r, t in zip(refs, texts)]
     pad = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
     for some in _exact_batches(model, _plain_batches(kinds, texts, batch_size)):
-        pictures = [[open_picture(o) for o in refs[i]] for i in some]
+        pictures = [[as_image(o) for o in refs[i]] for i in some]
         x = model_inputs(processor, [texts[i] for i in some], pictures, padding=True,
                          padding_side='left')
         x = x.to(model.device, model.dtype)

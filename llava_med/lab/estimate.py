@@ -38,6 +38,7 @@ from ..models.anatomy import connector, decoder, part_table
 from ..core.pieces import read_tokenizer
 from ..models.exchange import TEMPLATES, complete_template, one_template, prepare_tokenizer
 from ..models.llava import FITTING, _no_bars, _processor, assemble, join, rows_for, save
+from ..core.renames import recorded_values
 from ..core.runs import read_json, read_run, replacing, root, run_dir, write_json
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #db7853c4
@@ -90,7 +91,7 @@ def real_config(
     parts, file = model_parts(preset), preset['file']
     if parts['folder']:
         if not (parts['folder']/'config.json').exists(): raise UsageError(f"{file}: there is no model in {parts['name']}.")
-        config = AutoConfig.from_pretrained(parts['folder'])
+        config = AutoConfig.from_pretrained(parts['folder'], trust_remote_code=False)
         if config.model_type != 'llava': raise UsageError(f"{file}: {parts['name']} holds a {config.model_type}, not a llava.")
         return config
     native = parts['tower']['config'].get('image_size')
@@ -126,7 +127,7 @@ def row_flops(
     text_tokens:int, # of a row, beside its picture
     scored:int,      # those that are scored
     rank:int=0,      # of an adapter
-    checkpointing:bool=False, # the forward pass of the language model counts twice
+    gradient_checkpointing:bool=False, # the forward pass of the language model counts twice
     values:dict|None=None, # parameters of the step, see `trained_parts`
 )->float:            # floating-point operations
     "The work of training on one row: a picture with its text."
@@ -141,7 +142,7 @@ def row_flops(
     full = 'language_model' in learn
     work = 3*(linear + attend + head) if full else 2*linear + 3*attend + 2*head
     if 'adapter' in learn: work += 3*2*t*learn['adapter']
-    return tower + 3*project + work + checkpointing*(linear + attend)
+    return tower + 3*project + work + gradient_checkpointing*(linear + attend)
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #a1b7b95e
 def measured_hours(
@@ -158,7 +159,7 @@ def measured_hours(
 
 def _changed(name, step, values):
     "Whether the last run of a step had other parameters, as far as its record says."
-    had = read_run(name)['steps'].get(step, {}).get('parameters') or {}
+    had = recorded_values(read_run(name)['steps'].get(step, {}).get('parameters') or {})
     return values is not None and any(values.get(k, v) != v for k, v in had.items())
 
 def measured_mfu(
@@ -203,7 +204,7 @@ def stage_hours(
     model, step:str, # from `meta_model`, and the step's name
     values:dict,     # parameters of the step
     preset:dict,     # from read_preset
-    checkpointing:bool=False, # as `stage_memory` found
+    gradient_checkpointing:bool=False, # as `stage_memory` found
 )->tuple:            # hours (None where nothing is known) and where they come from
     "How long a stage takes, measured where it was, else from its work."
     hours, source = measured_hours(preset['name'], step, values)
@@ -216,8 +217,8 @@ def stage_hours(
     mfu, source = measured_mfu(h.get('gpu', ''), stem, rank > 0)
     mfu, source = (mfu, source) if mfu else (h.get('mfu', 0.4), f"computed: {h.get('mfu', 0.4):.0%} of {h['tflops']} TFLOP/s assumed")
     work = d['rows']*values['epochs']*row_flops(model, stem, d['text_tokens'], d['scored_tokens'],
-                                                rank, checkpointing, values)
-    return work/(h['tflops']*1e12*mfu*min(h['gpus'], values.get('processes', 1)))/3600, source
+                                                rank, gradient_checkpointing, values)
+    return work/(h['tflops']*1e12*mfu*min(h['gpus'], values.get('nproc', 1)))/3600, source
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #44b8f0e9
 def gigabytes(
@@ -301,7 +302,7 @@ def memory_shortage(
     need, step = most()
     if need <= free: return ''
     ways = [('threads=1', 'all.threads=1', dict(threads=1)),
-            ('and checkpointing=on', 'all.threads=1 all.checkpointing=on', dict(threads=1, checkpointing='on'))]
+            ('and gradient_checkpointing=on', 'all.threads=1 all.gradient_checkpointing=on', dict(threads=1, gradient_checkpointing='on'))]
     fits = next(((words, most(**how)[0]) for _, words, how in ways if most(**how)[0] <= free), None)
     way = f'take `--set {fits[0]}` (about {fits[1]:.1f} GiB, but slower)' if fits else 'take a smaller preset'
     return (f"{preset['name']} needs about {need:.1f} GiB of memory for {step}, all processes "
@@ -336,8 +337,8 @@ def make_plan(
         row = model.config.image_seq_length + d['text_tokens']
         m = stage_memory(model, stem_of(step, preset), plan[step], preset['hardware'], row,
                          d['scored_tokens'])
-        hours, source = stage_hours(model, step, plan[step], preset, m['checkpointing'] == 'on')
-        stages[step] = {**m, 'hours': hours, 'source': source, 'processes': plan[step].get('processes', 1)}
+        hours, source = stage_hours(model, step, plan[step], preset, m['gradient_checkpointing'] == 'on')
+        stages[step] = {**m, 'hours': hours, 'source': source, 'processes': plan[step].get('nproc', 1)}
     here = [root()/p for p in dict.fromkeys(v.get('base_model') for v in plan.values()) if p and (root()/p).is_dir()]
     others = [s for s in plan if preset['notebooks'] and s not in stages]
     rest = {s: stage_hours(model, s, v, preset) for s, v in plan.items()
@@ -367,7 +368,7 @@ def _gpu_line(s, hardware):
     short = not s['fits'] and hardware.get('memory_gb')
     return (f"    {used:.1f} GiB" + (' a GPU' if hardware.get('gpus') else '')
             + f" = weights {s['weights']:.1f}, gradients {s['gradients']:.1f}, moments {s['moments']:.1f}, "
-            f"kept {s['kept']:.1f} for {s['tokens']:,} tokens at once (checkpointing {s['checkpointing']})"
+            f"kept {s['kept']:.1f} for {s['tokens']:,} tokens at once (gradient checkpointing {s['gradient_checkpointing']})"
             + (f"; THAT DOES NOT FIT in {hardware['memory_gb']} GB: {s['most']:,} tokens would" if short else ''))
 
 def _memory_line(m):
@@ -416,9 +417,11 @@ def plan_text(
 # %% ../../nbs/09_lab/03_estimate.ipynb #62f6d606
 def _folder_template(folder):
     "The chat template that a folder brings, whichever file it stands in; None where it has none."
-    kind = AutoConfig.from_pretrained(folder) if (folder/'config.json').exists() else None
-    reader = AutoProcessor.from_pretrained(
-        folder) if hasattr(kind, 'vision_config') else read_tokenizer(folder, lambda line: None)
+    safe = dict(trust_remote_code=False)
+    whole = (folder/'config.json').exists()
+    kind = AutoConfig.from_pretrained(folder, **safe) if whole else None
+    if hasattr(kind, 'vision_config'): reader = AutoProcessor.from_pretrained(folder, **safe)
+    else: reader = read_tokenizer(folder, lambda line: None)
     own = one_template(getattr(reader, 'chat_template', None), folder)
     return own or one_template(getattr(getattr(reader, 'tokenizer', None), 'chat_template',
                                        None), folder)
@@ -477,7 +480,7 @@ def thin_tokenizer(
     preset:dict, # from read_preset
 ):               # the shipped tokenizer with the real template and its marks
     "A tokenizer for a rehearsal; UsageError where nothing could be trained with the template."
-    tok = AutoTokenizer.from_pretrained(root()/'data/base_tiny')
+    tok = AutoTokenizer.from_pretrained(root()/'data/base_tiny', trust_remote_code=False)
     tok.chat_template = real_template(preset) or tok.chat_template
     tok.add_tokens(list(dict.fromkeys(_MARKS.findall(tok.chat_template))), special_tokens=True)
     prepare_tokenizer(tok, lambda line: None)
@@ -507,11 +510,11 @@ def check_training(
     pad = processor.tokenizer.pad_token_id or 0
     for rank in sorted({v.get('lora_rank', 0) for v in steps} | {0}):
         check_step(model, where, rank, pad)
-    ways = {(bool(v.get('share')), bool(v.get('packed')), v.get('max_len', 0)) for v in steps}
-    for share, packed, longest in sorted(ways):
-        if not (share or packed): continue
-        gate = path_gate(model, share, packed, longest=longest, pad_id=pad)
-        names = ' and '.join(n for n, on in (('sharing of images', share),
+    ways = {(bool(v.get('pack_by_image')), bool(v.get('packed')), v.get('max_len', 0)) for v in steps}
+    for pack_by_image, packed, longest in sorted(ways):
+        if not (pack_by_image or packed): continue
+        gate = path_gate(model, pack_by_image, packed, longest=longest, pad_id=pad)
+        names = ' and '.join(n for n, on in (('sharing of images', pack_by_image),
                                              ('packed rows', packed)) if on)
         if not gate.passed: say(f'Steps with {names} will train on separate samples: {gate.why}.')
 
@@ -558,7 +561,7 @@ REHEARSAL_SIZES = {'1_data_prep': {'n_figures': 24, 'n_vqa_images': 4, 'n_val_im
          '4_evaluation': {'n_test_images': 3, 'n_small_questions': 8, 'n_noise': 4, 'n_choices': 4, 'n_prompt_questions': 8, 'n_captions': 2, 'n_text': 2, 'n_draws': 50},
          '5_attention': {'n_questions': 4, 'n_show': 1, 'n_faithful': 1, 'n_sanity': 1, 'n_explore': 1}}   # of a rehearsal's data, smaller than the smoke test's
 EMPTY = ('articles', 'evaluation_sets', 'vqa', 'vqa_images', 'images', 'clip', 'prompts', 'answers', 'generator_model', 'endpoint', 'data', 'data_images')   # name files and services
-HERE_ONLY = {'generator': 'template', 'epochs': 1, 'threads': 1, 'n_held': 8, 'n_show': 1}   # parameters that a rehearsal sets, where a notebook has them
+HERE_ONLY = {'generator': 'template', 'epochs': 1, 'threads': 1, 'n_val': 8, 'n_show': 1}   # parameters that a rehearsal sets, where a notebook has them
 
 def rehearsal_values(
     preset:dict, # from read_preset
@@ -575,7 +578,7 @@ def rehearsal_values(
                                  if k in values and k not in GIVEN}
         for k in {'base_model', 'start_from', 'models'} & new.keys():
             new[k] = mapped(new[k], lambda v: str(base) if v in bases else v)
-        if new.get('processes', 1) > 2: new['processes'] = 2
+        if new.get('nproc', 1) > 2: new['nproc'] = 2
         out[step] = new
     return out
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRID_KEYS', 'CASE_KEYS', 'MAX_RUNS', 'SIZE_PARAMETERS', 'TABLE_CONDITIONS', 'range_values', 'listed', 'dotted',
-           'grids', 'read_grid', 'Run', 'run_name', 'plan_grid', 'Unit', 'set_keys', 'units_of', 'gpus_here',
+           'grids', 'read_grid', 'Run', 'run_name', 'plan_grid', 'Task', 'set_keys', 'tasks_of', 'gpus_here',
            'default_workers', 'slurm_script', 'sized', 'past_steps', 'estimate', 'total_time', 'headline', 'over_seeds',
            'needed_columns', 'main_scores', 'summary_rows', 'batch_rows', 'seed_differences', 'lay_out', 'lacking',
            'most_threads', 'plan_lines', 'plan_record', 'tree_bytes', 'Guard', 'end_tree']
@@ -33,7 +33,8 @@ from .runner import (GIVEN, as_planned, check_stages, check_value, choose_steps,
                                   given_value, in_run, is_done,
     keys_before, missing_files, plain_values, plan_base, read_parameters, read_preset, read_yaml,
     step_inputs, step_key, targets)
-from ..core.runs import clock, git_state, new_name, now, outputs_dir, read_json, root, run_dir
+from ..core.renames import new_name, recorded_values, renamed
+from ..core.runs import clock, git_state, now, outputs_dir, read_json, root, run_dir
 
 # %% ../../nbs/09_lab/02_grids.ipynb #a261b651
 GRID_KEYS = ('name', 'description', 'preset', 'seeds', 'seed_steps', 'sizes', 'parameters', 'grid', 'cases', 'only', 'threads', 'gpus',
@@ -88,10 +89,12 @@ def dotted(
     found = {}
     if not isinstance({} if values is None else values, dict): raise UsageError(f'{where} must hold lines such as `2_stage1_alignment.epochs: …`.')
     for k, v in (values or {}).items():
-        if m := re.fullmatch(r'([\w-]+)\.(\w+)', str(k)): new = {m.groups(): v}
-        elif isinstance(v, dict): new = {(str(k), str(name)): x for name, x in v.items()}
+        if m := re.fullmatch(r'([\w-]+)\.(\w+)', str(k)): new = {(m[1], new_name(m[2])): v}
+        elif isinstance(v, dict):
+            own = {str(name): x for name, x in v.items()}
+            own = renamed(own, where=f'{where}: {k}.', error=UsageError)
+            new = {(str(k), name): x for name, x in own.items()}
         else: raise UsageError(f'{where}: {k} is no parameter; write it as STEP.NAME, such as 2_stage1_alignment.epochs.')
-        new = {(s, new_name(name)): x for (s, name), x in new.items()}
         if both := new.keys() & found.keys(): raise UsageError(f'{where}: {".".join(*both)} stands twice.')
         found |= new
     return found
@@ -301,7 +304,7 @@ def _distinct(runs, grid): # names are unique, and every run knows its folder
 
 # %% ../../nbs/09_lab/02_grids.ipynb #bdcda944
 @dataclass
-class Unit:
+class Task:
     "A step that has to be run once, and the runs that get its result."
     key:str      # of the step
     step:str     # its name
@@ -340,19 +343,19 @@ def _record(run): # of a run that may not have begun; a damaged one is named
         if all(isinstance(x, dict) for x in (record, record['steps'], record['hashes'], *record['steps'].values())): return record
     raise ValueError(f'{p} is damaged: delete {p.parent}, and the same command does only that run anew.')
 
-def units_of(
+def tasks_of(
     runs:list, # of Run, with keys
     batch:str, # name of the batch
-)->dict:       # key → Unit, in the order in which they can run
+)->dict:       # key → Task, in the order in which they can run
     "What there is to do, each thing once."
-    units = {}
+    tasks = {}
     for r in runs:
         record = _record(f'{batch}/{r.name}')
         for step, key in r.keys.items():
-            u = units.setdefault(key, Unit(key, step, [], list(r.inputs[step]['before'].values())))
+            u = tasks.setdefault(key, Task(key, step, [], list(r.inputs[step]['before'].values())))
             u.runs.append(r)
             if not u.done and is_done(f'{batch}/{r.name}', step, key, record): u.done = f'{batch}/{r.name}'
-    return units
+    return tasks
 
 # %% ../../nbs/09_lab/02_grids.ipynb #b00051a1
 def gpus_here()->list: # names for CUDA_VISIBLE_DEVICES
@@ -412,7 +415,7 @@ def past_steps()->dict: # notebook → list of (parameters, seconds)
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):   # a damaged record tells nothing
             record = read_json(p)
             steps = record.get('steps', {})
-            told = {s: r.get('parameters', {}) for s, r in steps.items()}
+            told = {s: recorded_values(r.get('parameters', {})) for s, r in steps.items()}
             for s, r in steps.items():
                 if r.get('wall_s') and r.get('state', 'done') == 'done' and not r.get('shared_from'):
                     found.setdefault(stem_of(s, record),
@@ -433,12 +436,12 @@ def estimate(
     return took*threads[0]/threads[1]
 
 def total_time(
-    units:dict,  # key → Unit
+    tasks:dict,  # key → Task
     workers:int, # how many run at once
 )->float:        # seconds
-    "About how long all that is left will take: units are given out as they become ready."
+    "About how long all that is left will take: tasks are given out as they become ready."
     free, ends = [0.0]*max(workers, 1), {}
-    for u in sorted((u for u in units.values() if not u.done), key=lambda u: len(u.before)):   # all steps before it count
+    for u in sorted((u for u in tasks.values() if not u.done), key=lambda u: len(u.before)):   # all steps before it count
         i = min(range(len(free)), key=lambda i: free[i])
         ends[u.key] = free[i] = max([free[i], *(ends.get(k, 0.0) for k in u.before)]) + (u.estimate or 0)
     return max(ends.values(), default=0.0)
@@ -542,22 +545,22 @@ def seed_differences(
 def lay_out(
     grid:dict, # from read_grid
     left=None, # gets the runs with their keys, returns those that are still to run
-)->tuple:      # runs, units
+)->tuple:      # runs, tasks
     "Everything that a grid asks for, with keys and estimates; nothing is written."
     runs = plan_grid(grid)
     set_keys(runs, grid['name'])
     if left: runs = left(runs)
-    units, past = units_of(runs, grid['name']), past_steps()
-    for u in units.values():
+    tasks, past = tasks_of(runs, grid['name']), past_steps()
+    for u in tasks.values():
         r = u.runs[0]
         u.estimate = estimate(stem_of(u.step, r.origin), sized(u.step, r.plan, r.origin), past)
-    return runs, units
+    return runs, tasks
 
 def lacking(
-    grid:dict, runs:list, units:dict, # from read_grid and lay_out
+    grid:dict, runs:list, tasks:dict, # from read_grid and lay_out
 )->dict:                              # path → the command that puts it there
     "What the presets of a grid need for the steps that are left, and what is not there."
-    left = [(r.case, {s: v for s, v in r.plan.items() if not units[r.keys[s]].done}) for r in runs]
+    left = [(r.case, {s: v for s, v in r.plan.items() if not tasks[r.keys[s]].done}) for r in runs]
     return {p: c for case in grid['cases'] for recipe in [read_preset(case['preset'])] if recipe['needs']
             for name, plan in left if name == case['name'] for p, c in missing_files(recipe, plan).items()}
 
@@ -568,38 +571,38 @@ def most_threads(
     return max([grid['threads'], *(v['threads'] for r in runs for v in r.plan.values() if isinstance(v.get('threads'), int))])
 
 def plan_lines(
-    grid:dict, runs:list, units:dict, # from read_grid and lay_out
+    grid:dict, runs:list, tasks:dict, # from read_grid and lay_out
     workers:int, # how many run at once
     most:int=60, # runs that get a line
 )->list:         # of lines
     "The plan in words."
-    todo = [u for u in units.values() if not u.done]
-    n, kept = sum(len(r.plan) for r in runs), sum(len(u.runs) for u in units.values() if u.done)
+    todo = [u for u in tasks.values() if not u.done]
+    n, kept = sum(len(r.plan) for r in runs), sum(len(u.runs) for u in tasks.values() if u.done)
     yield f"{grid['name']}: {len(runs)} runs{', ' + grid['description'].rstrip('.') if grid['description'] else ''}. Seeds {', '.join(map(str, grid['seeds'][:12]))}{' …' if len(grid['seeds']) > 12 else ''}."
     yield f'{n} steps: {len(todo)} to run, {n - len(todo) - kept} shared with one of these, {kept} finished before.'
     for r in runs[:most]:
         say = [f'{s} (as {u.runs[0].name})' if u.runs[0] is not r and not u.done else f'{s} (done)' if u.done else s
-               for s, k in r.keys.items() for u in [units[k]]]
+               for s, k in r.keys.items() for u in [tasks[k]]]
         yield f'  {r.name}: {", ".join(say)}'
     if len(runs) > most: yield f'  … and {len(runs) - most} more; plan.json names all.'
     unknown = sorted({u.step for u in todo if u.estimate is None})
-    known = f'about {clock(total_time(units, workers))}' if len(unknown) < len({u.step for u in todo}) else 'a time that no earlier run tells'
+    known = f'about {clock(total_time(tasks, workers))}' if len(unknown) < len({u.step for u in todo}) else 'a time that no earlier run tells'
     if todo:
         yield f"This takes {known}, {workers} at a time" + (f', and the time of {", ".join(unknown)}, which no earlier run tells.' if unknown and 'about' in known else '.')
     limits = [f"{grid['memory_gb']:g} GB for a notebook" if grid['memory_gb'] else '', f"{grid['timeout_min']:g} min for a run" if grid['timeout_min'] else '']
     if any(limits): yield f'Limits: {", ".join(filter(None, limits))}.'
-    for path, how in lacking(grid, runs, units).items(): yield f'{path} is needed and not there: `{how}`.'
+    for path, how in lacking(grid, runs, tasks).items(): yield f'{path} is needed and not there: `{how}`.'
 
 def plan_record(
-    grid:dict, runs:list, units:dict, workers:int, # as for plan_lines
+    grid:dict, runs:list, tasks:dict, workers:int, # as for plan_lines
 )->dict:                                           # what plan.json holds
     "The plan as data."
     def part(r, s):
-        u = units[r.keys[s]]
+        u = tasks[r.keys[s]]
         return dict(key=u.key, action='kept' if u.done else 'run' if u.runs[0] is r else 'shared', run_in=u.done or f"{grid['name']}/{u.runs[0].name}",
                     estimate_s=u.estimate, parameters={k: v for k, v in r.plan[s].items() if k not in GIVEN})
     settings = {k: grid[k] for k in ('name', 'owner', 'description', 'seeds', 'retries', 'memory_gb', 'timeout_min', 'threads', 'gpus')}
-    return settings | dict(planned=now(), workers=workers, estimate_s=round(total_time(units, workers)), git=git_state(), runs=[
+    return settings | dict(planned=now(), workers=workers, estimate_s=round(total_time(tasks, workers)), git=git_state(), runs=[
         dict(run=r.name, case=r.case, seed=r.seed, preset=r.preset, varied=r.varied, steps={s: part(r, s) for s in r.plan}) for r in runs])
 
 # %% ../../nbs/09_lab/02_grids.ipynb #e9b7164a

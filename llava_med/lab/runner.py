@@ -6,10 +6,11 @@
 __all__ = ['BLOCKS', 'PRESET_KEYS', 'OUTCOME_MARK', 'NEVER_STARTED', 'PresetLoader', 'read_yaml', 'check_value', 'parse_value',
            'from_here', 'presets', 'preset_file', 'preset_text', 'preset_parameters', 'read_preset', 'choose_steps',
            'split_set', 'targets', 'check_stage', 'check_stages', 'given_value', 'plan_run', 'plan_base', 'in_run',
-           'as_planned', 'path_mark', 'named_paths', 'notebook_mark', 'library_mark', 'step_inputs', 'keys_before',
-           'own_name', 'step_key', 'files_mark', 'is_done', 'die_with_parent', 'error_sentence', 'kernel_codes',
-           'with_recipes', 'started', 'child', 'child_env', 'run_notebook', 'stop', 'StepFailed', 'start_step',
-           'run_step', 'shown', 'is_progress', 'run_pipeline', 'read_scores', 'cell', 'results_table']
+           'as_planned', 'path_fingerprint', 'named_paths', 'notebook_fingerprint', 'library_fingerprint',
+           'step_inputs', 'keys_before', 'own_name', 'step_key', 'files_fingerprint', 'is_done', 'die_with_parent',
+           'error_sentence', 'kernel_codes', 'with_recipes', 'started', 'child', 'child_env', 'run_notebook', 'stop',
+           'StepFailed', 'start_step', 'run_step', 'shown', 'is_progress', 'run_pipeline', 'read_scores', 'cell',
+           'results_table']
 
 # %% ../../nbs/09_lab/01_runner.ipynb #6d6afb17
 import contextlib
@@ -33,15 +34,16 @@ import yaml
 from traitlets.config import Config
 
 from ..core.imports import modules_hash
+from ..core.renames import STAGE_RENAMED, new_name, renamed
 from ..core.registry import import_recipes
 from ..core.runs import (
-    FULL, clock, file_hash, folder_hash, git_state, machine, new_name, now, outputs_dir, read_run,
+    FULL, clock, file_hash, folder_hash, git_state, machine, now, outputs_dir, read_run,
     root, run_dir, RunLock, update_run, versions, writing)
 from .steps import (
-    GIVEN, PARAMETER_TYPES, allowed, books_of, changed_origin, check_sets, comes_before,
-    is_optional, known_name, library_dir, mapped, missing_files, notebook_of, origin, Parameter,
-    pipeline, plain_values, read_parameters, read_recipes, read_steps, recipes_mark, stand_ins,
-    stem_of, UsageError, with_models, with_stand_ins)
+    GIVEN, PARAMETER_TYPES, allowed, books_of, changed_origin, check_names, check_sets,
+    comes_before, is_optional, known_name, library_dir, mapped, missing_files, notebook_of,
+    origin, Parameter, pipeline, plain_values, read_parameters, read_recipes, read_steps,
+    recipes_fingerprint, stand_ins, stem_of, UsageError, with_models, with_stand_ins)
 
 # %% ../../nbs/09_lab/01_runner.ipynb #3fa1e6c4
 class PresetLoader(yaml.SafeLoader):
@@ -172,7 +174,9 @@ def preset_parameters(
     parts = {str(step): values for step, values in (given or {}).items()}   # YAML reads 4: as a number
     for step, values in parts.items():
         if not isinstance(values or {}, dict): raise UsageError(f'{path}: {step} must hold `name: value` lines.')
-    parts = {step: {new_name(str(k)): v for k, v in (values or {}).items()} for step, values in parts.items()}
+    for step, values in parts.items():
+        values = {str(k): v for k, v in (values or {}).items()}
+        parts[step] = renamed(values, where=f'{path}: {step}.', error=UsageError)
     for step, values in own.items():
         both = values.keys() & parts.get(step, {}).keys()
         if both: raise UsageError(f'{path}: {step}.{min(both)} stands under `steps:` and under `parameters:`.')
@@ -253,7 +257,10 @@ def given_value(
     known:dict,         # step → its parameters, of all steps that the preset can run
 ):                      # of the right type, a step's name made the folder of its model
     "A value that is checked, or one sentence that says what is wrong."
-    return with_models(step, name, check_value(value, known[step][name], step), known)
+    value = check_value(value, known[step][name], step)
+    if name == 'stage' and isinstance(value, dict):
+        value = renamed(value, STAGE_RENAMED, f'{step}.stage.', UsageError)
+    return with_models(step, name, value, known)
 
 def plan_run(
     preset:dict,     # from read_preset
@@ -272,6 +279,7 @@ def plan_run(
             for t in targets(s, k, known):
                 value = given_value(t, k, v, known)
                 if t in plan: plan[t][k] = value
+    check_names(sets := list(sets))
     for s, k, text in map(split_set, sets):
         hit = [t for t in targets(s, k, known) if t in plan]
         if not hit: raise UsageError(f'--set {s}.{k}: {s} is not among the steps to run ({", ".join(plan)}).')
@@ -309,7 +317,7 @@ def as_planned(
     return mapped(values, lambda v: '{run}/' + v[len(home):] if isinstance(v, str) and v.startswith(home) else v)
 
 # %% ../../nbs/09_lab/01_runner.ipynb #568b1755
-def path_mark(
+def path_fingerprint(
     path:Path,  # a file or folder named by a parameter
     large:int=2**28, # bytes from which names, sizes and times stand for the contents
 )->str:         # a hash
@@ -328,7 +336,7 @@ def named_paths(
     paths = {t: root()/os.path.expanduser(t) for t in texts if isinstance(t, str) and t and len(t) < 1000}
     return {t: p for t, p in paths.items() if os.path.exists(p)}   # False, too, for a text that is too long for a path
 
-def notebook_mark(
+def notebook_fingerprint(
     nb_path:Path, # a notebook
 )->str:           # a hash
     "A fingerprint of a notebook's sources and tags; its outputs do not count."
@@ -337,7 +345,7 @@ def notebook_mark(
     return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../../nbs/09_lab/01_runner.ipynb #2561ade2
-def library_mark(
+def library_fingerprint(
     nb_path:Path, # a notebook
 )->str:           # a hash
     "A fingerprint of the modules that a notebook imports, of those that they import, and so on."
@@ -353,10 +361,10 @@ def step_inputs(
     "Everything that a step's result depends on."
     said = {k: v for k, v in (as_planned(values, record['run']) if record.get('run') else values).items() if k not in GIVEN}
     own = {v.split('/')[1] for v in plain_values(said) if isinstance(v, str) and v.startswith('{run}/')}
-    book, data = notebook_of(step, record), {t: path_mark(p) for t, p in named_paths(said).items()}
+    book, data = notebook_of(step, record), {t: path_fingerprint(p) for t, p in named_paths(said).items()}
     base = root()/'data/base_tiny'
-    if base.is_dir() and not book.stem.startswith('0_'): data.setdefault('data/base_tiny', path_mark(base))
-    return {'notebook': notebook_mark(book), 'library': library_mark(book), 'data': data, 'parameters': said,
+    if base.is_dir() and not book.stem.startswith('0_'): data.setdefault('data/base_tiny', path_fingerprint(base))
+    return {'notebook': notebook_fingerprint(book), 'library': library_fingerprint(book), 'data': data, 'parameters': said,
             'before': keys_before(step, record, own), **own_name(step, record)}
 
 def keys_before(
@@ -374,7 +382,7 @@ def own_name(
 )->dict:         # name, and recipes; each only where there is one
     "What a key holds beside, for a step that is not called like its notebook, and for a run with recipes."
     name = {} if step == stem_of(step, record) else {'name': step}
-    return name | ({'recipes': recipes_mark(record['recipes'])} if record.get('recipes') else {})
+    return name | ({'recipes': recipes_fingerprint(record['recipes'])} if record.get('recipes') else {})
 
 def step_key(
     inputs:dict, # from step_inputs
@@ -383,7 +391,7 @@ def step_key(
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/09_lab/01_runner.ipynb #133c3cb6
-def files_mark(
+def files_fingerprint(
     folder:Path, # a step's folder
 )->str:          # a hash over names and sizes of its files
     "A fingerprint of what a step left behind."
@@ -399,7 +407,7 @@ def is_done(
 )->bool:               # True: keep it
     "Whether a step's finished result may be kept."
     r = record['steps'].get(step, {})
-    return r.get('state') == 'done' and r.get('key') == key and r.get('files') == files_mark(run_dir(run)/step)
+    return r.get('state') == 'done' and r.get('key') == key and r.get('files') == files_fingerprint(run_dir(run)/step)
 
 # %% ../../nbs/09_lab/01_runner.ipynb #8b767343
 def die_with_parent()->None:
@@ -578,7 +586,7 @@ def run_step(
     except KeyboardInterrupt: state, error = 'interrupted', 'Interrupted.'; raise
     finally:
         took = time.monotonic() - start
-        done = {'key': step_key(inputs), 'files': files_mark(partial.parent)} if state == 'done' else {'partial': partial.name}
+        done = {'key': step_key(inputs), 'files': files_fingerprint(partial.parent)} if state == 'done' else {'partial': partial.name}
         update_run(run, step, state=state, error=error, ended=now(), wall_s=round(took, 1), hashes=inputs['data'], **done)
     if error: raise StepFailed(f'{step} failed: {error} Its cells up to there are in {shown(partial)}.')
     return took

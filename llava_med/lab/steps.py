@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PARAMETER_TYPES', 'GIVEN', 'STEP_NAME', 'MODEL_PARAMETERS', 'UsageError', 'order', 'pipeline', 'is_optional',
            'known_name', 'Parameter', 'allowed', 'tagged_cell', 'comments', 'read_parameters', 'find_notebook',
-           'read_entry', 'read_steps', 'mapped', 'with_models', 'is_there', 'plain_values', 'missing_files',
-           'stand_ins', 'with_stand_ins', 'incomplete_sets', 'check_sets', 'origin', 'changed_origin', 'books_of',
-           'notebook_of', 'stem_of', 'comes_before', 'recipe_file', 'read_recipes', 'library_dir', 'recipes_mark']
+           'read_entry', 'read_steps', 'check_names', 'mapped', 'with_models', 'is_there', 'plain_values',
+           'missing_files', 'stand_ins', 'with_stand_ins', 'incomplete_sets', 'check_sets', 'origin', 'changed_origin',
+           'books_of', 'notebook_of', 'stem_of', 'comes_before', 'recipe_file', 'read_recipes', 'library_dir',
+           'recipes_fingerprint']
 
 # %% ../../nbs/09_lab/00_steps.ipynb #6288e56a
 import ast
@@ -24,7 +25,8 @@ from pathlib import Path
 import nbformat
 
 from ..core.imports import modules_hash
-from ..core.runs import from_root, new_name, root, test_data
+from ..core.renames import renamed
+from ..core.runs import from_root, root, test_data
 
 # %% ../../nbs/09_lab/00_steps.ipynb #43552e1e
 class UsageError(ValueError): "The command asks for something that does not exist; nothing has run."
@@ -148,7 +150,8 @@ def read_entry(
         raise UsageError(f'{file}: {name[:80]!r} cannot name a step; use letters, digits, dashes and underscores.')
     if name in pipeline() and book != f'pipeline/{name}':
         raise UsageError(f'{file}: the step {name} runs {book}, and has the name of another notebook: call it otherwise.')
-    return name, book, {new_name(str(k)): v for k, v in keys.items()}
+    values = {str(k): v for k, v in keys.items()}
+    return name, book, renamed(values, where=f'{file}: {name}.', error=UsageError)
 
 def read_steps(
     given,    # what stands under `steps:`; None where nothing does
@@ -165,6 +168,17 @@ def read_steps(
                              f'`name:`.')
         books[name], values[name] = book, own
     return books, values
+
+# %% ../../nbs/09_lab/00_steps.ipynb #c0f3bc50
+def check_names(
+    sets:list, # STEP.PARAM=VALUE texts
+)->None:
+    "Refuse, with a UsageError, one parameter of a step under both its old and its present name."
+    given = {}
+    for step, name in re.findall(r'(?m)^([\w-]+)\.(\w+)=', '\n'.join(t.split('\n')[0] for t in sets)):
+        given.setdefault(step, {})[name] = None
+    for step, names in given.items():
+        renamed(names, where=f'--set {step}.', error=UsageError, quiet=True)
 
 # %% ../../nbs/09_lab/00_steps.ipynb #31b64338
 MODEL_PARAMETERS = ('start_from', 'base_model', 'models')   # they name models, as do all that end in _model; the value may be a step
@@ -346,7 +360,7 @@ def library_dir()->Path: # the folder of llava_med
     "Where the exported library lies."
     return Path(importlib.util.find_spec('llava_med').origin).parent
 
-def recipes_mark(
+def recipes_fingerprint(
     modules:list, # dotted names
 )->str:           # a hash
     "A fingerprint of recipe modules, of those of the library that they import, and so on."

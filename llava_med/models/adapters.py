@@ -276,7 +276,8 @@ def load_quantised(
     del whole
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
                              llm_int8_skip_modules=['model.vision_tower', 'model.multi_modal_projector', 'lm_head'])   # whole beginnings of names
-    model = AutoModelForImageTextToText.from_pretrained(path, quantization_config=how, device_map={'': device}, dtype=torch.bfloat16)
+    model = AutoModelForImageTextToText.from_pretrained(path, quantization_config=how, device_map={'': device}, dtype=torch.bfloat16,
+        trust_remote_code=False)
     connector(model).float()
     model.base_record = record
     return model.eval(), processor

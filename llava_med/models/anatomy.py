@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'POSITIONS', 'TRAINABLE', 'CLIP_LOOK', 'IMAGENET_LOOK', 'HAL
            'image_token', 'image_tokens', 'image_side', 'position_ids', 'layer_kinds', 'state_layer',
            'attention_window', 'apart_because', 'vision_features', 'leading_vectors', 'tower_states', 'resized_tower',
            'settled_tower', 'part_of', 'check_patterns', 'has_identity', 'trainable_names', 'set_trainable',
-           'part_table', 'assumed_settings', 'picture_settings']
+           'part_table', 'assumed_settings', 'image_settings']
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #c340e3ef
 import copy
@@ -409,7 +409,7 @@ def assumed_settings(
     return whose, dict(image_mean=list(mean), image_std=list(std), resample=resample,
                        rescale_factor=1/255)
 
-def picture_settings(
+def image_settings(
     where:str, # folder or Hub id of a tower
     kind:str,  # its model type
     place:dict, # what `from_pretrained` needs to find it

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['PARTIAL', 'FAMILIES', 'PROJECTORS', 'THEIRS', 'ELSEWHERE', 'ROPE', 'OWN', 'HEADS', 'LM_HEAD', 'RENAME', 'OWN_TURNS',
-           'BLOCK', 'HELP', 'local_folder', 'weight_files', 'read_weights', 'read_original', 'strange_fields',
-           'text_config', 'projector_of', 'own_tower', 'add_base', 'with_head', 'convert_weights', 'convert',
-           'convert_vit', 'convert_command']
+           'BLOCK', 'local_folder', 'weight_files', 'read_weights', 'read_original', 'strange_fields', 'text_config',
+           'projector_of', 'own_tower', 'add_base', 'with_head', 'convert_weights', 'convert', 'convert_vit',
+           'convert_command']
 
 # %% ../../nbs/02_models/04_convert.ipynb #00da162d
-import argparse
 import re
 from pathlib import Path
 import torch
@@ -375,35 +374,17 @@ def convert_vit(
     return Path(dst)
 
 # %% ../../nbs/02_models/04_convert.ipynb #9c9a2b81
-HELP = '''Turns an original checkpoint (LLaVA 1.x, LLaVA-Med v1.0 or v1.5) into one that transformers loads. Which vision tower is
-used is yours to say: own is the one inside the checkpoint; LLaVA-Med's published loader takes OpenAI's instead.
-BiomedCLIP (an open_clip folder) becomes a tower for --tower; it needs no other words.
-
-examples:
-  llava-med convert microsoft/llava-med-v1.5-mistral-7b llava-med-hf --tower own
-  llava-med convert llava-med-v1.5 llava-med-hf --tower openai/clip-vit-large-patch14-336
-  llava-med convert llava-med-7b-delta llava-med-v1 --base llama-7b --tower openai/clip-vit-large-patch14
-  llava-med convert microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224 biomedclip-vit
-
-exit code: 0 done, 1 it cannot be converted (nothing is written), 2 the command itself is wrong'''
-
 def convert_command(
-    words:list, # of the command line, after `convert`
-)->int:         # exit code
-    "`llava-med convert`."
-    p = argparse.ArgumentParser('llava-med convert', description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('src', metavar='SRC', help='folder or Hub id of the original')
-    p.add_argument('dst', metavar='DST', help='folder to write')
-    p.add_argument('--tower', metavar='own|TOWER', help='own, or folder or Hub id of a vision tower')
-    p.add_argument('--base', metavar='MODEL', help='the base model, where SRC is a delta')
-    p.add_argument('--tokenizer', metavar='MODEL', help='where the tokenizer is (default: SRC)')
-    p.add_argument('--template', metavar='NAME', choices=list(TEMPLATES), help='%(choices)s (default: by the kind of checkpoint)')
-    p.add_argument('--pictures', choices=('own', 'pad', 'crop'), default='own', help='pad to a square or crop (default: as the original says)')
-    p.add_argument('--licence', default='other', help='of the weights, for the model card')
-    args = p.parse_args(words)
+    args, # what was typed: src, dst, tower, base, tokenizer, template, pictures, licence, refuse
+)->int:   # exit code
+    "The command `llava-med convert`."
     folder = local_folder(args.src)
-    if (folder/'open_clip_config.json').exists() or list(folder.glob('open_clip*')): print(convert_vit(args.src, args.dst)); return 0
+    if (folder/'open_clip_config.json').exists() or list(folder.glob('open_clip*')):
+        print(convert_vit(args.src, args.dst))
+        return 0
     if not args.tower:
-        p.error(f"--tower is missing: say own, or where {read_original(folder).get('mm_vision_tower', 'the tower')} is")
-    print(convert(args.src, args.dst, args.tower, args.base, args.tokenizer, args.template, args.pictures, args.licence))
+        known = read_original(folder).get('mm_vision_tower', 'the tower')
+        args.refuse(f'--tower is missing: say own, or where {known} is')
+    print(convert(args.src, args.dst, args.tower, args.base, args.tokenizer, args.template,
+                  args.pictures, args.licence))
     return 0

@@ -32,7 +32,7 @@ from transformers.utils import logging as hf_logging
 from . import anatomy
 from .exchange import (
     TEMPLATES, chat_template, complete_template, one_template, prepare_tokenizer)
-from .anatomy import PARTS, picture_settings
+from .anatomy import PARTS, image_settings
 from ..core.pieces import read_tokenizer
 from .connectors import (ACTIVATIONS, CONNECTORS, connector_record, load_connector,
                                          make_identity, put_connector, read_connector,
@@ -182,11 +182,12 @@ def _reading(where, what):
 
 def _place(where):
     "What `from_pretrained` needs: a folder, or a Hub id and its revision."
-    if Path(where).is_dir(): return dict(pretrained_model_name_or_path=str(where))
+    if Path(where).is_dir(): return dict(pretrained_model_name_or_path=str(where), trust_remote_code=False)
     if not PLACE.fullmatch(str(where)):
         raise FileNotFoundError(f"'{where}' is neither a folder nor a Hub id such as owner/name or owner/name@revision.")
     name, _, revision = str(where).partition('@')
-    return dict(pretrained_model_name_or_path=name, revision=revision or 'main')
+    return dict(pretrained_model_name_or_path=name, revision=revision or 'main',
+                trust_remote_code=False)
 
 def _whole(info, where, spare=()):
     "Refuse weights that are missing or have another shape; `from_pretrained` would draw them at random."
@@ -218,7 +219,7 @@ def read_tower(
         config = getattr(config, 'vision_config', config)
         tower, info = AutoModel.from_pretrained(**_place(where), config=config, dtype=getattr(torch, dtype),
                                                 output_loading_info=True)
-        images = picture_settings(where, config.model_type, _place(where), say)
+        images = image_settings(where, config.model_type, _place(where), say)
     _whole(info, where, spare=('pooler.', 'head.'))          # nothing reads a pooled vector
     for n in info['missing_keys']: nn.init.zeros_(tower.get_parameter(n))
     native, patch = getattr(config, 'image_size', None), getattr(config, 'patch_size', None)

@@ -68,7 +68,8 @@ def _quiet():
 def _from_gguf(path):
     "Tokenizer and model; PartError where `transformers` fails or would fill in random numbers."
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    place = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
+    place = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name,
+                 trust_remote_code=False)
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(**place)

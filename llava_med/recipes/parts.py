@@ -31,7 +31,7 @@ from ..train.batches import IGNORE, Collator, embed, record_samples
 from ..train.loop import Stage, fit
 from ..train.monitor import ProgressLines
 from ..train.objectives import Objective, as_objective
-from ..train.vision_cache import Pictures
+from ..train.vision_cache import ImageFiles
 from ..world.language import captions, questions
 from ..world.render import jpeg, render
 from ..world.scenes import sample_scene
@@ -100,7 +100,7 @@ def world_samples(
                      split=type(objective).encode is Objective.encode,
                      image_tokens=model.config.image_seq_length)
     samples, names = objective.encode(records, encode)
-    pictures = Pictures(processor, [Path(images)/n for n in names])
+    pictures = ImageFiles(processor, [Path(images)/n for n in names])
     if not pixels: pictures = vision_features(model, pictures[range(len(names))])
     return samples, Collator(tok.pad_token_id, pictures)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSS_SUM', 'COUNT_SUM', 'SHARDINGS', 'step_sums', 'TrainingError', 'trainable_parameters', 'Helpers', 'micro_batches',
-           'step_shares', 'rank_turns', 'Job', 'prepare_job', 'last_turn', 'save_state', 'read_progress', 'load_state',
-           'whole_weights']
+           'step_shares', 'rank_micro_batches', 'Job', 'prepare_job', 'last_micro_batch', 'save_state', 'read_progress',
+           'load_state', 'whole_weights']
 
 # %% ../../nbs/04_train/08_distributed.ipynb #a638048b
 import contextlib
@@ -197,10 +197,10 @@ def step_shares(
     if unit == 'batch' and not gathers: return [list(numbers)] + [[] for _ in range(n - 1)]
     if unit == 'batch' and len(numbers) < n: raise ValueError(
         f'A batch of {len(numbers)} samples cannot be shared by {n} processes; leave out '
-        'incomplete batches (whole=True), or raise batch_size.')
+        'incomplete batches (drop_last=True), or raise batch_size.')
     return [numbers[k::n] for k in range(n)]
 
-def rank_turns(
+def rank_micro_batches(
     numbers,      # sample numbers of a step
     lengths,      # tokens of each sample, by number
     tokens:int=0, # most tokens at once; 0: all at once
@@ -262,7 +262,7 @@ def prepare_job(
     return fully_shard(job, mesh=mesh)
 
 @contextlib.contextmanager
-def last_turn(
+def last_micro_batch(
     job,       # from `prepare_job`
     last:bool, # whether gradients are exchanged after this turn
 ):

@@ -22,7 +22,7 @@ def trained_parts(
     stage = (values or {}).get('stage')
     said = {k: v for k, v in (stage or {}).items() if k in ('trainable', 'parts')}
     if notebook not in STEP_STAGES and not said: return ()
-    return stage_record(STEP_STAGES.get(notebook, 'stage2'), **said).parts
+    return stage_record(STEP_STAGES.get(notebook, 'stage2'), **said).trainable
 
 def trainable_counts(
     model:LlavaForConditionalGeneration, # on any device; its frozen parts are set
@@ -77,13 +77,13 @@ def stage_memory(
     hardware:dict,   # of the preset: gpus, memory_gb
     row:int,         # tokens of a mean row, picture included
     scored:int,      # those of them that are scored
-)->dict:             # GiB of each GPU: weights, gradients, moments, kept; tokens at once, checkpointing, fits
+)->dict:             # GiB of each GPU: weights, gradients, moments, kept; tokens at once, gradient_checkpointing, fits
     "What a stage needs on each GPU."
     text, rank, bf16 = model.config.text_config, values.get('lora_rank', 0), values.get('bf16', True) and hardware.get('gpus', 0) > 0
     learn = trainable_counts(model, step, rank, values)
     n, total = sum(learn.values()), sum(p.numel() for p in model.parameters())
     frozen = total - sum(v for k, v in learn.items() if k != 'adapter')
-    shards = values.get('processes', 1) if values.get('sharding') == 'fsdp' else 1
+    shards = values.get('nproc', 1) if values.get('sharding') == 'fsdp' else 1
     out = dict(weights=(4*n + frozen*(2 if bf16 else 4))/shards/GIB, gradients=4*n/shards/GIB, moments=8*n/shards/GIB)
     if bf16: out['weights'] += 2*n/GIB   # copies of what learns, in each process
     if shards > 1: out['weights'] += 2*2*total/text.num_hidden_layers/GIB     # two layers that are gathered
@@ -92,11 +92,11 @@ def stage_memory(
     head = scored/row*text.vocab_size*10   # scores in two formats, and their gradient
     each = {'off': text.num_hidden_layers*layer + head, 'on': text.num_hidden_layers*text.hidden_size*(2 if bf16 and kind != 'full' else 4) + layer + head}
     room = (hardware.get('memory_gb') or 0)*ROOM*GIB - sum(out.values())*GIB
-    longest, said = values.get('max_len', row), values.get('checkpointing', 'auto')
+    longest, said = values.get('max_len', row), values.get('gradient_checkpointing', 'auto')
     mode = said if said in each else 'off' if not room or room >= each['off']*longest else 'on'
     most = int(room/each[mode])
-    tokens = values.get('batch_tokens', 0) or max(longest, min(most, row*values.get('batch_size', 1)//max(1, values.get('processes', 1))))
-    return {**out, 'kept': tokens*each[mode]/GIB, 'tokens': tokens, 'most': max(0, most), 'checkpointing': mode, 'fits': tokens <= most, 'learn': learn}
+    tokens = values.get('max_tokens_per_microbatch', 0) or max(longest, min(most, row*values.get('batch_size', 1)//max(1, values.get('nproc', 1))))
+    return {**out, 'kept': tokens*each[mode]/GIB, 'tokens': tokens, 'most': max(0, most), 'gradient_checkpointing': mode, 'fits': tokens <= most, 'learn': learn}
 
 # %% ../../nbs/04_train/14_footprint.ipynb #e12bfcec
 # bytes, from trials on Linux: the command with the process that runs a notebook; and what a kernel has more than a helper
@@ -110,7 +110,7 @@ def _token_bytes(text, kind, values, bf16, row, scored, rank):
     layer = kept_bytes(text, kind, bf16, rank)
     if bf16: layer += 2*text.num_attention_heads*row   # of plain attention
     head = scored/row*text.vocab_size*10
-    if values.get('checkpointing') == 'on':
+    if values.get('gradient_checkpointing') == 'on':
         return layer + head + text.num_hidden_layers*text.hidden_size*4
     return text.num_hidden_layers*layer + head
 
@@ -127,11 +127,11 @@ def machine_memory(
     if bf16 is None: bf16 = bool(values.get('bf16', False) and has_bf16('cpu'))
     learn = trainable_counts(model, step, rank, values)
     n, total = sum(learn.values()), sum(p.numel() for p in model.parameters()) + learn.get('adapter', 0)
-    size, launched = values.get('batch_size', 1), max(1, values.get('processes', 1))
+    size, launched = values.get('batch_size', 1), max(1, values.get('nproc', 1))
     sharing = launched if launched > 1 else max(1, min(values.get('threads', 1), size))
     kind = 'adapter' if 'adapter' in learn else 'full' if 'language_model' in learn else 'frozen'
     tokens = max(row, HEAVY*row*size/sharing)
-    if values.get('batch_tokens'): tokens = min(tokens, max(row, values['batch_tokens']))
+    if values.get('max_tokens_per_microbatch'): tokens = min(tokens, max(row, values['max_tokens_per_microbatch']))
     kept = tokens*_token_bytes(text, kind, values, bf16, row, scored, rank)
     best = 4*n*bool(values.get('patience', 0))
     out = dict(programs=SHELL + KERNEL + sharing*INTERPRETER, weights=4*total*launched,

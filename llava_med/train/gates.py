@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from peft import LoraConfig
 from torch.nn import functional as F
+from ..core.renames import ARGUMENTS_RENAMED, old_names
 from ..models.adapters import attach, lora_targets
 from ..models.anatomy import (apart_because, base_of, connector, decoder_layers,
                                       image_side, image_token, image_tokens,
                                       vision_features)
-from .batches import IGNORE, Collator, batch_loss, embed, encode, share_pictures
+from .batches import IGNORE, Collator, batch_loss, embed, encode, pack_shared_prefixes
 from .packing import ApartCollator, PackedCollator, pack_rows
 
 # %% ../../nbs/04_train/07_gates.ipynb #e47a4f2a
@@ -130,15 +131,15 @@ def image_effect(
 
 def _why(e): return (str(e).strip() or type(e).__name__).splitlines()[0][:160].rstrip('.')
 
-def _rows(samples, image_id, share, packed):
+def _rows(samples, image_id, pack_by_image, packed):
     "The samples of the probe as rows of a path, and the same rows with a mask that is wrong."
-    rows = share_pictures(samples, image_id) if share else samples
-    wrong = [dict(r, segments=[min(s, 1) for s in r['segments']]) for r in rows] if share else rows
+    rows = pack_shared_prefixes(samples, image_id) if pack_by_image else samples
+    wrong = [dict(r, segments=[min(s, 1) for s in r['segments']]) for r in rows] if pack_by_image else rows
     if not packed: return rows, wrong
     rows, wrong = (pack_rows(r, 10**9) for r in (rows, wrong))
-    return rows, wrong if share else [dict(r, blocks=[0]*len(r['blocks'])) for r in wrong]
+    return rows, wrong if pack_by_image else [dict(r, blocks=[0]*len(r['blocks'])) for r in wrong]
 
-def _measured(model, share, packed, tolerance, pad_id):
+def _measured(model, pack_by_image, packed, tolerance, pad_id):
     "The gate of a path on the model as it is."
     floor, most = (1e-5, 1e-3) if model.dtype == torch.float32 else (1e-2, 5e-2)
     samples, features = probe_samples(model)
@@ -146,7 +147,7 @@ def _measured(model, share, packed, tolerance, pad_id):
     plain = loss_and_gradients(model, Collator(pad_id, features), samples)
     limit = tolerance or min(max(floor, 5*_apart(alone, plain)), most)
     kind = PackedCollator if packed else Collator
-    rows = _rows(samples, image_token(model), share, packed)
+    rows = _rows(samples, image_token(model), pack_by_image, packed)
     gap, wrong = (_apart(alone, loss_and_gradients(model, kind(pad_id, features), r,
                                                    getattr(kind, 'attention', ''))) for r in rows)
     seen = image_effect(model, samples, features, pad_id)
@@ -163,9 +164,10 @@ def _measured(model, share, packed, tolerance, pad_id):
 
 _KNOWN = weakref.WeakKeyDictionary()   # model → {path: what its gate said last}
 
+@old_names(ARGUMENTS_RENAMED)
 def path_gate(
     model,             # a LLaVA with weights that learn
-    share:bool,        # whether questions share their image
+    pack_by_image:bool, # whether questions share their image
     packed:bool,       # whether rows have no padding
     tolerance:float=None, # relative; None: what rounding explains
     longest:int=0,     # tokens of the longest sample; 0: not known
@@ -175,14 +177,14 @@ def path_gate(
     base, was = base_of(model), model.training
     if found := apart_because(base, longest): return Gate(False, found)
     model.eval()
-    try: gate = _measured(model, share, packed, tolerance, pad_id)
+    try: gate = _measured(model, pack_by_image, packed, tolerance, pad_id)
     except Exception as e: gate = Gate(False, f'the probe failed ({_why(e)})')
     finally: model.train(was)
-    _KNOWN.setdefault(base, {})[_key(base, share, packed)] = gate
+    _KNOWN.setdefault(base, {})[_key(base, pack_by_image, packed)] = gate
     return gate
 
-def _key(base, share, packed):
-    return bool(share), bool(packed), base.config.text_config._attn_implementation, base.dtype
+def _key(base, pack_by_image, packed):
+    return bool(pack_by_image), bool(packed), base.config.text_config._attn_implementation, base.dtype
 
 # %% ../../nbs/04_train/07_gates.ipynb #9207a99a
 _ASKED = (('Which side is it on?', 'left'),
@@ -204,7 +206,7 @@ def prefix_gate(
         asked = [dict(encode(processor, _turns(*qa), image_tokens(model)), image=0)
                  for qa in _ASKED]
     except Exception as e: return Gate(False, f'the probe failed ({_why(e)})')
-    if len(share_pictures(asked, image_token(model))) != 1:
+    if len(pack_shared_prefixes(asked, image_token(model))) != 1:
         return Gate(False,
                     'the chat template puts nothing that could be shared before the question')
     return path_gate(model, True, packed, tolerance, longest, processor.tokenizer.pad_token_id or 0)
@@ -223,10 +225,10 @@ def taken(
 
 def _path(samples, collate):
     "Whether rows share an image, whether they are packed, and tokens of the longest sample."
-    share = any(max(s['segments'], default=0) > 1 for s in samples if 'segments' in s)
+    pack_by_image = any(max(s['segments'], default=0) > 1 for s in samples if 'segments' in s)
     longest = max((max(s.get('positions') or [len(s['input_ids']) - 1]) + 1 for s in samples),
                   default=0)
-    return share, isinstance(collate, PackedCollator), longest
+    return pack_by_image, isinstance(collate, PackedCollator), longest
 
 def exact_collate(
     model,            # about to be trained
@@ -236,13 +238,13 @@ def exact_collate(
 )->Callable:          # the same, or an `ApartCollator`
     "What makes batches of rows, or takes them apart where a gate does not pass."
     if not isinstance(collate, Collator) or isinstance(collate, ApartCollator): return collate
-    share, packed, longest = _path(samples, collate)
-    if not (share or packed): return collate
+    pack_by_image, packed, longest = _path(samples, collate)
+    if not (pack_by_image or packed): return collate
     why = apart_because(model, longest)
     if not why and measure:
-        gate = _KNOWN.get(base := base_of(model), {}).get(_key(base, share, packed))
+        gate = _KNOWN.get(base := base_of(model), {}).get(_key(base, pack_by_image, packed))
         if not (gate and gate.passed):
-            gate = path_gate(model, share, packed, longest=longest, pad_id=collate.pad_id)
+            gate = path_gate(model, pack_by_image, packed, longest=longest, pad_id=collate.pad_id)
         why = '' if gate.passed else gate.why
     if not why: return collate
     print(f'Rows are taken apart: {why}.')

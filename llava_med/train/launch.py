@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator, init_empty_weights
 from safetensors.torch import load_file, save_file
 import llava_med
+from ..core.renames import ARGUMENTS_RENAMED, old_names
 from ..models.adapters import add_lora, attach
 from .batches import batch_loss
 from .gates import exact_collate
@@ -41,7 +42,7 @@ from .monitor import TensorBoard, watch
 def write_job(
     folder:Path,   # made anew
     model,         # a LlavaForConditionalGeneration, maybe with an adapter
-    **arguments,   # of `fit`: samples, collate, stage, seed, checkpoint, bf16, memory, held …
+    **arguments,   # of `fit`: samples, collate, stage, seed, checkpoint, bf16, memory, validation …
 )->Path:           # the folder
     "Write down a training that other processes will do."
     adapter = getattr(model, 'peft_config', {}).get('default')
@@ -98,12 +99,13 @@ def work(
 if __name__ == '__main__' and '__file__' in globals(): work(sys.argv[1])   # in a notebook there is no __file__
 
 # %% ../../nbs/04_train/11_launch.ipynb #284045ab
+@old_names(ARGUMENTS_RENAMED)
 def launch_command(
     folder:Path,   # of a job
-    processes:int, # on this machine
+    nproc:int,     # on this machine
 )->list:           # words
     "What starts the processes of a job."
-    return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes), '-m', 'llava_med.train.launch', str(folder)]
+    return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(nproc), '-m', 'llava_med.train.launch', str(folder)]
 
 def _end(p):
     "Stop a launcher and all that it started."
@@ -122,8 +124,9 @@ def _aside(model):
     try: yield
     finally: model.to(device)
 
+@old_names(ARGUMENTS_RENAMED)
 def launch(
-    processes:int,    # as many as GPUs; on a CPU, cores
+    nproc:int,        # as many as GPUs; on a CPU, cores
     folder:Path,      # for the job; removed afterwards
     model, samples, collate, stage, seed=0,  # as in `fit`
     report:Callable=None, # called with each row, in this process
@@ -132,21 +135,21 @@ def launch(
 )->list:              # rows, as from `fit`
     "Train one stage in several processes; raises TrainingError with the sentence of the process that failed."
     if arguments.get('sharding', 'none') not in SHARDINGS: raise ValueError(f"sharding is '{arguments['sharding']}'; known: {', '.join(SHARDINGS)}.")
-    if processes < 1: raise ValueError(f'processes is {processes}; it must be at least 1.')
-    if not arguments.get('cpu', True) and processes > torch.cuda.device_count():
-        raise ValueError(f'processes is {processes}, but there are {torch.cuda.device_count()} GPUs here; each process needs one.')
+    if nproc < 1: raise ValueError(f'nproc is {nproc}; it must be at least 1.')
+    if not arguments.get('cpu', True) and nproc > torch.cuda.device_count():
+        raise ValueError(f'nproc is {nproc}, but there are {torch.cuda.device_count()} GPUs here; each process needs one.')
     if getattr(model, 'is_loaded_in_4bit', False):
-        raise ValueError('A model in 4 bits cannot be handed to other processes: set processes to 1.')
+        raise ValueError('A model in 4 bits cannot be handed to other processes: set nproc to 1.')
     arguments['objective'] = as_objective(arguments.get('objective') or stage.objective)
     folder = write_job(folder, model, samples=samples, collate=collate, stage=stage, seed=seed, **arguments)
     path = os.pathsep.join(filter(None, [str(Path(llava_med.__file__).parents[1]), os.environ.get('PYTHONPATH')]))
     env = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': str(threads), 'TOKENIZERS_PARALLELISM': 'false',
            **({'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''} if arguments.get('cpu', True) else {})}
     with _aside(model), writing(folder), open(folder/'output.txt', 'w+', encoding='utf-8') as errors:
-        p = subprocess.Popen(launch_command(folder, processes), stdout=subprocess.PIPE, stderr=errors, text=True, encoding='utf-8', env=env)
+        p = subprocess.Popen(launch_command(folder, nproc), stdout=subprocess.PIPE, stderr=errors, text=True, encoding='utf-8', env=env)
         try: _relay(p, report)
         finally: _end(p)
-        if not (folder/'rows.json').exists(): raise TrainingError(_why(folder, processes))   # written last; what happens after it does no harm
+        if not (folder/'rows.json').exists(): raise TrainingError(_why(folder, nproc))   # written last; what happens after it does no harm
     inner = model.get_base_model() if hasattr(model, 'peft_config') else model
     learned = load_file(folder/'learned.safetensors')
     with torch.no_grad():
@@ -172,13 +175,13 @@ def _relay(p, report):
             for tell in reports: tell(json.loads(line[1:]))
         p.wait()
 
-def _why(folder, processes):
+def _why(folder, nproc):
     "One sentence about a training that failed."
     errors = (folder/'error.txt').read_text(encoding='utf-8').splitlines() if (folder/'error.txt').exists() else []
     own = [e for e in errors if not re.search('gloo|NCCL|Connection (reset|closed)|distributed', e)]   # the others lost a companion
     if own: return own[0].removeprefix('TrainingError: ').removeprefix('ValueError: ')
     killed = re.findall(r'exitcode\s*:\s*(-\d+)', (folder/'output.txt').read_text(encoding='utf-8', errors='replace'))
-    return (f'One of {processes} processes ended by itself{f" (signal {killed[0][1:]})" if killed else ""}, perhaps for want of memory; '
+    return (f'One of {nproc} processes ended by itself{f" (signal {killed[0][1:]})" if killed else ""}, perhaps for want of memory; '
             f'what they printed is in {folder/"output.txt"}. Started again, training goes on from its last checkpoint.')
 
 # %% ../../nbs/04_train/11_launch.ipynb #db1f6979
@@ -195,7 +198,7 @@ def _least(objective, samples, stage, padded):
     for j, k in enumerate(group_keys(samples)): groups.setdefault(k, []).append(j)
     return max(map(cost, groups.values()))
 
-def _planned(model, samples, collate, stage, objective, checkpointing, tokens, processes,
+def _planned(model, samples, collate, stage, objective, gradient_checkpointing, tokens, nproc,
              threads, more):
     "What fits into memory, with all processes and modules that take some."
     probe = copy.deepcopy(objective)
@@ -208,13 +211,14 @@ def _planned(model, samples, collate, stage, objective, checkpointing, tokens, p
     alone = probe.modules() or any(p.dtype != torch.float32 for p in model.parameters())   # then `fit` takes no helpers
     shares = 1 if alone else min(threads, stage.batch_size)
     return plan_memory(
-        model, samples, make, checkpointing, tokens, more.get('bf16', False), loss=loss,
-        processes=processes if more.get('sharding') == 'fsdp' else 1,
-        helpers=max(processes, shares) if cpu else 1, launched=processes > 1,
+        model, samples, make, gradient_checkpointing, tokens, more.get('bf16', False), loss=loss,
+        nproc=nproc if more.get('sharding') == 'fsdp' else 1,
+        helpers=max(nproc, shares) if cpu else 1, launched=nproc > 1,
         modules=tuple(probe.modules().values()), length=objective.length,
         least=_least(objective, samples, stage, getattr(collate, 'padded', True)),
-        best=bool(getattr(more.get('held'), 'patience', 0)))
+        best=bool(getattr(more.get('validation'), 'patience', 0)))
 
+@old_names(ARGUMENTS_RENAMED)
 def train(
     model, samples, collate, stage, # as in `fit`; the model is changed in place
     folder:Path,       # for checkpoints (`.checkpoint`) and what TensorBoard reads (`logs`)
@@ -222,30 +226,30 @@ def train(
     report:Callable=None, # called with each row; None: a curve or lines
     lora_rank:int=0,   # of an adapter that learns instead of the language model's weights; 0: none
     lora_alpha:int=0,  # 0: twice the rank
-    batch_tokens:int=0, # most tokens that pass at once; 0: as many as fit
-    checkpointing:str='auto', # compute layers twice: auto, on, off
-    processes:int=1,   # GPUs; on a CPU, processes with a copy each
+    max_tokens_per_microbatch:int=0, # most tokens that pass at once; 0: as many as fit
+    gradient_checkpointing:str='auto', # compute layers twice: auto, on, off
+    nproc:int=1,       # GPUs; on a CPU, processes with a copy each
     threads:int=1,     # on a CPU, processes that share each batch within one memory
-    **more,            # further arguments of `fit`: bf16, held, save_s, sharding, loaders …
+    **more,            # further arguments of `fit`: bf16, validation, save_s, sharding, num_workers …
 )->tuple:              # model (with the adapter, if any), rows of losses
     "Train a stage as the machine allows, after measuring what fits."
     folder, device = Path(folder), next(model.parameters()).device
     more['objective'] = objective = as_objective(more.get('objective') or stage.objective)
-    if threads > 1 and processes == 1 and objective.unit == 'batch':
+    if threads > 1 and nproc == 1 and objective.unit == 'batch':
         print('This objective is a loss of the whole batch, so one process takes it.')
         threads = 1
-    if processes < 1: raise ValueError(f'processes is {processes}; it must be at least 1.')
+    if nproc < 1: raise ValueError(f'nproc is {nproc}; it must be at least 1.')
     if (kind := more.get('sharding', 'none')) not in SHARDINGS: raise ValueError(f"sharding is '{kind}'; known: {', '.join(SHARDINGS)}.")
-    if lora_rank: model = add_lora(model, lora_rank, lora_alpha or None, projector='projector' in stage.parts, seed=seed)
-    else: set_trainable(model, stage.parts)
+    if lora_rank: model = add_lora(model, lora_rank, lora_alpha or None, projector='projector' in stage.trainable, seed=seed)
+    else: set_trainable(model, stage.trainable)
     inner = model.get_base_model() if lora_rank else model
     for p in trainable_parameters(inner): p.data = p.data.float()   # as it will train, so that the plan measures that
     collate = exact_collate(model, samples, collate)
-    memory = _planned(inner, samples, collate, stage, objective, checkpointing, batch_tokens,
-                      processes, threads, more)
+    memory = _planned(inner, samples, collate, stage, objective, gradient_checkpointing,
+                      max_tokens_per_microbatch, nproc, threads, more)
     print(f'Memory: {memory}.')
     report = report or (watch(), TensorBoard(folder/'logs'))
     arguments = dict(checkpoint=folder/'.checkpoint', memory=memory, cpu=device.type == 'cpu', **more)
-    if processes > 1: rows = launch(processes, folder/'.job', model, samples, collate, stage, seed, report, threads, **arguments)
-    else: rows = fit(model, samples, collate, stage, seed, report=report, workers=threads, **arguments)
+    if nproc > 1: rows = launch(nproc, folder/'.job', model, samples, collate, stage, seed, report, threads, **arguments)
+    else: rows = fit(model, samples, collate, stage, seed, report=report, grad_workers=threads, **arguments)
     return model, rows

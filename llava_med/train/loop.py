@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'RECIPES', 'STEP_STAGES', 'lr_factor', 'linear', 'constant', 'adamw', 'sgd', 'Stage',
-           'stage_record', 'has_bf16', 'attention_for', 'Held', 'fit']
+           'stage_record', 'has_bf16', 'attention_for', 'Validation', 'fit']
 
 # %% ../../nbs/04_train/09_loop.ipynb #8fb76095
 import contextlib
@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from ..core.registry import Registry
+from ..core.renames import ARGUMENTS_RENAMED, STAGE_RENAMED, old_names
 from ..models.anatomy import PARTS, check_patterns, decoder_layers, set_trainable, trainable_names
 from ..models.connectors import CONNECTORS
 from ..models.llava import weights_hash
@@ -32,8 +33,8 @@ from .memory import Heap, MemoryPlan, checkpointed
 from .objectives import CrossEntropy, as_objective, objective_name
 from .samplers import SAMPLERS, group_keys
 from llava_med.train.distributed import (COUNT_SUM, LOSS_SUM, Helpers, Job, TrainingError,
-                                         last_turn, load_state,
-    micro_batches, prepare_job, rank_turns, read_progress, save_state, step_shares, step_sums,
+                                         last_micro_batch, load_state,
+    micro_batches, prepare_job, rank_micro_batches, read_progress, save_state, step_shares, step_sums,
     trainable_parameters)
 
 # %% ../../nbs/04_train/09_loop.ipynb #baef6bb1
@@ -88,18 +89,19 @@ def sgd(
     return torch.optim.SGD(groups, momentum=.9, weight_decay=weight_decay)
 
 # %% ../../nbs/04_train/09_loop.ipynb #8465c7ab
+@old_names(STAGE_RENAMED)
 @dataclass
 class Stage:
     "What one stage of a curriculum trains, and how."
     name:str               # e.g. `stage1`
-    parts:tuple            # what learns: parts, or patterns over names of parameters
+    trainable:tuple        # what learns: parts, or patterns over names of parameters
     lr:float               # peak learning rate
     epochs:int=1           # passes over the samples
     batch_size:int=32      # samples a step
     warmup:float=0.03      # share of steps with a rising learning rate; the schedule follows it
     weight_decay:float=0.  # of the optimizer
-    clip:float=1.          # largest norm of the gradient
-    rates:dict=None        # peak learning rate of single parts or patterns, where it is not `lr`
+    max_grad_norm:float=1. # largest norm of the gradient
+    learning_rates:dict=None # peak learning rate of single parts or patterns, where it is not `lr`
     mix:dict=None          # source of samples -> how often each is seen in an epoch, where it is not once; .3 is a random part
     weights:dict=None      # source of samples -> how much their tokens count in the loss, where it is not 1
     objective:str|dict='cross_entropy' # a name of `OBJECTIVES`, or {name: …} with its settings
@@ -109,14 +111,15 @@ class Stage:
     connector:str=''                # put into the model before training; empty: the model's own
 
     def __post_init__(self):
-        self.parts = (self.parts,) if isinstance(self.parts, str) else tuple(self.parts)
-        if not self.parts:
+        one = isinstance(self.trainable, str)
+        self.trainable = (self.trainable,) if one else tuple(self.trainable)
+        if not self.trainable:
             raise ValueError(f'{self.name}: nothing learns; name parts among {list(PARTS)}.')
-        check_patterns(self.parts, self.name)
+        check_patterns(self.trainable, self.name)
         if min(self.epochs, self.batch_size) < 1:
             raise ValueError(f'{self.name}: epochs is {self.epochs} and batch_size {self.batch_size}; each must be at least 1.')
-        if strange := sorted(set(self.rates or ()) - set(self.parts)):
-            raise ValueError(f'{self.name}: a rate for {strange}, which does not learn; what learns: {list(self.parts)}.')
+        if strange := sorted(set(self.learning_rates or ()) - set(self.trainable)):
+            raise ValueError(f'{self.name}: a rate for {strange}, which does not learn; what learns: {list(self.trainable)}.')
         for kind in (SAMPLERS, OPTIMIZERS, SCHEDULES):
             kind.named(getattr(self, kind.kind), self.name)
 
@@ -128,17 +131,17 @@ RECIPES = {
                      Stage('vqa', _BOTH, 2e-5, 9, 64)),
     'llava_15': (Stage('stage1', ('projector',), 1e-3, 1, 256), Stage('stage2', _BOTH, 2e-5, 1, 128)),
     'llava_15_lora': (Stage('stage1', ('projector',), 1e-3, 1, 256),
-                      Stage('stage2', _BOTH, 2e-4, 1, 128, rates={'projector': 2e-5}))}
+                      Stage('stage2', _BOTH, 2e-4, 1, 128, learning_rates={'projector': 2e-5}))}
 STEP_STAGES = {'2_stage1_alignment': 'stage1', '3_stage2_tuning': 'stage2', '3b_vqa_tuning': 'vqa'}
 
+@old_names(STAGE_RENAMED)
 def stage_record(
     name:str,                 # stage1, stage2 or vqa
     recipe:str='llava_med_v1', # key of `RECIPES`
-    **changes,                # fields of `Stage` that differ; `trainable` is another name of `parts`
+    **changes,                # fields of `Stage` that differ
 )->Stage:
     "A stage of a recipe with some fields changed; ValueError for a field that does not exist."
     found = {s.name: s for s in RECIPES[recipe]}
-    if 'trainable' in changes: changes['parts'] = changes.pop('trainable')
     known = [f for f in Stage.__dataclass_fields__]
     if strange := sorted(set(changes) - set(known)): raise ValueError(
         f"{name}: a stage has no field '{strange[0]}'; known: {', '.join(known)}.")
@@ -168,20 +171,21 @@ def _fingerprint(model, samples, features, *what):
     h = hashlib.sha256(json.dumps([weights_hash(model), *what], default=str).encode())
     for s in samples: h.update('\0'.join(f'{k}={_exact(s[k])}' for k in sorted(s)).encode())
     if features is None: return h.hexdigest()
-    mark = features.mark if hasattr(features, 'mark') else features.sum(dtype=torch.float64).item()
-    h.update(repr(mark).encode())
+    own = getattr(features, 'fingerprint', None)
+    if own is None: own = features.sum(dtype=torch.float64).item()
+    h.update(repr(own).encode())
     return h.hexdigest()
 
 def _rates(model, stage):
     "Peak learning rates of parameters by their names in a job, where they differ from the stage's."
-    return {f'model.{n}': rate for pattern, rate in (stage.rates or {}).items()
+    return {f'model.{n}': rate for pattern, rate in (stage.learning_rates or {}).items()
             for n in trainable_names(model, [pattern])}
 
-def _parameter_groups(job, stage, rates):
+def _parameter_groups(job, stage, learning_rates):
     "Parameters that learn, by their peak learning rate."
     groups = {}
     for n, p in job.named_parameters():
-        rate = rates.get(n.removeprefix('module.'), stage.lr)
+        rate = learning_rates.get(n.removeprefix('module.'), stage.lr)
         if p.requires_grad: groups.setdefault(rate, []).append(p)
     return [dict(params=ps, lr=r, peak=r) for r, ps in groups.items()]
 
@@ -194,12 +198,13 @@ def has_bf16(
     known = getattr(torch.cpu, 'get_capabilities', dict)()
     return bool(known.get('avx512_bf16') or known.get('amx_bf16'))
 
+@old_names(ARGUMENTS_RENAMED)
 @contextlib.contextmanager
 def attention_for(
     model,         # a LlavaForConditionalGeneration
     kind:str=None, # what the batches are made for, such as `segmented`; None: what the model has
     cpu_bf16:bool=False, # on a CPU in bfloat16, where the backward pass of sdpa is slow, take `plain_attention`
-    again:bool=False, # compute layers again in the backward pass
+    gradient_checkpointing:bool=False, # compute layers again in the backward pass
 ):
     "For a while, the attention that fits the batches."
     was = model.config.text_config._attn_implementation
@@ -207,17 +212,19 @@ def attention_for(
     fast = 'plain' if cpu_bf16 and was == 'sdpa' else was
     model.set_attn_implementation({'text_config': kind or fast})
     try:
-        with checkpointed(model, again): yield
+        with checkpointed(model, gradient_checkpointing): yield
     finally: model.set_attn_implementation({'text_config': was})
 
 # %% ../../nbs/04_train/09_loop.ipynb #fd7ab300
-_LOST = 'A process that opens pictures ended by itself, perhaps for want of memory; run again with fewer loaders.'
+_LOST = ('A process that opens pictures ended by itself, perhaps for want of memory; '
+         'run again with fewer of them (num_workers).')
 
-def _batches(samples, turns, collate, loaders, pin):
-    "Batches of the turns in their order, made ahead by `loaders` processes."
-    if not loaders: yield from (collate([samples[j] for j in g]) for g in turns); return
-    ahead = iter(DataLoader(samples, batch_sampler=turns, collate_fn=collate, num_workers=loaders, pin_memory=pin))
-    for _ in turns:
+def _batches(samples, micro, collate, num_workers, pin):
+    "Batches of the micro-batches in their order, made ahead by `num_workers` processes."
+    if not num_workers: yield from (collate([samples[j] for j in g]) for g in micro); return
+    ahead = iter(DataLoader(samples, batch_sampler=micro, collate_fn=collate,
+                            num_workers=num_workers, pin_memory=pin))
+    for _ in micro:
         try: yield next(ahead)
         except StopIteration: return
         except (ConnectionError, EOFError) as e: raise TrainingError(_LOST) from e   # its pipe is gone
@@ -235,15 +242,15 @@ def _loaders_live():
 
 # %% ../../nbs/04_train/09_loop.ipynb #80719478
 @dataclass
-class Held:
+class Validation:
     "Samples that are not trained on, and how often they are looked at."
     samples:list     # encoded like the others
     every:float=1.   # epochs between two looks
     patience:int=0   # looks without a better one before training stops with the best weights; 0: it goes on to its end
 
-def _look(run):
+def _val_loss(run):
     "Mean loss of the held samples."
-    samples, size = run.how.held.samples, run.stage.batch_size
+    samples, size = run.how.validation.samples, run.stage.batch_size
     lengths, keys = [run.objective.length(s) for s in samples], group_keys(samples)
     numbers, unit = list(range(len(samples))), run.objective.unit
     parts = [numbers[i:i + size]
@@ -253,9 +260,9 @@ def _look(run):
     run.job.eval()
     with torch.no_grad():
         for part in parts:
-            turns = run.rank_turns(part, lengths, keys, tokens)
-            batches = _batches(samples, [g for g, _ in turns], run.collate, 0, False)
-            for (_, counts), batch in zip(turns, batches):
+            micro = run.rank_micro_batches(part, lengths, keys, tokens)
+            batches = _batches(samples, [g for g, _ in micro], run.collate, 0, False)
+            for (_, counts), batch in zip(micro, batches):
                 sums.update(_micro(run, batch, counts)[1])
     run.job.train()
     sums = _reduced(sums, run.acc)
@@ -305,12 +312,12 @@ def _reduced(sums, acc):
     values = torch.tensor([sums[k] for k in names], dtype=torch.float64, device=acc.device)
     return Counter(dict(zip(names, acc.reduce(values, 'sum').tolist())))
 
-def _take(run, batches, turns):
+def _take(run, batches, micro):
     "Gradients of one step; its sums over all processes."
     sums = Counter()
-    for k, (_, counts) in enumerate(turns, 1):
+    for k, (_, counts) in enumerate(micro, 1):
         batch = next(batches)
-        with last_turn(run.job, k == len(turns)):
+        with last_micro_batch(run.job, k == len(micro)):
             total, own = _micro(run, batch, counts)
             total.backward()
         sums.update(own)
@@ -321,7 +328,7 @@ def _move(opt, params, stage, n, factor, check):
     "Divide the gradient by the tokens of the step (of each process, since their gradients are averaged), clip it, and go; returns its norm."
     for p in params:
         if p.grad is not None: p.grad.div_(n)
-    norm = torch.nn.utils.clip_grad_norm_(params, stage.clip)
+    norm = torch.nn.utils.clip_grad_norm_(params, stage.max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm)
     check(norm)
     for g in opt.param_groups: g['lr'] = g['peak']*factor
@@ -333,7 +340,7 @@ def _learning(model, stage):
     "The model without its adapter, the adapter's configuration, and what learns in 32 bits."
     adapter = getattr(model, 'peft_config', {}).get('default')
     inner = model.get_base_model() if adapter else model
-    if not adapter: set_trainable(inner, stage.parts)
+    if not adapter: set_trainable(inner, stage.trainable)
     for p in trainable_parameters(inner): p.data = p.data.float()
     return inner, adapter
 
@@ -358,7 +365,7 @@ class _Run:
         self._read_past()
         self._build()
         self._divide()
-        self.validations = self._when_to_look()
+        self.validations = self._when_to_validate()
         self.seen, self.saved = sum(len(b) for _, b in self.plan[:self.done]), time.monotonic()
 
     def _steps(self):
@@ -367,19 +374,20 @@ class _Run:
         for e in range(self.stage.epochs):
             rng = np.random.default_rng((self.seed, e))
             batches = self.sampler(self.samples, self.lengths, self.stage, rng)
-            out += [(e, b) for b in batches if not self.how.whole or len(b) == size]
+            out += [(e, b) for b in batches if not self.how.drop_last or len(b) == size]
         return out
 
     def _refuse(self):
         "What cannot be trained as asked."
         name, o = objective_name(self.objective), self.objective
-        if self.how.workers > 1 and o.unit == 'batch' and not o.modules() and not self.how.extra:
+        lone = not o.modules() and not self.how.extra
+        if self.how.grad_workers > 1 and o.unit == 'batch' and lone:
             raise ValueError(
             f"{self.stage.name}: the objective '{name}' is a loss of the whole batch, which helper processes "
-            'cannot share; use workers=1 (threads=1).')
+            'cannot share; use grad_workers=1 (threads=1).')
         if self.rolls and self.acc.num_processes > 1: raise ValueError(
-            f'{self.stage.name}: the sampler {self.stage.sampler} works in one process; set processes to 1.')
-        if self.rolls and self.how.held: raise ValueError(
+            f'{self.stage.name}: the sampler {self.stage.sampler} works in one process; set nproc to 1.')
+        if self.rolls and self.how.validation: raise ValueError(
             f'{self.stage.name}: with the sampler {self.stage.sampler} there is no loss of held samples; hold none back.')
 
     def _read_past(self):
@@ -388,13 +396,15 @@ class _Run:
         self.facts = dict(objective=objective_name(self.objective), sampler=self.stage.sampler)
         what = [asdict(self.stage), self.facts, self.objective.settings(), self.seed, o.bf16]
         features = getattr(self.given, 'features', None)
-        self.mark = _fingerprint(self.model, self.samples, features, *what)
-        self.where, self.past = read_progress(Path(o.checkpoint), self.mark,
+        self.fingerprint = _fingerprint(self.model, self.samples, features, *what)
+        self.where, self.past = read_progress(Path(o.checkpoint), self.fingerprint,
                                               self.facts) if o.checkpoint else (None, None)
-        if self.past: self.tokens, self.again = self.past['tokens'], self.past['again']
+        if self.past:
+            self.tokens = self.past['tokens']
+            self.gradient_checkpointing = self.past['gradient_checkpointing']
         else:
-            self.tokens, self.again = (memory.tokens,
-                                       memory.checkpointing) if memory else (0, False)
+            self.tokens = memory.tokens if memory else 0
+            self.gradient_checkpointing = bool(memory and memory.gradient_checkpointing)
 
     def _build(self):
         "Job and optimizer, in the state of the checkpoint."
@@ -406,7 +416,7 @@ class _Run:
         groups = _parameter_groups(self.job, stage, rates)
         self.opt = OPTIMIZERS.named(stage.optimizer)(groups, stage.weight_decay)
         self.params = trainable_parameters(self.job)
-        self.best = _Best(self.params, o.held.patience if o.held else 0)
+        self.best = _Best(self.params, o.validation.patience if o.validation else 0)
         if self.where: self._restore()
         if o.compile and self.acc.device.type == 'cuda':
             for layer in decoder_layers(self.model): layer.compile()
@@ -426,42 +436,43 @@ class _Run:
         self.done, self.rows, self.over = past['done'], past['rows'], bool(past.get('over'))
         self.best.loss, self.best.worse = past.get('best') or math.inf, past.get('worse', 0)
 
-    def rank_turns(self, numbers, lengths, keys, tokens):
+    def rank_micro_batches(self, numbers, lengths, keys, tokens):
         "What this process takes of a step, in turn."
         o, acc = self.objective, self.acc
-        turns = rank_turns(numbers, lengths, tokens, acc.num_processes, self.padded, o.unit, keys,
-                           o.gathers)
-        return turns[acc.process_index]
+        micro = rank_micro_batches(numbers, lengths, tokens, acc.num_processes, self.padded,
+                                   o.unit, keys, o.gathers)
+        return micro[acc.process_index]
 
     def _divide(self):
-        "Shares of the helpers, turns of this process, and its batches, for all steps to come."
+        "Shares of the helpers, micro-batches of this process, and its batches, for all steps to come."
         acc, model, o = self.acc, self.model, self.how
         simple = not o.extra and not self.objective.modules() and not self.rolls
         alone = acc.num_processes == 1 and acc.device.type == 'cpu' and simple
         alone = alone and all(p.dtype == torch.float32 for p in model.parameters())
-        self.workers = max(1, min(o.workers, self.stage.batch_size)) if alone else 1
+        self.grad_workers = max(1, min(o.grad_workers, self.stage.batch_size)) if alone else 1
         steps = [] if self.rolls else [list(b) for _, b in self.plan[self.done:]]
         unit = self.objective.unit
-        self.shares = [step_shares(b, self.workers, unit, self.keys) for b in steps]
-        self.turns = [self.rank_turns(s[0], self.lengths, self.keys, self.tokens)
+        self.shares = [step_shares(b, self.grad_workers, unit, self.keys) for b in steps]
+        self.micro = [self.rank_micro_batches(s[0], self.lengths, self.keys, self.tokens)
                       for s in self.shares]
-        groups = [g for turns in self.turns for g, _ in turns]
-        self.batches = _batches(self.samples, groups, self.collate, o.loaders,
+        groups = [g for micro in self.micro for g, _ in micro]
+        self.batches = _batches(self.samples, groups, self.collate, o.num_workers,
                                 acc.device.type == 'cuda')
 
-    def _when_to_look(self):
+    def _when_to_validate(self):
         "Numbers of finished steps after which the held samples are looked at."
-        held, epochs = self.how.held, self.stage.epochs
-        if not held: return set()
-        looks = range(1, 1 + math.ceil(epochs/held.every))
-        return {max(1, round(k*held.every*len(self.plan)/epochs)) for k in looks}
+        validation, epochs = self.how.validation, self.stage.epochs
+        if not validation: return set()
+        checks = range(1, 1 + math.ceil(epochs/validation.every))
+        return {max(1, round(k*validation.every*len(self.plan)/epochs)) for k in checks}
 
     @contextlib.contextmanager
     def at_work(self):
         "Helpers, loaders and the attention that fits the batches, for as long as steps are taken."
         o, cpu = self.how, self.acc.device.type == 'cpu'
         self.around = partial(attention_for, kind=getattr(self.given, 'attention', None),
-                              cpu_bf16=o.bf16 and cpu, again=self.again)
+                              cpu_bf16=o.bf16 and cpu,
+                              gradient_checkpointing=self.gradient_checkpointing)
         divide = partial(micro_batches, lengths=self.lengths, tokens=self.tokens,
                          padded=self.padded,
                          unit=self.objective.unit, keys=self.keys)
@@ -469,7 +480,7 @@ class _Run:
         self.job.train()
         with contextlib.ExitStack() as stack:
             stack.enter_context(_loaders_live())
-            self.helpers = stack.enter_context(Helpers(self.workers - 1, self.model,
+            self.helpers = stack.enter_context(Helpers(self.grad_workers - 1, self.model,
                                                        self.adapter, *job))
             for r in _reports(o.report):
                 if hasattr(r, '__enter__'): stack.enter_context(r)
@@ -485,7 +496,7 @@ class _Run:
         k = i - self.done
         self.helpers.ask(self.shares[k][1:], int(number))
         self.step_tokens = sum(self.lengths[j] for j in self.plan[i][1])
-        return _take(self, self.batches, self.turns[k])
+        return _take(self, self.batches, self.micro[k])
 
     def _rolled(self, i, number):
         "The same for samples that the model makes itself."
@@ -494,11 +505,12 @@ class _Run:
                                       [self.samples[j] for j in self.plan[i][1]], number)
         self.job.train()
         lengths = [self.objective.length(s) for s in made]
-        turns = self.rank_turns(list(range(len(made))), lengths, group_keys(made), self.tokens)
+        micro = self.rank_micro_batches(list(range(len(made))), lengths, group_keys(made),
+                                        self.tokens)
         self.helpers.ask([])
         self.step_tokens = sum(lengths)
-        batches = _batches(made, [g for g, _ in turns], self.collate, 0, False)
-        with self.around(self.model): return _take(self, batches, turns)
+        batches = _batches(made, [g for g, _ in micro], self.collate, 0, False)
+        with self.around(self.model): return _take(self, batches, micro)
 
     def move(self, i, sums):
         "Take the step of the optimizer; the norm of the gradient."
@@ -523,10 +535,10 @@ class _Run:
         n, lr = sums[COUNT_SUM], float(f'{self.stage.lr*self.factor:.4g}')
         row = dict(step=i, epoch=epoch, samples=self.seen, loss=round(sums[LOSS_SUM]/n, 5), lr=lr)
         row |= {k: round(v/n, 5) for k, v in sums.items() if k not in (LOSS_SUM, COUNT_SUM)}
-        if self.how.held: row['held_loss'] = ''
+        if self.how.validation: row['val_loss'] = ''
         self.rows.append(row)
         if i + 1 in self.validations:
-            row['held_loss'] = found = round(_look(self), 5)
+            row['val_loss'] = found = round(_val_loss(self), 5)
             self.over = self.best.is_over(found)
         if self.acc.is_main_process:
             facts = dict(row, steps=len(self.plan), grad_norm=norm, scored=n,
@@ -539,8 +551,8 @@ class _Run:
     def save(self, done):
         "Write a checkpoint."
         best = self.best.loss if math.isfinite(self.best.loss) else None
-        progress = dict(done=done, rows=self.rows, fingerprint=self.mark, tokens=self.tokens,
-                        again=self.again,
+        progress = dict(done=done, rows=self.rows, fingerprint=self.fingerprint, tokens=self.tokens,
+                        gradient_checkpointing=self.gradient_checkpointing,
                         over=self.over, best=best, worse=self.best.worse, **self.facts)
         save_state(self.job, self.opt, self.acc, Path(self.how.checkpoint), progress, self._more())
         self.saved = time.monotonic()
@@ -556,6 +568,7 @@ class _Run:
 def _reports(report): return report if isinstance(report, tuple) else (report,) if report else ()
 
 # %% ../../nbs/04_train/09_loop.ipynb #09c33bbc
+@old_names(ARGUMENTS_RENAMED)
 def fit(
     model,               # changed in place, ends in evaluation mode; with an adapter (`add_lora`), what the adapter says learns
     samples:list,        # encoded samples, see `llava_med.train.batches`
@@ -569,18 +582,19 @@ def fit(
     cpu:bool=True,       # stay on the CPU even where there is a GPU
     extra:tuple=(),      # further modules that learn, such as a head that is thrown away
     bf16:bool=False,     # multiply in bfloat16; what learns, and sums, stay in float32
-    whole:bool=False,    # leave out an incomplete last batch, so that all have one shape
-    workers:int=1,       # processes that share each batch on a CPU, one thread each; 1 is this process alone
+    drop_last:bool=False, # leave out an incomplete last batch, so that all have one shape
+    grad_workers:int=1,  # processes that share each batch on a CPU, one thread each; 1 is this process alone
     memory:MemoryPlan=None, # from `plan_memory`; None: a step passes at once
-    held:Held=None,      # samples to look at now and then
-    loaders:int=0,       # processes that make batches ahead
+    validation:Validation=None, # samples to look at now and then
+    num_workers:int=0,   # processes that make batches ahead
     sharding:str='none', # of several processes: none, each holds all weights; fsdp, they are shared out
     compile:bool=False,  # compile each layer of the language model on a GPU
-)->list:                 # rows step, epoch, samples, loss, lr, what the objective logs, and held_loss where samples are held
+)->list:                 # rows step, epoch, samples, loss, lr, what the objective logs, and val_loss where samples are held
     "Train one stage; raises TrainingError when the loss is not finite or a helper is gone, ValueError for what cannot be trained so."
     how = SimpleNamespace(checkpoint=checkpoint, save_s=save_s, report=report, cpu=cpu,
-                          extra=extra, bf16=bf16, whole=whole,
-                          workers=workers, memory=memory, held=held, loaders=loaders,
+                          extra=extra, bf16=bf16, drop_last=drop_last,
+                          grad_workers=grad_workers, memory=memory, validation=validation,
+                          num_workers=num_workers,
                           sharding=sharding, compile=compile)
     run = _Run(model, samples, collate, stage, seed, objective, how)
     with run.at_work():

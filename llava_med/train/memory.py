@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from ..core.renames import ARGUMENTS_RENAMED, old_names
 from .batches import batch_loss
 from ..models.anatomy import decoder, decoder_layers
 
@@ -132,11 +133,12 @@ class Heap:
 
 def _amount(b): return f'{b/2**30:.1f} GiB' if b >= 2**30 else f'{b/2**20:.1f} MiB'
 
+@old_names(ARGUMENTS_RENAMED)
 @dataclass(frozen=True)
 class MemoryPlan:
     "How a step is taken so that it fits."
     tokens:int         # maximum tokens per micro-batch of each process, padding included
-    checkpointing:bool # whether layers are computed again in the backward pass
+    gradient_checkpointing:bool # whether layers are computed again in the backward pass
     state:int          # bytes of gradients and moments
     per_token:int      # bytes that one token takes
     free:int           # bytes that are there for all processes
@@ -159,7 +161,7 @@ class MemoryPlan:
         return (f'{_amount(base)} for gradients, moments and buffers; {self.per_token/1024:,.0f} KiB a token; '
                 f'of {_amount(self.free)} free, at most {self.tokens:,} tokens at once{many} '
                 f'({_amount(self.total())} in all)'
-                + (', layers computed twice' if self.checkpointing else ''))
+                + (', layers computed twice' if self.gradient_checkpointing else ''))
 
 # %% ../../nbs/04_train/06_memory.ipynb #cd9b6033
 def free_bytes(
@@ -176,14 +178,15 @@ def free_bytes(
 def _learning(model, modules=()): return sum(p.numel() for m in (model, *modules)
                                              for p in m.parameters() if p.requires_grad)
 
+@old_names(ARGUMENTS_RENAMED)
 def state_bytes(
     model,          # with parts frozen as in training
-    processes:int=1, # that share the weights out; 1: each holds all
+    nproc:int=1,     # that share the weights out; 1: each holds all
     modules:tuple=(), # further modules; those that learn count
     best:bool=False, # whether the best weights are kept, too (early stopping)
 )->int:             # bytes for each process
     "Memory for gradients, AdamW's two moments and kept weights; the weights are in their place already."
-    return (4 if best else 3)*4*_learning(model, modules)//processes
+    return (4 if best else 3)*4*_learning(model, modules)//nproc
 
 # %% ../../nbs/04_train/06_memory.ipynb #b786eb87
 class _Size:
@@ -292,15 +295,16 @@ def _check_plan(plan, n, need, least, tokens):
     raise ValueError(f'{what} needs {need/2**30:.2f} GiB{where} and {plan.free/2**30:.2f} are free: {remedy}'
                      'train an adapter (lora_rank) or fewer parts, or share the weights out (sharding).')
 
+@old_names(ARGUMENTS_RENAMED)
 def plan_memory(
     model,               # with parts frozen as in training, on its device
     samples:list,        # what a step takes its rows from
     collate:Callable,    # list of samples -> batch of tensors
-    checkpointing:str='auto', # auto, on or off
+    gradient_checkpointing:str='auto', # auto, on or off
     tokens:int=0,        # maximum tokens per micro-batch; 0: as many as fit
     bf16:bool=False,     # multiply in bfloat16
     free:int=None,       # bytes that all processes may take; None: four fifths of what is free
-    processes:int=1,     # that share the weights out
+    nproc:int=1,         # that share the weights out
     helpers:int=1,       # processes that take memory on this machine; on a GPU 1
     loss:Callable=batch_loss, # (model, batch) -> (summed loss, count) or more
     modules:tuple=(),    # further modules: reference models, heads
@@ -310,15 +314,15 @@ def plan_memory(
     launched:bool=False, # whether each process has weights and moments of its own, as from `launch`
 )->MemoryPlan:           # for `fit`
     "Measure rows and say how many tokens fit; raises ValueError where not even the longest row does."
-    if checkpointing not in ('auto', 'on', 'off'): raise ValueError(
-        f"checkpointing is '{checkpointing}'; known: auto, on, off.")
+    if gradient_checkpointing not in ('auto', 'on', 'off'): raise ValueError(
+        f"gradient_checkpointing is '{gradient_checkpointing}'; known: auto, on, off.")
     device = next(model.parameters()).device
     free = free_bytes(device) if free is None else free
-    state, holes, more = state_bytes(model, processes, modules, best), 0, 0
+    state, holes, more = state_bytes(model, nproc, modules, best), 0, 0
     if device.type == 'cpu': state, holes, more = _machine_bytes(
         model, samples, collate, modules, state, helpers, launched)
     room = (free - state - holes - (helpers - 1)*more)//helpers
-    for again in dict(auto=(False, True), on=(True,), off=(False,))[checkpointing]:
+    for again in dict(auto=(False, True), on=(True,), off=(False,))[gradient_checkpointing]:
         n, one, fixed, each = _measured(model, samples, collate, again, bf16, loss, modules,
                                         length, room)
         fits = (room - fixed)//max(1, each)

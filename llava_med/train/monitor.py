@@ -31,9 +31,9 @@ def loss_words(
     word = 'falls' if change < -noise else 'rises' if change > noise else 'does not clearly fall'
     said = f'the loss {word}' + (':' if ' ' in word
                                  else ' from') + f' {first.mean():.2f} to {end.mean():.2f}'
-    held = [r['held_loss'] for r in rows if r.get('held_loss') not in (None, '')]
-    worse = held and f'{held[-1]:.2f}' > f'{min(held):.2f}'
-    return said + (f', validation loss from {min(held):.2f} at best to {held[-1]:.2f}'
+    val = [r['val_loss'] for r in rows if r.get('val_loss') not in (None, '')]
+    worse = val and f'{val[-1]:.2f}' > f'{min(val):.2f}'
+    return said + (f', validation loss from {min(val):.2f} at best to {val[-1]:.2f}'
                    if worse else '')
 
 # %% ../../nbs/04_train/10_monitor.ipynb #753551ec
@@ -68,18 +68,18 @@ class ProgressLines:
         "Take a row; print it if it is time, if samples were looked at, or if it is the last."
         if self.first is None: self.first, self.began = r['step'], time.monotonic() - r['seconds']
         self.row, self.at = r, time.monotonic()
-        looked = r.get('held_loss') not in (None, '')
+        looked = r.get('val_loss') not in (None, '')
         if looked or r['step'] + 1 == r['steps'] or self.at - self.said > self.seconds: self.say()
 
     def line(self)->str:
         "How far training is, and how long it will take."
         r = self.row
         if r is None: return f'step 0: under way for {clock(time.monotonic() - self.began)}'
-        held = f", held samples {r['held_loss']:.3f}" if r.get('held_loss') not in (None, '') else ''
+        val = f", held samples {r['val_loss']:.3f}" if r.get('val_loss') not in (None, '') else ''
         done, all_ = r['step'] + 1, r['steps']
         each = (self.at - self.began)/(done - self.first)
         left = max(0., each*(all_ - done) - (time.monotonic() - self.at))
-        return (f"step {r['step']} of {all_} ({done/all_:.0%}): loss {r['loss']:.3f}{held}, "
+        return (f"step {r['step']} of {all_} ({done/all_:.0%}): loss {r['loss']:.3f}{val}, "
                 f"lr {r['lr']:.1e}, {clock(left)} left")
 
     def say(self)->None:
@@ -106,15 +106,15 @@ def write_losses(
     folder:Path, # of the step
     rows:list,   # from `fit`
 ):
-    "Write `losses.csv` (step, epoch, samples, loss, lr), `held_losses.csv` where samples were held back, and `logs.csv` where the objective says more."
+    "Write `losses.csv` (step, epoch, samples, loss, lr), `val_losses.csv` where samples were held back, and `logs.csv` where the objective says more."
     named = ('step', 'epoch', 'samples', 'loss', 'lr')
     write_csv(Path(folder)/'losses.csv', [{k: r[k] for k in named} for r in rows])
-    more = [k for k in (rows[-1] if rows else ()) if k not in (*named, 'held_loss')]
+    more = [k for k in (rows[-1] if rows else ()) if k not in (*named, 'val_loss')]
     if more:
         write_csv(Path(folder)/'logs.csv',
                   [{k: r.get(k, '') for k in ('step', *more)} for r in rows])
-    looks = [{k: r[k] for k in ('step', 'epoch', 'samples', 'held_loss')} for r in rows if r.get('held_loss') not in (None, '')]
-    if looks: write_csv(Path(folder)/'held_losses.csv', looks)
+    checks = [{k: r[k] for k in ('step', 'epoch', 'samples', 'val_loss')} for r in rows if r.get('val_loss') not in (None, '')]
+    if checks: write_csv(Path(folder)/'val_losses.csv', checks)
 
 def loss_figure(
     rows:list, # from `fit`
@@ -124,13 +124,13 @@ def loss_figure(
     "Loss of each step, its running mean, and the loss of held samples where there are some."
     import matplotlib.pyplot as plt
     loss = np.array([r['loss'] for r in rows])
-    held = [(i, r['held_loss']) for i, r in enumerate(rows) if r.get('held_loss') not in (None, '')]
+    val = [(i, r['val_loss']) for i, r in enumerate(rows) if r.get('val_loss') not in (None, '')]
     with figure_style():
         fig, ax = plt.subplots(figsize=(6.5, 2.8))
         ax.plot(loss, alpha=.3)
         smooth = np.convolve(loss, np.ones(last)/last, 'valid') if len(loss) >= last else loss
         ax.plot(range(len(loss) - len(smooth), len(loss)), smooth, label='trained on')
-        if held: ax.plot(*zip(*held), 'o', label='held back'); ax.legend()
+        if val: ax.plot(*zip(*val), 'o', label='held back'); ax.legend()
         ax.set(xlabel='step', ylabel='loss per scored token', title=textwrap.fill(title, 60))
     return fig, float(loss[:last].mean()), float(loss[-last:].mean())
 
@@ -170,7 +170,7 @@ class TensorBoard:
             from tensorboardX import SummaryWriter
             self.writer = SummaryWriter(str(self.folder), purge_step=r['step'], flush_secs=10)
         facts = {'loss': r['loss'], 'lr': r['lr'], 'gradient norm': r['grad_norm'], 'tokens a second': r['tokens']/max(r['seconds'], 1e-9), 'epoch': r['epoch']}
-        if r.get('held_loss') not in (None, ''): facts['held loss'] = r['held_loss']
+        if r.get('val_loss') not in (None, ''): facts['held loss'] = r['val_loss']
         for name, v in facts.items(): self.writer.add_scalar(name, v, r['step'])
         if r['step'] + 1 == r['steps']: self.writer.close()
 

@@ -17,7 +17,7 @@ from .batches import IGNORE, Collator
 
 # %% ../../nbs/04_train/02_packing.ipynb #37e6b6e5
 def pack_rows(
-    samples:list, # encoded samples, or rows of `share_pictures`
+    samples:list, # encoded samples, or rows of `pack_shared_prefixes`
     budget:int,   # tokens of a row
 )->list:          # rows with blocks, segments and positions; `image` lists the pictures in order
     "Put samples one behind the other, first fit."
@@ -143,7 +143,7 @@ class PackedCollator(Collator):
 
 # %% ../../nbs/04_train/02_packing.ipynb #ccb2ff8f
 def split_row(
-    row:dict,         # of `share_pictures` or `pack_rows`, or a plain sample
+    row:dict,         # of `pack_shared_prefixes` or `pack_rows`, or a plain sample
     image_id:int,     # the token that stands for a patch
     image_tokens:int, # of one image
 )->list:              # plain samples: input_ids, labels, image, weights

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch.nn import functional as F
+from ..core.renames import ARGUMENTS_RENAMED, old_names
 from ..core.runs import Step, outputs_dir, root
 from ..models.anatomy import image_token, image_tokens, set_trainable
 from ..models.connectors import ACTIVATIONS, connector_record, put_connector
@@ -26,16 +27,17 @@ from ..data.conversations import read_records
 from ..data.llava_files import training_records
 from ..data.vqa import item_cluster, read_items
 from ..data.vqa_readers import read_vqa
-from .batches import IGNORE, Collator, embed, record_samples, share_pictures
+from .batches import IGNORE, Collator, embed, record_samples, pack_shared_prefixes
 from .gates import check_step, path_gate, prefix_gate
 from .objectives import Objective, as_objective, objective_name, save_modules
 from .packing import PackedCollator
 from .vision_cache import cached_features
-from .loop import Held, Stage, has_bf16
+from .loop import Validation, Stage, has_bf16
 from .monitor import loss_figure, loss_words, train_flops, write_losses
 from .launch import train
 
 # %% ../../nbs/04_train/13_stages.ipynb #7867d5c2
+@old_names(ARGUMENTS_RENAMED)
 @dataclass
 class Settings:
     "How a stage is trained: the form of its rows, its adapter, its validation set and the machine."
@@ -44,17 +46,17 @@ class Settings:
     packed:bool=False        # rows without padding
     lora_rank:int=0          # of an adapter that learns in the language model's place; 0: none
     lora_alpha:int=0         # weight of the adapter; 0: twice its rank
-    batch_tokens:int=0       # maximum tokens per micro-batch; 0: as many as fit in memory
-    checkpointing:str='auto' # gradient checkpointing: auto, on, off
-    n_held:int=0             # samples of the validation set
+    max_tokens_per_microbatch:int=0 # maximum tokens per micro-batch; 0: as many as fit in memory
+    gradient_checkpointing:str='auto' # gradient checkpointing: auto, on, off
+    n_val:int=0              # samples of the validation set
     patience:int=0           # validation checks without improvement before training stops; 0: never
-    processes:int=1          # GPUs that share the work
+    nproc:int=1              # GPUs that share the work
     sharding:str='none'      # of several GPUs: none, each holds all weights; fsdp, they share them
     save_s:float=60.         # seconds between checkpoints
 
     def __post_init__(self):
-        if self.patience and not self.n_held:
-            raise ValueError(f'patience is {self.patience}, but nothing is held back: set n_held.')
+        if self.patience and not self.n_val:
+            raise ValueError(f'patience is {self.patience}, but nothing is held back: set n_val.')
 
 def recorded(
     stage:Stage,       # what is trained
@@ -100,7 +102,7 @@ def begin_stage(
     precision = 'bfloat16' if half else 'float32'
     model, processor = load(start, step.device, precision)
     _put_connector(model, processor, stage, step.seed)
-    set_trainable(model, stage.parts)
+    set_trainable(model, stage.trainable)
     return StageRun(step, stage, settings, Path(start), model, processor, precision,
                     as_objective(stage.objective))
 
@@ -225,7 +227,7 @@ def evenly(
 class TrainingSet:
     "Encoded samples of a stage and what makes batches of them."
     samples:list    # one for each record to learn from
-    rows:list       # the same samples as they are trained on; with `share` one row an image
+    rows:list       # the same samples as they are trained on; with `pack_by_image` one row an image
     val:list        # rows of the validation set
     files:list      # image files, by the number that samples give
     collate:Collator # list of rows → batch of tensors
@@ -251,17 +253,17 @@ def _renumbered(sample, new):
     return dict(sample,
                 image=[new[i] for i in image] if isinstance(image, (list, tuple)) else new[image])
 
-def _rows(samples, model, max_len): return share_pictures(samples, image_token(model), max_len)
+def _rows(samples, model, max_len): return pack_shared_prefixes(samples, image_token(model), max_len)
 
-def _row_kind(work, share, samples):
+def _row_kind(work, pack_by_image, samples):
     "Whether samples share images, and rows are packed: as wanted, where the gates pass."
     model, packed = work.model, work.settings.packed
-    if share and work.objective.unit != 'token':
+    if pack_by_image and work.objective.unit != 'token':
         name = objective_name(work.objective)
         print(f"Without sharing of images: the objective '{name}' compares whole samples.")
-        share = False
+        pack_by_image = False
     longest = max((len(s.get('input_ids', ())) for s in samples), default=0)
-    ways = [w for w in ((share, packed), (share, False), (False, packed)) if any(w)]
+    ways = [w for w in ((pack_by_image, packed), (pack_by_image, False), (False, packed)) if any(w)]
     said = {}
     for way in dict.fromkeys(ways):
         gate = (prefix_gate(model, work.processor, way[1], longest=longest) if way[0] else
@@ -270,17 +272,18 @@ def _row_kind(work, share, samples):
         if gate.passed: break
         said[way] = gate.why
     else: way = False, False
-    names = [n for n, wanted, got in (('sharing of images', share, way[0]),
+    names = [n for n, wanted, got in (('sharing of images', pack_by_image, way[0]),
                                       ('packed rows', packed, way[1])) if wanted and not got]
     if names: print(f"Without {' and '.join(names)}: {next(iter(said.values()))}.")
     return way
 
+@old_names(ARGUMENTS_RENAMED)
 def prepare(
     work:StageRun,     # from `begin_stage`
     records:list,      # conversation records to learn from
     images:Path|dict,  # folder of their images, or image → file
     val:list=(),       # records of the validation set
-    share:bool=False,  # samples of one image share it in one row
+    pack_by_image:bool=False, # samples of one image share it in one row
 )->TrainingSet:        # with the features of all images
     "Encode records and compute image features; ValueError names an unusable record or model."
     model, processor, s = work.model, work.processor, work.settings
@@ -290,17 +293,17 @@ def prepare(
                      max_len=s.max_len, skip=not own,   # an objective may count on every record
                      split=not own and work.objective.unit == 'token')
     samples, names = work.objective.encode(list(records), encode)
-    held, others = work.objective.encode(list(val), encode) if val else ([], [])
+    val_rows, others = work.objective.encode(list(val), encode) if val else ([], [])
     names = list(dict.fromkeys([*names, *others]))
     number = {n: i for i, n in enumerate(names)}
-    held = [_renumbered(h, [number[n] for n in others]) for h in held]
-    share, packed = _row_kind(work, share, samples)
-    rows, held = (_rows(x, model, s.max_len) if share else x for x in (samples, held))
+    val_rows = [_renumbered(h, [number[n] for n in others]) for h in val_rows]
+    pack_by_image, packed = _row_kind(work, pack_by_image, samples)
+    rows, val_rows = (_rows(x, model, s.max_len) if pack_by_image else x for x in (samples, val_rows))
     files = [images[n] if isinstance(images, dict) else images/n for n in names]
     features = cached_features(model, processor, files, outputs_dir()/'.features',
                                threads=work.step.params['threads'], bf16=work.bf16)
     collate = (PackedCollator if packed else Collator)(tok.pad_token_id, features)
-    return TrainingSet(samples, rows, held, files, collate)
+    return TrainingSet(samples, rows, val_rows, files, collate)
 
 # %% ../../nbs/04_train/13_stages.ipynb #5507795a
 def token_table(
@@ -357,10 +360,10 @@ def run_stage(
         work.model, work.losses = train(
             work.model, train_set.rows, train_set.collate, work.stage, step.dir, step.seed,
             objective=work.objective,
-            lora_rank=s.lora_rank, lora_alpha=s.lora_alpha, batch_tokens=s.batch_tokens,
-            checkpointing=s.checkpointing, processes=s.processes, sharding=s.sharding,
+            lora_rank=s.lora_rank, lora_alpha=s.lora_alpha, max_tokens_per_microbatch=s.max_tokens_per_microbatch,
+            gradient_checkpointing=s.gradient_checkpointing, nproc=s.nproc, sharding=s.sharding,
             threads=step.params['threads'], bf16=work.bf16, save_s=s.save_s,
-            held=Held(val, patience=s.patience) if val else None)
+            validation=Validation(val, patience=s.patience) if val else None)
     _count(work, train_set)
     if s.lora_rank:
         save_adapter(work.model, step.path('adapter'))
@@ -382,8 +385,8 @@ def show_losses(
     words = loss_words(work.losses)
     fig, first, last = loss_figure(work.losses,
                                    f'{title}: {words}' if title else words.capitalize())
-    held = [r for r in work.losses if r.get('held_loss') not in (None, '')]
-    said = [f" Held back, after {r['epoch'] + 1} epochs: {r['held_loss']:.2f}." for r in held]
+    val = [r for r in work.losses if r.get('val_loss') not in (None, '')]
+    said = [f" Held back, after {r['epoch'] + 1} epochs: {r['val_loss']:.2f}." for r in val]
     text = f'Mean loss of the first 20 steps {first:.2f}, of the last 20 {last:.2f}.'
     work.step.figure(fig, 'losses', text + ''.join(said))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIGURE_ROLES', 'JOURNALS', 'ARTICLE_LICENCES', 'FRONT', 'ARTICLE', 'FIG', 'FIELD_NAMES', 'SLAKE_MODALITY', 'CONTENT',
-           'plot_picture', 'make_figure', 'jats_case', 'jats_article', 'article_files', 'pack_article', 'save_article',
+           'plot_image', 'make_figure', 'jats_case', 'jats_article', 'article_files', 'pack_article', 'save_article',
            'write_articles', 'save_vqa_image', 'write_vqa']
 
 # %% ../../nbs/01_world/04_sets.ipynb #c3e9e23e
@@ -22,7 +22,7 @@ from .render import jpeg, render
 from .scenes import SPLITS, sample_scene, scene_rng
 
 # %% ../../nbs/01_world/04_sets.ipynb #eff486f7
-def plot_picture(rng)->np.ndarray:
+def plot_image(rng)->np.ndarray:
     "A bar chart: a figure that is no image of a patient."
     im = Image.new('RGB', (320, 240), 'white'); d = ImageDraw.Draw(im)
     for i in range(6):
@@ -47,7 +47,7 @@ def make_figure(
     out = dict(role=role, scene=scene, caption=caption, mentions=mentions(scene, label),
                label=label)
     if role == 'plot':
-        out |= dict(img=plot_picture(rng),
+        out |= dict(img=plot_image(rng),
                     caption='Bar chart of the number of lesions per patient in six groups.',
                     mentions=[f'The counts of the six groups are compared in {label}.'])
     elif role == 'compound':
