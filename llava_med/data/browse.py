@@ -24,7 +24,8 @@ def openings(
     words:int=2,    # how many words each is cut to
 )->Counter:         # tuples of lower-case words; shorter texts give shorter ones
     "How often texts begin with the same words."
-    return Counter(tuple(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", t.replace(IMAGE, ' ').lower())[:words]) for t in texts)
+    return Counter(tuple(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*",
+                                    t.replace(IMAGE, ' ').lower())[:words]) for t in texts)
 
 def turns_said(
     records:Iterable, # conversation records
@@ -44,23 +45,32 @@ def draw_openings(
     "Bars of first words, in pieces of second words."
     pairs, first = openings(texts), Counter()
     for words, n in pairs.items(): first[words[:1]] += n
-    if not texts: ax.text(.5, .5, f'no {what}', ha='center'); ax.axis('off'); return f'There are no {what}.'
+    if not texts:
+        ax.text(.5, .5, f'no {what}', ha='center')
+        ax.axis('off')
+        return f'There are no {what}.'
     shown = first.most_common(most)
-    rows = [(' '.join(w) or '(no word)', n, [(p[1] if len(p) > 1 else '(alone)', k) for p, k in pairs.most_common() if p[:1] == w]) for w, n in shown]
+    rows = [(' '.join(w) or '(no word)', n, [(p[1] if len(p) > 1 else '(alone)', k) for p,
+                                             k in pairs.most_common() if p[:1] == w]) for w,
+                                             n in shown]
     total, top, rest = len(texts), shown[0][1], len(texts) - sum(n for _, n in shown)
     others = f'{len(first) - len(shown)} other words {rest/total:.0%}' if rest else ''
     for y, (word, n, seconds) in enumerate(rows):
         left = 0
         for i, (second, k) in enumerate(seconds[:pieces]):
             ax.barh(y, k, left=left, color=SERIES_COLOURS[i], alpha=.55, edgecolor='white')
-            if k > .018*top*(len(second) + 2): ax.text(left + k/2, y, second, ha='center', va='center', fontsize=10)
+            if k > .018*top*(len(second) + 2):
+                ax.text(left + k/2, y, second, ha='center', va='center', fontsize=10)
             left += k
         ax.barh(y, n - left, left=left, color='#bbbbbb', edgecolor='white')
         ax.text(n + .01*top, y, f'{n/total:.0%}', va='center', fontsize=10)
-    ax.set_yticks(range(len(rows)), [w for w, *_ in rows]); ax.invert_yaxis(); ax.set_xlim(0, 1.1*top)
-    ax.set(xlabel=what + (f'\n(not drawn: {others})' if rest else ''), title=f'{top/total:.0%} begin with “{rows[0][0]}”')
+    ax.set_yticks(range(len(rows)), [w for w, *_ in rows])
+    ax.invert_yaxis(); ax.set_xlim(0, 1.1*top)
+    ax.set(xlabel=what + (f'\n(not drawn: {others})' if rest else ''),
+           title=f'{top/total:.0%} begin with “{rows[0][0]}”')
     ax.locator_params(axis='x', nbins=5)
-    return f'{total} {what}, by first words: ' + ', '.join([f'{w} {n/total:.0%}' for w, n, _ in rows[:5]] + [others]*bool(rest)) + '.'
+    return f'{total} {what}, by first words: ' + ', '.join([f'{w} {n/total:.0%}' for w, n,
+                                                            _ in rows[:5]] + [others]*bool(rest)) + '.'
 
 # %% ../../nbs/03_data/13_browse.ipynb #f900f530
 def modality_rows(
@@ -80,14 +90,19 @@ def draw_modalities(
     rows:list, # from `modality_rows`
 )->str:        # the finding, in words
     "Bars of images and questions by modality."
-    for i, (key, colour) in enumerate((('images', SERIES_COLOURS[0]), ('questions', SERIES_COLOURS[4]))):
+    for i, (key, colour) in enumerate((('images', SERIES_COLOURS[0]),
+                                       ('questions', SERIES_COLOURS[4]))):
         y = np.arange(len(rows)) + (i - .5)*.4
         ax.barh(y, [r[key] for r in rows], .38, color=colour, label=key)
         for at, r in zip(y, rows): ax.text(r[key], at, f' {r[key]:,}', va='center', fontsize=10)
-    ax.set_yticks(range(len(rows)), [r['modality'].replace('_', ' ') for r in rows]); ax.invert_yaxis(); ax.margins(x=.12)
+    ax.set_yticks(range(len(rows)), [r['modality'].replace('_', ' ') for r in rows])
+    ax.invert_yaxis(); ax.margins(x=.12)
     images, asked = (sum(r[k] for r in rows) for k in ('images', 'questions'))
-    ax.legend(loc='upper center', bbox_to_anchor=(.5, -.16), ncol=2); ax.set(xlabel='how many', title=f'{asked/max(images, 1):.1f} questions for an image')
-    return 'Images and questions by modality: ' + ', '.join(f"{r['modality'].replace('_', ' ')} {r['images']} and {r['questions']}" for r in rows) + '.'
+    ax.legend(loc='upper center', bbox_to_anchor=(.5, -.16), ncol=2)
+    ax.set(xlabel='how many', title=f'{asked/max(images, 1):.1f} questions for an image')
+    return 'Images and questions by modality: ' + ', '.join(f"{r['modality'].replace('_', ' ')} "
+                                                            f"{r['images']} and {r['questions']}"
+                                                            for r in rows) + '.'
 
 # %% ../../nbs/03_data/13_browse.ipynb #fcae6891
 def _share_limits(right, clusters):
@@ -131,30 +146,41 @@ document.getElementById('next').addEventListener('click',()=>go(1));document.get
 document.addEventListener('keydown',e=>{if(e.ctrlKey||e.metaKey||e.altKey||e.target===pick)return;if(e.key==='j')go(1);if(e.key==='k')go(-1);});'''
 
 def _text(x): # safe in HTML, without control characters
-    return escape(re.sub(r'[\0-\x08\x0b-\x1f\x7f\ud800-\udfff]', '�', str(x if x is not None else '')))
+    return escape(re.sub(r'[\0-\x08\x0b-\x1f\x7f\ud800-\udfff]', '�',
+                         str(x if x is not None else '')))
 
 def _picture(image, folder, side): # an <img> with the picture in it, or why there is none
     try: img = open_image(Path(folder)/image).convert('RGB')
-    except (ImageError, TypeError) as e: return f'<p>The image is missing: {_text(str(e).replace(f"{folder}/", "") if image else "none is named")}</p>'
+    except (ImageError, TypeError) as e:
+        return f'<p>The image is missing: {_text(str(e).replace(f"{folder}/", "") if image else "none is named")}</p>'
     img.thumbnail((side, side)); data = io.BytesIO(); img.save(data, 'JPEG', quality=82)
     return f'<img alt="The image of this record" width="{img.width}" height="{img.height}" src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 def _article(i, figure, records, folder, side): # one figure and all that was made of it
     kinds = [d for d in DOMAINS if (figure.get('modalities') or {}).get(d)] or ['none']
-    head = ' · '.join(_text(x) for x in (figure.get('label'), ', '.join(kinds).replace('_', ' '), figure.get('source'), figure.get('licence')) if x)
-    said = ''.join(f'<li>{_text(m["text"])}' + (f' <span class="note">({_text(m["section"])})</span>' if m.get('section') else '') + '</li>' for m in figure.get('mentions') or [])
+    head = ' · '.join(_text(x) for x in (figure.get('label'), ', '.join(kinds).replace('_', ' '),
+                                         figure.get('source'), figure.get('licence')) if x)
+    said = ''.join(f'<li>{_text(m["text"])}'
+                   + (f' <span class="note">({_text(m["section"])})</span>' if m.get('section')
+                      else '') + '</li>' for m in figure.get('mentions') or [])
     talk = ''
     def kind(r): # records of one kind stand together, single questions in one list
         maker = r.get('generator') or {}
-        return maker.get('name', 'unknown'), ' and '.join(maker.get('saw', [])) or 'nothing that was noted', len(turns_of(r)) > 2 and r['id']
+        return maker.get('name', 'unknown'), ' and '.join(maker.get('saw',
+            [])) or 'nothing that was noted', len(turns_of(r)) > 2 and r['id']
     for (name, saw, long), group in itertools.groupby(records, kind):
         turns = [t for r in group for t in turns_of(r)]
         what = 'Conversation' if long else 'One question' if len(turns) == 2 else f'{len(turns)//2} single questions'
         talk += f'<h3>{what} <span class="note">by {_text(name)}, who saw {_text(saw)}</span></h3><dl>'
-        talk += ''.join(f'<{tag}>{_text(t["value"].replace(IMAGE, "").strip())}</{tag}>' for t in turns for tag in ['dt' if t['from'] == 'human' else 'dd']) + '</dl>'
-    return (f'<article tabindex="-1" id="r{i}" aria-labelledby="h{i}" data-modality="{" ".join(kinds)}"><div>{_picture(figure.get("image"), folder, side)}</div>'
+        talk += ''.join(f'<{tag}>{_text(t["value"].replace(IMAGE, "").strip())}</{tag}>'
+                        for t in turns for tag in ['dt' if t['from'] == 'human' else 'dd']) + '</dl>'
+    return (f'<article tabindex="-1" id="r{i}" aria-labelledby="h{i}" '
+            f'data-modality="{" ".join(kinds)}"><div>{_picture(figure.get("image"), folder, side)}</div>'
             f'<div><h2 id="h{i}">{i}. {_text(figure.get("id"))}</h2><p class="note">{head}</p><h3>Caption</h3><p lang="{_text(figure.get("lang") or "en")}">{_text(figure.get("caption"))}</p>'
-            + (f'<h3>Mentions</h3><ul>{said}</ul>' if said else '<p class="note">The text does not mention it.</p>') + (talk or '<p class="note">No conversation was made of it.</p>') + '</div></article>\n')
+            + (f'<h3>Mentions</h3><ul>{said}</ul>' if said
+               else '<p class="note">The text does not mention it.</p>')
+               + (talk or '<p class="note">No conversation was made of it.</p>')
+               + '</div></article>\n')
 
 # %% ../../nbs/03_data/13_browse.ipynb #e000279e
 def choose(
@@ -168,7 +194,8 @@ def choose(
         kinds = [d for d in DOMAINS if (figures[i].get('modalities') or {}).get(d)]
         groups.setdefault(kinds[0] if kinds else '', []).append(figures[i])
     order = sorted(groups, key=lambda k: [*DOMAINS, ''].index(k))
-    turns = [groups[k][j] for j in range(max(map(len, groups.values()), default=0)) for k in order if j < len(groups[k])]
+    turns = [groups[k][j] for j in range(max(map(len, groups.values()), default=0)) for k in order
+             if j < len(groups[k])]
     return turns[:n]
 
 def sample_page(
@@ -187,9 +214,11 @@ def sample_page(
     for r in records:
         for n in images_of(r):
             if n in about: about[n].append(r)
-    body = ''.join(_article(i, f, about.get(f.get('image'), []), images, side) for i, f in enumerate(chosen, 1))
+    body = ''.join(_article(i, f, about.get(f.get('image'), []), images, side) for i,
+                   f in enumerate(chosen, 1))
     kinds = sorted({k for f in chosen for k, v in (f.get('modalities') or {}).items() if v})
-    options = ''.join(f'<option value="{_text(k)}">{_text(k.replace("_", " "))}</option>' for k in kinds)
+    options = ''.join(f'<option value="{_text(k)}">{_text(k.replace("_", " "))}</option>'
+                      for k in kinds)
     rule = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     page = f'''<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -81,7 +81,8 @@ def slake_labels(
     folder, rows = Path(folder), defaultdict(list)
     path, imgs = slake_file(folder, 'train'), folder/'imgs'
     if not imgs.is_dir():
-        raise FileNotFoundError(f'{imgs}: there is no such folder; `llava-med get slake` fetches it.')
+        raise FileNotFoundError(f'{imgs}: there is no such folder; `llava-med get slake` fetches '
+                                'it.')
     for r in check_rows(path, read_json(path), ('img_name', 'question', 'answer')):
         rows[clean(r['img_name'])].append(r)
     wanted = sorted(set(rows) - held_out_images(folder))

@@ -27,8 +27,10 @@ def image_fingerprints(
     "What is needed to compare pictures."
     def marks(name):
         x = look(Path(images_dir)/name)
-        return name, None if x.error else (x.digest, np.frombuffer(x.bits, np.uint8), np.frombuffer(x.thumb, np.uint8).astype(np.int16))
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool: return dict(pool.map(marks, dict.fromkeys(names)))
+        return name, None if x.error else (x.digest, np.frombuffer(x.bits, np.uint8),
+                                           np.frombuffer(x.thumb, np.uint8).astype(np.int16))
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        return dict(pool.map(marks, dict.fromkeys(names)))
 
 def near_images(
     a:dict, # from `image_fingerprints`
@@ -51,7 +53,8 @@ _STOP = set('''a an the is are was were be been being of in on at to for from by
     contains which what where how who why when any have has had if not evidence visible present appear appears patient patients
     tell seem seems between than'''.split())
 _ENDS = 'ities ity ally ical ness ation ion ing ies es ed al ly s y e'.split()
-REPHRASED = .55  # from this score on, two questions about one picture count as the same; measured below
+# from this score on, two questions about one picture count as the same; measured below
+REPHRASED = .55
 
 def _stem(w):
     end = next((e for e in _ENDS if w.endswith(e) and len(w) - len(e) >= 4), '')
@@ -70,11 +73,14 @@ class Wording:
         if text not in self._cache:
             found = re.findall(r'[\u4e00-\u9fff]|[^\W_\u4e00-\u9fff]+', text.lower())
             flat = f' {" ".join(found)} '
-            sides = {s for s in ('left', 'right') if s in found or s[0] in found or dict(left='左', right='右')[s] in found}
-            self._cache[text] = ({_stem(w) for w in found if w not in _STOP}, Counter(flat[i:i+3] for i in range(len(flat) - 2)), sides)
+            sides = {s for s in ('left', 'right') if s in found or s[0] in found
+                     or dict(left='左', right='右')[s] in found}
+            self._cache[text] = ({_stem(w) for w in found if w not in _STOP},
+                                 Counter(flat[i:i+3] for i in range(len(flat) - 2)), sides)
         return self._cache[text]
 
-    def _weight(self, words): return sum(math.log((self.n + 1) / (self.words[w] + .5))**2 for w in words)
+    def _weight(self, words):
+        return sum(math.log((self.n + 1) / (self.words[w] + .5))**2 for w in words)
 
     def score(self,
         a:dict, # a VQA item
@@ -86,20 +92,27 @@ class Wording:
         (aw, at, sa), (bw, bt, sb) = self._view(a['question']), self._view(b['question'])
         if sa and sb and sa != sb: return 0.
         words = self._weight(aw & bw) / max(math.sqrt(self._weight(aw) * self._weight(bw)), 1e-9)
-        letters = sum(n * bt[k] for k, n in at.items()) / max(math.hypot(*at.values()) * math.hypot(*bt.values()), 1e-9)
+        letters = sum(n * bt[k] for k, n in at.items()) / max(math.hypot(*at.values()) * math.hypot(
+            *bt.values()), 1e-9)
         rare = math.log2(max(self.n, 1) / max(self.answers[answer], 1))
         return .7*words + .3*letters + .08*min(rare, 7)
 
 # %% ../../nbs/03_data/17_leakage.ipynb #8d975226
 CHECKS = dict( # check: what its number counts
-    images='test images whose name is in training', pictures='test images with equal pixels in training',
+    images='test images whose name is in training',
+    pictures='test images with equal pixels in training',
     near_pictures='test images nearly equal to a training image, pixels differ',
     patients='patients, or clusters that the items name, in both',
-    cases='cases in both', articles='articles in both', questions='test questions asked in training, on any image',
+    cases='cases in both', articles='articles in both',
+    questions='test questions asked in training, on any image',
     image_and_question='test questions asked in training on the same picture',
-    rephrased='further test questions asked in training on the same picture in other words, by a measured rule',
-    official_rephrasings="test questions whose rephrasing is in training on the same picture, by the set's own record")
-_IDS = dict(patients=named_cluster, cases=lambda o: o.get('case'), articles=lambda o: o.get('article'))   # what an item belongs to
+    rephrased='further test questions asked in training on the same picture in other words, by a '
+    'measured rule',
+    official_rephrasings="test questions whose rephrasing is in training on the same picture, by "
+    "the set's own record")
+# what an item belongs to
+_IDS = dict(patients=named_cluster, cases=lambda o: o.get('case'),
+            articles=lambda o: o.get('article'))
 
 def with_records(
     items:list,  # VQA-RAD items from the two files
@@ -112,14 +125,18 @@ def with_records(
     out = []
     for o in items:
         found = known.get((o['images'][0], same_question(o['question'])), {})
-        out.append({**o, **{k: found[k] for k in keys if found.get(k)}, 'case': cases.get(o['images'][0])})
+        out.append({**o, **{k: found[k] for k in keys if found.get(k)},
+                    'case': cases.get(o['images'][0])})
     return out
 
-def _same_pictures(train, test, images_dir, train_images_dir): # {test image: training images that are the same picture}, pairs, notes
+# {test image: training images that are the same picture}, pairs, notes
+def _same_pictures(train, test, images_dir, train_images_dir):
     names = [dict.fromkeys(n for o in part for n in o['images']) for part in (train, test)]
-    same, pairs, note = {n: {n} & names[0].keys() for n in names[1]}, dict(pictures=[], near_pictures=[]), 'no folder of images was given'
+    same, pairs, note = {n: {n} & names[0].keys() for n in names[1]}, dict(pictures=[],
+        near_pictures=[]), 'no folder of images was given'
     if images_dir is None: return same, pairs, note, 0
-    a, b = image_fingerprints(names[1], images_dir), image_fingerprints(names[0], train_images_dir or images_dir)
+    a, b = image_fingerprints(names[1], images_dir), image_fingerprints(names[0], train_images_dir
+        or images_dir)
     lost = [sum(m is None for m in side.values()) for side in (a, b)]
     note = f'{lost[0]} of {len(a)} test and {lost[1]} of {len(b)} training images are missing or unreadable' if any(lost) else ''
     for x, y, equal in near_images(a, b):
@@ -148,22 +165,28 @@ def overlaps(
         for n in o['images']: on[n].append(o)
     found = defaultdict(list)
     for o in test:
-        q, texts = same_question(o['question']), {same_question(o.get(k) or '') for k in ('rephrase', 'frame')} - {''}
+        q, texts = same_question(o['question']), {same_question(o.get(k) or '')
+                                                  for k in ('rephrase', 'frame')} - {''}
         if q in asked: found['questions'].append((o['id'], asked[q]))
         near = [t for n in o['images'] for m in sorted(same[n]) for t in on[m]]
         verbatim = [t for t in near if same_question(t['question']) == q]
         found['image_and_question'] += [(o['id'], t['id']) for t in verbatim]
-        if not verbatim: found['rephrased'] += [(o['id'], t['id']) for t in near if wording.score(o, t) >= threshold]
+        if not verbatim:
+            found['rephrased'] += [(o['id'], t['id']) for t in near
+                                   if wording.score(o, t) >= threshold]
         others = [t for t in near if same_question(t['question']) != q]
-        found['official_rephrasings'] += [(o['id'], t['id']) for t in others if same_question(t['question']) in texts
+        found['official_rephrasings'] += [(o['id'], t['id']) for t in others
+                                          if same_question(t['question']) in texts
                                           or o.get('link') and o['link'] == t.get('link')]
     for check in ('questions', 'image_and_question', 'rephrased', 'official_rephrasings'):
         pairs[check] = found[check]
-        of[check] = len(test) if check != 'official_rephrasings' else sum(any(o.get(k) for k in ('link', 'rephrase', 'frame')) for o in test)
+        of[check] = len(test) if check != 'official_rephrasings' else sum(any(o.get(k)
+            for k in ('link', 'rephrase', 'frame')) for o in test)
     return pairs, of, {c: note for c in ('pictures', 'near_pictures') if note}
 
 # %% ../../nbs/03_data/17_leakage.ipynb #cce16cb5
-_UNKNOWN = dict(patients='the items name no patients', cases='the items name no cases', articles='the items name no articles',
+_UNKNOWN = dict(patients='the items name no patients', cases='the items name no cases',
+                articles='the items name no articles',
                 official_rephrasings='the items have no record of rephrasings')
 
 def audit_splits(
@@ -178,9 +201,15 @@ def audit_splits(
     rows = []
     for check in CHECKS:
         shared, note = len({a for a, _ in pairs[check]}), notes.get(check, '')
-        example = ' | '.join(dict.fromkeys(str(text.get(k, k)) for k in pairs[check][0])) if pairs[check] else ''
-        if not of[check] and test: rows.append(dict(check=check, shared=None, of=None, share=None, example='', note=note or _UNKNOWN.get(check, '')))
-        else: rows.append(dict(check=check, shared=shared, of=of[check], share=round(shared/of[check], 4) if of[check] else 0., example=example, note=note))
+        example = ' | '.join(dict.fromkeys(str(text.get(k, k))
+                                           for k in pairs[check][0])) if pairs[check] else ''
+        if not of[check] and test:
+            rows.append(dict(check=check, shared=None, of=None, share=None, example='',
+                             note=note or _UNKNOWN.get(check, '')))
+        else:
+            rows.append(dict(check=check, shared=shared, of=of[check],
+                             share=round(shared/of[check], 4) if of[check] else 0., example=example,
+                             note=note))
     return rows
 
 def audit_table(
@@ -188,7 +217,9 @@ def audit_table(
 )->pd.DataFrame:    # the same, in words, for people
     "The audit as a report shows it."
     number = lambda v: '–' if v is None else f'{v:,}'
-    return pd.DataFrame([{'counted': CHECKS[r['check']], 'shared': number(r['shared']), 'of': number(r['of']),
+    return pd.DataFrame([{'counted': CHECKS[r['check']], 'shared': number(r['shared']),
+                          'of': number(r['of']),
                           'share': '–' if r['share'] is None else f'{100*r["share"]:.1f} %',
-                          'example or note': '; '.join(filter(None, (r['note'], r['example'])))} for r in rows],
+                          'example or note': '; '.join(filter(None, (r['note'], r['example'])))}
+                          for r in rows],
                         index=pd.Index([r['check'] for r in rows], name='check'))

@@ -23,14 +23,17 @@ from .jats import figure_numbers
 from ..core.runs import read_jsonl, replacing
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #b7867b26
-FILE_KINDS = dict(conversations={'id'}, judgements={'question_id', 'text', 'gpt4_answer', 'result'}, questions={'question_id', 'text', 'gpt4_answer'},
-             answers={'question_id', 'prompt', 'text'}, captions={'pair_id', 'fig_caption'}, urls={'pair_id', 'image_file_path'})
+FILE_KINDS = dict(conversations={'id'}, judgements={'question_id', 'text', 'gpt4_answer', 'result'},
+                  questions={'question_id', 'text', 'gpt4_answer'},
+             answers={'question_id', 'prompt', 'text'}, captions={'pair_id', 'fig_caption'},
+             urls={'pair_id', 'image_file_path'})
 
 @dataclass(frozen=True)
 class Form:
     "What a file holds and how it is laid out."
     kind:str             # one of `FILE_KINDS`
-    layout:str='list'    # list, rows (a list with one record a line), lines (no list), domains (a dictionary of lists)
+    # list, rows (a list with one record a line), lines (no list), domains (a dictionary of lists)
+    layout:str='list'
     indent:int|None=None # of a list or a dictionary
     ascii:bool=True      # other letters are written as \u....
     end:str=''           # what follows the last record
@@ -40,7 +43,8 @@ def kind_of(
 )->str|None:  # one of `FILE_KINDS`
     "Which of LLaVA-Med's files a row comes from."
     if not isinstance(row, dict): return None
-    return next((k for k, keys in FILE_KINDS.items() if keys <= set(row) and (k != 'conversations' or turns_of(row) is not None)), None)
+    return next((k for k, keys in FILE_KINDS.items() if keys <= set(row)
+                 and (k != 'conversations' or turns_of(row) is not None)), None)
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #0d10b496
 def _opening(path): # the first characters, without a byte order mark
@@ -50,7 +54,8 @@ def _opening(path): # the first characters, without a byte order mark
     return head.decode('utf-8', errors='replace')
 
 def _is_domains(head): # a dictionary whose first value is a list of dictionaries
-    return bool(re.match(r'\s*\{\s*"[^"]*"\s*:\s*\[\s*[{\]]', head)) and not re.match(r'\s*\{\s*"(conversat|in_text)', head)
+    return bool(re.match(r'\s*\{\s*"[^"]*"\s*:\s*\[\s*[{\]]',
+                         head)) and not re.match(r'\s*\{\s*"(conversat|in_text)', head)
 
 def stream_rows(
     path:str|Path, # any file of LLaVA-Med
@@ -61,9 +66,11 @@ def stream_rows(
         return
     try:
         with open(path, 'rb') as f:
-            for group, part in ijson.kvitems(f, '', use_float=True): yield from (dict(r, group=group) for r in part)
+            for group, part in ijson.kvitems(f, '', use_float=True):
+                yield from (dict(r, group=group) for r in part)
     except (ValueError, TypeError, ijson.JSONError) as e:
-        raise RecordError(f'{path} is no dictionary of lists ({str(e).splitlines()[0]}): make it again.') from None
+        raise RecordError(f'{path} is no dictionary of lists ({str(e).splitlines()[0]}): make it '
+                          'again.') from None
 
 def form_of(
     path:str|Path, # any file of LLaVA-Med
@@ -72,7 +79,8 @@ def form_of(
     head, row = _opening(path), next(stream_rows(path), None)
     kind = kind_of(row)
     if kind is None:
-        raise RecordError(f'{path} begins with ' + (f'the keys {", ".join(map(str, row))}' if isinstance(row, dict) else 'no record')
+        raise RecordError(f'{path} begins with ' + (f'the keys {", ".join(map(str, row))}'
+                                                    if isinstance(row, dict) else 'no record')
                           + f': none of the files of LLaVA-Med ({", ".join(FILE_KINDS)}).')
     with open(path, 'rb') as f:
         plain, last = True, b''
@@ -80,25 +88,33 @@ def form_of(
     layout = 'domains' if _is_domains(head) else 'list' if head.lstrip().startswith('[') else 'lines'
     inner = re.match(r'\s*[\[{]\r?\n( *)', head) if layout != 'lines' else None
     if layout == 'list' and inner and not inner[1]: layout, inner = 'rows', None
-    return Form(kind, layout, len(inner[1]) if inner else None, plain, '\n' if last.endswith(b'\n') else '')
+    return Form(kind, layout, len(inner[1]) if inner else None, plain, '\n' if last.endswith(b'\n')
+                else '')
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #d04d0cb5
 def _pieces(rows, form): # the text of a file, piece by piece
-    dump = lambda r, n: json.dumps(r, ensure_ascii=form.ascii, indent=form.indent).replace('\n', '\n' + ' '*(n*(form.indent or 0)))
+    dump = lambda r, n: json.dumps(r, ensure_ascii=form.ascii, indent=form.indent).replace('\n',
+        '\n' + ' '*(n*(form.indent or 0)))
     gap = lambda n: '' if form.indent is None else '\n' + ' '*(n*form.indent)
     comma, n, group, groups = ', ' if form.indent is None else ',', 0, None, set()
     if form.layout in ('lines', 'rows'):
-        for n, r in enumerate(rows, 1): yield (('', '\n') if form.layout == 'lines' else ('[\n', ',\n'))[n > 1] + dump(r, 0)
+        for n, r in enumerate(rows, 1):
+            yield (('', '\n') if form.layout == 'lines' else ('[\n', ',\n'))[n > 1] + dump(r, 0)
         yield '' if form.layout == 'lines' else '\n]' if n else '[]'
     elif form.layout == 'list':
-        for n, r in enumerate(rows, 1): yield ('[' if n == 1 else comma.rstrip() if form.indent is not None else comma) + gap(1) + dump(r, 1)
+        for n, r in enumerate(rows, 1):
+            yield ('[' if n == 1 else comma.rstrip() if form.indent is not None
+                   else comma) + gap(1) + dump(r, 1)
         yield gap(0) + ']' if n else '[]'
     else:
         for r in rows:
             r = dict(r); name = r.pop('group', None) or domain_of(r)
             if name != group:
-                if name in groups: raise RecordError(f'Rows of {name} stand in two places: sort them by domain before writing.')
-                yield ('{' if group is None else gap(1) + ']' + comma) + gap(1) + json.dumps(name) + ': ['
+                if name in groups:
+                    raise RecordError(f'Rows of {name} stand in two places: sort them by domain '
+                                      'before writing.')
+                yield ('{' if group is None else gap(1) + ']'
+                       + comma) + gap(1) + json.dumps(name) + ': ['
                 groups.add(name)
             yield (comma if name == group else '') + gap(2) + dump(r, 2)
             group = name
@@ -111,7 +127,8 @@ def write_rows(
     form:Form,     # of the file
 )->Path:           # the file
     "Write rows in a form, all or nothing."
-    with replacing(path) as part, open(part, 'w', encoding='utf-8', newline='') as f: f.writelines(_pieces(rows, form))
+    with replacing(path) as part, open(part, 'w', encoding='utf-8', newline='') as f:
+        f.writelines(_pieces(rows, form))
     return Path(path)
 
 def domain_of(
@@ -147,8 +164,10 @@ def untokenised(
 def _ours(row, turns, image, id, generator, **tags):
     domain = {d: bool((row.get('domain') or {}).get(d)) for d in DOMAINS}
     extra = dict(image=image) if image else {}
-    return dict(id=id, **extra, domain=domain, conversations=turns, lang='en', regions=[], licence=None,
-                tags=dict(modality=[d for d in DOMAINS if domain[d]], **tags), source='LLaVA-Med', generator=generator)
+    return dict(id=id, **extra, domain=domain, conversations=turns, lang='en', regions=[],
+                licence=None,
+                tags=dict(modality=[d for d in DOMAINS if domain[d]], **tags), source='LLaVA-Med',
+                generator=generator)
 
 def conversation_of(
     row:dict, # of conversations, questions, judgements or answers
@@ -157,23 +176,32 @@ def conversation_of(
     "A row of LLaVA-Med as a conversation record of ours."
     kind = kind_of(row)
     if kind == 'conversations':
-        if why := fault(row): raise RecordError(f'The record {row.get("id")!r} {why}. Repair or remove it.')
+        if why := fault(row):
+            raise RecordError(f'The record {row.get("id")!r} {why}. Repair or remove it.')
         r = one_spelling(row)
         pair = len(r['conversations']) == 2 and not r.get('domain')
-        maker = dict(name='caption', version='LLaVA-Med', saw=['caption']) if pair else dict(name='gpt-4', version='LLaVA-Med', saw=['caption', 'mentions'])
-        return _ours(r, r['conversations'], r.get('image') and _file_name(r['image']), r['id'], maker)
+        maker = dict(name='caption', version='LLaVA-Med',
+                     saw=['caption']) if pair else dict(name='gpt-4', version='LLaVA-Med',
+                                                        saw=['caption', 'mentions'])
+        return _ours(r, r['conversations'], r.get('image') and _file_name(r['image']), r['id'],
+                     maker)
     if kind in ('questions', 'judgements'):
-        question, answer, image, id = row['text'], row['gpt4_answer'], _file_name(row['image']), f"{row['pair_id']}-{row['question_id']}"
-        maker, tags = dict(name='gpt-4', version='LLaVA-Med', saw=['caption', 'mentions']), dict(type=row['type'])
+        question, answer, image, id = row['text'], row['gpt4_answer'], _file_name(row[
+            'image']), f"{row['pair_id']}-{row['question_id']}"
+        maker, tags = dict(name='gpt-4', version='LLaVA-Med',
+                           saw=['caption', 'mentions']), dict(type=row['type'])
     elif kind == 'answers':
-        question, answer, id = row['prompt'], _ROLE.sub('', str(row['text'] or '')), str(row['question_id'])
+        question, answer, id = row['prompt'], _ROLE.sub('',
+                                                        str(row['text'] or '')), str(row['question_id'])
         maker, tags = dict(name=row.get('model_id') or 'unknown', version='', saw=['image']), {}
         question = question.replace(IMAGE, '').strip()
         if image: question = f'{IMAGE}\n{question}'
     else: raise RecordError(f'A row with the keys {", ".join(row)} is no conversation.')
     turns = [{'from': 'human', 'value': question}, {'from': 'gpt', 'value': answer}]
     r = _ours(row, turns, image, id, maker, **tags)
-    if kind != 'answers': r['figure'] = {k: row[k] for k in ('fig_label', 'fig_caption', 'in_text_mention') if k in row}
+    if kind != 'answers':
+        r['figure'] = {k: row[k] for k in ('fig_label', 'fig_caption', 'in_text_mention')
+                       if k in row}
     if why := fault(r): raise RecordError(f'The record {id!r} {why}. Repair or remove it.')
     return r
 
@@ -182,30 +210,40 @@ def figure_of(
     row:dict, # of captions
 )->dict:      # a figure record; the file of its image is not known from the row
     "A row of figure captions as a figure record of ours."
-    if kind_of(row) != 'captions': raise RecordError(f'A row with the keys {", ".join(row)} is no figure caption.')
+    if kind_of(row) != 'captions':
+        raise RecordError(f'A row with the keys {", ".join(row)} is no figure caption.')
     ref, domain = row.get('graphic_ref') or '', row.get('domain') or {}
     pmcid = re.search(r'PMC\d+', ref)
     said = [m if isinstance(m, str) else m['tokens'] for m in row.get('in_text_mention') or []]
-    return dict(id=row['pair_id'], pmcid=pmcid and pmcid[0], pmid=row.get('pmid') or None, doi=None, journal=None, date=None, licence=None,
-                lang='en', fig_id=row.get('fig_id') or None, label=(row.get('fig_label') or '').strip().rstrip('.:') or None, caption=row['fig_caption'],
-                mentions=[dict(text=untokenised(s), section=None, xref=False) for s in said], graphics=[ref.split('/')[-1]] if ref else [],
-                image=f"{row['pair_id']}.jpg", panels=1, modalities={d: bool(domain.get(d)) for d in DOMAINS}, width=None, height=None,
+    return dict(id=row['pair_id'], pmcid=pmcid and pmcid[0], pmid=row.get('pmid') or None, doi=None,
+                journal=None, date=None, licence=None,
+                lang='en', fig_id=row.get('fig_id') or None,
+                label=(row.get('fig_label') or '').strip().rstrip('.:') or None,
+                caption=row['fig_caption'],
+                mentions=[dict(text=untokenised(s), section=None, xref=False) for s in said],
+                graphics=[ref.split('/')[-1]] if ref else [],
+                image=f"{row['pair_id']}.jpg", panels=1,
+                modalities={d: bool(domain.get(d)) for d in DOMAINS}, width=None, height=None,
                 sub_article=False, source='LLaVA-Med')
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #083f1926
 def read_llava_file(
     path:str|Path,          # a file of LLaVA-Med
-    faults:list|None=None,  # gets {record, reason} of what cannot be used; None: the first stops the reading
+    faults:list|None=None,
+    # gets {record, reason} of what cannot be used; None: the first stops the reading
 )->Iterator:                # conversation or figure records of ours
     "A file of LLaVA-Med as our records, one after the other."
     kind = form_of(path).kind
-    if kind == 'urls': raise RecordError(f'{path} holds addresses of images: `llava-med get pmc --image-urls` fetches them.')
+    if kind == 'urls':
+        raise RecordError(f'{path} holds addresses of images: `llava-med get pmc --image-urls` '
+                          'fetches them.')
     for i, row in enumerate(stream_rows(path), 1):
         try: yield figure_of(row) if kind == 'captions' else conversation_of(row)
         except (RecordError, KeyError, TypeError, AttributeError) as e:
             why = str(e) if isinstance(e, RecordError) else f'It lacks or misuses {e}.'
             if faults is None: raise RecordError(f'{path}: record {i}: {why}') from None
-            name = row.get('id', row.get('question_id', row.get('pair_id'))) if isinstance(row, dict) else None
+            name = row.get('id', row.get('question_id', row.get('pair_id'))) if isinstance(row,
+                dict) else None
             faults.append(dict(record=name if name is not None else i, reason=why))
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #db22ec80
@@ -215,10 +253,12 @@ def llava_record(
     domain:bool=True,        # instruction data have it, alignment data don't
 )->dict:         # id, image, domain, conversations
     "One of our records as LLaVA-Med writes them."
-    if why := fault(record): raise RecordError(f'The record {record.get("id")!r} {why}. Repair or remove it.')
+    if why := fault(record):
+        raise RecordError(f'The record {record.get("id")!r} {why}. Repair or remove it.')
     r = one_spelling(record)
     found = {d: bool((r.get('domain') or {}).get(d)) for d in DOMAINS}
-    return dict(id=r['id'], **({'image': r['image']} if r.get('image') else {}), **({'domain': found} if domain else {}), **{key: r['conversations']})
+    return dict(id=r['id'], **({'image': r['image']} if r.get('image') else {}),
+                **({'domain': found} if domain else {}), **{key: r['conversations']})
 
 def llava_question(
     record:dict,     # a conversation record of two turns
@@ -227,11 +267,15 @@ def llava_question(
 )->dict:             # a row of an evaluation file
     "One of our records as a question of LLaVA-Med's evaluation."
     turns, kept = turns_of(record), record.get('figure') or {}
-    if len(turns) != 2: raise RecordError(f'The record {record["id"]!r} has {len(turns)} turns, and a question has two.')
+    if len(turns) != 2:
+        raise RecordError(f'The record {record["id"]!r} has {len(turns)} turns, and a question has '
+                          'two.')
     if figure: kept = llava_caption(figure)
     pair = kept.get('pair_id') or record['id'].removesuffix(f'-{question_id}')
-    row = dict(question_id=question_id, image=record['image'], pair_id=pair, text=turns[0]['value'], gpt4_answer=turns[1]['value'],
-               fig_caption=kept.get('fig_caption'), in_text_mention=kept.get('in_text_mention'), domain=record['domain'],
+    row = dict(question_id=question_id, image=record['image'], pair_id=pair, text=turns[0]['value'],
+               gpt4_answer=turns[1]['value'],
+               fig_caption=kept.get('fig_caption'), in_text_mention=kept.get('in_text_mention'),
+               domain=record['domain'],
                type=record['tags'].get('type', 'conversation'), fig_label=kept.get('fig_label'))
     return row
 
@@ -243,22 +287,30 @@ def llava_caption(
     said = [_tokens(m['text'], number and number[0]) for m in figure.get('mentions') or []]
     ref = (figure.get('graphics') or [''])[0]
     pair = f"{figure['pmid']}_{figure['fig_id']}" if figure.get('pmid') and figure.get('fig_id') else figure['id']
-    return dict(fig_caption=figure['caption'], fig_id=figure.get('fig_id') or '', fig_label=figure.get('label') or '',
-                graphic_ref=f"{figure.get('pmcid') or ''}/{ref}".strip('/'), pair_id=pair, pmid=figure.get('pmid') or '',
-                in_text_mention=said or None, domain={d: bool((figure.get('modalities') or {}).get(d)) for d in DOMAINS})
+    return dict(fig_caption=figure['caption'], fig_id=figure.get('fig_id') or '',
+                fig_label=figure.get('label') or '',
+                graphic_ref=f"{figure.get('pmcid') or ''}/{ref}".strip('/'), pair_id=pair,
+                pmid=figure.get('pmid') or '',
+                in_text_mention=said or None,
+                domain={d: bool((figure.get('modalities') or {}).get(d)) for d in DOMAINS})
 
-def _tokens(text, number): # a mention with spaces between words and punctuation, and where it names the figure
+# a mention with spaces between words and punctuation, and where it names the figure
+def _tokens(text, number):
     text = ' '.join(re.sub(r"([()\[\];]|[,:](?!\d)|'s\b|(?<=\d)%|[.?!]$)", r' \1 ', text).split())
-    spans = [(n, len(text[:a].split()), len(text[a:b].split())) for n, a, b in figure_numbers(text) if n == number]
-    return dict(tokens=text, entities=[dict(type='figure', entity_id=n, start_tok=a, end_tok=a + min(k, 2)) for n, a, k in spans])
+    spans = [(n, len(text[:a].split()), len(text[a:b].split())) for n, a, b in figure_numbers(text)
+             if n == number]
+    return dict(tokens=text, entities=[dict(type='figure', entity_id=n, start_tok=a,
+                                            end_tok=a + min(k, 2)) for n, a, k in spans])
 
 def llava_url(
     figure:dict, # a figure record with a PMC id
 )->dict:         # a row of the image addresses
     "Where a figure's image is to be had, as LLaVA-Med says it; the archive that it names is gone."
-    if not (figure.get('pmcid') and figure.get('graphics')): raise RecordError(f'The figure {figure.get("id")!r} has no PMC id or no graphic.')
+    if not (figure.get('pmcid') and figure.get('graphics')):
+        raise RecordError(f'The figure {figure.get("id")!r} has no PMC id or no graphic.')
     return dict(pmc_tar_url=f"https://ftp.ncbi.nlm.nih.gov/pub/pmc/oa_package/{figure['pmcid']}.tar.gz",
-                image_file_path=f"{figure['pmcid']}/{figure['graphics'][0]}", pair_id=llava_caption(figure)['pair_id'])
+                image_file_path=f"{figure['pmcid']}/{figure['graphics'][0]}",
+                pair_id=llava_caption(figure)['pair_id'])
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #d8b3fbbd
 class ImageFolder:
@@ -280,11 +332,13 @@ class ImageFolder:
     )->str:       # '' if it is there
         "Why an image cannot be used."
         p = Path(name)
-        if p.is_absolute() or '..' in p.parts or '\0' in name: return 'its name leads out of the folder'
+        if p.is_absolute() or '..' in p.parts or '\0' in name:
+            return 'its name leads out of the folder'
         names = self._names(str(p.parent))
         if names is None: return f'there is no folder {(self.folder/p.parent).name}'
         if not names.get(p.name, False):
-            near = next((n for n in names if n.lower() == p.name.lower() or Path(n).stem == p.stem), None)
+            near = next((n for n in names if n.lower() == p.name.lower() or Path(n).stem == p.stem),
+                        None)
             return 'it is no file' if p.name in names else 'there is no such file' + (f', but {near}' if near else '')
         if not (self.folder/p).stat().st_size: return 'the file is empty'
         if self.look:
@@ -314,7 +368,8 @@ def missing_words(
 )->str:
     "What is missing, in one sentence."
     if not missing: return f'All {n} records have their images.'
-    why = Counter(re.sub(r', but .*', ', but one of nearly that name', m['reason']) for m in missing).most_common(3)
+    why = Counter(re.sub(r', but .*', ', but one of nearly that name', m['reason'])
+                  for m in missing).most_common(3)
     return f'{len(missing)} of {n} records are left out, because their images are missing: ' + '; '.join(f'{k} × {reason}' for reason, k in why) + '.'
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #4c03f778
@@ -327,7 +382,8 @@ def place_images(
     folder.mkdir(parents=True, exist_ok=True)
     for p in read_jsonl(got/'pairs.jsonl'):
         name = f"{p['pair_id']}.jpg"
-        why = p['reason'] if not p['image'] else '' if (got/p['image']).is_file() else 'the file that was fetched is gone'
+        why = p['reason'] if not p['image'] else '' if (got/p[
+            'image']).is_file() else 'the file that was fetched is gone'
         if not why and Path(name).name != name: why = 'its name leads out of the folder'
         if why: missing.append(dict(id=p['pair_id'], image=name, reason=why)); continue
         with replacing(folder/name) as part:
@@ -342,9 +398,12 @@ def training_records(
 )->tuple:               # records whose `image` is a whole path, and what was left out, in one sentence
     "The conversations of a file whose images are there; raises RecordError where none can be used."
     path, faults, missing = Path(path), [], []
-    if (kind := form_of(path).kind) not in ('conversations', 'questions'): raise RecordError(f'{path} holds {kind}, and training needs conversations.')
+    if (kind := form_of(path).kind) not in ('conversations', 'questions'):
+        raise RecordError(f'{path} holds {kind}, and training needs conversations.')
     folder = Path(images) if images else path.parent
-    if not folder.is_dir(): raise RecordError(f'{folder} is no folder: name the one that holds the images of {path.name}.')
+    if not folder.is_dir():
+        raise RecordError(f'{folder} is no folder: name the one that holds the images of '
+                          f'{path.name}.')
     n = 0
     def counted():
         nonlocal n
@@ -353,6 +412,8 @@ def training_records(
         paths = [str(folder/n) for n in images_of(r)]
         return r | dict(image=paths[0] if len(paths) == 1 else paths) if paths else r
     found = [placed(r) for r in with_images(counted(), folder, missing)]
-    said = (f'{path.name}: ' + missing_words(missing, n) + (f" {len(faults)} more cannot be read, the first, {faults[0]['record']}: {faults[0]['reason']}" if faults else ''))
+    said = (f'{path.name}: ' + missing_words(missing, n)
+            + (f" {len(faults)} more cannot be read, the first, {faults[0]['record']}: "
+               f"{faults[0]['reason']}" if faults else ''))
     if not found: raise RecordError(f'{path}: no record can be used. {said}')
     return found, said

@@ -32,7 +32,9 @@ from ..core.runs import progress
 # %% ../../nbs/03_data/10_llm_api.ipynb #44f1eae3
 class EndpointError(ValueError): "A service that cannot be asked, or not so; the message is one sentence."
 class _Failed(Exception): # an attempt without an answer
-    def __init__(self, why, after=0., billed=False): super().__init__(why); self.after, self.billed = after, billed
+    def __init__(self, why, after=0., billed=False):
+        super().__init__(why)
+        self.after, self.billed = after, billed
 class _Again(_Failed): pass   # it may pass
 class _No(_Failed): pass      # this question gets no answer
 class _Stop(_Failed): pass    # no question would
@@ -50,17 +52,23 @@ def read_answer(
     text = body.decode('utf-8', 'replace')
     stream = stream and not text.lstrip().startswith('{')   # some answer as a whole all the same
     try:
-        if stream: chunks = [json.loads(x[5:]) for x in text.splitlines() if x.startswith('data:') and x[5:].strip() != '[DONE]']
+        if stream:
+            chunks = [json.loads(x[5:]) for x in text.splitlines() if x.startswith('data:')
+                      and x[5:].strip() != '[DONE]']
         else: chunks = [json.loads(text)]
         if wrong := next((c['error'] for c in chunks if c.get('error')), None):
-            raise ValueError('an error: ' + str(wrong.get('message') if isinstance(wrong, dict) else wrong))
+            raise ValueError('an error: ' + str(wrong.get('message') if isinstance(wrong, dict)
+                                                else wrong))
         choices = [c['choices'][0] for c in chunks if c.get('choices')]
         said = ''.join(_content(c.get('delta' if stream else 'message') or {}) for c in choices)
-        finish = next((c['finish_reason'] for c in reversed(choices) if c.get('finish_reason')), None)
+        finish = next((c['finish_reason'] for c in reversed(choices) if c.get('finish_reason')),
+                      None)
         used = next((c['usage'] for c in reversed(chunks) if c.get('usage')), None)
         tokens = used and (int(used['prompt_tokens']), int(used['completion_tokens']))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, IndexError): raise ValueError('something unreadable') from None
-    if not choices or stream and not finish: raise ValueError('a stream that breaks off' if stream else 'no choice of words')
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, IndexError):
+        raise ValueError('something unreadable') from None
+    if not choices or stream and not finish:
+        raise ValueError('a stream that breaks off' if stream else 'no choice of words')
     return said, finish or 'stop', tokens
 
 # %% ../../nbs/03_data/10_llm_api.ipynb #294b1fc3
@@ -83,8 +91,11 @@ def check_url(
     "Refuse addresses that are none, or that carry a secret."
     try: u = urlsplit(url); name = u.hostname
     except ValueError: u, name = urlsplit(''), None
-    if u.scheme not in ('http', 'https') or not name: raise EndpointError(f'{url!r} is not an address: write such as http://127.0.0.1:8000/v1.')
-    if u.username or u.password or u.query: raise EndpointError(f'The address of {name} carries more than an address: a key goes into the environment variable OPENAI_API_KEY.')
+    if u.scheme not in ('http', 'https') or not name:
+        raise EndpointError(f'{url!r} is not an address: write such as http://127.0.0.1:8000/v1.')
+    if u.username or u.password or u.query:
+        raise EndpointError(f'The address of {name} carries more than an address: a key goes into '
+                            'the environment variable OPENAI_API_KEY.')
     return name == 'localhost' or name.startswith('127.') or name == '::1'
 
 # %% ../../nbs/03_data/10_llm_api.ipynb #6a3adc3c
@@ -101,8 +112,10 @@ class EndpointGenerator(TextGenerator):
         url:str,            # such as http://127.0.0.1:8000/v1
         model:str,          # as the service calls it
         answers:str|Path,   # the file that keeps its answers
-        prices:tuple|None=None, # for a million tokens of prompt and answer; None: free, for a service on this machine
-        cap:float=0.,       # all that the file of answers may ever cost, in the currency of the prices
+        prices:tuple|None=None,
+        # for a million tokens of prompt and answer; None: free, for a service on this machine
+        cap:float=0.,
+        # all that the file of answers may ever cost, in the currency of the prices
         workers:int=8,      # questions side by side
         per_minute:float=600,   # questions
         tokens_per_minute:float=float('inf'), # of prompts and answers, by the bound
@@ -119,11 +132,16 @@ class EndpointGenerator(TextGenerator):
     ):
         super().__init__(model, answers, **how)
         here = check_url(url)
-        if prices is None and not here: raise EndpointError(f'Say what {url} costs for a million tokens of prompt and answer, 0 and 0 if nothing: the spending cap needs it.')
+        if prices is None and not here:
+            raise EndpointError(f'Say what {url} costs for a million tokens of prompt and answer, '
+                                '0 and 0 if nothing: the spending cap needs it.')
         self.most = self.settings.get('max_completion_tokens') or self.settings.get('max_tokens')
-        if not self.most: raise EndpointError('The settings need max_tokens or max_completion_tokens: without it an answer could cost anything.')
+        if not self.most:
+            raise EndpointError('The settings need max_tokens or max_completion_tokens: without it '
+                                'an answer could cost anything.')
         if self.settings.get('max_completion_tokens'): self.settings.pop('max_tokens', None)
-        self.url, self.prices, self.cap, self.workers, self.say = url, prices or (0., 0.), cap, workers, say
+        self.url, self.prices, self.cap, self.workers, self.say = url, prices or (0.,
+            0.), cap, workers, say
         self.per_minute, self.tokens_per_minute, self.tries, self.longest = per_minute, tokens_per_minute, tries, longest
         self.timeout, self.deadline, self.limit, self.stream, self.give_up = timeout, deadline, limit, stream, give_up
         self.wait = tenacity.wait_random_exponential(multiplier=backoff, max=longest)
@@ -131,14 +149,18 @@ class EndpointGenerator(TextGenerator):
         jobs:Iterable, # (caption, mentions)
     )->dict:           # questions, prompt_tokens, completion_tokens, cost, at_most
         "What the answers that are not there yet will cost, about and at most; a token is about four letters."
-        wrote = [len(e['conversation'])/4 for e in self.prompts.examples if len(e['conversation']) > 20] or [300]
+        wrote = [len(e['conversation'])/4 for e in self.prompts.examples
+                 if len(e['conversation']) > 20] or [300]
         n = tokens = bound = 0
         for t in jobs:
             if self.key(*t) in self.answers: continue
             messages = self.messages(*t)
-            n += 1; tokens += sum(len(m['content'])//4 + 4 for m in messages); bound += token_bound(messages)
+            n += 1
+            tokens += sum(len(m['content'])//4 + 4 for m in messages)
+            bound += token_bound(messages)
         answers = round(n*min(self.most, sum(wrote)/len(wrote)))
-        return dict(questions=n, prompt_tokens=tokens, completion_tokens=answers, cost=round(price((tokens, answers), self.prices), 4),
+        return dict(questions=n, prompt_tokens=tokens, completion_tokens=answers,
+                    cost=round(price((tokens, answers), self.prices), 4),
                     at_most=round(price((bound, n*self.most), self.prices), 4))
     def ask(self,
         jobs:dict, # key → (caption, mentions), also of answers that are there
@@ -146,7 +168,8 @@ class EndpointGenerator(TextGenerator):
         "Ask for the answers that are missing, in a thread of its own, since a notebook has a running event loop already."
         jobs = {k: t for k, t in jobs.items() if k not in self.answers}
         about, before = self.estimate(jobs.values()), self.answers.ledger()
-        self.say('About to ask {questions} questions: about {prompt_tokens} tokens in and {completion_tokens} out, cost about {cost}, at most {at_most}.'.format(**about)
+        self.say('About to ask {questions} questions: about {prompt_tokens} tokens in and '
+                 '{completion_tokens} out, cost about {cost}, at most {at_most}.'.format(**about)
                  + f' Spent so far: {before["cost"]:.4f} of {self.cap}.')
         done, box = queue.SimpleQueue(), {}
         async def main():
@@ -168,9 +191,12 @@ class EndpointGenerator(TextGenerator):
         if 'error' in box: raise box['error']
         after = self.answers.ledger()
         new = {k: round(after[k] - before[k], 4) for k in after}
-        self.say('{answered} answers, {failed} failed attempts, {prompt_tokens} tokens in and {completion_tokens} out, cost {cost}.'.format(**new) + f' Spent in all: {after["cost"]:.4f} of {self.cap}.')
+        self.say('{answered} answers, {failed} failed attempts, {prompt_tokens} tokens in and '
+                 '{completion_tokens} out, cost {cost}.'.format(**new)
+                 + f' Spent in all: {after["cost"]:.4f} of {self.cap}.')
         if self.stopped: self.say(self.stopped)
-        if self.fatal: raise EndpointError(f'{self.stopped} Nothing is lost: the same command goes on.')
+        if self.fatal:
+            raise EndpointError(f'{self.stopped} Nothing is lost: the same command goes on.')
     async def ask_all(self,
         jobs:dict,              # key → (caption, mentions)
         done:queue.SimpleQueue, # gets each key that is settled
@@ -179,11 +205,13 @@ class EndpointGenerator(TextGenerator):
         self.stopped, self.fatal, self.silent, self.flying, self.next, self.settled = '', False, 0, 0, 0., asyncio.Condition()
         self.secret, todo = os.environ.get('OPENAI_API_KEY') or '', iter(list(jobs.items()))
         seconds = openai.Timeout(self.timeout[1], connect=self.timeout[0])
-        async with openai.AsyncOpenAI(base_url=self.url, api_key=self.secret or 'none', timeout=seconds, max_retries=0) as self.client:
+        async with openai.AsyncOpenAI(base_url=self.url, api_key=self.secret or 'none',
+                                      timeout=seconds, max_retries=0) as self.client:
             async def worker():
                 for key, t in todo:
                     if not self.stopped: await self.ask_one(key, self.messages(*t))
-                    if key not in self.answers: self.failed.setdefault(key, f'It was not asked. {self.stopped}')
+                    if key not in self.answers:
+                        self.failed.setdefault(key, f'It was not asked. {self.stopped}')
                     done.put(key)
             await asyncio.gather(*(worker() for _ in range(min(self.workers, len(jobs)))))
     async def ask_one(self,
@@ -192,7 +220,8 @@ class EndpointGenerator(TextGenerator):
         "Ask until there is an answer, or a reason why there is none."
         bound = token_bound(messages)
         pause = lambda state: max(state.outcome.exception().after, self.wait(state))
-        tries = tenacity.AsyncRetrying(stop=tenacity.stop_after_attempt(self.tries), wait=pause, reraise=True, retry=tenacity.retry_if_exception_type(_Again))
+        tries = tenacity.AsyncRetrying(stop=tenacity.stop_after_attempt(self.tries), wait=pause,
+                                       reraise=True, retry=tenacity.retry_if_exception_type(_Again))
         try:
             async for attempt in tries:
                 with attempt: await self.attempt(key, messages, bound)
@@ -215,7 +244,9 @@ class EndpointGenerator(TextGenerator):
         worst = price((bound, self.most), self.prices)
         async with self.settled:
             while self.answers.spent + worst > self.cap + 1e-12:
-                if not self.flying: raise _Full(f'The next question may cost {worst:.4f}, and with {self.answers.spent:.4f} spent the cap of {self.cap} would be passed: raise the cap to go on')
+                if not self.flying:
+                    raise _Full(f'The next question may cost {worst:.4f}, and with '
+                                f'{self.answers.spent:.4f} spent the cap of {self.cap} would be passed: raise the cap to go on')
                 await self.settled.wait()
             if self.stopped: raise _Full(self.stopped.rstrip('.'))
             self.answers.add(key, 'asked', worst=worst)
@@ -223,10 +254,13 @@ class EndpointGenerator(TextGenerator):
         try:
             body = await self.fetch(messages)
             try: text, finish, tokens = read_answer(body, self.stream)
-            except ValueError as e: raise _Again(self.clean(f'{self.url} answers with {e}'), billed=True) from None
+            except ValueError as e:
+                raise _Again(self.clean(f'{self.url} answers with {e}'), billed=True) from None
             n = tokens or (None, None)
-            self.answers.add(key, 'answered', cost=price(tokens, self.prices) if tokens else worst, text=self.clean(text), finish=finish,
-                             prompt_tokens=n[0], completion_tokens=n[1], model=self.model, prompt=self.version)
+            self.answers.add(key, 'answered', cost=price(tokens, self.prices) if tokens else worst,
+                             text=self.clean(text), finish=finish,
+                             prompt_tokens=n[0], completion_tokens=n[1], model=self.model,
+                             prompt=self.version)
         except _Failed as e:
             self.answers.add(key, 'failed', cost=worst if e.billed else 0., reason=str(e))
             raise
@@ -245,7 +279,8 @@ class EndpointGenerator(TextGenerator):
         messages:list, # chat messages
     )->bytes:          # what came
         "One request; however it ends, it ends in time and in memory."
-        more = dict(stream=True, stream_options=dict(include_usage=True)) if self.stream else {}   # else no service tells what a stream cost
+        # else no service tells what a stream cost
+        more = dict(stream=True, stream_options=dict(include_usage=True)) if self.stream else {}
         body = bytearray()
         try:
             async with asyncio.timeout(self.deadline):
@@ -253,24 +288,36 @@ class EndpointGenerator(TextGenerator):
                 async with asking as r:
                     async for x in r.iter_bytes():
                         body += x
-                        if len(body) > self.limit: raise _No(f'{self.url} answers without end: {len(body)} bytes and no end', billed=True)
+                        if len(body) > self.limit:
+                            raise _No(f'{self.url} answers without end: {len(body)} bytes and no '
+                                      'end', billed=True)
             return bytes(body)
         except openai.APIStatusError as e: raise self.refused(e) from None
         except openai.APIConnectionError as e:
             why = type(e.__cause__).__name__
             what = 'cannot be reached' if why.startswith('Connect') else f'is silent for {self.timeout[1]} s' if isinstance(e, openai.APITimeoutError) else 'broke off'
-            raise _Again(f'{self.url} {what} ({why})', billed=not why.startswith('Connect')) from None
-        except TimeoutError: raise _No(f'{self.url} took longer than {self.deadline} s', billed=True) from None
-        except tuple(_broken()) as e: raise _Again(f'{self.url} broke off ({type(e).__name__})', billed=True) from None
+            raise _Again(f'{self.url} {what} ({why})',
+                         billed=not why.startswith('Connect')) from None
+        except TimeoutError:
+            raise _No(f'{self.url} took longer than {self.deadline} s', billed=True) from None
+        except tuple(_broken()) as e:
+            raise _Again(f'{self.url} broke off ({type(e).__name__})', billed=True) from None
     def refused(self,
         e:openai.APIStatusError, # an answer with a status of 400 and more
     )->_Failed:
         "What a status means for this question and for the others; none of them is billed."
-        code, words = e.status_code, (e.body.get('message') or e.body.get('detail') or e.body) if isinstance(e.body, dict) else e.body
-        said = self.clean(f'{self.url} answers {code}' + (f' ({" ".join(str(words).split())[:150]})' if words else ''))
-        if code in (401, 403): return _Stop(f'{said}: set the environment variable OPENAI_API_KEY to a key that it accepts')
-        if code == 404: return _Stop(f'{said}: check the address, which usually ends in /v1, and the model {self.model!r}')
-        if 'insufficient_quota' in str(e.body): return _Stop(f'{said}: the account has no credit left')
+        code, words = e.status_code, (e.body.get('message') or e.body.get('detail')
+                                      or e.body) if isinstance(e.body, dict) else e.body
+        said = self.clean(f'{self.url} answers {code}' + (f' ({" ".join(str(words).split())[:150]})'
+                                                          if words else ''))
+        if code in (401, 403):
+            return _Stop(f'{said}: set the environment variable OPENAI_API_KEY to a key that it '
+                         'accepts')
+        if code == 404:
+            return _Stop(f'{said}: check the address, which usually ends in /v1, and the model '
+                         f'{self.model!r}')
+        if 'insufficient_quota' in str(e.body):
+            return _Stop(f'{said}: the account has no credit left')
         if code not in RETRY_STATUSES: return _No(said)
         try: after = Retry().parse_retry_after(e.response.headers['retry-after'])
         except (KeyError, InvalidHeader): after = 0.
@@ -298,6 +345,8 @@ def make_generator(
     "A generator by its name."
     if not model: raise ValueError(f"The generator '{kind}' needs the name of a model.")
     if kind == 'local': return LocalGenerator(model, answers, device, **how)
-    if kind != 'endpoint': raise ValueError(f"There is no generator '{kind}': it is 'template', 'endpoint' or 'local'.")
+    if kind != 'endpoint':
+        raise ValueError(f"There is no generator '{kind}': it is 'template', 'endpoint' or 'local'.")
     known = price_in >= 0 and price_out >= 0
-    return EndpointGenerator(url, model, answers, (price_in, price_out) if known else None, cap, **how)
+    return EndpointGenerator(url, model, answers, (price_in, price_out) if known else None, cap,
+                             **how)

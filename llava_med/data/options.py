@@ -354,7 +354,8 @@ KEY_COLUMNS = ('answer', 'gt_answer', 'answer_label', 'answer_idx', 'answer_inde
                'correct_choice',
                'correct_idx', 'correct_index', 'correct_letter', 'cop', 'label', 'correct', 'gold',
                'gt', 'ground_truth', 'target')
-KEY_COLUMNS += tuple(k.replace('_', ' ') for k in KEY_COLUMNS if '_' in k)   # the first is the main one
+# the first is the main one
+KEY_COLUMNS += tuple(k.replace('_', ' ') for k in KEY_COLUMNS if '_' in k)
 _VAGUE = {'label', 'correct', 'gold', 'gt', 'ground_truth', 'target'}   # often something else
 
 def _row_keys(row):

@@ -27,7 +27,8 @@ class ShardError(ValueError): "Shards that cannot be written or read; the messag
 
 def _features():
     import datasets
-    return datasets.Features(id=datasets.Value('string'), image=datasets.Image(decode=False), records=datasets.List(datasets.Value('string')))
+    return datasets.Features(id=datasets.Value('string'), image=datasets.Image(decode=False),
+                             records=datasets.List(datasets.Value('string')))
 
 def records_by_image(
     records:Iterable, # conversation or figure records
@@ -54,7 +55,8 @@ def _key(batch, folder): # of a shard
     for image, group in batch:
         mark = ''
         if image: mark = _mark(folder/image if folder else str(image).split('::')[0])
-        h.update(json.dumps([image, group, mark], ensure_ascii=False, default=str).encode('utf-8', 'surrogatepass'))
+        h.update(json.dumps([image, group, mark], ensure_ascii=False, default=str).encode('utf-8',
+            'surrogatepass'))
     return h.hexdigest()
 
 def _bytes(image, folder, look): # of a picture, and why there are none
@@ -74,7 +76,8 @@ def _write(path, batch, folder, look): # one shard: pictures, records, missing
             data, why = (None, '') if not image else _bytes(image, folder, look)
             if why: lost += [dict(id=r.get('id'), image=image, reason=why) for r in group]; continue
             text = [json.dumps(r, ensure_ascii=False, default=str) for r in group]
-            writer.write(dict(id=str(group[0].get('id')), image=image and dict(bytes=data, path=str(image)), records=text))
+            writer.write(dict(id=str(group[0].get('id')), image=image
+                              and dict(bytes=data, path=str(image)), records=text))
             n.update(pictures=bool(image), records=len(group))
         writer.finalize(); writer.close()
     return n, lost
@@ -89,7 +92,8 @@ def write_shards(
     "Write records with their images as shards; what is there already is kept."
     if per_shard < 1: raise ShardError('per_shard must be at least 1.')
     out, folder = Path(out), images and Path(images)
-    if folder and not folder.is_dir(): raise ShardError(f'{folder} is no folder: name the one that holds the images.')
+    if folder and not folder.is_dir():
+        raise ShardError(f'{folder} is no folder: name the one that holds the images.')
     look, groups = ImageFolder(folder) if folder else None, records_by_image(records)
     old = read_json(out/INDEX).get('shards', []) if (out/INDEX).exists() else []
     shards = []
@@ -98,20 +102,26 @@ def write_shards(
         if not batch: break
         name, key = f'shard-{i:05d}.arrow', _key(batch, folder)
         was = old[i] if i < len(old) and old[i]['key'] == key else None
-        if was and (out/name).exists() and (out/name).stat().st_size == was['bytes']: shards.append(was); continue
+        if was and (out/name).exists() and (out/name).stat().st_size == was['bytes']:
+            shards.append(was)
+            continue
         n, lost = _write(out/name, batch, folder, look)
-        shards.append(dict(file=name, key=key, pictures=n['pictures'], records=n['records'], bytes=(out/name).stat().st_size,
+        shards.append(dict(file=name, key=key, pictures=n['pictures'], records=n['records'],
+                           bytes=(out/name).stat().st_size,
                            sha256=file_hash(out/name), missing=lost))
         _note(out, shards + old[i + 1:], 'partial')
         if say: say(f'{name}: {n["records"]} records, {shards[-1]["bytes"]/2**20:.1f} MB')
     for p in out.glob('shard-*.arrow'):
         if p.name not in {s['file'] for s in shards}: p.unlink()
     index = _note(out, shards, 'complete')
-    if say: say(missing_words([m for s in shards for m in s['missing']], sum(s['records'] + len(s['missing']) for s in shards)))
+    if say:
+        say(missing_words([m for s in shards for m in s['missing']],
+                          sum(s['records'] + len(s['missing']) for s in shards)))
     return index
 
 def _note(out, shards, state): # write the index
-    index = dict(version=VERSION, state=state, **{k: sum(s[k] for s in shards) for k in ('pictures', 'records', 'bytes')},
+    index = dict(version=VERSION, state=state,
+                 **{k: sum(s[k] for s in shards) for k in ('pictures', 'records', 'bytes')},
                  missing=sum(len(s['missing']) for s in shards), shards=shards)
     write_json(out/INDEX, index)
     return index
@@ -122,13 +132,20 @@ def read_index(
 )->dict:
     "The index of shards that are complete and of their full size."
     folder = Path(folder)
-    if not (folder/INDEX).exists(): raise ShardError(f'{folder} holds no {INDEX}: write the shards with `write_shards`.')
+    if not (folder/INDEX).exists():
+        raise ShardError(f'{folder} holds no {INDEX}: write the shards with `write_shards`.')
     index = read_json(folder/INDEX)
-    if index.get('version') != VERSION: raise ShardError(f'{folder/INDEX} is of version {index.get("version")}, and {VERSION} is read: write the shards again.')
-    if index['state'] != 'complete': raise ShardError(f'The shards in {folder} are not complete: call `write_shards` again, and it goes on.')
+    if index.get('version') != VERSION:
+        raise ShardError(f'{folder/INDEX} is of version {index.get("version")}, and {VERSION} is '
+                         'read: write the shards again.')
+    if index['state'] != 'complete':
+        raise ShardError(f'The shards in {folder} are not complete: call `write_shards` again, and '
+                         'it goes on.')
     for s in index['shards']:
         size = (folder/s['file']).stat().st_size if (folder/s['file']).exists() else 0
-        if size != s['bytes']: raise ShardError(f'{folder/s["file"]} has {size} of {s["bytes"]} bytes: copy it again, or write the shards again.')
+        if size != s['bytes']:
+            raise ShardError(f'{folder/s["file"]} has {size} of {s["bytes"]} bytes: copy it again, '
+                             'or write the shards again.')
     return index
 
 def check_shards(
@@ -136,7 +153,8 @@ def check_shards(
 )->list:             # a sentence for each shard whose bytes differ from the index
     "Compare every byte of the shards with the index."
     folder = Path(folder)
-    return [f'{folder/s["file"]} is damaged: copy it again, or delete it and write the shards again.'
+    return [f'{folder/s["file"]} is damaged: copy it again, or delete it and write the shards '
+            'again.'
             for s in read_index(folder)['shards'] if file_hash(folder/s['file']) != s['sha256']]
 
 def shard_rows(
@@ -164,7 +182,8 @@ def unpack_shards(
     n, images = 0, Path(images)
     for name, data, _ in shard_rows(folder):
         if not name: continue
-        if Path(name).is_absolute() or '..' in Path(name).parts: raise ShardError(f'{folder}: the image name {name!r} leads out of the folder.')
+        if Path(name).is_absolute() or '..' in Path(name).parts:
+            raise ShardError(f'{folder}: the image name {name!r} leads out of the folder.')
         with replacing(images/name) as part: part.write_bytes(data)
         n += 1
     return n
@@ -174,7 +193,9 @@ def _opened(rows): # a batch of rows as records with opened images
     out = dict(record=[], image=[])
     for image, texts in zip(rows['image'], rows['records']):
         try: picture = open_image(image['bytes']) if image else None
-        except ImageError as e: raise ShardError(f'{image["path"]}: {e} Leave its record out and write the shards again.') from None
+        except ImageError as e:
+            raise ShardError(f'{image["path"]}: {e} Leave its record out and write the shards '
+                             'again.') from None
         for text in texts: out['record'].append(json.loads(text)); out['image'].append(picture)
     return out
 
@@ -187,7 +208,8 @@ def stream_shards(
     import datasets
     files = [str(Path(folder)/s['file']) for s in read_index(folder)['shards'] if s['records']]
     if not files: raise ShardError(f'The shards in {folder} hold no record.')
-    rows = datasets.load_dataset('arrow', data_files=files, split='train', streaming=True, features=_features())
+    rows = datasets.load_dataset('arrow', data_files=files, split='train', streaming=True,
+                                 features=_features())
     rows = rows.map(_opened, batched=True, batch_size=1, remove_columns=list(_features()))
     return rows if seed is None else rows.shuffle(seed=seed, buffer_size=buffer)
 
@@ -199,8 +221,10 @@ def article_task(
     "What a worker makes of one article; every article ends in a row."
     start, why = time.monotonic(), []
     records = list(read_articles([path], lambda source, problem: why.append(problem), images_dir))
-    status = 'done' if records else 'no_figure' if any(w.endswith('has no figure.') for w in why) else 'unreadable'
-    row = dict(source=str(path), status=status, figures=len(records), images=sum(r['image'] is not None for r in records),
+    status = 'done' if records else 'no_figure' if any(w.endswith('has no figure.')
+                                                       for w in why) else 'unreadable'
+    row = dict(source=str(path), status=status, figures=len(records),
+               images=sum(r['image'] is not None for r in records),
                mentions=sum(bool(r['mentions']) for r in records), problems=why)
     row |= dict(seconds=round(time.monotonic() - start, 4), worker_mib=round(peak_memory_mib()))
     return ''.join(json.dumps(r, ensure_ascii=False, default=str) + '\n' for r in records), row
@@ -219,15 +243,19 @@ def cluster(
     local = None
     try:
         if scheduler is None:
-            local = distributed.LocalCluster(n_workers=workers or os.cpu_count(), threads_per_worker=1, processes=True, host='127.0.0.1',
-                                             dashboard_address='127.0.0.1:0', silence_logs=logging.CRITICAL)
+            local = distributed.LocalCluster(n_workers=workers or os.cpu_count(),
+                                             threads_per_worker=1, processes=True, host='127.0.0.1',
+                                             dashboard_address='127.0.0.1:0',
+                                             silence_logs=logging.CRITICAL)
         try: client = distributed.Client(local or scheduler, timeout=wait, set_as_default=False)
         except (OSError, ValueError, TypeError, asyncio.TimeoutError) as e:
-            raise ClusterError(f'No scheduler answers at {scheduler} ({str(e).splitlines()[0]}): start one with `dask scheduler`, and give its address.') from None
+            raise ClusterError(f'No scheduler answers at {scheduler} ({str(e).splitlines()[0]}): '
+                               'start one with `dask scheduler`, and give its address.') from None
         with client:
             try: client.wait_for_workers(1, timeout=wait)
             except (asyncio.TimeoutError, TimeoutError):
-                raise ClusterError(f'The scheduler at {scheduler} has no worker: start some with `dask worker {scheduler} --nthreads 1`.') from None
+                raise ClusterError(f'The scheduler at {scheduler} has no worker: start some with '
+                                   f'`dask worker {scheduler} --nthreads 1`.') from None
             yield client
     finally:
         if local: local.close()
@@ -245,12 +273,16 @@ def in_order(
     jobs, waiting, name = iter(jobs), deque(), uuid.uuid4().hex[:8]
     ahead, places = ahead or max(32, 4*sum(client.nthreads().values())), itertools.count()
     def give(n):
-        for job in itertools.islice(jobs, n): waiting.append((job, client.submit(task, job, key=f'{name}-{next(places)}', pure=False)))
+        for job in itertools.islice(jobs, n):
+            waiting.append((job, client.submit(task, job, key=f'{name}-{next(places)}',
+                                               pure=False)))
     give(ahead)
     while waiting:
         job, future = waiting.popleft()
         try: got = _wait(client, future, patience, say)
-        except KilledWorker: got = ClusterError(f'{job}: worker processes died of it again and again, probably for want of memory.')
+        except KilledWorker:
+            got = ClusterError(f'{job}: worker processes died of it again and again, probably for '
+                               'want of memory.')
         future.release()
         give(1)
         yield job, got
@@ -266,10 +298,13 @@ def _wait(client, future, patience, say): # for a result, as long as there are w
             except (OSError, ValueError, asyncio.TimeoutError, TimeoutError): n = 0
             alone = 0 if n else alone + 5
             if alone == 5: say('No worker is left; waiting for one.')
-            if alone >= patience: raise ClusterError(f'No worker came for {clock(patience)}; the same command goes on where it stopped.') from None
+            if alone >= patience:
+                raise ClusterError(f'No worker came for {clock(patience)}; the same command goes '
+                                   'on where it stopped.') from None
         except (CancelledError, asyncio.CancelledError, OSError) as e:
             if future.status == 'error': raise
-            raise ClusterError(f'The scheduler is gone ({type(e).__name__}); the same command goes on where it stopped.') from None
+            raise ClusterError(f'The scheduler is gone ({type(e).__name__}); the same command goes '
+                               'on where it stopped.') from None
 
 # %% ../../nbs/03_data/12_shards.ipynb #33d3b0eb
 def _plan(sources): # (path, '') of every article, and (source, why) of what holds none
@@ -277,7 +312,8 @@ def _plan(sources): # (path, '') of every article, and (source, why) of what hol
         try: yield from ((str(p), '') for p in find_articles([s]))
         except ArticleError as e: yield str(s), str(e)
 
-def _kept(part, manifest, plan, head): # bytes of both files that still agree with the plan, and how many articles that are
+# bytes of both files that still agree with the plan, and how many articles that are
+def _kept(part, manifest, plan, head):
     if not (part.exists() and manifest.exists()): return 0, 0, 0
     size, end, at, n = part.stat().st_size, 0, 0, 0
     with open(manifest, 'rb') as f:
@@ -287,7 +323,8 @@ def _kept(part, manifest, plan, head): # bytes of both files that still agree wi
         for line, (path, _) in zip(f, plan):
             try: row = json.loads(line)
             except ValueError: break
-            if not line.endswith(b'\n') or row['source'] != path or row['mark'] != _mark(path) or row['end'] > size: break
+            if not line.endswith(b'\n') or row['source'] != path or row['mark'] != _mark(path) or row['end'] > size:
+                break
             end, at, n = row['end'], at + len(line), n + 1
     return end, at, n
 
@@ -296,7 +333,9 @@ def _alone(out): # one process writes a file
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(out.with_name(f'.{out.name}.lock'))
     try: lock.acquire(timeout=0)
-    except filelock.Timeout: raise ClusterError(f'{out} is being written by another process: wait until it ends, or choose another name.') from None
+    except filelock.Timeout:
+        raise ClusterError(f'{out} is being written by another process: wait until it ends, or '
+                           'choose another name.') from None
     try: yield
     finally:
         with contextlib.suppress(OSError): os.unlink(lock.lock_file)
@@ -314,7 +353,8 @@ def figures_on_cluster(
     out, start = Path(out), time.monotonic()
     plan = list(_plan([Path(s).resolve() for s in sources]))
     part, manifest = out.with_name(f'.{out.name}.part'), out.with_name(f'.{out.name}.manifest.part')
-    head = (json.dumps(dict(images_dir=images_dir and str(Path(images_dir).resolve()))) + '\n').encode()
+    head = (json.dumps(dict(images_dir=images_dir and str(Path(images_dir).resolve())))
+            + '\n').encode()
     with writing(out), _alone(out):
         end, at, done = _kept(part, manifest, plan, head)
         if done: say(f'{done} of {len(plan)} articles are there already.')
@@ -324,14 +364,18 @@ def figures_on_cluster(
             todo = plan[done:]
             if todo:
                 with cluster(scheduler, workers) as client:
-                    for lines, row in _results(client, todo, images_dir and str(Path(images_dir).resolve()), say):
+                    for lines, row in _results(client, todo,
+                                               images_dir and str(Path(images_dir).resolve()), say):
                         data = lines.encode('utf-8', 'surrogatepass')
                         f.write(data); f.flush(); end += len(data)
-                        m.write((json.dumps(row | dict(mark=_mark(row['source']), end=end), ensure_ascii=False) + '\n').encode()); m.flush()
+                        m.write((json.dumps(row | dict(mark=_mark(row['source']), end=end),
+                                            ensure_ascii=False) + '\n').encode())
+                        m.flush()
         return _finish(out, part, manifest, time.monotonic() - start, say)
 
 def _results(client, plan, images_dir, say): # lines and row of every article, in order
-    lost = lambda source, why: ('', dict(source=source, status='unreadable', figures=0, images=0, mentions=0, problems=[why], seconds=0, worker_mib=0))
+    lost = lambda source, why: ('', dict(source=source, status='unreadable', figures=0, images=0,
+                                         mentions=0, problems=[why], seconds=0, worker_mib=0))
     found = in_order(client, _Task(images_dir), (s for s, why in plan if not why), say=say)
     for source, why in plan:
         if why: yield lost(source, why); continue
@@ -347,7 +391,8 @@ def _finish(out, part, manifest, took, say): # put both files in their places an
     with open(manifest, encoding='utf-8') as f:
         next(f)
         for row in map(json.loads, f):
-            n.update({row['status']: 1, 'figures': row['figures'], 'images': row['images'], 'mentions': row['mentions'], 'articles': 1})
+            n.update({row['status']: 1, 'figures': row['figures'], 'images': row['images'],
+                      'mentions': row['mentions'], 'articles': 1})
             worst = max(worst, row['worker_mib'])
             problems += [dict(source=row['source'], problem=p) for p in row['problems']]
     for p in problems[:20]: say(p['problem'])
@@ -358,8 +403,10 @@ def _finish(out, part, manifest, took, say): # put both files in their places an
     if n['figures']: os.replace(part, out)
     else: part.unlink()
     end = f' -> {out}' if n['figures'] else '; no record was written.'
-    say(f'{n["done"]} articles, {n["figures"]} figures, {n["images"]} with image, {n["mentions"]} with mentions, {len(problems)} problems{end}')
-    say(f'{n["articles"]} articles in {clock(took)}; {n["no_figure"]} without figure, {n["unreadable"]} unreadable; '
+    say(f'{n["done"]} articles, {n["figures"]} figures, {n["images"]} with image, {n["mentions"]} '
+        f'with mentions, {len(problems)} problems{end}')
+    say(f'{n["articles"]} articles in {clock(took)}; {n["no_figure"]} without figure, '
+        f'{n["unreadable"]} unreadable; '
         f'a worker took {worst} MB at most. {out.name}.manifest.jsonl says what became of each.')
     return 0 if n['figures'] else 1
 
@@ -368,8 +415,13 @@ def figures_command(
     args, # sources, out, scheduler, workers
 )->int:   # exit code
     "The command `llava-med figures`."
-    if args.workers is not None and args.workers < 1: raise ValueError('--workers must be at least 1.')
-    if args.workers and args.scheduler: raise ValueError('--workers is for processes on this machine: leave it away when a --scheduler has its own.')
+    if args.workers is not None and args.workers < 1:
+        raise ValueError('--workers must be at least 1.')
+    if args.workers and args.scheduler:
+        raise ValueError('--workers is for processes on this machine: leave it away when a '
+                         '--scheduler has its own.')
     if not (args.scheduler or args.workers): return figures(args.sources, args.out)
-    try: return figures_on_cluster(args.sources, args.out, args.scheduler, args.workers, say=lambda s: print(s, flush=True))
+    try:
+        return figures_on_cluster(args.sources, args.out, args.scheduler, args.workers,
+                                  say=lambda s: print(s, flush=True))
     except ClusterError as e: raise ValueError(str(e)) from None

@@ -24,7 +24,8 @@ from .options import LETTERS, Choice, clean, read_choices, same_option
 ITEM_KEYS = ('id', 'images', 'question', 'answer', 'answer_type', 'options', 'tags', 'split',
              'regions', 'twin_of', 'source')
 
-ANSWER_TYPES = {'OPEN': 'OPEN', 'CLOSED': 'CLOSED', 'YES/NO': 'CLOSED', 'OTHER': 'OPEN', 'NUMBER': 'OPEN'}
+ANSWER_TYPES = {'OPEN': 'OPEN', 'CLOSED': 'CLOSED', 'YES/NO': 'CLOSED', 'OTHER': 'OPEN',
+                'NUMBER': 'OPEN'}
 
 def make_item(
     id:str, images:list, question, answer, # what is asked about which images, and the right answer
@@ -39,7 +40,8 @@ def make_item(
 )->dict:             # VQA item
     "One VQA item."
     kind = clean(answer_type).upper()
-    if kind in ANSWER_TYPES and kind != ANSWER_TYPES[kind]: extra['official_type'] = clean(answer_type)
+    if kind in ANSWER_TYPES and kind != ANSWER_TYPES[kind]:
+        extra['official_type'] = clean(answer_type)
     return dict(id=id, images=list(images), question=clean(question), answer=clean(answer),
                 answer_type=ANSWER_TYPES.get(kind, kind), options=list(options),
                 tags=dict(modality=modality, organ=organ, question_type=question_type),
@@ -87,7 +89,8 @@ def check_rows(
     for i, r in enumerate(rows):
         lack = [k for k in keys if not isinstance(r, dict) or k not in r]
         if lack:
-            raise ValueError(f'{path}: row {i} lacks {", ".join(map(repr, lack))}; is this the right file?')
+            raise ValueError(f'{path}: row {i} lacks {", ".join(map(repr, lack))}; is this the '
+                             'right file?')
     return rows
 
 _SPLITS = dict(train='train', trainset='train', training='train', val='val', valid='val',
@@ -112,8 +115,10 @@ def _rad_item(r, n, split, path):
     kind = re.split(r'[,\s]+', clean(r.get('question_type')).lower())[0]
     organ = clean(r.get('image_organ')).lower()
     try: qid = int(r['qid'])
-    except (TypeError, ValueError): raise ValueError(f'{path}: row {n} has the qid {r["qid"]!r}, which is no number.') from None
-    extra = {k: _known(r[name]) for k, name in dict(link='qid_linked_id', rephrase='question_rephrase',
+    except (TypeError, ValueError):
+        raise ValueError(f'{path}: row {n} has the qid {r["qid"]!r}, which is no number.') from None
+    extra = {k: _known(r[name]) for k, name in dict(link='qid_linked_id',
+                                                    rephrase='question_rephrase',
              frame='question_frame', relation='question_relation').items() if name in r}
     if r.get('image_case_url'): extra['case'] = clean(r['image_case_url']).rpartition('id=')[2]
     return make_item(f'vqa_rad-{split}-{n}', [clean(r['image_name'])], r['question'], r['answer'],
@@ -128,15 +133,18 @@ def read_vqa_rad(
 )->list:                  # VQA items, in the file's order
     "Read VQA-RAD in its public form or as the usual two files."
     rows = check_rows(path, read_json(path), _RAD_KEYS)
-    parts = [split_of(path) or ('test' if str(r.get('phrase_type', '')).startswith('test') else 'train') for r in rows]
-    return [_rad_item(r, n, s, path) for n, (r, s) in enumerate(zip(rows, parts)) if split in (None, s)]
+    parts = [split_of(path) or ('test' if str(r.get('phrase_type', '')).startswith('test')
+                                else 'train') for r in rows]
+    return [_rad_item(r, n, s, path) for n, (r, s) in enumerate(zip(rows, parts))
+            if split in (None, s)]
 
 # %% ../../nbs/03_data/15_vqa.ipynb #07583d91
 @contextlib.contextmanager
 def _opened(path):
     "An image; one sentence where it is none."
     try: img = Image.open(path)
-    except OSError: raise ValueError(f'{path}: not an image that can be read; fetch it again.') from None
+    except OSError:
+        raise ValueError(f'{path}: not an image that can be read; fetch it again.') from None
     with img: yield img
 
 def slake_boxes(
@@ -172,14 +180,16 @@ def slake_masks(
     key, name = Path(folder)/'mask.txt', str(Path(image).parent/'mask.png')
     labels = _labels(Path(folder)/'imgs'/name)
     if labels is None or not key.is_file(): return []
-    table = dict(line.split(':', 1) for line in key.read_text(encoding='utf-8-sig').splitlines() if ':' in line)
+    table = dict(line.split(':', 1) for line in key.read_text(encoding='utf-8-sig').splitlines()
+                 if ':' in line)
     (h, w), out = labels.shape, []
     there = np.bincount(labels.ravel(), minlength=256)
     for value, organ in sorted((int(v), o.strip().lower()) for v, o in table.items()):
         if not 0 <= value < 256 or not there[value]: continue
         ys, xs = np.nonzero(labels == value)
         box = (xs.min()/w, ys.min()/h, (xs.max() - xs.min() + 1)/w, (ys.max() - ys.min() + 1)/h)
-        out.append(dict(name=organ, box=[round(float(v), 5) for v in box], mask=name, value=value, area=round(len(xs)/(w*h), 5)))
+        out.append(dict(name=organ, box=[round(float(v), 5) for v in box], mask=name, value=value,
+                        area=round(len(xs)/(w*h), 5)))
     return out
 
 def slake_regions(
@@ -189,7 +199,8 @@ def slake_regions(
     "Everything marked in one SLAKE image: its boxes, and what only its mask shows."
     boxes, masks = slake_boxes(folder, image), {m['name']: m for m in slake_masks(folder, image)}
     have = {b['name'] for b in boxes}
-    return [{**masks.get(b['name'], {}), **b} for b in boxes] + [m for k, m in masks.items() if k not in have]
+    return [{**masks.get(b['name'], {}), **b} for b in boxes] + [m for k, m in masks.items()
+        if k not in have]
 
 def region_mask(
     folder:str|Path, # the folder that images are named relative to, such as slake/imgs
@@ -262,7 +273,8 @@ def slake_file(
     paths = [Path(folder)/f'{n}.json' for n in _SLAKE_FILES[split]]
     found = next((p for p in paths if p.is_file()), None)
     if found is None:
-        raise FileNotFoundError(f'{paths[0]}: no such file; SLAKE has train, validate and test.json.')
+        raise FileNotFoundError(f'{paths[0]}: no such file; SLAKE has train, validate and '
+                                'test.json.')
     return found
 
 def read_slake(
@@ -276,7 +288,8 @@ def read_slake(
     def boxes(name):
         if name not in known: known[name] = slake_regions(path.parent, name)
         return known[name]
-    rows = check_rows(path, read_json(path), ('qid', 'img_name', 'question', 'answer', 'answer_type'))
+    rows = check_rows(path, read_json(path), ('qid', 'img_name', 'question', 'answer',
+                                              'answer_type'))
     return [_slake_item(r, split, boxes) for r in rows if lang in (None, r.get('q_lang', 'en'))]
 
 # %% ../../nbs/03_data/15_vqa.ipynb #8a2000a6
@@ -310,26 +323,38 @@ def slake_lacks(
     named = {clean(r['img_name']) for part in rows.values() for r in part if 'img_name' in r}
     names = sorted(n for n in named if n)
     lost = [n for n in names if not (folder/'imgs'/n).is_file()]
-    bare = [n for n in names if n not in lost and not (folder/'imgs'/n).with_name('detection.json').is_file()]
+    bare = [n for n in names if n not in lost
+            and not (folder/'imgs'/n).with_name('detection.json').is_file()]
     for which, what in ((lost, 'images'), (bare, "images' detection.json")):
         if which: out.append(f'{len(which)} of {len(names)} {what} (the first: {which[0]})')
     return out
 
 # %% ../../nbs/03_data/15_vqa.ipynb #2f31ce71
 EDITIONS = { # set, edition, split: questions, images, open, closed; None where it is not known
-    ('vqa_rad', 'two files', 'train'): (3064, 314, 1241, 1823), ('vqa_rad', 'two files', 'test'): (451, 203, 179, 272),
-    ('vqa_rad', 'public file', 'train'): (1797, 313, 770, 1027), ('vqa_rad', 'public file', 'test'): (451, 203, 179, 272),
-    ('vqa_rad', 'parquet', 'train'): (1793, None, None, None), ('vqa_rad', 'parquet', 'test'): (451, None, None, None),
+    ('vqa_rad', 'two files', 'train'): (3064, 314, 1241, 1823),
+    ('vqa_rad', 'two files', 'test'): (451, 203, 179, 272),
+    ('vqa_rad', 'public file', 'train'): (1797, 313, 770, 1027),
+    ('vqa_rad', 'public file', 'test'): (451, 203, 179, 272),
+    ('vqa_rad', 'parquet', 'train'): (1793, None, None, None),
+    ('vqa_rad', 'parquet', 'test'): (451, None, None, None),
     ('slake', 'en', 'train'): (4919, 450, 2976, 1943), ('slake', 'en', 'val'): (1053, 96, 631, 422),
-    ('slake', 'en', 'test'): (1061, 96, 645, 416), ('slake', 'zh', 'train'): (4916, 450, 2978, 1938),
+    ('slake', 'en', 'test'): (1061, 96, 645, 416), ('slake', 'zh', 'train'): (4916, 450, 2978,
+        1938),
     ('slake', 'zh', 'val'): (1046, 96, 624, 422), ('slake', 'zh', 'test'): (1033, 96, 613, 420),
-    ('slake', 'en+zh', 'train'): (9835, 586, 5954, 3881), ('slake', 'en+zh', 'val'): (2099, 174, 1255, 844),
-    ('slake', 'en+zh', 'test'): (2094, 180, 1258, 836), ('slake', 'parquet', 'train'): (4919, None, None, None),
-    ('slake', 'parquet', 'val'): (1053, None, None, None), ('slake', 'parquet', 'test'): (1061, None, None, None),
-    ('pathvqa', 'original', 'train'): (19755, 2599, 9949, 9806), ('pathvqa', 'original', 'val'): (6279, 832, 3144, 3135),
-    ('pathvqa', 'original', 'test'): (6761, 858, 3370, 3391), ('pathvqa', 'parquet', 'train'): (19654, None, None, None),
-    ('pathvqa', 'parquet', 'val'): (6259, None, None, None), ('pathvqa', 'parquet', 'test'): (6719, None, None, None),
-    ('pmc_vqa', 'version 2', 'train'): (152603, None, 0, 152603), ('pmc_vqa', 'clean', 'test'): (2000, None, 0, 2000)}
+    ('slake', 'en+zh', 'train'): (9835, 586, 5954, 3881),
+    ('slake', 'en+zh', 'val'): (2099, 174, 1255, 844),
+    ('slake', 'en+zh', 'test'): (2094, 180, 1258, 836),
+    ('slake', 'parquet', 'train'): (4919, None, None, None),
+    ('slake', 'parquet', 'val'): (1053, None, None, None),
+    ('slake', 'parquet', 'test'): (1061, None, None, None),
+    ('pathvqa', 'original', 'train'): (19755, 2599, 9949, 9806),
+    ('pathvqa', 'original', 'val'): (6279, 832, 3144, 3135),
+    ('pathvqa', 'original', 'test'): (6761, 858, 3370, 3391),
+    ('pathvqa', 'parquet', 'train'): (19654, None, None, None),
+    ('pathvqa', 'parquet', 'val'): (6259, None, None, None),
+    ('pathvqa', 'parquet', 'test'): (6719, None, None, None),
+    ('pmc_vqa', 'version 2', 'train'): (152603, None, 0, 152603),
+    ('pmc_vqa', 'clean', 'test'): (2000, None, 0, 2000)}
 
 def item_counts(
     items:list, # VQA items
@@ -346,10 +371,14 @@ def check_counts(
     groups, out = {}, []
     for o in items: groups.setdefault((o.get('source'), o.get('split')), []).append(o)
     for (source, split), group in groups.items():
-        known = {e: v for (s, e, p), v in EDITIONS.items() if (s, p) == (source, split) and edition in (None, e)}
+        known = {e: v for (s, e, p), v in EDITIONS.items() if (s, p) == (source, split)
+                 and edition in (None, e)}
         got = item_counts(group)
-        if known and not any(all(w in (None, g) for g, w in zip(got, want)) for want in known.values()):
-            say = lambda c: ', '.join(f'{n:,} {k}' for n, k in zip(c, ('questions', 'images', 'open', 'closed')) if n is not None)
+        if known and not any(all(w in (None, g) for g, w in zip(got, want))
+                             for want in known.values()):
+            say = lambda c: ', '.join(f'{n:,} {k}' for n,
+                                      k in zip(c, ('questions', 'images', 'open', 'closed'))
+                                      if n is not None)
             out.append(f'{source} {split} has {say(got)}; published: '
                        + ' or '.join(f'{say(v)} ({e})' for e, v in known.items()) + '.')
     return out
@@ -359,16 +388,19 @@ def _item_faults(o, ids): # what is wrong with one item
     lack = [k for k in ITEM_KEYS if k not in o]
     if lack: return [f'lacks {", ".join(lack)}']
     out = [f'has an empty {k}' for k in ('question', 'answer', 'images') if not o[k]]
-    if o['answer_type'] not in ('OPEN', 'CLOSED'): out.insert(0, f'has answer type {o["answer_type"]!r}')
+    if o['answer_type'] not in ('OPEN', 'CLOSED'):
+        out.insert(0, f'has answer type {o["answer_type"]!r}')
     known = [same_option(v) for v in o['options'] or ()]
     if known and o['answer'] and same_option(o['answer']) not in known:
         out.append(f'has the answer {o["answer"]!r}, which is none of its options')
     elif known and o.get('label') and o['label'] != LETTERS[known.index(same_option(o['answer']))]:
         out.append(f'has the label {o["label"]!r}, which is not the letter of its answer '
                    f'{o["answer"]!r}')
-    if o['twin_of'] is not None and o['twin_of'] not in ids: out.append(f'names the twin {o["twin_of"]!r}, which is not there')
+    if o['twin_of'] is not None and o['twin_of'] not in ids:
+        out.append(f'names the twin {o["twin_of"]!r}, which is not there')
     boxes = [r['box'] for r in o['regions'] if isinstance(r, dict)]
-    if any(len(b) != 4 or not all(-.01 <= v <= 1.01 for v in b) for b in boxes): out.append('has a box outside its image')
+    if any(len(b) != 4 or not all(-.01 <= v <= 1.01 for v in b) for b in boxes):
+        out.append('has a box outside its image')
     return out
 
 def check_items(
@@ -381,7 +413,8 @@ def check_items(
     out = [f'Item {i!r} occurs {n} times; ids must be unique.' for i, n in ids.items() if n > 1]
     out += [f'Item {o.get("id")!r} {fault}.' for o in items for fault in _item_faults(o, ids)]
     names = {n for o in items for n in o.get('images', [])} if images_dir else ()
-    out += [f'Image {n} is not in {images_dir}.' for n in sorted(names) if not (Path(images_dir)/n).is_file()]
+    out += [f'Image {n} is not in {images_dir}.' for n in sorted(names)
+            if not (Path(images_dir)/n).is_file()]
     return out + (check_counts(items) if published else [])
 
 # %% ../../nbs/03_data/15_vqa.ipynb #725acaf7
@@ -410,7 +443,8 @@ def question_record(
     images = item['images']
     if not images:
         raise ValueError(f"Item '{item['id']}' has no image; a training record needs one.")
-    if not item['answer']: raise ValueError(f"Item '{item['id']}' has an empty answer; leave it out of training.")
+    if not item['answer']:
+        raise ValueError(f"Item '{item['id']}' has an empty answer; leave it out of training.")
     asked = '<image>\n'*len(images) + item_question(item)
     said = [{'from': 'human', 'value': asked}, {'from': 'gpt', 'value': item['answer']}]
     source = {k: item[k] for k in ('source',) if item.get(k)}

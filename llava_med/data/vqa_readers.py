@@ -37,19 +37,24 @@ def plain_pickle(
 ):                 # what it holds: lists, dictionaries, strings, numbers
     "Read a pickle without executing anything; one that holds more than plain values is refused."
     path = Path(path)
-    if path.stat().st_size > MAX_FILE: raise ValueError(f'{path}: {path.stat().st_size} bytes, at most {MAX_FILE} are read.')
+    if path.stat().st_size > MAX_FILE:
+        raise ValueError(f'{path}: {path.stat().st_size} bytes, at most {MAX_FILE} are read.')
     data = path.read_bytes()
     try:
         for op, arg, pos in pickletools.genops(data):
             if op.name not in _PLAIN:
-                raise ValueError(f'{path}: refused; at byte {pos} this pickle wants to build or call something ({op.name}), '
+                raise ValueError(f'{path}: refused; at byte {pos} this pickle wants to build or '
+                                 f'call something ({op.name}), '
                                  'and a list of questions has no need to.')
-            if op.name.endswith('PUT') and int(arg) > len(data): raise ValueError(f'{path}: refused; at byte {pos} it reserves room for {arg} values.')
+            if op.name.endswith('PUT') and int(arg) > len(data):
+                raise ValueError(f'{path}: refused; at byte {pos} it reserves room for {arg} '
+                                 'values.')
         return _PlainUnpickler(io.BytesIO(data), encoding='utf-8', errors='replace').load()
     except ValueError as e:
         if str(e).startswith(f'{path}:'): raise
         raise ValueError(f'{path}: not a pickle that can be read ({e}).') from None
-    except Exception as e: raise ValueError(f'{path}: not a pickle that can be read ({type(e).__name__}: {e}).') from None
+    except Exception as e:
+        raise ValueError(f'{path}: not a pickle that can be read ({type(e).__name__}: {e}).') from None
 
 # %% ../../nbs/03_data/16_vqa_readers.ipynb #162bd917
 def _derived(answer): # the answer type where a file has none, and the note that says so
@@ -61,14 +66,19 @@ def _pathvqa_rows(path, rows): # (image id, question, answer, other facts) in an
         try:
             if 'sentf' in r:
                 questions, labels = r['sentf']['pvqa'], r['labelf']['pvqa']
-                if len(questions) != len(labels): raise ValueError(f'{path}: row {i} has {len(questions)} questions and {len(labels)} answers.')
-                for q, a in zip(questions, labels): yield r['img_id'], q, max(a, key=a.get) if a else '', {}
+                if len(questions) != len(labels):
+                    raise ValueError(f'{path}: row {i} has {len(questions)} questions and '
+                                     f'{len(labels)} answers.')
+                for q, a in zip(questions, labels):
+                    yield r['img_id'], q, max(a, key=a.get) if a else '', {}
             elif 'sent' in r:
                 extra = {k: r[k] for k in ('question_id', 'answer_type', 'question_type') if k in r}
-                yield r['img_id'], r['sent'], max(r['label'], key=r['label'].get) if r.get('label') else '', extra
+                yield r['img_id'], r['sent'], max(r['label'],
+                                                  key=r['label'].get) if r.get('label') else '', extra
             else: yield r['image'], r['question'], r['answer'], {}
         except (KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f'{path}: row {i} is not in one of the three forms of PathVQA ({type(e).__name__} {e}).') from None
+            raise ValueError(f'{path}: row {i} is not in one of the three forms of PathVQA '
+                             f'({type(e).__name__} {e}).') from None
 
 def read_pathvqa(
     path:str|Path,       # *_vqa.pkl, *_qa.pkl, or lxmert_pvqa_*.json
@@ -79,8 +89,10 @@ def read_pathvqa(
     for image, q, a, extra in _pathvqa_rows(path, rows):
         part = split_of(image) or split_of(path) or 'all'
         n, seen[image] = seen[image], seen[image] + 1
-        out.append(make_item(f'pathvqa-{image}-{n}', [f'{part}/{image}.jpg'], q, a, split=part, source='pathvqa',
-                             modality='histology', **{**({} if 'answer_type' in extra else _derived(a)), **extra}))
+        out.append(make_item(f'pathvqa-{image}-{n}', [f'{part}/{image}.jpg'], q, a, split=part,
+                             source='pathvqa',
+                             modality='histology',
+                             **{**({} if 'answer_type' in extra else _derived(a)), **extra}))
     return [o for o in out if split in (None, o['split'])]
 
 def _load(path): # what a file of JSON, JSON Lines or pickle holds
@@ -94,7 +106,8 @@ def _load(path): # what a file of JSON, JSON Lines or pickle holds
     return [rows] if isinstance(rows, dict) else rows
 
 # %% ../../nbs/03_data/16_vqa_readers.ipynb #0e43d695
-def _table(f): # a table of an open text file whose columns are parted by commas, semicolons or tabs; names in lower case
+# a table of an open text file whose columns are parted by commas, semicolons or tabs; names in lower case
+def _table(f):
     sep = max(',;\t', key=f.readline().count)
     f.seek(0)
     table = csv.DictReader(f, delimiter=sep)
@@ -109,7 +122,8 @@ def _csv_rows(path): # rows of a table
             twice = next((k for k, n in Counter(filter(None, table.fieldnames)).items()
                           if n > 1), None)
             rows = list(table)
-    except (csv.Error, UnicodeDecodeError) as e: raise ValueError(f'{path}: not a table that can be read ({e}); save it as CSV in UTF-8.') from None
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise ValueError(f'{path}: not a table that can be read ({e}); save it as CSV in UTF-8.') from None
     finally: csv.field_size_limit(csv_limit)
     if twice:
         raise ValueError(f'{path}: has two columns {twice!r}; keep the one that counts, or give '
@@ -134,8 +148,10 @@ def read_pmc_vqa(
     "Read a table of PMC-VQA, of either version; OptionError for options that contradict the key."
     rows = _csv_rows(path)
     for n, r in enumerate(rows):
-        if any(not isinstance(r.get(k), str) for k in ('figure_path', 'question', 'answer', 'choice a', 'choice b')):
-            raise ValueError(f'{path}: row {n} lacks Figure_path, Question, Answer or its choices; is the file cut off?')
+        if any(not isinstance(r.get(k), str) for k in ('figure_path', 'question', 'answer',
+                                                       'choice a', 'choice b')):
+            raise ValueError(f'{path}: row {n} lacks Figure_path, Question, Answer or its choices; '
+                             'is the file cut off?')
     found = read_choices(path, rows, left_out)
     lost = next((n for n in range(len(rows)) if n not in found), None)
     if lost is not None:
@@ -147,9 +163,11 @@ def read_pmc_vqa(
 def _llava_items(r, n, split, path):
     turns = r.get('conversations', r.get('conversatons'))
     if 'answer_type' not in r:
-        raise ValueError(f'{path}: row {n} has a conversation but no answer_type: this is instruction data, not a VQA set.')
+        raise ValueError(f'{path}: row {n} has a conversation but no answer_type: this is '
+                         'instruction data, not a VQA set.')
     said = [t.get('value') for t in turns or [] if isinstance(t, dict)]
-    if not said or len(said) % 2 or [t.get('from') for t in turns] != ['human', 'gpt'] * (len(said)//2):
+    if not said or len(said) % 2 or [t.get('from') for t in turns] != ['human',
+        'gpt'] * (len(said)//2):
         raise ValueError(f'{path}: row {n} is not a conversation of human and gpt in turn.')
     images = r.get('image') or []
     for k, (asked, answer) in enumerate(zip(said[::2], said[1::2])):
@@ -183,7 +201,8 @@ def read_llava_vqa(
 # %% ../../nbs/03_data/16_vqa_readers.ipynb #e49c12a3
 IMAGE_COLUMNS = ('image', 'images', 'image_path', 'image_paths', 'img', 'img_path', 'picture',
                  'figure_path', 'file_name',
-                 'image path', 'image_file', 'image_bytes', 'decoded_image', 'jpg', 'png')   # in lower case
+                 'image path', 'image_file', 'image_bytes', 'decoded_image', 'jpg',
+                 'png')   # in lower case
 _ENDINGS = dict(JPEG='.jpg', PNG='.png', TIFF='.tif', GIF='.gif', WEBP='.webp', BMP='.bmp')
 _MAGIC = (b'\x89PNG', b'\xff\xd8\xff', b'GIF8', b'RIFF', b'BM', b'II*\x00', b'MM\x00*')
 
@@ -311,7 +330,8 @@ def _choices(path, rows, counts, left_out):
 
 # %% ../../nbs/03_data/16_vqa_readers.ipynb #abdec02b
 def read_table(
-    path:str|Path,       # CSV or TSV file with image, question and key; options and tags may stand beside
+    path:str|Path,
+    # CSV or TSV file with image, question and key; options and tags may stand beside
     split:str|None=None, # keep only 'train', 'val' or 'test'
     images_dir:str|Path|None=None, # where pictures that stand in the table as text are written
     left_out:list|None=None, # gets a sentence for each contradictory row; None refuses it
@@ -319,7 +339,9 @@ def read_table(
     "Read a table of one's own, or of VLMEvalKit."
     rows = _csv_rows(path)
     for n, r in enumerate(rows):
-        if None in r: raise ValueError(f'{path}: row {n} has more cells than the first line has names; put a text that holds a comma in quotes.')
+        if None in r:
+            raise ValueError(f'{path}: row {n} has more cells than the first line has names; put a '
+                             'text that holds a comma in quotes.')
     columns, by_index = _image_columns(rows[0]), {clean(r.get('index')): r for r in rows}
     for r in rows:   # VLMEvalKit writes a picture once, and the index of that row in the others
         cell = clean(r.get('image'))
@@ -385,14 +407,16 @@ def _table_rows(path, columns, size): # rows of a parquet file, a few at a time;
             for batch in f.iter_batches(batch_size=size, columns=columns):
                 for r in batch.to_pylist(): yield {clean(k).lower(): v for k, v in r.items()}
     except (pa.ArrowException, OSError) as e:
-        raise ValueError(f'{path}: not a parquet file that can be read ({str(e).splitlines()[0][:120]}); fetch it again.') from None
+        raise ValueError(f'{path}: not a parquet file that can be read '
+                         f'({str(e).splitlines()[0][:120]}); fetch it again.') from None
 
 def _parquet_columns(path):
     # names of the columns in lower case → as they are, and those that hold images
     import pyarrow as pa, pyarrow.parquet as pq
     try: schema = pq.read_schema(path)
     except (pa.ArrowException, OSError) as e:
-        raise ValueError(f'{path}: not a parquet file that can be read ({str(e).splitlines()[0][:120]}); fetch it again.') from None
+        raise ValueError(f'{path}: not a parquet file that can be read '
+                         f'({str(e).splitlines()[0][:120]}); fetch it again.') from None
     names = {clean(k).lower(): k for k in schema.names}
     images = _image_columns(names)
     if not images:
@@ -421,7 +445,8 @@ def _row_pictures(r, columns): # the first column that has pictures, or all that
 def read_parquet(
     path:str|Path,       # a .parquet file with the columns image, question, answer
     split:str|None=None, # keep only 'train', 'val' or 'test'
-    images_dir:str|Path|None=None, # where pictures are written, each once; None leaves them in the file
+    images_dir:str|Path|None=None,
+    # where pictures are written, each once; None leaves them in the file
     source:str|None=None, # the set's name; None takes it from the path
     left_out:list|None=None, # gets a sentence for each contradictory row; None refuses it
 )->list:                 # VQA items; images are named by their content
@@ -429,7 +454,8 @@ def read_parquet(
     path = Path(path)
     rows, stored, columns = _parquet_text(path)
     parts = path.absolute().parts[::-1]  # the nearest name counts
-    source = source or next((s for p in parts for s, pattern in _NAMES.items() if re.search(pattern, p.lower())), 'parquet')
+    source = source or next((s for p in parts for s, pattern in _NAMES.items()
+                             if re.search(pattern, p.lower())), 'parquet')
     known = _parquet_split(path)   # a file or a folder may name the split where a column does not
     splits = [_row_split(r, known, None if known != 'all' else f'{path}: row {n}')
               for n, r in enumerate(rows)]
@@ -457,20 +483,26 @@ def official_types(
     for o in items:
         found = known.get(key(o), [])
         if 'type_from' in o and len({f['answer_type'] for f in found}) == 1:
-            tags = {k: v if v is not None else found[0]['tags'][k] for k, v in o['tags'].items()} if len(found) == 1 else o['tags']
-            o = {k: v for k, v in o.items() if k != 'type_from'} | dict(answer_type=found[0]['answer_type'], tags=tags)
+            tags = {k: v if v is not None else found[0]['tags'][k] for k,
+                    v in o['tags'].items()} if len(found) == 1 else o['tags']
+            o = {k: v for k, v in o.items() if k != 'type_from'} | dict(answer_type=found[0][
+                'answer_type'], tags=tags)
         out.append(o)
     return out, sum('type_from' in o for o in out)
 
 # %% ../../nbs/03_data/16_vqa_readers.ipynb #02c49a86
-LAYOUTS = dict( # layout: source, edition, what it is; of two layouts of one source the first is read
-    rad_two_files=('vqa_rad', 'two files', "VQA-RAD in the two files that papers report on (trainset, testset)"),
+# layout: source, edition, what it is; of two layouts of one source the first is read
+LAYOUTS = dict(
+    rad_two_files=('vqa_rad', 'two files', "VQA-RAD in the two files that papers report on "
+                   "(trainset, testset)"),
     rad_public=('vqa_rad', 'public file', "VQA-RAD's public file"),
     slake=('slake', None, "SLAKE in its own layout"),
     phantoms=('phantoms', None, "our phantoms, in SLAKE's layout"),
-    pathvqa_vqa=('pathvqa', 'original', "PathVQA's pickles with answer types, read without executing them"),
+    pathvqa_vqa=('pathvqa', 'original', "PathVQA's pickles with answer types, read without "
+                 "executing them"),
     pathvqa_lxmert=('pathvqa', 'original', "PathVQA in LXMERT form"),
-    pathvqa_qa=('pathvqa', 'original', "PathVQA's pickles without answer types, read without executing them"),
+    pathvqa_qa=('pathvqa', 'original', "PathVQA's pickles without answer types, read without "
+                "executing them"),
     pmc_vqa_2=('pmc_vqa', 'version 2', "PMC-VQA, version 2"),
     pmc_vqa_1=('pmc_vqa', 'version 1', "PMC-VQA, version 1"),
     llava=('llava_med', None, "a set in LLaVA-Med's converted form"),
@@ -492,7 +524,8 @@ def _layout(path): # which layout one file has, or None
     rows = _load(path)
     keys = set(rows[0]) if isinstance(rows, list) and rows and isinstance(rows[0], dict) else set()
     if 'img_name' in keys: return 'phantoms' if 'scene_seed' in keys else 'slake'
-    if 'image_name' in keys: return 'rad_public' if 'qid_linked_id' in keys or split_of(path) is None else 'rad_two_files'
+    if 'image_name' in keys:
+        return 'rad_public' if 'qid_linked_id' in keys or split_of(path) is None else 'rad_two_files'
     if 'sentf' in keys: return 'pathvqa_lxmert'
     if {'sent', 'img_id', 'label'} <= keys: return 'pathvqa_vqa'
     if keys & {'conversations', 'conversatons'}: return 'llava'
@@ -510,17 +543,21 @@ def recognise(
     "What kind of VQA set lies here."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'{path}: there is no such file or folder.')
-    inside = [p for g in _PLACES for p in sorted(path.glob(g)) if p.is_file() and not p.name.startswith('.')] if path.is_dir() else [path]
+    inside = [p for g in _PLACES for p in sorted(path.glob(g)) if p.is_file()
+              and not p.name.startswith('.')] if path.is_dir() else [path]
     found = {}
     for p in inside:
         layout = _layout(p)
         if layout: found.setdefault(layout, []).append(p)
     if not found:
-        raise ValueError(f'{path}: none of the known forms; known are ' + '; '.join(what for _, _, what in LAYOUTS.values()) + '.')
+        raise ValueError(f'{path}: none of the known forms; known are '
+                         + '; '.join(what for _, _, what in LAYOUTS.values()) + '.')
     layout = next(k for k in LAYOUTS if k in found)
     others = [k for k in found if k != layout]
     strange = [k for k in others if LAYOUTS[k][0] != LAYOUTS[layout][0] or layout.startswith('pmc')]
-    if strange: raise ValueError(f'{path}: holds {LAYOUTS[layout][2]} and {LAYOUTS[strange[0]][2]}; name one of the files.')
+    if strange:
+        raise ValueError(f'{path}: holds {LAYOUTS[layout][2]} and {LAYOUTS[strange[0]][2]}; name '
+                         'one of the files.')
     files = found[layout]
     say = f'{LAYOUTS[layout][2]}, {len(files)} file{"s" * (len(files) > 1)}'
     return layout, files, say + ''.join(f'; left aside: {LAYOUTS[k][2]}' for k in others)
@@ -560,7 +597,8 @@ def read_vqa(
     images_dir:str|Path|None=None, # where the pictures of parquet files are written
     source:str|None=None, # the set's name, for parquet files in a folder that does not say it
     say=None,            # called with a sentence on what was recognised, such as `print`
-    left_out:list|None=None, # gets a sentence for each contradictory record; None refuses it, except in a part
+    left_out:list|None=None,
+    # gets a sentence for each contradictory record; None refuses it, except in a part
 )->list:                 # VQA items
     "Read a VQA set, whichever it is; a split of another size than published is refused unless it is said to be a part."
     path = Path(path)
@@ -573,7 +611,9 @@ def read_vqa(
     if mostly and len(left_out) > len(items): raise OptionError(
         f'{left_out[0]}; {len(left_out)} records are like this and {len(items)} are sound: '
         f'correct the file.')
-    if not items: raise ValueError(f'{path}: {what}, but no question for split={split!r}, lang={lang!r}; name another file, split or language.')
+    if not items:
+        raise ValueError(f'{path}: {what}, but no question for split={split!r}, lang={lang!r}; '
+                         'name another file, split or language.')
     if layout == 'parquet': what += f', taken for {items[0]["source"]}'
     if n := sum(bool(o['options']) for o in items): what += f'; {n} with options'
     if left_out:
@@ -581,8 +621,10 @@ def read_vqa(
     assumed = sum('key_assumed' in o for o in items)
     if assumed: what += f'; {assumed} keys are numbers, taken to count from 0'
     derived = sum('type_from' in o for o in items)
-    if derived: what += f'; {derived} of {len(items)} questions have no official answer type, CLOSED means there that the answer is yes or no'
-    wrong = [] if part or layout in ('items', 'llava') else check_counts(items, _edition(layout, items, files))
+    if derived:
+        what += f'; {derived} of {len(items)} questions have no official answer type, CLOSED means there that the answer is yes or no'
+    wrong = [] if part or layout in ('items', 'llava') else check_counts(items,
+        _edition(layout, items, files))
     if wrong:
         raise ValueError(f'{path}: {wrong[0]} If this is meant to be a part of the set, say so: '
                          f'part=True, --part, or vqa_part to an evaluation.')
@@ -604,17 +646,22 @@ def open_vqa(
 )->dict:                        # name, train, val, test (VQA items), train_is, test_is (whose items they are), images_dir, missing, items, split, public
     "A VQA set as an evaluation needs it: its splits, its pictures, and the names of those that are missing."
     path = Path(path).expanduser()
-    if images_dir and not Path(images_dir).is_dir(): raise FileNotFoundError(f'{images_dir}: there is no such folder of images.')
+    if images_dir and not Path(images_dir).is_dir():
+        raise FileNotFoundError(f'{images_dir}: there is no such folder of images.')
     items, folder = read_vqa(path, lang=lang, part=part, images_dir=store, say=say,
                              left_out=left_out), path if path.is_dir() else path.parent
-    items = [o | dict(question=clean(o['question']), answer=clean(o['answer'])) for o in items]   # of sets made by hand, too
+    # of sets made by hand, too
+    items = [o | dict(question=clean(o['question']), answer=clean(o['answer'])) for o in items]
     parts = {s: [o for o in items if o['split'] == s] for s in ('train', 'val', 'test')}
-    if split == 'val' and not parts['val']: raise ValueError(f'{path}: this set has no validation questions; ask its test split.')
-    test_is = next((s for s in ('test', 'val') if parts[s] and (s, split) != ('test', 'val')), 'all')
+    if split == 'val' and not parts['val']:
+        raise ValueError(f'{path}: this set has no validation questions; ask its test split.')
+    test_is = next((s for s in ('test', 'val') if parts[s] and (s, split) != ('test', 'val')),
+                   'all')
     train_is = next((s for s in ('train', 'val') if parts[s] and test_is not in (s, 'all')), None)
     test = parts.get(test_is) or items
     twice = [i for i, n in Counter(o['id'] for o in test).items() if n > 1]
-    if twice: raise ValueError(f'{path}: the item {twice[0]!r} occurs twice; give each item its own id.')
+    if twice:
+        raise ValueError(f'{path}: the item {twice[0]!r} occurs twice; give each item its own id.')
     names = {n for o in test for n in o['images']}
     places = [Path(images_dir)] if images_dir else [*([Path(store)] if store else []),
                                                     *(d/p for d in (folder, folder.parent,
@@ -622,16 +669,21 @@ def open_vqa(
                                                                     for p in _IMAGE_DIRS)]
     there = {p: {n for n in names if (p/n).is_file()} for p in places}
     best = max(places, key=lambda p: len(there[p]))
-    public = [p for p in folder.glob('*.json') if items[0]['source'] == 'vqa_rad' and _layout(p) == 'rad_public']
+    public = [p for p in folder.glob('*.json') if items[0]['source'] == 'vqa_rad'
+              and _layout(p) == 'rad_public']
     gone = names - there[best]
     here = [o for o in test if o['images'] and not gone & set(o['images'])]
-    out = dict(name=items[0]['source'], items=here, split=test_is if len(here) == len(test) else f'{test_is} ({len(here)} of {len(test)})',
-               train=parts.get(train_is, []), val=parts['val'] if test_is == 'test' else [], test=test,
+    out = dict(name=items[0]['source'], items=here, split=test_is if len(here) == len(test)
+               else f'{test_is} ({len(here)} of {len(test)})',
+               train=parts.get(train_is, []), val=parts['val'] if test_is == 'test' else [],
+               test=test,
                train_is=train_is, test_is=test_is, images_dir=best, missing=sorted(gone),
                public=read_vqa(public[0], part=True) if public else [])
     if names and not there[best]: raise FileNotFoundError(
         f'{path}: none of the {len(names)} images of its questions is here; name their folder '
         '(vqa_images to an evaluation), or fetch the set again.')
-    if say: say(f'{len(test)} questions of the split {test_is}, {len(there[best])} of {len(names)} images found'
+    if say:
+        say(f'{len(test)} questions of the split {test_is}, {len(there[best])} of {len(names)} '
+            'images found'
                 + ('' if train_is else '; no other split to learn priors from'))
     return out
