@@ -18,7 +18,7 @@ from .conversations import DOMAINS, IMAGE, images_of, turns_of
 from .images import ImageError, open_image
 from ..core.runs import SERIES_COLOURS, replacing
 
-# %% ../../nbs/03_data/13_browse.ipynb #7051c724
+# %% ../../nbs/03_data/13_browse.ipynb #77ccfc47
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 def openings(
@@ -32,6 +32,7 @@ def openings(
         out[tuple(said[:words])] += 1
     return out
 
+# %% ../../nbs/03_data/13_browse.ipynb #7051c724
 def turns_said(
     records:Iterable, # conversation records
     who:str='human',  # or gpt
@@ -41,7 +42,7 @@ def turns_said(
     for r in records: out += [t['value'] for t in turns_of(r) if t['from'] == who]
     return out
 
-# %% ../../nbs/03_data/13_browse.ipynb #fdd8cfcd
+# %% ../../nbs/03_data/13_browse.ipynb #d2382208
 def _second_words(pairs, first, pieces):
     "The most frequent words behind a first word, with their counts."
     out = []
@@ -49,6 +50,7 @@ def _second_words(pairs, first, pieces):
         if words[:1] == first: out.append((words[1] if len(words) > 1 else '(alone)', n))
     return out[:pieces]
 
+# %% ../../nbs/03_data/13_browse.ipynb #fdd8cfcd
 def _opening_bar(ax, y, word, n, seconds, total, top):
     "One bar: its pieces are the second words, and the grey rest is all others."
     left = 0
@@ -91,7 +93,7 @@ def draw_openings(
     if rest: said.append(others)
     return f'{total} {what}, by first words: {", ".join(said)}.'
 
-# %% ../../nbs/03_data/13_browse.ipynb #f900f530
+# %% ../../nbs/03_data/13_browse.ipynb #57e3b0a2
 def _kinds(flags): # the modalities that a record or a figure has
     return [d for d in DOMAINS if (flags or {}).get(d)]
 
@@ -107,6 +109,7 @@ def modality_rows(
     if asked['none named']: names.append('none named')
     return [dict(modality=d, images=len(images.get(d, ())), questions=asked[d]) for d in names]
 
+# %% ../../nbs/03_data/13_browse.ipynb #f900f530
 def draw_modalities(
     ax,        # a matplotlib axis
     rows:list, # from `modality_rows`
@@ -128,7 +131,7 @@ def draw_modalities(
     for name, r in zip(names, rows): said.append(f"{name} {r['images']} and {r['questions']}")
     return f'Images and questions by modality: {", ".join(said)}.'
 
-# %% ../../nbs/03_data/13_browse.ipynb #fcae6891
+# %% ../../nbs/03_data/13_browse.ipynb #899b0634
 def _share_limits(right, clusters):
     "95 % interval of a share over clusters; exact limits where all are alike."
     values = np.asarray(list(right), float)
@@ -141,6 +144,7 @@ def _share_limits(right, clusters):
     others = 1 - .05**(1/g)   # at most, if none of g differs
     return share*(1 - others), share + others*(1 - share)
 
+# %% ../../nbs/03_data/13_browse.ipynb #fcae6891
 def guess_title(
     right:Iterable,    # 0 or 1 for each question that was guessed
     clusters:Iterable, # record or image of each
@@ -197,7 +201,7 @@ document.addEventListener('keydown', e => {
   if (e.key === 'k') go(-1);
 });"""
 
-# %% ../../nbs/03_data/13_browse.ipynb #cd0560fd
+# %% ../../nbs/03_data/13_browse.ipynb #96dcd70f
 def _text(x): # safe in HTML, without control characters
     said = str(x if x is not None else '')
     return escape(re.sub(r'[\0-\x08\x0b-\x1f\x7f\ud800-\udfff]', '�', said))
@@ -213,6 +217,7 @@ def _picture(image, folder, side): # an <img> with the image in it, or why there
     return (f'<img alt="The image of this record" width="{img.width}" height="{img.height}" '
             f'src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">')
 
+# %% ../../nbs/03_data/13_browse.ipynb #cd0560fd
 def _mentions(figure): # the list of mentions
     said = ''
     for m in figure.get('mentions') or []:
@@ -221,12 +226,13 @@ def _mentions(figure): # the list of mentions
     if not said: return '<p class="note">The text does not mention it.</p>'
     return f'<h3>Mentions</h3><ul>{said}</ul>'
 
-# %% ../../nbs/03_data/13_browse.ipynb #24888823
+# %% ../../nbs/03_data/13_browse.ipynb #35141963
 def _record_kind(r): # by whom a record was made, from what, and which conversation it is
     maker = r.get('generator') or {}
     saw = ' and '.join(maker.get('saw', [])) or 'nothing that was noted'
     return maker.get('name', 'unknown'), saw, len(turns_of(r)) > 2 and r['id']
 
+# %% ../../nbs/03_data/13_browse.ipynb #7c503874
 def _talk(records): # the conversations about a figure
     out = ''
     for (name, saw, long), group in itertools.groupby(records, _record_kind):
@@ -242,6 +248,7 @@ def _talk(records): # the conversations about a figure
         out += f'<h3>{what} {note}</h3><dl>{lines}</dl>'
     return out or '<p class="note">No conversation was made of it.</p>'
 
+# %% ../../nbs/03_data/13_browse.ipynb #24888823
 def _article(i, figure, records, folder, side): # one figure and all that was made of it
     kinds = _kinds(figure.get('modalities')) or ['none']
     facts = (figure.get('label'), ', '.join(kinds).replace('_', ' '), figure.get('source'),
@@ -271,7 +278,7 @@ def choose(
     for row in itertools.zip_longest(*order): turns += [f for f in row if f is not None]
     return turns[:n]
 
-# %% ../../nbs/03_data/13_browse.ipynb #e000279e
+# %% ../../nbs/03_data/13_browse.ipynb #d5f53b8f
 def _page(title, note, options, body): # the whole page
     rule = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = ("default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
@@ -289,6 +296,7 @@ def _page(title, note, options, body): # the whole page
 {body}</main><script>{_SCRIPT}</script></body></html>
 """
 
+# %% ../../nbs/03_data/13_browse.ipynb #e000279e
 def sample_page(
     path:str|Path,    # HTML file to write
     figures:list,     # figure records

@@ -21,7 +21,7 @@ from .images import open_image
 from .vqa import check_rows, clean, is_slake, slake_boxes, slake_file
 from .vqa_readers import open_vqa
 
-# %% ../../nbs/03_data/18_labels.ipynb #e9920add
+# %% ../../nbs/03_data/18_labels.ipynb #fdafd631
 @dataclass(frozen=True)
 class Thing:
     "An organ or a lesion in an image."
@@ -29,6 +29,7 @@ class Thing:
     box:tuple   # x, y, width, height, in fractions of the image
     lesion:bool # whether it is abnormal
 
+# %% ../../nbs/03_data/18_labels.ipynb #e9920add
 @dataclass(frozen=True)
 class Labels:
     "What is known of one image."
@@ -40,7 +41,7 @@ class Labels:
     things:tuple=()    # of `Thing`
     boxed:bool=True    # False: nobody marked what is there, so nothing can be called absent
 
-# %% ../../nbs/03_data/18_labels.ipynb #54d6e68b
+# %% ../../nbs/03_data/18_labels.ipynb #f500aeea
 _LESION = re.compile(r'tumor|cancer|edema|nodule|mass|effusion|pneumo|atelectasis|infiltrat|'
                      r'cardiomegaly|lesion|fracture')
 _PART = re.compile(r'(brain|head)|(lung|chest|heart)')
@@ -53,6 +54,7 @@ def body_part(
     if not found: return location.lower().replace('_', ' ')
     return 'head' if found[1] else 'chest'
 
+# %% ../../nbs/03_data/18_labels.ipynb #54d6e68b
 def is_lesion(
     name:str, # of a box
 )->bool:
@@ -75,11 +77,12 @@ def held_out_images(
         for r in check_rows(path, read_json(path), ('img_name',)): out.add(clean(r['img_name']))
     return out
 
-# %% ../../nbs/03_data/18_labels.ipynb #ca9c38fa
+# %% ../../nbs/03_data/18_labels.ipynb #a8eb98ae
 def _most_common(counts):
     "The most frequent entry; empty where there is none."
     return ' '.join(counts.most_common(1)[0][0].split()) if counts else ''
 
+# %% ../../nbs/03_data/18_labels.ipynb #e15ee934
 def _labels_of(folder, image, rows):
     "The labels of one image, from its questions and its boxes."
     planes, weights, things = Counter(), Counter(), []
@@ -94,6 +97,7 @@ def _labels_of(folder, image, rows):
     return Labels(image, clean(rows[0].get('modality')), body_part(clean(rows[0].get('location'))),
                   _most_common(planes), _most_common(weights), tuple(things), boxed)
 
+# %% ../../nbs/03_data/18_labels.ipynb #ca9c38fa
 def slake_labels(
     folder:str|Path, # train.json and imgs/, and the other splits, whose images are left out
     say=print,       # gets a line where images or boxes are missing
@@ -119,7 +123,7 @@ def slake_labels(
                  'what they show or lack.')
     return out
 
-# %% ../../nbs/03_data/18_labels.ipynb #8cda6d70
+# %% ../../nbs/03_data/18_labels.ipynb #2de921e0
 _KIND = re.compile(r'\b(?:(mri?|flair|dwi|diffusion|t[12])|(ct)|(x-?ray|radiograph|film)|'
                    r'(ultrasound))', re.I)
 _KINDS = ('MRI', 'CT', 'X-Ray', 'ultrasound')   # the groups of that pattern
@@ -133,6 +137,7 @@ def _said_kind(item):
 def _says_axial(item):
     return item['tags']['question_type'] == 'plane' and item['answer'].lower() == 'axial'
 
+# %% ../../nbs/03_data/18_labels.ipynb #d105067b
 def _unboxed_labels(image, items):
     "The labels of an image from its questions alone; None where none names the region."
     parts = [o['tags']['organ'] for o in items if o['tags']['organ']]
@@ -141,6 +146,7 @@ def _unboxed_labels(image, items):
     plane = 'axial plane' if any(map(_says_axial, items)) else ''
     return Labels(image, _most_common(kinds), parts[0], plane, boxed=False)
 
+# %% ../../nbs/03_data/18_labels.ipynb #8cda6d70
 def vqa_rad_labels(
     folder:str|Path, # VQA-RAD's files and images
 )->list:             # of `Labels` without boxes, in the order of names
@@ -157,7 +163,7 @@ def vqa_rad_labels(
                                 'question.')
     return list(filter(None, map(_unboxed_labels, names, map(rows.get, names))))
 
-# %% ../../nbs/03_data/18_labels.ipynb #7935cecd
+# %% ../../nbs/03_data/18_labels.ipynb #e07e87b3
 def place_words(
     box:tuple, # x, y, width, height, in fractions of the image
 )->str:        # such as 'upper left'
@@ -174,6 +180,7 @@ def an(
     vowel = word[:1].lower() in 'aeiou' or word[:3] in ('MRI', 'X-R')
     return f'an {word}' if vowel else f'a {word}'
 
+# %% ../../nbs/03_data/18_labels.ipynb #7935cecd
 def word_list(
     words:list, # of anything
 )->str:         # such as 'a, b and c'
@@ -181,7 +188,7 @@ def word_list(
     words = list(words)
     return ' and '.join([', '.join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
-# %% ../../nbs/03_data/18_labels.ipynb #f388179e
+# %% ../../nbs/03_data/18_labels.ipynb #9a3f50c2
 def scan_words(
     labels:Labels, # of an image
 )->str:            # such as 'CT of the abdomen, transverse plane'
@@ -194,20 +201,23 @@ def scan_words(
 def _placed(thing): # where a thing is, in words
     return f'in the {place_words(thing.box)} of the image'
 
+# %% ../../nbs/03_data/18_labels.ipynb #f388179e
 def label_caption(
     labels:Labels, # of an image
     rng,           # numpy Generator: order of the organs, and how many are named
 )->str:
     "What an image shows, in plain sentences."
-    lesions = [f'{t.name} {_placed(t)}' for t in labels.things if t.lesion]
-    organs = [f'The {t.name} is {_placed(t)}.' for t in labels.things if not t.lesion]
+    lesions, organs = [], []
+    for t in labels.things:
+        if t.lesion: lesions.append(f'{t.name} {_placed(t)}')
+        else: organs.append(f'The {t.name} is {_placed(t)}.')
     named = rng.permutation(len(organs))[:int(rng.integers(2, 7))]
     head = an(scan_words(labels))
     said = [f'{head[0].upper()}{head[1:]}.']
     if lesions: said.append(f'It shows {word_list(lesions)}.')
     return ' '.join(said + [organs[i] for i in named])
 
-# %% ../../nbs/03_data/18_labels.ipynb #59d34d5f
+# %% ../../nbs/03_data/18_labels.ipynb #ca1cb815
 _ASKED = {'function', 'symptom', 'cause', 'treatment', 'prevention'}   # attributes
 
 def knowledge(
@@ -227,6 +237,7 @@ def knowledge(
             if pair[0] in _ASKED and pair[1] and pair not in out[key]: out[key].append(pair)
     return dict(out)
 
+# %% ../../nbs/03_data/18_labels.ipynb #59d34d5f
 def absent_things(
     all_labels:list, # of `Labels`
 )->dict:             # image → names of what it lacks and others of its modality and body part have
@@ -238,7 +249,7 @@ def absent_things(
     for l in all_labels: out[l.image] = sorted(common[l.modality, l.part] - there[l.image])
     return out
 
-# %% ../../nbs/03_data/18_labels.ipynb #f630f7ac
+# %% ../../nbs/03_data/18_labels.ipynb #02e5b212
 def _scan_turns(l, rng):
     "Questions about modality, body part, plane and weighting."
     out = []
@@ -254,6 +265,7 @@ def _scan_turns(l, rng):
         out.append((['What is the MR weighting of this image?'], l.weighting, 'modality', None))
     return out
 
+# %% ../../nbs/03_data/18_labels.ipynb #f630f7ac
 def _thing_turns(l, absent, rng):
     "Questions about what is there, what is not, and where."
     out, there = [], list(l.things)
@@ -262,15 +274,15 @@ def _thing_turns(l, absent, rng):
         out.append(([f'Where is the {t.name}?', f'In which part of the image is the {t.name}?'],
                     place_words(t.box).capitalize(), 'position', t))
     n = max(1, min(len(there), len(absent)))
-    shown = [there[i] for i in rng.permutation(len(there))[:n]]
-    asked = [(t.name, 'Yes', t) for t in shown]
-    asked += [(absent[i], 'No', None) for i in rng.permutation(len(absent))[:max(len(shown), 1)]]
+    asked = [(there[i].name, 'Yes', there[i]) for i in rng.permutation(len(there))[:n]]
+    n_absent = max(len(asked), 1)
+    asked += [(absent[i], 'No', None) for i in rng.permutation(len(absent))[:n_absent]]
     for name, answer, t in asked:
         out.append(([f'Does the picture contain {name}?', f'Is there {name} in this image?'],
                     answer, 'presence', t))
     return out
 
-# %% ../../nbs/03_data/18_labels.ipynb #a27851dd
+# %% ../../nbs/03_data/18_labels.ipynb #96b3de87
 def _area(thing): return thing.box[2]*thing.box[3]
 
 def _size_turns(organs):
@@ -280,11 +292,12 @@ def _size_turns(organs):
     if _area(first) <= 1.3*_area(second): return []
     return [(['What is the largest organ in the picture?'], first.name.title(), 'size', first)]
 
+# %% ../../nbs/03_data/18_labels.ipynb #23f4b6f7
 def _lesion_turns(l, rng):
     "Questions about lesions as a whole."
     if not l.boxed: return []
-    lesions = [t for t in l.things if t.lesion]
-    organs = [t for t in l.things if not t.lesion]
+    lesions, organs = [], []
+    for t in l.things: (lesions if t.lesion else organs).append(t)
     out = [(['Is this image normal?', 'Does this image look normal?'], 'No' if lesions else 'Yes',
             'abnormality', None)]
     if lesions:
@@ -297,6 +310,7 @@ def _lesion_turns(l, rng):
                     'count', None))
     return out + _size_turns(organs)
 
+# %% ../../nbs/03_data/18_labels.ipynb #a27851dd
 def _known_turns(l, known, rng):
     "Questions that the knowledge graph answers about what is in the image."
     out = []
@@ -308,7 +322,7 @@ def _known_turns(l, known, rng):
                         value[:1].upper() + value[1:], 'knowledge', t))
     return out
 
-# %% ../../nbs/03_data/18_labels.ipynb #4c0288cf
+# %% ../../nbs/03_data/18_labels.ipynb #95cf87c0
 def label_turns(
     labels:Labels, # of an image
     absent:list,   # from `absent_things`
@@ -325,6 +339,7 @@ def label_turns(
         said.append((str(rng.choice(wordings)), *rest))
     return [said[i:i + most] for i in range(0, len(said), most)]
 
+# %% ../../nbs/03_data/18_labels.ipynb #4c0288cf
 _DOMAINS = {'CT': 'ct_scan', 'MRI': 'mri', ('X-Ray', 'chest'): 'chest_xray'}   # LLaVA-Med's names
 
 def _regions(turns): # the things that turns are about, each once
@@ -342,7 +357,7 @@ def _record(labels, name, turns, maker, tags, licence, source):
                 regions=_regions(turns), lang='en', licence=licence, source=source,
                 generator=maker)
 
-# %% ../../nbs/03_data/18_labels.ipynb #0ae0860d
+# %% ../../nbs/03_data/18_labels.ipynb #93210a50
 def _caption_record(labels, name, rng, *of):
     "An alignment record: a request for a description, and the caption."
     text = label_caption(labels, rng)
@@ -358,6 +373,7 @@ def _talk_record(labels, name, turns, *of):
                    dict(name='labels', version='1', saw=['labels', 'knowledge graph']),
                    dict(question_types=[kind for *_, kind, _ in turns]), *of)
 
+# %% ../../nbs/03_data/18_labels.ipynb #0ae0860d
 def label_records(
     all_labels:list, # of `Labels`
     known:dict={},   # from `knowledge`
@@ -378,7 +394,7 @@ def label_records(
                 talk.append(_talk_record(l, f'{stem}-talk-{k}-{j}', turns, licence, source))
     return align, talk
 
-# %% ../../nbs/03_data/18_labels.ipynb #4ff65a30
+# %% ../../nbs/03_data/18_labels.ipynb #91209a67
 def _image_stem(source, name): # the name of an image of a set, without ending
     return f"{source.lower()}-{re.sub(r'[^A-Za-z0-9]+', '-', name.rsplit('.', 1)[0])}"
 
@@ -388,6 +404,7 @@ def _copy_image(image, out, max_side): # an image as JPEG, not larger than that
         copy.thumbnail((max_side, max_side))
         copy.save(part, 'JPEG', quality=92)
 
+# %% ../../nbs/03_data/18_labels.ipynb #4ff65a30
 def _label_rows(labels, align, source, licence):
     "Figure-like rows of the images, with a caption of each."
     captions, kinds, rows = {}, {}, []

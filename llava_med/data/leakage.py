@@ -18,7 +18,7 @@ import pandas as pd
 from .filters import NEAR_BITS, NEAR_GREY, look
 from .vqa import named_cluster, same_question
 
-# %% ../../nbs/03_data/19_leakage.ipynb #44572e09
+# %% ../../nbs/03_data/19_leakage.ipynb #1401c9bc
 def _fingerprint(path):
     "What two pictures are compared by; None where one cannot be opened."
     x = look(path)
@@ -26,6 +26,7 @@ def _fingerprint(path):
     bits, thumb = np.frombuffer(x.bits, np.uint8), np.frombuffer(x.thumb, np.uint8)
     return x.digest, bits, thumb.astype(np.int16)
 
+# %% ../../nbs/03_data/19_leakage.ipynb #44572e09
 def image_fingerprints(
     names,               # names of images
     images_dir:str|Path, # the folder that they are relative to
@@ -58,7 +59,7 @@ def near_images(
                 out.append((name, names[i], equal))
     return out
 
-# %% ../../nbs/03_data/19_leakage.ipynb #c0149252
+# %% ../../nbs/03_data/19_leakage.ipynb #1c9c0ca8
 _STOP = set("""a an the is are was were be been being of in on at to for from by with and or as it
     its this that these those there here do does did can could would you your we i see seen show
     shown shows depicted image picture scan pictured contain contains which what where how who why
@@ -73,6 +74,7 @@ def _stem(w):
         if w.endswith(end) and len(w) - len(end) >= 4: return w[:-len(end)]
     return w
 
+# %% ../../nbs/03_data/19_leakage.ipynb #c0149252
 def _view(text):
     "The content words of a question, its groups of three letters, and the sides it names."
     found = re.findall(r'[\u4e00-\u9fff]|[^\W_\u4e00-\u9fff]+', text.lower())
@@ -82,7 +84,7 @@ def _view(text):
     sides = {side for side, names in _SIDES.items() if names & set(found)}
     return words, letters, sides
 
-# %% ../../nbs/03_data/19_leakage.ipynb #cb2589cf
+# %% ../../nbs/03_data/19_leakage.ipynb #e2bb7e22
 # from this score on, two questions about one picture count as the same; measured below
 REPHRASED = .55
 
@@ -91,6 +93,7 @@ def _cosine(a, b):
     common = sum(n * b[k] for k, n in a.items())
     return common / max(math.hypot(*a.values()) * math.hypot(*b.values()), 1e-9)
 
+# %% ../../nbs/03_data/19_leakage.ipynb #cb2589cf
 class Wording:
     "How much two questions about one picture look like the same question."
     def __init__(self,
@@ -157,13 +160,14 @@ def with_records(
         out.append({**o, **records, 'case': cases.get(o['images'][0])})
     return out
 
-# %% ../../nbs/03_data/19_leakage.ipynb #84a069e1
+# %% ../../nbs/03_data/19_leakage.ipynb #8942fab2
 def _image_names(items):
     "The names of all images, each once, in order."
     out = {}
     for o in items: out.update(dict.fromkeys(o['images']))
     return out
 
+# %% ../../nbs/03_data/19_leakage.ipynb #84a069e1
 def _same_pictures(train, test, images_dir, train_images_dir):
     "{test image: training images that are the same picture}, pairs, a note, images compared."
     train_names, test_names = _image_names(train), _image_names(test)
@@ -182,12 +186,13 @@ def _same_pictures(train, test, images_dir, train_images_dir):
     note = f'{note} or unreadable' if lost_a or lost_b else ''
     return same, pairs, note, len(a) - lost_a
 
-# %% ../../nbs/03_data/19_leakage.ipynb #6ec45f6d
+# %% ../../nbs/03_data/19_leakage.ipynb #1a51de25
 def _other_words(item):
     "What the set records as other wordings of a question."
-    said = {same_question(item.get(k) or '') for k in ('rephrase', 'frame')}
-    return said - {''}
+    rephrase, frame = item.get('rephrase') or '', item.get('frame') or ''
+    return {same_question(rephrase), same_question(frame)} - {''}
 
+# %% ../../nbs/03_data/19_leakage.ipynb #e2dd3640
 def _question_pairs(item, near, wording, threshold):
     "{check: pairs} of a test question with the training questions on the same picture."
     q, texts = same_question(item['question']), _other_words(item)
@@ -202,6 +207,8 @@ def _question_pairs(item, near, wording, threshold):
                 official_rephrasings=recorded)
 
 # what an item belongs to
+
+# %% ../../nbs/03_data/19_leakage.ipynb #6ec45f6d
 _IDS = dict(patients=named_cluster, cases=lambda o: o.get('case'),
             articles=lambda o: o.get('article'))
 
@@ -248,7 +255,7 @@ def overlaps(
     of['official_rephrasings'] = recorded
     return pairs, of, dict.fromkeys(('pictures', 'near_pictures'), note) if note else {}
 
-# %% ../../nbs/03_data/19_leakage.ipynb #cce16cb5
+# %% ../../nbs/03_data/19_leakage.ipynb #a0b2f3b8
 _UNKNOWN = dict(patients='the items name no patients', cases='the items name no cases',
                 articles='the items name no articles',
                 official_rephrasings='the items have no record of rephrasings')
@@ -276,6 +283,7 @@ def audit_splits(
         rows.append(row)
     return rows
 
+# %% ../../nbs/03_data/19_leakage.ipynb #cce16cb5
 def audit_table(
     rows:list,      # from `audit_splits`
 )->pd.DataFrame:    # the same, in words, for people

@@ -22,7 +22,7 @@ from .images import ImageError, image_size
 from .jats import figure_numbers
 from ..core.runs import read_jsonl, replacing
 
-# %% ../../nbs/03_data/11_llava_files.ipynb #b7867b26
+# %% ../../nbs/03_data/11_llava_files.ipynb #38e6e66d
 FILE_KINDS = dict(conversations={'id'},
                   judgements={'question_id', 'text', 'gpt4_answer', 'result'},
                   questions={'question_id', 'text', 'gpt4_answer'},
@@ -39,6 +39,7 @@ class Form:
     ascii:bool=True      # other letters are written as \u....
     end:str=''           # what follows the last record
 
+# %% ../../nbs/03_data/11_llava_files.ipynb #b7867b26
 def kind_of(
     row,      # the first thing in a file
 )->str|None:  # one of `FILE_KINDS`
@@ -48,7 +49,7 @@ def kind_of(
         if not keys <= set(row): continue
         if kind != 'conversations' or turns_of(row) is not None: return kind
 
-# %% ../../nbs/03_data/11_llava_files.ipynb #e0829b26
+# %% ../../nbs/03_data/11_llava_files.ipynb #2180f06a
 def _opening(path): # the first characters, without a byte order mark
     try:
         with open(path, 'rb') as f: head = f.read(1 << 12).removeprefix(b'\xef\xbb\xbf')
@@ -59,6 +60,7 @@ def _is_domains(head): # a dictionary whose first value is a list of dictionarie
     if re.match(r'\s*\{\s*"(conversat|in_text)', head): return False
     return bool(re.match(r'\s*\{\s*"[^"]*"\s*:\s*\[\s*[{\]]', head))
 
+# %% ../../nbs/03_data/11_llava_files.ipynb #e0829b26
 def stream_rows(
     path:str|Path, # any file of LLaVA-Med
 )->Iterator:       # its rows as they are
@@ -74,7 +76,7 @@ def stream_rows(
         raise RecordError(f'{path} is no dictionary of lists ({str(e).splitlines()[0]}): make it '
                           'again.') from None
 
-# %% ../../nbs/03_data/11_llava_files.ipynb #0d10b496
+# %% ../../nbs/03_data/11_llava_files.ipynb #dd7635cd
 def _plain_and_last(path): # whether a file is plain ASCII, and its last bytes
     plain, last = True, b''
     with open(path, 'rb') as f:
@@ -90,6 +92,7 @@ def _layout_of(head): # layout and indent
     if inner and not inner[1]: return 'rows', None
     return 'list', len(inner[1]) if inner else None
 
+# %% ../../nbs/03_data/11_llava_files.ipynb #0d10b496
 def form_of(
     path:str|Path, # any file of LLaVA-Med
 )->Form:           # enough to write it back as it was
@@ -120,7 +123,7 @@ def _dump(row, form, depth): # a row at this depth
     text = json.dumps(row, ensure_ascii=form.ascii, indent=form.indent)
     return text.replace('\n', '\n' + ' '*(depth*(form.indent or 0)))
 
-# %% ../../nbs/03_data/11_llava_files.ipynb #d04d0cb5
+# %% ../../nbs/03_data/11_llava_files.ipynb #6d1d1c28
 def _line_pieces(rows, form): # a record a line, perhaps in a list
     listed, n = form.layout == 'rows', 0
     for n, r in enumerate(rows, 1):
@@ -136,6 +139,7 @@ def _list_pieces(rows, form): # a list
         yield _gap(form, 1) + _dump(r, form, 1)
     yield _gap(form, 0) + ']' if n else '[]'
 
+# %% ../../nbs/03_data/11_llava_files.ipynb #e139dcbd
 def _group_pieces(rows, form): # a dictionary of lists
     comma, group, groups = ', ' if form.indent is None else ',', None, set()
     for r in rows:
@@ -153,6 +157,7 @@ def _group_pieces(rows, form): # a dictionary of lists
         yield _gap(form, 2) + _dump(r, form, 2)
     yield _gap(form, 1) + ']' + _gap(form, 0) + '}' if groups else '{}'
 
+# %% ../../nbs/03_data/11_llava_files.ipynb #d04d0cb5
 def _pieces(rows, form): # the text of a file
     write = dict(lines=_line_pieces, rows=_line_pieces, list=_list_pieces)
     yield from write.get(form.layout, _group_pieces)(rows, form)
@@ -176,7 +181,7 @@ def domain_counts(
     n = Counter(map(domain_of, rows))
     return {d: n[d] for d in DOMAINS}
 
-# %% ../../nbs/03_data/11_llava_files.ipynb #d0959669
+# %% ../../nbs/03_data/11_llava_files.ipynb #a0c2168e
 _ROLE = re.compile(r'^\s*(?:###\s*)?(?:human|assistant|user|gpt)\s*:\s*', re.I)
 
 def _file_name(image): # of a path on any disk; relative paths stay
@@ -196,6 +201,7 @@ def _flags(domain): # each modality, yes or no
 def _maker(name, *saw): # who wrote a record, from what
     return dict(name=name, version='LLaVA-Med', saw=list(saw))
 
+# %% ../../nbs/03_data/11_llava_files.ipynb #d0959669
 def _ours(row, turns, image, id, generator, **tags):
     domain = _flags(row.get('domain'))
     extra = dict(image=image) if image else {}
@@ -204,7 +210,7 @@ def _ours(row, turns, image, id, generator, **tags):
                 licence=None, tags=dict(modality=kinds, **tags), source='LLaVA-Med',
                 generator=generator)
 
-# %% ../../nbs/03_data/11_llava_files.ipynb #e6189fdd
+# %% ../../nbs/03_data/11_llava_files.ipynb #47c44c9a
 def _sound(record): # the record, if nothing is wrong with it
     if why := fault(record):
         raise RecordError(f'The record {record.get("id")!r} {why}. Repair or remove it.')
@@ -220,6 +226,7 @@ def _from_conversation(row):
     image = r.get('image') and _file_name(r['image'])
     return _ours(r, r['conversations'], image, r['id'], maker)
 
+# %% ../../nbs/03_data/11_llava_files.ipynb #907bb00e
 def _from_question(row):
     r = _ours(row, _exchange(row['text'], row['gpt4_answer']), _file_name(row['image']),
               f"{row['pair_id']}-{row['question_id']}", _maker('gpt-4', 'caption', 'mentions'),
@@ -234,6 +241,7 @@ def _from_answer(row, image):
     return _sound(_ours(row, _exchange(question, _ROLE.sub('', answer)), image,
                         str(row['question_id']), maker))
 
+# %% ../../nbs/03_data/11_llava_files.ipynb #e6189fdd
 def conversation_of(
     row:dict, # of conversations, questions, judgements or answers
     image:str|None=None, # of an answer, whose row names none
@@ -245,11 +253,12 @@ def conversation_of(
     if kind == 'answers': return _from_answer(row, image)
     raise RecordError(f'A row with the keys {", ".join(row)} is no conversation.')
 
-# %% ../../nbs/03_data/11_llava_files.ipynb #0f26a08a
+# %% ../../nbs/03_data/11_llava_files.ipynb #960cb517
 def _mention(m): # one of LLaVA-Med's mentions as one of ours
     text = untokenised(m if isinstance(m, str) else m['tokens'])
     return dict(text=text, section=None, xref=False)
 
+# %% ../../nbs/03_data/11_llava_files.ipynb #0f26a08a
 def figure_of(
     row:dict, # of captions
 )->dict:      # a figure record; the file of its image is not known from the row
@@ -268,11 +277,12 @@ def figure_of(
                 image=f"{row['pair_id']}.jpg", panels=1, modalities=_flags(row.get('domain')),
                 width=None, height=None, sub_article=False, source='LLaVA-Med')
 
-# %% ../../nbs/03_data/11_llava_files.ipynb #083f1926
+# %% ../../nbs/03_data/11_llava_files.ipynb #5b55d30c
 def _name_of(row, number): # what a row calls itself, or its number
     names = [row.get(k) for k in ('id', 'question_id', 'pair_id')] if isinstance(row, dict) else []
     return next((n for n in names if n is not None), number)
 
+# %% ../../nbs/03_data/11_llava_files.ipynb #083f1926
 def read_llava_file(
     path:str|Path,          # a file of LLaVA-Med
     faults:list|None=None,  # gets {record, reason}; None: what cannot be used stops the reading
@@ -303,7 +313,7 @@ def llava_record(
     if domain: out['domain'] = _flags(r.get('domain'))
     return out | {key: r['conversations']}
 
-# %% ../../nbs/03_data/11_llava_files.ipynb #0fcfa8e9
+# %% ../../nbs/03_data/11_llava_files.ipynb #3ab91634
 _PARTED = re.compile(r"([()\[\];]|[,:](?!\d)|'s\b|(?<=\d)%|[.?!]$)")   # with spaces around it
 
 def _tokens(text, number):
@@ -316,6 +326,7 @@ def _tokens(text, number):
                              end_tok=start + min(size, 2)))
     return dict(tokens=text, entities=entities)
 
+# %% ../../nbs/03_data/11_llava_files.ipynb #0fcfa8e9
 def llava_caption(
     figure:dict, # a figure record of ours
 )->dict:         # a row of the captions file
@@ -331,7 +342,7 @@ def llava_caption(
                 pmid=pmid or '', in_text_mention=said or None,
                 domain=_flags(figure.get('modalities')))
 
-# %% ../../nbs/03_data/11_llava_files.ipynb #db22ec80
+# %% ../../nbs/03_data/11_llava_files.ipynb #3fead65e
 def llava_question(
     record:dict,     # a conversation record of two turns
     question_id:int, # its number
@@ -350,6 +361,7 @@ def llava_question(
                 domain=record['domain'], type=record['tags'].get('type', 'conversation'),
                 fig_label=kept.get('fig_label'))
 
+# %% ../../nbs/03_data/11_llava_files.ipynb #db22ec80
 _PACKAGES = 'https://ftp.ncbi.nlm.nih.gov/pub/pmc/oa_package'
 
 def llava_url(
@@ -397,7 +409,7 @@ class ImageFolder:
             except ImageError as e: return str(e).replace(f'{self.folder}/', '')
         return ''
 
-# %% ../../nbs/03_data/11_llava_files.ipynb #d8b3fbbd
+# %% ../../nbs/03_data/11_llava_files.ipynb #99e30801
 def _near(path, names): # a name that is nearly this one, in words
     for n in names:
         if n.lower() == path.name.lower() or Path(n).stem == path.stem: return f', but {n}'
@@ -409,6 +421,7 @@ def _first_missing(record, look): # the first image of a record that cannot be u
         why = look.why_not(n) if isinstance(n, str) and n else 'it is no file name'
         if why: return str(n), why
 
+# %% ../../nbs/03_data/11_llava_files.ipynb #f2386be2
 def with_images(
     records:Iterable,     # conversation or figure records
     folder:str|Path|ImageFolder, # holds the images
@@ -421,6 +434,7 @@ def with_images(
         if gone: missing.append(dict(id=r.get('id'), image=gone[0], reason=gone[1]))
         else: yield r
 
+# %% ../../nbs/03_data/11_llava_files.ipynb #d8b3fbbd
 def missing_words(
     missing:list, # from `with_images`
     n:int,        # records in all
@@ -433,13 +447,14 @@ def missing_words(
     return (f'{len(missing)} of {n} records are left out, because their images are missing: '
             f'{reasons}.')
 
-# %% ../../nbs/03_data/11_llava_files.ipynb #4c03f778
+# %% ../../nbs/03_data/11_llava_files.ipynb #5310c7f4
 def _why_unplaced(pair, got): # why a pair has no image to give a name; empty if it has
     if not pair['image']: return pair['reason']
     if not (got/pair['image']).is_file(): return 'the file that was fetched is gone'
     leads_out = Path(pair['pair_id']).name != pair['pair_id']
     return 'its name leads out of the folder' if leads_out else ''
 
+# %% ../../nbs/03_data/11_llava_files.ipynb #4c03f778
 def place_images(
     got:str|Path,    # the folder of `get pmc`, with pairs.jsonl
     folder:str|Path, # where LLaVA-Med looks for PAIR_ID.jpg
@@ -457,12 +472,13 @@ def place_images(
             except OSError: shutil.copyfile(got/p['image'], part)
     return missing
 
-# %% ../../nbs/03_data/11_llava_files.ipynb #6d489a9f
+# %% ../../nbs/03_data/11_llava_files.ipynb #5ab2020e
 def _placed(record, folder): # a record whose images are whole paths
     paths = [str(folder/n) for n in images_of(record)]
     if not paths: return record
     return record | dict(image=paths[0] if len(paths) == 1 else paths)
 
+# %% ../../nbs/03_data/11_llava_files.ipynb #6d489a9f
 def training_records(
     path:str|Path,      # conversations, as LLaVA-Med writes them or as `write_records` does
     images:str|Path='', # the folder of their images; default: where the file lies

@@ -29,7 +29,7 @@ from urllib3.util import Retry
 from .generators import LocalGenerator, TextGenerator, texts_of
 from ..core.runs import progress
 
-# %% ../../nbs/03_data/10_llm_api.ipynb #17416d08
+# %% ../../nbs/03_data/10_llm_api.ipynb #9bc8e6ae
 class EndpointError(ValueError):
     "A service that cannot be asked, or not so; the message is one sentence."
 
@@ -37,19 +37,24 @@ class _Failed(Exception): # an attempt without an answer
     def __init__(self, why, after=0., billed=False):
         super().__init__(why)
         self.after, self.billed = after, billed
+
 class _Again(_Failed): pass   # it may pass
+
 class _No(_Failed): pass      # this question gets no answer
+
 class _Stop(_Failed): pass    # no question would
+
 class _Full(_Failed): pass    # the cap is reached
 
 def _content(x): # of a message or a delta: text, or a list of parts
     c = x.get('content') or x.get('refusal') or ''
     return c if isinstance(c, str) else ''.join(p.get('text') or '' for p in c)
 
+# %% ../../nbs/03_data/10_llm_api.ipynb #17416d08
 def _last(rows, key): # the last value under a key that says something, or None
     return next((r[key] for r in reversed(rows) if r.get(key)), None)
 
-# %% ../../nbs/03_data/10_llm_api.ipynb #44f1eae3
+# %% ../../nbs/03_data/10_llm_api.ipynb #a7ef4a4f
 def _chunks(text, stream): # the pieces of a stream, or the whole answer as one
     if not stream: return [json.loads(text)]
     lines = (x[5:] for x in text.splitlines() if x.startswith('data:'))
@@ -65,6 +70,7 @@ def _read(chunks, part): # text, why it stopped, tokens; None for a text without
     tokens = used and (int(used['prompt_tokens']), int(used['completion_tokens']))
     return said, _last(choices, 'finish_reason'), tokens
 
+# %% ../../nbs/03_data/10_llm_api.ipynb #44f1eae3
 def read_answer(
     body:bytes,        # what came
     stream:bool=False, # whether it is a stream of events
@@ -80,7 +86,7 @@ def read_answer(
         raise ValueError('a stream that breaks off' if stream else 'no choice of words')
     return said, finish or 'stop', tokens
 
-# %% ../../nbs/03_data/10_llm_api.ipynb #294b1fc3
+# %% ../../nbs/03_data/10_llm_api.ipynb #ece24781
 def price(
     tokens:tuple, # of prompt and answer
     prices:tuple, # for a million of each
@@ -94,6 +100,7 @@ def token_bound(
     "More tokens than a prompt can have: its bytes, and what chat templates put around them."
     return sum(len(m['content'].encode()) + 16 for m in messages) + 64
 
+# %% ../../nbs/03_data/10_llm_api.ipynb #294b1fc3
 def check_url(
     url:str, # address of a service
 )->bool:     # whether it is on this machine

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# %% ../../nbs/03_data/14_options.ipynb #20f4fd84
+# %% ../../nbs/03_data/14_options.ipynb #bd3f1173
 LETTERS = string.ascii_uppercase   # of options
 
 class OptionError(ValueError):
@@ -26,6 +26,7 @@ def clean(
     text = ' '.join(str(value).split())
     return re.sub(r'(?<=\w)\ufffd(?=\w)', "'", text) if '\ufffd' in text else text
 
+# %% ../../nbs/03_data/14_options.ipynb #20f4fd84
 def same_option(
     text:str, # an option, or a key
 )->str:       # lower case, single blanks, no quotes around it and no full stop behind it
@@ -48,7 +49,7 @@ def text_literal(
         except (ValueError, SyntaxError, MemoryError, RecursionError): continue
         if isinstance(found, (list, tuple, dict)): return found
 
-# %% ../../nbs/03_data/14_options.ipynb #4086270e
+# %% ../../nbs/03_data/14_options.ipynb #7f262934
 OWN_LETTER = r'\s*[(\[]?{}\s*[).:\]]\s*'   # a letter before its option
 
 def _bare(options):
@@ -62,6 +63,7 @@ def _bare(options):
         if all(cut) and not any(map(str.__eq__, cut, options)): return cut
     return options
 
+# %% ../../nbs/03_data/14_options.ipynb #4086270e
 _BEFORE_LABEL = re.compile(r'(?i)^(option|choice|opt|op)[\s_.-]*(?=\w)')
 
 def _order(labels):
@@ -74,7 +76,7 @@ def _order(labels):
     raise OptionError(f'has options under the names {", ".join(labels)}, which are no letters or '
                       'numbers in order; name them A, B, C and so on without a gap')
 
-# %% ../../nbs/03_data/14_options.ipynb #6f168286
+# %% ../../nbs/03_data/14_options.ipynb #d6494c0e
 def _filled(pairs):
     "Pairs of label and option without the empty ones."
     return [(clean(l), o) for l, o in pairs if not isinstance(o, (list, dict)) and clean(o)]
@@ -87,6 +89,7 @@ def _labelled(pairs):
     for place, (_, option) in zip(order, pairs): ranked[place] = clean(option)
     return _bare(ranked), names
 
+# %% ../../nbs/03_data/14_options.ipynb #6f168286
 _LABELS = ('letter', 'label', 'key', 'id', 'idx', 'index')
 _TEXTS = ('content', 'text', 'value', 'option', 'answer', 'choice')
 
@@ -103,9 +106,10 @@ def _pair(entry):
     raise OptionError(f'has an option with the keys {", ".join(entry)}; name them letter and '
                       'content')
 
-# %% ../../nbs/03_data/14_options.ipynb #816c67e5
+# %% ../../nbs/03_data/14_options.ipynb #2f3844ee
 def _all_are(kind, values): return all(isinstance(v, kind) for v in values)
 
+# %% ../../nbs/03_data/14_options.ipynb #816c67e5
 def _listed(value):
     "Options and labels of a list."
     if value and _all_are(dict, value):
@@ -161,7 +165,7 @@ def _chains(found):
         chain = _chain(found[start:]) or []
         if len(chain) > 1 and chain[0].string[chain[-1].end():].strip(): yield chain
 
-# %% ../../nbs/03_data/14_options.ipynb #a45231fb
+# %% ../../nbs/03_data/14_options.ipynb #d78d3c2b
 def _tail(text, by_line):
     "The last option, and what stands behind it."
     parted = by_line or '\n' in text.strip()
@@ -170,6 +174,7 @@ def _tail(text, by_line):
     if cut and cut.start() > 0: line = line[:cut.start()]
     return line, _INSTRUCTION.sub('', '\n' + rest).strip()
 
+# %% ../../nbs/03_data/14_options.ipynb #af0a6561
 _JOINED = re.compile(r'(?i)(?:[,;]\s*(?:or|and)?|\s+or)\s*$')   # between two options
 
 def _parted(text, chain, before, sure):
@@ -182,6 +187,7 @@ def _parted(text, chain, before, sure):
     if not all(options): return None
     return Split('\n'.join(filter(None, (before, rest))), options, bool(sure))
 
+# %% ../../nbs/03_data/14_options.ipynb #a45231fb
 def _own_lines(text, chain):
     "Whether each mark of an option begins a line."
     for m in chain:
@@ -218,7 +224,7 @@ def split_options(
     if len(options) < 2 or not all(options): return None
     return Split(text[:m.start()].strip(), options, False)
 
-# %% ../../nbs/03_data/14_options.ipynb #1cf27f75
+# %% ../../nbs/03_data/14_options.ipynb #fe3eb851
 def _option_text(text):
     "The options of a text."
     if (found := text_literal(text)) is not None: return option_list(found)
@@ -229,6 +235,7 @@ def _option_text(text):
     raise OptionError(f'has the options {clean(text)[:60]!r}, which are no list; write ["CT", '
                       '"MRI"]')
 
+# %% ../../nbs/03_data/14_options.ipynb #1cf27f75
 def option_list(
     value, # list, dictionary, array, or text of one; None where there are none
 )->tuple:  # options, and their labels where the value names them
@@ -243,7 +250,7 @@ def option_list(
     if isinstance(value, (list, tuple)): return _listed(value)
     return _option_text(str(value).strip()) if clean(value) else ([], [])
 
-# %% ../../nbs/03_data/14_options.ipynb #479f2c57
+# %% ../../nbs/03_data/14_options.ipynb #11f64f1f
 _COLUMN = re.compile(
     r'((?:options?|choices?|opt|op|answers?|ans|candidate)[\s_.-]*)?[(\[]?([a-j]|\d{1,2})[)\]]?')
 _FIELDS = ('options', 'choices', 'candidates', 'answer_choices', 'answer_options', 'answer choices',
@@ -263,6 +270,7 @@ def option_columns(
         if first_two <= set(found.values()): return found
     return {}
 
+# %% ../../nbs/03_data/14_options.ipynb #479f2c57
 def _row_options(row, columns):
     "Options and labels of a row outside its question."
     for k in _FIELDS:
@@ -272,7 +280,7 @@ def _row_options(row, columns):
     pairs = _filled((label, row.get(k)) for k, label in columns.items())
     return _labelled(pairs) if pairs else ([], [])
 
-# %% ../../nbs/03_data/14_options.ipynb #179a22a8
+# %% ../../nbs/03_data/14_options.ipynb #64494926
 LETTER_ALONE = re.compile(
     r'(?i)(?:(?:option|choice|answer)\s*[:.]?\s*)?[(\[]?([A-Z])[)\]]?\s*[.:)]?')
 _BOTH = re.compile(r'(?s)[(\[]?([A-Za-z])\s*(?:[)\].:]|\s-)\s*(\S.*)')
@@ -286,6 +294,7 @@ class Choice:
     label:str      # its letter
     assumed:bool=False # whether it was taken to count from 0, without proof
 
+# %% ../../nbs/03_data/14_options.ipynb #179a22a8
 def _whole(key):
     "The number that a key is, or None."
     if isinstance(key, bool): return None
@@ -293,7 +302,7 @@ def _whole(key):
     text = clean(key)
     return int(float(text)) if re.fullmatch(r'-?\d{1,3}(\.0+)?', text) else None
 
-# %% ../../nbs/03_data/14_options.ipynb #2d10968d
+# %% ../../nbs/03_data/14_options.ipynb #542e785e
 def _number_readings(number, n_options, labels):
     "The readings of a key that is a number: as the file's own label, or counted from 0 or 1."
     if labels and not labels[0].isalpha():
@@ -303,6 +312,7 @@ def _number_readings(number, n_options, labels):
     if 0 < number <= n_options: out['from 1'] = number - 1
     return out
 
+# %% ../../nbs/03_data/14_options.ipynb #18ab848c
 def key_readings(
     key,            # as it stands in the file
     options:list,   # texts
@@ -320,6 +330,7 @@ def key_readings(
     number = _whole(key)
     return out if number is None else out | _number_readings(number, n, labels)
 
+# %% ../../nbs/03_data/14_options.ipynb #2d10968d
 def key_place(
     options:list, # texts of the options of an item
     answer:str,   # its key: the text of one of them, or its letter
@@ -329,7 +340,7 @@ def key_place(
     way = _first_in(('text', 'both', 'letter'), reads)
     return None if way is None else reads[way]
 
-# %% ../../nbs/03_data/14_options.ipynb #6c16ac8f
+# %% ../../nbs/03_data/14_options.ipynb #b353eeb8
 _COUNTED = {'from 0', 'from 1'}   # readings of a number
 
 @dataclass
@@ -347,6 +358,7 @@ def _only_numbers(records):
     "Records whose main key is a place and nothing else."
     return [r for r in records if r.reads and set(r.reads) <= _COUNTED]
 
+# %% ../../nbs/03_data/14_options.ipynb #58ca93db
 def _first_number(records):
     "Whether numbers count from 0 or from 1, or None where the file does not tell."
     told, chance = _only_numbers(records), 1.
@@ -359,6 +371,7 @@ def _first_number(records):
         chance *= 1 - 1/len(r.options)
     return 'from 0' if told and chance > .01 else None
 
+# %% ../../nbs/03_data/14_options.ipynb #6c16ac8f
 def _kinds(record, first):
     "Readings of a main key once it is known from where the file counts."
     told = first in _COUNTED
@@ -369,7 +382,7 @@ def _kinds(record, first):
     is_text = record.numbers or isinstance(record.keys[0][1], str)
     return plain if plain and is_text and not told else plain | counted
 
-# %% ../../nbs/03_data/14_options.ipynb #e524ae8e
+# %% ../../nbs/03_data/14_options.ipynb #e2556b74
 def _agreed(record, kinds):
     "The readings that the other key columns allow; OptionError where one contradicts them."
     main, value = record.keys[0]
@@ -381,6 +394,7 @@ def _agreed(record, kinds):
                               f'({column}), which name different options; correct one of them')
     return kinds
 
+# %% ../../nbs/03_data/14_options.ipynb #fe61543f
 def _undecided(record, kinds):
     "The sentence about a key that can be read in two ways."
     key = clean(record.keys[0][1])
@@ -391,6 +405,7 @@ def _undecided(record, kinds):
     return (f'has the key {key!r}, which is one option as a text and another as a {other}; '
             f'write letter and text, such as "A. {record.options[0]}"')
 
+# %% ../../nbs/03_data/14_options.ipynb #e524ae8e
 def _place(record, kinds, votes, first):
     "The place of the right option; OptionError where the readings disagree."
     kinds = _agreed(record, kinds)
@@ -404,7 +419,7 @@ def _place(record, kinds, votes, first):
     if len(places) != 1: raise OptionError(_undecided(record, kinds))
     return places.pop()
 
-# %% ../../nbs/03_data/14_options.ipynb #2040f308
+# %% ../../nbs/03_data/14_options.ipynb #debc2abd
 KEY_COLUMNS = ('answer', 'gt_answer', 'answer_label', 'answer_idx', 'answer_index',
                'answer_letter', 'answer_key', 'answerkey', 'answer_option', 'answer_text',
                'correct_answer', 'correct_option', 'correct_choice', 'correct_idx',
@@ -418,6 +433,7 @@ def _one(value):
     if hasattr(value, 'tolist'): value = value.tolist()
     return value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
 
+# %% ../../nbs/03_data/14_options.ipynb #2040f308
 def _full(value):
     "Whether a key says anything."
     if hasattr(value, 'tolist'): value = value.tolist()
@@ -433,7 +449,7 @@ def _row_keys(row):
         if not out or k not in _VAGUE or is_letter: out.append((k, value))
     return out
 
-# %% ../../nbs/03_data/14_options.ipynb #31332dd5
+# %% ../../nbs/03_data/14_options.ipynb #b60b2736
 def _options_fault(options):
     "What is wrong with the options of a record, or None."
     if len(options) > len(LETTERS):
@@ -446,6 +462,7 @@ def _options_fault(options):
             return (f'has the option {text!r} twice ({LETTERS[j]} and {LETTERS[i]}); correct or '
                     'remove one')
 
+# %% ../../nbs/03_data/14_options.ipynb #b2258236
 def _key_fault(options, key):
     "What is wrong with a key that names no option."
     text = clean(key)
@@ -459,16 +476,18 @@ def _key_fault(options, key):
     return (f'has the key {text[:60]!r}, which is none of its options '
             f'({"; ".join(options)[:120]}); correct the key or the options')
 
+# %% ../../nbs/03_data/14_options.ipynb #31332dd5
 def _fault(record):
     "What is wrong with the options and the main key of a record, or None."
     if fault := _options_fault(record.options): return fault
     if not record.keys: return 'has options and no key; add the right option'
     return None if record.reads else _key_fault(record.options, record.keys[0][1])
 
-# %% ../../nbs/03_data/14_options.ipynb #8afd226d
+# %% ../../nbs/03_data/14_options.ipynb #fa226d32
 def _are_numbers(value):
     return isinstance(value, (list, tuple)) and _all_are((int, float), value)
 
+# %% ../../nbs/03_data/14_options.ipynb #8afd226d
 def _read_row(n, row, columns):
     "The record of a row, or None where it has no options."
     asked, keys = str(row.get('question') or ''), _row_keys(row)
@@ -489,7 +508,7 @@ def _read_row(n, row, columns):
         return None   # the question only looks as if it had options
     return _Record(n, inside.question, inside.options, [], keys, False)
 
-# %% ../../nbs/03_data/14_options.ipynb #09245d88
+# %% ../../nbs/03_data/14_options.ipynb #55e0ac87
 def _resolved(records, wrong):
     "The right option of each record, by the evidence of all; what stays open goes into `wrong`."
     first, found = _first_number(records), {}
@@ -505,6 +524,7 @@ def _resolved(records, wrong):
         found[r.n] = Choice(r.question, r.options, r.options[i], LETTERS[i], assumed)
     return found
 
+# %% ../../nbs/03_data/14_options.ipynb #7e4768e1
 def _records(rows):
     "The records of all rows with options, and {row number: what is wrong}."
     names, records, wrong = {}, [], {}
@@ -522,6 +542,7 @@ def _records(rows):
         else: records.append(record)
     return records, wrong
 
+# %% ../../nbs/03_data/14_options.ipynb #09245d88
 def read_choices(
     path:str|Path,  # the file, for messages
     rows:list,      # its rows as dictionaries, in order; columns in any case

@@ -22,7 +22,7 @@ def option_words(
     words = re.findall(r'\d+(?:\.\d+)?|\w+|[<>≤≥±+%]', text)
     return ' '.join([w for w in words if w not in ('a', 'an', 'the')] or words)
 
-# %% ../../nbs/03_data/20_said_options.ipynb #ca0b523d
+# %% ../../nbs/03_data/20_said_options.ipynb #ee01dba4
 _BOX = re.compile(r'\\boxed\{\s*(?:\\text\{)?([^{}]*)\}|<answer>(.*?)</answer>', re.S | re.I)
 _INVISIBLE = re.compile('[\u200b\u200e\u200f\u2060\ufeff]')
 _SLANTED = re.compile(r'(?<![\w*])\*(?=\S)([^*\n]+)(?<=\S)\*(?![\w*])')
@@ -39,6 +39,7 @@ def _boxed(text):
             if name in inside: return str(inside[name])
     return text
 
+# %% ../../nbs/03_data/20_said_options.ipynb #ca0b523d
 def _unwrapped(text):
     "An answer without box, marks of Markdown and line breaks."
     text = _boxed(_INVISIBLE.sub('', unicodedata.normalize('NFKC', str(text))))
@@ -112,7 +113,7 @@ def _named(words, text):
         text = text.replace(f' {word} ', ' | ')
     return found
 
-# %% ../../nbs/03_data/20_said_options.ipynb #f717dad1
+# %% ../../nbs/03_data/20_said_options.ipynb #3b226723
 def _exact(options, said):
     "Places that a whole text may mean, and whether it is a letter."
     bare = said.strip(' "\'“”{}')
@@ -121,6 +122,7 @@ def _exact(options, said):
     place = LETTERS.index(m[1].upper()) if m else len(options)
     return equal | ({place} if place < len(options) else set()), bool(m)
 
+# %% ../../nbs/03_data/20_said_options.ipynb #479f62ee
 _HEADED = re.compile(r'(?s)[(\[]?(?:([A-Za-z])\s*(?:[)\]]|[.:](?=\s|[A-Z\d]))[.:,]?\s*|'
                      r'([A-Z])(?:\s*[,=]|\s+[-–—]|\s*(?=\())\s*)(\S.*)')
 
@@ -132,6 +134,7 @@ def _goes_on(options, place, rest):
     after = re.sub(r'^[\s.,;]*' + OWN_LETTER.format(LETTERS[place + 1]), '\0', after)
     return after[:1] == '\0' and after[1:].casefold().startswith(following.casefold())
 
+# %% ../../nbs/03_data/20_said_options.ipynb #e090e741
 def _headed(options, words, said, normalise):
     "The place of a letter at the head; -1 if its text is another option's, None without."
     m = _HEADED.fullmatch(said)
@@ -144,6 +147,7 @@ def _headed(options, words, said, normalise):
     starts = [w for w in words if w and rest.startswith(f'{w} ')]
     return place if words[place] == max(starts, key=len, default=words[place]) else -1
 
+# %% ../../nbs/03_data/20_said_options.ipynb #f717dad1
 def _side_by_side(words, said, normalise):
     "As `_headed`, for a letter and a text without a mark between them; A fracture is a text."
     m = re.fullmatch(r'(?s)([A-Z])\s+(\S.*)', said)
@@ -152,7 +156,7 @@ def _side_by_side(words, said, normalise):
     if rest == words[place]: return place
     return -1 if m[1] != 'A' and rest in words else None
 
-# %% ../../nbs/03_data/20_said_options.ipynb #aac52608
+# %% ../../nbs/03_data/20_said_options.ipynb #53407f80
 _OPEN = object()   # nothing was decided yet
 
 def _several(said, n):
@@ -164,6 +168,7 @@ def _several(said, n):
     more = m and _ALSO.match(said[m.end():])
     return bool(more and more[1] != m[1] and LETTERS.index(more[1]) < n)
 
+# %% ../../nbs/03_data/20_said_options.ipynb #02e4f72c
 def _by_form(options, words, said, normalise):
     "The place by the form of a whole text: option, letter, or both; None if unclear."
     whole, is_letter = _exact(options, said)
@@ -180,6 +185,7 @@ def _only(places):
     "The one place there is, else None."
     return next(iter(places)) if len(places) == 1 else None
 
+# %% ../../nbs/03_data/20_said_options.ipynb #aac52608
 def _last_part(said):
     "What follows the last phrase that announces an answer, or all of it."
     cues = list(_CUE.finditer(said))
@@ -192,7 +198,7 @@ def _by_forms(options, words, said, normalise):
         if place is not _OPEN: return place
     return _OPEN
 
-# %% ../../nbs/03_data/20_said_options.ipynb #5e48d6c5
+# %% ../../nbs/03_data/20_said_options.ipynb #8fefba53
 _TURN = re.compile(r"(?i)\b(?:wait|actually|correction|on\s+second\s+thoughts?|sorry|i\s+mean|"
                    r"let\s+me\s+re\w+)\b")
 
@@ -207,6 +213,7 @@ def _own_line(text, n):
     if {*alone, *_letters(_STRONG, rest, n)} != {alone[0]}: return None
     return _OPEN if _TURN.search(rest) or any(map(_HEADED.fullmatch, lines[1:])) else alone[0]
 
+# %% ../../nbs/03_data/20_said_options.ipynb #5e48d6c5
 def _taken_back(options, said, normalise):
     "Whether an answer is followed by a turn of mind and by another answer."
     turns = list(_TURN.finditer(said))
@@ -220,7 +227,7 @@ def _undisputed(places, words, said, short=5):
     named = _named(words, said) if len(said.split()) <= short else set()
     return None if named and not named & places else _only(places)
 
-# %% ../../nbs/03_data/20_said_options.ipynb #7886cfbe
+# %% ../../nbs/03_data/20_said_options.ipynb #4d23f55d
 def said_option(
     options:list, # texts of the options, in the order of their letters
     text:str,     # an answer
@@ -241,6 +248,7 @@ def said_option(
     for part in (_last_part(said), said):
         if named := _named(words, normalise(part)): return _only(named)
 
+# %% ../../nbs/03_data/20_said_options.ipynb #7886cfbe
 def spelt_out(
     options:list, # texts of the options
     text:str,     # an answer

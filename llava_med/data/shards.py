@@ -21,7 +21,7 @@ from .images import ImageError, image_bytes, open_image
 from ..core.runs import (
     clock, file_hash, peak_memory_mib, read_json, replacing, write_json, write_jsonl, writing)
 
-# %% ../../nbs/03_data/12_shards.ipynb #ffd79ad5
+# %% ../../nbs/03_data/12_shards.ipynb #dd98662e
 INDEX, VERSION = 'index.json', 1
 
 class ShardError(ValueError):
@@ -32,6 +32,7 @@ def _features():
     return datasets.Features(id=datasets.Value('string'), image=datasets.Image(decode=False),
                              records=datasets.List(datasets.Value('string')))
 
+# %% ../../nbs/03_data/12_shards.ipynb #ffd79ad5
 def records_by_image(
     records:Iterable, # conversation or figure records
 )->Iterator:          # (image or None, its records)
@@ -46,7 +47,7 @@ def records_by_image(
     for (image, _), group in itertools.groupby(records, place):
         yield image, list(group)
 
-# %% ../../nbs/03_data/12_shards.ipynb #23846ed3
+# %% ../../nbs/03_data/12_shards.ipynb #d4a81ace
 def _mark(path): # of a file, to see whether it changed
     try: s = os.stat(path)
     except OSError: return ''
@@ -61,6 +62,7 @@ def _key(batch, folder): # of a shard
         h.update(text.encode('utf-8', 'surrogatepass'))
     return h.hexdigest()
 
+# %% ../../nbs/03_data/12_shards.ipynb #23846ed3
 def _bytes(image, folder, look): # of an image, and why there are none
     if not image: return None, ''
     if folder is None:
@@ -70,9 +72,10 @@ def _bytes(image, folder, look): # of an image, and why there are none
     try: return image_bytes(folder/image), ''
     except ImageError as e: return None, str(e).replace(f'{folder}/', '')
 
-# %% ../../nbs/03_data/12_shards.ipynb #0508d709
+# %% ../../nbs/03_data/12_shards.ipynb #9b742162
 def _as_json(x): return json.dumps(x, ensure_ascii=False, default=str)
 
+# %% ../../nbs/03_data/12_shards.ipynb #f473d067
 def _write(path, batch, folder, look): # one shard: images, records, missing
     from datasets.arrow_writer import ArrowWriter
     n, lost = Counter(), []
@@ -91,6 +94,7 @@ def _write(path, batch, folder, look): # one shard: images, records, missing
         writer.close()
     return n, lost
 
+# %% ../../nbs/03_data/12_shards.ipynb #0508d709
 def _note(out, shards, state): # write the index
     sums, missing = Counter(), []
     for s in shards:
@@ -101,7 +105,7 @@ def _note(out, shards, state): # write the index
     write_json(out/INDEX, index)
     return index
 
-# %% ../../nbs/03_data/12_shards.ipynb #c7f5059f
+# %% ../../nbs/03_data/12_shards.ipynb #f0248f02
 def _is_there(out, old, key): # whether a shard of the old index has this key and its full size
     if not old or old['key'] != key: return False
     path = out/old['file']
@@ -112,6 +116,7 @@ def _shard(out, name, key, batch, folder, look): # write one shard: its entry of
     return dict(file=name, key=key, pictures=n['pictures'], records=n['records'],
                 bytes=(out/name).stat().st_size, sha256=file_hash(out/name), missing=lost)
 
+# %% ../../nbs/03_data/12_shards.ipynb #c7f5059f
 def write_shards(
     records:Iterable,       # conversation or figure records, one after the other
     images:str|Path|None,   # folder of their images; None: records name paths or `package::member`
@@ -145,7 +150,7 @@ def write_shards(
     say(missing_words(missing, index['records'] + len(missing)))
     return index
 
-# %% ../../nbs/03_data/12_shards.ipynb #899099cd
+# %% ../../nbs/03_data/12_shards.ipynb #1148d1cf
 def read_index(
     folder:str|Path, # of the shards
 )->dict:
@@ -167,6 +172,7 @@ def read_index(
                              'or write the shards again.')
     return index
 
+# %% ../../nbs/03_data/12_shards.ipynb #899099cd
 def check_shards(
     folder:str|Path, # of the shards
 )->list:             # a sentence for each shard whose bytes differ from the index
@@ -179,7 +185,7 @@ def check_shards(
                        'again.')
     return out
 
-# %% ../../nbs/03_data/12_shards.ipynb #0e1610ad
+# %% ../../nbs/03_data/12_shards.ipynb #19d19b84
 def shard_rows(
     folder:str|Path, # of the shards
 )->Iterator:         # (image name or None, its bytes, its records)
@@ -192,12 +198,14 @@ def shard_rows(
             image = row['image'] or {}
             yield image.get('path'), image.get('bytes'), list(map(json.loads, row['records']))
 
+# %% ../../nbs/03_data/12_shards.ipynb #87429759
 def read_shards(
     folder:str|Path, # of the shards
 )->Iterator:
     "The records of shards, as they were."
     for _, _, group in shard_rows(folder): yield from group
 
+# %% ../../nbs/03_data/12_shards.ipynb #0e1610ad
 def unpack_shards(
     folder:str|Path, # of the shards
     images:str|Path, # where the images go, under the names that their records use
@@ -212,7 +220,7 @@ def unpack_shards(
         n += 1
     return n
 
-# %% ../../nbs/03_data/12_shards.ipynb #4e1b3184
+# %% ../../nbs/03_data/12_shards.ipynb #1bdf52c8
 def _opened(rows): # a batch of rows as records with opened images
     out = dict(record=[], image=[])
     for image, texts in zip(rows['image'], rows['records']):
@@ -225,6 +233,7 @@ def _opened(rows): # a batch of rows as records with opened images
             out['image'].append(picture)
     return out
 
+# %% ../../nbs/03_data/12_shards.ipynb #4e1b3184
 def stream_shards(
     folder:str|Path,    # of the shards
     seed:int|None=None, # shuffles shards and records; None keeps the order
@@ -239,12 +248,13 @@ def stream_shards(
     rows = rows.map(_opened, batched=True, batch_size=1, remove_columns=list(_features()))
     return rows if seed is None else rows.shuffle(seed=seed, buffer_size=buffer)
 
-# %% ../../nbs/03_data/12_shards.ipynb #46a82a3b
+# %% ../../nbs/03_data/12_shards.ipynb #a27c0fe5
 def _status(records, problems): # what became of an article
     if records: return 'done'
     bare = any(why.endswith('has no figure.') for why in problems)
     return 'no_figure' if bare else 'unreadable'
 
+# %% ../../nbs/03_data/12_shards.ipynb #46a82a3b
 def article_task(
     path:str,              # an article that `find_articles` found
     images_dir:str|None=None, # where packages' images are written
@@ -260,7 +270,7 @@ def article_task(
     for r in records: lines += _as_json(r) + '\n'
     return lines, row
 
-# %% ../../nbs/03_data/12_shards.ipynb #2352a9be
+# %% ../../nbs/03_data/12_shards.ipynb #bea83208
 class ClusterError(RuntimeError):
     "A cluster that cannot be used; the message says why and what to do."
 
@@ -271,6 +281,7 @@ def _local_cluster(workers): # processes on this machine that listen to nobody e
                                     dashboard_address='127.0.0.1:0',
                                     silence_logs=logging.CRITICAL)
 
+# %% ../../nbs/03_data/12_shards.ipynb #2352a9be
 @contextlib.contextmanager
 def cluster(
     scheduler:str|None=None, # such as tcp://10.0.0.1:8786; None starts processes here
@@ -295,11 +306,12 @@ def cluster(
     finally:
         if local: local.close()
 
-# %% ../../nbs/03_data/12_shards.ipynb #66a18a8a
+# %% ../../nbs/03_data/12_shards.ipynb #cdd6a18a
 def _n_threads(client): # of the workers that are there
     try: return len(client.nthreads())
     except (OSError, ValueError, asyncio.TimeoutError, TimeoutError): return 0
 
+# %% ../../nbs/03_data/12_shards.ipynb #2222bdfa
 def _wait(client, future, patience, say): # for a result, as long as there are workers
     from concurrent.futures import CancelledError
     alone = 0
@@ -317,6 +329,7 @@ def _wait(client, future, patience, say): # for a result, as long as there are w
             raise ClusterError(f'The scheduler is gone ({type(e).__name__}); the same command goes '
                                'on where it stopped.') from None
 
+# %% ../../nbs/03_data/12_shards.ipynb #66a18a8a
 def in_order(
     client,                 # a distributed.Client
     task,                   # a function of one job that the workers can import
@@ -344,7 +357,7 @@ def in_order(
         give(1)
         yield job, got
 
-# %% ../../nbs/03_data/12_shards.ipynb #398be2ee
+# %% ../../nbs/03_data/12_shards.ipynb #32101ff2
 def _plan(sources): # (path, '') of every article, and (source, why) of what holds none
     for s in sources:
         try:
@@ -352,12 +365,14 @@ def _plan(sources): # (path, '') of every article, and (source, why) of what hol
         except ArticleError as e: yield str(s), str(e)
 
 # the row of a manifest's line, if it still agrees with its article
+
 def _row_holds(line, path, size):
     try: row = json.loads(line)
     except ValueError: return None
     whole = line.endswith(b'\n') and row['end'] <= size
     return row if whole and row['source'] == path and row['mark'] == _mark(path) else None
 
+# %% ../../nbs/03_data/12_shards.ipynb #398be2ee
 def _kept(part, manifest, plan, head):
     "Bytes of both files that still agree with the plan, and how many articles that are."
     if not (part.exists() and manifest.exists()): return 0, 0, 0
@@ -372,7 +387,7 @@ def _kept(part, manifest, plan, head):
             end, at, n = row['end'], at + len(line), n + 1
     return end, at, n
 
-# %% ../../nbs/03_data/12_shards.ipynb #f6f54a05
+# %% ../../nbs/03_data/12_shards.ipynb #35590028
 class _Task: # `article_task` with its folder
     def __init__(self, images_dir): self.images_dir = images_dir
     def __call__(self, path): return article_task(path, self.images_dir)
@@ -390,6 +405,7 @@ def _results(client, plan, images_dir, say): # lines and row of every article, i
         _, got = next(found)
         yield _lost(source, str(got)) if isinstance(got, Exception) else got
 
+# %% ../../nbs/03_data/12_shards.ipynb #f6f54a05
 @contextlib.contextmanager
 def _alone(out): # one process writes a file
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -403,7 +419,7 @@ def _alone(out): # one process writes a file
         with contextlib.suppress(OSError): os.unlink(lock.lock_file)
         lock.release()
 
-# %% ../../nbs/03_data/12_shards.ipynb #45c3a1ea
+# %% ../../nbs/03_data/12_shards.ipynb #43f91240
 _SUMMED = ('figures', 'images', 'mentions')
 
 def _summary(manifest): # counts, the largest worker in MB, and all problems
@@ -417,6 +433,7 @@ def _summary(manifest): # counts, the largest worker in MB, and all problems
             problems += [dict(source=row['source'], problem=p) for p in row['problems']]
     return n, worst, problems
 
+# %% ../../nbs/03_data/12_shards.ipynb #45c3a1ea
 def _finish(out, part, manifest, took, say): # put both files in their places and sum up
     (n, worst, problems), beside = _summary(manifest), Path(f'{out}.problems.jsonl')
     for p in problems[:20]: say(p['problem'])
@@ -434,7 +451,7 @@ def _finish(out, part, manifest, took, say): # put both files in their places an
         f'{out.name}.manifest.jsonl says what became of each.')
     return 0 if n['figures'] else 1
 
-# %% ../../nbs/03_data/12_shards.ipynb #33d3b0eb
+# %% ../../nbs/03_data/12_shards.ipynb #d8c78757
 def _append(results, f, m, end): # records and rows of the results to both files
     for lines, row in results:
         data = lines.encode('utf-8', 'surrogatepass')
@@ -445,6 +462,7 @@ def _append(results, f, m, end): # records and rows of the results to both files
         m.write((json.dumps(row, ensure_ascii=False) + '\n').encode())
         m.flush()
 
+# %% ../../nbs/03_data/12_shards.ipynb #33d3b0eb
 def figures_on_cluster(
     sources:list,              # folders, packages and XML files
     out:str|Path,              # the JSON Lines file to write

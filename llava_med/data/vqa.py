@@ -69,7 +69,9 @@ def named_cluster(
     "The patient of an item, else its cluster, from its own fields or from its tags."
     tags = item.get('tags') or {}
     found = (item.get('patient'), tags.get('patient'), item.get('cluster'), tags.get('cluster'))
-    return next((str(v) for v in found if v not in (None, '')), '')
+    for v in found:
+        if v not in (None, ''): return str(v)
+    return ''
 
 def item_cluster(
     item:dict, # VQA item
@@ -77,7 +79,7 @@ def item_cluster(
     "What an item belongs to: items of one cluster are not independent of each other."
     return named_cluster(item) or str((item.get('images') or [item.get('id', '')])[0])
 
-# %% ../../nbs/03_data/15_vqa.ipynb #43fd38e8
+# %% ../../nbs/03_data/15_vqa.ipynb #0184dafd
 def check_rows(
     path:str|Path, # the file, for messages
     rows,          # what it holds
@@ -93,6 +95,7 @@ def check_rows(
                              'right file?')
     return rows
 
+# %% ../../nbs/03_data/15_vqa.ipynb #43fd38e8
 _SPLITS = dict(train='train', trainset='train', training='train', val='val', valid='val',
                validate='val', validation='val', dev='val', test='test', testset='test')
 
@@ -103,7 +106,7 @@ def split_of(
     words = re.findall(r'[a-z]+', Path(path).name.split('.')[0].lower())
     return next(filter(None, map(_SPLITS.get, words)), None)
 
-# %% ../../nbs/03_data/15_vqa.ipynb #b2183a65
+# %% ../../nbs/03_data/15_vqa.ipynb #2ec4f208
 _RAD_TYPES = dict(pres='presence', prse='presence', pos='position', abn='abnormality',
                   attrib='attribute', atrib='attribute')
 _RAD_KEYS = ('qid', 'image_name', 'question', 'answer', 'answer_type')
@@ -113,6 +116,7 @@ _RAD_LINKS = dict(link='qid_linked_id', rephrase='question_rephrase', frame='que
 def _known(value): # text, or None for VQA-RAD's "NULL"
     return None if clean(value) in ('', 'NULL') else clean(value)
 
+# %% ../../nbs/03_data/15_vqa.ipynb #83320d5d
 def _rad_item(r, n, split, path):
     kind = re.split(r'[,\s]+', clean(r.get('question_type')).lower())[0]
     organ = clean(r.get('image_organ')).lower()
@@ -127,6 +131,7 @@ def _rad_item(r, n, split, path):
                      question_type=_RAD_TYPES.get(kind, kind) or None,
                      phrase_type=r.get('phrase_type'), **extra)
 
+# %% ../../nbs/03_data/15_vqa.ipynb #b2183a65
 def read_vqa_rad(
     path:str|Path,        # 'VQA_RAD Dataset Public.json', 'trainset.json' or 'testset.json'
     split:str|None=None,  # keep only 'train' or 'test'
@@ -139,7 +144,7 @@ def read_vqa_rad(
         if split in (None, part): out.append(_rad_item(r, n, part, path))
     return out
 
-# %% ../../nbs/03_data/15_vqa.ipynb #07583d91
+# %% ../../nbs/03_data/15_vqa.ipynb #ae97556c
 @contextlib.contextmanager
 def _opened(path):
     "An image; one sentence where it is none."
@@ -148,6 +153,7 @@ def _opened(path):
         raise ValueError(f'{path}: not an image that can be read; fetch it again.') from None
     with img: yield img
 
+# %% ../../nbs/03_data/15_vqa.ipynb #db6a1e83
 def _box_rows(rows, w, h):
     "The boxes of a detection file, in fractions of an image of that size."
     out = []
@@ -157,6 +163,7 @@ def _box_rows(rows, w, h):
             out.append(dict(name=name.lower(), box=box))
     return out
 
+# %% ../../nbs/03_data/15_vqa.ipynb #07583d91
 def slake_boxes(
     folder:str|Path, # the set's folder
     image:str,       # such as 'xmlab1/source.jpg'
@@ -172,7 +179,7 @@ def slake_boxes(
         raise ValueError(f'{found}: holds no boxes in the form [{{name: [x, y, width, height]}}]; '
                          'fetch it again.') from None
 
-# %% ../../nbs/03_data/15_vqa.ipynb #049e06d1
+# %% ../../nbs/03_data/15_vqa.ipynb #29bf1127
 def _labels(path): # grey values of a mask, or None where the file is no mask
     if not path.is_file(): return None
     with _opened(path) as img:
@@ -188,6 +195,7 @@ def _mask_names(key): # [(grey value, organ)] of a set's mask.txt, in order
         if colon: out.append((int(value), organ.strip().lower()))
     return sorted(dict(out).items())
 
+# %% ../../nbs/03_data/15_vqa.ipynb #049e06d1
 def slake_masks(
     folder:str|Path, # the set's folder, with mask.txt
     image:str,       # such as 'xmlab1/source.jpg'
@@ -206,7 +214,7 @@ def slake_masks(
                         area=round(len(xs)/(w*h), 5)))
     return out
 
-# %% ../../nbs/03_data/15_vqa.ipynb #e7cabc6e
+# %% ../../nbs/03_data/15_vqa.ipynb #bdc4e2df
 def slake_regions(
     folder:str|Path, # the set's folder
     image:str,       # such as 'xmlab1/source.jpg'
@@ -217,6 +225,7 @@ def slake_regions(
     for b in boxes: masks.pop(b['name'], None)
     return out + list(masks.values())
 
+# %% ../../nbs/03_data/15_vqa.ipynb #e7cabc6e
 def region_mask(
     folder:str|Path, # the folder that images are named relative to, such as slake/imgs
     region:dict,     # one of an item's regions that has a mask
@@ -230,12 +239,12 @@ def region_mask(
     out[rows, cols] = labels[rows, cols] == region['value']
     return out
 
-# %% ../../nbs/03_data/15_vqa.ipynb #81ca57b6
-_CHINESE = dict(pair.split('=') for pair in """
+# %% ../../nbs/03_data/15_vqa.ipynb #d8e3e6e9
+_CHINESE = dict(re.findall(r'(\w+)=(\w+)', """
     liver=肝 kidney=肾 spleen=脾 lung=肺 heart=心脏 bladder=膀胱 rectum=直肠 esophagus=食管 trachea=气管
     colon=结肠 duodenum=十二指肠 stomach=胃 eye=眼 ear=耳 tooth=牙 mandible=下颌 larynx=喉 parotid=腮腺
     brain=脑 edema=水肿 tumor=肿瘤 cancer=癌 nodule=结节 atelectasi=肺不张 pneumothorax=气胸 mass=肿块
-    pneumonia=肺炎 cardiomegaly=心脏肥大 left=左 right=右""".split())
+    pneumonia=肺炎 cardiomegaly=心脏肥大 left=左 right=右"""))
 _CHINESE |= {'small bowel': '小肠', 'spinal cord': '脊髓', 'brain stem': '脑干', 'temporal lobe': '颞叶',
              'femoral head': '股骨头', 'humerus head': '肱骨头', 'enhancing': '增强'}
 
@@ -246,12 +255,13 @@ def _stems(text): # words without a plural s; Chinese names of organs become Eng
         if sign in text: words.update(name.split())
     return words
 
+# %% ../../nbs/03_data/15_vqa.ipynb #81ca57b6
 def _named(name, text):
     "Whether a text names a thing; 'left' and 'right' matter only if the text has one of them."
     words, want, sides = _stems(text), _stems(name), {'left', 'right'}
     return (want if words & sides else want - sides) <= words
 
-# %% ../../nbs/03_data/15_vqa.ipynb #c040da13
+# %% ../../nbs/03_data/15_vqa.ipynb #e4c0c110
 _SLAKE_TYPES = dict(quantity='count', kg='knowledge')
 _SLAKE_MODALITY = {'X-Ray': 'chest_xray', 'CT': 'ct_scan', 'MRI': 'mri', 'Histology': 'histology',
                    'Gross': 'gross'}
@@ -264,6 +274,7 @@ def _row_regions(r, boxes):
     text = f"{r['question']} {r['answer']}"
     return [b for b in boxes(clean(r['img_name'])) if _named(b['name'], text)]
 
+# %% ../../nbs/03_data/15_vqa.ipynb #c040da13
 def _slake_item(r, split, boxes):
     "Item of one SLAKE row; extra columns of the phantoms are used where they are."
     source, twin = 'phantoms' if 'scene_seed' in r else 'slake', r.get('twin_of')
@@ -278,7 +289,7 @@ def _slake_item(r, split, boxes):
                      regions=_row_regions(r, boxes),
                      twin_of=None if twin is None else f'{source}-{twin}', **extra)
 
-# %% ../../nbs/03_data/15_vqa.ipynb #b1584d54
+# %% ../../nbs/03_data/15_vqa.ipynb #25ef1d38
 _SLAKE_FILES = dict(train=('train',), val=('validate', 'validation', 'val'), test=('test',))
 
 def slake_file(
@@ -294,6 +305,7 @@ def slake_file(
         if path.is_file(): return path
     raise FileNotFoundError(f'{paths[0]}: no such file; SLAKE has train, validate and test.json.')
 
+# %% ../../nbs/03_data/15_vqa.ipynb #b1584d54
 def read_slake(
     folder:str|Path, # holds train.json, validate.json, test.json and imgs/; or one of these files
     split:str|None,  # train, val or test; of a file, None for what its name says
@@ -309,7 +321,7 @@ def read_slake(
                       ('qid', 'img_name', 'question', 'answer', 'answer_type'))
     return [_slake_item(r, split, boxes) for r in rows if lang in (None, r.get('q_lang', 'en'))]
 
-# %% ../../nbs/03_data/15_vqa.ipynb #8a2000a6
+# %% ../../nbs/03_data/15_vqa.ipynb #fcf2c273
 def _split_rows(folder):
     "Split → rows of its file, of those that are there; None where a file holds something else."
     rows, first = {}, None
@@ -323,6 +335,7 @@ def _split_rows(folder):
     ours = isinstance(first, dict) and 'img_name' in first and 'scene_seed' not in first
     return rows if ours else None
 
+# %% ../../nbs/03_data/15_vqa.ipynb #62e14e03
 def is_slake(
     folder:str|Path, # of any set
 )->bool:
@@ -332,9 +345,10 @@ def is_slake(
     if rows: return True
     return rows == {} and ((folder/'KG').is_dir() or any(folder.glob('imgs/xmlab*')))
 
+# %% ../../nbs/03_data/15_vqa.ipynb #8a2000a6
 def slake_lacks(
     folder:str|Path, # of any set
-)->list:             # phrases, such as 'imgs/'; empty where nothing is missing, or it is another set
+)->list:             # phrases, such as 'imgs/'; empty if nothing is missing or it is another set
     """Which files SLAKE's questions and labels need and the folder does not hold; its knowledge
     graph is not among them."""
     folder, named, lost, bare = Path(folder), set(), [], []
@@ -342,7 +356,8 @@ def slake_lacks(
     rows = _split_rows(folder)
     out = [f'{names[0]}.json' for s, names in _SLAKE_FILES.items() if not rows.get(s)]
     if not (folder/'imgs').is_dir(): return [*out, 'imgs/']
-    for part in rows.values(): named.update(clean(r.get('img_name')) for r in part)
+    for part in rows.values():
+        for r in part: named.add(clean(r.get('img_name')))
     names = sorted(named - {''})
     for n in names:
         path = folder/'imgs'/n
@@ -382,13 +397,15 @@ EDITIONS = { # set, edition, split: questions, images, open, closed; None where 
     ('pmc_vqa', 'version 2', 'train'): (152603, None, 0, 152603),
     ('pmc_vqa', 'clean', 'test'): (2000, None, 0, 2000)}
 
-# %% ../../nbs/03_data/15_vqa.ipynb #2f31ce71
+# %% ../../nbs/03_data/15_vqa.ipynb #4ec55ba1
 def item_counts(
     items:list, # VQA items
 )->tuple:       # questions, images, open, closed
     "The four numbers by which a split is known."
-    kinds, names = Counter(o['answer_type'] for o in items), set()
-    for o in items: names.update(o['images'])
+    kinds, names = Counter(), set()
+    for o in items:
+        kinds[o['answer_type']] += 1
+        names.update(o['images'])
     return len(items), len(names), kinds['OPEN'], kinds['CLOSED']
 
 def _agree(got, want): # whether four numbers are those that were published
@@ -398,6 +415,7 @@ def _counted(counts): # four numbers in words
     named = zip(counts, ('questions', 'images', 'open', 'closed'))
     return ', '.join(f'{n:,} {k}' for n, k in named if n is not None)
 
+# %% ../../nbs/03_data/15_vqa.ipynb #2f31ce71
 def check_counts(
     items:list,       # VQA items
     edition:str|None=None, # one of the set's editions; None accepts any of them
@@ -414,7 +432,7 @@ def check_counts(
         out.append(f'{source} {split} has {_counted(got)}; published: {published}.')
     return out
 
-# %% ../../nbs/03_data/15_vqa.ipynb #858f3838
+# %% ../../nbs/03_data/15_vqa.ipynb #9614da34
 def _option_fault(o): # what is wrong with the options of an item, or None
     known, answer = list(map(same_option, o['options'] or ())), o['answer']
     if not known: return None
@@ -426,6 +444,7 @@ def _option_fault(o): # what is wrong with the options of an item, or None
 def _outside(box): # whether a box leaves its image
     return len(box) != 4 or not all(-.01 <= v <= 1.01 for v in box)
 
+# %% ../../nbs/03_data/15_vqa.ipynb #858f3838
 def _item_faults(o, ids): # what is wrong with one item
     lack = [k for k in ITEM_KEYS if k not in o]
     if lack: return [f'lacks {", ".join(lack)}']
@@ -451,12 +470,11 @@ def check_items(
     for o in items:
         for fault in _item_faults(o, ids): out.append(f'Item {o.get("id")!r} {fault}.')
         if images_dir: names.update(o.get('images', []))
-    if images_dir:
-        lost = (n for n in sorted(names) if not (Path(images_dir)/n).is_file())
-        out += [f'Image {n} is not in {images_dir}.' for n in lost]
+    for n in sorted(names):
+        if not (Path(images_dir)/n).is_file(): out.append(f'Image {n} is not in {images_dir}.')
     return out + (check_counts(items) if published else [])
 
-# %% ../../nbs/03_data/15_vqa.ipynb #725acaf7
+# %% ../../nbs/03_data/15_vqa.ipynb #ae8c45f4
 def item_options(
     item:dict, # VQA item
 )->str:        # one option a line; empty where there are none
@@ -467,6 +485,7 @@ def item_options(
                          f'{len(LETTERS)} letters; leave some out.')
     return '\n'.join(map('{}. {}'.format, LETTERS, options))
 
+# %% ../../nbs/03_data/15_vqa.ipynb #725acaf7
 def item_question(
     item:dict, # VQA item
 )->str:
@@ -486,7 +505,7 @@ def question_record(
         raise ValueError(f"Item '{item['id']}' has an empty answer; leave it out of training.")
     asked = '<image>\n'*len(images) + item_question(item)
     said = [{'from': 'human', 'value': asked}, {'from': 'gpt', 'value': item['answer']}]
-    source = {k: item[k] for k in ('source',) if item.get(k)}
+    source = dict(source=item['source']) if item.get('source') else {}
     image = images[0] if len(images) == 1 else list(images)
     return dict(id=item['id'], image=image, conversations=said, **source)
 
@@ -497,7 +516,8 @@ def choice_item(
 )->dict:           # item with `options`, the right one's text as `answer`, its `label`
     "A multiple-choice item, always closed; a question that held its options stays in `prompt`."
     asked, kind = clean(choice.question), str(item.get('answer_type') or '')
-    out = {k: v for k, v in item.items() if k != 'type_from'}
+    out = dict(item)
+    out.pop('type_from', None)
     if 'type_from' not in item and kind not in ('', 'CLOSED'): out.setdefault('official_type', kind)
     if asked != clean(item['question']): out.setdefault('prompt', clean(item['question']))
     else: asked = item['question']
@@ -505,10 +525,10 @@ def choice_item(
     return out | dict(question=asked, options=list(choice.options), answer=choice.answer,
                       answer_type='CLOSED', label=choice.label)
 
-# %% ../../nbs/03_data/15_vqa.ipynb #5004198e
+# %% ../../nbs/03_data/15_vqa.ipynb #80711ad6
 def _unfit(items): # the first reason why items cannot be kept in a file, or None
-    grave = (w for w in check_items(items) if 'lacks' in w or 'unique' in w)
-    return next(grave, None)
+    for w in check_items(items):
+        if 'lacks' in w or 'unique' in w: return w
 
 def write_items(
     path:str|Path, # a .json file
@@ -518,6 +538,7 @@ def write_items(
     if wrong := _unfit(items): raise ValueError(f'{path}: not written. {wrong}')
     write_json(path, items)
 
+# %% ../../nbs/03_data/15_vqa.ipynb #5004198e
 def read_items(
     path:str|Path, # a .json or .jsonl file written by `write_items` or by hand
     left_out:list|None=None, # gets a sentence for each contradictory item; None refuses it

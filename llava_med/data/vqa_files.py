@@ -21,7 +21,7 @@ from .options import (
 from .vqa import check_rows, choice_item, is_yes_no, make_item
 from .vqa import read_items, read_slake, read_vqa_rad, same_question, split_of
 
-# %% ../../nbs/03_data/16_vqa_files.ipynb #78817b7a
+# %% ../../nbs/03_data/16_vqa_files.ipynb #48834313
 _PLAIN = set("""PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1
     BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES
     SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_LIST APPEND
@@ -35,6 +35,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 class _Refused(ValueError): "A pickle that would do more than build plain values."
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #93f129c7
 def _check_plain(data):
     "Refuse a pickle with any other instruction than those that build plain values."
     for op, arg, pos in pickletools.genops(data):
@@ -44,6 +45,7 @@ def _check_plain(data):
         if op.name.endswith('PUT') and int(arg) > len(data):
             raise _Refused(f'refused; at byte {pos} it reserves room for {arg} values.')
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #78817b7a
 def plain_pickle(
     path:str|Path, # a pickle file
 ):                 # what it holds: lists, dictionaries, strings, numbers
@@ -80,7 +82,7 @@ def _derived(answer): # the answer type where a file has none, and the note that
     closed = is_yes_no(dict(answer=clean(answer)))
     return dict(answer_type='CLOSED' if closed else 'OPEN', type_from='answer')
 
-# %% ../../nbs/03_data/16_vqa_files.ipynb #162bd917
+# %% ../../nbs/03_data/16_vqa_files.ipynb #e6091e5c
 def _likeliest(labels): # the answer of {answer: probability}
     return max(labels, key=labels.get) if labels else ''
 
@@ -97,6 +99,7 @@ def _pathvqa_row(path, i, r): # (image id, question, answer, other facts) of one
                          'answers.')
     return [(r['img_id'], q, _likeliest(a), {}) for q, a in zip(questions, labels)]
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #216ef911
 def _pathvqa_rows(path, rows): # the same of all rows
     for i, r in enumerate(rows):
         try: yield from _pathvqa_row(path, i, r)
@@ -104,6 +107,7 @@ def _pathvqa_rows(path, rows): # the same of all rows
             raise ValueError(f'{path}: row {i} is not in one of the three forms of PathVQA '
                              f'({type(e).__name__} {e}).') from None
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #162bd917
 def read_pathvqa(
     path:str|Path,       # *_vqa.pkl, *_qa.pkl, or lxmert_pvqa_*.json
     split:str|None=None, # keep only 'train', 'val' or 'test'
@@ -118,7 +122,7 @@ def read_pathvqa(
                              source='pathvqa', modality='histology', **facts))
     return _in_split(out, split)
 
-# %% ../../nbs/03_data/16_vqa_files.ipynb #661d2707
+# %% ../../nbs/03_data/16_vqa_files.ipynb #4b424c81
 def _table(f):
     "A table of an open file, parted by commas, semicolons or tabs; names in lower case."
     sep = max(',;\t', key=f.readline().count)
@@ -127,6 +131,7 @@ def _table(f):
     table.fieldnames = [clean(k).lower() for k in table.fieldnames or []]
     return table
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #661d2707
 def _csv_rows(path): # rows of a table
     csv_limit = csv.field_size_limit(2**27)   # images may be in it
     try:
@@ -145,7 +150,7 @@ def _csv_rows(path): # rows of a table
     if not rows: raise ValueError(f'{path}: holds no questions.')
     return rows
 
-# %% ../../nbs/03_data/16_vqa_files.ipynb #0e43d695
+# %% ../../nbs/03_data/16_vqa_files.ipynb #54a9dbe1
 def _pmc_item(r, n, choice, path):
     part = split_of(clean(r.get('split')) or 'x') or split_of(path) or 'all'
     image, index = clean(r['figure_path']), clean(r.get('index'))
@@ -155,6 +160,7 @@ def _pmc_item(r, n, choice, path):
                      'pmc_vqa', row=n, **extra)
     return choice_item(item, choice)
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #0e43d695
 _PMC_COLUMNS = ('figure_path', 'question', 'answer', 'choice a', 'choice b')   # of both versions
 
 def read_pmc_vqa(
@@ -176,7 +182,7 @@ def read_pmc_vqa(
         if found[n]: out.append(_pmc_item(r, n, found[n], path))
     return _in_split(out, split)
 
-# %% ../../nbs/03_data/16_vqa_files.ipynb #6870e1a0
+# %% ../../nbs/03_data/16_vqa_files.ipynb #aacdd6f8
 def _spoken(r, n, path):
     "The texts of a conversation, question and answer in turn."
     turns = r.get('conversations', r.get('conversatons')) or []
@@ -192,6 +198,7 @@ def _spoken(r, n, path):
         raise ValueError(f'{path}: row {n} is not a conversation of human and gpt in turn.')
     return said
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #6870e1a0
 def _llava_items(r, n, split, path):
     "(row of question and answer, item without options) of one record."
     said, images = _spoken(r, n, path), r.get('image') or []
@@ -204,13 +211,14 @@ def _llava_items(r, n, split, path):
                          row=n, question_type=kind, prompt=clean(asked), qid=r.get('id'))
         yield dict(question=asked, answer=answer), item
 
-# %% ../../nbs/03_data/16_vqa_files.ipynb #f078b8bc
+# %% ../../nbs/03_data/16_vqa_files.ipynb #9f8a3569
 def _answered(item, choice): # the item with its options, in the answer's own writing
     if not choice: return item
     said = item['answer']
     item = choice_item(item, choice)
     return item | dict(answer=said) if same_option(said) == same_option(item['answer']) else item
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #f078b8bc
 def read_llava_vqa(
     path:str|Path,       # such as test.json
     split:str|None=None, # keep only 'train', 'val' or 'test'
@@ -226,8 +234,10 @@ def read_llava_vqa(
             asked.append(row)
             items.append(item)
     found = read_choices(path, asked, left_out)
-    kept = (n for n in range(len(items)) if found.get(n, n) is not None)
-    return [_answered(items[n], found.get(n)) for n in kept]
+    out = []
+    for n, item in enumerate(items):
+        if found.get(n, n) is not None: out.append(_answered(item, found.get(n)))
+    return out
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #bc31b6c4
 IMAGE_COLUMNS = ('image', 'images', 'image_path', 'image_paths', 'img', 'img_path', 'picture',
@@ -245,7 +255,7 @@ def _image_columns(names):
         if m := re.fullmatch(r'(?:image|img)[_ ]?(\d+)', k): numbered[k] = int(m[1])
     return sorted(numbered, key=numbered.get)
 
-# %% ../../nbs/03_data/16_vqa_files.ipynb #95f31e2f
+# %% ../../nbs/03_data/16_vqa_files.ipynb #d6c06840
 def _base64(text): # the bytes of an image in a text, or None
     body = re.sub(r'^data:image/[\w.+-]+;base64,', '', text)
     if len(body) < 60 or not re.fullmatch(r'[A-Za-z0-9+/\s]+=*\s*', body[:400]): return None
@@ -253,6 +263,7 @@ def _base64(text): # the bytes of an image in a text, or None
     except ValueError: return None
     return data if data.startswith(_MAGIC) else None
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #66451ec5
 def _pixels(value): # PNG of an image that is a list of rows of whole numbers
     x = np.asarray(value)
     if x.dtype.kind not in 'iu' or x.ndim not in (2, 3): raise ValueError('no image')
@@ -263,6 +274,7 @@ def _pixels(value): # PNG of an image that is a list of rows of whole numbers
     Image.fromarray(x.astype(np.uint8)).save(f, 'PNG')
     return f.getvalue()
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #2f72a7e4
 def _list_pictures(values): # of a list: bytes as numbers, rows of pixels, or several images
     if not values: return []
     if set(map(type, values)) == {int}: return [bytes(values)]
@@ -273,6 +285,7 @@ def _list_pictures(values): # of a list: bytes as numbers, rows of pixels, or se
     for v in values: out += _pictures(v)
     return out
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #95f31e2f
 def _pictures(value): # names and bytes of all images in a cell
     if hasattr(value, 'tolist'): value = value.tolist()
     if isinstance(value, (bytes, bytearray, memoryview)): return [bytes(value)]
@@ -286,7 +299,7 @@ def _pictures(value): # names and bytes of all images in a cell
     if text.startswith('[') and (found := text_literal(text)) is not None: return _pictures(found)
     return [_base64(str(value).strip()) or text]
 
-# %% ../../nbs/03_data/16_vqa_files.ipynb #e49c12a3
+# %% ../../nbs/03_data/16_vqa_files.ipynb #df4b68ef
 def _store(data, images_dir): # the name of an image, which is written if wanted
     with Image.open(io.BytesIO(data)) as img: ending = _ENDINGS.get(img.format, '.png')
     name = hashlib.sha256(data).hexdigest()[:20] + ending
@@ -294,6 +307,7 @@ def _store(data, images_dir): # the name of an image, which is written if wanted
         with replacing(Path(images_dir)/name) as part: part.write_bytes(data)
     return name
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #e49c12a3
 def _stored(cell, images_dir, path, n): # the names of the images of a cell
     names = []
     try:
@@ -305,7 +319,7 @@ def _stored(cell, images_dir, path, n): # the names of the images of a cell
                          ) from None
     return names
 
-# %% ../../nbs/03_data/16_vqa_files.ipynb #6af43dc0
+# %% ../../nbs/03_data/16_vqa_files.ipynb #47792053
 _IDS = ('qid', 'question_id', 'id', 'index', 'idx')
 _TAGS = dict(modality=('modality', 'modality_type'), organ=('organ', 'location'),
              question_type=('question_type', 'content_type', 'category'))
@@ -313,9 +327,14 @@ _KEPT = ('hint', 'patient', 'cluster', 'q_lang', 'img_name', 'medical_task', 'bo
          'subfield', 'topic_difficulty', 'l2-category')
 _SPLITS = ('split', 'set', 'subset', 'partition')
 
-def _first(row, columns): # the first of the columns that has something in it, or None
-    return next((row[k] for k in columns if clean(row.get(k))), None)
+def _column(row, columns): # the first of the columns that has something in it, or None
+    for k in columns:
+        if clean(row.get(k)): return k
 
+def _first(row, columns): # what stands in that column, or None
+    return row.get(_column(row, columns))
+
+# %% ../../nbs/03_data/16_vqa_files.ipynb #72cf1a03
 def _unmarked(value, n_images):
     "A text, or the texts of a list, without another tool's marks of images."
     if isinstance(value, (list, tuple)): return [_unmarked(v, n_images) for v in value]
@@ -325,6 +344,7 @@ def _unmarked(value, n_images):
     text = re.sub(r'^\s*<image[ _]?\d+>\s*|\s*<image[ _]?\d+>\s*$', '', text)
     return re.sub(r'<image[ _]?\d+>', 'the image', text)
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #6af43dc0
 def _row_split(r, default, where=None):
     "The split of a row; one that is unknown is the file's, or refused where `where` names the row."
     for k in _SPLITS:
@@ -335,11 +355,13 @@ def _row_split(r, default, where=None):
                          'or test.')
     return default
 
-# %% ../../nbs/03_data/16_vqa_files.ipynb #a6ebb20a
+# %% ../../nbs/03_data/16_vqa_files.ipynb #116e913d
 def _row_key(r): # the key of a row
-    key = next((r[k] for k in KEY_COLUMNS if k in r and clean(r[k])), '')
+    key = _first(r, KEY_COLUMNS)
+    if key is None: return ''
     return key[0] if isinstance(key, list) and len(key) == 1 else key
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #a6ebb20a
 def _row_item(r, n, ident, names, part, source, choice):
     "The item of a row, whose images have these names."
     key = _row_key(r)
@@ -354,25 +376,26 @@ def _row_item(r, n, ident, names, part, source, choice):
                      **tags, **extra)
     return choice_item(item, choice) if choice else item
 
-# %% ../../nbs/03_data/16_vqa_files.ipynb #2a7d51ef
+# %% ../../nbs/03_data/16_vqa_files.ipynb #f847be98
 def _single(path, n, r):
     "Refuse a question or a key that is several texts."
-    for k in ('question', next((k for k in KEY_COLUMNS if k in r and clean(r[k])), 'question')):
+    for k in ('question', _column(r, KEY_COLUMNS) or 'question'):
         v = r[k].tolist() if hasattr(r[k], 'tolist') else r[k]
         several = isinstance(v, (list, tuple)) and (len(v) != 1 or k == 'question')
         if several or isinstance(v, dict):
             raise ValueError(f'{path}: row {n} has the {k} {str(v)[:60]!r}, which is no single '
                              'text; write one text.')
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #dfe49a5a
 def _letters_only(rows):
     "The keys of a file if they are different letters of nothing, else an empty set."
     if len(rows) < 3 or 'answer_type' in rows[0]: return set()
     keys = set()
-    for r in rows:
-        keys.add(clean(next((r[k] for k in KEY_COLUMNS if k in r and clean(r[k])), '')))
+    for r in rows: keys.add(clean(_first(r, KEY_COLUMNS)))
     letters = all(re.fullmatch('[A-J]', k) for k in keys)
     return keys if letters and len(keys) > 1 else set()
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #2a7d51ef
 def _choices(path, rows, names, left_out):
     "The options of all rows, whose images have these names; keys that mean nothing are refused."
     marked, plain = ('question', 'options', 'choices', *option_columns(rows[0])), []
@@ -387,7 +410,7 @@ def _choices(path, rows, names, left_out):
                           'and so on, or options.')
     return found
 
-# %% ../../nbs/03_data/16_vqa_files.ipynb #abdec02b
+# %% ../../nbs/03_data/16_vqa_files.ipynb #b3f968df
 def _table_images(rows, columns):
     "The image cell of each row; VLMEvalKit writes an image once, and elsewhere that row's index."
     by_index = {clean(r.get('index')): r for r in rows}
@@ -397,6 +420,7 @@ def _table_images(rows, columns):
             r['image'] = by_index[cell]['image']
     return [_first(r, columns) or '' for r in rows]
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #901006b4
 def _check_table(path, rows, cells):
     "Refuse rows that are too long, or lack image, question or key."
     for n, r in enumerate(rows):
@@ -409,6 +433,7 @@ def _check_table(path, rows, cells):
         empty = [k for k, v in there.items() if not v]
         if empty: raise ValueError(f'{path}: row {n} has no {" and no ".join(empty)}.')
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #abdec02b
 def read_table(
     path:str|Path,       # CSV or TSV file with image, question and key, perhaps options and tags
     split:str|None=None, # keep only 'train', 'val' or 'test'
@@ -427,7 +452,7 @@ def read_table(
         out.append(_row_item(r, n, f'table-{n}', names[n], part, 'table', found.get(n)))
     return _in_split(out, split)
 
-# %% ../../nbs/03_data/16_vqa_files.ipynb #ae6535ce
+# %% ../../nbs/03_data/16_vqa_files.ipynb #ed7c860a
 _RECORDS = dict(omnimed='omnimedvqa', medxpert='medxpertqa', records='records')
 
 def _record_layout(keys): # which kind of record has these keys, in lower case, or None
@@ -439,6 +464,7 @@ def _record_layout(keys): # which kind of record has these keys, in lower case, 
 def _lower(row): # a row with the names of its columns in lower case
     return {clean(k).lower(): v for k, v in row.items()}
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #748ffe0b
 def _record_names(path, rows, images_dir): # the names of the images of all rows
     names, columns = [], {}
     for r in rows: columns.update(dict.fromkeys(r))
@@ -448,6 +474,7 @@ def _record_names(path, rows, images_dir): # the names of the images of all rows
         names.append(_stored(cell, images_dir, path, n))
     return names
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #ae6535ce
 def read_qa_records(
     path:str|Path,       # JSON or JSON Lines: OmniMedVQA, MedXpertQA, or records like theirs
     split:str|None=None, # keep only 'train', 'val' or 'test'
@@ -471,7 +498,7 @@ def read_qa_records(
                              found.get(n)))
     return _in_split(out, split)
 
-# %% ../../nbs/03_data/16_vqa_files.ipynb #997cb26d
+# %% ../../nbs/03_data/16_vqa_files.ipynb #d8158fb0
 def _unreadable(path, e): # the error for a file that is no parquet
     return ValueError(f'{path}: not a parquet file that can be read '
                       f'({str(e).splitlines()[0][:120]}); fetch it again.')
@@ -484,6 +511,7 @@ def _table_rows(path, columns, size): # rows of a parquet file, a few at a time
                 yield from map(_lower, batch.to_pylist())
     except (pa.ArrowException, OSError) as e: raise _unreadable(path, e) from None
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #997cb26d
 def _parquet_columns(path): # {name in lower case: its own}, and the names of those with images
     import pyarrow as pa, pyarrow.parquet as pq
     try: schema = pq.read_schema(path)
@@ -494,7 +522,7 @@ def _parquet_columns(path): # {name in lower case: its own}, and the names of th
         images = [k for k, v in names.items() if 'binary' in str(schema.field(v).type)][:1]
     return names, images
 
-# %% ../../nbs/03_data/16_vqa_files.ipynb #773025c5
+# %% ../../nbs/03_data/16_vqa_files.ipynb #5025a0f9
 _NAMES = {'medxpertqa': r'med[-_ ]?xpert', 'omnimedvqa': r'omni[-_ ]?med', 'mmmu': r'mmmu',
           'vqa_rad': r'vqa[-_ ]?rad|rad[-_ ]?vqa', 'pathvqa': r'path[-_ ]?vqa|pvqa',
           'slake': r'slake', 'pmc_vqa': r'pmc[-_ ]?vqa'}
@@ -505,9 +533,10 @@ def _parquet_source(path): # the set's name, from the nearest folder that says i
             if re.search(pattern, part.lower()): return source
     return 'parquet'
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #e9de3203
 def _parquet_text(path): # rows without their images, and the columns that hold these
     names, images = _parquet_columns(path)
-    there = dict(question='question' in names, answer=any(k in names for k in KEY_COLUMNS),
+    there = dict(question='question' in names, answer=names.keys() & set(KEY_COLUMNS),
                  image=images)
     lack = [k for k, v in there.items() if not v]
     if lack:
@@ -521,6 +550,7 @@ def _row_pictures(r, columns): # the first column that has images, or all that a
     cells = [r[k] for k in columns if r.get(k) is not None]
     return cells if columns and re.search(r'\d$', columns[0]) else cells[:1]
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #773025c5
 def _parquet_names(path, stored, columns, folders): # the image names of all rows
     out = []
     for n, r in enumerate(_table_rows(path, stored, 64)):
@@ -556,7 +586,7 @@ def read_parquet(
         out.append(_row_item(r, n, ident, names[n], splits[n], source, found.get(n)))
     return _in_split(out, split)
 
-# %% ../../nbs/03_data/16_vqa_files.ipynb #cd22eb48
+# %% ../../nbs/03_data/16_vqa_files.ipynb #da2700ff
 def _without_doubt(item, found):
     "The item with the answer type and the tags of the official items that are the same question."
     if 'type_from' not in item or len({f['answer_type'] for f in found}) != 1: return item
@@ -566,6 +596,7 @@ def _without_doubt(item, found):
     tags = {k: found[0]['tags'][k] for k, v in item['tags'].items() if v is None}
     return item | dict(tags=item['tags'] | tags)
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #cd22eb48
 def official_types(
     items:list,    # VQA items, some without an official answer type
     official:list, # items of the same set from a file that has them
@@ -580,7 +611,7 @@ def official_types(
         left += 'type_from' in out[-1]
     return out, left
 
-# %% ../../nbs/03_data/16_vqa_files.ipynb #6fed6766
+# %% ../../nbs/03_data/16_vqa_files.ipynb #1fc9c27d
 def _table_layout(path): # which table this is, by its columns, or None
     with open(path, newline='', encoding='utf-8-sig', errors='replace') as f:
         head = set(_table(f).fieldnames)
@@ -588,6 +619,7 @@ def _table_layout(path): # which table this is, by its columns, or None
         return 'pmc_vqa_1' if 'answer_label' in head else 'pmc_vqa_2'
     return 'table' if _record_layout(head) else None
 
+# %% ../../nbs/03_data/16_vqa_files.ipynb #6fed6766
 def layout_of(
     path:Path, # a file
 )->str|None:   # a name of `LAYOUTS` in the next chapter; None where it is none of them

@@ -6,7 +6,6 @@
 __all__ = ['LAYOUTS', 'recognise', 'read_vqa', 'open_vqa']
 
 # %% ../../nbs/03_data/17_vqa_readers.ipynb #3f305e83
-from collections import Counter
 from pathlib import Path
 
 from .options import OptionError, clean
@@ -36,7 +35,7 @@ LAYOUTS = dict(
     records=('records', None, "records with an image, a question and an answer"),
     items=('items', None, "items in our own schema"))
 
-# %% ../../nbs/03_data/17_vqa_readers.ipynb #75a87447
+# %% ../../nbs/03_data/17_vqa_readers.ipynb #8c27c17a
 _PLACES = ('*.json', '*.jsonl', '*.csv', '*.tsv', 'MM/*.jsonl', 'QA_information/**/*.json',
            '*-access/*.json', '*.pkl', 'qas/*.pkl', 'qas/*/*.pkl', '**/*.parquet')
 
@@ -49,6 +48,7 @@ def _files_of(path):
         out += [p for p in found if p.is_file() and not p.name.startswith('.')]
     return out
 
+# %% ../../nbs/03_data/17_vqa_readers.ipynb #0879d263
 def _chosen_layout(path, found):
     "The layout that is read, and the others; two different sets are refused."
     layout = next(filter(found.__contains__, LAYOUTS))
@@ -59,6 +59,7 @@ def _chosen_layout(path, found):
                              'of the files.')
     return layout, others
 
+# %% ../../nbs/03_data/17_vqa_readers.ipynb #75a87447
 def recognise(
     path:str|Path, # a file or folder
 )->tuple:          # layout, its files, a sentence that says so
@@ -74,9 +75,10 @@ def recognise(
     layout, others = _chosen_layout(path, found)
     files = found[layout]
     what = f'{LAYOUTS[layout][2]}, {len(files)} file{"s" * (len(files) > 1)}'
-    return layout, files, what + ''.join(f'; left aside: {LAYOUTS[k][2]}' for k in others)
+    for k in others: what += f'; left aside: {LAYOUTS[k][2]}'
+    return layout, files, what
 
-# %% ../../nbs/03_data/17_vqa_readers.ipynb #9433274c
+# %% ../../nbs/03_data/17_vqa_readers.ipynb #6b76cf05
 def _edition(layout, items, files): # the published edition to compare with, or None
     source, edition, _ = LAYOUTS[layout]
     if layout == 'slake': return '+'.join(sorted({o.get('q_lang', 'en') for o in items}))
@@ -92,11 +94,15 @@ def _one_file_a_split(path, files, split):
             raise ValueError(f'{path}: several files for the split {k} ({", ".join(names)}); '
                              'name one of them.')
 
+# %% ../../nbs/03_data/17_vqa_readers.ipynb #9433274c
 def _remarks(items, layout, left_out):
     "What is worth saying about the items of a set."
-    out = [f'taken for {items[0]["source"]}'] if layout == 'parquet' else []
-    n_options = sum(bool(o['options']) for o in items)
-    assumed, derived = (sum(k in o for o in items) for k in ('key_assumed', 'type_from'))
+    out, n_options, assumed, derived = [], 0, 0, 0
+    if layout == 'parquet': out.append(f'taken for {items[0]["source"]}')
+    for o in items:
+        n_options += bool(o['options'])
+        assumed += 'key_assumed' in o
+        derived += 'type_from' in o
     if n_options: out.append(f'{n_options} with options')
     if left_out: out.append(f'{len(left_out)} left out because their options contradict their key '
                             f'(the first: {left_out[0]})')
@@ -141,7 +147,7 @@ def read_vqa(
         say(f'{path.name or path}: {"; ".join([what, *remarks])}; {len(items)} questions')
     return items
 
-# %% ../../nbs/03_data/17_vqa_readers.ipynb #3244ac97
+# %% ../../nbs/03_data/17_vqa_readers.ipynb #1bfa79d9
 _IMAGE_DIRS = ('', 'images', 'imgs', 'image', 'VQA_RAD Image Folder', 'Slake1.0/imgs', 'figures')
 
 def _image_folder(folder, images_dir, store, names):
@@ -156,16 +162,29 @@ def _image_folder(folder, images_dir, store, names):
         if len(there) > len(most): best, most = place, there
     return best, most
 
+# %% ../../nbs/03_data/17_vqa_readers.ipynb #3244ac97
 def _splits(path, items, split):
     "The items by split, and which splits are asked and learned from."
     parts = dict(train=[], val=[], test=[])
     for o in items: parts.setdefault(o['split'], []).append(o)
     if split == 'val' and not parts['val']:
         raise ValueError(f'{path}: this set has no validation questions; ask its test split.')
-    asked = [s for s in ('test', 'val') if parts[s] and (s, split) != ('test', 'val')]
-    test_is = asked[0] if asked else 'all'
-    learned = [s for s in ('train', 'val') if parts[s] and test_is not in (s, 'all')]
-    return parts, test_is, learned[0] if learned else None
+    if parts['test'] and split != 'val': test_is = 'test'
+    else: test_is = 'val' if parts['val'] else 'all'
+    if test_is == 'all': return parts, test_is, None
+    if parts['train']: return parts, test_is, 'train'
+    return parts, test_is, 'val' if parts['val'] and test_is == 'test' else None
+
+def _image_names(path, items):
+    "The names of all images; an id that occurs twice is refused."
+    names, ids = set(), set()
+    for o in items:
+        if o['id'] in ids:
+            raise ValueError(f'{path}: the item {o["id"]!r} occurs twice; give each item its own '
+                             'id.')
+        ids.add(o['id'])
+        names.update(o['images'])
+    return names
 
 def _public_items(folder, items):
     "VQA-RAD's public file, where it lies beside the set."
@@ -185,7 +204,7 @@ def open_vqa(
     split:str='test',           # whose questions are asked: test or val
 )->dict:                        # of the names that the docstring lists
     """A VQA set as an evaluation needs it: name, train, val, test (VQA items), train_is and test_is
-    (whose items they are), images_dir, missing (images), items (that can be asked), split, public."""
+    (whose items they are), images_dir, missing, items (that can be asked), split, public."""
     path = Path(path).expanduser()
     if images_dir and not Path(images_dir).is_dir():
         raise FileNotFoundError(f'{images_dir}: there is no such folder of images.')
@@ -195,11 +214,7 @@ def open_vqa(
     folder = path if path.is_dir() else path.parent
     parts, test_is, train_is = _splits(path, items, split)
     test = items if test_is == 'all' else parts[test_is]
-    names, here, counts = set(), [], Counter(o['id'] for o in test)
-    for i, n in counts.items():
-        if n > 1:
-            raise ValueError(f'{path}: the item {i!r} occurs twice; give each item its own id.')
-    for o in test: names.update(o['images'])
+    names = _image_names(path, test)
     best, there = _image_folder(folder, images_dir, store, names)
     if names and not there:
         raise FileNotFoundError(f'{path}: none of the {len(names)} images of its questions is '
