@@ -20,9 +20,14 @@ MAX_FILE = 256 * 2**20      # bytes of one file that is read into memory
 MAX_PIXELS = 100_000_000    # pixels of one image
 ARCHIVE_ENDINGS = ('.tar.gz', '.tgz', '.tar', '.zip')
 
-class PackageError(ValueError): "An archive that is unsafe or broken; the message is one sentence."
-class ImageError(ValueError): "An image that cannot be used; the message is one sentence."
+# %% ../../nbs/03_data/01_images.ipynb #8b99dd4d
+class PackageError(ValueError):
+    "An archive that is unsafe or broken; the message is one sentence."
 
+class ImageError(ValueError):
+    "An image that cannot be used; the message is one sentence."
+
+# %% ../../nbs/03_data/01_images.ipynb #1ebd235a
 def _check_name(name, archive):
     "Refuse a member that would land outside its folder."
     parts = name.replace('\\', '/').split('/')
@@ -34,7 +39,8 @@ class _Counted:
     "A stream for `tarfile` that hands out small pieces only, and says so if more is asked of it."
     def __init__(self, stream, name): self.stream, self.name, self.limit = stream, name, 2**20
     def read(self, n=-1):
-        if not 0 <= n <= self.limit: raise PackageError(f'{self.name}: a header of {n} bytes; refused.')
+        if not 0 <= n <= self.limit:
+            raise PackageError(f'{self.name}: a header of {n} bytes; refused.')
         return self.stream.read(n)
     def seek(self, pos): return self.stream.seek(pos)
     def tell(self): return self.stream.tell()
@@ -50,28 +56,47 @@ def _open_archive(path): # a zip or tar file object, and for tar the stream belo
     try: return tarfile.open(fileobj=stream, mode='r:'), stream
     except BaseException: stream.close(); raise
 
+# %% ../../nbs/03_data/01_images.ipynb #b68b91f2
+def _tar_kind(m): # what an entry of a tar file is
+    if m.isdir(): return 'folder'
+    return 'file' if m.isfile() else 'link or device'
+
+def _zip_kind(m): # what an entry of a zip file is
+    if m.flag_bits & 1: return 'file behind a password'
+    if m.is_dir(): return 'folder'
+    plain = stat.S_IFMT(m.external_attr >> 16) in (0, stat.S_IFREG)
+    return 'file' if plain else 'link or device'
+
 def _entries(archive, path): # (entry, name, bytes, kind) of everything in an archive
     if isinstance(archive, tarfile.TarFile):
-        for m in archive: yield m, m.name, m.size, 'folder' if m.isdir() else 'file' if m.isfile() else 'link or device'
+        for m in archive: yield m, m.name, m.size, _tar_kind(m)
         return
     for m in archive.infolist():
         _check_name(m.orig_filename, path)
-        plain = stat.S_IFMT(m.external_attr >> 16) in (0, stat.S_IFREG)
-        kind = 'folder' if m.is_dir() else 'file' if plain else 'link or device'
-        yield m, m.filename, m.file_size, 'file behind a password' if m.flag_bits & 1 else kind
+        yield m, m.filename, m.file_size, _zip_kind(m)
 
-def _listed(archive, path): # name to (entry, bytes) of the files, once all entries are known to be harmless
+# %% ../../nbs/03_data/01_images.ipynb #d6e03e52
+def _listed(archive, path):
+    "Name to (entry, bytes) of the files, once all entries are known to be harmless."
     total, out = 0, {}
     for i, (entry, name, size, kind) in enumerate(_entries(archive, path)):
         total += size
         if i >= MAX_MEMBERS or size < 0 or total > MAX_PACKAGE:
-            raise PackageError(f'{path}: more than {MAX_PACKAGE} bytes or {MAX_MEMBERS} files; refused.')
+            raise PackageError(
+                f'{path}: more than {MAX_PACKAGE} bytes or {MAX_MEMBERS} files; refused.'
+            )
         _check_name(name, path)
-        if kind not in ('file', 'folder'): raise PackageError(f'{path}: {name!r} is a {kind}; refused.')
+        if kind not in ('file', 'folder'):
+            raise PackageError(f'{path}: {name!r} is a {kind}; refused.')
         if kind == 'file': out[name] = (entry, size)
     return out
 
 # %% ../../nbs/03_data/01_images.ipynb #3a21539e
+def _is_hidden(name): # a member that the system keeps for itself
+    parts = [p for p in name.split('/') if p != '.']
+    return name.startswith('__MACOSX/') or any(p.startswith('.') for p in parts)
+
+# %% ../../nbs/03_data/01_images.ipynb #c04e533b
 class Package:
     "A .tar, .tar.gz or .zip archive, read member by member and never unpacked."
     def __init__(self,
@@ -93,23 +118,14 @@ class Package:
 
     @property
     def names(self):
-        "Names of the files in the order in which they lie in the archive; hidden files are left out."
-        return [n for n in self.members if not any(p.startswith('.') for p in n.split('/') if p != '.')
-                and not n.startswith('__MACOSX/')]
+        "Names of the files in the archive's order; hidden files are left out."
+        return [n for n in self.members if not _is_hidden(n)]
 
     def read(self,
         name:str, # one of `names`
     )->bytes:     # the file's bytes
         "Bytes of one member."
-        if name not in self.members: raise PackageError(f'{self.path}: there is no {name!r} inside.')
-        entry, size = self.members[name]
-        if size > MAX_FILE: raise PackageError(f'{self.path}: {name!r} has {size} bytes, at most {MAX_FILE} are read.')
-        opener = self._archive.extractfile if self._stream else self._archive.open
-        try:
-            with opener(entry) as f: data = f.read(size)
-        except Exception as e: raise self._broken(e) from None
-        if len(data) != size: raise PackageError(f'{self.path}: {name!r} is cut off.')
-        return data
+        return _member(self, name)
 
     def close(self):
         "Close the archive."
@@ -118,6 +134,22 @@ class Package:
 
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
+
+# %% ../../nbs/03_data/01_images.ipynb #283b56a2
+def _member(package, name):
+    "Bytes of one member of an open package."
+    if name not in package.members:
+        raise PackageError(f'{package.path}: there is no {name!r} inside.')
+    entry, size = package.members[name]
+    if size > MAX_FILE:
+        raise PackageError(
+            f'{package.path}: {name!r} has {size} bytes, at most {MAX_FILE} are read.')
+    opener = package._archive.extractfile if package._stream else package._archive.open
+    try:
+        with opener(entry) as f: data = f.read(size)
+    except Exception as e: raise package._broken(e) from None
+    if len(data) != size: raise PackageError(f'{package.path}: {name!r} is cut off.')
+    return data
 
 # %% ../../nbs/03_data/01_images.ipynb #39389fdd
 def image_bytes(
@@ -132,11 +164,14 @@ def image_bytes(
         if path.is_file() and path.stat().st_size > MAX_FILE:
             raise ImageError(f'{ref}: {path.stat().st_size} bytes, at most {MAX_FILE} are read.')
         return path.read_bytes()
-    except PackageError as e: raise ImageError(f'{ref}: the image file cannot be read: {e}') from None
-    except OSError as e: raise ImageError(f'{ref}: the image file cannot be read ({type(e).__name__}).') from None
+    except PackageError as e:
+        raise ImageError(f'{ref}: the image file cannot be read: {e}') from None
+    except OSError as e:
+        raise ImageError(f'{ref}: the image file cannot be read ({type(e).__name__}).') from None
 
 # %% ../../nbs/03_data/01_images.ipynb #28ae7495
-_KINDS = 'JPEG JPEG2000 PNG GIF TIFF WEBP BMP PPM AVIF'.split()  # none of these starts another program
+# none of these starts another program
+_KINDS = 'JPEG JPEG2000 PNG GIF TIFF WEBP BMP PPM AVIF'.split()
 
 def _scale(x, low, high): # numbers between low and high to bytes, in place
     x = np.array(x, dtype=np.float32)
@@ -150,19 +185,23 @@ def _stretch(x, hidden=None): # any numbers to bytes, from the smallest to the l
     low, high = float(x[good].min()), float(x[good].max())
     return _scale(np.nan_to_num(x, nan=low, posinf=high, neginf=low), low, high)
 
+# %% ../../nbs/03_data/01_images.ipynb #52660ddb
 def _to_rgb(img):
     "8-bit RGB of any Pillow mode, without metadata."
-    if img.mode.startswith('I') or img.mode == 'F': img = Image.fromarray(_stretch(np.asarray(img)))
+    if img.mode.startswith('I') or img.mode == 'F':
+        img = Image.fromarray(_stretch(np.asarray(img)))
     elif img.mode in ('LA', 'PA', 'RGBA', 'La', 'RGBa') or 'transparency' in img.info:
         img = img.convert('RGBA')
         img = Image.alpha_composite(Image.new('RGBA', img.size, 'white'), img)
     elif img.mode == 'LAB':
         from PIL import ImageCms
-        img = ImageCms.profileToProfile(img, ImageCms.createProfile('LAB'), ImageCms.createProfile('sRGB'), outputMode='RGB')
+        lab, rgb = ImageCms.createProfile('LAB'), ImageCms.createProfile('sRGB')
+        img = ImageCms.profileToProfile(img, lab, rgb, outputMode='RGB')
     img = img.convert('RGB')
     img.info = {}
     return img
 
+# %% ../../nbs/03_data/01_images.ipynb #86b4059c
 def _check_size(w, h, name):
     if w * h > MAX_PIXELS:
         raise ImageError(f'{name}: {w} x {h} pixels are more than {MAX_PIXELS}; refused.')
@@ -170,7 +209,10 @@ def _check_size(w, h, name):
 
 def _choose(frame, n, usual, name): # the number of the frame to show
     if frame is None: return usual
-    if not 0 <= frame < n: raise ImageError(f'{name}: has {n} frame{"s" * (n > 1)}, so there is no frame {frame}; the first is 0.')
+    if not 0 <= frame < n:
+        s = 's' * (n > 1)
+        raise ImageError(
+            f'{name}: has {n} frame{s}, so there is no frame {frame}; the first is 0.')
     return frame
 
 # %% ../../nbs/03_data/01_images.ipynb #a079159b
@@ -182,6 +224,7 @@ def _full_page(img): # number of the first page that is not a reduced copy of an
         if not img.tag_v2.get(254, 0) & 1: return i
     return 0
 
+# %% ../../nbs/03_data/01_images.ipynb #ae802a9c
 def _picture(data, name, frame):
     "One frame of a file that Pillow reads."
     with warnings.catch_warnings():
@@ -198,34 +241,45 @@ def _picture(data, name, frame):
 _VALUES = ('RescaleSlope', 'RescaleIntercept', 'ModalityLUTSequence', 'WindowCenter', 'WindowWidth',
            'VOILUTFunction', 'VOILUTSequence')
 
-def _frame_values(ds, frame): # what turns stored numbers into grey values, from wherever the file keeps it
+def _value_places(ds, frame): # parts of a file that may hold rescale and window, the last counts
+    shared = ds.get('SharedFunctionalGroupsSequence')
+    own = ds.get('PerFrameFunctionalGroupsSequence')
+    places = [ds]
+    for groups, i in ((shared, 0), (own, frame)):
+        if not groups or i >= len(groups): continue
+        for k in ('PixelValueTransformationSequence', 'FrameVOILUTSequence'):
+            places += groups[i].get(k) or []
+    return places
+
+def _frame_values(ds, frame): # what turns stored numbers of a frame into grey values
     import pydicom
-    places, out = [ds], pydicom.Dataset()
+    out = pydicom.Dataset()
     out.set_original_encoding(*ds.original_encoding)
-    for groups, i in ((ds.get('SharedFunctionalGroupsSequence'), 0), (ds.get('PerFrameFunctionalGroupsSequence'), frame)):
-        if groups and i < len(groups):
-            places += [s for k in ('PixelValueTransformationSequence', 'FrameVOILUTSequence') for s in groups[i].get(k) or []]
-    for place in places:
+    for place in _value_places(ds, frame):
         for k in _VALUES:
             if place.get(k) is not None: out[k] = place[k]
     if 'RescaleSlope' in out and 'RescaleIntercept' not in out: out.RescaleIntercept = 0
     return out
 
+# %% ../../nbs/03_data/01_images.ipynb #b2416403
 def _first(value): # the first of several windows
-    many = isinstance(value, (list, tuple)) or hasattr(value, '__iter__') and not isinstance(value, str)
+    many = hasattr(value, '__iter__') and not isinstance(value, str)
     return float(next(iter(value))) if many else float(value)
 
 def _windowed(x, v): # bytes by the window or table that the file asks for, or None
     from pydicom.pixels import apply_voi
     try:
-        if v.get('VOILUTSequence'): return _scale(apply_voi(x.astype(np.int32), v), 0, 2**v.VOILUTSequence[0].LUTDescriptor[2] - 1)
+        if v.get('VOILUTSequence'):
+            bits = v.VOILUTSequence[0].LUTDescriptor[2]
+            return _scale(apply_voi(x.astype(np.int32), v), 0, 2**bits - 1)
         c, w = _first(v.WindowCenter), _first(v.WindowWidth)
     except Exception: return None
-    if not (np.isfinite(c) and 1 <= w < np.inf or 0 < w < 1 and v.get('VOILUTFunction')): return None
+    if not (np.isfinite(c) and 1 <= w < np.inf or 0 < w < 1 and v.get('VOILUTFunction')):
+        return None
     how = str(v.get('VOILUTFunction') or 'LINEAR')
     if how == 'SIGMOID': return _scale(1 / (1 + np.exp(np.clip(-4 * (x - c) / w, -60, 60))), 0, 1)
-    low, high = (c - w/2, c + w/2) if how == 'LINEAR_EXACT' else (c - .5 - (w-1)/2, c - .5 + (w-1)/2)
-    return _scale(x, low, high)
+    if how != 'LINEAR_EXACT': c, w = c - .5, w - 1
+    return _scale(x, c - w/2, c + w/2)
 
 # %% ../../nbs/03_data/01_images.ipynb #3ca8ed75
 def is_dicom(
@@ -241,12 +295,34 @@ def _dataset(data, name, **kw):
     if b'1.2.840.10008.1.2.1.99' in data[132:4096] and data[132:136] == b'\2\0\0\0':
         z = zlib.decompressobj(-15)
         z.decompress(data[144 + int.from_bytes(data[140:144], 'little'):], MAX_FILE)
-        if z.unconsumed_tail: raise ImageError(f'{name}: unfolds to more than {MAX_FILE} bytes; refused.')
+        if z.unconsumed_tail:
+            raise ImageError(f'{name}: unfolds to more than {MAX_FILE} bytes; refused.')
     return pydicom.dcmread(io.BytesIO(data), force=True, **kw)
 
+# %% ../../nbs/03_data/01_images.ipynb #4c74f4c7
+def _stored(ds, i, name): # the numbers of one frame
+    from pydicom.pixels import pixel_array
+    try: return pixel_array(ds, index=i)
+    except RuntimeError as e:
+        if 'plugin' not in str(e): raise
+        how = ds.file_meta.TransferSyntaxUID.name[:60]
+        raise ImageError(f'{name}: its compression ({how}) needs a decoder'
+                         ' that is not here; install pylibjpeg[all].') from None
+
+def _bits(x, ds, kind): # of one colour of a pixel
+    if kind != 'PALETTE COLOR': return ds.get('BitsStored', 8)
+    return 8 if x.max() < 256 else 16
+
+def _padding(x, ds): # the pixels that only fill the frame, or None
+    pad = ds.get('PixelPaddingValue')
+    if not isinstance(pad, int): return None
+    ends = (pad, ds.get('PixelPaddingRangeLimit', pad))
+    return (x >= min(ends)) & (x <= max(ends))
+
+# %% ../../nbs/03_data/01_images.ipynb #d8c4a313
 def _dicom(data, name, frame):
     "One frame of a DICOM file as RGB; no patient data is kept."
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
+    from pydicom.pixels import apply_color_lut, apply_modality_lut
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         ds = _dataset(data, name)
@@ -255,19 +331,12 @@ def _dicom(data, name, frame):
         _check_size(ds.get('Columns') or 0, ds.get('Rows') or 0, name)
         n = max(int(ds.get('NumberOfFrames') or 1), 1)
         i = _choose(frame, n, n // 2, name)
-        try: x = pixel_array(ds, index=i)
-        except RuntimeError as e:
-            if 'plugin' not in str(e): raise
-            raise ImageError(f'{name}: its compression ({ds.file_meta.TransferSyntaxUID.name[:60]}) needs a decoder'
-                             ' that is not here; install pylibjpeg[all].') from None
+        x = _stored(ds, i, name)
         kind, values = ds.get('PhotometricInterpretation', 'MONOCHROME2'), _frame_values(ds, i)
         if kind == 'PALETTE COLOR': x = apply_color_lut(x, ds)
         if x.ndim == 3:
-            bits = ds.get('BitsStored', 8) if kind != 'PALETTE COLOR' else 8 if x.max() < 256 else 16
-            return Image.fromarray(_scale(x, 0, 2**bits - 1)[..., :3])
-        pad = ds.get('PixelPaddingValue')
-        ends = (pad, ds.get('PixelPaddingRangeLimit', pad))
-        hidden = None if not isinstance(pad, int) else (x >= min(ends)) & (x <= max(ends))
+            return Image.fromarray(_scale(x, 0, 2**_bits(x, ds, kind) - 1)[..., :3])
+        hidden = _padding(x, ds)
         x = np.asarray(apply_modality_lut(x, values), dtype=np.float32)
     grey = _windowed(x, values)
     if grey is None or grey.min() == grey.max() and x.min() < x.max(): grey = _stretch(x, hidden)
@@ -278,17 +347,19 @@ def _dicom(data, name, frame):
 # %% ../../nbs/03_data/01_images.ipynb #08c8052b
 def open_image(
     ref:str|Path|bytes, # a path, 'package.tar.gz::member', or the bytes themselves
-    frame:int|None=None, # which frame or page, from 0; None takes DICOM's middle one, of other files the first full one
+    frame:int|None=None, # from 0; None is DICOM's middle frame, or the first full page
 )->Image.Image:         # RGB, 8 bit, upright; raises ImageError
     "Open a figure of any usual format, or say in one sentence why not."
     data, name = (ref, 'image') if isinstance(ref, bytes) else (image_bytes(ref), str(ref))
     try: return _dicom(data, name, frame) if is_dicom(data, name) else _picture(data, name, frame)
     except ImageError: raise
-    except UnidentifiedImageError: raise ImageError(f'{name}: not an image of a known format.') from None
+    except UnidentifiedImageError:
+        raise ImageError(f'{name}: not an image of a known format.') from None
     except Exception as e:
         why = ' '.join(str(e).split())[:120] or type(e).__name__
         raise ImageError(f'{name}: not an image that can be read ({why}).') from None
 
+# %% ../../nbs/03_data/01_images.ipynb #4086f509
 def image_size(
     ref:str|Path|bytes, # as for `open_image`
 )->tuple:               # (width, height), or (None, None) when it cannot be known
@@ -297,12 +368,14 @@ def image_size(
         data, name = (ref, '') if isinstance(ref, bytes) else (image_bytes(ref), str(ref))
         if is_dicom(data, name):
             ds = _dataset(data, name, stop_before_pixels=True, specific_tags=['Rows', 'Columns'])
-            return (int(ds.Columns), int(ds.Rows)) if ds.get('Rows') and ds.get('Columns') else (None, None)
+            if not ds.get('Rows') or not ds.get('Columns'): return None, None
+            return int(ds.Columns), int(ds.Rows)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             with Image.open(io.BytesIO(data), formats=_KINDS) as img:
                 img.seek(_full_page(img))
-                turned = img.format != 'TIFF' and img.getexif().get(274, 1) >= 5  # Pillow turns a TIFF itself
+                # Pillow turns a TIFF itself
+                turned = img.format != 'TIFF' and img.getexif().get(274, 1) >= 5
                 return img.size[::-1] if turned else img.size
     except Exception: return None, None
 
