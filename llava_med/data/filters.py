@@ -9,7 +9,7 @@ __all__ = ['LICENCE_SETS', 'NEAR_BITS', 'NEAR_GREY', 'PROMPTS', 'OTHERS', 'LEAST
            'agreement', 'Limits', 'apply_filters', 'named_findings', 'head_and_tail']
 
 # %% ../../nbs/03_data/07_filters.ipynb #0fe6b83d
-import hashlib, json, re
+import hashlib, itertools, json, re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +36,12 @@ def allowed_licences(
     names = [x.strip().lower() for x in wanted.split(',')]
     for x in names:
         if x not in known:
-            raise ValueError(f'The licence {x!r} is unknown; known are {", ".join(LICENCE_SETS)}, and the licences {", ".join(known.values())}.')
+            sets, single = ', '.join(LICENCE_SETS), ', '.join(known.values())
+            raise ValueError(
+                f'The licence {x!r} is unknown; known are {sets}, and the licences {single}.')
     return tuple(known[x] for x in names)
 
+# %% ../../nbs/03_data/07_filters.ipynb #3d1a77c7
 def licence_reason(
     licence:str|None,   # what a record says
     allowed:tuple|None, # from `allowed_licences`
@@ -48,31 +51,43 @@ def licence_reason(
     if not (licence or '').strip(): return 'no licence is known'
     name = re.sub(r' \d\.\d$', '', licence.strip())
     if name in allowed: return None
-    if name in LICENCE_SETS['non-commercial']: return f'the licence {licence} is not among {", ".join(allowed)}'
+    if name in LICENCE_SETS['non-commercial']:
+        return f'the licence {licence} is not among {", ".join(allowed)}'
     return f'the licence is none that is known: {licence[:60]!r}'
 
 # %% ../../nbs/03_data/07_filters.ipynb #9fae46a5
-_SCRIPTS = {k: re.compile(v) for k, v in dict(ja=r'[\u3040-\u30ff]', ko=r'[\uac00-\ud7af]', zh=r'[\u3400-\u9fff]',
-            ru=r'[\u0400-\u04ff]', ar=r'[\u0600-\u06ff]', he=r'[\u0590-\u05ff]', el=r'[\u0370-\u03ff]').items()}
-_SHORT = {w: [k for k, v in words.items() if w in v] for words in [{k: v.split() for k, v in dict(
-    en='the of and in with is are was were to for from by showing shows at on after that as an before which this',
-    de='der die das und mit ein eine einer des dem den von im zur zum bei nach auf ist sind zeigt durch für nicht',
-    fr='le la les des du et dans avec une un est sont par pour sur au aux montrant après chez que en ce cette',
-    es='el la los las de del y en con una un es son por para se al como que muestra tras su entre lo',
+_SCRIPTS = {'ja': re.compile(r'[\u3040-\u30ff]'), 'ko': re.compile(r'[\uac00-\ud7af]'),
+            'zh': re.compile(r'[\u3400-\u9fff]'), 'ru': re.compile(r'[\u0400-\u04ff]'),
+            'ar': re.compile(r'[\u0600-\u06ff]'), 'he': re.compile(r'[\u0590-\u05ff]'),
+            'el': re.compile(r'[\u0370-\u03ff]')}
+_SHORT_WORDS = dict(
+    en='the of and in with is are was were to for from by showing shows at on after that as an '
+       'before which this',
+    de='der die das und mit ein eine einer des dem den von im zur zum bei nach auf ist sind zeigt '
+       'durch für nicht',
+    fr='le la les des du et dans avec une un est sont par pour sur au aux montrant après chez que '
+       'en ce cette',
+    es='el la los las de del y en con una un es son por para se al como que muestra tras su entre '
+       'lo',
     pt='os as de do da dos das em com uma um é por para no na nos nas ao mostrando após que pelo',
-    it='il lo la gli le di del della dei delle in con una un è sono per nel nella che da al dopo si',
-    nl='de het een en van met in is zijn op voor na door bij te aan dat niet naar uit').items()}]
-    for w in sorted({x for v in words.values() for x in v})}
+    it='il lo la gli le di del della dei delle in con una un è sono per nel nella che da al dopo '
+       'si',
+    nl='de het een en van met in is zijn op voor na door bij te aan dat niet naar uit')
+_SHORT = {}   # a short word → the languages that have it
+for _code, _words in _SHORT_WORDS.items():
+    for _word in dict.fromkeys(_words.split()): _SHORT.setdefault(_word, []).append(_code)
 
+# %% ../../nbs/03_data/07_filters.ipynb #09853aff
 def guess_language(
     text:str,          # a caption
     said:str|None='en', # what the article says, for texts that do not tell
 )->str|None:           # two letters
     "The language of a text, by its script or its short words."
-    letters = sum(c.isalpha() for c in text or '')
+    letters = sum(map(str.isalpha, text or ''))
     for k, script in _SCRIPTS.items():
         if letters and len(script.findall(text)) > .3 * letters: return k
-    hits = Counter(k for w in re.findall(r'[^\W\d_]+', (text or '').lower()) for k in _SHORT.get(w, ()))
+    hits = Counter()
+    for word in re.findall(r'[^\W\d_]+', (text or '').lower()): hits.update(_SHORT.get(word, ()))
     (best, n), (_, second) = (hits.most_common(2) + [(None, 0)] * 2)[:2]
     return best if n >= 2 and n > second else (said or 'en')[:2].lower()
 
@@ -102,6 +117,7 @@ def count_gutters(
             n += gap >= least * 256 and min(left, before[-1] - left) >= content * 256
     return int(n)
 
+# %% ../../nbs/03_data/07_filters.ipynb #1df39edd
 def image_hash(
     img:Image.Image, # of any mode
     noise:int=3,     # what must be added before a rise counts
@@ -110,6 +126,7 @@ def image_hash(
     x = np.asarray(img.convert('L').resize((17, 16), Image.BILINEAR)).astype(int)
     return int.from_bytes(np.packbits(x[:, 1:] > x[:, :-1] + noise).tobytes(), 'big')
 
+# %% ../../nbs/03_data/07_filters.ipynb #5c5f798c
 @dataclass(frozen=True)
 class Look:
     "What the filters ask of a picture; `error` says why there is none."
@@ -127,8 +144,9 @@ def look(
     try: img = open_image(ref)
     except ImageError as e: return Look(error=str(e))
     grey = img.convert('L')
-    return Look(img.size, count_gutters(grey), hashlib.sha256(repr(img.size).encode() + img.tobytes()).digest(),
-                image_hash(grey).to_bytes(32, 'big'), grey.resize((48, 48), Image.BILINEAR).tobytes())
+    digest = hashlib.sha256(repr(img.size).encode() + img.tobytes()).digest()
+    return Look(img.size, count_gutters(grey), digest, image_hash(grey).to_bytes(32, 'big'),
+                grey.resize((48, 48), Image.BILINEAR).tobytes())
 
 # %% ../../nbs/03_data/07_filters.ipynb #7a161314
 def precision_recall(
@@ -138,42 +156,55 @@ def precision_recall(
     "How often a yes is right, and how often what is true gets one."
     both = sum(bool(c and t) for c, t in zip(called, truth, strict=True))
     n_called, n_true = sum(map(bool, called)), sum(map(bool, truth))
-    return dict(n=len(truth), true=n_true, called=n_called, precision=round(both / n_called, 3) if n_called else None,
-                recall=round(both / n_true, 3) if n_true else None)
+    return dict(n=len(truth), true=n_true, called=n_called,
+                precision=round(both/n_called, 3) if n_called else None,
+                recall=round(both/n_true, 3) if n_true else None)
 
 # %% ../../nbs/03_data/07_filters.ipynb #79d8254b
 NEAR_BITS, NEAR_GREY = 12, 4.0   # how far a copy may be from its original
 
-class SeenImages:
-    "Pictures met so far, for finding copies."
+class _Hands:
+    "Hashes of images, dealt out so that near ones are found without comparing all pairs."
     def __init__(self,
-        near_bits:int=NEAR_BITS, # hashes that differ in at most so many bits are candidates; 0: only the same pixels count
-        near_grey:float=NEAR_GREY, # candidates whose grey values differ by less on average are copies
+        near_bits:int=NEAR_BITS, # most bits in which a copy's hash differs; 0: equal pixels only
+        near_grey:float=NEAR_GREY, # mean difference of grey values below which it is a copy
     ):
-        if not 0 <= near_bits <= 63: raise ValueError(f'near_bits is {near_bits}; it must be between 0 and 63.')
+        if not 0 <= near_bits <= 63:
+            raise ValueError(f'near_bits is {near_bits}; it must be between 0 and 63.')
         self.near_bits, self.near_grey = near_bits, near_grey
         self.exact, self.names, self.bits, self.thumbs = {}, [], [], []
         self.hands, self._last = [{} for _ in range(near_bits + 1)], (None, ())
 
     def _keys(self, x): # one key for each hand of bits
         if self._last[0] is not x:
-            bits = np.unpackbits(np.frombuffer(x.bits, np.uint8))
-            self._last = x, [bits[i::len(self.hands)].tobytes() for i in range(len(self.hands))]
+            bits, n = np.unpackbits(np.frombuffer(x.bits, np.uint8)), len(self.hands)
+            self._last = x, [bits[i::n].tobytes() for i in range(n)]
         return self._last[1]
 
+    def _candidates(self, x): # number and distance of the images that share a hand with this one
+        found = set()
+        for hand, k in zip(self.hands, self._keys(x)): found.update(hand.get(k, ()))
+        if not found: return ()
+        found = sorted(found)
+        bits = b''.join([self.bits[i] for i in found])
+        there = np.frombuffer(bits, np.uint8).reshape(-1, len(x.bits))
+        apart = np.bitwise_count(there ^ np.frombuffer(x.bits, np.uint8)).sum(1)
+        return zip(found, apart)
+
+# %% ../../nbs/03_data/07_filters.ipynb #e6ae33ad
+class SeenImages(_Hands):
+    "Pictures met so far, for finding copies."
     def find(self,
         x:Look, # a picture that could be opened
     )->str|None: # 'the same image as NAME' or 'nearly the same image as NAME', the first one met
         "What this picture is a copy of."
         if x.digest in self.exact: return f'the same image as {self.exact[x.digest]}'
         if not self.near_bits: return None
-        found = {i for hand, k in zip(self.hands, self._keys(x)) for i in hand.get(k, ())}
-        if not found: return None
-        found, thumb = sorted(found), np.frombuffer(x.thumb, np.uint8).astype(np.int16)
-        there = np.frombuffer(b''.join([self.bits[i] for i in found]), np.uint8).reshape(-1, len(x.bits))
-        apart = np.bitwise_count(there ^ np.frombuffer(x.bits, np.uint8)).sum(1)
-        for i, n in zip(found, apart):
-            if n <= self.near_bits and np.abs(np.frombuffer(self.thumbs[i], np.uint8) - thumb).mean() < self.near_grey:
+        thumb = np.frombuffer(x.thumb, np.uint8).astype(np.int16)
+        for i, n in self._candidates(x):
+            if n > self.near_bits: continue
+            grey = np.frombuffer(self.thumbs[i], np.uint8)
+            if np.abs(grey - thumb).mean() < self.near_grey:
                 return f'nearly the same image as {self.names[i]}'
 
     def add(self,
@@ -183,24 +214,33 @@ class SeenImages:
         "Remember a picture."
         self.exact.setdefault(x.digest, name)
         if not self.near_bits: return
-        for hand, k in zip(self.hands, self._keys(x)): hand.setdefault(k, []).append(len(self.names))
-        self.names.append(name); self.bits.append(x.bits); self.thumbs.append(x.thumb)
+        for hand, k in zip(self.hands, self._keys(x)):
+            hand.setdefault(k, []).append(len(self.names))
+        self.names.append(name)
+        self.bits.append(x.bits)
+        self.thumbs.append(x.thumb)
 
 # %% ../../nbs/03_data/07_filters.ipynb #ea31a2ee
 _IMAGES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.webp', '.bmp', '.gif', '.dcm')
 _PAIR = re.compile(r'(\d{5,9})_\w')
 
 def _dicts(x): # every dictionary inside a JSON value
-    if isinstance(x, dict): yield x
-    for v in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()): yield from _dicts(v)
+    if isinstance(x, dict):
+        yield x
+        x = list(x.values())
+    if isinstance(x, list):
+        for v in x: yield from _dicts(v)
 
 def _json(path): # the values of a JSON or JSON Lines file, whatever its ending
     text = Path(path).read_text(encoding='utf-8')
     try: return json.loads(text)
     except ValueError: pass
     try: return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as e: raise ValueError(f'{path}: neither JSON nor JSON Lines ({e}); repair it, or name the folder of its images.') from None
+    except ValueError as e:
+        raise ValueError(f'{path}: neither JSON nor JSON Lines ({e}); repair it, or name the '
+                         'folder of its images.') from None
 
+# %% ../../nbs/03_data/07_filters.ipynb #c7e28446
 def _article_ids(row): # PMC and PubMed ids that a row of an evaluation set names
     for k in ('pmcid', 'pmid', 'pmc_tar_url', 'image_file_path', 'graphic_ref'):
         v = str(row.get(k) or '')
@@ -212,8 +252,49 @@ def _article_ids(row): # PMC and PubMed ids that a row of an evaluation set name
 def _image_names(row): # images that a row names
     for k in ('images', 'image', 'img_name', 'image_name'):
         v = row.get(k)
-        yield from [v] if isinstance(v, str) and v else [x for x in v if isinstance(x, str)] if isinstance(v, list) else []
+        if isinstance(v, str) and v: yield v
+        if isinstance(v, list): yield from (x for x in v if isinstance(x, str))
 
+# %% ../../nbs/03_data/07_filters.ipynb #dc143b83
+def _read_ids(source): # of a text file
+    ids = source.read_text(encoding='utf-8').split()
+    for x in ids:
+        if not re.fullmatch(r'(?i)(PMC)?\d+', x):
+            raise ValueError(f'{source}: {x!r} is no PMC id or PubMed id; write one id in a line.')
+    return [x.upper() for x in ids]
+
+def _found(name, source): # an image that a file of questions names, or None
+    folders = (source.parent, source.parent/'images', source.parent/'imgs',
+               source.parent.parent/'images')
+    for folder in folders:
+        if (folder/name).is_file(): return folder/name
+
+def _read_questions(source, notes): # images beside a file of questions, and the ids in it
+    names, ids = {}, []
+    for row in _dicts(_json(source)):
+        ids += _article_ids(row)
+        names |= dict.fromkeys(_image_names(row))
+    paths = [p for n in names if (p := _found(n, source))]
+    if len(paths) < len(names):
+        notes.append(f'{source.name}: {len(names) - len(paths)} of its {len(names)} images are not '
+                     'there; their articles count, their pictures cannot be compared.')
+    return paths, ids
+
+# %% ../../nbs/03_data/07_filters.ipynb #ef246e03
+def _read_source(source, notes): # paths of images and ids of articles
+    kind = source.suffix.lower()
+    if not source.exists():
+        raise FileNotFoundError(f'{source}: there is no such file or folder; correct the list of '
+                                'evaluation sets.')
+    if source.is_dir():
+        return sorted(p for p in source.rglob('*') if p.suffix.lower() in _IMAGES), []
+    if kind in _IMAGES: return [source], []
+    if kind == '.txt': return [], _read_ids(source)
+    if kind in ('.json', '.jsonl'): return _read_questions(source, notes)
+    raise ValueError(f'{source}: an evaluation set is a folder of images, an image, .json, '
+                     '.jsonl, or .txt with ids.')
+
+# %% ../../nbs/03_data/07_filters.ipynb #e19e7771
 class HeldOut:
     "Images and articles of evaluation sets."
     def __init__(self,
@@ -227,28 +308,17 @@ class HeldOut:
         for s in map(Path, sources): self._read(s, workers)
 
     def _read(self, source, workers):
-        paths, ids = [], []
-        if not source.exists(): raise FileNotFoundError(f'{source}: there is no such file or folder; correct the list of evaluation sets.')
-        if source.is_dir(): paths = sorted(p for p in source.rglob('*') if p.suffix.lower() in _IMAGES)
-        elif source.suffix.lower() in _IMAGES: paths = [source]
-        elif source.suffix.lower() == '.txt':
-            ids = source.read_text(encoding='utf-8').split()
-            if bad := [x for x in ids if not re.fullmatch(r'(?i)(PMC)?\d+', x)]: raise ValueError(f'{source}: {bad[0]!r} is no PMC id or PubMed id; write one id in a line.')
-            ids = [x.upper() for x in ids]
-        elif source.suffix.lower() in ('.json', '.jsonl'):
-            rows = list(_dicts(_json(source)))
-            ids = [i for r in rows for i in _article_ids(r)]
-            names = dict.fromkeys(n for r in rows for n in _image_names(r))
-            places = [source.parent, *(source.parent/d for d in ('images', 'imgs')), source.parent.parent/'images']
-            found = [next((p/n for p in places if (p/n).is_file()), None) for n in names]
-            paths = [p for p in found if p]
-            if len(paths) < len(found): self.notes.append(f'{source.name}: {len(found) - len(paths)} of its {len(found)} images are not there; their articles count, their pictures cannot be compared.')
-        else: raise ValueError(f'{source}: an evaluation set is a folder of images, an image, .json, .jsonl, or .txt with ids.')
-        if not paths and not ids: raise ValueError(f'{source}: no image and no article id in it; name the folder of its images.')
+        paths, ids = _read_source(source, self.notes)
+        if not paths and not ids:
+            raise ValueError(f'{source}: no image and no article id in it; name the folder of its '
+                             'images.')
         self.articles |= dict.fromkeys(ids, source.name)
-        for p, x in zip(paths, parallel_map(look, [str(p) for p in paths], workers if len(paths) > 400 else 1)):
+        refs = [str(p) for p in paths]
+        for p, x in zip(paths, parallel_map(look, refs, workers if len(refs) > 400 else 1)):
             if x.error: self.notes.append(f'{x.error} It cannot be compared.')
-            else: self.seen.add(x, f'{source.name}: {p.name}'); self.n_images += 1
+            else:
+                self.seen.add(x, f'{source.name}: {p.name}')
+                self.n_images += 1
 
     def reason(self,
         record:dict, # a figure record
@@ -256,18 +326,53 @@ class HeldOut:
     )->str|None:     # one sentence
         "Why a figure must not be trained on."
         for k in ('pmcid', 'pmid'):
-            if (i := record.get(k)) in self.articles and i: return f'its article {i} is in the evaluation set {self.articles[i]}'
+            if (i := record.get(k)) in self.articles and i:
+                return f'its article {i} is in the evaluation set {self.articles[i]}'
         if x and (why := self.seen.find(x)): return f'{why} in an evaluation set'
 
 # %% ../../nbs/03_data/07_filters.ipynb #ca354743
-PROMPTS = dict(chest_xray=('a chest X-ray', 'a frontal radiograph of the chest'),
-               ct_scan=('a computed tomography scan', 'an axial CT image'),
-               mri=('a magnetic resonance image', 'an MRI scan'),
-               histology=('a histology slide stained with hematoxylin and eosin', 'a light microscopy image of tissue'),
-               gross=('a photograph of a surgical specimen', 'a gross pathology photograph of a cut organ'))
-OTHERS = ('a bar chart or a line plot', 'a diagram or a flow chart', 'an ultrasound image', 'a photograph of a patient',
-          'an electron micrograph', 'a fluorescence microscopy image', 'a western blot', 'a radiograph of a bone')
+PROMPTS = dict(
+    chest_xray=('a chest X-ray', 'a frontal radiograph of the chest'),
+    ct_scan=('a computed tomography scan', 'an axial CT image'),
+    mri=('a magnetic resonance image', 'an MRI scan'),
+    histology=('a histology slide stained with hematoxylin and eosin',
+               'a light microscopy image of tissue'),
+    gross=('a photograph of a surgical specimen', 'a gross pathology photograph of a cut organ'))
+OTHERS = ('a bar chart or a line plot', 'a diagram or a flow chart', 'an ultrasound image',
+          'a photograph of a patient', 'an electron micrograph', 'a fluorescence microscopy image',
+          'a western blot', 'a radiograph of a bone')
 
+# %% ../../nbs/03_data/07_filters.ipynb #00d9b95e
+def _opened(folder, kind, what): # a model or processor of transformers
+    try: return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as e:
+        why = ' '.join(str(e).split())[:150]
+        raise ValueError(f'{folder}: transformers cannot open the {what} in it ({why}).') from None
+
+def _clip(folder): # a model that embeds images and texts, and its processor
+    from transformers import AutoModel, AutoProcessor
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f'{folder}: there is no such folder; name the folder of a '
+                                'CLIP-type checkpoint.')
+    model = _opened(folder, AutoModel, 'model')
+    for k in ('get_image_features', 'get_text_features', 'logit_scale'):
+        if hasattr(model, k): continue
+        raise ValueError(f'{folder}: {type(model).__name__} is not a CLIP-type model; name a '
+                         'checkpoint that embeds images and texts.')
+    processor = _opened(folder, AutoProcessor, 'processor')
+    if not hasattr(processor, 'tokenizer') or not hasattr(processor, 'image_processor'):
+        raise ValueError(f'{folder}: its processor lacks a tokenizer or an image processor; save '
+                         'both beside the model.')
+    return model.eval(), processor
+
+def _longest(config): # tokens that the text tower takes
+    return getattr(getattr(config, 'text_config', config), 'max_position_embeddings', 77)
+
+def _unit(x): # embeddings of length 1; transformers 5 wraps them
+    x = getattr(x, 'pooler_output', x)
+    return x / x.norm(dim=-1, keepdim=True)
+
+# %% ../../nbs/03_data/07_filters.ipynb #589fecfe
 class ImageModality:
     "A CLIP-type checkpoint that names the modality of pictures it was never trained to name."
     def __init__(self,
@@ -277,31 +382,17 @@ class ImageModality:
         others:tuple=OTHERS, # descriptions of everything else
     ):
         import torch
-        from transformers import AutoModel, AutoProcessor
-        if not Path(folder).is_dir(): raise FileNotFoundError(f'{folder}: there is no such folder; name the folder of a CLIP-type checkpoint.')
-        def opened(kind, what):
-            try: return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            except Exception as e: raise ValueError(f'{folder}: transformers cannot open the {what} in it ({" ".join(str(e).split())[:150]}).') from None
-        self.model = opened(AutoModel, 'model').eval().to(device)
-        if not all(hasattr(self.model, k) for k in ('get_image_features', 'get_text_features', 'logit_scale')):
-            raise ValueError(f'{folder}: {type(self.model).__name__} is not a CLIP-type model; name a checkpoint that embeds images and texts.')
-        self.processor = opened(AutoProcessor, 'processor')
-        if not hasattr(self.processor, 'tokenizer') or not hasattr(self.processor, 'image_processor'):
-            raise ValueError(f'{folder}: its processor lacks a tokenizer or an image processor; save both beside the model.')
-        self.names, self.device, groups = tuple(prompts), device, [*prompts.values(), *([o] for o in others)]
+        model, self.processor = _clip(folder)
+        self.model = model.to(device)
+        self.names, self.device = tuple(prompts), device
+        groups = [*prompts.values(), *([o] for o in others)]
+        texts = [text for group in groups for text in group]
         with torch.no_grad():
-            words = self.processor.tokenizer([p for g in groups for p in g], padding='max_length', truncation=True, return_tensors='pt', max_length=self._longest()).to(device)
-            each = self._unit(self.model.get_text_features(**words)).split([len(g) for g in groups])
-            self.texts = self._unit(torch.stack([e.mean(0) for e in each]))
-
-    def _longest(self): # tokens that the text tower takes
-        config = self.model.config
-        return getattr(getattr(config, 'text_config', config), 'max_position_embeddings', 77)
-
-    @staticmethod
-    def _unit(x): # embeddings of length 1; transformers 5 wraps them
-        x = getattr(x, 'pooler_output', x)
-        return x / x.norm(dim=-1, keepdim=True)
+            words = self.processor.tokenizer(
+                texts, padding='max_length', truncation=True, return_tensors='pt',
+                max_length=_longest(self.model.config)).to(device)
+            each = _unit(self.model.get_text_features(**words)).split([len(g) for g in groups])
+            self.texts = _unit(torch.stack([e.mean(0) for e in each]))
 
     def __call__(self,
         images:list, # RGB images
@@ -309,26 +400,29 @@ class ImageModality:
         "How well each modality describes each picture."
         import torch
         with torch.no_grad():
-            pixels = self.processor.image_processor(images, return_tensors='pt')['pixel_values'].to(self.device)
-            z = self._unit(self.model.get_image_features(pixel_values=pixels)) @ self.texts.T
+            pixels = self.processor.image_processor(images, return_tensors='pt')['pixel_values']
+            features = self.model.get_image_features(pixel_values=pixels.to(self.device))
+            z = _unit(features) @ self.texts.T
             p = (z * self.model.logit_scale.exp()).softmax(-1)[:, :len(self.names)]
-        return [dict(zip(self.names, (round(v, 4) for v in row))) for row in p.tolist()]
+        out = []
+        for row in p.tolist(): out.append({k: round(v, 4) for k, v in zip(self.names, row)})
+        return out
 
+# %% ../../nbs/03_data/07_filters.ipynb #b428bb08
 def image_modalities(
     records:list,      # figure records
     namer,             # an `ImageModality`, or another function of a list of images
     batch:int=32,      # images at once
 )->list:               # the records with `modalities_image`, {} where there is no picture
     "Add to each record what its picture says about the modality."
-    out = []
-    records = list(records)
-    for part in (records[i:i+batch] for i in range(0, len(records), batch)):
-        images, at = [], []
+    out, records = [], list(records)
+    for begin in range(0, len(records), batch):
+        part, images = records[begin:begin + batch], {}
         for r in part:
             if r.get('image') is None: continue
-            try: images.append(open_image(r['image'])); at.append(r['id'])
+            try: images[r['id']] = open_image(r['image'])
             except ImageError: pass
-        named = dict(zip(at, namer(images))) if images else {}
+        named = dict(zip(images, namer(list(images.values())))) if images else {}
         out += [{**r, 'modalities_image': named.get(r['id'], {})} for r in part]
     return out
 
@@ -344,25 +438,34 @@ def record_modalities(
     if text is None: text = guess_modalities(record.get('caption') or '')
     text = {k for k, v in text.items() if v}
     if source == 'text': return text
-    if source not in ('image', 'either', 'both'): raise ValueError(f"{source!r} is no source of modalities; known are 'text', 'image', 'either' and 'both'.")
+    if source not in ('image', 'either', 'both'):
+        raise ValueError(f"{source!r} is no source of modalities; known are 'text', 'image', "
+                         "'either' and 'both'.")
     if 'modalities_image' not in record:
-        raise ValueError(f"Record {record.get('id')!r} has no `modalities_image`: give a CLIP-type checkpoint, or take the modality from 'text'.")
+        raise ValueError(f"Record {record.get('id')!r} has no `modalities_image`: give a CLIP-type "
+                         "checkpoint, or take the modality from 'text'.")
     image = {k for k, v in record['modalities_image'].items() if v >= LEAST}
     return {'image': image, 'either': text | image, 'both': text & image}[source]
 
+# %% ../../nbs/03_data/07_filters.ipynb #b69e6f50
 def agreement(
     records:list, # figure records with `modalities_image`
 )->list:          # rows {modality, text, image, both, kappa}; the last one for whole sets
     "How far words and pictures name the same modalities."
     rows = [r for r in records if r.get('modalities_image')]
     pairs = [(record_modalities(r), record_modalities(r, 'image')) for r in rows]
-    names = list(dict.fromkeys(k for r in rows for k in [*r['modalities_image'], *(r.get('modalities') or ())]))
+    names = {}
+    for r in rows: names |= dict.fromkeys([*r['modalities_image'], *(r.get('modalities') or ())])
     out, n = [], len(pairs)
     for k in names:
-        t, i, b = (sum(f) for f in zip(*[(k in t, k in i, k in t and k in i) for t, i in pairs]))
-        chance = (t*i + (n - t)*(n - i)) / n**2
-        out.append(dict(modality=k, text=t, image=i, both=b, kappa=round(((n - t - i + 2*b) / n - chance) / (1 - chance), 3) if chance < 1 else None))
-    return out + [dict(modality='same set', text=n, image=n, both=sum(t == i for t, i in pairs), kappa=None)]
+        t = sum(k in text for text, _ in pairs)
+        i = sum(k in image for _, image in pairs)
+        b = sum(k in text & image for text, image in pairs)
+        chance, kappa = (t*i + (n - t)*(n - i)) / n**2, None
+        if chance < 1: kappa = round(((n - t - i + 2*b)/n - chance) / (1 - chance), 3)
+        out.append(dict(modality=k, text=t, image=i, both=b, kappa=kappa))
+    same = sum(text == image for text, image in pairs)
+    return out + [dict(modality='same set', text=n, image=n, both=same, kappa=None)]
 
 # %% ../../nbs/03_data/07_filters.ipynb #fc2352e7
 @dataclass(frozen=True)
@@ -378,11 +481,15 @@ class Limits:
     near_grey:float = 4.0         # as for `SeenImages`
 
     def __post_init__(self): # what cannot be meant is refused before any work is done
-        allowed_licences(self.licence); SeenImages(self.near_bits, self.near_grey)
+        allowed_licences(self.licence)
+        SeenImages(self.near_bits, self.near_grey)
         record_modalities(dict(modalities={}, modalities_image={}), self.modality_from)
-        if isinstance(self.languages, str) or any(not re.fullmatch('[a-z]{2}', k) for k in self.languages):
-            raise ValueError(f"The languages are {self.languages!r}; give codes of two small letters, such as ['en', 'de'].")
+        codes = not isinstance(self.languages, str)
+        if not codes or not all(re.fullmatch('[a-z]{2}', k) for k in self.languages):
+            raise ValueError(f'The languages are {self.languages!r}; give codes of two small '
+                             "letters, such as ['en', 'de'].")
 
+# %% ../../nbs/03_data/07_filters.ipynb #ea65cf4a
 def _licence(r, x, w): return licence_reason(r.get('licence'), w.allowed)
 
 def _language(r, x, w):
@@ -398,12 +505,18 @@ def _caption(r, x, w):
     if w.max_words and n > w.max_words: return f'the caption has {n} words, more than {w.max_words}'
 
 def _large(r, x, w):
-    if min(x.size) < w.min_side: return f'{x.size[0]} x {x.size[1]} pixels, at least {w.min_side} needed'
+    if min(x.size) < w.min_side:
+        return f'{x.size[0]} x {x.size[1]} pixels, at least {w.min_side} needed'
+
+# %% ../../nbs/03_data/07_filters.ipynb #40c38588
+_NO_MODALITY = dict(
+    text='neither caption nor mentions name one of the five modalities',
+    image='the picture looks like none of the five modalities',
+    either='neither the text nor the picture says one of the five modalities',
+    both='text and picture do not agree on one of the five modalities')
 
 def _modality(r, x, w):
-    if not record_modalities(r, w.modality_from):
-        return {'text': 'neither caption nor mentions name one of the five modalities', 'image': 'the picture looks like none of the five modalities',
-                'either': 'neither the text nor the picture says one of the five modalities', 'both': 'text and picture do not agree on one of the five modalities'}[w.modality_from]
+    if not record_modalities(r, w.modality_from): return _NO_MODALITY[w.modality_from]
 
 def _panels(r, x, w):
     n = r['panels'] if 'panels' in r else count_panels(r['caption'] or '')
@@ -417,8 +530,13 @@ def _copy(r, x, w):
     if why is None: w.seen.add(x, r.get('id'))
     return why
 
-_RULES = dict(licence=_licence, language=_language, image_present=_present, caption=_caption, image_readable=lambda r, x, w: x.error,
-              large_enough=_large, modality=_modality, single_panel=_panels, evaluation=_held, duplicate=_copy)
+def _unreadable(r, x, w): return x.error
+
+# %% ../../nbs/03_data/07_filters.ipynb #69ba66b0
+_RULES = dict(
+    licence=_licence, language=_language, image_present=_present, caption=_caption,
+    image_readable=_unreadable, large_enough=_large, modality=_modality, single_panel=_panels,
+    evaluation=_held, duplicate=_copy)
 FILTERS = tuple(_RULES)
 _NEED_IMAGE = {'image_readable', 'large_enough', 'single_panel', 'evaluation', 'duplicate'}
 
@@ -426,7 +544,9 @@ class _World:
     "What the rules need beside a record: the limits, and what was met so far."
     def __init__(self, limits, held):
         self.__dict__ |= vars(limits)
-        self.allowed, self.held, self.seen = allowed_licences(limits.licence), held, SeenImages(limits.near_bits, limits.near_grey)
+        self.allowed = allowed_licences(limits.licence)
+        self.held = held
+        self.seen = SeenImages(limits.near_bits, limits.near_grey)
 
 # %% ../../nbs/03_data/07_filters.ipynb #5c8f0990
 def _reason(r, filters, world, x=None):
@@ -439,13 +559,34 @@ def _reason(r, filters, world, x=None):
 def _checked(records, filters):
     "The records as a list, when filters and records are as they must be."
     for f in filters:
-        if f not in FILTERS: raise ValueError(f'Unknown filter {f!r}; known are {", ".join(FILTERS)}.')
+        if f not in FILTERS:
+            raise ValueError(f'Unknown filter {f!r}; known are {", ".join(FILTERS)}.')
     records = list(records)
     for i, r in enumerate(records):
         lack = [k for k in ('image', 'caption') if k not in r]
-        if lack: raise ValueError(f'Record {r.get("id", i)!r} lacks {" and ".join(map(repr, lack))}; figure records have both, if need be with the value null.')
+        if not lack: continue
+        names = ' and '.join(map(repr, lack))
+        raise ValueError(f'Record {r.get("id", i)!r} lacks {names}; figure records have both, if '
+                         'need be with the value null.')
     return records
 
+# %% ../../nbs/03_data/07_filters.ipynb #a7bc38c9
+def _early_and_late(filters): # filters that need no image, and the rest from the first that does
+    order = [f for f in FILTERS if f in filters]
+    early = list(itertools.takewhile(lambda f: f not in _NEED_IMAGE, order))
+    late = order[len(early):]
+    if late and 'image_present' not in early: early.append('image_present')
+    return early, late
+
+def _counted(n, dropped, filters): # what each filter dropped and left
+    table, lost = [], Counter(d['filter'] for d in dropped)
+    for name in FILTERS:
+        if name not in filters and not lost[name]: continue
+        n -= lost[name]
+        table.append(dict(filter=name, kept=n, dropped=lost[name]))
+    return table
+
+# %% ../../nbs/03_data/07_filters.ipynb #b236784c
 def apply_filters(
     records:list,    # figure records
     filters:tuple=FILTERS, # names of the filters; leave one out to switch it off
@@ -456,31 +597,54 @@ def apply_filters(
 )->tuple:            # kept records, dropped [{record, filter, reason}], [{filter, kept, dropped}]
     "Run the filters over records; every dropped record gets one filter and one reason."
     records, world = _checked(records, filters), _World(limits, held)
-    order = [f for f in FILTERS if f in filters]
-    early = [f for f in order[:min([order.index(f) for f in order if f in _NEED_IMAGE], default=len(order))]]
-    late = order[len(early):]
-    if late and 'image_present' not in early: early.append('image_present')
+    early, late = _early_and_late(filters)
     reasons = [_reason(r, early, world) for r in records]
     alive = [i for i, (name, _) in enumerate(reasons) if name is None] if late else []
     refs = [str(records[i]['image']) for i in alive]
-    looks = parallel_map(look, refs, workers) if workers > 1 and len(refs) > 400 else map(look, refs)
-    for i, x in zip(progress(alive) if progress else alive, looks): reasons[i] = _reason(records[i], late, world, x)
-    kept = [r for r, (name, _) in zip(records, reasons) if name is None]
-    dropped = [dict(record=r.get('id'), filter=name, reason=why) for r, (name, why) in zip(records, reasons) if name]
-    table, left, lost = [], len(records), Counter(d['filter'] for d in dropped)
-    for name in [f for f in FILTERS if f in filters or lost[f]]:
-        left -= lost[name]; table.append(dict(filter=name, kept=left, dropped=lost[name]))
-    return kept, dropped, table
+    many = workers > 1 and len(refs) > 400
+    looks = parallel_map(look, refs, workers) if many else map(look, refs)
+    for i, x in zip(progress(alive) if progress else alive, looks):
+        reasons[i] = _reason(records[i], late, world, x)
+    kept, dropped = [], []
+    for r, (name, why) in zip(records, reasons):
+        if name is None: kept.append(r)
+        else: dropped.append(dict(record=r.get('id'), filter=name, reason=why))
+    return kept, dropped, _counted(len(records), dropped, filters)
 
 # %% ../../nbs/03_data/07_filters.ipynb #d3d9428f
-FINDING_WORDS = {k: re.compile(rf'\b(?:{v})', re.I) for k, v in dict(
-    nodule='nodul', mass='mass(?:es)?\\b', tumour='tumou?r|neoplas|carcinom|adenom|sarcom|lymphom|gliom|malignan', metastasis='metasta',
-    cyst='cyst(?:s|ic)?\\b', abscess='abscess', cavity='cavit', consolidation='consolidat', opacity='opaci|ground[- ]glass|infiltrat',
-    effusion='effusion', pneumothorax='pneumothora', haemorrhage='ha?emorrhag|ha?ematoma|bleeding', infarct='infarct|isch?a?emi',
-    oedema='o?edema', fracture='fractur', stenosis='steno(?:sis|ses|tic)', aneurysm='aneurysm|pseudoaneurysm|dissection', thrombus='thromb|embol',
-    calcification='calcifi', granuloma='granulom', fibrosis='fibro(?:sis|tic)', necrosis='necro(?:sis|tic)', inflammation='inflam',
-    lymph_nodes='lymphadenopath|lymph nodes?|lymphoid', mucin='mucin', hernia='hernia', atrophy='atroph', dilatation='dilat|distend|enlarge').items()}
+_FINDINGS = dict(
+        nodule='nodul',
+        mass='mass(?:es)?\\b',
+        tumour='tumou?r|neoplas|carcinom|adenom|sarcom|lymphom|gliom|malignan',
+        metastasis='metasta',
+        cyst='cyst(?:s|ic)?\\b',
+        abscess='abscess',
+        cavity='cavit',
+        consolidation='consolidat',
+        opacity='opaci|ground[- ]glass|infiltrat',
+        effusion='effusion',
+        pneumothorax='pneumothora',
+        haemorrhage='ha?emorrhag|ha?ematoma|bleeding',
+        infarct='infarct|isch?a?emi',
+        oedema='o?edema',
+        fracture='fractur',
+        stenosis='steno(?:sis|ses|tic)',
+        aneurysm='aneurysm|pseudoaneurysm|dissection',
+        thrombus='thromb|embol',
+        calcification='calcifi',
+        granuloma='granulom',
+        fibrosis='fibro(?:sis|tic)',
+        necrosis='necro(?:sis|tic)',
+        inflammation='inflam',
+        lymph_nodes='lymphadenopath|lymph nodes?|lymphoid',
+        mucin='mucin',
+        hernia='hernia',
+        atrophy='atroph',
+        dilatation='dilat|distend|enlarge',
+    )
+FINDING_WORDS = {k: re.compile(rf'\b(?:{v})', re.I) for k, v in _FINDINGS.items()}
 
+# %% ../../nbs/03_data/07_filters.ipynb #39f2a2f3
 def _affirmed(text): # a text without what it denies
     out = []
     for part in re.split(r'[.;](?:\s|$)', text.lower()):
@@ -499,18 +663,25 @@ def named_findings(
     text = _affirmed(text or '')
     return {k for k, rule in FINDING_WORDS.items() if rule.search(text)}
 
+# %% ../../nbs/03_data/07_filters.ipynb #50a65775
+def _named(r): # (kind, name) of the modalities and findings of a record
+    for k in sorted(record_modalities(r)) or ['none named']: yield 'modality', k
+    for k in sorted(named_findings(r['caption'])) or ['none named']: yield 'finding', k
+
 def head_and_tail(
     records:list, # figure records before the filters
     dropped:list, # rows {record, filter, …} from `apply_filters`
-)->list:          # rows {kind, name, before, and what is left after each filter that dropped something}
+)->list:          # rows {kind, name, before, and what each filter that dropped something left}
     "How often each modality and each finding occurs, before the filters and after each of them."
     gone = {d['record']: d['filter'] for d in dropped}
     steps = [f for f in FILTERS if f in set(gone.values())]
-    counts, order = Counter(), {f: i for i, f in enumerate(steps)}
+    rows = {}
     for r in records:
-        last = order.get(gone.get(r.get('id')), len(steps))
-        names = [('modality', k) for k in sorted(record_modalities(r)) or ['none named']]
-        names += [('finding', k) for k in sorted(named_findings(r['caption'])) or ['none named']]
-        counts.update((kind, k, i) for kind, k in names for i in range(last + 1))
-    rows = [dict(kind=kind, name=k, before=n, **{f: counts[kind, k, j + 1] for j, f in enumerate(steps)}) for (kind, k, i), n in counts.items() if i == 0]
-    return sorted(rows, key=lambda r: (r['kind'] == 'finding', r['name'] == 'none named', -r['before'], r['name']))
+        drop = gone.get(r.get('id'))
+        passed = steps[:steps.index(drop)] if drop in steps else steps
+        for kind, name in _named(r):
+            row = rows.setdefault((kind, name), dict(kind=kind, name=name, before=0,
+                                                     **dict.fromkeys(steps, 0)))
+            for k in ('before', *passed): row[k] += 1
+    def rank(r): return r['kind'] == 'finding', r['name'] == 'none named', -r['before'], r['name']
+    return sorted(rows.values(), key=rank)
