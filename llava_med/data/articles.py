@@ -62,6 +62,7 @@ _IDS = etree.XPath('.//@id', smart_strings=False)
 def _own(fig, *tags): # elements inside a figure that belong to no figure nested in it
     return [e for e in fig.iter(*tags) if next(e.iterancestors('{*}fig')) is fig]
 
+# %% ../../nbs/03_data/03_articles.ipynb #eea4530b
 class _Targets:
     "What the ids and numbers of an article stand for."
     def __init__(self, article, figs):
@@ -111,6 +112,7 @@ def _block_of(xref): # the block that a cross-reference stands in, or None
     for a in xref.iterancestors():
         if local_name(a) in _BLOCKS: return a
 
+# %% ../../nbs/03_data/03_articles.ipynb #bb64ba31
 def _blocks(article, targets):
     "Texts that may mention a figure: those with a link to one, and paragraphs that say 'Fig'."
     linked, out = set(), []
@@ -158,6 +160,7 @@ _CC_CODE = re.compile(r'\bCC(?:[ -](BY(?:-(?:NC|SA|ND))*)\b(?:[ -](\d\.\d))?|0\b
 # %% ../../nbs/03_data/03_articles.ipynb #207709af
 def _href(el): return el.get(_XLINK) or el.get('xlink:href') or ''
 
+# %% ../../nbs/03_data/03_articles.ipynb #bcfbe410
 def _licence(permissions):
     "Short name of a licence: 'CC BY 4.0', 'CC0 1.0', or the first words of what it says."
     if permissions is None: return None
@@ -187,6 +190,7 @@ def _one_date(d): # YYYY, YYYY-MM or YYYY-MM-DD of a `pub-date`; '' without a ye
         parts.append(text.zfill(2) if parts else text)
     return '-'.join(parts)
 
+# %% ../../nbs/03_data/03_articles.ipynb #ef4be433
 def _date(meta): # publication date, as far as it is known; the electronic one first
     found = {}
     for d in meta.iterfind('{*}pub-date'):
@@ -224,6 +228,7 @@ def _stem(name): # file name without an image extension, and that extension
     ext = next((e for e in _FORMATS if e and low.endswith(e)), '')
     return low[:len(low) - len(ext)], ext
 
+# %% ../../nbs/03_data/03_articles.ipynb #2a2feaaa
 def match_image(
     href:str,   # what `graphic` points to
     names:list, # files at hand
@@ -291,6 +296,7 @@ _CUES = dict(
     gross=('gross', 'macroscop', 'specimen', 'surface', 'photograph'),
 )
 
+# %% ../../nbs/03_data/03_articles.ipynb #70c3924a
 def guess_modalities(
     text:str, # caption, or caption and mentions
 )->dict:      # the five names of LLaVA-Med's domains, each True or False
@@ -317,6 +323,7 @@ def _language(fig): # the nearest language that is declared around a caption
         if a.get(_LANG): return a.get(_LANG)
     return 'en'
 
+# %% ../../nbs/03_data/03_articles.ipynb #5857f101
 def _caption(fig, around): # the figure's own caption, its group's, or those of its images
     caption = _first(around, 'caption')
     if caption: return caption
@@ -374,6 +381,7 @@ def _keep(data, folder, article, name): # write an image under plain names; retu
     with replacing(path) as part: part.write_bytes(data)
     return str(path)
 
+# %% ../../nbs/03_data/03_articles.ipynb #0ed1c471
 def _take_image(package, r, images_dir, stem, bases, notes):
     "Fill in where the image of a record is, and its size."
     member, r['image'] = r['image'], f'{package.path}::{r["image"]}'
@@ -391,6 +399,7 @@ def _texts(names): # the .nxml files of a package, or else its .xml files, the o
     if texts: return texts
     return sorted((n for n in names if n.lower().endswith('.xml')), key=lambda n: n.count('/'))
 
+# %% ../../nbs/03_data/03_articles.ipynb #e164d348
 def _package_records(package, images_dir, notes):
     "Records of the articles in an open package."
     names, records, refused = package.names, [], []

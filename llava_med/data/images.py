@@ -67,6 +67,7 @@ def _zip_kind(m): # what an entry of a zip file is
     plain = stat.S_IFMT(m.external_attr >> 16) in (0, stat.S_IFREG)
     return 'file' if plain else 'link or device'
 
+# %% ../../nbs/03_data/01_images.ipynb #2a080ed7
 def _entries(archive, path): # (entry, name, bytes, kind) of everything in an archive
     if isinstance(archive, tarfile.TarFile):
         for m in archive: yield m, m.name, m.size, _tar_kind(m)
@@ -251,6 +252,7 @@ def _value_places(ds, frame): # parts of a file that may hold rescale and window
             places += groups[i].get(k) or []
     return places
 
+# %% ../../nbs/03_data/01_images.ipynb #88c65ee2
 def _frame_values(ds, frame): # what turns stored numbers of a frame into grey values
     import pydicom
     out = pydicom.Dataset()
@@ -266,6 +268,7 @@ def _first(value): # the first of several windows
     many = hasattr(value, '__iter__') and not isinstance(value, str)
     return float(next(iter(value))) if many else float(value)
 
+# %% ../../nbs/03_data/01_images.ipynb #24a9c7bf
 def _windowed(x, v): # bytes by the window or table that the file asks for, or None
     from pydicom.pixels import apply_voi
     try:
@@ -289,6 +292,7 @@ def is_dicom(
     "Whether a file is DICOM, by its mark or by its ending."
     return data[128:132] == b'DICM' or name.lower().endswith(('.dcm', '.dicom'))
 
+# %% ../../nbs/03_data/01_images.ipynb #4c48ed11
 def _dataset(data, name, **kw):
     "The DICOM object; a compressed one is measured before it is unfolded."
     import pydicom
@@ -313,6 +317,7 @@ def _bits(x, ds, kind): # of one colour of a pixel
     if kind != 'PALETTE COLOR': return ds.get('BitsStored', 8)
     return 8 if x.max() < 256 else 16
 
+# %% ../../nbs/03_data/01_images.ipynb #8fece37c
 def _padding(x, ds): # the pixels that only fill the frame, or None
     pad = ds.get('PixelPaddingValue')
     if not isinstance(pad, int): return None

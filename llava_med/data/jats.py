@@ -89,6 +89,7 @@ def _root(data, parser, name): # the outermost element; raises ArticleError
         raise ArticleError(f'{name}: declares entities of its own; remove its DOCTYPE.')
     return root
 
+# %% ../../nbs/03_data/02_jats.ipynb #3a2ea24c
 def parse_jats(
     data:bytes,   # the file's bytes
     name:str,     # what to call it in messages
@@ -114,6 +115,7 @@ SKIPPED = frozenset('fig fig-group table-wrap graphic media supplementary-materi
                     'annotation annotation-xml'.split())
 _SPACED = {'title', 'p', 'break'}
 
+# %% ../../nbs/03_data/02_jats.ipynb #98da008e
 def _collect(el, out, rids, skip):
     "Add the strings of an element in order to `out`; an xref's text stands between two marks."
     if el.text: out.append(el.text)

@@ -21,6 +21,7 @@ from lxml import etree
 from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #25b60ec5
 from ..core.testing import INVENTORY
 from .articles import ArticleError, article_records, match_image
 from llava_med.core.runs import (
@@ -44,6 +45,7 @@ class NoAnswer(WebError):
 class Stopped(Exception):
     "Somebody asked the downloads to stop."
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #8a33ad28
 class _Again(Exception):
     def __init__(self, why, after=0):
         super().__init__(why)
@@ -166,6 +168,7 @@ def _append(web, url, part, tag, limit): # fetch what a part lacks; the bytes it
             f.write(x)
     return n
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #d63eeae6
 def _check_part(part, tag, url, wrong): # a part that is not what it should be is fetched anew
     if not wrong: return
     part.unlink()
@@ -352,6 +355,7 @@ def get_inventory(
     write_json(folder/'manifest.json', page)
     return paths
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #794f1202
 def read_inventory(
     paths:list, # .csv or .csv.gz files
 ):              # yields PMC id with version, such as PMC13900.1
@@ -366,6 +370,7 @@ def read_inventory(
 # %% ../../nbs/03_data/04_pubmed.ipynb #eef34f21
 def _yes(x): return str(x).lower() in ('true', 'yes', '1')
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #6ff34d3b
 def why_not(
     page:dict,          # metadata of a version
     licences:tuple=(),  # that are wanted; empty: any
@@ -397,6 +402,7 @@ def article_media(
         if prefix == version and _NAME.fullmatch(name): out[name] = m[1], m[2] or ''
     return out
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #e633a25d
 def _take(name, key, md5, part, final, base, web):
     "One file into `part`; the bytes that the bucket was asked for."
     path, old = part/name, final/name
@@ -413,6 +419,7 @@ def _object(data):
         raise ValueError('no metadata')
     return page
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #2a4e4212
 def _choose(pmcid, versions, base, web, licences, manuscripts):
     "The version to take and its metadata, and why there is none."
     reason = None
@@ -427,6 +434,7 @@ def _choose(pmcid, versions, base, web, licences, manuscripts):
         reason = reason or (no[0], f'{version}: {no[1]}')
     return None, {}, reason or ('missing', 'the bucket has no version of it')
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #77f957a0
 def _versions(pmcid, base, web): # all versions of an article, or the one that the id names
     if '.' in pmcid: return [pmcid]
     return [p.strip('/') for p in _below(base, f'{pmcid}.', web)]
@@ -498,6 +506,7 @@ def _get_version(version, page, out, web, base, only):
 GIVE_UP = 20   # articles in a row without an answer
 _STATUS = ('done', 'missing', 'withdrawn', 'left_out', 'failed')
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #4daca925
 def manifest_rows(
     out:Path, # folder of the articles
 ):            # yields the place of a row in the file, and the row
@@ -512,6 +521,7 @@ def manifest_rows(
             if row: yield at, row
             at += len(line)
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #cc072f43
 def read_manifest(
     out:Path, # folder of the articles
 )->dict:      # PMC id → row
@@ -562,6 +572,7 @@ def _alone(out): # the folder is used by this process only
     try: yield
     finally: lock.release()
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #63b92d56
 def _each(pool, fn, jobs, ahead): # results as they come, with a bounded number of jobs waiting
     waiting, jobs = set(), iter(jobs)
     while True:
@@ -626,6 +637,7 @@ def _searched(asked, web, entrez, say): # ids that a query and its filters find
     term = entrez_term(filters[0], asked['licences'], *filters[1:])
     return search_pmc(term, polite, asked['limit'], entrez, say)
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #e6e0f044
 def _select(asked, out, web, base, entrez, say):
     "PMC id → versions or None, for what was asked."
     if asked['image_urls']: return {r['pmcid']: None for r in read_image_urls(asked['image_urls'])}
@@ -654,6 +666,7 @@ def _keep_jobs(path, jobs):
     lines = [' '.join([i, *(['?'] if v is None else v)]) for i, v in jobs.items()]
     with replacing(path) as p: p.write_text(''.join(f'{line}\n' for line in lines))
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #d2dab70f
 def _inventory_hashes(asked, out): # SHA-256 of the files of the inventory that was read
     if not asked['inventory']: return {}
     path = out/'inventory' if asked['inventory'] == 'latest' else Path(asked['inventory'])
@@ -699,6 +712,7 @@ def _check_question(query, ids, inventory, image_urls, filters):
     if image_urls and (query or ids or inventory):
         raise ValueError('--image-urls names its articles itself: leave the others away.')
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #e2158593
 def _summary(jobs, out, say):
     "Say what became of the articles; how many are done."
     n, why, asked_for = Counter(), Counter(), {i.split('.')[0] for i in jobs}
@@ -730,6 +744,7 @@ def pairs(
         why = '' if found else row['reason'] or 'its article has no such file'
         yield dict(**p, image=found and f'{version}/{found}', reason=why)
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #f50b8282
 def _files_of(image_urls): # PMC id → names of the figure files that LLaVA-Med's list wants
     if not image_urls: return None
     only = {}
