@@ -164,7 +164,7 @@ def _href(el): return el.get(_XLINK) or el.get('xlink:href') or ''
 def _licence(permissions):
     "Short name of a licence: 'CC BY 4.0', 'CC0 1.0', or the first words of what it says."
     if permissions is None: return None
-    refs = [_href(e) for e in permissions.iter('{*}license', '{*}ext-link', '{*}uri')]
+    refs = list(map(_href, permissions.iter('{*}license', '{*}ext-link', '{*}uri')))
     refs += [e.text or '' for e in permissions.iter('{*}license_ref')]
     text = element_text(permissions.find('{*}license'))[0] or element_text(permissions)[0]
     for s in [*refs, text]:
@@ -412,7 +412,8 @@ def _package_records(package, images_dir, notes):
         try: records += article_records(package.read(text), stem, near, notes)
         except ArticleError as e: refused.append(str(e))
     if len(refused) == len(texts): raise ArticleError(f'{package.path}: {refused[0]}')
-    if texts[0].lower().endswith('.nxml'): notes += [f'{package.path}: {why}' for why in refused]
+    if texts[0].lower().endswith('.nxml'):
+        for why in refused: notes.append(f'{package.path}: {why}')
     bases = Counter(n.split('/')[-1] for n in names)
     with_image = [r for r in records if r['image']]
     for r in sorted(with_image, key=lambda r: names.index(r['image'])):

@@ -484,7 +484,7 @@ def sentences(
 
 def visible_statement(
     sentence:str, # a sentence of a caption
-)->str:           # what it says about the picture, or '' if it speaks of something else
+)->str:           # what it says about the image, or '' if it speaks of something else
     "Clean a caption sentence of the page around it; drop it if it tells what cannot be seen."
     s = LEAD.sub('', POINTER.sub('', sentence)).strip(' .;:,')
     page = re.search(r'arrow|asterisk|\bfig|^\W|\b[pn]\s*[<=]', s, re.I)
@@ -582,7 +582,7 @@ class _Asker(_Claimer):
         rng:np.random.Generator, # draws questions and wordings
         n:int=10,                # how many at most
     )->list:                     # turns that know nothing of each other; empty without claims
-        "Single questions about one picture, each of them a conversation of its own."
+        "Single questions about one image, each of them a conversation of its own."
         claims, turns = self.claims(caption, mentions), {}
         for _ in range(2 if claims else 0):
             for t in self.noted(short_turns(claims, self.tally, rng, 3, self.skew)):

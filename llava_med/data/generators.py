@@ -37,7 +37,7 @@ class Prompts:
     "What a language model is told before it writes a conversation."
     number:int      # counted up by who edits the file
     system:str      # its role and rules
-    caption:str     # the message about a picture, with {caption}
+    caption:str     # the message about an image, with {caption}
     mentions:str    # its second part, with {mentions}
     examples:tuple  # {caption, mentions, conversation}
 
@@ -55,7 +55,7 @@ class Prompts:
         caption:str,   # the caption
         mentions:list, # sentences that mention the figure
     )->str:
-        "The message about one picture."
+        "The message about one image."
         text = self.caption.replace('{caption}', caption).rstrip()
         if not mentions: return text
         listed = '\n'.join(f'- {m}' for m in mentions)
@@ -64,7 +64,7 @@ class Prompts:
         caption:str,   # the caption
         mentions:list, # sentences that mention the figure
     )->list:           # chat messages
-        "Rules, examples and the picture in question, as chat messages."
+        "Rules, examples and the image in question, as chat messages."
         said = [('system', self.system)]
         for e in self.examples:
             said.append(('user', self.about(e['caption'], e['mentions'])))
@@ -420,7 +420,7 @@ def texts_of(
 def in_turn(
     figures:Iterable, # figure records
 )->list:              # the same, one of each kind at a time
-    "Order figures so that a job that ends early has pictures of all kinds."
+    "Order figures so that a job that ends early has images of all kinds."
     kinds = {}
     for f in figures:
         found = f.get('modalities') or {}

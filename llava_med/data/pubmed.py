@@ -233,11 +233,12 @@ def read_ids(
     path:str|Path, # a text or CSV file with at most one article in a line
 )->list:           # PMC ids, each once
     "The first PMC id of each line; lines without one (a header) are passed over."
+    ids = {}
     with open(path, encoding='utf-8', errors='replace') as f:
-        found = [re.search(r'\bPMC\d+(\.\d+\b)?', line) for line in f]
-    ids = list(dict.fromkeys(m[0] for m in found if m))
+        for line in f:
+            if m := re.search(r'\bPMC\d+(\.\d+\b)?', line): ids[m[0]] = None
     if not ids: raise ValueError(f'{path}: no line holds a PMC id such as PMC13900.')
-    return ids
+    return list(ids)
 
 # %% ../../nbs/03_data/04_pubmed.ipynb #d79a68b8
 def read_image_urls(
