@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AGENT', 'FETCH_RETRY_STATUSES', 'MAX_FIGURE', 'MAX_TEXT', 'PMC', 'ENTREZ', 'MAX_IDS', 'LICENCES', 'GIVE_UP',
-           'WebError', 'Gone', 'NoAnswer', 'Stopped', 'Web', 'differs', 'pmc_id', 'read_ids', 'read_image_urls',
+           'WebError', 'Gone', 'NoAnswer', 'Stopped', 'differs', 'Web', 'pmc_id', 'read_ids', 'read_image_urls',
            'entrez_term', 'search_pmc', 'get_inventory', 'read_inventory', 'why_not', 'article_media', 'get_article',
-           'manifest_rows', 'read_manifest', 'get_articles', 'selection', 'get_pmc', 'pairs']
+           'manifest_rows', 'read_manifest', 'get_articles', 'selection', 'pairs', 'get_pmc']
 
 # %% ../../nbs/03_data/04_pubmed.ipynb #f0440cc7
 import contextlib, copy, csv, gzip, hashlib, itertools, json, os, re, shutil, threading, time
@@ -21,24 +21,39 @@ from lxml import etree
 from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #25b60ec5
 from ..core.testing import INVENTORY
 from .articles import ArticleError, article_records, match_image
-from ..core.runs import file_hash, now, progress, read_json, replacing, write_json, write_jsonl, writing
+from llava_med.core.runs import (
+    file_hash, now, progress, read_json, replacing, write_json, write_jsonl, writing
+)
 
 # %% ../../nbs/03_data/04_pubmed.ipynb #3a387095
 AGENT = 'llava-med-lab/0.1 (teaching and research)'
 FETCH_RETRY_STATUSES = (408, 425, 429, 500, 502, 503, 504)   # answers that may change
 MAX_FIGURE, MAX_TEXT = 2**30, 2**26               # bytes of one figure, and of XML or metadata
 
-class WebError(ValueError): "An address that cannot be fetched; the message is one sentence."
-class Gone(WebError): "An address that does not exist (any more)."
-class NoAnswer(WebError): "A service that does not answer, or only badly."
-class Stopped(Exception): "Somebody asked the downloads to stop."
-class _Again(Exception):
-    def __init__(self, why, after=0): super().__init__(why); self.after = after
+class WebError(ValueError):
+    "An address that cannot be fetched; the message is one sentence."
 
-class Web:
-    "Polite requests: one rate for all threads, time-outs, retries with back-off and jitter."
+class Gone(WebError):
+    "An address that does not exist (any more)."
+
+class NoAnswer(WebError):
+    "A service that does not answer, or only badly."
+
+class Stopped(Exception):
+    "Somebody asked the downloads to stop."
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #8a33ad28
+class _Again(Exception):
+    def __init__(self, why, after=0):
+        super().__init__(why)
+        self.after = after
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #2df5ae62
+class _Paced:
+    "One rate for all threads, and retries with back-off and jitter."
     def __init__(self,
         per_second:float=20,   # requests of all threads together
         tries:int=6,           # of one address
@@ -47,9 +62,11 @@ class Web:
         timeout:tuple=(15, 60),# seconds to connect, and without a byte
         deadline:float=1800,   # seconds for one file
     ):
-        self.gap, self.tries, self.longest, self.timeout, self.deadline = 1/per_second, tries, longest, timeout, deadline
+        self.gap, self.tries, self.longest = 1/per_second, tries, longest
+        self.timeout, self.deadline = timeout, deadline
         self.wait = tenacity.wait_random_exponential(multiplier=backoff, max=longest)
-        self.stop, self.lock, self.next, self.own = threading.Event(), threading.Lock(), 0., threading.local()
+        self.stop, self.lock = threading.Event(), threading.Lock()
+        self.next, self.own = 0., threading.local()
     def turn(self)->None:
         "Wait for this thread's turn."
         with self.lock:
@@ -65,11 +82,34 @@ class Web:
         once, # a function without arguments
     ):        # what it returns
         "Call a function until nothing passing goes wrong."
-        pause = lambda state: min(self.longest, max(state.outcome.exception().after, self.wait(state)))
-        tries = tenacity.Retrying(stop=tenacity.stop_after_attempt(self.tries), wait=pause, reraise=True,
-                                  retry=tenacity.retry_if_exception_type(_Again), sleep=tenacity.sleep_using_event(self.stop))
-        try: return tries(once)
+        try: return _retrying(self)(once)
         except _Again as e: raise NoAnswer(f'{e} ({self.tries} tries).') from None
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #d28627fe
+def _retrying(web): # tenacity's loop: as many tries, and waits that a stop ends
+    def pause(state): return min(web.longest, max(state.outcome.exception().after, web.wait(state)))
+    return tenacity.Retrying(stop=tenacity.stop_after_attempt(web.tries), wait=pause, reraise=True,
+                             retry=tenacity.retry_if_exception_type(_Again),
+                             sleep=tenacity.sleep_using_event(web.stop))
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #443e9193
+def _check_status(web, r, name):
+    "Raise what the status of an answer means."
+    if r.status_code in FETCH_RETRY_STATUSES:
+        try: after = Retry().get_retry_after(r.raw) or 0
+        except InvalidHeader: after = 0
+        if after > web.longest:
+            raise NoAnswer(f'{name} answers {r.status_code} and wants to be left alone '
+                           f'for {after:.0f} s.')
+        web.hold(after)
+        raise _Again(f'{name} answers {r.status_code}', after)
+    if r.status_code in (404, 410): raise Gone(f'{name} does not exist.')
+    if r.status_code not in (200, 206, 416):
+        raise WebError(f'{name} answers {r.status_code} ({r.reason}).')
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #a76b8612
+class _Asking(_Paced):
+    "One request at a time, whose answer comes in pieces."
     def chunks(self,
         url:str,       # what to ask for
         params:dict|None=None, # of the question
@@ -80,24 +120,64 @@ class Web:
         if not hasattr(self.own, 'session'): self.own.session = requests.Session()
         start, name = time.monotonic(), url.split('?')[0]
         headers = {'User-Agent': AGENT, 'Accept-Encoding': 'identity', **(headers or {})}
+        how = dict(params=params, headers=headers, stream=True, timeout=self.timeout)
         try:
-            with self.own.session.get(url, params=params, headers=headers, stream=True, timeout=self.timeout) as r:
-                if r.status_code in FETCH_RETRY_STATUSES:
-                    try: after = Retry().get_retry_after(r.raw) or 0
-                    except InvalidHeader: after = 0
-                    if after > self.longest: raise NoAnswer(f'{name} answers {r.status_code} and wants to be left alone for {after:.0f} s.')
-                    self.hold(after)
-                    raise _Again(f'{name} answers {r.status_code}', after)
-                if r.status_code in (404, 410): raise Gone(f'{name} does not exist.')
-                if r.status_code not in (200, 206, 416): raise WebError(f'{name} answers {r.status_code} ({r.reason}).')
+            with self.own.session.get(url, **how) as r:
+                _check_status(self, r, name)
                 yield r
-                while r.status_code != 416 and (x := r.raw.read1(2**16)):   # what has come so far, however little
+                # what has come so far, however little
+                while r.status_code != 416 and (x := r.raw.read1(2**16)):
                     if self.stop.is_set(): raise Stopped
-                    if time.monotonic() - start > self.deadline: raise _Again(f'{name} took longer than {self.deadline} s')
+                    if time.monotonic() - start > self.deadline:
+                        raise _Again(f'{name} took longer than {self.deadline} s')
                     yield x
         except (requests.ConnectionError, requests.Timeout, HTTPError) as e:
             raise _Again(f'{name} broke off ({type(e).__name__})') from None
-        except requests.RequestException as e: raise WebError(f'{name} cannot be fetched ({type(e).__name__}).') from None
+        except requests.RequestException as e:
+            raise WebError(f'{name} cannot be fetched ({type(e).__name__}).') from None
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #dcd746f4
+def differs(
+    path:Path,          # a file
+    md5:str='', sha256:str='', # what it must have, if known
+    size:int|None=None, # bytes, if known
+)->str:                 # what is wrong, or nothing
+    "Whether a file is what it should be."
+    if size is not None and path.stat().st_size != size:
+        return f'{path.stat().st_size} bytes instead of {size}'
+    for kind, want in (('md5', md5), ('sha256', sha256)):
+        if not want: continue
+        with open(path, 'rb') as f: got = hashlib.file_digest(f, kind).hexdigest()
+        if got != want.lower(): return f'its {kind} is {got}, not {want}'
+    return ''
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #02b0a78a
+def _append(web, url, part, tag, limit): # fetch what a part lacks; the bytes it has then
+    begun = part.stat().st_size if part.exists() and tag.exists() else 0
+    ask = {'Range': f'bytes={begun}-', 'If-Range': tag.read_text()} if begun else {}
+    body = web.chunks(url, None, ask)
+    r = next(body)
+    n = 0 if r.status_code == 200 else begun
+    with writing(part), open(part, 'ab' if n else 'wb') as f:
+        etag = r.headers.get('ETag', '')
+        if etag.startswith('"'): tag.write_text(etag)
+        else: tag.unlink(missing_ok=True)
+        for x in body:
+            n += len(x)
+            if n > limit: raise WebError(f'{url} is larger than {limit} bytes; refused.')
+            f.write(x)
+    return n
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #d63eeae6
+def _check_part(part, tag, url, wrong): # a part that is not what it should be is fetched anew
+    if not wrong: return
+    part.unlink()
+    tag.unlink(missing_ok=True)
+    raise _Again(f'{url.split("?")[0]}: {wrong}')
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #463643b5
+class Web(_Asking):
+    "Polite requests: one rate for all threads, time-outs, retries with back-off and jitter."
     def get(self,
         url:str,               # what to ask for
         params:dict|None=None, # of the question
@@ -112,7 +192,8 @@ class Web:
                 got += x
                 if len(got) > limit: raise WebError(f'{url} is larger than {limit} bytes; refused.')
             try: return read(bytes(got))
-            except (ValueError, KeyError, TypeError, etree.XMLSyntaxError): raise _Again(f'{url} answers with something unreadable') from None
+            except (ValueError, KeyError, TypeError, etree.XMLSyntaxError):
+                raise _Again(f'{url} answers with something unreadable') from None
         return self.again(once)
     def save(self,
         url:str,        # of a file
@@ -122,39 +203,17 @@ class Web:
         size:int|None=None, # bytes, if known
         limit:int=MAX_FIGURE, # bytes
     )->int:             # bytes
-        "Fetch a file; it gets its name when it is whole, and a broken transfer goes on where it was."
+        "Fetch a file; it gets its name when it is whole, and a broken transfer is resumed."
         part = path.with_name(f'.{path.name}.part')
-        tag = path.with_name(f'.{path.name}.tag')   # the state of the file that the part belongs to
+        tag = path.with_name(f'.{path.name}.tag')
         def once():
-            begun = part.stat().st_size if part.exists() and tag.exists() else 0
-            ask = {'Range': f'bytes={begun}-', 'If-Range': tag.read_text()} if begun else {}
-            body = self.chunks(url, None, ask)
-            r, n = next(body), begun
-            if r.status_code == 200: n = 0
-            with writing(part), open(part, 'ab' if n else 'wb') as f:
-                tag.write_text(r.headers['ETag']) if r.headers.get('ETag', '').startswith('"') else tag.unlink(missing_ok=True)
-                for x in body:
-                    n += len(x)
-                    if n > limit: raise WebError(f'{url} is larger than {limit} bytes; refused.')
-                    f.write(x)
-            wrong = differs(part, md5, sha256, size)
-            if wrong:
-                part.unlink(); tag.unlink(missing_ok=True); raise _Again(f'{url.split("?")[0]}: {wrong}')
-            with writing(path): os.replace(part, path); tag.unlink(missing_ok=True)
+            n = _append(self, url, part, tag, limit)
+            _check_part(part, tag, url, differs(part, md5, sha256, size))
+            with writing(path):
+                os.replace(part, path)
+                tag.unlink(missing_ok=True)
             return n
         return self.again(once)
-
-def differs(
-    path:Path,          # a file
-    md5:str='', sha256:str='', # what it must have, if known
-    size:int|None=None, # bytes, if known
-)->str:                 # what is wrong, or nothing
-    "Whether a file is what it should be."
-    if size is not None and path.stat().st_size != size: return f'{path.stat().st_size} bytes instead of {size}'
-    for kind, want in [x for x in (('md5', md5), ('sha256', sha256)) if x[1]]:
-        with open(path, 'rb') as f: got = hashlib.file_digest(f, kind).hexdigest()
-        if got != want.lower(): return f'its {kind} is {got}, not {want}'
-    return ''
 
 # %% ../../nbs/03_data/04_pubmed.ipynb #0f926908
 _ID = re.compile(r'(?:PMC)?(\d{1,10})(\.\d+)?', re.I)
@@ -164,18 +223,24 @@ def pmc_id(
 )->str:       # such as PMC13900 or PMC13900.2
     "A PMC id as the bucket writes it."
     m = _ID.fullmatch(str(text).strip())
-    if not m: raise ValueError(f'{text!r} is not a PMC id: write PMC13900, or PMC13900.2 for its second version.')
+    if not m:
+        raise ValueError(f'{text!r} is not a PMC id: write PMC13900, or PMC13900.2 for its '
+                         'second version.')
     return f'PMC{int(m[1])}{m[2] or ""}'
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #3d54a7bb
 def read_ids(
     path:str|Path, # a text or CSV file with at most one article in a line
 )->list:           # PMC ids, each once
     "The first PMC id of each line; lines without one (a header) are passed over."
-    with open(path, encoding='utf-8', errors='replace') as f: found = [re.search(r'\bPMC\d+(\.\d+\b)?', line) for line in f]
-    ids = list(dict.fromkeys(m[0] for m in found if m))
+    ids = {}
+    with open(path, encoding='utf-8', errors='replace') as f:
+        for line in f:
+            if m := re.search(r'\bPMC\d+(\.\d+\b)?', line): ids[m[0]] = None
     if not ids: raise ValueError(f'{path}: no line holds a PMC id such as PMC13900.')
-    return ids
+    return list(ids)
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #d79a68b8
 def read_image_urls(
     path:str|Path, # LLaVA-Med's image_urls.jsonl
 ):                 # yields {pair_id, pmcid, file}
@@ -186,9 +251,12 @@ def read_image_urls(
             try:
                 row = json.loads(line)
                 pmcid = re.search(r'PMC\d+', row['image_file_path'] or row['pmc_tar_url'])[0]
-                yield dict(pair_id=row['pair_id'], pmcid=pmcid, file=row['image_file_path'].split('/')[-1])
+                file = row['image_file_path'].split('/')[-1]
+                found = dict(pair_id=row['pair_id'], pmcid=pmcid, file=file)
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f'{path}, line {i}: needs pmc_tar_url, image_file_path with a PMC id, and pair_id.') from None
+                raise ValueError(f'{path}, line {i}: needs pmc_tar_url, image_file_path with '
+                                 'a PMC id, and pair_id.') from None
+            yield found
 
 # %% ../../nbs/03_data/04_pubmed.ipynb #6e77ea66
 PMC = 'https://pmc-oa-opendata.s3.amazonaws.com'
@@ -199,8 +267,10 @@ LICENCES = ('CC0', 'CC BY', 'CC BY-SA', 'CC BY-ND', 'CC BY-NC', 'CC BY-NC-SA', '
 def _day(text, last): # Entrez's way to write a day, a month or a year, as an end or a beginning
     if not re.fullmatch(r'\d{4}(-\d\d?(-\d\d?)?)?', text or '3000'):
         raise ValueError(f'{text!r} is not a date: write 2020, 2020-03 or 2020-03-31.')
-    return text.replace('-', '/') if text else '3000' if last else '1000'
+    if not text: return '3000' if last else '1000'
+    return text.replace('-', '/')
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #d965cc3c
 def entrez_term(
     query:str,              # in Entrez's language
     licences:tuple=(),      # some of `LICENCES`; empty: any
@@ -209,12 +279,29 @@ def entrez_term(
 )->str:                     # the whole question
     "A search of the open-access subset with its filters."
     unknown = [x for x in licences if x not in LICENCES]
-    if unknown: raise ValueError(f'The licence {unknown[0]!r} is unknown; known are {", ".join(LICENCES)}.')
-    parts = [f'({query})' if query else '', 'open_access[filter]', f'"{journal}"[journal]' if journal else '']
-    parts.append(f'{_day(since, False)}:{_day(until, True)}[pdat]' if since or until else '')
-    parts.append('(' + ' OR '.join(f'{x.lower().replace(" ", "_")}_license[filter]' for x in licences) + ')' if licences else '')
-    return ' AND '.join(p for p in parts if p)
+    if unknown:
+        raise ValueError(f'The licence {unknown[0]!r} is unknown; known are {", ".join(LICENCES)}.')
+    parts = ['open_access[filter]']
+    if query: parts.insert(0, f'({query})')
+    if journal: parts.append(f'"{journal}"[journal]')
+    if since or until: parts.append(f'{_day(since, False)}:{_day(until, True)}[pdat]')
+    if licences:
+        names = [x.lower().replace(' ', '_') for x in licences]
+        parts.append('(' + ' OR '.join(f'{x}_license[filter]' for x in names) + ')')
+    return ' AND '.join(parts)
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #8162c2ab
+def _ask_entrez(term, web, limit, url, say): # how many articles there are, and some of their ids
+    asked = dict(db='pmc', term=term, retmode='json', retmax=min(limit or MAX_IDS, MAX_IDS),
+                 tool='llava-med-lab')
+    if os.environ.get('NCBI_API_KEY'): asked['api_key'] = os.environ['NCBI_API_KEY']
+    found = web.get(url, asked, lambda b: json.loads(b)['esearchresult'])
+    if found.get('ERROR'): raise WebError(f'Entrez cannot answer {term!r}: {found["ERROR"]}')
+    for k, v in {**found.get('errorlist', {}), **found.get('warninglist', {})}.items():
+        if v: say(f'Entrez on {term!r}: {k}: {", ".join(map(str, v))}')
+    return int(found['count']), [pmc_id(i) for i in found['idlist']]
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #8a94dd77
 def search_pmc(
     term:str,          # from `entrez_term`
     web:Web,           # asks at most three times a second, ten with a key
@@ -223,60 +310,68 @@ def search_pmc(
     say=print,         # gets Entrez's warnings
 )->list:               # PMC ids
     "The articles that a search finds."
-    key = {'api_key': os.environ['NCBI_API_KEY']} if os.environ.get('NCBI_API_KEY') else {}
-    def ask(term):
-        asked = dict(db='pmc', term=term, retmode='json', retmax=min(limit or MAX_IDS, MAX_IDS), tool='llava-med-lab', **key)
-        found = web.get(url, asked, lambda b: json.loads(b)['esearchresult'])
-        if found.get('ERROR'): raise WebError(f'Entrez cannot answer {term!r}: {found["ERROR"]}')
-        for k, v in {**found.get('errorlist', {}), **found.get('warninglist', {})}.items():
-            if v: say(f'Entrez on {term!r}: {k}: {", ".join(map(str, v))}')
-        return int(found['count']), [pmc_id(i) for i in found['idlist']]
+    def ask(term): return _ask_entrez(term, web, limit, url, say)
     n, ids = ask(term)
     if n <= MAX_IDS or limit and limit <= MAX_IDS: return ids[:limit]
     ids, spans = [], [(date(1990, 1, 1), date.today() + timedelta(1))]
     while spans and (not limit or len(ids) < limit):
         a, b = spans.pop()
         n, some = ask(f'({term}) AND {a:%Y/%m/%d}:{b:%Y/%m/%d}[pmcrdat]')
-        if n > MAX_IDS and a == b: raise WebError(f'{n} articles of {term!r} came on {a}: narrow the search.')
-        if n > MAX_IDS: spans += [(a, a + (b - a)//2), (a + (b - a)//2 + timedelta(1), b)]
-        else: ids += some
+        if n > MAX_IDS and a == b:
+            raise WebError(f'{n} articles of {term!r} came on {a}: narrow the search.')
+        if n <= MAX_IDS:
+            ids += some
+            continue
+        middle = a + (b - a)//2
+        spans += [(a, middle), (middle + timedelta(1), b)]
     return list(dict.fromkeys(ids))[:limit]
 
 # %% ../../nbs/03_data/04_pubmed.ipynb #e3023bb6
 def _below(base, prefix, web): # what stands below a prefix in the bucket
     safe = etree.XMLParser(resolve_entities=False, no_network=True)
-    page = web.get(f'{base}/', {'list-type': 2, 'delimiter': '/', 'prefix': prefix}, lambda b: etree.fromstring(b, safe))
+    asked = {'list-type': 2, 'delimiter': '/', 'prefix': prefix}
+    page = web.get(f'{base}/', asked, lambda b: etree.fromstring(b, safe))
     return [p.text for p in page.iterfind('{*}CommonPrefixes/{*}Prefix')]
 
+def _newest_inventory(base, web): # its folder in the bucket and its list of files
+    dated = re.compile(r'\d{4}-\d\d-\d\dT[\d-]+Z/$')
+    days = sorted(filter(dated.search, _below(base, INVENTORY, web)))
+    for day in reversed(days[-3:]):   # the newest may still be on its way
+        with contextlib.suppress(Gone):
+            return web.get(f'{base}/{day}manifest.json', read=json.loads)
+    raise WebError(f'{base}/{INVENTORY} holds no inventory.')
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #51dcb299
 def get_inventory(
     folder:Path,   # where it is kept
     web:Web,       # for the requests
     base:str=PMC,  # address of the bucket
 )->list:           # its files
     "Fetch the newest inventory, each file checked against its md5."
-    days = sorted(p for p in _below(base, INVENTORY, web) if re.search(r'\d{4}-\d\d-\d\dT[\d-]+Z/$', p))
-    for day in reversed(days[-3:]):   # the newest may still be on its way
-        with contextlib.suppress(Gone): page = web.get(f'{base}/{day}manifest.json', read=json.loads); break
-    else: raise WebError(f'{base}/{INVENTORY} holds no inventory.')
+    page = _newest_inventory(base, web)
     paths = [folder/f['key'].split('/')[-1] for f in page['files']]
     with writing(folder): folder.mkdir(parents=True, exist_ok=True)
-    for f, path in zip(page['files'], paths): web.save(f'{base}/{f["key"]}', path, md5=f.get('MD5checksum', ''), limit=2**33)
+    for f, path in zip(page['files'], paths):
+        web.save(f'{base}/{f["key"]}', path, md5=f.get('MD5checksum', ''), limit=2**33)
     write_json(folder/'manifest.json', page)
     return paths
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #794f1202
 def read_inventory(
     paths:list, # .csv or .csv.gz files
 ):              # yields PMC id with version, such as PMC13900.1
     "The article versions that an inventory names."
     for path in map(Path, paths):
-        with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8', newline='') as f:
+        opener = gzip.open if path.suffix == '.gz' else open
+        with opener(path, 'rt', encoding='utf-8', newline='') as f:
             for row in csv.reader(f):
                 m = re.fullmatch(r'metadata/(PMC\d+\.\d+)\.json', row[1] if len(row) > 1 else '')
                 if m: yield m[1]
 
 # %% ../../nbs/03_data/04_pubmed.ipynb #eef34f21
-_yes = lambda x: str(x).lower() in ('true', 'yes', '1')
+def _yes(x): return str(x).lower() in ('true', 'yes', '1')
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #6ff34d3b
 def why_not(
     page:dict,          # metadata of a version
     licences:tuple=(),  # that are wanted; empty: any
@@ -285,13 +380,16 @@ def why_not(
     "Why a version is not taken."
     if _yes(page.get('is_retracted')): return 'withdrawn', 'retracted'
     if _yes(page.get('is_historical_ocr')): return 'left_out', 'scanned from paper'
-    if not _yes(page.get('is_pmc_openaccess', True)): return 'left_out', 'not in the open-access subset'
-    if _yes(page.get('is_manuscript')) and not manuscripts: return 'left_out', "an author's manuscript"
+    if not _yes(page.get('is_pmc_openaccess', True)):
+        return 'left_out', 'not in the open-access subset'
+    if _yes(page.get('is_manuscript')) and not manuscripts:
+        return 'left_out', "an author's manuscript"
     code = re.sub(r' \d\.\d$', '', (page.get('license_code') or 'none').upper())
     if licences and code not in licences: return 'left_out', f'its licence is {code}'
 
 # %% ../../nbs/03_data/04_pubmed.ipynb #dce191a7
 _NAME = re.compile(r'[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,199}')
+_ADDRESS = re.compile(r'(?:s3|https?)://[^/]+/(.+?)(?:\?(?:[^?]*&)?md5=([0-9a-fA-F]{32}).*)?')
 
 def article_media(
     page:dict,   # metadata of a version
@@ -300,12 +398,14 @@ def article_media(
     "The files of a version; names that could leave its folder are refused."
     out = {}
     for url in [page.get('xml_url'), *(page.get('media_urls') or [])]:
-        m = re.fullmatch(r'(?:s3|https?)://[^/]+/(.+?)(?:\?(?:[^?]*&)?md5=([0-9a-fA-F]{32}).*)?', url or '')
+        m = _ADDRESS.fullmatch(url or '')
         prefix, _, name = m[1].partition('/') if m else ('', '', '')
         if prefix == version and _NAME.fullmatch(name): out[name] = m[1], m[2] or ''
     return out
 
-def _take(name, key, md5, part, final, base, web): # one file into `part`; True if the bucket was asked
+# %% ../../nbs/03_data/04_pubmed.ipynb #e633a25d
+def _take(name, key, md5, part, final, base, web):
+    "One file into `part`; the bytes that the bucket was asked for."
     path, old = part/name, final/name
     for have in (path, old):
         if md5 and have.is_file() and not differs(have, md5):
@@ -313,22 +413,34 @@ def _take(name, key, md5, part, final, base, web): # one file into `part`; True 
             return 0
     return web.save(f'{base}/{quote(key)}', path, md5=md5)
 
-def _choose(pmcid, versions, base, web, licences, manuscripts): # the version to take, its metadata, and why there is none
+# %% ../../nbs/03_data/04_pubmed.ipynb #55d817d1
+def _object(data):
+    page = json.loads(data)
+    if not isinstance(page, dict) or not isinstance(page.get('media_urls') or [], list):
+        raise ValueError('no metadata')
+    return page
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #2a4e4212
+def _choose(pmcid, versions, base, web, licences, manuscripts):
+    "The version to take and its metadata, and why there is none."
     reason = None
     for version in versions:
         try: page = web.get(f'{base}/metadata/{version}.json', read=_object)
-        except Gone: reason = reason or ('missing', f'the metadata of {version} do not exist'); continue
+        except Gone:
+            reason = reason or ('missing', f'the metadata of {version} do not exist')
+            continue
         no = why_not(page, licences, manuscripts)
         if no is None: return version, page, None
         if no[0] == 'withdrawn': return version, page, no
         reason = reason or (no[0], f'{version}: {no[1]}')
     return None, {}, reason or ('missing', 'the bucket has no version of it')
 
-def _object(data):
-    page = json.loads(data)
-    if not isinstance(page, dict) or not isinstance(page.get('media_urls') or [], list): raise ValueError('no metadata')
-    return page
+# %% ../../nbs/03_data/04_pubmed.ipynb #77f957a0
+def _versions(pmcid, base, web): # all versions of an article, or the one that the id names
+    if '.' in pmcid: return [pmcid]
+    return [p.strip('/') for p in _below(base, f'{pmcid}.', web)]
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #49c349b1
 def get_article(
     pmcid:str,           # such as PMC1, or PMC1.2 for that version only
     out:Path,            # folder of the articles
@@ -339,73 +451,156 @@ def get_article(
     licences:tuple=(), manuscripts:bool=False, # as for `why_not`
 )->dict:                 # a row of the manifest
     "Fetch one article; every way that this can end is a row."
-    row = dict(pmcid=pmcid.split('.')[0], version=None, status='failed', reason='', licence=None, figures=0, files=0, bytes=0, absent=[])
+    row = dict(pmcid=pmcid.split('.')[0], version=None, status='failed', reason='', licence=None,
+               figures=0, files=0, bytes=0, absent=[])
     try:
-        if versions is None: versions = [pmcid] if '.' in pmcid else [p.strip('/') for p in _below(base, f'{pmcid}.', web)]
+        if versions is None: versions = _versions(pmcid, base, web)
         versions = sorted(versions, key=lambda v: -int(v.split('.')[1]))
         version, page, no = _choose(pmcid, versions, base, web, licences, manuscripts)
         row |= dict(version=version, licence=page.get('license_code'))
         if no: return row | dict(status=no[0], reason=no[1])
         return row | _get_version(version, page, out, web, base, only)
     except Gone as e: return row | dict(status='missing', reason=str(e))
-    except (WebError, ArticleError) as e: return row | dict(reason=str(e), offline=isinstance(e, NoAnswer))
+    except (WebError, ArticleError) as e:
+        return row | dict(reason=str(e), offline=isinstance(e, NoAnswer))
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #6953037c
+def _wanted(only, data, version, names): # files that are asked for, or that the XML's figures use
+    hrefs = only
+    if only is None:
+        hrefs = []
+        for r in article_records(data, version, names): hrefs += r['graphics']
+    found = {match_image(h, names) for h in hrefs}
+    return sorted(found - {None})
+
+def _finish(part, final, kept): # give the folder its name, without files that are no longer its own
+    with writing(final):
+        for p in part.iterdir():
+            if p.name not in kept: p.unlink()
+        if final.exists(): shutil.rmtree(final)
+        os.replace(part, final)
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #e355e3d1
 def _get_version(version, page, out, web, base, only):
+    "Fetch the XML, then the figures, and name the folder when all is there."
     part, final, xml = out/f'.{version}.part', out/version, f'{version}.xml'
     files, absent = article_media(page, version), []
     if xml not in files: raise WebError(f'{version}: its metadata name no XML.')
     with writing(part): part.mkdir(parents=True, exist_ok=True)
     _take(xml, *files[xml], part, final, base, web)
     names = [n for n in files if n != xml]
-    hrefs = only
-    if only is None: hrefs = [g for r in article_records((part/xml).read_bytes(), version, names) for g in r['graphics']]
-    wanted = sorted({m for h in hrefs if (m := match_image(h, names))})
+    wanted = _wanted(only, (part/xml).read_bytes(), version, names)
     for name in wanted:
         try: _take(name, *files[name], part, final, base, web)
         except Gone: absent.append(name)
     kept = {xml, f'{version}.json', *wanted} - set(absent)
     write_json(part/f'{version}.json', page)
-    with writing(final):
-        for p in part.iterdir():
-            if p.name not in kept: p.unlink()
-        if final.exists(): shutil.rmtree(final)
-        os.replace(part, final)
-    blind = [n for n in (xml, *wanted) if not files[n][1]]
-    notes = [f'{what}: {", ".join(names)}' for what, names in (('not in the bucket', absent), ('without an md5', blind)) if names]
-    return dict(status='done', figures=len(wanted) - len(absent), files=len(kept), absent=absent, reason='; '.join(notes),
-                bytes=sum(p.stat().st_size for p in final.iterdir()))
+    _finish(part, final, kept)
+    blind, notes = [n for n in (xml, *wanted) if not files[n][1]], []
+    if absent: notes.append(f'not in the bucket: {", ".join(absent)}')
+    if blind: notes.append(f'without an md5: {", ".join(blind)}')
+    size = sum(p.stat().st_size for p in final.iterdir())
+    return dict(status='done', figures=len(wanted) - len(absent), files=len(kept), absent=absent,
+                reason='; '.join(notes), bytes=size)
 
 # %% ../../nbs/03_data/04_pubmed.ipynb #649b9b40
 GIVE_UP = 20   # articles in a row without an answer
 _STATUS = ('done', 'missing', 'withdrawn', 'left_out', 'failed')
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #4daca925
 def manifest_rows(
     out:Path, # folder of the articles
 ):            # yields the place of a row in the file, and the row
-    "The rows so far; a line that was cut off by a crash is passed over, and its article is looked at again."
+    "The rows so far; a line that a crash cut off is skipped, and its article is asked for again."
     path, at = Path(out)/'manifest.jsonl', 0
     with open(path, 'rb') if path.exists() else contextlib.nullcontext(()) as f:
         for i, line in enumerate(f, 1):
             try: row = json.loads(line) if line.endswith(b'\n') and line.strip() else None
             except ValueError:
-                raise ValueError(f'{path}, line {i}: not valid JSON. Remove that line; its article will be looked at again.') from None
+                raise ValueError(f'{path}, line {i}: not valid JSON. Remove that line; its '
+                                 'article will be looked at again.') from None
             if row: yield at, row
             at += len(line)
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #cc072f43
 def read_manifest(
     out:Path, # folder of the articles
 )->dict:      # PMC id → row
     "The manifest; of several rows of an article the last one counts."
     return {row['pmcid']: row for _, row in manifest_rows(out)}
 
-def _settle(out): # sort the manifest; (status, version) by number, which is all that is kept in memory of a million articles
+# %% ../../nbs/03_data/04_pubmed.ipynb #e689acb6
+def _number(pmcid): return int(pmcid.split('.')[0][3:])   # 13900 of PMC13900.2
+
+def _settle(out):
+    "Sort the manifest; status and version by the number of the article."
     path, index = out/'manifest.jsonl', {}
     for at, r in manifest_rows(out):
-        index[int(r['pmcid'][3:])] = at, _STATUS.index(r['status']), int((r['version'] or '.0').split('.')[1])
-    with replacing(path) as part, open(part, 'wb') as g, open(path, 'rb') if path.exists() else contextlib.nullcontext() as f:
-        for k in sorted(index): f.seek(index[k][0]); g.write(f.readline())
+        version = int((r['version'] or '.0').split('.')[1])
+        index[_number(r['pmcid'])] = (at, _STATUS.index(r['status']), version)
+    old = open(path, 'rb') if path.exists() else contextlib.nullcontext()
+    with old as f, replacing(path) as part, open(part, 'wb') as g:
+        for k in sorted(index):
+            f.seek(index[k][0])
+            g.write(f.readline())
     return {k: v[1:] for k, v in index.items()}
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #6be3522f
+def _is_settled(known, out, n): # whether an article has its final state, and its folder if done
+    status, v = known.get(n, (4, 0))
+    return status < 4 and (status or (out/f'PMC{n}.{v}').is_dir())
+
+def _note_row(f, row, known, out):
+    "Append a row to the manifest, and remove the folder of a version that it replaces."
+    n = _number(row['pmcid'])
+    before, v = known.get(n, (4, 0))
+    if before == 0 and row['status'] == 'missing':
+        row |= dict(status='withdrawn', reason='no longer in the bucket')
+    f.write(json.dumps(row, ensure_ascii=False) + '\n')
+    f.flush()
+    newer = row['status'] == 'done' and row['version'] != f'PMC{n}.{v}'
+    if v and (newer or row['status'] == 'withdrawn'):
+        shutil.rmtree(out/f'PMC{n}.{v}', ignore_errors=True)
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #9b3670ca
+@contextlib.contextmanager
+def _alone(out): # the folder is used by this process only
+    lock = filelock.FileLock(out/'.lock', is_singleton=False)
+    try: lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(f'{out} is in use by another process: wait for it, or choose another '
+                         'folder.') from None
+    try: yield
+    finally: lock.release()
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #63b92d56
+def _each(pool, fn, jobs, ahead): # results as they come, with a bounded number of jobs waiting
+    waiting, jobs = set(), iter(jobs)
+    while True:
+        waiting |= {pool.submit(fn, *j) for j in itertools.islice(jobs, ahead - len(waiting))}
+        if not waiting: return
+        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        for d in done: yield d.result()
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #b0b7b4aa
+def _get_all(one, todo, out, web, workers, known):
+    "Call `one` for every job in a few threads, and write down each row as it comes."
+    pool, silent = ThreadPoolExecutor(workers, thread_name_prefix='get'), 0
+    try:
+        with writing(out), open(out/'manifest.jsonl', 'a', encoding='utf-8') as f:
+            rows = _each(pool, one, todo, 4*workers)
+            for row in progress(rows, 'articles', len(todo), 'articles') if todo else ():
+                silent = silent + 1 if row.pop('offline', False) else 0
+                _note_row(f, row, known, out)
+                if silent < GIVE_UP: continue
+                raise NoAnswer(f'{silent} articles in a row got no answer, the last because '
+                               f'{row["reason"]} Nothing is lost: the same command goes on.')
+    finally:
+        web.stop.set()
+        pool.shutdown(cancel_futures=True)
+        web.stop.clear()
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #160ce5ad
 def get_articles(
     jobs:dict,           # PMC id → its versions, or None where they are not known
     out:str|Path,        # folder of the articles
@@ -419,64 +614,69 @@ def get_articles(
     "Fetch articles into the folder and its manifest; may be killed at any moment and called again."
     out = Path(out)
     with writing(out): out.mkdir(parents=True, exist_ok=True)
-    try: lock = filelock.FileLock(out/'.lock', is_singleton=False); lock.acquire(timeout=0)
-    except filelock.Timeout: raise ValueError(f'{out} is in use by another process: wait for it, or choose another folder.') from None
-    known, silent, number = _settle(out), 0, lambda i: int(i.split('.')[0][3:])
-    def settled(n):
-        status, v = known.get(n, (4, 0))
-        return status < 4 and (status or (out/f'PMC{n}.{v}').is_dir())
-    todo = [(i, v) for i, v in jobs.items() if refresh or not settled(number(i))]
-    if len(todo) < len(jobs): say(f'{len(jobs) - len(todo)} of {len(jobs)} articles are settled already')
-    one = lambda i, v: get_article(i, out, web, versions=v, only=None if only is None else only.get(i.split('.')[0], set()), **how)
-    pool = ThreadPoolExecutor(workers, thread_name_prefix='get')
-    try:
-        with writing(out), open(out/'manifest.jsonl', 'a', encoding='utf-8') as f:
-            for row in progress(_each(pool, one, todo, 4*workers), 'articles', len(todo), 'articles') if todo else ():
-                silent = silent + 1 if row.pop('offline', False) else 0
-                n, done = number(row['pmcid']), row['status'] == 'done'
-                before, v = known.get(n, (4, 0))
-                if before == 0 and row['status'] == 'missing': row |= dict(status='withdrawn', reason='no longer in the bucket')
-                f.write(json.dumps(row, ensure_ascii=False) + '\n'); f.flush()
-                other = done and row['version'] != f'PMC{n}.{v}' or row['status'] == 'withdrawn'
-                if v and other: shutil.rmtree(out/f'PMC{n}.{v}', ignore_errors=True)
-                if silent >= GIVE_UP: raise NoAnswer(f'{silent} articles in a row got no answer, the last because {row["reason"]} '
-                                                     'Nothing is lost: the same command goes on.')
+    def one(pmcid, versions):
+        wanted = None if only is None else only.get(pmcid.split('.')[0], set())
+        return get_article(pmcid, out, web, versions=versions, only=wanted, **how)
+    with _alone(out):
+        known, todo = _settle(out), []
+        for pmcid, versions in jobs.items():
+            if refresh or not _is_settled(known, out, _number(pmcid)):
+                todo.append((pmcid, versions))
+        if len(todo) < len(jobs):
+            say(f'{len(jobs) - len(todo)} of {len(jobs)} articles are settled already')
+        _get_all(one, todo, out, web, workers, known)
         known = _settle(out)
         for p in out.glob('.PMC*.part'):   # of articles that are settled otherwise by now
-            if known.get(number(p.name[1:]), (0, 0))[0] < 4: shutil.rmtree(p)
-    finally:
-        web.stop.set()
-        pool.shutdown(cancel_futures=True)
-        web.stop.clear()
-        lock.release()
-
-def _each(pool, fn, jobs, ahead): # results as they come, with a bounded number of jobs waiting
-    waiting, jobs = set(), iter(jobs)
-    while True:
-        waiting |= {pool.submit(fn, *j) for j in itertools.islice(jobs, ahead - len(waiting))}
-        if not waiting: return
-        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-        yield from (d.result() for d in done)
+            if known.get(_number(p.name[1:]), (0, 0))[0] < 4: shutil.rmtree(p)
 
 # %% ../../nbs/03_data/04_pubmed.ipynb #5de90c23
-def _select(asked, out, web, base, entrez, say): # PMC id → versions or None, for what was asked
+def _searched(asked, web, entrez, say): # ids that a query and its filters find
+    filters = [asked[k] for k in ('query', 'journal', 'since', 'until')]
+    if not any(filters): return []
+    polite = copy.copy(web)
+    polite.gap = max(web.gap, 1/10 if os.environ.get('NCBI_API_KEY') else 1/3)
+    term = entrez_term(filters[0], asked['licences'], *filters[1:])
+    return search_pmc(term, polite, asked['limit'], entrez, say)
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #e6e0f044
+def _select(asked, out, web, base, entrez, say):
+    "PMC id → versions or None, for what was asked."
     if asked['image_urls']: return {r['pmcid']: None for r in read_image_urls(asked['image_urls'])}
     jobs = {}
     for x in asked['ids']: jobs |= dict.fromkeys(read_ids(x) if Path(x).is_file() else [pmc_id(x)])
-    filters = [asked[k] for k in ('query', 'journal', 'since', 'until')]
-    if any(filters):
-        polite = copy.copy(web)
-        polite.gap = max(web.gap, 1/10 if os.environ.get('NCBI_API_KEY') else 1/3)
-        jobs |= dict.fromkeys(search_pmc(entrez_term(filters[0], asked['licences'], *filters[1:]), polite, asked['limit'], entrez, say))
+    jobs |= dict.fromkeys(_searched(asked, web, entrez, say))
     if not asked['inventory']: return jobs
-    paths = get_inventory(out/'inventory', web, base) if asked['inventory'] == 'latest' else [Path(asked['inventory'])]
+    latest = asked['inventory'] == 'latest'
+    paths = get_inventory(out/'inventory', web, base) if latest else [Path(asked['inventory'])]
     found = {i: [] for i in jobs if '.' not in i}
     for v in read_inventory(paths):
-        if not jobs or v.split('.')[0] in found: found.setdefault(v.split('.')[0], []).append(v)
+        pmcid = v.split('.')[0]
+        if not jobs or pmcid in found: found.setdefault(pmcid, []).append(v)
     return {i: None for i in jobs if '.' in i} | found
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #d41b4a0a
+def _kept_jobs(path): # PMC id → versions or None, as they were written down
+    out = {}
+    for line in path.read_text().splitlines():
+        pmcid, *versions = line.split()
+        out[pmcid] = None if versions == ['?'] else versions
+    return out
+
+def _keep_jobs(path, jobs):
+    "Write down the ids, each with its versions, or '?' where they are not known."
+    lines = [' '.join([i, *(['?'] if v is None else v)]) for i, v in jobs.items()]
+    with replacing(path) as p: p.write_text(''.join(f'{line}\n' for line in lines))
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #d2dab70f
+def _inventory_hashes(asked, out): # SHA-256 of the files of the inventory that was read
+    if not asked['inventory']: return {}
+    path = out/'inventory' if asked['inventory'] == 'latest' else Path(asked['inventory'])
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return {p.name: file_hash(p) for p in files if not p.name.startswith('.')}
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #472fe491
 def selection(
-    asked:dict,      # query, ids, inventory, image_urls, licences, journal, since, until, limit, manuscripts
+    asked:dict,      # the question: all that `get_pmc` takes up to `manuscripts`, by name
     out:Path,        # folder of the articles
     web:Web,         # for the requests
     base:str=PMC, entrez:str=ENTREZ, # addresses
@@ -487,21 +687,72 @@ def selection(
     note, kept, asked = out/'selection.json', out/'ids.txt', json.loads(json.dumps(asked))
     if note.exists() and kept.exists() and not refresh:
         if read_json(note)['asked'] != asked:
-            raise ValueError(f'{out} was begun with another question ({note.name} says which): choose another folder, or add --refresh.')
-        jobs = (line.split() for line in kept.read_text().splitlines())
-        return {j[0]: None if j[1:] == ['?'] else j[1:] for j in jobs}
+            raise ValueError(f'{out} was begun with another question ({note.name} says which): '
+                             'choose another folder, or add --refresh.')
+        return _kept_jobs(kept)
     found = {}
-    for i, v in _select(asked, out, web, base, entrez, say).items(): found.setdefault(i.split('.')[0], (i, v))
+    for i, v in _select(asked, out, web, base, entrez, say).items():
+        found.setdefault(i.split('.')[0], (i, v))
     jobs = dict(itertools.islice(found.values(), asked['limit']))
     if not jobs: raise ValueError('No article was found: widen the search, or check the ids.')
-    with replacing(kept) as p: p.write_text(''.join(' '.join([i, *(['?'] if v is None else v)]) + '\n' for i, v in jobs.items()))
-    inventory = Path(asked['inventory']) if asked['inventory'] not in (None, 'latest') else out/'inventory'
-    hashed = sorted(inventory.iterdir()) if inventory.is_dir() else [inventory]
-    marks = {p.name: file_hash(p) for p in hashed if asked['inventory'] and not p.name.startswith('.')}
-    write_json(note, dict(asked=asked, begun=now(), bucket=base, articles=len(jobs), inventory_sha256=marks,
-                          ids_sha256=file_hash(kept)))
+    _keep_jobs(kept, jobs)
+    write_json(note, dict(
+        asked=asked, begun=now(), bucket=base, articles=len(jobs),
+        inventory_sha256=_inventory_hashes(asked, out), ids_sha256=file_hash(kept)))
     return jobs
 
+# %% ../../nbs/03_data/04_pubmed.ipynb #39bcb62c
+def _check_question(query, ids, inventory, image_urls, filters):
+    "Refuse combinations that mean nothing."
+    named = ids or inventory or image_urls
+    if not (query or filters or named):
+        raise ValueError('Say which articles: a QUERY, --ids, --inventory or --image-urls.')
+    if filters and named and not query:
+        raise ValueError('--journal, --since and --until are filters of a QUERY: give one, '
+                         'or leave them away.')
+    if image_urls and (query or ids or inventory):
+        raise ValueError('--image-urls names its articles itself: leave the others away.')
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #e2158593
+def _summary(jobs, out, say):
+    "Say what became of the articles; how many are done."
+    n, why, asked_for = Counter(), Counter(), {i.split('.')[0] for i in jobs}
+    for _, r in manifest_rows(out):
+        if r['pmcid'] not in asked_for: continue
+        n.update({r['status']: 1, 'figures': r['figures'], 'bytes': r['bytes']})
+        if r['status'] == 'done': continue
+        why[re.sub(r'https?://\S+|PMC[\d.]+:? ?', '', r['reason']).strip()] += 1
+    for reason, k in why.most_common(5): say(f'{k:>8}  {reason}')
+    counts = ', '.join(f'{n[s]} {s.replace("_", " ")}' for s in _STATUS)
+    say(f'{counts}; {n["figures"]} figure files, {n["bytes"]/2**20:.1f} MiB -> {out} '
+        '(manifest.jsonl says why)')
+    return n['done']
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #53408315
+def pairs(
+    image_urls:str|Path, # LLaVA-Med's image_urls.jsonl
+    out:Path,            # folder of the articles
+):                       # yields {pair_id, pmcid, file, image, reason}
+    "For each of LLaVA-Med's images the file that was fetched, or why there is none."
+    rows, listed = read_manifest(out), {}
+    unasked = dict(status='failed', version=None, reason='not asked for yet')
+    for p in read_image_urls(image_urls):
+        row = rows.get(p['pmcid'], unasked)
+        version = row['version']
+        if version not in listed:   # only the last folder is kept in memory
+            listed = {version: os.listdir(out/version) if row['status'] == 'done' else []}
+        found = match_image(p['file'], listed[version])
+        why = '' if found else row['reason'] or 'its article has no such file'
+        yield dict(**p, image=found and f'{version}/{found}', reason=why)
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #f50b8282
+def _files_of(image_urls): # PMC id → names of the figure files that LLaVA-Med's list wants
+    if not image_urls: return None
+    only = {}
+    for r in read_image_urls(image_urls): only.setdefault(r['pmcid'], set()).add(r['file'])
+    return only
+
+# %% ../../nbs/03_data/04_pubmed.ipynb #cf660d16
 def get_pmc(
     query:str='',       # in Entrez's language
     out:str|Path='data/pmc', # folder of the articles
@@ -522,38 +773,14 @@ def get_pmc(
     if min(workers, per_second, 1 if limit is None else limit) <= 0:
         raise ValueError('--workers, --per-second and --limit must be greater than 0.')
     out, web, base = Path(out), web or Web(per_second), base.rstrip('/')
-    named, filters = ids or inventory or image_urls, journal or since or until
-    if not (query or filters or named): raise ValueError('Say which articles: a QUERY, --ids, --inventory or --image-urls.')
-    if filters and named and not query: raise ValueError('--journal, --since and --until are filters of a QUERY: give one, or leave them away.')
-    if image_urls and (query or ids or inventory): raise ValueError('--image-urls names its articles itself: leave the others away.')
-    entrez_term('', licences, since=since, until=until)   # refuses unknown licences and dates that are none
+    _check_question(query, ids, inventory, image_urls, journal or since or until)
+    entrez_term('', licences, since=since, until=until)   # refuses unknown licences and dates
     with writing(out): out.mkdir(parents=True, exist_ok=True)
-    asked = dict(query=query, ids=list(ids), inventory=inventory, image_urls=image_urls and str(image_urls), licences=list(licences),
+    asked = dict(query=query, ids=list(ids), inventory=inventory,
+                 image_urls=image_urls and str(image_urls), licences=list(licences),
                  journal=journal, since=since, until=until, limit=limit, manuscripts=manuscripts)
-    jobs, only = selection(asked, out, web, base, entrez, refresh, say), None
-    if image_urls:
-        only = {}
-        for r in read_image_urls(image_urls): only.setdefault(r['pmcid'], set()).add(r['file'])
-    get_articles(jobs, out, web, workers, refresh, only, say, base=base, licences=tuple(licences), manuscripts=manuscripts)
+    jobs = selection(asked, out, web, base, entrez, refresh, say)
+    get_articles(jobs, out, web, workers, refresh, _files_of(image_urls), say, base=base,
+                 licences=tuple(licences), manuscripts=manuscripts)
     if image_urls: write_jsonl(out/'pairs.jsonl', pairs(image_urls, out))
-    n, why, asked_for = Counter(), Counter(), {i.split('.')[0] for i in jobs}
-    for _, r in manifest_rows(out):
-        if r['pmcid'] not in asked_for: continue
-        n.update({r['status']: 1, 'figures': r['figures'], 'bytes': r['bytes']})
-        if r['status'] != 'done': why[re.sub(r'https?://\S+|PMC[\d.]+:? ?', '', r['reason']).strip()] += 1
-    for reason, k in why.most_common(5): say(f'{k:>8}  {reason}')
-    say(', '.join(f'{n[s]} {s.replace("_", " ")}' for s in _STATUS) +
-        f'; {n["figures"]} figure files, {n["bytes"]/2**20:.1f} MiB -> {out} (manifest.jsonl says why)')
-    return 0 if n['done'] else 1
-
-def pairs(
-    image_urls:str|Path, # LLaVA-Med's image_urls.jsonl
-    out:Path,            # folder of the articles
-):                       # yields {pair_id, pmcid, file, image, reason}
-    "For each of LLaVA-Med's images the file that was fetched, or why there is none."
-    rows, listed = read_manifest(out), {}
-    for p in read_image_urls(image_urls):
-        row = rows.get(p['pmcid'], dict(status='failed', version=None, reason='not asked for yet'))
-        if row['version'] not in listed: listed = {row['version']: os.listdir(out/row['version']) if row['status'] == 'done' else []}
-        found = match_image(p['file'], listed[row['version']])
-        yield dict(**p, image=found and f'{row["version"]}/{found}', reason='' if found else row['reason'] or 'its article has no such file')
+    return 0 if _summary(jobs, out, say) else 1
