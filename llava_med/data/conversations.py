@@ -12,9 +12,7 @@ __all__ = ['IMAGE', 'DOMAINS', 'CUT_WORDS', 'BRIEF_PROMPTS', 'DETAILED_PROMPTS',
            'instruct_record', 'instruct_records', 'swap_texts']
 
 # %% ../../nbs/03_data/08_conversations.ipynb #66020206
-import json
-import re
-import zlib
+import json, re, zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -320,8 +318,7 @@ def without_leaks(
     "Order turns from general to particular and drop those that are given away."
     told, kept, rank = set(), [], []
     for t in turns:
-        drawn = RANK.get(t.type, rng.random()*5) if t.asks != {'normal'} else 1
-        rank.append(drawn)
+        rank.append(1 if t.asks == {'normal'} else RANK.get(t.type, rng.random()*5))
     for i in np.argsort(np.array(rank) + rng.random(len(turns))):
         if turns[i].asks & told: continue
         kept.append(turns[i])
