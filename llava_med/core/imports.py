@@ -20,7 +20,8 @@ def imported_names(
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {a.name.split('.', 1)[1] for a in node.names if a.name.startswith('llava_med.')}
+            found |= {a.name.split('.', 1)[1] for a in node.names
+                      if a.name.startswith('llava_med.')}
         if not isinstance(node, ast.ImportFrom): continue
         module = node.module or ''
         if node.level: parts = [package if node.level == 1 else '', module]
@@ -68,7 +69,8 @@ def files_beside(
     "The data files of the library that a module names."
     text = module_file(module, library).read_text(encoding='utf-8')
     found = [p for p in Path(library).rglob('*') if p.is_file() and p.suffix not in ('.py', '.pyc')]
-    names = lambda p: {p.name, p.parent.name} - {'__pycache__', *(d.name for d in Path(library).iterdir())}
+    names = lambda p: {p.name, p.parent.name} - {'__pycache__',
+                                                 *(d.name for d in Path(library).iterdir())}
     return sorted(p for p in found if any(f"{n}'" in text for n in names(p)))
 
 def modules_hash(
@@ -80,6 +82,8 @@ def modules_hash(
     try: modules = every_module(library) if computed else needed_modules(source, library)
     except SyntaxError: modules = every_module(library)   # what cannot be read may need anything
     h, library = hashlib.sha256(), Path(library)
-    files = {module_file(m, library) for m in modules}.union(*(files_beside(m, library) for m in modules))
-    for p in sorted(files): h.update(f'{p.relative_to(library).as_posix()}\0'.encode() + p.read_bytes() + b'\0')
+    files = {module_file(m, library)
+             for m in modules}.union(*(files_beside(m, library) for m in modules))
+    for p in sorted(files):
+        h.update(f'{p.relative_to(library).as_posix()}\0'.encode() + p.read_bytes() + b'\0')
     return h.hexdigest()

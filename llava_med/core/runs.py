@@ -42,7 +42,8 @@ from .renames import check_injected, shell
 def root()->Path: # the folder that holds settings.ini and nbs/
     "The root of the repository: `LLAVA_MED_ROOT`, or the nearest ancestor that holds settings.ini."
     if os.environ.get('LLAVA_MED_ROOT'): return Path(os.environ['LLAVA_MED_ROOT']).resolve()
-    for start in (Path.cwd(), Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()):
+    for start in (Path.cwd(), Path(__file__).resolve().parent if '__file__' in globals()
+                  else Path.cwd()):
         for d in (start, *start.parents):
             if (d/'settings.ini').is_file() and (d/'nbs').is_dir(): return d
     raise FileNotFoundError(
@@ -76,7 +77,8 @@ def test_data()->Path|None: # the folder, or None where there is none
 # %% ../../nbs/00_core/01_runs.ipynb #db69e4cc
 class OutputError(OSError): "A result could not be written; the message says where and what to do."
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+        errno.EFBIG}
 
 def _disk_says(e):
     "What the disk said in an error, which safetensors and torch wrap into errors of their own; None for any other error."
@@ -93,8 +95,9 @@ def writing(
     try: yield
     except BaseException as e:                  # torch's CheckpointException is no Exception
         if isinstance(e, OutputError) or not (why := _disk_says(e)): raise
-        raise OutputError(f'Cannot write {where} ({why}): free some space, or set LLAVA_MED_OUTPUTS '
-                          'to a folder that can be written.') from e
+        raise OutputError(
+            f'Cannot write {where} ({why}): free some space, or set LLAVA_MED_OUTPUTS '
+            'to a folder that can be written.') from e
 
 @contextlib.contextmanager
 def replacing(
@@ -151,7 +154,8 @@ def read_jsonl(
             if not line.strip(): continue
             try: rows.append(json.loads(line))
             except ValueError as e:
-                raise ValueError(f'{path}, line {i}: not valid JSON ({e}). Remove that line.') from None
+                raise ValueError(
+                    f'{path}, line {i}: not valid JSON ({e}). Remove that line.') from None
     return rows
 
 # %% ../../nbs/00_core/01_runs.ipynb #91016d99
@@ -304,7 +308,8 @@ def progress(
     print(progress_line(desc, n, total, unit, time.monotonic() - start), flush=True)
 
 # %% ../../nbs/00_core/01_runs.ipynb #235faa6f
-SERIES_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')  # Okabe and Ito
+# Okabe and Ito
+SERIES_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 
 class figure_style(dict):
     "Settings for all figures: `with figure_style():` or `plt.rcParams.update(figure_style())`."
@@ -312,11 +317,12 @@ class figure_style(dict):
         **changes, # further matplotlib settings
     ):
         from cycler import cycler
-        super().__init__({'font.size': 11, 'axes.titlesize': 12, 'axes.labelsize': 11, 'legend.fontsize': 10,
-            'xtick.labelsize': 10, 'ytick.labelsize': 10, 'axes.spines.top': False,
-            'axes.spines.right': False, 'axes.prop_cycle': cycler(color=SERIES_COLOURS), 'lines.linewidth': 2,
-            'image.cmap': 'viridis', 'figure.constrained_layout.use': True, 'legend.frameon': False,
-            'axes.titlelocation': 'left', **changes})
+        super().__init__({'font.size': 11, 'axes.titlesize': 12, 'axes.labelsize': 11,
+                          'legend.fontsize': 10, 'xtick.labelsize': 10, 'ytick.labelsize': 10,
+                          'axes.spines.top': False, 'axes.spines.right': False,
+                          'axes.prop_cycle': cycler(color=SERIES_COLOURS), 'lines.linewidth': 2,
+                          'image.cmap': 'viridis', 'figure.constrained_layout.use': True,
+                          'legend.frameon': False, 'axes.titlelocation': 'left', **changes})
     def __enter__(self):
         import matplotlib.pyplot as plt
         self.context = plt.rc_context(self)
@@ -366,8 +372,11 @@ def now()->str: # such as 2026-11-20T19:36:00+00:00
 def git_state()->dict: # commit (None outside a repository), and whether files differ from it
     "The commit of this repository and whether it was changed since."
     def git(*args):
-        return subprocess.run(['git', '-C', str(root()), *args], capture_output=True, text=True, check=True).stdout.strip()
-    try: return {'commit': git('rev-parse', 'HEAD'), 'changed': bool(git('status', '--porcelain', '-uno'))}
+        return subprocess.run(['git', '-C', str(root()), *args], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    try:
+        return {'commit': git('rev-parse', 'HEAD'),
+                'changed': bool(git('status', '--porcelain', '-uno'))}
     except (OSError, subprocess.CalledProcessError): return {'commit': None, 'changed': None}
 
 def versions()->dict: # package → version
@@ -379,16 +388,19 @@ def versions()->dict: # package → version
 
 def machine()->dict: # host, system, processor, cores, memory_gib
     "The machine that does the work."
-    return {'host': socket.gethostname(), 'system': platform.platform(), 'processor': platform.machine(),
-            'cores': os.cpu_count(), 'memory_gib': round(psutil.virtual_memory().total/2**30, 1)}
+    return {'host': socket.gethostname(), 'system': platform.platform(),
+            'processor': platform.machine(), 'cores': os.cpu_count(),
+            'memory_gib': round(psutil.virtual_memory().total/2**30, 1)}
 
 # %% ../../nbs/00_core/01_runs.ipynb #ad41e74e
 def check_name(
     name:str, # name of a run or of a step
 )->str:       # the same name
     "Refuse names that cannot be a folder below outputs/."
-    if not re.fullmatch(r'[A-Za-z0-9_-][\w.+-]*(/[A-Za-z0-9_-][\w.+-]*)*', str(name), flags=re.ASCII):
-        raise ValueError(f'{name!r} cannot name a run: use letters, digits, dots, dashes and underscores.')
+    if not re.fullmatch(r'[A-Za-z0-9_-][\w.+-]*(/[A-Za-z0-9_-][\w.+-]*)*', str(name),
+                        flags=re.ASCII):
+        raise ValueError(
+            f'{name!r} cannot name a run: use letters, digits, dots, dashes and underscores.')
     return str(name)
 
 def run_dir(
@@ -425,7 +437,8 @@ def update_run(
     return record
 
 # %% ../../nbs/00_core/01_runs.ipynb #c21edcba
-class RunLocked(RuntimeError): "Another process, or another preset, owns the run; the message says which."
+class RunLocked(RuntimeError):
+    "Another process, or another preset, owns the run; the message says which."
 
 class RunLock:
     "Holds a run's folder for one process: `with RunLock('tiny', preset='tiny'): …`"
@@ -441,8 +454,9 @@ class RunLock:
         owner = read_run(self.run).get('preset')
         if self.preset and owner and owner != self.preset:
             self.release()
-            raise RunLocked(f"The run '{self.run}' was made by the preset '{owner}', not by '{self.preset}': "
-                            f'choose another name with --name, or delete {self.dir}.')
+            raise RunLocked(
+                f"The run '{self.run}' was made by the preset '{owner}', not by '{self.preset}': "
+                f'choose another name with --name, or delete {self.dir}.')
         return self
     def release(self):
         "Let go; again is harmless."
@@ -464,8 +478,9 @@ def hold(
         with writing(folder): lock.acquire(timeout=0)
     except filelock.Timeout:
         who = read_json(note) if note.exists() else {}
-        raise RunLocked(f"The run '{run}' is in use by process {who.get('pid', '?')} on {who.get('host', '?')} "
-                        f"since {who.get('since', '?')}: wait until it ends, or choose another name.") from None
+        raise RunLocked(
+            f"The run '{run}' is in use by process {who.get('pid', '?')} on {who.get('host', '?')} "
+            f"since {who.get('since', '?')}: wait until it ends, or choose another name.") from None
     write_json(note, {'pid': os.getpid(), 'host': socket.gethostname(), 'since': now()})
     return lock
 
@@ -483,11 +498,14 @@ def peak_memory_mib(
         if found: return int(found[1])/2**10
     if sys.platform == 'win32': return psutil.Process().memory_info().peak_wset/2**20
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin'
+                                                               else 2**10)
 
 # %% ../../nbs/00_core/01_runs.ipynb #ee2e9a33
-PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
-              'RTX 4090': 165e12, 'V100': 125e12, 'T4': 65e12}  # dense 16-bit, from the makers' data sheets
+PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
+              'L4': 121e12,
+              'RTX 4090': 165e12, 'V100': 125e12,
+              'T4': 65e12}  # dense 16-bit, from the makers' data sheets
 
 def ledger_row(
     device,               # a torch.device or its name
@@ -500,7 +518,8 @@ def ledger_row(
     row = {'wall_s': float(f'{wall_s:.6g}'), 'device': str(device), 'device_s': round(device_s, 3),
            'peak_memory_mib': round(peak_memory_mib(device), 1), 'trainable_params': int(trainable),
            'samples': int(samples), 'tokens': int(tokens),
-           'tokens_per_s': round(tokens/device_s, 1) if device_s else 0.0, 'model_flops': float(flops)}
+           'tokens_per_s': round(tokens/device_s, 1) if device_s else 0.0,
+           'model_flops': float(flops)}
     if str(device).startswith('cuda'):
         import torch
         row['device'] = name = torch.cuda.get_device_name(device)
@@ -509,7 +528,8 @@ def ledger_row(
     return row
 
 # %% ../../nbs/00_core/01_runs.ipynb #bd30590e
-class StepInputError(FileNotFoundError): "An input of a step is missing; the message says how to make it."
+class StepInputError(FileNotFoundError):
+    "An input of a step is missing; the message says how to make it."
 
 def made_by(
     step:str,      # a step, or the notebook that it runs
@@ -535,19 +555,23 @@ def find_input(
         made = made_by(step, record, reader)
         path, state = run_dir(run)/made/name, record['steps'].get(made, {}).get('state', 'done')
         if path.exists() and state == 'done': return path
-        if path.exists(): raise StepInputError(f'{path} comes from a step that is {state}, not done: '
-                                               f'run {made} again to its end.')
+        if path.exists():
+            raise StepInputError(f'{path} comes from a step that is {state}, not done: '
+                                 f'run {made} again to its end.')
     record = read_run(runs[0])
     made, preset = made_by(step, record,
                            reader), record['preset'] or ('tiny' if runs[0] == 'scratch'
                                                          else runs[0])
     command = f'llava-med run {preset}' + (f' --name {runs[0]}' if preset != runs[0] else '')
-    raise StepInputError(f'{run_dir(runs[0])/made/name} is missing: make it with `{command} --only {made}`, '
-                         f'or run {step}.ipynb first.')
+    raise StepInputError(
+        f'{run_dir(runs[0])/made/name} is missing: make it with `{command} --only {made}`, '
+        f'or run {step}.ipynb first.')
 
-STAYS = ('.lock', '.owner.json', '.checkpoint', '..checkpoint.old', '.pictures', '.answers.jsonl')  # the lock, and work that can be resumed
-BASE_REMEDY = ('Restore it from the repository (`git checkout data/base_tiny`), or rebuild it with `llava-med run tiny '
-               '--only 0_base_model --set 0_base_model.publish=data/base_tiny`.')
+# the lock, and work that can be resumed
+STAYS = ('.lock', '.owner.json', '.checkpoint', '..checkpoint.old', '.pictures', '.answers.jsonl')
+BASE_REMEDY = (
+    'Restore it from the repository (`git checkout data/base_tiny`), or rebuild it with `llava-med '
+    'run tiny --only 0_base_model --set 0_base_model.publish=data/base_tiny`.')
 
 def clear_folder(
     folder:Path, # a step's folder; made if missing
@@ -594,7 +618,8 @@ class Step:
         self.name, self.run, self.inputs_from, self.seed = check_name(name), run, inputs_from, seed
         self.device, self.rng = pick_device(device), np.random.default_rng(seed)
         self.params = {'seed': seed, 'device': device, 'threads': threads, **(params or {})}
-        if self.by_hand: RunLock(run).__enter__().release()  # refused while the runner works on the run
+        if self.by_hand:
+            RunLock(run).__enter__().release()  # refused while the runner works on the run
         self.lock = RunLock(run, step=self.name).__enter__()
         self.dir = clear_folder(run_dir(run)/self.name)
         self.start, self.device_s, self.trainable, self.hashes = time.monotonic(), 0.0, 0, {}
@@ -655,17 +680,22 @@ class Step:
         caption:str, # the finding with its numbers
     )->None:
         "Save a figure in the step's folder, as PNG and SVG, and show it with its caption."
-        with replacing(self.path(f'{name}.svg')) as part: fig.savefig(part, format='svg', bbox_inches='tight', metadata={'Date': None})
-        with replacing(self.path(f'{name}.png')) as part: part.write_bytes(figure_bytes(fig, dpi=150, limit=0)[1])
+        with replacing(self.path(f'{name}.svg')) as part:
+            fig.savefig(part, format='svg', bbox_inches='tight', metadata={'Date': None})
+        with replacing(self.path(f'{name}.png')) as part:
+            part.write_bytes(figure_bytes(fig, dpi=150, limit=0)[1])
         show_figure(fig, caption)
     def finish(self,
         **results, # a few numbers worth having in run.json
     )->dict:       # the ledger
         "Write `ledger.json` and the step's part of `run.json`."
-        row = ledger_row(self.device, time.monotonic() - self.start, self.device_s, trainable=self.trainable, **self.counts)
+        row = ledger_row(self.device, time.monotonic() - self.start, self.device_s,
+                         trainable=self.trainable, **self.counts)
         write_json(self.path('ledger.json'), row)
         state = {'state': 'done', 'parameters': self.params, 'ended': now()} if self.by_hand else {}
-        update_run(self.run, self.name, results=results, git=git_state(), hashes=self.hashes, **state)
-        for name in ('.checkpoint', '..checkpoint.old'): shutil.rmtree(self.dir/name, ignore_errors=True)   # the result is safe
+        update_run(self.run, self.name, results=results, git=git_state(), hashes=self.hashes,
+                   **state)
+        for name in ('.checkpoint', '..checkpoint.old'):
+            shutil.rmtree(self.dir/name, ignore_errors=True)   # the result is safe
         self.lock.release()
         return row

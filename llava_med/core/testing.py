@@ -31,7 +31,9 @@ class LocalEndpoint:
         class Handler(BaseHTTPRequestHandler):
             log_message = lambda *a: None
             def do_POST(self):
-                with endpoint.lock: endpoint.busy += 1; endpoint.most = max(endpoint.most, endpoint.busy)
+                with endpoint.lock:
+                    endpoint.busy += 1
+                    endpoint.most = max(endpoint.most, endpoint.busy)
                 try: _serve_endpoint(endpoint, self)
                 finally:
                     with endpoint.lock: endpoint.busy -= 1
@@ -51,20 +53,33 @@ def _serve_endpoint(e, h): # answer one request, well or badly
     time.sleep(e.delay)
     if fault == 'silent': time.sleep(3)
     if fault in ('drop', 'silent'): return h.connection.close()
-    status, after = fault if isinstance(fault, tuple) else (fault, None) if isinstance(fault, int) else (200, None)
+    status, after = fault if isinstance(fault,
+                                        tuple) else (fault,
+                                                     None) if isinstance(fault,
+                                                                         int) else (200, None)
     h.send_response(status)
     if after is not None: h.send_header('Retry-After', str(after))
     h.end_headers()
-    if status != 200: return h.wfile.write(json.dumps({'error': {'message': f'No ({h.headers.get("Authorization")}).'}}).encode())
+    if status != 200:
+        return h.wfile.write(
+            json.dumps({'error': {'message': f'No ({h.headers.get("Authorization")}).'}}).encode())
     if fault == 'error': return h.wfile.write(b'{"error": {"message": "the model fell over"}}')
     text = '' if fault == 'empty' else e.say(body['messages'])
-    used = dict(prompt_tokens=sum(len(m['content']) for m in body['messages'])//4, completion_tokens=len(text)//4)
+    used = dict(prompt_tokens=sum(len(m['content']) for m in body['messages'])//4,
+                completion_tokens=len(text)//4)
     finish = 'length' if fault == 'length' else 'stop'
-    if body.get('stream'): pieces = [f'data: {json.dumps(c)}\n\n' for c in _pieces(text, finish, used)] + ['data: [DONE]\n\n']
-    else: pieces = [json.dumps(dict(id='1', choices=[dict(index=0, finish_reason=finish, message=dict(role='assistant', content=text))], usage=used))]
+    if body.get('stream'):
+        pieces = [f'data: {json.dumps(c)}\n\n'
+                  for c in _pieces(text, finish, used)] + ['data: [DONE]\n\n']
+    else:
+        pieces = [json.dumps(dict(id='1',
+                                  choices=[dict(index=0, finish_reason=finish,
+                                                message=dict(role='assistant', content=text))],
+                                  usage=used))]
     whole = ''.join(pieces).encode()
     if fault == 'half': return h.wfile.write(whole[:len(whole)//2])
-    while fault == 'endless': h.wfile.write(pieces[0][:40].encode()*100)   # until the client has had enough
+    while fault == 'endless':
+        h.wfile.write(pieces[0][:40].encode()*100)   # until the client has had enough
     with e.lock: e.served[asked] += 1
     h.wfile.write(whole)
 
@@ -74,16 +89,20 @@ def _pieces(text, finish, used): # an answer as the chunks of a stream
     yield dict(choices=[], usage=used)
 
 # %% ../../nbs/00_core/04_testing.ipynb #48ba9ae2
-INVENTORY = 'inventory-reports/pmc-oa-opendata/metadata/'   # where the bucket lists all its metadata pages
+# where the bucket lists all its metadata pages
+INVENTORY = 'inventory-reports/pmc-oa-opendata/metadata/'
 
 # %% ../../nbs/00_core/04_testing.ipynb #2f07d50a
 def _page(folder): # the metadata of a version, as the bucket shows it
     url = lambda p: f's3://pmc-oa-opendata/{folder.name}/{p.name}?md5={hashlib.md5(p.read_bytes()).hexdigest()}'
     pmcid, version = folder.name.split('.')
-    return dict(pmcid=pmcid, version=int(version), pmid=int(pmcid[3:]), doi=f'10.5555/phantom.{pmcid[3:]}', title='A phantom',
-                citation='Phantom Case Rep. 2026', is_pmc_openaccess=True, is_manuscript=False, is_historical_ocr=False,
-                is_retracted=False, license_code='CC BY', xml_url=url(folder/f'{folder.name}.xml'), text_url=None, pdf_url=None,
-                media_urls=[url(p) for p in sorted(folder.iterdir()) if p.suffix not in ('.xml', '.json')])
+    return dict(pmcid=pmcid, version=int(version), pmid=int(pmcid[3:]),
+                doi=f'10.5555/phantom.{pmcid[3:]}', title='A phantom',
+                citation='Phantom Case Rep. 2026', is_pmc_openaccess=True, is_manuscript=False,
+                is_historical_ocr=False, is_retracted=False, license_code='CC BY',
+                xml_url=url(folder/f'{folder.name}.xml'), text_url=None, pdf_url=None,
+                media_urls=[url(p) for p in sorted(folder.iterdir())
+                            if p.suffix not in ('.xml', '.json')])
 
 class LocalBucket:
     "PubMed Central's layout on this machine, for lessons and tests: `with LocalBucket(folder) as b: b.url`."
@@ -94,7 +113,8 @@ class LocalBucket:
         self.delay, self.faults, self.asked, self.served = delay, {}, Counter(), Counter()
         self.objects, self.headers, self.lock = {}, [], threading.Lock()
         for d in sorted(p for p in Path(folder).iterdir() if p.is_dir()):
-            self.objects |= {f'{d.name}/{p.name}': p.read_bytes() for p in d.iterdir() if p.suffix != '.json'}
+            self.objects |= {f'{d.name}/{p.name}': p.read_bytes() for p in d.iterdir()
+                             if p.suffix != '.json'}
             self.change(d.name, **_page(d))
     def page(self,
         version:str, # such as PMC1.1
@@ -112,7 +132,8 @@ class LocalBucket:
         "Put today's inventory of all metadata pages into the bucket."
         rows = [('pmc-oa-opendata', k, '2026-01-08T11:47:59.000Z', hashlib.md5(v).hexdigest())
                 for k, v in sorted(self.objects.items()) if k.startswith('metadata/')]
-        data = gzip.compress(''.join(','.join(f'"{x}"' for x in r) + '\n' for r in rows).encode(), mtime=0)
+        data = gzip.compress(''.join(','.join(f'"{x}"' for x in r) + '\n' for r in rows).encode(),
+                             mtime=0)
         key, top = f'{INVENTORY}data/all.csv.gz', f'{INVENTORY}2026-01-18T01-00Z/'
         files = [dict(key=key, size=len(data), MD5checksum=hashlib.md5(data).hexdigest())]
         self.objects |= {key: data, f'{top}manifest.json': json.dumps(dict(files=files)).encode()}
@@ -123,8 +144,10 @@ class LocalBucket:
         if path == 'esearch.fcgi': return self.search(query)
         if path: return self.objects.get(path)
         prefix = query.get('prefix', '')
-        below = {prefix + k[len(prefix):].split('/')[0] + '/' for k in self.objects if k.startswith(prefix) and '/' in k[len(prefix):]}
-        rows = ''.join(f'<CommonPrefixes><Prefix>{p}</Prefix></CommonPrefixes>' for p in sorted(below))
+        below = {prefix + k[len(prefix):].split('/')[0] + '/' for k in self.objects
+                 if k.startswith(prefix) and '/' in k[len(prefix):]}
+        rows = ''.join(f'<CommonPrefixes><Prefix>{p}</Prefix></CommonPrefixes>'
+                       for p in sorted(below))
         return f'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{rows}</ListBucketResult>'.encode()
     def search(self,
         query:dict, # of an ESearch
@@ -132,7 +155,9 @@ class LocalBucket:
         "All articles, in ESearch's words; terms are kept in `headers`, not understood."
         ids = sorted({k[12:].split('.')[0] for k in self.objects if k.startswith('metadata/PMC')})
         self.headers.append(query)
-        return json.dumps({'esearchresult': {'count': str(len(ids)), 'idlist': ids[:int(query.get('retmax', 20))]}}).encode()
+        return json.dumps({'esearchresult': {'count': str(len(ids)),
+                                             'idlist': ids[
+                                                 :int(query.get('retmax', 20))]}}).encode()
     def __enter__(self):
         bucket = self
         class Handler(BaseHTTPRequestHandler):
@@ -147,7 +172,8 @@ class LocalBucket:
 
 def _serve_bucket(bucket, h): # answer one request, well or badly
     parts = urlsplit(h.path)
-    path, query = unquote(parts.path).strip('/'), {k: v[0] for k, v in parse_qs(parts.query).items()}
+    path, query = unquote(parts.path).strip('/'), {k: v[0]
+                                                   for k, v in parse_qs(parts.query).items()}
     with bucket.lock:
         bucket.asked[path] += 1
         fault = bucket.faults[path].pop(0) if bucket.faults.get(path) else None

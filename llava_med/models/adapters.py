@@ -63,10 +63,14 @@ def add_lora(
     "Put a new adapter on the language model."
     if rank < 1: raise ValueError(f'rank {rank} is no number of columns; choose 1 or more.')
     linear = has_identity(model)     # whose second layer stays as it is
-    whole = ['multi_modal_projector.linear_1' if linear else 'multi_modal_projector'] if projector else None
-    record = getattr(model, 'base_record', None) or dict(base=base_hash(model), source=str(getattr(model.config, '_name_or_path', '') or ''))
-    config = LoraConfig(r=rank, lora_alpha=alpha or 2*rank, lora_dropout=dropout, target_modules=lora_targets(model),
-                        modules_to_save=whole, task_type='CAUSAL_LM')
+    whole = ['multi_modal_projector.linear_1' if linear
+             else 'multi_modal_projector'] if projector else None
+    record = getattr(model, 'base_record',
+                     None) or dict(base=base_hash(model),
+                                   source=str(getattr(model.config, '_name_or_path', '') or ''))
+    config = LoraConfig(r=rank, lora_alpha=alpha or 2*rank, lora_dropout=dropout,
+                        target_modules=lora_targets(model), modules_to_save=whole,
+                        task_type='CAUSAL_LM')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = attach(model, config)
@@ -79,14 +83,17 @@ def save_adapter(
     path:Path,         # the folder; replaced when it exists
 )->Path:               # the folder
     "Write an adapter, and the copy of the projector if there is one, as `peft` reads them."
-    if not hasattr(adapted, 'base_record'): raise ValueError('The adapter does not know its base; make it with `add_lora`.')
+    if not hasattr(adapted, 'base_record'):
+        raise ValueError('The adapter does not know its base; make it with `add_lora`.')
     with new_folder(path) as tmp:
         adapted.save_pretrained(tmp, save_embedding_layers=False)
         write_json(tmp/'provenance.json', adapted.base_record)
         (tmp/'README.md').unlink(missing_ok=True)              # an empty form; see `write_card`
     return Path(path)
 
-def _base(model): return getattr(model, 'base_record', {}).get('base') or base_hash(model)   # in 4 bits it cannot be computed any more
+def _base(model):
+    # in 4 bits it cannot be computed any more
+    return getattr(model, 'base_record', {}).get('base') or base_hash(model)
 
 # %% ../../nbs/02_models/05_adapters.ipynb #7fb1f96d
 def read_adapter(
@@ -94,7 +101,8 @@ def read_adapter(
 )->tuple:      # (adapter_config.json, name → tensor)
     "What an adapter's files hold; raises FileNotFoundError or ValueError with the reason."
     path = Path(path)
-    if not (path/'adapter_config.json').exists(): raise FileNotFoundError(f"No adapter in '{path}': it holds no adapter_config.json.")
+    if not (path/'adapter_config.json').exists():
+        raise FileNotFoundError(f"No adapter in '{path}': it holds no adapter_config.json.")
     if (path/'non_lora_trainables.bin').exists():
         raise ValueError(f"'{path}' is an adapter of LLaVA's own code, whose projector lies apart "
                          f"in non_lora_trainables.bin; merge it "
@@ -120,7 +128,8 @@ def read_adapter(
 OLD_LAYOUTS = ((r'^language_model\.model\.', 'model.language_model.'),
                (r'^language_model\.lm_head\b', 'lm_head'),
            (r'^(vision_tower|multi_modal_projector)\b', r'model.\1'),
-           (r'^model\.(layers|embed_tokens|norm)\b', r'model.language_model.\1'))                               # a bare language model
+           (r'^model\.(layers|embed_tokens|norm)\b',
+            r'model.language_model.\1'))                               # a bare language model
 PEFT_FRONT = 'base_model.model.'   # what `peft` puts before each name
 
 def present_name(
@@ -197,10 +206,13 @@ def load_adapter(
     "Put a saved adapter on its base; raises ValueError when it belongs to another one, or does not fit as a whole."
     path = Path(path)
     config, state = read_adapter(path)
-    record = read_json(path/'provenance.json') if (path/'provenance.json').exists() else dict(base=_base(model), source='')
+    record = read_json(path/'provenance.json') if (path/'provenance.json').exists() else dict(
+        base=_base(model), source='')
     if (here := _base(model)) != record['base']:
-        raise ValueError(f"The adapter in '{path}' was trained on another base (sha256 {record['base'][:12]}"
-                         f"{', ' + record['source'] if record['source'] else ''}; this is {here[:12]}); load that one first.")
+        raise ValueError(
+            f"The adapter in '{path}' was trained on another base (sha256 {record['base'][:12]}"
+            f"{', ' + record['source'] if record['source'] else ''}; this is "
+            f"{here[:12]}); load that one first.")
     try:
         config, state = present_layout(config, state, model)
         state = _embeddings(state, model, config)
@@ -210,7 +222,9 @@ def load_adapter(
                          f"{' '.join(str(e).split())[:300]}") from e
     if lost := sorted(set(state) ^ set(get_peft_model_state_dict(adapted,
                                                                  save_embedding_layers=False))):
-        raise ValueError(f"The adapter in '{path}' does not fit this model: {few(lost)} has no place on one of the two sides.")
+        raise ValueError(
+            f"The adapter in '{path}' does not fit this model: {few(lost)} has no "
+            "place on one of the two sides.")
     adapted.base_record = record
     return adapted if trainable else adapted.eval()
 
@@ -257,7 +271,8 @@ def merge_folders(
     "Base and adapter as one plain model."
     model, processor = load(base)
     stored = dtype or str(model.config.dtype or 'float32').removeprefix('torch.')
-    if Path(base).is_dir(): stored = dtype or read_json(Path(base)/'config.json').get('dtype') or 'float32'
+    if Path(base).is_dir():
+        stored = dtype or read_json(Path(base)/'config.json').get('dtype') or 'float32'
     return save(merge(load_adapter(model, adapter)), processor, dst, stored)
 
 # %% ../../nbs/02_models/05_adapters.ipynb #895eaf40
@@ -267,17 +282,24 @@ def load_quantised(
 )->tuple:              # (model for `add_lora`, processor)
     "Read a LLaVA whose language model is held in 4 bits; raises ValueError where that cannot be."
     if importlib.util.find_spec('bitsandbytes') is None:
-        raise ValueError(f"'{path}' in 4 bits needs the package bitsandbytes, which is not here: `pip install bitsandbytes`, or read it with `load`.")
+        raise ValueError(
+            f"'{path}' in 4 bits needs the package bitsandbytes, which is not here: `pip install "
+            "bitsandbytes`, or read it with `load`.")
     if torch.device(device).type == 'cuda' and not torch.cuda.is_available():
         raise ValueError(f"'{path}' in 4 bits on '{device}' needs a GPU, and there is none here; "
                          "take device='cpu', or read it with `load`.")
     whole, processor = load(path, dtype='bfloat16')            # checks everything, and is hashed
     record = dict(base=base_hash(whole), source=str(path))
     del whole
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
-                             llm_int8_skip_modules=['model.vision_tower', 'model.multi_modal_projector', 'lm_head'])   # whole beginnings of names
-    model = AutoModelForImageTextToText.from_pretrained(path, quantization_config=how, device_map={'': device}, dtype=torch.bfloat16,
-        trust_remote_code=False)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4',
+                             bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
+                             llm_int8_skip_modules=['model.vision_tower',
+                                                    'model.multi_modal_projector',
+                                                    'lm_head'])   # whole beginnings of names
+    model = AutoModelForImageTextToText.from_pretrained(path, quantization_config=how,
+                                                        device_map={'': device},
+                                                        dtype=torch.bfloat16,
+                                                        trust_remote_code=False)
     connector(model).float()
     model.base_record = record
     return model.eval(), processor

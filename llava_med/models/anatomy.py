@@ -24,7 +24,8 @@ from ..core.registry import Registry
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #5b77746b
 PARTS = {'vision_tower': 'model.vision_tower.', 'projector': 'model.multi_modal_projector.',
-         'language_model': ('model.language_model.', 'lm_head.')}   # part → begin of its weights' names
+         'language_model': ('model.language_model.',
+                            'lm_head.')}   # part → begin of its weights' names
 _PLACE = {'vision_tower': 'vision_tower', 'projector': 'multi_modal_projector',
           'language_model': 'language_model'}
 
@@ -244,7 +245,8 @@ def tower_states(
 )->tuple:     # of (1, vectors, width), one for each layer and the input
     "What all layers of a tower say about a black picture."
     with torch.no_grad():
-        return tower(torch.zeros(1, 3, size, size, dtype=tower.dtype), output_hidden_states=True).hidden_states
+        return tower(torch.zeros(1, 3, size, size, dtype=tower.dtype),
+                     output_hidden_states=True).hidden_states
 
 def resized_tower(
     tower,     # a vision tower
@@ -260,7 +262,8 @@ def resized_tower(
         if not POSITIONS.search(n): raise ValueError(
             f"'{where}' sees {tower.config.image_size} px and cannot be stretched to {size} px: "
             f"{n} would change.")
-        rows, (a, b) = old[n].reshape(-1, p.shape[-1]), (c.image_size//c.patch_size for c in (tower.config, config))
+        rows, (a, b) = old[n].reshape(-1, p.shape[-1]), (c.image_size//c.patch_size
+                                                         for c in (tower.config, config))
         grid = rows[len(rows) - a*a:].T.reshape(1, -1, a, a).float()
         grid = nn.functional.interpolate(grid, size=(b, b), mode='bicubic', align_corners=False)
         old[n] = torch.cat([rows[:len(rows) - a*a], grid[0].flatten(1).T.to(rows)]).reshape(p.shape)

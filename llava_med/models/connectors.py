@@ -192,5 +192,5 @@ def load_connector(
         raise ValueError(f"The connector '{name}' of '{path}' does not fit: {why}") from None
     if (here := connector_record(model)) != dict(said, module=here['module']):
         raise ValueError(f"The connector '{said['name']}' of '{path}' was made for "
-                         f"{said['tokens_in']} vectors of width {said['vision_width']}; this tower gives "
-                         f"{here['tokens_in']} of width {here['vision_width']}.")
+                         f"{said['tokens_in']} vectors of width {said['vision_width']}; this tower "
+                         f"gives {here['tokens_in']} of width {here['vision_width']}.")

@@ -32,10 +32,18 @@ def local_folder(
 )->Path:       # a folder of this machine
     "The folder of a checkpoint, fetched from the Hub if it is not here."
     if Path(where).is_dir(): return Path(where)
-    if not PLACE.fullmatch(str(where)): raise FileNotFoundError(f"'{where}' is neither a folder nor a Hub id such as owner/name@revision.")
+    if not PLACE.fullmatch(str(where)):
+        raise FileNotFoundError(
+            f"'{where}' is neither a folder nor a Hub id such as owner/name@revision.")
     name, _, revision = str(where).partition('@')
-    try: return Path(snapshot_download(name, revision=revision or None, allow_patterns=['*.json', '*.safetensors', '*.bin', '*.model', '*.jinja']))
-    except Exception as e: raise FileNotFoundError(f"'{where}' is no folder here and cannot be fetched from the Hub: {str(e).splitlines()[0]}") from e
+    try:
+        return Path(snapshot_download(name, revision=revision or None,
+                                      allow_patterns=['*.json', '*.safetensors', '*.bin', '*.model',
+                                                      '*.jinja']))
+    except Exception as e:
+        raise FileNotFoundError(
+            f"'{where}' is no folder here and cannot be fetched from the Hub: "
+            f"{str(e).splitlines()[0]}") from e
 
 PARTIAL = {'adapter_config.json': ', but an adapter of a base model; merge the two as its authors '
                                   'did, and convert the sum',
@@ -49,7 +57,9 @@ def weight_files(
         if (index := folder/f'{stem}.{end}.index.json').exists():
             files = [folder/f for f in sorted(set(read_json(index)['weight_map'].values()))]
             if gone := [f.name for f in files if not f.exists()]:
-                raise FileNotFoundError(f"'{folder}' lacks {few(gone)}, which {index.name} names; fetch the whole checkpoint.")
+                raise FileNotFoundError(
+                    f"'{folder}' lacks {few(gone)}, which {index.name} names; "
+                    "fetch the whole checkpoint.")
             return files
         files = [f for f in sorted(folder.glob(f'{stem}*.{end}'))
                  if not f.name.endswith('.index.json')]
@@ -74,15 +84,24 @@ def read_weights(
     "All weights of a folder; a damaged, incomplete or unsafe file is named."
     folder, state = Path(folder), {}
     for f in weight_files(folder):
-        try: part = load_file(f) if f.suffix == '.safetensors' else torch.load(f, map_location='cpu', weights_only=True, mmap=True)
+        try:
+            part = load_file(f) if f.suffix == '.safetensors' else torch.load(f, map_location='cpu',
+                                                                              weights_only=True,
+                                                                              mmap=True)
         except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as e:
-            raise ValueError(f"'{f}' is damaged; fetch it again ({str(e).splitlines()[0][:80]}).") from e
-        except Exception as e: raise ValueError(f"'{f}' holds more than tensors, so it is not opened.") from e
-        if twice := sorted(set(part) & set(state)): raise ValueError(f"'{f}' holds {few(twice)}, as another file does.")
+            raise ValueError(
+                f"'{f}' is damaged; fetch it again ({str(e).splitlines()[0][:80]}).") from e
+        except Exception as e:
+            raise ValueError(f"'{f}' holds more than tensors, so it is not opened.") from e
+        if twice := sorted(set(part) & set(state)):
+            raise ValueError(f"'{f}' holds {few(twice)}, as another file does.")
         state.update(part)
     for index in folder.glob('*.index.json'):
-        if index.name.startswith(weight_files(folder)[0].name.split('-')[0].split('.')[0]) and (gone := sorted(set(read_json(index)['weight_map']) - set(state))):
-            raise ValueError(f"'{folder}' lacks {few(gone)}, which {index.name} names; fetch the whole checkpoint.")
+        if index.name.startswith(weight_files(folder)[0].name.split('-')[0].split('.')[0]) and (
+            gone := sorted(set(read_json(index)['weight_map']) - set(state))):
+            raise ValueError(
+                f"'{folder}' lacks {few(gone)}, which {index.name} names; "
+                "fetch the whole checkpoint.")
     # of several processes
     around = 'module.' if state and all(n.startswith('module.') for n in state) else ''
     return {n.removeprefix(around): v for n, v in state.items()}
@@ -96,14 +115,23 @@ def read_original(
     folder:Path, # of a checkpoint
 )->dict:         # config.json
     "The configuration of an original LLaVA; raises ValueError when it is something else."
-    if not (folder/'config.json').exists(): raise FileNotFoundError(f"'{folder}' holds no config.json.")
+    if not (folder/'config.json').exists():
+        raise FileNotFoundError(f"'{folder}' holds no config.json.")
     raw = read_json(folder/'config.json'); kind = raw.get('model_type')
-    if 'vision_config' in raw: raise ValueError(f"'{folder}' is in the layout of `transformers` already; load it as it is.")
+    if 'vision_config' in raw:
+        raise ValueError(
+            f"'{folder}' is in the layout of `transformers` already; load it as it is.")
     if kind not in FAMILIES or not any(k.startswith('mm_') for k in raw):
-        raise ValueError(f"'{folder}' is a model of type '{kind}'; known are {few(FAMILIES)} with their mm_ settings.")
-    if 'mm_vision_select_layer' not in raw: raise ValueError(f"'{folder}/config.json' does not say mm_vision_select_layer; add it, such as -2.")
-    if 'unpad' in raw.get('mm_patch_merge_type', '') or 'anyres' in raw.get('image_aspect_ratio', ''):
-        raise ValueError(f"'{folder}' cuts pictures into tiles (LLaVA 1.6); that is another model, llava_next.")
+        raise ValueError(
+            f"'{folder}' is a model of type '{kind}'; known are "
+            f"{few(FAMILIES)} with their mm_ settings.")
+    if 'mm_vision_select_layer' not in raw:
+        raise ValueError(
+            f"'{folder}/config.json' does not say mm_vision_select_layer; add it, such as -2.")
+    if 'unpad' in raw.get('mm_patch_merge_type',
+                          '') or 'anyres' in raw.get('image_aspect_ratio', ''):
+        raise ValueError(
+            f"'{folder}' cuts pictures into tiles (LLaVA 1.6); that is another model, llava_next.")
     return raw
 
 # LLaVA's own settings
@@ -129,7 +157,8 @@ def text_config(
 ):               # configuration of the language model
     "The configuration of the language model alone, with every setting of the original."
     kept = {k: v for k, v in raw.items() if k not in ELSEWHERE and not THEIRS.match(k)}
-    if 'max_sequence_length' in raw: kept.setdefault('max_position_embeddings', raw['max_sequence_length'])
+    if 'max_sequence_length' in raw:
+        kept.setdefault('max_position_embeddings', raw['max_sequence_length'])
     rope = kept.get('rope_scaling') or kept.get('rope_parameters') or {}
     if (kind := rope.get('rope_type', rope.get('type', 'default'))) not in {*ROPE_INIT_FUNCTIONS,
                                                                             'default'}:
@@ -145,8 +174,11 @@ def projector_of(
     state:dict, # its weights
 )->str:         # `linear` or `mlp`
     "Which connector the checkpoint has."
-    kind = raw.get('mm_projector_type') or ('linear' if 'model.mm_projector.weight' in state else 'mlp2x_gelu')
-    if kind not in PROJECTORS: raise ValueError(f"projector '{kind}' has no exact place in a standard LLaVA; known: {few(PROJECTORS)}.")
+    kind = raw.get('mm_projector_type') or ('linear' if 'model.mm_projector.weight' in state
+                                            else 'mlp2x_gelu')
+    if kind not in PROJECTORS:
+        raise ValueError(
+            f"projector '{kind}' has no exact place in a standard LLaVA; known: {few(PROJECTORS)}.")
     return PROJECTORS[kind]
 
 OWN = 'model.vision_tower.vision_tower.'
@@ -157,18 +189,22 @@ def own_tower(
     raw:dict,   # its config.json
 )->CLIPVisionConfig: # of the tower inside
     "The configuration of the CLIP tower that a checkpoint holds, from the shapes of its tensors."
-    shape = {n.removeprefix(OWN).removeprefix('vision_model.'): tuple(v.shape) for n, v in state.items() if n.startswith(OWN)}
+    shape = {n.removeprefix(OWN).removeprefix('vision_model.'): tuple(v.shape)
+             for n, v in state.items() if n.startswith(OWN)}
     try:
         width, _, patch, _ = shape['embeddings.patch_embedding.weight']
         side = round((shape['embeddings.position_embedding.weight'][0] - 1)**.5)*patch
         hidden = shape['encoder.layers.0.mlp.fc1.weight'][0]
     except KeyError as e:
-        raise ValueError(f"The checkpoint holds no CLIP tower ({e.args[0]} is missing); name the folder of "
-                         f"{raw.get('mm_vision_tower', 'its tower')} instead of 'own'.") from e
+        raise ValueError(
+            f"The checkpoint holds no CLIP tower ({e.args[0]} is missing); name the folder of "
+            f"{raw.get('mm_vision_tower', 'its tower')} instead of 'own'.") from e
     depth = 1 + max(int(m[1]) for n in shape if (m := re.match(r'encoder\.layers\.(\d+)\.', n)))
     act = 'gelu' if 'laion' in str(raw.get('mm_vision_tower', '')).lower() else 'quick_gelu'
-    return CLIPVisionConfig(hidden_size=width, intermediate_size=hidden, num_hidden_layers=depth, patch_size=patch, image_size=side,
-                            num_attention_heads=HEADS.get(width, max(width//64, 1)), hidden_act=act, projection_dim=768)
+    return CLIPVisionConfig(hidden_size=width, intermediate_size=hidden, num_hidden_layers=depth,
+                            patch_size=patch, image_size=side,
+                            num_attention_heads=HEADS.get(width, max(width//64, 1)), hidden_act=act,
+                            projection_dim=768)
 
 # %% ../../nbs/02_models/04_convert.ipynb #3059d943
 def add_base(
@@ -179,14 +215,17 @@ def add_base(
     out, raw = {}, re.compile(r'^model\.(mm_projector|vision_tower)\.')
     need = {n for n in delta if not raw.match(n) and not SPARE.search(n)}
     lost = sorted(need ^ {n for n in base if not SPARE.search(n)})
-    if lost: raise ValueError(f'The base is not that of this delta: only one of them holds {few(lost)}.')
+    if lost:
+        raise ValueError(f'The base is not that of this delta: only one of them holds {few(lost)}.')
     for n, d in delta.items():
         if n not in need: out[n] = d; continue
         b = base[n].to(d.dtype)
         if b.shape != d.shape:
             if n not in ('model.embed_tokens.weight',
                          LM_HEAD) or b.shape[1] != d.shape[1] or len(b) > len(d):
-                raise ValueError(f'The base is not that of this delta: {n} is {tuple(b.shape)} there and {tuple(d.shape)} here.')
+                raise ValueError(
+                    f'The base is not that of this delta: {n} is {tuple(b.shape)} '
+                    f'there and {tuple(d.shape)} here.')
             b = torch.cat([b, b.new_zeros(len(d) - len(b), b.shape[1])])
         out[n] = d + b
     return out
@@ -222,17 +261,24 @@ def convert_weights(
     "The weights of a standard LLaVA; raises ValueError that names what fits nothing, what is missing, what has another shape."
     connector, left_out = projector_of(raw, state), []
     embed = state.get('model.embed_tokens.weight')
-    if embed is None: raise ValueError('The checkpoint holds no model.embed_tokens.weight: is it a projector or an adapter alone?')
+    if embed is None:
+        raise ValueError(
+            'The checkpoint holds no model.embed_tokens.weight: is it a '
+            'projector or an adapter alone?')
     rows, dtype = rows_for(n_words, len(embed)), embed.dtype
-    config = LlavaConfig(vision_config=vision, text_config=text_config(raw, rows), vision_feature_layer=raw['mm_vision_select_layer'],
+    config = LlavaConfig(vision_config=vision, text_config=text_config(raw, rows),
+                         vision_feature_layer=raw['mm_vision_select_layer'],
                          projector_hidden_act='gelu' if connector == 'mlp' else 'linear')
     with torch.device('meta'): model = LlavaForConditionalGeneration(config).to(dtype)
     want = model.state_dict()
-    inner = 'model.vision_tower.' + 'vision_model.'*any(n.startswith('model.vision_tower.vision_model.') for n in want)
+    inner = 'model.vision_tower.' + 'vision_model.'*any(
+        n.startswith('model.vision_tower.vision_model.') for n in want)
     new, strangers = {f'model.vision_tower.{n}': v.to(dtype) for n, v in (tower or {}).items()}, []
     state = with_head(state, config.text_config.tie_word_embeddings)
     for n, v in state.items():
-        if SPARE.search(n) or n.startswith(OWN) and tower is not None or n == 'model.image_newline': left_out.append(n); continue
+        if SPARE.search(n) or n.startswith(OWN) and tower is not None or n == 'model.image_newline':
+            left_out.append(n)
+            continue
         name = n.replace(OWN + 'vision_model.', inner, 1)
         for a, b in RENAME: name = re.sub(a, b, name)
         if name not in want: strangers.append(n)
@@ -241,12 +287,18 @@ def convert_weights(
         new[LM_HEAD] = new['model.language_model.embed_tokens.weight']
     if connector == 'linear':
         w = new.get('model.multi_modal_projector.linear_1.weight', embed)
-        new['model.multi_modal_projector.linear_2.weight'] = torch.eye(len(w), dtype=dtype, device=w.device)
-        new['model.multi_modal_projector.linear_2.bias'] = torch.zeros(len(w), dtype=dtype, device=w.device)
-    if strangers: raise ValueError(f'{few(strangers)}: fits nothing in a LLaVA; nothing was written.')
-    if missing := [n for n in want if n not in new]: raise ValueError(f'{few(missing)}: missing in the checkpoint; nothing was written.')
-    if other := [f'{n} {tuple(new[n].shape)} instead of {tuple(v.shape)}' for n, v in want.items() if new[n].shape != v.shape]:
-        raise ValueError(f'{few(other)}: the checkpoint and its configuration disagree; nothing was written.')
+        new['model.multi_modal_projector.linear_2.weight'] = torch.eye(len(w), dtype=dtype,
+                                                                       device=w.device)
+        new['model.multi_modal_projector.linear_2.bias'] = torch.zeros(len(w), dtype=dtype,
+                                                                       device=w.device)
+    if strangers:
+        raise ValueError(f'{few(strangers)}: fits nothing in a LLaVA; nothing was written.')
+    if missing := [n for n in want if n not in new]:
+        raise ValueError(f'{few(missing)}: missing in the checkpoint; nothing was written.')
+    if other := [f'{n} {tuple(new[n].shape)} instead of {tuple(v.shape)}' for n, v in want.items()
+                 if new[n].shape != v.shape]:
+        raise ValueError(
+            f'{few(other)}: the checkpoint and its configuration disagree; nothing was written.')
     return model, {n: new[n] for n in want}, left_out
 
 # %% ../../nbs/02_models/04_convert.ipynb #e9345f1f
@@ -263,7 +315,8 @@ def _template(raw, connector, tok):
 def _pads(raw, pictures, src):
     "Whether pictures are padded to a square."
     ratio = {'own': raw.get('image_aspect_ratio') or 'square'}.get(pictures, pictures)
-    if ratio not in ('pad', 'square', 'crop'): raise ValueError(f"'{src}' treats pictures as '{ratio}'; say pad or crop for `pictures`.")
+    if ratio not in ('pad', 'square', 'crop'):
+        raise ValueError(f"'{src}' treats pictures as '{ratio}'; say pad or crop for `pictures`.")
     return ratio == 'pad'
 
 def _new_texts_lack_space(tok):
@@ -277,7 +330,8 @@ def _spaced(template):
     return template.replace('{{ bos_token }}', "{{ bos_token + ' ' }}").replace("'<image>\n'",
                                                                                 "'<image> \n'")
 
-def _looks_like_delta(state): return 'model.norm.weight' in state and state['model.norm.weight'].float().abs().mean() < .1
+def _looks_like_delta(state):
+    return 'model.norm.weight' in state and state['model.norm.weight'].float().abs().mean() < .1
 
 def convert(
     src:str,             # folder or Hub id of the original
@@ -294,47 +348,72 @@ def convert(
     folder = local_folder(src)
     raw = read_original(folder)
     pad, state = _pads(raw, pictures, src), read_weights(folder)
-    if base is None and _looks_like_delta(state): raise ValueError(f"'{src}' looks like a delta: its last norm is near zero; name the base model.")
+    if base is None and _looks_like_delta(state):
+        raise ValueError(
+            f"'{src}' looks like a delta: its last norm is near zero; name the base model.")
     if base is not None:
-        if not _looks_like_delta(state): raise ValueError(f"'{src}' is a whole model, not a delta; leave out the base.")
+        if not _looks_like_delta(state):
+            raise ValueError(f"'{src}' is a whole model, not a delta; leave out the base.")
         state = add_base(state, read_weights(local_folder(base)))
     with _reading(tokenizer or src, 'a tokenizer'):
         tok = read_tokenizer(local_folder(tokenizer or src), say, original=True)
     added, connector = prepare_tokenizer(tok, say), projector_of(raw, state)
-    if 'model.embed_tokens.weight' in state and len(tok) - len(added) > len(state['model.embed_tokens.weight']):
-        raise ValueError(f"The tokenizer of '{tokenizer or src}' has {len(tok) - len(added)} words, the checkpoint fewer rows; name its own tokenizer.")
+    if 'model.embed_tokens.weight' in state and len(tok) - len(added) > len(
+        state['model.embed_tokens.weight']):
+        raise ValueError(
+            f"The tokenizer of '{tokenizer or src}' has {len(tok) - len(added)} words, the "
+            "checkpoint fewer rows; name its own tokenizer.")
     if tower == 'own': vision, stock, extra, images, read = own_tower(state, raw), None, 1, {}, {}
     else:
         module, size, extra, images = read_tower(tower, say=say)
-        vision, stock, read = module.config, module.state_dict(), {'sha256_as_read': weights_hash(module)}   # before it is cast
-        if size != vision.image_size: raise ValueError(f"'{tower}' sees {size} px but says {vision.image_size} px.")
+        # before it is cast
+        vision, stock, read = module.config, module.state_dict(), {
+            'sha256_as_read': weights_hash(module)}
+        if size != vision.image_size:
+            raise ValueError(f"'{tower}' sees {size} px but says {vision.image_size} px.")
     model, weights, left_out = convert_weights(state, raw, vision, len(tok), stock)
     tok.chat_template = chat_template(tok, template or _template(raw, connector, tok), src)
     if _new_texts_lack_space(tok): tok.chat_template = _spaced(tok.chat_template)
     if raw.get('mm_use_im_start_end'):
         tok.chat_template = tok.chat_template.replace("'<image>", "'<im_start><image><im_end>")
-    processor = _processor(tok, vision.image_size, vision.patch_size, extra, {'do_pad': pad, **images})
-    if raw.get('mm_vision_select_feature', 'patch') == 'cls_patch': processor.vision_feature_select_strategy = 'full'
-    config = _config(vision, model.config.text_config, processor, connector, raw['mm_vision_select_layer'])
-    with torch.device('meta'): model = LlavaForConditionalGeneration(config).to(weights['lm_head.weight'].dtype)
-    model.generation_config.update(pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
-    used = tensors_hash({n.removeprefix('model.vision_tower.'): v for n, v in weights.items() if n.startswith('model.vision_tower.')})
-    model.provenance = {'converted_from': str(src), 'original_type': raw['model_type'], **({'base': str(base)} if base else {}),
-        'vision_tower': dict(source='the checkpoint itself' if stock is None else str(tower), sha256=used, original=str(raw.get('mm_vision_tower')), **read),
-        'image_settings': {**(images or assumed_settings('clip')[1]), 'size': vision.image_size},
-        'connector': connector, 'pictures': 'padded' if pad else 'cropped', 'added_tokens': added, 'left_out': left_out}
+    processor = _processor(tok, vision.image_size, vision.patch_size, extra,
+                           {'do_pad': pad, **images})
+    if raw.get('mm_vision_select_feature', 'patch') == 'cls_patch':
+        processor.vision_feature_select_strategy = 'full'
+    config = _config(vision, model.config.text_config, processor, connector,
+                     raw['mm_vision_select_layer'])
+    with torch.device('meta'):
+        model = LlavaForConditionalGeneration(config).to(weights['lm_head.weight'].dtype)
+    model.generation_config.update(pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id,
+                                   eos_token_id=tok.eos_token_id)
+    used = tensors_hash({n.removeprefix('model.vision_tower.'): v for n, v in weights.items()
+                         if n.startswith('model.vision_tower.')})
+    model.provenance = {'converted_from': str(src), 'original_type': raw['model_type'],
+                        **({'base': str(base)} if base else {}),
+                        'vision_tower': dict(source='the checkpoint itself' if stock is None
+                                             else str(tower), sha256=used,
+                                             original=str(raw.get('mm_vision_tower')), **read),
+                        'image_settings': {**(images or assumed_settings('clip')[1]),
+                                           'size': vision.image_size}, 'connector': connector,
+                        'pictures': 'padded' if pad else 'cropped', 'added_tokens': added,
+                        'left_out': left_out}
     save(model, processor, dst, state=weights)
-    write_card(dst, Path(dst).name, [f'That of the original checkpoint, {src}; its licence holds here, too.'], licence, str(src))
+    write_card(dst, Path(dst).name,
+               [f'That of the original checkpoint, {src}; its licence holds here, too.'], licence,
+               str(src))
     if strange := strange_fields(raw):
         say(f'Kept in config.json, although its language model does not read them: {few(strange)}.')
     say(f"{sum({v.data_ptr(): v.numel() for v in weights.values()}.values()):,} parameters, "
         f"{connector} connector, pictures "
-        f"{model.provenance['pictures']}, tower from {model.provenance['vision_tower']['source']} (sha256 {used[:12]}).")
+        f"{model.provenance['pictures']}, tower from "
+        f"{model.provenance['vision_tower']['source']} (sha256 {used[:12]}).")
     if left_out: say(f'Left out: {few(left_out)}.')
     return Path(dst)
 
 # %% ../../nbs/02_models/04_convert.ipynb #ad4ff99c
-BLOCK = {'norm1': 'layernorm_before', 'norm2': 'layernorm_after', 'attn.proj': 'attention.output.dense', 'mlp.fc1': 'intermediate.dense', 'mlp.fc2': 'output.dense'}
+BLOCK = {'norm1': 'layernorm_before', 'norm2': 'layernorm_after',
+         'attn.proj': 'attention.output.dense', 'mlp.fc1': 'intermediate.dense',
+         'mlp.fc2': 'output.dense'}
 
 def convert_vit(
     src:str,  # folder or Hub id of an open_clip model whose tower is a plain ViT
@@ -342,34 +421,51 @@ def convert_vit(
 )->Path:      # the folder, which `read_tower` reads
     "BiomedCLIP's tower as a ViT of `transformers`; raises ValueError for names that fit nothing."
     folder = local_folder(src)
-    name = next((n for n in ('open_clip_model.safetensors', 'open_clip_pytorch_model.bin') if (folder/n).exists()), None)
-    if name is None: raise FileNotFoundError(f"'{src}' holds neither open_clip_model.safetensors nor open_clip_pytorch_model.bin.")
-    said = read_json(folder/'open_clip_config.json') if (folder/'open_clip_config.json').exists() else {}
-    every = load_file(folder/name) if name.endswith('s') else torch.load(folder/name, map_location='cpu', weights_only=True)
-    trunk = {n.removeprefix('visual.trunk.'): v for n, v in every.items() if n.startswith('visual.trunk.')}
-    if 'patch_embed.proj.weight' not in trunk: raise ValueError(f"'{src}' has no plain ViT below visual.trunk.")
+    name = next((n for n in ('open_clip_model.safetensors', 'open_clip_pytorch_model.bin')
+                 if (folder/n).exists()), None)
+    if name is None:
+        raise FileNotFoundError(
+            f"'{src}' holds neither open_clip_model.safetensors nor open_clip_pytorch_model.bin.")
+    said = read_json(folder
+                     /'open_clip_config.json') if (folder/'open_clip_config.json').exists() else {}
+    every = load_file(folder/name) if name.endswith('s') else torch.load(folder/name,
+                                                                         map_location='cpu',
+                                                                         weights_only=True)
+    trunk = {n.removeprefix('visual.trunk.'): v for n, v in every.items()
+             if n.startswith('visual.trunk.')}
+    if 'patch_embed.proj.weight' not in trunk:
+        raise ValueError(f"'{src}' has no plain ViT below visual.trunk.")
     width, _, patch, _ = trunk['patch_embed.proj.weight'].shape
     new, strangers = {}, []
     for n, v in trunk.items():
         if n == 'cls_token': new['embeddings.cls_token'] = v
         elif n == 'pos_embed': new['embeddings.position_embeddings'] = v
-        elif m := re.fullmatch(r'patch_embed\.proj\.(\w+)', n): new[f'embeddings.patch_embeddings.projection.{m[1]}'] = v
+        elif m := re.fullmatch(r'patch_embed\.proj\.(\w+)', n):
+            new[f'embeddings.patch_embeddings.projection.{m[1]}'] = v
         elif m := re.fullmatch(r'norm\.(\w+)', n): new[f'layernorm.{m[1]}'] = v
         elif m := re.fullmatch(r'blocks\.(\d+)\.attn\.qkv\.(\w+)', n):
-            for part, x in zip(('query', 'key', 'value'), v.chunk(3)): new[f'encoder.layer.{m[1]}.attention.attention.{part}.{m[2]}'] = x.clone()
-        elif (m := re.fullmatch(r'blocks\.(\d+)\.([\w.]+)\.(weight|bias)', n)) and m[2] in BLOCK: new[f'encoder.layer.{m[1]}.{BLOCK[m[2]]}.{m[3]}'] = v
+            for part, x in zip(('query', 'key', 'value'), v.chunk(3)):
+                new[f'encoder.layer.{m[1]}.attention.attention.{part}.{m[2]}'] = x.clone()
+        elif (m := re.fullmatch(r'blocks\.(\d+)\.([\w.]+)\.(weight|bias)', n)) and m[2] in BLOCK:
+            new[f'encoder.layer.{m[1]}.{BLOCK[m[2]]}.{m[3]}'] = v
         else: strangers.append(n)
     if strangers: raise ValueError(f"'{src}': {few(strangers)} fits nothing in a plain ViT.")
     depth = 1 + max(int(n.split('.')[2]) for n in new if n.startswith('encoder.layer.'))
     side = round((trunk['pos_embed'].shape[1] - 1)**.5)*patch
-    config = ViTConfig(hidden_size=width, num_hidden_layers=depth, num_attention_heads=max(width//64, 1), layer_norm_eps=1e-6, patch_size=patch,
-                       image_size=side, intermediate_size=trunk['blocks.0.mlp.fc1.weight'].shape[0], architectures=['ViTModel'])
+    config = ViTConfig(hidden_size=width, num_hidden_layers=depth,
+                       num_attention_heads=max(width//64, 1), layer_norm_eps=1e-6, patch_size=patch,
+                       image_size=side, intermediate_size=trunk['blocks.0.mlp.fc1.weight'].shape[0],
+                       architectures=['ViTModel'])
     look = said.get('preprocess_cfg', {})
     with new_folder(dst) as part:
-        save_file({n: v.contiguous() for n, v in new.items()}, part/'model.safetensors', {'format': 'pt'})
+        save_file({n: v.contiguous() for n, v in new.items()}, part/'model.safetensors',
+                  {'format': 'pt'})
         config.save_pretrained(part)
-        write_json(part/'preprocessor_config.json', dict(image_processor_type='ViTImageProcessor', size={'height': side, 'width': side}, resample=3,
-            image_mean=look.get('mean', [0.48145466, 0.4578275, 0.40821073]), image_std=look.get('std', [0.26862954, 0.26130258, 0.27577711])))
+        write_json(part/'preprocessor_config.json',
+                   dict(image_processor_type='ViTImageProcessor',
+                        size={'height': side, 'width': side}, resample=3,
+                        image_mean=look.get('mean', [0.48145466, 0.4578275, 0.40821073]),
+                        image_std=look.get('std', [0.26862954, 0.26130258, 0.27577711])))
         read_tower(part)                                     # refuses what is not whole
     return Path(dst)
 

@@ -198,22 +198,27 @@ _EACH = "{%- set ns = namespace(all=[]) -%}{%- for m in messages -%}"
 _ALL = "{%- endfor -%}{%- set messages = ns.all -%}"
 FLATTEN = (
     "{%- set ns = namespace(all=[]) -%}{%- for m in messages -%}{%- if m['content'] is string -%}"
-    "{%- set ns.all = ns.all + [m] -%}{%- else -%}{%- set t = namespace(s='') -%}{%- for c in m['content'] -%}"
-    "{%- set t.s = t.s + ('<image>\n' if c['type'] == 'image' else c['text']) -%}{%- endfor -%}"
-    "{%- set ns.all = ns.all + [dict(m, content=t.s)] -%}{%- endif -%}{%- endfor -%}{%- set messages = ns.all -%}")
+    "{%- set ns.all = ns.all + [m] -%}{%- else -%}{%- set t = namespace(s='') -%}{%- for c in "
+    "m['content'] -%}{%- set t.s = t.s + ('<image>\n' if c['type'] == 'image' else c['text']) "
+    "-%}{%- endfor -%}{%- set ns.all = ns.all + [dict(m, content=t.s)] -%}{%- endif -%}{%- endfor "
+    "-%}{%- set messages = ns.all -%}")
 LISTED = (_EACH + "{%- if m['content'] is string -%}{%- set ns.all = ns.all + "
     "[dict(m, content=[{'type': 'text', 'text': m['content']}])] -%}{%- else -%}"
-    "{%- set ns.all = ns.all + [m] -%}{%- endif -%}" + _ALL)   # for a template that reads lists only
+    "{%- set ns.all = ns.all + [m] -%}{%- endif -%}"
+          + _ALL)   # for a template that reads lists only
 POLITE = ("A chat between a curious human and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the human's questions.")
 TEMPLATES = {   # how checkpoints of LLaVA write a conversation, where the tokenizer does not say
     'llava_v0': FLATTEN + "{{ bos_token }}" + POLITE + "{% for m in messages %}"
-        "{{ '\n' if loop.first else '' }}{{ '\n### ' + {'user': 'Human', 'assistant': 'Assistant'}.get(m['role'], m['role']) + ': ' + m['content'] }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '\n### Assistant:' }}{% else %}{{ '\n### ' }}{% endif %}",
-    'llava_v1': FLATTEN + "{{ bos_token }}" + POLITE.replace('human', 'user') + "{% for m in messages %}"
+        "{{ '\n' if loop.first else '' }}{{ '\n### ' + {'user': 'Human', 'assistant': "
+        "'Assistant'}.get(m['role'], m['role']) + ': ' + m['content'] }}{% endfor %}{% if "
+        "add_generation_prompt %}{{ '\n### Assistant:' }}{% else %}{{ '\n### ' }}{% endif %}",
+    'llava_v1': FLATTEN + "{{ bos_token }}" + POLITE.replace('human', 'user')
+                + "{% for m in messages %}"
         "{% if m['role'] == 'assistant' %}{{ ' ASSISTANT: ' + m['content'] + eos_token }}"
-        "{% else %}{{ ('' if loop.index0 and messages[loop.index0 - 1]['role'] == 'assistant' else ' ') + 'USER: ' + m['content'] }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}",
+        "{% else %}{{ ('' if loop.index0 and messages[loop.index0 - 1]['role'] == 'assistant' else "
+        "' ') + 'USER: ' + m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ "
+        "' ASSISTANT:' }}{% endif %}",
     'llava_1_5': FLATTEN
     + "{% for m in messages %}{{ '' if m['role'] == 'system' else m['role'].upper() + ': ' }}"
         "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + ' ' }}{% "
@@ -223,8 +228,9 @@ TEMPLATES = {   # how checkpoints of LLaVA write a conversation, where the token
     'mistral_instruct': FLATTEN + "{{ bos_token }}{% for m in messages %}"
         "{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
         "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}",
-    'plain': FLATTEN + "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + '\n' }}"
-        "{% elif '<image>' in m['content'] %}{{ '<image>' }}{% endif %}{% endfor %}"}   # picture and caption, no question
+    'plain': FLATTEN
+                + "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ "
+                  "m['content'] + '\n' }}{% elif '<image>' in m['content'] %}{{ '<image>' }}{% endif %}{% endfor %}"}   # picture and caption, no question
 
 # %% ../../nbs/02_models/00_exchange.ipynb #8ed73809
 _ASKED = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'Why?'}]},
@@ -268,7 +274,8 @@ def prepare_tokenizer(
     new = [] if '<image>' in tokenizer.get_vocab() else ['<image>']
     if tokenizer.pad_token is None: new.append('<pad>')
     if new:
-        tokenizer.add_tokens([AddedToken(x, special=True, normalized=False) for x in new], special_tokens=True)
+        tokenizer.add_tokens([AddedToken(x, special=True, normalized=False) for x in new],
+                             special_tokens=True)
         say(f"The tokenizer did not know {' and '.join(new)}: added.")
     if tokenizer.pad_token is None: tokenizer.pad_token = '<pad>'
     tokenizer.padding_side = 'left'

@@ -24,9 +24,9 @@ import torch
 import yaml
 from torch import nn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig,
-                          CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig,
-                          LlavaForConditionalGeneration,
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText,
+                          AutoProcessor, PretrainedConfig, CLIPVisionConfig, GenerationConfig,
+                          LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
                           LlavaProcessor, PreTrainedTokenizerFast)
 from transformers.utils import logging as hf_logging
 from . import anatomy
@@ -50,8 +50,8 @@ CHAT_TEMPLATE = (
     "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endif %}<|end|>{% endgeneration %}"
     "{% else %}<|user|>{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] if c['type'] == 'image' %}<image>{% endfor %}"
-    "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}{% endif %}<|end|>"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}{% endif "
+    "%}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 def train_tokenizer(
     texts:Iterable,      # sentences to learn merges from
@@ -86,7 +86,8 @@ def make_processor(
 def _processor(tokenizer, image_size, patch_size, extra, images):
     "`make_processor` for towers that leave a border beside the last patch, as SigLIP at 384 px does."
     pictures = LlavaImageProcessorPil(**{'do_pad': True, 'size': {'shortest_edge': image_size},
-                                         'crop_size': {'height': image_size, 'width': image_size}, **images})
+                                         'crop_size': {'height': image_size, 'width': image_size},
+                                         **images})
     return LlavaProcessor(image_processor=pictures, tokenizer=tokenizer, patch_size=patch_size,
                           vision_feature_select_strategy='default' if extra else 'full',
                           num_additional_image_tokens=extra, chat_template=tokenizer.chat_template)
@@ -99,8 +100,9 @@ def _config(vision, text, processor, connector, layers):
     side = processor.image_processor.crop_size['height']//processor.patch_size
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=processor.image_token_id,
-        image_seq_length=side**2 + processor.num_additional_image_tokens - (not full), vision_feature_layer=layers,
-        vision_feature_select_strategy='full' if full else 'default', tie_word_embeddings=text.tie_word_embeddings,
+        image_seq_length=side**2 + processor.num_additional_image_tokens - (not full),
+        vision_feature_layer=layers, vision_feature_select_strategy='full' if full else 'default',
+        tie_word_embeddings=text.tie_word_embeddings,
         projector_hidden_act=ACTIVATIONS.get(connector, 'gelu'))   # a recipe's is put in later
     config.pad_token_id, config.bos_token_id = tok.pad_token_id, tok.bos_token_id
     config.eos_token_id = tok.eos_token_id
@@ -130,10 +132,13 @@ def assemble(
     "A new LLaVA with random weights; raises ValueError on parts that do not fit."
     tok, image = processor.tokenizer, processor.image_processor.crop_size['height']
     if vision.image_size != image or vision.patch_size != processor.patch_size:
-        raise ValueError(f'The tower sees {vision.image_size} px in patches of {vision.patch_size}, the processor '
-                         f'gives {image} px in patches of {processor.patch_size}; make them equal.')
+        raise ValueError(
+            f'The tower sees {vision.image_size} px in patches of {vision.patch_size}, the '
+            f'processor gives {image} px in patches of {processor.patch_size}; make them equal.')
     if text.vocab_size < len(tok):
-        raise ValueError(f'The language model has {text.vocab_size} rows for a tokenizer of {len(tok)}; raise it.')
+        raise ValueError(
+            f'The language model has {text.vocab_size} rows for a '
+            f'tokenizer of {len(tok)}; raise it.')
     config = _config(vision, text, processor, connector, layers)
     with torch.random.fork_rng(devices=[]), _fits(text, type(text).__name__):
         torch.manual_seed(seed)
@@ -155,11 +160,13 @@ def tiny_model(
     processor = processor or make_processor(
         train_tokenizer(['a small nodule in the left lung'], 300), image_size, patch_size)
     vision = CLIPVisionConfig(hidden_size=width, intermediate_size=4*width, num_hidden_layers=depth,
-                              num_attention_heads=heads, image_size=processor.image_processor.crop_size['height'],
+                              num_attention_heads=heads,
+                              image_size=processor.image_processor.crop_size['height'],
                               patch_size=processor.patch_size, projection_dim=width)
     text = LlamaConfig(hidden_size=width, intermediate_size=3*width, num_hidden_layers=depth,
-                       num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True,
-                       vocab_size=len(processor.tokenizer), max_position_embeddings=2048)
+                       num_attention_heads=heads, num_key_value_heads=heads,
+                       tie_word_embeddings=True, vocab_size=len(processor.tokenizer),
+                       max_position_embeddings=2048)
     return assemble(vision, text, processor, connector, seed), processor
 
 # %% ../../nbs/02_models/03_llava.ipynb #bc4f514b
@@ -174,7 +181,8 @@ def _reading(where, what):
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as e:
         there = '' if Path(where).exists() else ' (there is no such folder here)'
         why = str(e).strip().splitlines()[0]
-        if 'ignore_mismatched_sizes' in why: why = 'its weights have other shapes than its config.json says; get the whole checkpoint.'
+        if 'ignore_mismatched_sizes' in why:
+            why = 'its weights have other shapes than its config.json says; get the whole checkpoint.'
         raise ValueError(f"'{where}'{there} cannot be read as {what}: {why}") from e
     finally:
         hf_logging.set_verbosity(level)
@@ -182,9 +190,11 @@ def _reading(where, what):
 
 def _place(where):
     "What `from_pretrained` needs: a folder, or a Hub id and its revision."
-    if Path(where).is_dir(): return dict(pretrained_model_name_or_path=str(where), trust_remote_code=False)
+    if Path(where).is_dir():
+        return dict(pretrained_model_name_or_path=str(where), trust_remote_code=False)
     if not PLACE.fullmatch(str(where)):
-        raise FileNotFoundError(f"'{where}' is neither a folder nor a Hub id such as owner/name or owner/name@revision.")
+        raise FileNotFoundError(
+            f"'{where}' is neither a folder nor a Hub id such as owner/name or owner/name@revision.")
     name, _, revision = str(where).partition('@')
     return dict(pretrained_model_name_or_path=name, revision=revision or 'main',
                 trust_remote_code=False)
@@ -205,7 +215,8 @@ def few(
 )->str:         # such as a, b, c and 4 more
     "The first names of a list, in words."
     names = list(names)
-    return ', '.join(map(str, names[:n])) + (f' and {len(names) - n} more' if len(names) > n else '')
+    return ', '.join(map(str, names[:n])) + (f' and {len(names) - n} more' if len(names) > n
+                                             else '')
 
 def read_tower(
     where:str,            # folder or Hub id of a tower; of a whole CLIP or SigLIP the tower is taken
@@ -217,7 +228,8 @@ def read_tower(
     with _reading(where, 'a vision tower'):
         config = AutoConfig.from_pretrained(**_place(where))
         config = getattr(config, 'vision_config', config)
-        tower, info = AutoModel.from_pretrained(**_place(where), config=config, dtype=getattr(torch, dtype),
+        tower, info = AutoModel.from_pretrained(**_place(where), config=config,
+                                                dtype=getattr(torch, dtype),
                                                 output_loading_info=True)
         images = image_settings(where, config.model_type, _place(where), say)
     _whole(info, where, spare=('pooler.', 'head.'))          # nothing reads a pooled vector
@@ -225,11 +237,14 @@ def read_tower(
     native, patch = getattr(config, 'image_size', None), getattr(config, 'patch_size', None)
     size = image_size or native
     if not isinstance(size, int) or not isinstance(patch, int):
-        raise ValueError(f"'{where}' ({config.model_type}) names image_size {native} and patch_size {patch}; a tower needs "
-                         'one number each.')
+        raise ValueError(
+            f"'{where}' ({config.model_type}) names image_size {native} and patch_size {patch}; a "
+            "tower needs one number each.")
     try: states = anatomy.tower_states(tower.eval(), size)
     except (ValueError, RuntimeError, TypeError) as e:
-        if size == native: raise ValueError(f"'{where}' ({config.model_type}) is no tower that reads a picture alone: {e}") from e
+        if size == native:
+            raise ValueError(
+                f"'{where}' ({config.model_type}) is no tower that reads a picture alone: {e}") from e
         tower = anatomy.resized_tower(tower, size,
                                       where); states = anatomy.tower_states(tower, size)
     else:
@@ -237,8 +252,10 @@ def read_tower(
     shapes, grid = {tuple(s.shape) for s in states}, (size//patch)**2
     extra = states[-1].shape[1] - grid if len(shapes) == 1 and states[-1].dim() == 3 else -1
     if not 0 <= extra <= 32:
-        raise ValueError(f"'{where}' ({config.model_type}) gives {few(sorted(shapes))} for a picture of {size} px, not {grid} patch "
-                         f'vectors from patches of {patch} px in every layer; choose another tower.')
+        raise ValueError(
+            f"'{where}' ({config.model_type}) gives {few(sorted(shapes))} for a picture of {size} "
+            f"px, not {grid} patch "
+            f'vectors from patches of {patch} px in every layer; choose another tower.')
     return tower, size, extra, images
 
 # %% ../../nbs/02_models/03_llava.ipynb #91c5c253
@@ -351,15 +368,18 @@ def join(
     tower, size, extra, images = read_tower(vision, image_size, dtype, say)
     depth = len(anatomy.tower_states(tower, size))
     for i in [layers] if isinstance(layers, int) else layers:
-        if not -depth <= i < depth: raise ValueError(f"'{vision}' has no layer {i}: they go from {-depth} to {depth - 1}.")
+        if not -depth <= i < depth:
+            raise ValueError(f"'{vision}' has no layer {i}: they go from {-depth} to {depth - 1}.")
     with _reading(language, 'a causal language model'):
         tok = read_tokenizer(language, say)
-        lm, info = AutoModelForCausalLM.from_pretrained(**_place(language), dtype=getattr(torch, dtype), output_loading_info=True)
+        lm, info = AutoModelForCausalLM.from_pretrained(**_place(language),
+                                                        dtype=getattr(torch, dtype),
+                                                        output_loading_info=True)
     _whole(info, language)
     record = {'vision_tower': dict(source=str(vision), sha256=weights_hash(tower)),
               'image_settings': {**images, 'pad': pad, 'size': size},
-              'language_model': dict(source=str(language), sha256=weights_hash(lm)), 'connector': connector,
-              'added_tokens': prepare_tokenizer(tok, say)}
+              'language_model': dict(source=str(language), sha256=weights_hash(lm)),
+              'connector': connector, 'added_tokens': prepare_tokenizer(tok, say)}
     tok.chat_template, ends = complete_template(tok, template, _ends(lm.generation_config),
                                                 language, say)
     ids = torch.arange(1, 9)[None] % lm.config.vocab_size
@@ -367,18 +387,24 @@ def join(
     n_rows = lm.get_input_embeddings().weight.shape[0]
     if (n := rows_for(len(tok), n_rows)) > n_rows:
         say(f'Embeddings of {n_rows} rows resized to {n}; new rows are the mean of the others.')
-        held = {id(m): (m, grown(m.weight.data, n)) for m in (lm.get_input_embeddings(), lm.get_output_embeddings())}
+        held = {id(m): (m, grown(m.weight.data, n))
+                for m in (lm.get_input_embeddings(), lm.get_output_embeddings())}
         lm.resize_token_embeddings(n, mean_resizing=False)
         lm.get_input_embeddings().weight.data.copy_(list(held.values())[0][1])
         lm.get_output_embeddings().weight.data.copy_(list(held.values())[1][1])
-    model, processor = _joined(tower, lm, _processor(tok, size, tower.config.patch_size, extra, {'do_pad': pad, **images}),
-                               connector, layers, seed, language)
+    model, processor = _joined(tower, lm,
+                               _processor(tok, size, tower.config.patch_size, extra,
+                                          {'do_pad': pad, **images}), connector, layers, seed,
+                               language)
     _set_ends(model.generation_config, ends)
     with torch.no_grad(), _fits(lm.config, language):
         after = model(input_ids=ids).logits[..., :before.shape[-1]]
-    if not torch.allclose(before, after, rtol=1e-2 if dtype != 'float32' else 1e-4, atol=float(before.abs().max())*1e-3):
-        raise ValueError(f"'{language}' ({lm.config.model_type}) does more with its last layer than a LLaVA can: the logits "
-                         'would change. Choose a model with a plain head, such as Llama, Mistral or Qwen.')
+    if not torch.allclose(before, after, rtol=1e-2 if dtype != 'float32' else 1e-4,
+                          atol=float(before.abs().max())*1e-3):
+        raise ValueError(
+            f"'{language}' ({lm.config.model_type}) does more with its last layer than a LLaVA "
+            "can: the logits would change. Choose a model with a plain head, "
+            "such as Llama, Mistral or Qwen.")
     model.provenance = record
     return model, processor
 
@@ -402,8 +428,10 @@ def _joined(tower, lm, processor, connector, layers, seed, where):
     model.config.vision_config, model.config.text_config = tower.config, lm.config
     model.generation_config = copy.deepcopy(lm.generation_config)
     tok = processor.tokenizer
-    model.generation_config.update(pad_token_id=tok.pad_token_id, do_sample=False, temperature=None, top_p=None, top_k=None)
-    if model.generation_config.eos_token_id is None: model.generation_config.eos_token_id = tok.eos_token_id
+    model.generation_config.update(pad_token_id=tok.pad_token_id, do_sample=False, temperature=None,
+                                   top_p=None, top_k=None)
+    if model.generation_config.eos_token_id is None:
+        model.generation_config.eos_token_id = tok.eos_token_id
     if connector not in ACTIVATIONS: put_connector(model.eval(), processor, connector, seed)
     return model.eval(), processor
 
@@ -417,15 +445,19 @@ def _no_bars():
     finally:
         if shown: hf_logging.enable_progress_bar()
 
-VISION_MODEL = ('clip_vision_model', 'siglip_vision_model')   # towers whose names on disk begin with `vision_model.`
+# towers whose names on disk begin with `vision_model.`
+VISION_MODEL = ('clip_vision_model', 'siglip_vision_model')
 
 def disk_name(
     name:str,        # of a weight in memory
     vision_type:str, # `model_type` of the tower
 )->str:              # such as language_model.model.norm.weight
     "The name of a weight in the layout that every version of `transformers` and vLLM reads."
-    name = re.sub(r'^model\.vision_tower\.(?:vision_model\.)?', 'vision_tower.vision_model.' if vision_type in VISION_MODEL else 'vision_tower.', name)
-    name = re.sub(r'^model\.language_model\.', 'language_model.model.', re.sub(r'^lm_head\.', 'language_model.lm_head.', name))
+    name = re.sub(r'^model\.vision_tower\.(?:vision_model\.)?',
+                  'vision_tower.vision_model.' if vision_type in VISION_MODEL else 'vision_tower.',
+                  name)
+    name = re.sub(r'^model\.language_model\.', 'language_model.model.',
+                  re.sub(r'^lm_head\.', 'language_model.lm_head.', name))
     return re.sub(r'^model\.multi_modal_projector\.', 'multi_modal_projector.', name)
 
 def for_older_readers(
@@ -442,11 +474,14 @@ def for_older_readers(
             config[part]['rope_scaling'] = {k: v for k, v in rope.items() if k != 'rope_theta'}
     write_json(folder/'config.json', config)
     words = read_json(folder/'tokenizer_config.json')
-    if words.get('tokenizer_class') == 'TokenizersBackend': words['tokenizer_class'] = 'PreTrainedTokenizerFast'
-    if not words.get('extra_special_tokens'): words['extra_special_tokens'] = {'image_token': '<image>'}
+    if words.get('tokenizer_class') == 'TokenizersBackend':
+        words['tokenizer_class'] = 'PreTrainedTokenizerFast'
+    if not words.get('extra_special_tokens'):
+        words['extra_special_tokens'] = {'image_token': '<image>'}
     write_json(folder/'tokenizer_config.json', words)
     parts = read_json(folder/'processor_config.json')
-    write_json(folder/'preprocessor_config.json', {**parts['image_processor'], 'processor_class': 'LlavaProcessor'})
+    write_json(folder/'preprocessor_config.json',
+               {**parts['image_processor'], 'processor_class': 'LlavaProcessor'})
 
 @contextlib.contextmanager
 def new_folder(
@@ -454,7 +489,8 @@ def new_folder(
 ):             # yields the folder to write into
     "A model's folder that takes its name when it is complete; an older one is replaced then."
     path = Path(path); tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    if path.exists() and any(path.iterdir()) and not (path/'config.json').exists() and not (path/'adapter_config.json').exists():
+    if path.exists() and any(path.iterdir()) and not (path/'config.json').exists() and not (
+        path/'adapter_config.json').exists():
         raise FileExistsError(f"'{path}' holds something else than a model; choose another folder.")
     try:
         with writing(path), _no_bars():
@@ -464,8 +500,9 @@ def new_folder(
             os.replace(tmp, path)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-APART = ('The folder `connector` belongs to this model: `llava_med.models.llava.load` reads it. Plain transformers '
-         'does not, and loads another connector that was never trained with this model.')
+APART = (
+    'The folder `connector` belongs to this model: `llava_med.models.llava.load` reads it. Plain '
+    'transformers does not, and loads another connector that was never trained with this model.')
 
 def save(
     model:LlavaForConditionalGeneration, # to be written
@@ -477,7 +514,8 @@ def save(
     "Write a standard Hugging Face folder."
     path, kind, cast = Path(path), model.config.vision_config.model_type, {}
     def one(v):   # tied weights stay tied
-        if dtype and v.is_floating_point(): v = cast.setdefault(v.data_ptr(), v.to(getattr(torch, dtype)))
+        if dtype and v.is_floating_point():
+            v = cast.setdefault(v.data_ptr(), v.to(getattr(torch, dtype)))
         return v
     old, new = PARTS['vision_tower'], PARTS['vision_tower'] + 'vision_model.'*(kind in VISION_MODEL)
     state, apart = split_state(model, state or model.state_dict())
@@ -494,7 +532,8 @@ def save(
         if provenance: write_json(tmp/'provenance.json', provenance)
     return path
 
-SPARE = re.compile(r'(position_ids|rotary_emb\.inv_freq)$')   # computed, not learned; older files hold them
+# computed, not learned; older files hold them
+SPARE = re.compile(r'(position_ids|rotary_emb\.inv_freq)$')
 
 def load(
     path:Path,           # folder made by `save`, any LLaVA folder, or a Hub id such as owner/name@revision
@@ -504,22 +543,31 @@ def load(
     "Read a LLaVA; raises FileNotFoundError with the remedy when the folder is no model, ValueError when it is damaged."
     folder = Path(path)
     if (folder/'adapter_config.json').exists() and not (folder/'config.json').exists():
-        raise ValueError(f"'{path}' is an adapter and no model by itself; the model of the same stage has it added already, and `merge_folders` adds it to its base.")
-    if not (folder/'config.json').exists() and (isinstance(path, Path) or folder.exists() or not PLACE.fullmatch(str(path))):
-        raise FileNotFoundError(f"No model in '{path}': it holds no config.json. For the shipped base model: "
-                                f'{BASE_REMEDY} For a stage, run that stage first.')
+        raise ValueError(
+            f"'{path}' is an adapter and no model by itself; the model of the same stage has it "
+            "added already, and `merge_folders` adds it to its base.")
+    if not (folder/'config.json').exists() and (isinstance(path, Path) or folder.exists()
+                                                or not PLACE.fullmatch(str(path))):
+        raise FileNotFoundError(
+            f"No model in '{path}': it holds no config.json. For the shipped base model: "
+            f'{BASE_REMEDY} For a stage, run that stage first.')
     with _reading(path, 'a LLaVA'):
         kind = PretrainedConfig.get_config_dict(**_place(path))[0]
-        old = 'mm_vision_tower' in kind or 'mm_projector_type' in kind     # also where it calls itself llava
+        # also where it calls itself llava
+        old = 'mm_vision_tower' in kind or 'mm_projector_type' in kind
         config = None if old else AutoConfig.from_pretrained(**_place(path))
     if old or config.model_type != 'llava':
-        raise ValueError(f"'{path}' is " + ("a checkpoint in LLaVA's original layout" if old else f"a model of type '{config.model_type}', not 'llava'") +
+        raise ValueError(f"'{path}' is " + ("a checkpoint in LLaVA's original layout" if old
+                                            else "a model of type "
+                                                 f"'{config.model_type}', not 'llava'") +
                          '; an original LLaVA checkpoint is made one with `llava-med convert`.')
     processor = _read_processor(path)
     _agree(config, processor, path)                           # before gigabytes are read
     said = _connector_of(config, folder, path)
     with _reading(path, 'a LLaVA'):
-        model, info = AutoModelForImageTextToText.from_pretrained(**_place(path), dtype=getattr(torch, dtype), output_loading_info=True)
+        model, info = AutoModelForImageTextToText.from_pretrained(**_place(path),
+                                                                  dtype=getattr(torch, dtype),
+                                                                  output_loading_info=True)
     if strangers := sorted(k for k in info['unexpected_keys'] if not SPARE.search(k)):
         raise ValueError(f"'{path}' holds weights that fit nothing: {few(strangers)}.")
     _whole(info, path)
@@ -559,52 +607,74 @@ def _connector_of(config, folder, where):
     "What a checkpoint says of a connector that plain `transformers` cannot hold; None where it has a plain one."
     mark = getattr(config, 'connector', None)
     if mark and not folder.is_dir():
-        raise ValueError(f"'{where}' needs its connector '{mark['name']}', which is a folder of its own: download the "
-                         'whole repository, and load its folder.')
+        raise ValueError(
+            f"'{where}' needs its connector '{mark['name']}', which is a folder of its own: "
+            "download the whole repository, and load its folder.")
     if not mark and (folder/'connector').exists():
-        raise ValueError(f"'{where}' has a folder connector/ that its config.json does not name; remove one of the two.")
+        raise ValueError(
+            f"'{where}' has a folder connector/ that its config.json does not "
+            "name; remove one of the two.")
     return read_connector(folder, mark) if mark else None
 
 def _agree(config, processor, where):
     "Complete a processor that lacks what newer versions want, and refuse one that gives other pictures than the tower sees."
     vision, strategy = config.vision_config, config.vision_feature_select_strategy
     if (known := processor.tokenizer.get_vocab().get('<image>')) != config.image_token_id:
-        raise ValueError(f"'{where}': the tokenizer " + ('has no <image>' if known is None else f'writes <image> as {known}') +
-                         f', config.json says that token {config.image_token_id} stands for a picture; take tokenizer and configuration of one model.')
+        raise ValueError(f"'{where}': the tokenizer "
+                         + ('has no <image>' if known is None else f'writes <image> as {known}') +
+                         f', config.json says that token {config.image_token_id} stands for a '
+                         'picture; take tokenizer and configuration of one model.')
     if processor.patch_size is None: processor.patch_size = vision.patch_size
-    if processor.vision_feature_select_strategy is None: processor.vision_feature_select_strategy = strategy
-    known = vision.model_type in VISION_MODEL                 # CLIP has a class vector, SigLIP has none
+    if processor.vision_feature_select_strategy is None:
+        processor.vision_feature_select_strategy = strategy
+    # CLIP has a class vector, SigLIP has none
+    known = vision.model_type in VISION_MODEL
     apart = getattr(config, 'connector', None)                # whose number of tokens is its own
     if known and not apart:
         processor.num_additional_image_tokens = int(vision.model_type == 'clip_vision_model')
     images = processor.image_processor
-    side, patch = (getattr(images, 'crop_size', None) or images.size)['height'], processor.patch_size
-    n = (side//patch)**2 + processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == 'default')
-    same = (side, patch) == (vision.image_size, vision.patch_size) and processor.vision_feature_select_strategy == strategy
+    side, patch = (getattr(images, 'crop_size', None)
+                   or images.size)['height'], processor.patch_size
+    n = (side//patch)**2 + processor.num_additional_image_tokens - (
+        processor.vision_feature_select_strategy == 'default')
+    same = (side, patch) == (vision.image_size,
+                             vision.patch_size) and processor.vision_feature_select_strategy == strategy
     if known and same and not apart:
         config.image_seq_length = n            # files from the Hub may leave it at its default
     if known and not same or n != config.image_seq_length:
-        raise ValueError(f"'{where}': the processor gives {n} tokens from {side} px in patches of {patch}, the configuration says "
-                         f'{config.image_seq_length} tokens from {vision.image_size} px in patches of {vision.patch_size}; make '
-                         'processor_config.json and config.json agree.')
+        raise ValueError(
+            f"'{where}': the processor gives {n} tokens from {side} px in patches of {patch}, the "
+            "configuration says "
+            f'{config.image_seq_length} tokens from {vision.image_size} px in patches of '
+            f'{vision.patch_size}; make processor_config.json and config.json agree.')
 
 # %% ../../nbs/02_models/03_llava.ipynb #efa48604
 MODEL_USE = 'Research and teaching only. It is no medical device: nothing that it says may guide the care of a patient.'
-LIMITS = ('It invents findings, it overlooks findings, and it answers in the same sure tone when it is wrong. Its answers may rest on '
-          'the question alone: compare the scores with those for a blank image. It was not tested on people, hospitals or devices '
-          'other than those of its data.')
+LIMITS = (
+    'It invents findings, it overlooks findings, and it answers in the same sure tone when it is '
+    'wrong. Its answers may rest on the question alone: compare the scores with those for a blank '
+    'image. It was not tested on people, hospitals or devices other than those of its data.')
 
 def _score_lines(path, name):
     "A table of the scores over all items."
-    if not Path(path).exists(): raise FileNotFoundError(f"'{path}' does not exist; give the scores.csv of an evaluation, or none.")
-    with open(path, newline='', encoding='utf-8') as f: rows = [r for r in csv.DictReader(f) if r['slice'] == 'all' and (name is None or r['model'] == name)]
-    if not rows: raise ValueError(f"'{path}' has no row with slice 'all'" + (f" for model '{name}'." if name else '.'))
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"'{path}' does not exist; give the scores.csv of an evaluation, or none.")
+    with open(path, newline='', encoding='utf-8') as f:
+        rows = [r for r in csv.DictReader(f) if r['slice'] == 'all'
+                and (name is None or r['model'] == name)]
+    if not rows:
+        raise ValueError(f"'{path}' has no row with slice 'all'"
+                         + (f" for model '{name}'." if name else '.'))
     def cell(r):
         if not r['value']: return '-'
-        return f"{float(r['value']):.3f}" + (f" ({float(r['low']):.3f} to {float(r['high']):.3f})" if r['low'] else '')
-    return ['| model | data | condition | metric | value (95 % interval) | items | images |', '|---|---|---|---|---|---|---|',
-            *('| ' + ' | '.join([r['model'], f"{r['dataset']} {r['split']}".strip(), r['condition'], r['metric'], cell(r), r['n_items'], r['n_images']]) + ' |'
-              for r in rows)]
+        return f"{float(r['value']):.3f}" + (f" ({float(r['low']):.3f} to {float(r['high']):.3f})"
+                                             if r['low'] else '')
+    return ['| model | data | condition | metric | value (95 % interval) | items | images |',
+            '|---|---|---|---|---|---|---|',
+            *('| ' + ' | '.join([r['model'], f"{r['dataset']} {r['split']}".strip(), r['condition'],
+                                 r['metric'], cell(r), r['n_items'], r['n_images']]) + ' |'
+for r in rows)]
 
 def _reading_lines(folder):
     "Python that reads a model."
@@ -628,19 +698,29 @@ def write_card(
 )->Path:                     # README.md
     "Write a model card: data, licence, use, limits, and scores where there are any."
     folder, data = Path(folder), list(data)
-    if not folder.is_dir(): raise FileNotFoundError(f"'{folder}' is no folder; save the model first.")
-    if not data: raise ValueError('A model card names the data; give one text for each set, with its licence.')
-    head = dict(license=licence, library_name='peft' if (folder/'adapter_config.json').exists() else 'transformers',
-                pipeline_tag='image-text-to-text', tags=['llava', 'medical', 'research-only'], **({'base_model': base} if base else {}))
-    lines = ['---', yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(), '---', f'# {title}', '', '## Use', '', use, '',
-             '## Limits', '', limits, '', '## Data', '', *(f'- {d}' for d in data), '', '## Licence', '', licence, '']
+    if not folder.is_dir():
+        raise FileNotFoundError(f"'{folder}' is no folder; save the model first.")
+    if not data:
+        raise ValueError(
+            'A model card names the data; give one text for each set, with its licence.')
+    head = dict(license=licence, library_name='peft' if (folder/'adapter_config.json').exists()
+                else 'transformers',
+                pipeline_tag='image-text-to-text', tags=['llava', 'medical', 'research-only'],
+                **({'base_model': base} if base else {}))
+    lines = ['---', yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(), '---',
+             f'# {title}', '', '## Use', '', use, '', '## Limits', '', limits, '', '## Data', '',
+             *(f'- {d}' for d in data), '', '## Licence', '', licence, '']
     if base: lines += ['## Made from', '', base, '']
     if (folder/'provenance.json').exists():
         said = {k: v for k, v in read_json(folder/'provenance.json').items() if v}
-        lines += ['## Parts', '', *(f"- {k.replace('_', ' ')}: " + (', '.join(f'{a} `{b}`' for a, b in v.items()) if isinstance(v, dict)
-                                    else few(v, 20) if isinstance(v, list) else str(v)) for k, v in said.items()), '']
+        lines += ['## Parts', '',
+                  *(f"- {k.replace('_', ' ')}: " + (', '.join(f'{a} `{b}`' for a, b in v.items())
+                                                    if isinstance(v, dict)
+                    else few(v, 20) if isinstance(v, list) else str(v)) for k, v in said.items()),
+                  '']
     lines += ['## Scores', '', *(_score_lines(scores, model) if scores else ['Not measured.']), '']
     if not (folder/'adapter_config.json').exists():
         lines += ['## Reading it', '', '```python', *_reading_lines(folder), '```', '']
-    with replacing(folder/'README.md') as part: Path(part).write_text('\n'.join(lines), encoding='utf-8')
+    with replacing(folder/'README.md') as part:
+        Path(part).write_text('\n'.join(lines), encoding='utf-8')
     return folder/'README.md'

@@ -126,9 +126,11 @@ def scored_tokens(
         ids, = text_ids(tokenizer_of(reader), [chat_text(reader, messages, template=template)])
         return ids, [False]*len(ids)
     samples, = sample_ids(tokenizer_of(reader), [found])
-    if len(samples) > 1: raise ValueError(
-        'The chat template writes an earlier answer otherwise than it was asked for, so this '
-        f'conversation is {len(samples)} samples; `record_samples` makes them: {str(messages)[:80]}')
+    if len(samples) > 1:
+        raise ValueError(
+            'The chat template writes an earlier answer otherwise than it was asked for, so this '
+            f'conversation is {len(samples)} samples; `record_samples` makes '
+            f'them: {str(messages)[:80]}')
     return samples[0]
 
 # %% ../../nbs/02_models/06_templates.ipynb #9c57d2b8

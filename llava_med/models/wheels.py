@@ -34,13 +34,15 @@ def _library(name, path):
         raise PartError(path, f'is read with the package {name}, which is not installed',
                         f'`pip install {name}`') from None
 
-def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip('.:;')[:160]
+def _first_line(e):
+    return (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip('.:;')[:160]
 
 def gguf_facts(
     path:str|Path, # a .gguf file
 )->dict:           # `architecture`, `name`, `licence` and how many tensors there are of each number format
     "What a GGUF file says of itself; PartError where it is none."
-    if not Path(path).is_file(): raise PartError(path, 'there is no such file', 'name one that is there')
+    if not Path(path).is_file():
+        raise PartError(path, 'there is no such file', 'name one that is there')
     try:
         file = _library('gguf', path).GGUFReader(str(path))
         said = {k: f.contents() for k, f in file.fields.items() if k.startswith('general.')}
@@ -117,13 +119,15 @@ _ATTENTION = {'attention.attention.query': 'attention.q_proj',
 
 def _onnx_graph(path):
     "The graph of an ONNX file and its constants by name."
-    if not Path(path).is_file(): raise PartError(path, 'there is no such file', 'name one that is there')
+    if not Path(path).is_file():
+        raise PartError(path, 'there is no such file', 'name one that is there')
     onnx, numpy_helper = (_library(n, path) for n in ('onnx', 'onnx.numpy_helper'))
     try:
         graph = onnx.load(str(path)).graph
         return graph, {t.name: numpy_helper.to_array(t) for t in graph.initializer}
     except Exception as e:   # of protobuf, of numpy, or that a second file is missing
-        raise PartError(path, f'not a whole ONNX file ({_first_line(e)})', 'fetch it again') from None
+        raise PartError(path, f'not a whole ONNX file ({_first_line(e)})',
+                        'fetch it again') from None
 
 def _added_after(graph, constants):
     "Name of a product's nameless weight → name of the bias that is added to the product."
@@ -159,8 +163,10 @@ def onnx_tensors(
     token = named.get('embeddings.cls_token')
     width = token.shape[-1] if token is not None and token.ndim else 0
     positions = _positions(constants, width)
-    if positions is None: raise PartError(
-        path, f"holds no DINOv2 under the name '{prefix.rstrip('.')}'", 'only such a graph can be read')
+    if positions is None:
+        raise PartError(
+            path, f"holds no DINOv2 under the name '{prefix.rstrip('.')}'",
+            'only such a graph can be read')
     named |= {'embeddings.position_embeddings': positions,
               'embeddings.mask_token': np.zeros((1, width), np.float32)}
     bad = [k for k, v in named.items() if not np.isfinite(v).all()]

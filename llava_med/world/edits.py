@@ -17,9 +17,11 @@ from .scenes import LARGE, Finding, pleural_finding, sample_scene, scene_rng
 def _opposite(scene, f):
     "A finding on the other side of the picture."
     side = {'left': 'right', 'right': 'left'}[f.side]
-    if f.kind in ('pleural effusion', 'pneumothorax'): return pleural_finding(scene, f.kind, side, f.size)
+    if f.kind in ('pleural effusion', 'pneumothorax'):
+        return pleural_finding(scene, f.kind, side, f.size)
     boxes = [[1 - x - w, y, w, h] for x, y, w, h in f.boxes]
-    return replace(f, side=side, quadrant=f.quadrant and f.quadrant.replace(f.side, side), boxes=boxes)
+    return replace(f, side=side, quadrant=f.quadrant and f.quadrant.replace(f.side, side),
+                   boxes=boxes)
 
 def _resized(f):
     "The same lesions, small ones large and large ones small."
@@ -31,18 +33,21 @@ def _changed(scene, item):
     "The findings after the edit, and the answer that is true then; None where no edit is known."
     kind, type_, answer = item.get('kind'), item['tags'].get('question_type'), str(item['answer'])
     asked = [f for f in scene.findings if kind in (None, f.kind)]
-    gone = lambda f: Finding('nodule', 0, None, None, f.size, f.shape, f.density, f.border)  # keeps its number, draws nothing
+    # keeps its number, draws nothing
+    gone = lambda f: Finding('nodule', 0, None, None, f.size, f.shape, f.density, f.border)
     if not asked: return None
     if type_ == 'presence': change, new = gone, {'yes': 'no', 'no': 'yes'}.get(answer)
     elif type_ == 'finding': change, new = gone, 'none'
     elif type_ == 'side' and answer in ('left', 'right', 'yes') and asked[0].side:
-        change, new = (lambda f: _opposite(scene, f)), {'left': 'right', 'right': 'left', 'yes': 'no'}[answer]
+        change, new = (lambda f: _opposite(scene, f)), {'left': 'right', 'right': 'left',
+                                                        'yes': 'no'}[answer]
     elif type_ == 'quadrant' and asked[0].side:
         change = lambda f: _opposite(scene, f)
         new = ' '.join({'left': 'right', 'right': 'left'}.get(w, w) for w in answer.split())
     elif type_ == 'size': change, new = _resized, {'small': 'large', 'large': 'small'}.get(answer)
     elif type_ == 'count' and asked[0].kind not in ('pleural effusion', 'pneumothorax'):
-        change, new = (lambda f: replace(f, count=f.count - 1, boxes=f.boxes[:-1])), str(asked[0].count - 1)
+        change, new = (lambda f: replace(f, count=f.count - 1,
+                                         boxes=f.boxes[:-1])), str(asked[0].count - 1)
     else: return None
     return new and ([change(f) if f in asked else f for f in scene.findings], new)
 
@@ -51,7 +56,8 @@ def _pixels(boxes, size, margin=.012):
     "Pixels of boxes with a margin, (size, size) bool."
     out, t = np.zeros((size, size), bool), (np.arange(size) + .5)/size
     for x, y, w, h in boxes:
-        out |= np.outer((y - margin <= t) & (t < y + h + margin), (x - margin <= t) & (t < x + w + margin))
+        out |= np.outer((y - margin <= t) & (t < y + h + margin),
+                        (x - margin <= t) & (t < x + w + margin))
     return out
 
 def _elsewhere(rng, boxes, taken):
@@ -60,7 +66,9 @@ def _elsewhere(rng, boxes, taken):
     for _, _, w, h in boxes:
         for _ in range(200):
             x, y = rng.uniform(.02, .98 - w), rng.uniform(.02, .98 - h)
-            if all(x + w < a - .02 or a + c + .02 < x or y + h < b - .02 or b + d + .02 < y for a, b, c, d in (*taken, *out)): break
+            if all(x + w < a - .02 or a + c + .02 < x or y + h < b - .02 or b + d + .02 < y
+                   for a, b, c, d in (*taken, *out)):
+                break
         else: return None
         out.append((x, y, w, h))
     return out
@@ -82,8 +90,11 @@ def edits(
     places = _elsewhere(scene_rng(scene, 900 + seed), before, taken)
     if places is None: return None
     own, new = render(scene, size), render(replace(scene, findings=findings), size)
-    other = render(replace(sample_scene(scene.seed + 1, scene.split, scene.modality), findings=[]), size)
+    other = render(replace(sample_scene(scene.seed + 1, scene.split, scene.modality), findings=[]),
+                   size)
     pictures = [own, np.where(_pixels(before + after, size)[..., None], new, own),
                 np.where(_pixels(places, size)[..., None], other, own)]
-    boxes = [tuple(b) for f in scene.findings if item.get('kind') in (None, f.kind) for b in f.boxes]
-    return dict(zip(('original', 'edited', 'elsewhere'), map(Image.fromarray, pictures)), answer=answer, boxes=boxes)
+    boxes = [tuple(b) for f in scene.findings if item.get('kind') in (None, f.kind)
+             for b in f.boxes]
+    return dict(zip(('original', 'edited', 'elsewhere'), map(Image.fromarray, pictures)),
+                answer=answer, boxes=boxes)

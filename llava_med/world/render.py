@@ -144,11 +144,15 @@ def paint_gray(
     "Paint one lesion of a radiological kind onto its patch."
     if kind == 'nodule': return mix(p, .9*edge(rho, .2), .86)
     if kind == 'consolidation':
-        return np.maximum(p, mix(p, np.clip(haze(rho)**.45*(.95+.08*speckle(rng, p.shape, 2.5)), 0, 1), .90))
+        return np.maximum(p,
+                          mix(p, np.clip(haze(rho)**.45*(.95+.08*speckle(rng, p.shape, 2.5)), 0, 1),
+                              .90))
     if kind == 'mass': return mix(p, edge(rho, .18), .80+.03*speckle(rng, p.shape, 1))
     if kind == 'cavity': return mix(mix(p, edge(rho, .15), .74), edge(rho/.62, .2), .02)
     if kind == 'ground-glass opacity':
-        return np.maximum(p, mix(p, np.clip(haze(rho)**.35*(.9+.1*speckle(rng, p.shape, 1.5)), 0, 1), .62))
+        return np.maximum(p,
+                          mix(p, np.clip(haze(rho)**.35*(.9+.1*speckle(rng, p.shape, 1.5)), 0, 1),
+                              .62))
     if kind == 'metastasis': return mix(p, edge(rho, .2), .97)
     if kind == 'abscess': return mix(mix(p, edge(rho, .12), .97), edge(rho/.68, .2), .10)
     wedge = np.maximum(np.abs(dy)-.14-.42*(dx+1), np.hypot(dx, dy)-1)  # infarct: dx points outwards
