@@ -15,7 +15,6 @@ __all__ = ['FULL', 'SERIES_COLOURS', 'PACKAGES', 'PEAK_FLOPS', 'STAYS', 'BASE_RE
 import contextlib
 import csv
 import errno
-import functools
 import hashlib
 import io
 import json
@@ -552,7 +551,9 @@ def link_tree(
         name = p.relative_to(source)
         if any(x.startswith('.') for x in name.parts) or '.partial-' in p.name: continue
         with writing(target):
-            if p.is_dir(): (target/name).mkdir(parents=True, exist_ok=True); continue
+            if p.is_dir():
+                (target/name).mkdir(parents=True, exist_ok=True)
+                continue
             (target/name).parent.mkdir(parents=True, exist_ok=True)
             try: os.link(p, target/name)
             except OSError: shutil.copy2(p, target/name)

@@ -16,7 +16,8 @@ import psutil
 from ..core.runs import (
     OutputError, data_dir, file_hash, now, read_json, replacing, write_json, writing)
 from .pubmed import Web, WebError, differs, get_pmc
-from ..models.llava import join, new_folder, save, write_card
+from ..core.cards import write_card
+from ..models.llava import join, new_folder, save
 from ..models.wheels import (
     PartError, next_words, read_gguf, read_onnx_tower, tower_features)
 

@@ -540,8 +540,8 @@ def report_text(
         return [('user', f'{_noted(rng, o)} {ask}'), ('assistant', text)]
     w, n, s, where = o['found'][rng.integers(len(o['found']))]
     pairs = [(f'how many of {w}?', str(n)), (f'where is the {w}?', where),
-             (f'is the {w} small or large?', s), (f'which study?', o['study']),
-             (f'which organ?', o['organ']), (f'any {w}?', 'yes'), (f"any {o['absent']}?", 'no')]
+             (f'is the {w} small or large?', s), ('which study?', o['study']),
+             ('which organ?', o['organ']), (f'any {w}?', 'yes'), (f"any {o['absent']}?", 'no')]
     q, a = pairs[rng.integers(len(pairs))]
     return [('user', f'{text if rng.random() < .5 else _noted(rng, o)} {q}'), ('assistant', a)]
 
