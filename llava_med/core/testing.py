@@ -54,7 +54,7 @@ class LocalEndpoint:
             with self.lock: self.busy -= 1
 
 # %% ../../nbs/00_core/04_testing.ipynb #cdabde01
-def _chunks(text, finish, used):
+def _pieces(text, finish, used):
     "An answer as the chunks of a stream."
     for w in re.findall(r'\S+\s*', text):
         yield dict(choices=[dict(index=0, delta=dict(content=w))])
@@ -64,7 +64,7 @@ def _chunks(text, finish, used):
 def _completion(text, finish, used, stream):
     "The lines of an answer, streamed or whole."
     if stream:
-        lines = [f'data: {json.dumps(c)}\n\n' for c in _chunks(text, finish, used)]
+        lines = [f'data: {json.dumps(c)}\n\n' for c in _pieces(text, finish, used)]
         return [*lines, 'data: [DONE]\n\n']
     choice = dict(index=0, finish_reason=finish, message=dict(role='assistant', content=text))
     return [json.dumps(dict(id='1', choices=[choice], usage=used))]
