@@ -17,7 +17,8 @@ from llava_med.generate.answers import answer, plain_answer, slow_because
 from llava_med.models.adapters import add_lora, load_adapter, merge, save_adapter
 from llava_med.models.anatomy import connector, decoder, image_tokens, part_table, put_part, set_trainable, vision_features
 from llava_med.models.connectors import CONNECTORS, connector_record, put_connector
-from llava_med.models.llava import load, save, tiny_model, write_card
+from llava_med.core.cards import write_card
+from llava_med.models.llava import load, save, tiny_model
 from llava_med.train.batches import Collator, batch_loss, record_samples
 
 

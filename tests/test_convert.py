@@ -15,7 +15,8 @@ from transformers.utils import logging
 
 from llava_med.lab.commands import main
 from llava_med.models.convert import add_base, convert, convert_vit, convert_weights, own_tower, read_weights, strange_fields, text_config
-from llava_med.models.llava import disk_name, join, load, read_tower, save, train_tokenizer, weights_hash
+from llava_med.models.anatomy import disk_name
+from llava_med.models.llava import join, load, read_tower, save, train_tokenizer, weights_hash
 
 logging.set_verbosity_error()
 WIDE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)

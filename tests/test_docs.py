@@ -138,7 +138,7 @@ def test_commands_that_are_shown_name_what_is_there(page):
 def test_pages_of_modules_name_all_that_is_public(module):
     text = library()[module]
     public = {n.name for n in ast.parse(text).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_')}
-    page = api_page(module, text, '00_core/01_runs.ipynb')
+    page = api_page(module, text, '00_core/02_runs.ipynb')
     assert {d['name'] for d in described(text)} == public and all(f'}} {n}' in page for n in public)
     assert 'After this chapter' not in page
 
@@ -154,7 +154,7 @@ def test_comments_become_descriptions():
 
 def test_hidden_cells_stay_out(tmp_path):
     nb = nbformat.v4.new_notebook(cells=[md('# T\n\n> x'), code('#| hide\nsecret'), code('#| default_exp a'), code('#|export\n#| hide_input\nshown'), code('#| echo: false\ndrawn')])
-    page = book_page(nb, 'nbs/00_core/01_runs.ipynb', {}, tmp_path)
+    page = book_page(nb, 'nbs/00_core/02_runs.ipynb', {}, tmp_path)
     assert [c.source for c in page.cells if c.cell_type == 'code'] == ['shown', 'drawn']
     assert page.cells[-1].metadata['tags'] == ['remove-input'] and '#|' not in str(page.cells)
 
@@ -330,7 +330,7 @@ def test_search_finds_a_word(driver, shot, address, site, how):
 
 @pytest.mark.slow
 def test_pages_light_and_dark_wide_and_narrow(driver, shot, address):
-    names = ('index', '00_core/01_runs', '03_data/03_articles', '07_explain/02_maps', '03_data', 'pipeline/4_evaluation', 'pipeline', 'pages/glossary', 'pages/chapters', 'api/models.llava', 'api', 'contributing', 'data')
+    names = ('index', '00_core/02_runs', '03_data/03_articles', '07_explain/02_maps', '03_data', 'pipeline/4_evaluation', 'pipeline', 'pages/glossary', 'pages/chapters', 'api/models.llava', 'api', 'contributing', 'data')
     for width, height in ((1400, 1100), (390, 844)):
         size(driver, width, height)
         for name in names:

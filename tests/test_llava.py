@@ -15,7 +15,9 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, CLIPConfig, CLIPM
 
 from llava_med.models.adapters import add_lora, base_hash, load_adapter, merge, merge_folders, save_adapter
 from llava_med.models.anatomy import vision_features
-from llava_med.models.llava import chat_template, disk_name, join, load, read_tower, save, tiny_model, train_tokenizer, weights_hash, write_card
+from llava_med.core.cards import write_card
+from llava_med.models.anatomy import disk_name
+from llava_med.models.llava import chat_template, join, load, read_tower, save, tiny_model, train_tokenizer, weights_hash
 from llava_med.core.runs import data_dir
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=48, patch_size=12)

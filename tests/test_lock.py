@@ -168,7 +168,7 @@ def test_contributing_names_what_is_there():
     targets = set(re.findall(r'(?m)^([a-z-]+):', (REPO/'Makefile').read_text()))
     assert set(re.findall(r'make ([a-z-]+)', ' '.join(re.findall(r'`([^`\n]+)`', text)) + ' '.join(re.findall(r'(?m)^ +(make [a-z-]+)$', text)))) <= targets
     for f in set(re.findall(r'(?:nbs|tests|\.ci)/\w[\w./]*\w', text)) - {'nbs/NN_package/NN_noun.ipynb', 'nbs/pipeline'}: assert (REPO/f).exists(), f
-    chapter = nbformat.read(REPO/'nbs/00_core/01_runs.ipynb', 4)
+    chapter = nbformat.read(REPO/'nbs/00_core/02_runs.ipynb', 4)
     assert any(c.source.startswith('#| export') for c in chapter.cells)
 
 

@@ -20,17 +20,20 @@ def imported_names(
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {a.name.split('.', 1)[1] for a in node.names if a.name.startswith('llava_med.')}
+            for a in node.names:
+                package_name, _, rest = a.name.partition('.')
+                if package_name == 'llava_med': found.add(rest)
         if not isinstance(node, ast.ImportFrom): continue
         module = node.module or ''
         if node.level: parts = [package if node.level == 1 else '', module]
         elif re.match(r'llava_med(\.|$)', module): parts = module.split('.')[1:]
         else: continue
         base = '.'.join(filter(None, parts))
-        found |= {base, *('.'.join(filter(None, [base, a.name])) for a in node.names)} - {''}
-    return found
+        found.add(base)
+        for a in node.names: found.add(f'{base}.{a.name}' if base else a.name)
+    return found - {''}
 
-# %% ../../nbs/00_core/05_imports.ipynb #2042079c
+# %% ../../nbs/00_core/05_imports.ipynb #a481d88f
 def module_file(
     module:str,    # such as core.runs
     library:Path,  # the folder of llava_med
@@ -38,22 +41,23 @@ def module_file(
     "The file of a module."
     return Path(library)/f"{module.replace('.', '/')}.py"
 
+# %% ../../nbs/00_core/05_imports.ipynb #2042079c
 def needed_modules(
     source:str,    # Python code, such as all code cells of a notebook
     library:Path,  # the folder of llava_med
 )->list:           # names of modules, sorted
     "The modules that a source imports, and those that they import, and so on."
-    names, seen = imported_names(source), set()
-    while names:
-        there = {m for m in names - seen if module_file(m, library).is_file()}
-        seen |= there
-        texts = {m: module_file(m, library).read_text(encoding='utf-8') for m in there}
-        names = set().union(*(imported_names(t, m.split('.')[0]) for m, t in texts.items()))
-        names -= seen
-        if not there: break
+    queue, seen = sorted(imported_names(source)), set()
+    while queue:
+        module = queue.pop()
+        file = module_file(module, library)
+        if module in seen or not file.is_file(): continue
+        seen.add(module)
+        package = module.split('.')[0]
+        queue += imported_names(file.read_text(encoding='utf-8'), package)
     return sorted(seen)
 
-# %% ../../nbs/00_core/05_imports.ipynb #35c1c520
+# %% ../../nbs/00_core/05_imports.ipynb #c0631628
 def every_module(
     library:Path, # the folder of llava_med
 )->list:          # names of modules, sorted
@@ -61,16 +65,22 @@ def every_module(
     files = [p for p in Path(library).glob('*/*.py') if not p.name.startswith('_')]
     return sorted(f'{p.parent.name}.{p.stem}' for p in files)
 
+# %% ../../nbs/00_core/05_imports.ipynb #a7b032a1
 def files_beside(
     module:str,   # such as data.generators
     library:Path, # the folder of llava_med
 )->list:          # paths of data files, sorted
     "The data files of the library that a module names."
     text = module_file(module, library).read_text(encoding='utf-8')
-    found = [p for p in Path(library).rglob('*') if p.is_file() and p.suffix not in ('.py', '.pyc')]
-    names = lambda p: {p.name, p.parent.name} - {'__pycache__', *(d.name for d in Path(library).iterdir())}
-    return sorted(p for p in found if any(f"{n}'" in text for n in names(p)))
+    packages = {'__pycache__', *(d.name for d in Path(library).iterdir())}
+    found = []
+    for p in sorted(Path(library).rglob('*')):
+        if not p.is_file() or p.suffix in ('.py', '.pyc'): continue
+        names = {p.name, p.parent.name} - packages
+        if any(f"{n}'" in text for n in names): found.append(p)
+    return found
 
+# %% ../../nbs/00_core/05_imports.ipynb #35c1c520
 def modules_hash(
     source:str,   # Python code, such as all code cells of a notebook
     library:Path, # the folder of llava_med
@@ -79,7 +89,8 @@ def modules_hash(
     computed = re.search(r'import_module\((?![\'"][\w.]+[\'"]\))', source)
     try: modules = every_module(library) if computed else needed_modules(source, library)
     except SyntaxError: modules = every_module(library)   # what cannot be read may need anything
-    h, library = hashlib.sha256(), Path(library)
-    files = {module_file(m, library) for m in modules}.union(*(files_beside(m, library) for m in modules))
-    for p in sorted(files): h.update(f'{p.relative_to(library).as_posix()}\0'.encode() + p.read_bytes() + b'\0')
+    h, library, files = hashlib.sha256(), Path(library), set()
+    for m in modules: files |= {module_file(m, library), *files_beside(m, library)}
+    for p in sorted(files):
+        h.update(f'{p.relative_to(library).as_posix()}\0'.encode() + p.read_bytes() + b'\0')
     return h.hexdigest()

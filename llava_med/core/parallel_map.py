@@ -21,8 +21,11 @@ def parallel_map(
     names = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
     old = {k: os.environ.get(k) for k in names}
     os.environ.update(dict.fromkeys(names, '1'))  # one thread a worker, or they fight for the cores
+    chunk = max(1, min(32, len(jobs)//(4*n_workers)))
     try:
         with ProcessPoolExecutor(n_workers, mp_context=get_context('spawn')) as pool:
-            return list(pool.map(fn, jobs, chunksize=max(1, min(32, len(jobs)//(4*n_workers)))))
+            return list(pool.map(fn, jobs, chunksize=chunk))
     finally:
-        for k, v in old.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
+        for k, v in old.items():
+            if v is None: os.environ.pop(k)
+            else: os.environ[k] = v

@@ -27,38 +27,43 @@ def read_pieces(
     "The content of a sentencepiece model; raises ValueError with the reason when it is none."
     raw, proto = Path(path).read_bytes(), sentencepiece_model_pb2.ModelProto()
     if raw.startswith(b'version https://git-lfs'):
-        raise ValueError(f"'{path}' is a Git LFS pointer and not the file itself: run `git lfs "
-                         f"pull` there.")
+        raise ValueError(f"'{path}' is a Git LFS pointer and not the file itself: "
+                         "run `git lfs pull` there.")
     if re.match(rb'[A-Za-z0-9+/]+={0,2} \d+\s', raw):
-        raise ValueError(f"'{path}' is a tiktoken file, not sentencepiece's; take the model's "
-                         f"tokenizer.json.")
-    try: proto.ParseFromString(raw); SentencePieceProcessor(model_proto=raw)
+        raise ValueError(f"'{path}' is a tiktoken file, not sentencepiece's; "
+                         "take the model's tokenizer.json.")
+    try:
+        proto.ParseFromString(raw)
+        SentencePieceProcessor(model_proto=raw)
     except (DecodeError, RuntimeError, ValueError) as e:
         raise ValueError(
             f"'{path}' is no sentencepiece model, or is damaged; fetch it again.") from e
     if not proto.pieces:
         raise ValueError(f"'{path}' is no sentencepiece model: it has no pieces; fetch it again.")
     if proto.trainer_spec.model_type not in (1, 2):
-        raise ValueError(f"'{path}' splits into words or characters; only BPE and unigram can be "
-                         f"read.")
-    if any(p.type == PIECE_KINDS['unused'] for p in proto.pieces):
-        raise ValueError(f"'{path}' has unused pieces, so it cannot be read exactly; give a "
-                         f"tokenizer.json.")
+        raise ValueError(f"'{path}' splits into words or characters; "
+                         "only BPE and unigram can be read.")
+    if PIECE_KINDS['unused'] in {p.type for p in proto.pieces}:
+        raise ValueError(f"'{path}' has unused pieces, so it cannot be read exactly; "
+                         "give a tokenizer.json.")
     return proto
 
-# %% ../../nbs/00_core/07_pieces.ipynb #0719f15a
+# %% ../../nbs/00_core/07_pieces.ipynb #540d4271
 def merges_of(
     pieces:list, # of `read_pieces`
 )->list:         # pairs of texts, the pair that is joined first in front
     "The merges of a BPE model of sentencepiece."
-    normal = {p.piece: -i for i, p in enumerate(pieces) if p.type == PIECE_KINDS['normal']}
+    normal = {p.piece for p in pieces if p.type == PIECE_KINDS['normal']}
     out = []
-    for rank, p in sorted(enumerate(pieces), key=lambda x: (-x[1].score, x[0])):
-        if p.piece not in normal or len(p.piece) < 2: continue
-        cuts = [(p.piece[:i], p.piece[i:]) for i in range(1, len(p.piece))]
-        out += [c for c in cuts if c[0] in normal and c[1] in normal]
+    for piece in sorted(pieces, key=lambda p: -p.score):   # of equal ones the first goes first
+        text = piece.piece
+        if text not in normal or len(text) < 2: continue
+        for i in range(1, len(text)):
+            left, right = text[:i], text[i:]
+            if left in normal and right in normal: out.append((left, right))
     return out
 
+# %% ../../nbs/00_core/07_pieces.ipynb #0719f15a
 def piece_model(
     proto, # of `read_pieces`
 ):         # a model of `tokenizers`
@@ -69,19 +74,23 @@ def piece_model(
     return models.BPE({p.piece: i for i, p in enumerate(pieces)}, merges_of(pieces),
                       unk_token=spec.unk_piece, fuse_unk=True, byte_fallback=spec.byte_fallback)
 
-# %% ../../nbs/00_core/07_pieces.ipynb #4461db3b
-def _user(proto): return [p.piece for p in proto.pieces if p.type == PIECE_KINDS['user']]
+# %% ../../nbs/00_core/07_pieces.ipynb #818b7af3
+def _of_kinds(proto, *kinds):
+    "The pieces of some kinds."
+    numbers = [PIECE_KINDS[k] for k in kinds]
+    return [p.piece for p in proto.pieces if p.type in numbers]
 
 def spaces(
     proto,      # of `read_pieces`
     prefix:str, # a space in front of `always` each text, the `first` one, `never`
 )->tuple:       # (normalizer, pre-tokenizer or None)
-    "How sentencepiece treats spaces; only a text that is nothing but a user-defined piece lacks its first one."
-    spec, user = proto.normalizer_spec, '|'.join(map(re.escape, _user(proto)))
-    steps = [normalizers.Precompiled(
-        spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    "How sentencepiece treats spaces; a text that is just a user-defined piece gets none in front."
+    spec, user = proto.normalizer_spec, '|'.join(map(re.escape, _of_kinds(proto, 'user')))
+    steps = []
+    if spec.precompiled_charsmap: steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(a), b) for a, b in ((r'\A +| +\z', ''), (' {2,}', ' '))]
+        steps.append(normalizers.Replace(Regex(r'\A +| +\z'), ''))
+        steps.append(normalizers.Replace(Regex(' {2,}'), ' '))
     if prefix == 'always':
         steps.append(normalizers.Prepend('▁'))
         if user: steps.append(normalizers.Replace(Regex(rf'\A▁(?=(?:{user})\z)'), ''))
@@ -89,12 +98,13 @@ def spaces(
     cut = None
     # a space that no text can hold any more, so that it is always put in front
     if prefix == 'first':
-        kinds = ((' ', 'first'), ('▁', 'never'))
+        meta = pre_tokenizers.Metaspace
         cut = pre_tokenizers.Sequence([
-            pre_tokenizers.Metaspace(replacement=a, prepend_scheme=b, split=False)
-            for a, b in kinds])
+            meta(replacement=' ', prepend_scheme='first', split=False),
+            meta(replacement='▁', prepend_scheme='never', split=False)])
     return normalizers.Sequence(steps), cut
 
+# %% ../../nbs/00_core/07_pieces.ipynb #4461db3b
 def plain_tokenizer(
     proto,               # of `read_pieces`
     prefix:str='always', # see `spaces`
@@ -106,16 +116,17 @@ def plain_tokenizer(
     steps = [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
     if prefix != 'never': steps.append(decoders.Strip(' ', 1, 0))
     tok.decoder = decoders.Sequence(steps)
-    tok.add_tokens([AddedToken(p, normalized=prefix == 'always') for p in _user(proto)])
+    for piece in _of_kinds(proto, 'user'):
+        tok.add_tokens([AddedToken(piece, normalized=prefix == 'always')])
     return tok
 
-# %% ../../nbs/00_core/07_pieces.ipynb #c77f469d
+# %% ../../nbs/00_core/07_pieces.ipynb #ffa49084
 PROBES = ('the left lung', ' one space', '  two  spaces   three ',
-          'a line\nanother\n\n\tand a tab', '\n', ' ',
-          '3.14 and 2026, 1e-6', 'µm ≥ 5 °C', 'Größe ﬁbröse Ⅳ', '左肺に小さな結節', '😀👩‍⚕️',
-          'e\u0301', '▁a▁b',
-          'a<s>b', '[INST] x [/INST]', 'USER: x ASSISTANT:', '###Human:', 'aaaaaaaa', 'x' * 40)
+          'a line\nanother\n\n\tand a tab', '\n', ' ', '3.14 and 2026, 1e-6', 'µm ≥ 5 °C',
+          'Größe ﬁbröse Ⅳ', '左肺に小さな結節', '😀👩‍⚕️', 'e\u0301', '▁a▁b', 'a<s>b', '[INST] x [/INST]',
+          'USER: x ASSISTANT:', '###Human:', 'aaaaaaaa', 'x' * 40)
 
+# %% ../../nbs/00_core/07_pieces.ipynb #c77f469d
 def check_pieces(
     tok:Tokenizer, # of `plain_tokenizer`, before special tokens are added
     path:Path,     # tokenizer.model
@@ -125,16 +136,15 @@ def check_pieces(
     proto = read_pieces(path)
     proto.normalizer_spec.add_dummy_prefix = dummy
     sp = SentencePieceProcessor(model_proto=proto.SerializeToString())
-    apart = [p.piece for p in proto.pieces
-             if p.type in (PIECE_KINDS['unknown'], PIECE_KINDS['control'])]
-    texts = [t for t in (*PROBES, *(f'see {u} here' for u in _user(proto)[:50]))
-             if not any(c in t for c in apart)]      # those become special tokens
-    if bad := [t for t in texts if tok.encode(t, add_special_tokens=False).ids != sp.encode(t)]:
-        raise ValueError(f"'{path}' cannot be read exactly: {bad[0]!r} would become other tokens "
-                         f"than "
-                         'sentencepiece makes; give a tokenizer.json of this model.')
+    special = _of_kinds(proto, 'unknown', 'control')   # these become special tokens
+    within = [f'see {piece} here' for piece in _of_kinds(proto, 'user')[:50]]
+    for text in (*PROBES, *within):
+        if any(s in text for s in special): continue
+        if tok.encode(text, add_special_tokens=False).ids == sp.encode(text): continue
+        raise ValueError(f"'{path}' cannot be read exactly: {text!r} would become other tokens "
+                         'than sentencepiece makes; give a tokenizer.json of this model.')
 
-# %% ../../nbs/00_core/07_pieces.ipynb #f3453cf7
+# %% ../../nbs/00_core/07_pieces.ipynb #664b71f2
 TOKEN_ROLES = ('unk_token', 'bos_token', 'eos_token', 'pad_token', 'sep_token', 'cls_token',
                'mask_token')
 LLAMA_CLASSES = ('LlamaTokenizer', 'CodeLlamaTokenizer', 'GemmaTokenizer', 'PreTrainedTokenizer',
@@ -150,30 +160,35 @@ def special_tokens(
 )->tuple:        # (role → token, settings of the tokenizer)
     "What the files of a folder say about special tokens, the more special file first."
     words, spec = _json(folder/'tokenizer_config.json'), proto.trainer_spec
-    said, own = _json(folder/'special_tokens_map.json'), {}
-    for k, i in (('unk', spec.unk_id), ('bos', spec.bos_id), ('eos', spec.eos_id),
-                 ('pad', spec.pad_id)):
+    said, own, roles = _json(folder/'special_tokens_map.json'), {}, {}
+    for k in ('unk', 'bos', 'eos', 'pad'):
+        i = getattr(spec, f'{k}_id')
         if i >= 0: own[f'{k}_token'] = proto.pieces[i].piece
-    found = {k: _text(said.get(k)) or _text(words.get(k)) or own.get(k) for k in TOKEN_ROLES}
-    return {k: v for k, v in found.items() if v}, words | {
-        'more': [_text(x) for x in said.get('additional_special_tokens')
-                 or words.get('additional_special_tokens') or []]}
+    for k in TOKEN_ROLES:
+        text = _text(said.get(k)) or _text(words.get(k)) or own.get(k)
+        if text: roles[k] = text
+    key = 'additional_special_tokens'
+    more = list(map(_text, said.get(key) or words.get(key) or []))
+    return roles, words | {'more': more}
 
+# %% ../../nbs/00_core/07_pieces.ipynb #8ec0cf4e
 def added_tokens(
     folder:Path, # with tokenizer.model and files about it
     words:dict,  # tokenizer_config.json
 )->dict:         # id → (text, settings of the token)
     "Tokens that were added to the pieces, by id."
-    out = {int(i): (_text(x), x if isinstance(x, dict) else {})
-           for i, x in (words.get('added_tokens_decoder') or {}).items()}
+    out = {}
+    for i, x in (words.get('added_tokens_decoder') or {}).items():
+        out[int(i)] = _text(x), x if isinstance(x, dict) else {}
     for text, i in _json(folder/'added_tokens.json').items(): out.setdefault(i, (text, {}))
     return dict(sorted(out.items()))
 
+# %% ../../nbs/00_core/07_pieces.ipynb #f3453cf7
 def _rename(proto, added):
     "Give a spare piece the name that was written over it, as the original tokenizer does."
+    free = PIECE_KINDS['control'], PIECE_KINDS['user']
     for i, (text, _) in added.items():
-        free = ('control', 'user')
-        if i < len(proto.pieces) and proto.pieces[i].type in [PIECE_KINDS[k] for k in free]:
+        if i < len(proto.pieces) and proto.pieces[i].type in free:
             proto.pieces[i].piece, proto.pieces[i].type = text, PIECE_KINDS['control']
     return proto
 
@@ -181,33 +196,34 @@ def _add(tok, added, roles, more, where):
     "Add special tokens; ids that would not come out as the files say are refused."
     special = {*roles.values(), *more}
     def put(text, how={}):
-        flags = {k: how.get(k, False) for k in ('lstrip', 'rstrip', 'single_word')}
-        tok.add_tokens([AddedToken(text, normalized=False,
-                                   special=how.get('special', text in special),
-                                   **flags)])
+        token = AddedToken(text, normalized=False, special=how.get('special', text in special),
+                           lstrip=how.get('lstrip', False), rstrip=how.get('rstrip', False),
+                           single_word=how.get('single_word', False))
+        tok.add_tokens([token])
     for i, (text, how) in added.items():
         put(text, how)
         if (got := tok.token_to_id(text)) != i:
             raise ValueError(f"'{where}': {text!r} is said to be token {i}, and would become "
-                             f"{got}; take "
-                             'added_tokens.json and tokenizer_config.json of the same model as '
-                             'tokenizer.model.')
+                             f'{got}; take added_tokens.json and tokenizer_config.json of the same '
+                             'model as tokenizer.model.')
+    known = {text for text, _ in added.values()}
     for text in (*roles.values(), *more):
-        if text not in {t for t, _ in added.values()}: put(text)
+        if text not in known: put(text)
 
-# %% ../../nbs/00_core/07_pieces.ipynb #e169fbd5
+# %% ../../nbs/00_core/07_pieces.ipynb #24128b86
 def _frame(tok, roles, words):
     "Put the begin (and the end, if the files say so) around a text, as the original does."
-    ends = (('bos_token', words.get('add_bos_token', True)),
-            ('eos_token', words.get('add_eos_token', False)))
-    front, back = (roles.get(k) if use else None for k, use in ends)
+    front = roles.get('bos_token') if words.get('add_bos_token', True) else None
+    back = roles.get('eos_token') if words.get('add_eos_token', False) else None
     if not front and not back: return
-    single = ' '.join(f'{x}:0' for x in (front, '$A', back) if x)
-    pair = single + ' ' + ' '.join(f'{x}:1' for x in (front, '$B', back) if x)
+    joined = lambda text, n: ' '.join(f'{x}:{n}' for x in (front, text, back) if x)
+    single = joined('$A', 0)
+    pair = single + ' ' + joined('$B', 1)
     named = [(x, tok.token_to_id(x)) for x in dict.fromkeys((front, back)) if x]
     tok.post_processor = processors.TemplateProcessing(single=single, pair=pair,
                                                        special_tokens=named)
 
+# %% ../../nbs/00_core/07_pieces.ipynb #1b8b9771
 def _template_of(folder, words):
     "The chat template of a folder, as `transformers` would find it."
     said = words.get('chat_template')
@@ -215,6 +231,7 @@ def _template_of(folder, words):
         said = (folder/'chat_template.jinja').read_text(encoding='utf-8')
     return {x['name']: x['template'] for x in said} if isinstance(said, list) else said
 
+# %% ../../nbs/00_core/07_pieces.ipynb #e169fbd5
 def from_sentencepiece(
     folder:Path, # with tokenizer.model and perhaps files about special tokens
 )->PreTrainedTokenizerFast: # is saved as a plain tokenizer.json
@@ -236,46 +253,60 @@ def from_sentencepiece(
     out.chat_template = _template_of(folder, words)
     return out
 
-# %% ../../nbs/00_core/07_pieces.ipynb #eeeaf5ed
+# %% ../../nbs/00_core/07_pieces.ipynb #18d57d36
 def _stored(where, name):
     "A file of a folder, or of a repository on the Hub; None where there is none."
     place = str(where)
-    if not Path(place).is_dir():
+    if Path(place).is_dir():
+        got = Path(place)/name
+    else:
         place, _, revision = place.partition('@')
         got = cached_file(place, name, revision=revision or None,
                           _raise_exceptions_for_missing_entries=False)
-    else: got = Path(place)/name
     return Path(got) if got and Path(got).is_file() else None
 
 def _as_stored(tok, path):
     "Whether a tokenizer gives the ids of its tokenizer.json."
     file = Tokenizer.from_file(str(path))
-    file.no_padding(); file.no_truncation()
-    known = [t for t in (tok.bos_token, tok.eos_token) if t and file.token_to_id(t) is not None]
-    texts = [*PROBES, *(f'a{t}\nb {t} c' for t in known)]
-    both = ([x.encode(t, add_special_tokens=False).ids for t in texts]
-            for x in (tok.backend_tokenizer, file))
-    return next(both) == next(both)
+    file.no_padding()
+    file.no_truncation()
+    texts = list(PROBES)
+    for end in (tok.bos_token, tok.eos_token):
+        if end and file.token_to_id(end) is not None: texts.append(f'a{end}\nb {end} c')
+    for text in texts:
+        mine = tok.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        if mine != file.encode(text, add_special_tokens=False).ids: return False
+    return True
 
+# %% ../../nbs/00_core/07_pieces.ipynb #8c69f2e7
+def _place_of(where):
+    "Arguments of `from_pretrained` for a folder or a Hub id; code of the folder is never run."
+    if Path(where).is_dir(): name, revision = str(where), ''
+    else: name, _, revision = str(where).partition('@')
+    place = dict(pretrained_model_name_or_path=name, trust_remote_code=False)
+    return place | {'revision': revision} if revision else place
+
+def _class_named(where):
+    "The class that a tokenizer says it has, without `Fast`; Llama's where it says none."
+    file = _stored(where, 'tokenizer_config.json')
+    words = read_json(file) if file else {}
+    return str(words.get('tokenizer_class') or LLAMA_CLASSES[0]).removesuffix('Fast')
+
+# %% ../../nbs/00_core/07_pieces.ipynb #eeeaf5ed
 def read_tokenizer(
     where:str, # folder, or Hub id such as owner/name@revision
     say=print, # gets a line on what was not read the usual way
     original:bool=False, # of LLaVA's own code, which takes tokenizer.model where there are both
 ):             # a tokenizer that is saved as a plain tokenizer.json
-    "Read a tokenizer with the ids of its own files; raises ValueError or OSError where there is none."
-    plain, pieces = (_stored(where, n) for n in ('tokenizer.json', 'tokenizer.model'))
-    name, _, revision = (str(where), '', '') if Path(where).is_dir() else str(where).partition('@')
-    place = dict(pretrained_model_name_or_path=name, trust_remote_code=False)
-    if revision: place['revision'] = revision
-    words = _stored(where, 'tokenizer_config.json')
-    kind = str((read_json(words) if words else {}).get('tokenizer_class')
-               or LLAMA_CLASSES[0]).removesuffix('Fast')
+    "Read a tokenizer with the ids of its own files; ValueError or OSError if there is none."
+    plain, pieces = _stored(where, 'tokenizer.json'), _stored(where, 'tokenizer.model')
+    kind, place = _class_named(where), _place_of(where)
     if pieces and (original or not plain) and kind in LLAMA_CLASSES:
         for n in ('special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja'):
             _stored(where, n)
         tok = from_sentencepiece(pieces.parent)
-        say(f"'{where}' has a tokenizer.model: read with sentencepiece's own ids, saved as "
-            f"tokenizer.json.")
+        say(f"'{where}' has a tokenizer.model: read with sentencepiece's own ids, "
+            'saved as tokenizer.json.')
         return tok
     if original and plain:
         # its config.json is of no known type

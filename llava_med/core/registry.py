@@ -10,9 +10,16 @@ import difflib
 import importlib
 from collections.abc import Callable
 
-# %% ../../nbs/00_core/06_registry.ipynb #514e4fab
+# %% ../../nbs/00_core/06_registry.ipynb #cb990a7c
 class UnknownName(ValueError): "There is nothing of that name; the message lists the known ones."
 
+def _home(thing):
+    "Module and name of a thing; run again, a cell makes a new thing of the same home."
+    return getattr(thing, '__module__', ''), getattr(thing, '__qualname__', repr(thing))
+
+def _article(word): return f"{'an' if word[:1] in 'aeiou' else 'a'} {word}"
+
+# %% ../../nbs/00_core/06_registry.ipynb #514e4fab
 class Registry(dict):
     "Names of one kind of thing and what they stand for."
     def __init__(self,
@@ -51,12 +58,6 @@ class Registry(dict):
         "What is offered, and the first sentence of its description."
         says = lambda x: (getattr(x, '__doc__', None) or '').strip().split('\n')[0]
         return [{'name': k, 'what': says(v)} for k, v in sorted(self.items())]
-
-def _home(thing):
-    "Module and name of a thing; run again, a cell makes a new thing of the same home."
-    return getattr(thing, '__module__', ''), getattr(thing, '__qualname__', repr(thing))
-
-def _article(word): return f"{'an' if word[:1] in 'aeiou' else 'a'} {word}"
 
 # %% ../../nbs/00_core/06_registry.ipynb #ae96477b
 def import_recipes(

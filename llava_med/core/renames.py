@@ -14,7 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable
 
-# %% ../../nbs/00_core/00_renames.ipynb #dfd9e407
+# %% ../../nbs/00_core/00_renames.ipynb #266876fe
 RENAMED = {   # parameter of a notebook → its present name
     'n_held': 'n_val', 'batch_tokens': 'max_tokens_per_microbatch',
     'checkpointing': 'gradient_checkpointing', 'share': 'pack_by_image', 'processes': 'nproc'}
@@ -27,6 +27,7 @@ ARGUMENTS_RENAMED = RENAMED | {   # argument of a training function → its pres
 @functools.cache
 def _say(line): print(line, file=sys.stderr, flush=True)   # once a process
 
+# %% ../../nbs/00_core/00_renames.ipynb #dfd9e407
 def new_name(
     name:str, # as somebody wrote it
     names:dict|None=None, # old name → present name; None: those of notebooks
@@ -36,7 +37,7 @@ def new_name(
     if new != name: _say(f'{name} is now called {new}; the old name works in this version only.')
     return new
 
-# %% ../../nbs/00_core/00_renames.ipynb #c37b548d
+# %% ../../nbs/00_core/00_renames.ipynb #766f9797
 def renamed(
     values:dict, # name → value
     names:dict|None=None, # old name → present name; None: those of notebooks
@@ -53,6 +54,7 @@ def renamed(
     name = (lambda k: names.get(k, k)) if quiet else (lambda k: new_name(k, names))
     return {name(k): v for k, v in values.items()}
 
+# %% ../../nbs/00_core/00_renames.ipynb #c37b548d
 def recorded_values(
     values:dict, # parameters of a step, as a record holds them
 )->dict:         # the same, with present names, also within its `stage`
@@ -80,38 +82,45 @@ def old_names(
         return thing
     return wrap
 
-# %% ../../nbs/00_core/00_renames.ipynb #b3e40731
+# %% ../../nbs/00_core/00_renames.ipynb #39d65635
 def assigned_names(
     source:str, # Python code
 )->list:        # the names that it sets, outside of functions
     "The names that a cell gives values to; none where it is not Python."
     try: body = ast.parse(source).body
     except SyntaxError: return []
-    targets = [t for n in body for t in getattr(n, 'targets', [getattr(n, 'target', None)])]
-    return [t.id for t in targets if isinstance(t, ast.Name)]
+    found = []
+    for node in body:
+        targets = getattr(node, 'targets', [getattr(node, 'target', None)])
+        found += [t.id for t in targets if isinstance(t, ast.Name)]
+    return found
 
 def injected_names(
     cells:list, # sources of the cells that ran, in order
-)->tuple:       # names that papermill set, and those of the parameters cell before it; both empty without papermill
+)->tuple:       # (names that papermill set, names of the parameters cell); ([], []) without it
     "The parameters that papermill was given, and those that the notebook has."
     at = [i for i, s in enumerate(cells) if i and s.startswith('# Parameters\n')]
     known = assigned_names(cells[at[-1] - 1]) if at else []
-    return (assigned_names(cells[at[-1]]), known) if 'inputs_from' in known else ([], [])
+    if 'inputs_from' not in known: return [], []
+    return assigned_names(cells[at[-1]]), known
 
+# %% ../../nbs/00_core/00_renames.ipynb #c81d765b
 def check_injected(
     cells:list, # sources of the cells that ran, in order
     name:str,   # of the step, for the message
 )->None:
     "Refuse a parameter that the notebook does not have; raises ValueError with the known names."
     given, known = injected_names(cells)
-    renamed(dict.fromkeys(k for k in given if k not in known or k in RENAMED.values()),
-            where=f'{name}: ', quiet=True)
-    odd = next((k for k in given if k not in known and RENAMED.get(k) not in known), None)
-    if odd is None: return
+    either = [k for k in given if k not in known or k in RENAMED.values()]
+    renamed(dict.fromkeys(either), where=f'{name}: ', quiet=True)   # refuses both names of one
+    unknown = [k for k in given if k not in known and RENAMED.get(k) not in known]
+    if not unknown: return
+    odd = unknown[0]
     near = difflib.get_close_matches(odd, known, 1, .5)
     hint = f' Did you mean {near[0]}?' if near else ''
     raise ValueError(f"{name} has no parameter '{odd}'.{hint} Known: {', '.join(known)}.")
 
+# %% ../../nbs/00_core/00_renames.ipynb #b3e40731
 def rename_injected(
     names:dict,   # the notebook's variables; a new name gets the value of its old one
     source:str,   # of the cell that has just run
@@ -125,5 +134,6 @@ def shell(): # IPython's, or None
     "The notebook that this process runs; None elsewhere."
     return sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
 
-if shell(): shell().events.register('post_run_cell',
-    lambda result: rename_injected(shell().user_ns, result.info.raw_cell or ''))
+if shell():
+    shell().events.register('post_run_cell', lambda result: rename_injected(
+        shell().user_ns, result.info.raw_cell or ''))

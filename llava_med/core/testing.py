@@ -18,75 +18,154 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 # %% ../../nbs/00_core/04_testing.ipynb #0d4977b4
+def _started(answer, verb, protocol):
+    "A running server; `answer` gets the handler of every request with this verb."
+    handler = type('Handler', (BaseHTTPRequestHandler,), {
+        f'do_{verb}': lambda h: answer(h), 'protocol_version': protocol,
+        'log_message': lambda *a: None})
+    server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    server.daemon_threads, server.handle_error = True, lambda *a: None
+    threading.Thread(target=server.serve_forever, args=(.05,), daemon=True).start()
+    return server
+
+# %% ../../nbs/00_core/04_testing.ipynb #e4560672
 class LocalEndpoint:
-    "An OpenAI-compatible service on this machine, for lessons and tests: `with LocalEndpoint(say) as e: e.url`."
+    "A service like OpenAI's on this machine: `with LocalEndpoint(say) as e: e.url`."
     def __init__(self,
         say,           # messages → what the model answers
         delay:float=0, # seconds before every answer
     ):
         self.say, self.delay, self.faults, self.lock = say, delay, {}, threading.Lock()
-        self.asked, self.served, self.bodies, self.keys, self.busy, self.most = Counter(), Counter(), [], set(), 0, 0
+        self.asked, self.served, self.bodies, self.keys = Counter(), Counter(), [], set()
+        self.busy, self.most = 0, 0
     def __enter__(self):
-        endpoint = self
-        class Handler(BaseHTTPRequestHandler):
-            log_message = lambda *a: None
-            def do_POST(self):
-                with endpoint.lock: endpoint.busy += 1; endpoint.most = max(endpoint.most, endpoint.busy)
-                try: _serve_endpoint(endpoint, self)
-                finally:
-                    with endpoint.lock: endpoint.busy -= 1
-        self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-        self.server.daemon_threads, self.server.handle_error = True, lambda *a: None
-        threading.Thread(target=self.server.serve_forever, args=(.05,), daemon=True).start()
+        self.server = _started(self._counted, 'POST', 'HTTP/1.0')
         self.url = f'http://127.0.0.1:{self.server.server_port}/v1'
         return self
-    def __exit__(self, *exc): self.server.shutdown(); self.server.server_close()
+    def __exit__(self, *exc):
+        self.server.shutdown()
+        self.server.server_close()
+    def _counted(self, handler):
+        with self.lock:
+            self.busy += 1
+            self.most = max(self.most, self.busy)
+        try: _serve_endpoint(self, handler)
+        finally:
+            with self.lock: self.busy -= 1
 
-def _serve_endpoint(e, h): # answer one request, well or badly
-    body = json.loads(h.rfile.read(int(h.headers['Content-Length'])))
-    asked = body['messages'][-1]['content']
-    with e.lock:
-        e.asked[asked] += 1; e.bodies.append(body); e.keys.add(h.headers.get('Authorization'))
-        fault = next((f.pop(0) for phrase, f in e.faults.items() if f and phrase in asked), None)
-    time.sleep(e.delay)
-    if fault == 'silent': time.sleep(3)
-    if fault in ('drop', 'silent'): return h.connection.close()
-    status, after = fault if isinstance(fault, tuple) else (fault, None) if isinstance(fault, int) else (200, None)
-    h.send_response(status)
-    if after is not None: h.send_header('Retry-After', str(after))
-    h.end_headers()
-    if status != 200: return h.wfile.write(json.dumps({'error': {'message': f'No ({h.headers.get("Authorization")}).'}}).encode())
-    if fault == 'error': return h.wfile.write(b'{"error": {"message": "the model fell over"}}')
-    text = '' if fault == 'empty' else e.say(body['messages'])
-    used = dict(prompt_tokens=sum(len(m['content']) for m in body['messages'])//4, completion_tokens=len(text)//4)
-    finish = 'length' if fault == 'length' else 'stop'
-    if body.get('stream'): pieces = [f'data: {json.dumps(c)}\n\n' for c in _pieces(text, finish, used)] + ['data: [DONE]\n\n']
-    else: pieces = [json.dumps(dict(id='1', choices=[dict(index=0, finish_reason=finish, message=dict(role='assistant', content=text))], usage=used))]
-    whole = ''.join(pieces).encode()
-    if fault == 'half': return h.wfile.write(whole[:len(whole)//2])
-    while fault == 'endless': h.wfile.write(pieces[0][:40].encode()*100)   # until the client has had enough
-    with e.lock: e.served[asked] += 1
-    h.wfile.write(whole)
-
-def _pieces(text, finish, used): # an answer as the chunks of a stream
-    for w in re.findall(r'\S+\s*', text): yield dict(choices=[dict(index=0, delta=dict(content=w))])
+# %% ../../nbs/00_core/04_testing.ipynb #cdabde01
+def _pieces(text, finish, used):
+    "An answer as the chunks of a stream."
+    for w in re.findall(r'\S+\s*', text):
+        yield dict(choices=[dict(index=0, delta=dict(content=w))])
     yield dict(choices=[dict(index=0, delta={}, finish_reason=finish)])
     yield dict(choices=[], usage=used)
 
+def _completion(text, finish, used, stream):
+    "The lines of an answer, streamed or whole."
+    if stream:
+        lines = [f'data: {json.dumps(c)}\n\n' for c in _pieces(text, finish, used)]
+        return [*lines, 'data: [DONE]\n\n']
+    choice = dict(index=0, finish_reason=finish, message=dict(role='assistant', content=text))
+    return [json.dumps(dict(id='1', choices=[choice], usage=used))]
+
+# %% ../../nbs/00_core/04_testing.ipynb #48849e9a
+def _status_of(fault):
+    "Status of an answer, and the seconds after which to come back (or None)."
+    if isinstance(fault, tuple): return fault
+    return (fault, None) if isinstance(fault, int) else (200, None)
+
+def _serve_endpoint(e, h):
+    "Answer one request, well or badly."
+    body = json.loads(h.rfile.read(int(h.headers['Content-Length'])))
+    asked = body['messages'][-1]['content']
+    with e.lock:
+        e.asked[asked] += 1
+        e.bodies.append(body)
+        e.keys.add(h.headers.get('Authorization'))
+        faults = next((f for phrase, f in e.faults.items() if f and phrase in asked), None)
+        fault = faults.pop(0) if faults else None
+    time.sleep(e.delay)
+    if fault == 'silent': time.sleep(3)
+    if fault in ('drop', 'silent'): return h.connection.close()
+    status, after = _status_of(fault)
+    h.send_response(status)
+    if after is not None: h.send_header('Retry-After', str(after))
+    h.end_headers()
+    if status != 200:
+        error = {'error': {'message': f'No ({h.headers.get("Authorization")}).'}}
+        return h.wfile.write(json.dumps(error).encode())
+    if fault == 'error': return h.wfile.write(b'{"error": {"message": "the model fell over"}}')
+    text = '' if fault == 'empty' else e.say(body['messages'])
+    asked_tokens = sum(len(m['content']) for m in body['messages'])//4
+    used = dict(prompt_tokens=asked_tokens, completion_tokens=len(text)//4)
+    finish = 'length' if fault == 'length' else 'stop'
+    lines = _completion(text, finish, used, body.get('stream'))
+    whole = ''.join(lines).encode()
+    if fault == 'half': return h.wfile.write(whole[:len(whole)//2])
+    while fault == 'endless': h.wfile.write(lines[0][:40].encode()*100)   # until the client leaves
+    with e.lock: e.served[asked] += 1
+    h.wfile.write(whole)
+
 # %% ../../nbs/00_core/04_testing.ipynb #48ba9ae2
-INVENTORY = 'inventory-reports/pmc-oa-opendata/metadata/'   # where the bucket lists all its metadata pages
+# where the bucket lists all its metadata pages
+INVENTORY = 'inventory-reports/pmc-oa-opendata/metadata/'
 
 # %% ../../nbs/00_core/04_testing.ipynb #2f07d50a
-def _page(folder): # the metadata of a version, as the bucket shows it
-    url = lambda p: f's3://pmc-oa-opendata/{folder.name}/{p.name}?md5={hashlib.md5(p.read_bytes()).hexdigest()}'
-    pmcid, version = folder.name.split('.')
-    return dict(pmcid=pmcid, version=int(version), pmid=int(pmcid[3:]), doi=f'10.5555/phantom.{pmcid[3:]}', title='A phantom',
-                citation='Phantom Case Rep. 2026', is_pmc_openaccess=True, is_manuscript=False, is_historical_ocr=False,
-                is_retracted=False, license_code='CC BY', xml_url=url(folder/f'{folder.name}.xml'), text_url=None, pdf_url=None,
-                media_urls=[url(p) for p in sorted(folder.iterdir()) if p.suffix not in ('.xml', '.json')])
+def _place(path):
+    "The address of a file in the bucket, with its md5."
+    md5 = hashlib.md5(path.read_bytes()).hexdigest()
+    return f's3://pmc-oa-opendata/{path.parent.name}/{path.name}?md5={md5}'
 
+def _bodies(folder):
+    "The files of a version."
+    files = [p for p in folder.iterdir() if p.suffix != '.json']
+    return {f'{folder.name}/{p.name}': p.read_bytes() for p in files}
+
+def _page(folder):
+    "The metadata of a version, as the bucket shows it."
+    pmcid, version = folder.name.split('.')
+    media = [_place(p) for p in sorted(folder.iterdir()) if p.suffix not in ('.xml', '.json')]
+    return dict(
+        pmcid=pmcid, version=int(version), pmid=int(pmcid[3:]),
+        doi=f'10.5555/phantom.{pmcid[3:]}', title='A phantom', citation='Phantom Case Rep. 2026',
+        is_pmc_openaccess=True, is_manuscript=False, is_historical_ocr=False, is_retracted=False,
+        license_code='CC BY', xml_url=_place(folder/f'{folder.name}.xml'), text_url=None,
+        pdf_url=None, media_urls=media)
+
+# %% ../../nbs/00_core/04_testing.ipynb #4db34568
+def _inventory(objects):
+    "Names and bodies of today's inventory: the table and its manifest."
+    lines = []
+    for k, v in sorted(objects.items()):
+        if not k.startswith('metadata/'): continue
+        md5 = hashlib.md5(v).hexdigest()
+        lines.append(f'"pmc-oa-opendata","{k}","2026-01-08T11:47:59.000Z","{md5}"\n')
+    data = gzip.compress(''.join(lines).encode(), mtime=0)
+    key, top = f'{INVENTORY}data/all.csv.gz', f'{INVENTORY}2026-01-18T01-00Z/'
+    files = [dict(key=key, size=len(data), MD5checksum=hashlib.md5(data).hexdigest())]
+    return {key: data, f'{top}manifest.json': json.dumps(dict(files=files)).encode()}
+
+# %% ../../nbs/00_core/04_testing.ipynb #13d16ac2
+def _listing(objects, prefix):
+    "The folders right below a prefix, as S3 lists them."
+    below = set()
+    for name in objects:
+        folder, slash, _ = name[len(prefix):].partition('/')
+        if name.startswith(prefix) and slash: below.add(f'{prefix}{folder}/')
+    rows = ''.join(f'<CommonPrefixes><Prefix>{p}</Prefix></CommonPrefixes>' for p in sorted(below))
+    space = 'http://s3.amazonaws.com/doc/2006-03-01/'
+    return f'<ListBucketResult xmlns="{space}">{rows}</ListBucketResult>'.encode()
+
+def _found(objects, query):
+    "All articles, in ESearch's words."
+    ids = sorted({k[12:].split('.')[0] for k in objects if k.startswith('metadata/PMC')})
+    some = ids[:int(query.get('retmax', 20))]
+    return json.dumps({'esearchresult': {'count': str(len(ids)), 'idlist': some}}).encode()
+
+# %% ../../nbs/00_core/04_testing.ipynb #f82452ab
 class LocalBucket:
-    "PubMed Central's layout on this machine, for lessons and tests: `with LocalBucket(folder) as b: b.url`."
+    "PubMed Central's layout on this machine: `with LocalBucket(folder) as b: b.url`."
     def __init__(self,
         folder:str|Path,   # holds article folders such as PMC1.1/, as `write_articles` makes them
         delay:float=0,     # seconds before every answer
@@ -94,7 +173,7 @@ class LocalBucket:
         self.delay, self.faults, self.asked, self.served = delay, {}, Counter(), Counter()
         self.objects, self.headers, self.lock = {}, [], threading.Lock()
         for d in sorted(p for p in Path(folder).iterdir() if p.is_dir()):
-            self.objects |= {f'{d.name}/{p.name}': p.read_bytes() for p in d.iterdir() if p.suffix != '.json'}
+            self.objects |= _bodies(d)
             self.change(d.name, **_page(d))
     def page(self,
         version:str, # such as PMC1.1
@@ -110,62 +189,62 @@ class LocalBucket:
         self.objects[f'metadata/{name}.json'] = json.dumps(old | fields).encode()
     def inventory(self)->None:
         "Put today's inventory of all metadata pages into the bucket."
-        rows = [('pmc-oa-opendata', k, '2026-01-08T11:47:59.000Z', hashlib.md5(v).hexdigest())
-                for k, v in sorted(self.objects.items()) if k.startswith('metadata/')]
-        data = gzip.compress(''.join(','.join(f'"{x}"' for x in r) + '\n' for r in rows).encode(), mtime=0)
-        key, top = f'{INVENTORY}data/all.csv.gz', f'{INVENTORY}2026-01-18T01-00Z/'
-        files = [dict(key=key, size=len(data), MD5checksum=hashlib.md5(data).hexdigest())]
-        self.objects |= {key: data, f'{top}manifest.json': json.dumps(dict(files=files)).encode()}
-    def answer(self,
-        path:str, query:dict, # what was asked for
-    )->bytes|None:
-        "The body of an answer, or None where there is nothing."
-        if path == 'esearch.fcgi': return self.search(query)
-        if path: return self.objects.get(path)
-        prefix = query.get('prefix', '')
-        below = {prefix + k[len(prefix):].split('/')[0] + '/' for k in self.objects if k.startswith(prefix) and '/' in k[len(prefix):]}
-        rows = ''.join(f'<CommonPrefixes><Prefix>{p}</Prefix></CommonPrefixes>' for p in sorted(below))
-        return f'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{rows}</ListBucketResult>'.encode()
+        self.objects |= _inventory(self.objects)
     def search(self,
         query:dict, # of an ESearch
     )->bytes:
-        "All articles, in ESearch's words; terms are kept in `headers`, not understood."
-        ids = sorted({k[12:].split('.')[0] for k in self.objects if k.startswith('metadata/PMC')})
+        "All articles, in ESearch's words; the terms are kept in `headers`, not understood."
         self.headers.append(query)
-        return json.dumps({'esearchresult': {'count': str(len(ids)), 'idlist': ids[:int(query.get('retmax', 20))]}}).encode()
+        return _found(self.objects, query)
     def __enter__(self):
-        bucket = self
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version, log_message = 'HTTP/1.1', lambda *a: None
-            def do_GET(self): _serve_bucket(bucket, self)
-        self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-        self.server.daemon_threads, self.server.handle_error = True, lambda *a: None
-        threading.Thread(target=self.server.serve_forever, args=(.05,), daemon=True).start()
+        self.server = _started(lambda h: _serve_bucket(self, h), 'GET', 'HTTP/1.1')
         self.url = f'http://127.0.0.1:{self.server.server_port}'
         return self
-    def __exit__(self, *exc): self.server.shutdown(); self.server.server_close()
+    def __exit__(self, *exc):
+        self.server.shutdown()
+        self.server.server_close()
 
-def _serve_bucket(bucket, h): # answer one request, well or badly
+# %% ../../nbs/00_core/04_testing.ipynb #b23a6131
+def _answer(bucket, path, query):
+    "The body of an answer, or None where there is nothing."
+    if path == 'esearch.fcgi': return bucket.search(query)
+    if path: return bucket.objects.get(path)
+    return _listing(bucket.objects, query.get('prefix', ''))
+
+def _serve_bucket(bucket, h):
+    "Answer one request, well or badly."
     parts = urlsplit(h.path)
-    path, query = unquote(parts.path).strip('/'), {k: v[0] for k, v in parse_qs(parts.query).items()}
+    path = unquote(parts.path).strip('/')
+    query = {k: v[0] for k, v in parse_qs(parts.query).items()}
     with bucket.lock:
         bucket.asked[path] += 1
         fault = bucket.faults[path].pop(0) if bucket.faults.get(path) else None
-        body = bucket.answer(path, query)
+        body = _answer(bucket, path, query)
     time.sleep(bucket.delay)
-    if fault == 'drop': h.close_connection = True; return h.connection.close()
-    status = fault if isinstance(fault, int) else 404 if body is None else 200
-    data = b'' if status != 200 else bytes(len(body)) if fault == 'wrong' else body
+    if fault == 'drop':
+        h.close_connection = True
+        return h.connection.close()
+    status = 404 if body is None else 200
+    if isinstance(fault, int): status = fault
+    data = body if status == 200 else b''
+    if data and fault == 'wrong': data = bytes(len(body))
+    _send(h, status, data, body or b'', fault)
+    with bucket.lock: bucket.served[path] += fault is None and status in (200, 206)
+
+# %% ../../nbs/00_core/04_testing.ipynb #73556cdb
+def _send(h, status, data, body, fault):
+    "Headers and body of an answer; `body` is the whole file."
     m = re.fullmatch(r'bytes=(\d+)-', h.headers.get('Range', ''))
     if m and status == 200: status, data = 206, data[int(m[1]):]
     h.send_response(status)
     if status == 206: h.send_header('Content-Range', f'bytes {m[1]}-{len(body)-1}/{len(body)}')
     if status in (429, 503): h.send_header('Retry-After', '0')
-    h.send_header('ETag', '"' + hashlib.md5(body or b'').hexdigest() + '"')
+    h.send_header('ETag', '"' + hashlib.md5(body).hexdigest() + '"')
     h.send_header('Content-Length', str(len(data)))
     h.end_headers()
-    if fault == 'short': data = data[:len(data)//2]; h.close_connection = True
+    if fault == 'short':
+        data = data[:len(data)//2]
+        h.close_connection = True
     for i in range(0, len(data), 2048):
         if fault == 'slow': time.sleep(.2)
         h.wfile.write(data[i:i+2048])
-    with bucket.lock: bucket.served[path] += fault is None and status in (200, 206)

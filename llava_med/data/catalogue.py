@@ -17,7 +17,8 @@ from ..core.runs import (
     OutputError, data_dir, file_hash, now, read_json, replacing, write_json, writing)
 from .pubmed import get_pmc
 from .web import Web, WebError, differs
-from ..models.llava import join, new_folder, save, write_card
+from ..core.cards import write_card
+from ..models.llava import join, new_folder, save
 from ..models.wheels import (
     PartError, next_words, read_gguf, read_onnx_tower, tower_features)
 

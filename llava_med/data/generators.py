@@ -23,7 +23,8 @@ import filelock
 import yaml
 
 from .conversations import DOMAINS, Turn, instruct_record, record_id
-from ..core.runs import folder_hash, now, pick_device, progress, writing
+from ..core.devices import pick_device
+from ..core.runs import folder_hash, now, progress, writing
 
 # %% ../../nbs/03_data/09_generators.ipynb #4f9c7658
 NOTHING = 'NOTHING'   # what a model writes when the text says nothing visible

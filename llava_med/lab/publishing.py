@@ -190,7 +190,8 @@ def save_tuned(
     limit:int=TUNED_LIMIT, # bytes; a larger model is left alone
 )->Path:                   # the folder, or None where there is no model or it is too large
     "Ship a run's stage-2 model, in half precision, with manifest and card."
-    from llava_med.models.llava import load, save, write_card   # only here are models needed
+    from llava_med.core.cards import write_card
+    from llava_med.models.llava import load, save   # only here are models needed
     source = run_dir(run)/'3_stage2_tuning/model'
     folder = Path(folder) if folder else data_dir()/'tuned_tiny'
     if not (source/'config.json').exists(): return None

@@ -18,25 +18,28 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText, BitsAndBytesConfig, LlavaForConditionalGeneration)
 from .anatomy import connector, decoder, has_identity
 from .llava import few, load, new_folder, save, tensors_hash
 from ..core.runs import read_json, write_json, writing
 
-# %% ../../nbs/02_models/05_adapters.ipynb #2b608398
+# %% ../../nbs/02_models/05_adapters.ipynb #b431e396
 def lora_targets(
     model:LlavaForConditionalGeneration, # whose language model is adapted
 )->str:                                  # a regular expression for `peft`
     "The linear layers of the language model, and none of the tower or the projector."
     lm = decoder(model)
-    inside = {n for n, m in lm.named_modules() if isinstance(m, nn.Linear)
-              and 'Router' not in type(m).__name__}
-    if not inside:
+    ends = set()
+    for n, m in lm.named_modules():
+        if not isinstance(m, nn.Linear) or 'Router' in type(m).__name__: continue
+        end = re.search(r'(?:[^.]+\.)?\d+$|[^.]+$', n)[0]   # a number alone is a layer's name, too
+        ends.add(end.replace('.', r'\.'))
+    if not ends:
         raise ValueError(f'{type(lm).__name__} has no linear layers that an adapter could change.')
-    # a number alone is a layer's name, too
-    ends = {re.search(r'(?:[^.]+\.)?\d+$|[^.]+$', n)[0].replace('.', r'\.') for n in inside}
     return rf"(?:.*\.)?language_model\..*\.({'|'.join(sorted(ends))})"
 
+# %% ../../nbs/02_models/05_adapters.ipynb #4b0cd612
 def base_hash(
     model:LlavaForConditionalGeneration, # without an adapter
 )->str:                                  # SHA-256 of names and values in bfloat16
@@ -52,6 +55,7 @@ def attach(
         warnings.simplefilter('ignore', FutureWarning)
         return get_peft_model(model, config)
 
+# %% ../../nbs/02_models/05_adapters.ipynb #2b608398
 def add_lora(
     model:LlavaForConditionalGeneration, # changed in place, its own weights frozen
     rank:int=16,                         # columns of the narrow matrices
@@ -63,30 +67,51 @@ def add_lora(
     "Put a new adapter on the language model."
     if rank < 1: raise ValueError(f'rank {rank} is no number of columns; choose 1 or more.')
     linear = has_identity(model)     # whose second layer stays as it is
-    whole = ['multi_modal_projector.linear_1' if linear else 'multi_modal_projector'] if projector else None
-    record = getattr(model, 'base_record', None) or dict(base=base_hash(model), source=str(getattr(model.config, '_name_or_path', '') or ''))
-    config = LoraConfig(r=rank, lora_alpha=alpha or 2*rank, lora_dropout=dropout, target_modules=lora_targets(model),
-                        modules_to_save=whole, task_type='CAUSAL_LM')
+    copied = 'multi_modal_projector.linear_1' if linear else 'multi_modal_projector'
+    whole = [copied] if projector else None
+    record = getattr(model, 'base_record', None)
+    if not record:
+        source = str(getattr(model.config, '_name_or_path', '') or '')
+        record = dict(base=base_hash(model), source=source)
+    config = LoraConfig(r=rank, lora_alpha=alpha or 2*rank, lora_dropout=dropout,
+                        target_modules=lora_targets(model), modules_to_save=whole,
+                        task_type='CAUSAL_LM')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = attach(model, config)
     adapted.base_record = record
     return adapted
 
-# %% ../../nbs/02_models/05_adapters.ipynb #5e153bd0
+# %% ../../nbs/02_models/05_adapters.ipynb #406d4b08
 def save_adapter(
     adapted:PeftModel, # from `add_lora` or `load_adapter`
     path:Path,         # the folder; replaced when it exists
 )->Path:               # the folder
     "Write an adapter, and the copy of the projector if there is one, as `peft` reads them."
-    if not hasattr(adapted, 'base_record'): raise ValueError('The adapter does not know its base; make it with `add_lora`.')
+    if not hasattr(adapted, 'base_record'):
+        raise ValueError('The adapter does not know its base; make it with `add_lora`.')
     with new_folder(path) as tmp:
         adapted.save_pretrained(tmp, save_embedding_layers=False)
         write_json(tmp/'provenance.json', adapted.base_record)
         (tmp/'README.md').unlink(missing_ok=True)              # an empty form; see `write_card`
     return Path(path)
 
-def _base(model): return getattr(model, 'base_record', {}).get('base') or base_hash(model)   # in 4 bits it cannot be computed any more
+# %% ../../nbs/02_models/05_adapters.ipynb #5e153bd0
+def _base(model):
+    "The hash of the base, which cannot be computed any more in 4 bits."
+    return getattr(model, 'base_record', {}).get('base') or base_hash(model)
+
+# %% ../../nbs/02_models/05_adapters.ipynb #3a08df69
+def _tensors(file):
+    "The tensors of a file; ValueError where it is damaged or holds more."
+    try:
+        if file.suffix == '.safetensors': return load_file(file)
+        return torch.load(file, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise ValueError(f"'{file}' holds more than tensors, so it is not opened.") from e
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as e:
+        why = str(e).splitlines()[0][:80]
+        raise ValueError(f"'{file}' is damaged; fetch it again ({why}).") from e
 
 # %% ../../nbs/02_models/05_adapters.ipynb #7fb1f96d
 def read_adapter(
@@ -94,33 +119,27 @@ def read_adapter(
 )->tuple:      # (adapter_config.json, name → tensor)
     "What an adapter's files hold; raises FileNotFoundError or ValueError with the reason."
     path = Path(path)
-    if not (path/'adapter_config.json').exists(): raise FileNotFoundError(f"No adapter in '{path}': it holds no adapter_config.json.")
+    if not (path/'adapter_config.json').exists():
+        raise FileNotFoundError(f"No adapter in '{path}': it holds no adapter_config.json.")
     if (path/'non_lora_trainables.bin').exists():
         raise ValueError(f"'{path}' is an adapter of LLaVA's own code, whose projector lies apart "
-                         f"in non_lora_trainables.bin; merge it "
-                         "with that code (merge_lora_weights.py), then use `llava-med convert`.")
-    file = next((path/n for n in ('adapter_model.safetensors', 'adapter_model.bin')
-                 if (path/n).exists()), None)
-    if file is None:
+                         'in non_lora_trainables.bin; merge it with that code '
+                         '(merge_lora_weights.py), then use `llava-med convert`.')
+    file = path/'adapter_model.safetensors'
+    if not file.exists(): file = path/'adapter_model.bin'
+    if not file.exists():
         raise FileNotFoundError(f"'{path}' holds neither adapter_model.safetensors nor "
-                                f"adapter_model.bin.")
-    try:
-        state = load_file(file) if file.suffix == '.safetensors' else torch.load(
-            file, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise ValueError(f"'{file}' holds more than tensors, so it is not opened.") from e
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as e:
-        raise ValueError(
-            f"'{file}' is damaged; fetch it again ({str(e).splitlines()[0][:80]}).") from e
+                                'adapter_model.bin.')
+    state = _tensors(file)
     if not state: raise ValueError(f"'{file}' holds no weights, so it would change nothing.")
     return read_json(path/'adapter_config.json'), state
 
-# %% ../../nbs/02_models/05_adapters.ipynb #131508cb
-# transformers < 4.52
-OLD_LAYOUTS = ((r'^language_model\.model\.', 'model.language_model.'),
-               (r'^language_model\.lm_head\b', 'lm_head'),
-           (r'^(vision_tower|multi_modal_projector)\b', r'model.\1'),
-           (r'^model\.(layers|embed_tokens|norm)\b', r'model.language_model.\1'))                               # a bare language model
+# %% ../../nbs/02_models/05_adapters.ipynb #ef3af2b4
+OLD_LAYOUTS = (   # the first three of transformers before 4.52, the last of a bare language model
+    (r'^language_model\.model\.', 'model.language_model.'),
+    (r'^language_model\.lm_head\b', 'lm_head'),
+    (r'^(vision_tower|multi_modal_projector)\b', r'model.\1'),
+    (r'^model\.(layers|embed_tokens|norm)\b', r'model.language_model.\1'))
 PEFT_FRONT = 'base_model.model.'   # what `peft` puts before each name
 
 def present_name(
@@ -132,6 +151,18 @@ def present_name(
     return name if inner else name.replace('model.vision_tower.vision_model.',
                                            'model.vision_tower.', 1)
 
+# %% ../../nbs/02_models/05_adapters.ipynb #c389920f
+def _targets_named(state, rank):
+    "Settings that name the adapted layers and their ranks one by one; empty without any."
+    ranks, first = {}, re.compile(re.escape(PEFT_FRONT) + r'(.*)\.lora_(?:A|embedding_A)\b')
+    for n, v in state.items():
+        if m := first.match(n): ranks[m[1]] = v.shape[0]
+    if not ranks: return {}
+    others = {k: r for k, r in ranks.items() if r != rank}
+    return dict(target_modules=sorted(ranks), rank_pattern=others, exclude_modules=None,
+                layers_to_transform=None, layers_pattern=None)
+
+# %% ../../nbs/02_models/05_adapters.ipynb #15db3175
 def present_layout(
     config:dict, # adapter_config.json
     state:dict,  # name → tensor
@@ -144,40 +175,38 @@ def present_layout(
     if set(new) == set(state): return config, state
     if len(new) < len(state):
         raise ValueError('two layouts name the same weight, so it is unclear which one counts.')
-    rows = {m[1]: v.shape[0] for n, v in new.items()
-            if (m := re.match(PEFT_FRONT.replace('.', r'\.')
-                              + r'(.*)\.lora_(?:A|embedding_A)\b', n))}
-    short = lambda x: re.sub(r'^(\^?)language_model\.(model\.|(?=lm_head))',
-                             lambda m: m[1] + 'language_model.'*(m[2] != ''), x)
-    free = dict.fromkeys(('exclude_modules', 'layers_to_transform', 'layers_pattern'))
-    exact = dict(target_modules=sorted(rows),
-                 rank_pattern={k: r for k, r in rows.items() if r != config.get('r')},
-                 **free) if rows else {}
     kept = [present_name(n, inner).removeprefix('model.')
             for n in config.get('modules_to_save') or []]
+    short = lambda x: re.sub(r'^(\^?)language_model\.(model\.|(?=lm_head))',
+                             lambda m: m[1] + 'language_model.'*(m[2] != ''), x)
     alpha = {short(k): v for k, v in (config.get('alpha_pattern') or {}).items()}
+    exact = _targets_named(new, config.get('r'))
     return {**config, **exact, 'modules_to_save': kept or None, 'alpha_pattern': alpha}, new
 
+# %% ../../nbs/02_models/05_adapters.ipynb #3b45b3a6
 def _embeddings(state, model, config):
-    "Refuse new rows of embeddings that lie in an adapter beside it; what equals the base's own is left out."
+    "The weights without embeddings that equal the base's; ValueError where they differ from them."
     whole, out = dict(model.state_dict()), {}
+    saved = config.get('modules_to_save') or []
     for n, v in state.items():
         own = n.removeprefix(PEFT_FRONT).replace('base_layer.', '')
-        aside = re.search(r'(embed_tokens|lm_head)(\.base_layer)?\.weight$',
-                          n) and not any(m in n for m in config.get('modules_to_save') or [])
-        if not aside or own not in whole: out[n] = v; continue
+        embeds = re.search(r'(embed_tokens|lm_head)(\.base_layer)?\.weight$', n)
+        aside = embeds and not any(m in n for m in saved)
+        if not aside or own not in whole:
+            out[n] = v
+            continue
         if v.shape != whole[own].shape:
             raise ValueError(f'its {own} has {len(v)} rows and the base has {len(whole[own])}: it '
-                             f'was trained with another '
-                             'number of tokens; take the base and the tokenizer that it was '
-                             'trained with.')
+                             'was trained with another number of tokens; take the base and the '
+                             'tokenizer that it was trained with.')
         if not torch.equal(v.float(), whole[own].detach().cpu().to(v.dtype).float()):
-            raise ValueError(f"it holds {own} beside the adapter, with other values than the "
-                             f"base's; merge it where it was trained.")
+            raise ValueError(f'it holds {own} beside the adapter, with other values than the '
+                             "base's; merge it where it was trained.")
     return out
 
+# %% ../../nbs/02_models/05_adapters.ipynb #07c7368f
 def _put_on(model, path, config, state, trainable):
-    "`PeftModel.from_pretrained`; names that were translated, and pickles, are written as safetensors first."
+    "`PeftModel.from_pretrained`; translated names and pickles are written as safetensors first."
     with tempfile.TemporaryDirectory() as tmp, warnings.catch_warnings(), writing(tmp):
         # what is missing is named by `load_adapter`
         warnings.simplefilter('ignore')
@@ -189,18 +218,22 @@ def _put_on(model, path, config, state, trainable):
                   Path(tmp)/'adapter_model.safetensors')
         return PeftModel.from_pretrained(model, tmp, is_trainable=trainable)
 
+# %% ../../nbs/02_models/05_adapters.ipynb #131508cb
 def load_adapter(
     model:LlavaForConditionalGeneration, # its base
     path:Path,                           # folder of an adapter
     trainable:bool=False,                # go on training it
 )->PeftModel:                            # model with adapter
-    "Put a saved adapter on its base; raises ValueError when it belongs to another one, or does not fit as a whole."
-    path = Path(path)
+    "Put a saved adapter on its base; ValueError when it is another's, or does not fit as a whole."
+    path, here = Path(path), _base(model)
     config, state = read_adapter(path)
-    record = read_json(path/'provenance.json') if (path/'provenance.json').exists() else dict(base=_base(model), source='')
-    if (here := _base(model)) != record['base']:
-        raise ValueError(f"The adapter in '{path}' was trained on another base (sha256 {record['base'][:12]}"
-                         f"{', ' + record['source'] if record['source'] else ''}; this is {here[:12]}); load that one first.")
+    record = dict(base=here, source='')
+    if (path/'provenance.json').exists(): record = read_json(path/'provenance.json')
+    if here != record['base']:
+        source = f", {record['source']}" if record['source'] else ''
+        raise ValueError(
+            f"The adapter in '{path}' was trained on another base (sha256 {record['base'][:12]}"
+            f'{source}; this is {here[:12]}); load that one first.')
     try:
         config, state = present_layout(config, state, model)
         state = _embeddings(state, model, config)
@@ -208,46 +241,50 @@ def load_adapter(
     except (RuntimeError, ValueError, OSError, TypeError, KeyError, AttributeError) as e:
         raise ValueError(f"The adapter in '{path}' does not fit this model: "
                          f"{' '.join(str(e).split())[:300]}") from e
-    if lost := sorted(set(state) ^ set(get_peft_model_state_dict(adapted,
-                                                                 save_embedding_layers=False))):
-        raise ValueError(f"The adapter in '{path}' does not fit this model: {few(lost)} has no place on one of the two sides.")
+    there = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if lost := sorted(set(state) ^ set(there)):
+        raise ValueError(f"The adapter in '{path}' does not fit this model: {few(lost)} has no "
+                         'place on one of the two sides.')
     adapted.base_record = record
     return adapted if trainable else adapted.eval()
 
-# %% ../../nbs/02_models/05_adapters.ipynb #afb51637
+# %% ../../nbs/02_models/05_adapters.ipynb #9ac0e8c4
 def _untie(adapted):
     "Give the output layer weights of its own where an adapter changes only one of two tied layers."
     last = r'\.(base_layer\.|original_module\.)?weight$'
-    tied = {n: p for n, p in adapted.named_parameters(remove_duplicate=False)
-            if re.search(rf'(embed_tokens|lm_head){last}', n)}
-    touched = any(re.search('embed_tokens|lm_head', n)
-                  for n in get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    if not touched or len({id(p) for p in tied.values()}) == len(tied): return
+    names = ' '.join(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if not re.search('embed_tokens|lm_head', names): return
+    tied = {}
+    for n, p in adapted.named_parameters(remove_duplicate=False):
+        if re.search(rf'(embed_tokens|lm_head){last}', n): tied[n] = p
+    if len(set(map(id, tied.values()))) == len(tied): return
     for n, p in tied.items():
-        if 'lm_head' in n:
-            adapted.get_submodule(n.rpartition('.')[0]).weight = nn.Parameter(p.detach().clone(),
-                                                                              requires_grad=False)
+        if 'lm_head' not in n: continue
+        own = nn.Parameter(p.detach().clone(), requires_grad=False)
+        adapted.get_submodule(n.rpartition('.')[0]).weight = own
     config = adapted.get_base_model().config
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
 
+# %% ../../nbs/02_models/05_adapters.ipynb #d3796912
 def merge(
     adapted:PeftModel, # used up
 )->LlavaForConditionalGeneration: # a plain model
-    "Add an adapter to the weights of its base; raises ValueError when the sum is not finite, or does something else."
+    "Add an adapter to the weights of its base; ValueError when the sum does something else."
     record = getattr(adapted, 'base_record', {})
     _untie(adapted.eval())
-    ids = torch.arange(
-        1, 9, device=adapted.device)[None] % adapted.get_base_model().config.text_config.vocab_size
+    n_words = adapted.get_base_model().config.text_config.vocab_size
+    ids = torch.arange(1, 9, device=adapted.device)[None] % n_words
     with torch.no_grad(): before = adapted(input_ids=ids).logits.float()
     model = adapted.merge_and_unload(safe_merge=True)
     with torch.no_grad(): after = model(input_ids=ids).logits.float()
-    if float((before - after).abs(
-        ).max()) > float(before.abs().max())*(.05 if model.dtype != torch.float32 else 1e-3):
+    off, scale = float((before - after).abs().max()), float(before.abs().max())
+    if off > scale*(1e-3 if model.dtype == torch.float32 else .05):
         raise ValueError('The merged model says something else than base and adapter; an adapter '
                          'of this kind cannot be merged.')
     model.provenance = {**getattr(model, 'provenance', {}), 'merged_adapter_onto': record}
     return model.requires_grad_(True).eval()
 
+# %% ../../nbs/02_models/05_adapters.ipynb #afb51637
 def merge_folders(
     base:Path,        # folder of the base, or its Hub id
     adapter:Path,     # folder of the adapter
@@ -257,7 +294,8 @@ def merge_folders(
     "Base and adapter as one plain model."
     model, processor = load(base)
     stored = dtype or str(model.config.dtype or 'float32').removeprefix('torch.')
-    if Path(base).is_dir(): stored = dtype or read_json(Path(base)/'config.json').get('dtype') or 'float32'
+    if Path(base).is_dir():
+        stored = dtype or read_json(Path(base)/'config.json').get('dtype') or 'float32'
     return save(merge(load_adapter(model, adapter)), processor, dst, stored)
 
 # %% ../../nbs/02_models/05_adapters.ipynb #895eaf40
@@ -267,16 +305,20 @@ def load_quantised(
 )->tuple:              # (model for `add_lora`, processor)
     "Read a LLaVA whose language model is held in 4 bits; raises ValueError where that cannot be."
     if importlib.util.find_spec('bitsandbytes') is None:
-        raise ValueError(f"'{path}' in 4 bits needs the package bitsandbytes, which is not here: `pip install bitsandbytes`, or read it with `load`.")
+        raise ValueError(f"'{path}' in 4 bits needs the package bitsandbytes, which is not here: "
+                         '`pip install bitsandbytes`, or read it with `load`.')
     if torch.device(device).type == 'cuda' and not torch.cuda.is_available():
         raise ValueError(f"'{path}' in 4 bits on '{device}' needs a GPU, and there is none here; "
                          "take device='cpu', or read it with `load`.")
     whole, processor = load(path, dtype='bfloat16')            # checks everything, and is hashed
     record = dict(base=base_hash(whole), source=str(path))
     del whole
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
-                             llm_int8_skip_modules=['model.vision_tower', 'model.multi_modal_projector', 'lm_head'])   # whole beginnings of names
-    model = AutoModelForImageTextToText.from_pretrained(path, quantization_config=how, device_map={'': device}, dtype=torch.bfloat16,
+    stays = ['model.vision_tower', 'model.multi_modal_projector', 'lm_head']   # begins of names
+    how = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=stays)
+    model = AutoModelForImageTextToText.from_pretrained(
+        path, quantization_config=how, device_map={'': device}, dtype=torch.bfloat16,
         trust_remote_code=False)
     connector(model).float()
     model.base_record = record

@@ -4,27 +4,29 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'POSITIONS', 'TRAINABLE', 'CLIP_LOOK', 'IMAGENET_LOOK', 'HALF', 'FAMILY_LOOKS', 'IMAGE_SETTINGS',
-           'IMAGE_FILES', 'base_of', 'tower', 'connector', 'decoder', 'head', 'put_part', 'layers_of', 'decoder_layers',
-           'image_token', 'image_tokens', 'image_side', 'position_ids', 'layer_kinds', 'state_layer',
-           'attention_window', 'apart_because', 'vision_features', 'leading_vectors', 'tower_states', 'resized_tower',
-           'settled_tower', 'part_of', 'check_patterns', 'has_identity', 'trainable_names', 'set_trainable',
-           'part_table', 'assumed_settings', 'image_settings']
+           'IMAGE_FILES', 'VISION_MODEL', 'base_of', 'tower', 'connector', 'decoder', 'head', 'put_part', 'layers_of',
+           'decoder_layers', 'image_token', 'image_tokens', 'image_side', 'position_ids', 'layer_kinds', 'state_layer',
+           'attention_window', 'apart_because', 'vision_features', 'tower_states', 'resized_tower', 'settled_tower',
+           'leading_vectors', 'part_of', 'check_patterns', 'has_identity', 'trainable_names', 'set_trainable',
+           'part_table', 'assumed_settings', 'image_settings', 'disk_name', 'for_older_readers']
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #c340e3ef
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel, LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from ..core.registry import Registry
+from ..core.runs import read_json, write_json
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #5b77746b
+# %% ../../nbs/02_models/01_anatomy.ipynb #d6f55cde
+# part → beginning of its weights' names
 PARTS = {'vision_tower': 'model.vision_tower.', 'projector': 'model.multi_modal_projector.',
-         'language_model': ('model.language_model.', 'lm_head.')}   # part → begin of its weights' names
+         'language_model': ('model.language_model.', 'lm_head.')}
 _PLACE = {'vision_tower': 'vision_tower', 'projector': 'multi_modal_projector',
           'language_model': 'language_model'}
 
@@ -39,6 +41,7 @@ def _part(model, part):
     if found is None: raise ValueError(f'{type(model).__name__} has no {part}; give a LLaVA.')
     return found
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #a9d32866
 def tower(
     model, # a LLaVA, with adapters or not
 )->nn.Module:
@@ -51,6 +54,7 @@ def connector(
     "What turns image features into word vectors; ValueError where there is none."
     return _part(model, 'projector')
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #48a77e0f
 def decoder(
     model, # a LLaVA, with adapters or not
 )->nn.Module: # gives last hidden states
@@ -63,6 +67,7 @@ def head(
     "The layer that turns hidden states into logits."
     return base_of(model).get_output_embeddings()
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #e03affe9
 def put_part(
     model,            # changed in place
     part:str,         # key of `PARTS`
@@ -72,14 +77,16 @@ def put_part(
     _part(model, part)
     setattr(base_of(model).model, _PLACE[part], module)
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #79ae5f83
 def layers_of(
     module:nn.Module, # a tower or a language model
 )->nn.ModuleList|None: # its layers from first to last; None where it hides them
     "The layers of a part: the list as long as its configuration says."
     depth = getattr(module.config, 'num_hidden_layers', None)
-    lists = (m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
-    return next(lists, None)
+    for m in module.modules():
+        if isinstance(m, nn.ModuleList) and len(m) == depth: return m
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #5b77746b
 def decoder_layers(
     model, # a LLaVA, with adapters or not
 )->nn.ModuleList:
@@ -89,7 +96,7 @@ def decoder_layers(
         raise ValueError(f'{type(decoder(model)).__name__} has no list of its layers.')
     return found
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #99a3458b
+# %% ../../nbs/02_models/01_anatomy.ipynb #e847c302
 def image_token(
     model, # a LLaVA, with adapters or not
 )->int:    # token id
@@ -102,6 +109,7 @@ def image_tokens(
     "The number of vectors that the language model gets for one image."
     return base_of(model).config.image_seq_length
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #de4594b1
 def image_side(
     model, # a LLaVA, with adapters or not
 )->int:    # pixels
@@ -115,13 +123,14 @@ def image_side(
         if math.isqrt(n)**2 == n: return math.isqrt(n)*patch
     return own
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #99a3458b
 def position_ids(
     mask:torch.Tensor, # (rows, length): 1 where a token is, 0 where it is padding
 )->torch.Tensor:       # (rows, length) integers
     "Positions that count the tokens and not the padding; padding is at 0."
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #8b73854a
+# %% ../../nbs/02_models/01_anatomy.ipynb #4f45fead
 # kinds of layers that a mask governs
 _MASKED = {'full_attention', 'attention', 'global', 'mlp', 'moe'}
 # those that look back so far only
@@ -134,10 +143,11 @@ def layer_kinds(
 )->set:    # such as {'full_attention', 'mamba'}; empty where the configuration does not say
     "What the configuration of the language model calls its layers."
     text = base_of(model).config.text_config
-    names = ('layer_types', 'layers_block_type', 'block_types', 'attention_layers')
-    found = (getattr(text, n, None) for n in names)
-    return {str(k) for k in next(filter(None, found), ())}
+    for name in ('layer_types', 'layers_block_type', 'block_types', 'attention_layers'):
+        if found := getattr(text, name, None): return set(map(str, found))
+    return set()
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #ba86348d
 def state_layer(
     model, # a LLaVA, with adapters or not
 )->str:    # such as `mamba`; empty where there is none
@@ -147,17 +157,20 @@ def state_layer(
     classes = {type(m).__name__ for m in decoder(model).modules() if m is not decoder(model)}
     return min(filter(_STATES.search, classes), default='')
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #a24c4524
 def attention_window(
     model,     # a LLaVA, with adapters or not
 )->int|None:   # tokens; None where attention sees all
     "The fewest tokens that an attention layer of the language model looks back."
     text, kinds = base_of(model).config.text_config, layer_kinds(model)
     if kinds and not kinds & _WINDOWED and kinds <= _MASKED: return None
-    names = ('sliding_window', 'attention_chunk_size', 'attention_window_size', 'window_size')
-    sizes = [n for n in (getattr(text, name, None) for name in names) if isinstance(n, int)
-             and n > 0]
+    sizes = []
+    for name in ('sliding_window', 'attention_chunk_size', 'attention_window_size', 'window_size'):
+        n = getattr(text, name, None)
+        if isinstance(n, int) and n > 0: sizes.append(n)
     return min(sizes, default=1 if kinds & _WINDOWED else None)
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #8b73854a
 def apart_because(
     model,        # any model
     longest:int=0, # tokens of the longest sequence, if it is known
@@ -174,9 +187,10 @@ def apart_because(
     if window and not 0 < longest <= window:
         return f'its attention sees a window of {window} tokens only'
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #6c8ec881
-class _Enough(Exception): "Raised inside a tower when the last layer that is needed has spoken."
+# %% ../../nbs/02_models/01_anatomy.ipynb #2cb2fa9f
+class _Enough(Exception): "Raised inside a tower when the last layer that is needed is computed."
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #9ae5c095
 def _layer_outputs(tower, layers, px):
     "Outputs of some layers; no layer above them is computed. None where the tower hides them."
     blocks, caught, hooks = layers_of(tower), {}, []
@@ -192,8 +206,9 @@ def _layer_outputs(tower, layers, px):
         for h in hooks: h.remove()
     return [caught[i] for i in layers]
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #f6cc9632
 def _tower_output(tower, config, px):
-    "The layers that a configuration chooses, side by side, and the class vector only if it says so."
+    "The layers that a configuration chooses, side by side; the class vector only if it says so."
     chosen, n = config.vision_feature_layer, getattr(tower.config, 'num_hidden_layers', -1)
     chosen = [chosen] if isinstance(chosen, int) else list(chosen)
     first = int(config.vision_feature_select_strategy == 'default')
@@ -203,9 +218,11 @@ def _tower_output(tower, config, px):
         clip = tower.config.model_type == 'clip_vision_model'
         last = chosen == [-1] and clip                    # handed over as it is
         said = tower(px, output_hidden_states=not last)
-        outs = [said.last_hidden_state] if last else [said.hidden_states[i] for i in chosen]
+        outs = [said.last_hidden_state]
+        if not last: outs = [said.hidden_states[i] for i in chosen]
     return torch.cat([o[:, first:] for o in outs], -1)
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #98972352
 def vision_features(
     model:LlavaForConditionalGeneration, # its tower is used
     pixel_values:torch.Tensor,           # (n, 3, height, width)
@@ -217,25 +234,8 @@ def vision_features(
     parts = (px.to(base.device, base.dtype) for px in pixel_values.split(batch_size))
     with torch.set_grad_enabled(graph and any(p.requires_grad for p in sees.parameters())):
         return torch.cat([_tower_output(sees, base.config, px) for px in parts])
-@torch.no_grad()
-def leading_vectors(
-    model, # a LLaVA, with adapters or not
-)->int:    # such as 4 for a tower with registers
-    "How many vectors that the connector gets of an image stand before those of its patches; ValueError where they stand elsewhere."
-    sees, config = tower(model), base_of(model).config
-    size, patch = image_side(model), config.vision_config.patch_size
-    side, last = size//patch, slice((size//patch - 1)*patch, size//patch*patch)
-    px = torch.zeros(2, 3, size, size, device=base_of(model).device, dtype=base_of(model).dtype)
-    px[1, :, last, last] = 1.                                # only the last patch differs
-    plain, marked = sees(px, output_hidden_states=True).hidden_states[0]
-    moved, n = (plain != marked).any(-1).nonzero().flatten().tolist(), len(plain)
-    if not moved or moved[-1] != n - 1 or moved[0] < n - side**2: raise ValueError(
-        f'{type(sees).__name__} gives {n} vectors for {side} x {side} patches, and those of the '
-        f'patches are not '
-        'the last ones: no map can be drawn.')
-    return n - side**2 - int(config.vision_feature_select_strategy == 'default')
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #f8ba46e6
+# %% ../../nbs/02_models/01_anatomy.ipynb #653c5c4b
 POSITIONS = re.compile(r'position_embeddings?(\.weight)?$')   # names of a tower's position vectors
 
 def tower_states(
@@ -244,41 +244,71 @@ def tower_states(
 )->tuple:     # of (1, vectors, width), one for each layer and the input
     "What all layers of a tower say about a black picture."
     with torch.no_grad():
-        return tower(torch.zeros(1, 3, size, size, dtype=tower.dtype), output_hidden_states=True).hidden_states
+        return tower(torch.zeros(1, 3, size, size, dtype=tower.dtype),
+                     output_hidden_states=True).hidden_states
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #34544a3f
+def _stretched(rows, before, after):
+    "Position vectors, of which the last lie on a grid of `before` rows, on one of `after` rows."
+    first, last = rows[:len(rows) - before**2], rows[len(rows) - before**2:]
+    grid = last.T.reshape(1, -1, before, before).float()
+    grid = nn.functional.interpolate(grid, size=(after, after), mode='bicubic',
+                                     align_corners=False)
+    return torch.cat([first, grid[0].flatten(1).T.to(rows)])
+
+# %% ../../nbs/02_models/01_anatomy.ipynb #1618395d
 def resized_tower(
     tower,     # a vision tower
     size:int,  # side of the pictures that it shall see, pixels
     where:str, # its name, for messages
 ):             # a tower of the same kind, in evaluation mode
-    "The tower with its position vectors stretched to another grid (bicubic); ValueError where more would change."
+    "The tower with stretched position vectors (bicubic); ValueError where more would change."
     config = copy.deepcopy(tower.config)
     config.image_size = size
     new, old = AutoModel.from_config(config).to(tower.dtype), dict(tower.state_dict())
+    before = tower.config.image_size//tower.config.patch_size
+    after = size//config.patch_size
     for n, p in new.state_dict().items():
         if p.shape == old[n].shape: continue
-        if not POSITIONS.search(n): raise ValueError(
-            f"'{where}' sees {tower.config.image_size} px and cannot be stretched to {size} px: "
-            f"{n} would change.")
-        rows, (a, b) = old[n].reshape(-1, p.shape[-1]), (c.image_size//c.patch_size for c in (tower.config, config))
-        grid = rows[len(rows) - a*a:].T.reshape(1, -1, a, a).float()
-        grid = nn.functional.interpolate(grid, size=(b, b), mode='bicubic', align_corners=False)
-        old[n] = torch.cat([rows[:len(rows) - a*a], grid[0].flatten(1).T.to(rows)]).reshape(p.shape)
+        if not POSITIONS.search(n):
+            raise ValueError(f"'{where}' sees {tower.config.image_size} px and cannot be stretched "
+                             f'to {size} px: {n} would change.')
+        rows = old[n].reshape(-1, p.shape[-1])
+        old[n] = _stretched(rows, before, after).reshape(p.shape)
     new.load_state_dict(old)
     return new.eval()
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #f8ba46e6
 def settled_tower(
     tower,        # a vision tower that sees pictures of several sizes
     states:tuple, # what it says at this size, from `tower_states`
     size:int,     # side of its pictures, pixels
     where:str,    # its name, for messages
 ):                # the same tower, or one with positions of that size
-    "A tower that stretches its positions at every call, with stretched ones instead, if it then says the same."
+    "The tower with its positions stretched once, if that gives the same as at every call."
     try: new = resized_tower(tower, size, where)
     except ValueError: return tower
-    same = (torch.allclose(a, b, rtol=1e-3, atol=1e-4*float(a.abs().max()))
-            for a, b in zip(states, tower_states(new, size)))
-    return new if all(same) else tower
+    for a, b in zip(states, tower_states(new, size)):
+        if not torch.allclose(a, b, rtol=1e-3, atol=1e-4*float(a.abs().max())): return tower
+    return new
+
+# %% ../../nbs/02_models/01_anatomy.ipynb #6c8ec881
+@torch.no_grad()
+def leading_vectors(
+    model, # a LLaVA, with adapters or not
+)->int:    # such as 4 for a tower with registers
+    "How many of an image's vectors stand before its patches; ValueError if they stand elsewhere."
+    sees, config = tower(model), base_of(model).config
+    size, patch = image_side(model), config.vision_config.patch_size
+    side, last = size//patch, slice((size//patch - 1)*patch, size//patch*patch)
+    px = torch.zeros(2, 3, size, size, device=base_of(model).device, dtype=base_of(model).dtype)
+    px[1, :, last, last] = 1.                                # only the last patch differs
+    plain, marked = sees(px, output_hidden_states=True).hidden_states[0]
+    moved, n = (plain != marked).any(-1).nonzero().flatten().tolist(), len(plain)
+    if not moved or moved[-1] != n - 1 or moved[0] < n - side**2:
+        raise ValueError(f'{type(sees).__name__} gives {n} vectors for {side} x {side} patches, '
+                         'and those of the patches are not the last ones: no map can be drawn.')
+    return n - side**2 - int(config.vision_feature_select_strategy == 'default')
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #46b89be4
 def part_of(
@@ -289,7 +319,7 @@ def part_of(
         if name.startswith(prefix): return part
     raise KeyError(f"Parameter '{name}' belongs to none of {list(PARTS)}.")
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #175462a3
+# %% ../../nbs/02_models/01_anatomy.ipynb #a037ecfc
 TRAINABLE = Registry('trainable pattern')   # name → f(model) that yields the weights that learn
 
 def _register_parts():
@@ -297,12 +327,13 @@ def _register_parts():
                 language_model='The whole language model, its embeddings and its head.')
     for part in PARTS:
         def weights(model, part=part):
-            named = base_of(model).named_parameters()
-            return [p for n, p in named if part_of(n) == part]
+            for n, p in base_of(model).named_parameters():
+                if part_of(n) == part: yield p
         weights.__doc__ = says[part]
         TRAINABLE[part] = weights
 _register_parts()
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #29495611
 @TRAINABLE.register('last_block')
 def _last_block(model):
     "The last layer of the language model."
@@ -320,6 +351,7 @@ def _biases(model):
     for n, p in decoder(model).named_parameters():
         if n.endswith('bias'): yield p
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #175462a3
 def check_patterns(
     patterns:Iterable, # names from `TRAINABLE`, or texts with `*`
     where:str='',      # what names them, such as a file, for the message
@@ -330,7 +362,7 @@ def check_patterns(
     for p in patterns:
         if '*' not in str(p): TRAINABLE.named(p, where)
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #dfe82d7a
+# %% ../../nbs/02_models/01_anatomy.ipynb #fce767ba
 def has_identity(
     model, # a LLaVA, with adapters or not
 )->bool:
@@ -338,6 +370,7 @@ def has_identity(
     linear = base_of(model).config.projector_hidden_act == 'linear'
     return linear and isinstance(connector(model), LlavaMultiModalProjector)
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #a49a4962
 def _found(model, pattern):
     "Ids of the weights that a pattern finds."
     if '*' not in pattern: return {id(p) for p in TRAINABLE.named(pattern)(model)}
@@ -345,6 +378,7 @@ def _found(model, pattern):
     every = base_of(model).named_parameters(remove_duplicate=False)   # a tied weight has two names
     return {id(p) for n, p in every if fits(n)}
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #2090d88e
 def trainable_names(
     model,             # a LLaVA
     patterns:Iterable, # names from `TRAINABLE`, or texts with `*` compared with weights' names
@@ -365,6 +399,7 @@ def trainable_names(
         raise ValueError(f'With the trainable patterns {list(patterns)} nothing would learn.')
     return names
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #257e9213
 def set_trainable(
     model,             # changed in place
     patterns:Iterable, # as for `trainable_names`
@@ -374,6 +409,7 @@ def set_trainable(
     for n, p in base_of(model).named_parameters(): p.requires_grad_(n in names)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #dfe82d7a
 def part_table(
     model:LlavaForConditionalGeneration, # with weights frozen or not
 )->list:                                 # dicts part, parameters, trainable
@@ -384,7 +420,7 @@ def part_table(
         rows[part_of(n)]['trainable'] += p.numel()*p.requires_grad
     return list(rows.values())
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #e560c788
+# %% ../../nbs/02_models/01_anatomy.ipynb #7c9a8d44
 CLIP_LOOK = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 IMAGENET_LOOK = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 HALF = ([.5]*3, [.5]*3)
@@ -394,38 +430,84 @@ FAMILY_LOOKS = {   # beginning of a model type → whose pictures: mean and devi
     'dinov3': ("DINOv3's", IMAGENET_LOOK, 2), 'dino': ("DINOv2's", IMAGENET_LOOK, 3),
     'ijepa': ("I-JEPA's", IMAGENET_LOOK, 2), 'vit_mae': ("MAE's", IMAGENET_LOOK, 3),
     'vit_msn': ("MSN's", IMAGENET_LOOK, 3), 'vit': ("ViT's", HALF, 2),
-    'deit': ("DeiT's", IMAGENET_LOOK, 3),
-    'beit': ("BEiT's", HALF, 3)}
+    'deit': ("DeiT's", IMAGENET_LOOK, 3), 'beit': ("BEiT's", HALF, 3)}
 IMAGE_SETTINGS = ('image_mean', 'image_std', 'resample', 'rescale_factor', 'do_rescale',
                   'do_normalize')
 IMAGE_FILES = ('preprocessor_config.json', 'processor_config.json')   # where a folder says them
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #2a9e2d10
 def assumed_settings(
     kind:str, # model type of a tower, such as siglip_vision_model
 )->tuple:     # (whose they are, settings of the image processor)
     "How a family of towers was shown its pictures; an unknown one gets CLIP's, as LLaVA does."
-    whose, (mean, std), resample = next((v for k, v in FAMILY_LOOKS.items() if kind.startswith(k)),
-                                        FAMILY_LOOKS['clip'])
+    families = (v for k, v in FAMILY_LOOKS.items() if kind.startswith(k))
+    whose, (mean, std), resample = next(families, FAMILY_LOOKS['clip'])
     return whose, dict(image_mean=list(mean), image_std=list(std), resample=resample,
                        rescale_factor=1/255)
 
+# %% ../../nbs/02_models/01_anatomy.ipynb #04e2cac8
+def _settings_file(folder):
+    "The file of a folder that holds settings of images; None where there is none."
+    own, both = IMAGE_FILES
+    if (folder/own).exists(): return own
+    if not (folder/both).exists(): return None
+    return both if 'image_processor' in (folder/both).read_text(encoding='utf-8') else None
+
+# %% ../../nbs/02_models/01_anatomy.ipynb #e560c788
 def image_settings(
     where:str, # folder or Hub id of a tower
     kind:str,  # its model type
     place:dict, # what `from_pretrained` needs to find it
     say=print, # gets a line when they are assumed
 )->dict:       # mean, deviation, resampling and scale of the image processor
-    "The settings of a tower's own image processor, or those of its family; raises ValueError for a damaged file."
+    "The settings of a tower's own image processor, or its family's; ValueError for a damaged file."
     try: p = AutoImageProcessor.from_pretrained(**place)
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as e:
-        own, both = (Path(where)/n for n in IMAGE_FILES)
-        if own.exists() or both.exists() and 'image_processor' in both.read_text(encoding='utf-8'):
-            raise ValueError(f'its {(own if own.exists() else both).name} is damaged: '
-                             f'{" ".join(str(e).split())[:120]}') from e
+        if file := _settings_file(Path(where)):
+            raise ValueError(f'its {file} is damaged: {" ".join(str(e).split())[:120]}') from e
         whose, assumed = assumed_settings(kind)
         says = ', '.join(f'{x:.3f}' for x in (*assumed['image_mean'], *assumed['image_std']))
         say(f"'{where}' ({kind}) says nothing of its pictures (no {IMAGE_FILES[0]}): {whose} mean "
-            f"and deviation are "
-            f"assumed ({says}), resampling {assumed['resample']}, the size of its config.json.")
+            f"and deviation are assumed ({says}), resampling {assumed['resample']}, "
+            'the size of its config.json.')
         return assumed
     return {k: getattr(p, k) for k in IMAGE_SETTINGS if getattr(p, k, None) is not None}
+
+# %% ../../nbs/02_models/01_anatomy.ipynb #f675f44a
+# towers whose names on disk begin with `vision_model.`
+VISION_MODEL = ('clip_vision_model', 'siglip_vision_model')
+
+def disk_name(
+    name:str,        # of a weight in memory
+    vision_type:str, # `model_type` of the tower
+)->str:              # such as language_model.model.norm.weight
+    "The name of a weight in the layout that every version of `transformers` and vLLM reads."
+    tower = 'vision_tower.vision_model.' if vision_type in VISION_MODEL else 'vision_tower.'
+    name = re.sub(r'^model\.vision_tower\.(?:vision_model\.)?', tower, name)
+    name = re.sub(r'^lm_head\.', 'language_model.lm_head.', name)
+    name = re.sub(r'^model\.language_model\.', 'language_model.model.', name)
+    return re.sub(r'^model\.multi_modal_projector\.', 'multi_modal_projector.', name)
+
+# %% ../../nbs/02_models/01_anatomy.ipynb #f8a2f570
+def for_older_readers(
+    folder:Path, # with configurations as `transformers` 5 writes them
+)->None:
+    "Say in the same files what older versions look for under other names."
+    folder = Path(folder)
+    config = read_json(folder/'config.json')
+    if 'dtype' in config: config['torch_dtype'] = config['dtype']
+    for part in ('text_config', 'vision_config'):
+        rope = config[part].get('rope_parameters') or {}
+        if 'rope_theta' in rope: config[part]['rope_theta'] = rope['rope_theta']
+        if rope.get('rope_type', 'default') != 'default':
+            config[part]['rope_scaling'] = {k: v for k, v in rope.items() if k != 'rope_theta'}
+    write_json(folder/'config.json', config)
+    words = read_json(folder/'tokenizer_config.json')
+    if words.get('tokenizer_class') == 'TokenizersBackend':
+        words['tokenizer_class'] = 'PreTrainedTokenizerFast'
+    if not words.get('extra_special_tokens'):
+        words['extra_special_tokens'] = {'image_token': '<image>'}
+    write_json(folder/'tokenizer_config.json', words)
+    parts = read_json(folder/'processor_config.json')
+    write_json(folder/'preprocessor_config.json',
+               {**parts['image_processor'], 'processor_class': 'LlavaProcessor'})

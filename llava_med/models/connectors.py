@@ -19,18 +19,20 @@ from ..core.registry import Registry, UnknownName, import_recipes
 from ..core.runs import file_hash, read_json, write_json
 from .anatomy import PARTS, base_of, connector, head, put_part, vision_features
 
-# %% ../../nbs/02_models/02_connectors.ipynb #def2cbc5
+# %% ../../nbs/02_models/02_connectors.ipynb #d4828b70
 class _Linear: "One linear layer, as in LLaVA-Med; plain transformers adds an identity behind it."
 class _Mlp: "Two layers with GELU between them, as in LLaVA 1.5; plain transformers."
 
 ACTIVATIONS = {'mlp': 'gelu', 'linear': 'linear'}   # those of plain transformers → activation
 CONNECTORS = Registry('connector', mlp=_Mlp, linear=_Linear)   # name → module class
 
+# %% ../../nbs/02_models/02_connectors.ipynb #eb0e6bda
 def make_identity(
     layer:nn.Linear, # changed in place
 )->None:
     "Make a linear layer return what it gets."
-    nn.init.eye_(layer.weight); nn.init.zeros_(layer.bias)
+    nn.init.eye_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 def _plain(model, name):
     "A new connector of plain transformers."
@@ -40,6 +42,7 @@ def _plain(model, name):
     if name == 'linear': make_identity(new.linear_2)
     return new
 
+# %% ../../nbs/02_models/02_connectors.ipynb #99ad8603
 def _built(name, size, options):
     "A new connector of a recipe, with a record of how it was made."
     cls = CONNECTORS.named(name)
@@ -52,6 +55,7 @@ def _built(name, size, options):
     new._record = dict(name=name, module=cls.__module__, options=options, **size)
     return new
 
+# %% ../../nbs/02_models/02_connectors.ipynb #def2cbc5
 def connector_record(
     model, # a LLaVA
 )->dict:   # name, module, options, vision_width, text_width, tokens_in, tokens_out
@@ -61,11 +65,11 @@ def connector_record(
 def own_connector(
     model,              # a LLaVA, with adapters or not
 )->nn.Module|None:      # without the copy that an adapter may hold
-    "The connector itself where plain transformers cannot hold it, to be handed to another process; else None."
+    "The connector itself, for another process; None where plain transformers can hold it."
     found = getattr(connector(model), 'original_module', connector(model))
     return found if getattr(found, '_record', None) else None
 
-# %% ../../nbs/02_models/02_connectors.ipynb #980b93b0
+# %% ../../nbs/02_models/02_connectors.ipynb #817ef617
 def _black(model):
     "The features of one black image."
     base = base_of(model)
@@ -73,6 +77,7 @@ def _black(model):
     side = base.config.vision_config.image_size
     return vision_features(base, torch.zeros(1, 3, side, side))
 
+# %% ../../nbs/02_models/02_connectors.ipynb #b743fb59
 def _tokens_out(name, new, features, width):
     "How many vectors a connector gives; ValueError where it says another number, or another width."
     with torch.no_grad(): out = new.eval()(features)
@@ -82,6 +87,7 @@ def _tokens_out(name, new, features, width):
                          f'tokens_out and this language model it should be {(1, said, width)}.')
     return said
 
+# %% ../../nbs/02_models/02_connectors.ipynb #d50855af
 def _write_tokens(model, processor, n):
     "Let configuration and processor agree on the number of tokens of an image."
     config, images = base_of(model).config, processor.image_processor
@@ -90,6 +96,7 @@ def _write_tokens(model, processor, n):
     config.image_seq_length = n
     processor.num_additional_image_tokens = n - (side//processor.patch_size)**2 + dropped
 
+# %% ../../nbs/02_models/02_connectors.ipynb #980b93b0
 def put_connector(
     model,      # a LLaVA without adapters; changed in place
     processor,  # its processor; changed in place: writes as many image tokens as there are
@@ -117,7 +124,7 @@ def put_connector(
     if hasattr(model.config, 'connector'): del model.config.connector   # it named the old one
     return new
 
-# %% ../../nbs/02_models/02_connectors.ipynb #c4f69df3
+# %% ../../nbs/02_models/02_connectors.ipynb #400ae95b
 def split_state(
     model,      # a LLaVA
     state:dict, # its weights by name
@@ -125,12 +132,18 @@ def split_state(
     "Weights as plain transformers can hold them, and those of a connector that it cannot."
     if not connector_record(model): return state, {}
     prefix = PARTS['projector']
-    apart = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-    rest = {n: v for n, v in state.items() if not n.startswith(prefix)}
-    kept = connector(model)._kept[0].state_dict().items()
-    like = next((v for v in apart.values() if v.is_floating_point()), torch.zeros(1))
-    return rest | {prefix + n: v.to(like) for n, v in kept}, apart
+    apart, plain, like = {}, {}, torch.zeros(1)
+    for n, v in state.items():
+        if not n.startswith(prefix):
+            plain[n] = v
+            continue
+        apart[n.removeprefix(prefix)] = v
+        if v.is_floating_point(): like = v   # the precision of the checkpoint
+    kept = connector(model)._kept[0].state_dict()
+    for n, v in kept.items(): plain[prefix + n] = v.to(like)
+    return plain, apart
 
+# %% ../../nbs/02_models/02_connectors.ipynb #c4f69df3
 def save_connector(
     model,        # a LLaVA
     weights:dict, # of its connector, from `split_state`
@@ -146,7 +159,7 @@ def save_connector(
     write_json(Path(path)/'config.json', {**read_json(Path(path)/'config.json'), 'connector': mark})
     return mark
 
-# %% ../../nbs/02_models/02_connectors.ipynb #03657bf9
+# %% ../../nbs/02_models/02_connectors.ipynb #4315bee0
 def read_connector(
     path:Path,  # folder of a checkpoint
     mark:dict,  # what its config.json says: name, sha256
@@ -166,6 +179,7 @@ def read_connector(
         raise wrong(f"connector/ holds other weights ('{said['name']}') than config.json says")
     return said
 
+# %% ../../nbs/02_models/02_connectors.ipynb #da2be545
 def _known_connector(said, path):
     "Import the recipe of a connector, if it is one of this library; UnknownName otherwise."
     name, module = said['name'], said['module']
@@ -175,6 +189,7 @@ def _known_connector(said, path):
         raise UnknownName(f"'{path}' needs the connector '{name}', which is not registered here: "
                           f"import its module '{module}' first. Known: {known}.")
 
+# %% ../../nbs/02_models/02_connectors.ipynb #03657bf9
 def load_connector(
     model,     # read from the checkpoint, with its plain connector; changed in place
     processor, # its processor; changed in place
@@ -192,5 +207,5 @@ def load_connector(
         raise ValueError(f"The connector '{name}' of '{path}' does not fit: {why}") from None
     if (here := connector_record(model)) != dict(said, module=here['module']):
         raise ValueError(f"The connector '{said['name']}' of '{path}' was made for "
-                         f"{said['tokens_in']} vectors of width {said['vision_width']}; this tower gives "
-                         f"{here['tokens_in']} of width {here['vision_width']}.")
+                         f"{said['tokens_in']} vectors of width {said['vision_width']}; this tower "
+                         f"gives {here['tokens_in']} of width {here['vision_width']}.")

@@ -20,74 +20,105 @@ from transformers import (
     Qwen2Config, ViTConfig)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..core.pieces import read_tokenizer
-from .anatomy import assumed_settings
-from .llava import (PLACE, SPARE, TEMPLATES, _config, _processor, _reading,
-                                    chat_template, few, grown, new_folder, prepare_tokenizer,
-                             read_tower, rows_for, save, tensors_hash, weights_hash, write_card)
+from .anatomy import CLIP_LOOK, assumed_settings
+from ..core.cards import write_card
+from .exchange import chat_template, prepare_tokenizer
+from .llava import (
+    PLACE, SPARE, _config, _processor, _reading, few, grown, new_folder, read_tower, rows_for, save,
+    tensors_hash, weights_hash)
 from ..core.runs import read_json, write_json
 
-# %% ../../nbs/02_models/04_convert.ipynb #a954fffb
+# %% ../../nbs/02_models/04_convert.ipynb #f6420981
 def local_folder(
     where:str, # folder or Hub id
 )->Path:       # a folder of this machine
     "The folder of a checkpoint, fetched from the Hub if it is not here."
     if Path(where).is_dir(): return Path(where)
-    if not PLACE.fullmatch(str(where)): raise FileNotFoundError(f"'{where}' is neither a folder nor a Hub id such as owner/name@revision.")
+    if not PLACE.fullmatch(str(where)):
+        raise FileNotFoundError(
+            f"'{where}' is neither a folder nor a Hub id such as owner/name@revision.")
     name, _, revision = str(where).partition('@')
-    try: return Path(snapshot_download(name, revision=revision or None, allow_patterns=['*.json', '*.safetensors', '*.bin', '*.model', '*.jinja']))
-    except Exception as e: raise FileNotFoundError(f"'{where}' is no folder here and cannot be fetched from the Hub: {str(e).splitlines()[0]}") from e
+    kinds = ['*.json', '*.safetensors', '*.bin', '*.model', '*.jinja']
+    try: return Path(snapshot_download(name, revision=revision or None, allow_patterns=kinds))
+    except Exception as e:   # of the network, of the Hub, or of the disk
+        raise FileNotFoundError(f"'{where}' is no folder here and cannot be fetched from the Hub: "
+                                f'{str(e).splitlines()[0]}') from e
 
+# %% ../../nbs/02_models/04_convert.ipynb #d2f2c24e
 PARTIAL = {'adapter_config.json': ', but an adapter of a base model; merge the two as its authors '
                                   'did, and convert the sum',
            'mm_projector.bin': ', but a projector alone; name the whole checkpoint'}
 
+def _indexed(index):
+    "The files that an index names; FileNotFoundError where one is missing."
+    names = sorted(set(read_json(index)['weight_map'].values()))
+    gone = [n for n in names if not (index.parent/n).exists()]
+    if gone:
+        raise FileNotFoundError(f"'{index.parent}' lacks {few(gone)}, which {index.name} names; "
+                                'fetch the whole checkpoint.')
+    return [index.parent/n for n in names]
+
+# %% ../../nbs/02_models/04_convert.ipynb #1e366c20
 def weight_files(
     folder:Path, # of a checkpoint
 )->list:         # its weight files
-    "The files that hold the weights, by the index where there is one; safetensors go before pickles."
+    "The files that hold the weights, as an index says; safetensors go before pickles."
     for stem, end in (('model', 'safetensors'), ('pytorch_model', 'bin')):
-        if (index := folder/f'{stem}.{end}.index.json').exists():
-            files = [folder/f for f in sorted(set(read_json(index)['weight_map'].values()))]
-            if gone := [f.name for f in files if not f.exists()]:
-                raise FileNotFoundError(f"'{folder}' lacks {few(gone)}, which {index.name} names; fetch the whole checkpoint.")
-            return files
-        files = [f for f in sorted(folder.glob(f'{stem}*.{end}'))
-                 if not f.name.endswith('.index.json')]
+        index = folder/f'{stem}.{end}.index.json'
+        if index.exists(): return _indexed(index)
+        files = sorted(folder.glob(f'{stem}*.{end}'))   # an index ends with .json
         if files: return _all_shards(files, folder)
     part = next((k for n, k in PARTIAL.items() if (folder/n).exists()), '')
     raise FileNotFoundError(f"'{folder}' holds no weights: neither model*.safetensors nor "
                             f"pytorch_model*.bin{part}.")
 
+# %% ../../nbs/02_models/04_convert.ipynb #3c1e3e34
 def _all_shards(files, folder):
     "Refuse shards of which some are missing, where no index names them."
-    numbers = [m for f in files if (m := re.search(r'-(\d+)-of-(\d+)\.', f.name))]
-    gone = {int(m[2]) for m in numbers} and set(range(1, int(numbers[0][2]) + 1)) - {int(m[1])
-                                                                                     for m in numbers}
+    found, n = set(), 0
+    for f in files:
+        if not (m := re.search(r'-(\d+)-of-(\d+)\.', f.name)): continue
+        found.add(int(m[1]))
+        n = n or int(m[2])
+    gone = set(range(1, n + 1)) - found
     if gone:
-        raise FileNotFoundError(f"'{folder}' lacks part {few(sorted(gone))} of "
-                                f"{int(numbers[0][2])}; fetch the whole checkpoint.")
+        raise FileNotFoundError(f"'{folder}' lacks part {few(sorted(gone))} of {n}; fetch the "
+                                'whole checkpoint.')
     return files
 
+# %% ../../nbs/02_models/04_convert.ipynb #dcce9054
+def _read_file(file):
+    "The tensors of one file; ValueError where it is damaged or holds more."
+    try:
+        if file.suffix == '.safetensors': return load_file(file)
+        return torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as e:
+        why = str(e).splitlines()[0][:80]
+        raise ValueError(f"'{file}' is damaged; fetch it again ({why}).") from e
+    except Exception as e:   # of an unpickler that met more than tensors
+        raise ValueError(f"'{file}' holds more than tensors, so it is not opened.") from e
+
+# %% ../../nbs/02_models/04_convert.ipynb #a954fffb
 def read_weights(
     folder:Path, # of a checkpoint
 )->dict:         # name → tensor
     "All weights of a folder; a damaged, incomplete or unsafe file is named."
     folder, state = Path(folder), {}
     for f in weight_files(folder):
-        try: part = load_file(f) if f.suffix == '.safetensors' else torch.load(f, map_location='cpu', weights_only=True, mmap=True)
-        except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as e:
-            raise ValueError(f"'{f}' is damaged; fetch it again ({str(e).splitlines()[0][:80]}).") from e
-        except Exception as e: raise ValueError(f"'{f}' holds more than tensors, so it is not opened.") from e
-        if twice := sorted(set(part) & set(state)): raise ValueError(f"'{f}' holds {few(twice)}, as another file does.")
+        part = _read_file(f)
+        if twice := sorted(set(part) & set(state)):
+            raise ValueError(f"'{f}' holds {few(twice)}, as another file does.")
         state.update(part)
-    for index in folder.glob('*.index.json'):
-        if index.name.startswith(weight_files(folder)[0].name.split('-')[0].split('.')[0]) and (gone := sorted(set(read_json(index)['weight_map']) - set(state))):
-            raise ValueError(f"'{folder}' lacks {few(gone)}, which {index.name} names; fetch the whole checkpoint.")
-    # of several processes
+    stem = weight_files(folder)[0].name.split('-')[0].split('.')[0]
+    for index in folder.glob(f'{stem}*.index.json'):
+        if gone := sorted(set(read_json(index)['weight_map']) - set(state)):
+            raise ValueError(f"'{folder}' lacks {few(gone)}, which {index.name} names; fetch the "
+                             'whole checkpoint.')
+    # training in several processes puts `module.` before all names
     around = 'module.' if state and all(n.startswith('module.') for n in state) else ''
     return {n.removeprefix(around): v for n, v in state.items()}
 
-# %% ../../nbs/02_models/04_convert.ipynb #732b2d3a
+# %% ../../nbs/02_models/04_convert.ipynb #4d35279d
 FAMILIES = {'llava': LlamaConfig, 'llava_llama': LlamaConfig, 'llava_mistral': MistralConfig,
             'llava_qwen': Qwen2Config}
 PROJECTORS = {'linear': 'linear', 'mlp2x_gelu': 'mlp'}   # theirs → ours
@@ -96,43 +127,56 @@ def read_original(
     folder:Path, # of a checkpoint
 )->dict:         # config.json
     "The configuration of an original LLaVA; raises ValueError when it is something else."
-    if not (folder/'config.json').exists(): raise FileNotFoundError(f"'{folder}' holds no config.json.")
-    raw = read_json(folder/'config.json'); kind = raw.get('model_type')
-    if 'vision_config' in raw: raise ValueError(f"'{folder}' is in the layout of `transformers` already; load it as it is.")
+    if not (folder/'config.json').exists():
+        raise FileNotFoundError(f"'{folder}' holds no config.json.")
+    raw = read_json(folder/'config.json')
+    kind = raw.get('model_type')
+    if 'vision_config' in raw:
+        raise ValueError(
+            f"'{folder}' is in the layout of `transformers` already; load it as it is.")
     if kind not in FAMILIES or not any(k.startswith('mm_') for k in raw):
-        raise ValueError(f"'{folder}' is a model of type '{kind}'; known are {few(FAMILIES)} with their mm_ settings.")
-    if 'mm_vision_select_layer' not in raw: raise ValueError(f"'{folder}/config.json' does not say mm_vision_select_layer; add it, such as -2.")
-    if 'unpad' in raw.get('mm_patch_merge_type', '') or 'anyres' in raw.get('image_aspect_ratio', ''):
-        raise ValueError(f"'{folder}' cuts pictures into tiles (LLaVA 1.6); that is another model, llava_next.")
+        raise ValueError(
+            f"'{folder}' is a model of type '{kind}'; known are "
+            f"{few(FAMILIES)} with their mm_ settings.")
+    if 'mm_vision_select_layer' not in raw:
+        raise ValueError(
+            f"'{folder}/config.json' does not say mm_vision_select_layer; add it, such as -2.")
+    merge, ratio = raw.get('mm_patch_merge_type', ''), raw.get('image_aspect_ratio', '')
+    if 'unpad' in merge or 'anyres' in ratio:
+        raise ValueError(
+            f"'{folder}' cuts pictures into tiles (LLaVA 1.6); that is another model, llava_next.")
     return raw
 
-# LLaVA's own settings
+# %% ../../nbs/02_models/04_convert.ipynb #acf78d7d
+# LLaVA's own settings, by their beginnings
 THEIRS = re.compile(r'(mm_|tune_|freeze_|unfreeze_|use_mm_|image_|vision_|tokenizer_|sep_image_|_)')
 ELSEWHERE = {'architectures', 'model_type', 'transformers_version', 'dtype', 'torch_dtype',
-             'vocab_size', 'use_cache', 'auto_map',
-             'pad_token_id', 'bos_token_id', 'eos_token_id', 'max_sequence_length', 'max_length',
-             'do_sample', 'temperature', 'top_p', 'pretraining_tp'}
-# older and newer names
-ROPE = {'rope_theta', 'rope_scaling', 'rope_parameters', 'partial_rotary_factor'}
+             'vocab_size', 'use_cache', 'auto_map', 'pad_token_id', 'bos_token_id', 'eos_token_id',
+             'max_sequence_length', 'max_length', 'do_sample', 'temperature', 'top_p',
+             'pretraining_tp'}
+ROPE = {   # how positions are told apart, under older and newer names
+    'rope_theta', 'rope_scaling', 'rope_parameters', 'partial_rotary_factor'}
 
 def strange_fields(
     raw:dict, # config.json of the original
 )->list:      # names of settings that its language model does not know
     "Settings that are kept, although nothing reads them; the conversion names them."
     known = set(FAMILIES[raw['model_type']]().to_dict()) | ROPE | ELSEWHERE
-    return sorted(k for k, v in raw.items() if k not in known and not THEIRS.match(k)
-                  and v is not None)
+    said = {k for k, v in raw.items() if v is not None and not THEIRS.match(k)}
+    return sorted(said - known)
 
+# %% ../../nbs/02_models/04_convert.ipynb #80eda179
 def text_config(
     raw:dict,    # config.json of the original
     n_rows:int,  # rows of the embedding
 ):               # configuration of the language model
     "The configuration of the language model alone, with every setting of the original."
     kept = {k: v for k, v in raw.items() if k not in ELSEWHERE and not THEIRS.match(k)}
-    if 'max_sequence_length' in raw: kept.setdefault('max_position_embeddings', raw['max_sequence_length'])
+    if 'max_sequence_length' in raw:
+        kept.setdefault('max_position_embeddings', raw['max_sequence_length'])
     rope = kept.get('rope_scaling') or kept.get('rope_parameters') or {}
-    if (kind := rope.get('rope_type', rope.get('type', 'default'))) not in {*ROPE_INIT_FUNCTIONS,
-                                                                            'default'}:
+    kind = rope.get('rope_type', rope.get('type', 'default'))
+    if kind not in {*ROPE_INIT_FUNCTIONS, 'default'}:
         raise ValueError(f"config.json scales positions by '{kind}', which no model here knows: "
                          f"{few(ROPE_INIT_FUNCTIONS)}.")
     try: return FAMILIES[raw['model_type']](**kept, vocab_size=n_rows, pad_token_id=None)
@@ -140,15 +184,20 @@ def text_config(
         raise ValueError(f"config.json does not describe a language model: "
                          f"{' '.join(str(e).split())}") from e
 
+# %% ../../nbs/02_models/04_convert.ipynb #581bc972
 def projector_of(
     raw:dict,   # config.json of the original
     state:dict, # its weights
 )->str:         # `linear` or `mlp`
     "Which connector the checkpoint has."
-    kind = raw.get('mm_projector_type') or ('linear' if 'model.mm_projector.weight' in state else 'mlp2x_gelu')
-    if kind not in PROJECTORS: raise ValueError(f"projector '{kind}' has no exact place in a standard LLaVA; known: {few(PROJECTORS)}.")
+    guess = 'linear' if 'model.mm_projector.weight' in state else 'mlp2x_gelu'
+    kind = raw.get('mm_projector_type') or guess
+    if kind not in PROJECTORS:
+        raise ValueError(
+            f"projector '{kind}' has no exact place in a standard LLaVA; known: {few(PROJECTORS)}.")
     return PROJECTORS[kind]
 
+# %% ../../nbs/02_models/04_convert.ipynb #732b2d3a
 OWN = 'model.vision_tower.vision_tower.'
 HEADS = {1280: 16, 1408: 16, 1664: 16}   # CLIP towers that are not 64 wide in each head
 
@@ -157,48 +206,59 @@ def own_tower(
     raw:dict,   # its config.json
 )->CLIPVisionConfig: # of the tower inside
     "The configuration of the CLIP tower that a checkpoint holds, from the shapes of its tensors."
-    shape = {n.removeprefix(OWN).removeprefix('vision_model.'): tuple(v.shape) for n, v in state.items() if n.startswith(OWN)}
+    shape, depth = {}, 0
+    for n, v in state.items():
+        if not n.startswith(OWN): continue
+        name = n.removeprefix(OWN).removeprefix('vision_model.')
+        shape[name] = tuple(v.shape)
+        if m := re.match(r'encoder\.layers\.(\d+)\.', name): depth = max(depth, int(m[1]) + 1)
     try:
         width, _, patch, _ = shape['embeddings.patch_embedding.weight']
         side = round((shape['embeddings.position_embedding.weight'][0] - 1)**.5)*patch
         hidden = shape['encoder.layers.0.mlp.fc1.weight'][0]
     except KeyError as e:
-        raise ValueError(f"The checkpoint holds no CLIP tower ({e.args[0]} is missing); name the folder of "
-                         f"{raw.get('mm_vision_tower', 'its tower')} instead of 'own'.") from e
-    depth = 1 + max(int(m[1]) for n in shape if (m := re.match(r'encoder\.layers\.(\d+)\.', n)))
+        raise ValueError(
+            f"The checkpoint holds no CLIP tower ({e.args[0]} is missing); name the folder of "
+            f"{raw.get('mm_vision_tower', 'its tower')} instead of 'own'.") from e
     act = 'gelu' if 'laion' in str(raw.get('mm_vision_tower', '')).lower() else 'quick_gelu'
-    return CLIPVisionConfig(hidden_size=width, intermediate_size=hidden, num_hidden_layers=depth, patch_size=patch, image_size=side,
-                            num_attention_heads=HEADS.get(width, max(width//64, 1)), hidden_act=act, projection_dim=768)
+    return CLIPVisionConfig(hidden_size=width, intermediate_size=hidden, num_hidden_layers=depth,
+                            patch_size=patch, image_size=side,
+                            num_attention_heads=HEADS.get(width, max(width//64, 1)), hidden_act=act,
+                            projection_dim=768)
 
-# %% ../../nbs/02_models/04_convert.ipynb #3059d943
+# %% ../../nbs/02_models/04_convert.ipynb #deb816d3
+_EMBED, LM_HEAD = 'model.embed_tokens.weight', 'lm_head.weight'
+
+def _fitted(name, b, d):
+    "A tensor of the base in the shape of its difference, which may have rows for more words."
+    if b.shape == d.shape: return b
+    if name not in (_EMBED, LM_HEAD) or b.shape[1] != d.shape[1] or len(b) > len(d):
+        raise ValueError(f'The base is not that of this delta: {name} is {tuple(b.shape)} there '
+                         f'and {tuple(d.shape)} here.')
+    return torch.cat([b, b.new_zeros(len(d) - len(b), b.shape[1])])
+
+# %% ../../nbs/02_models/04_convert.ipynb #01ae3806
 def add_base(
     delta:dict, # name → difference
     base:dict,  # name → tensor of the base model
 )->dict:        # name → tensor
-    "A whole checkpoint from a delta and its base; raises ValueError where they do not belong together."
-    out, raw = {}, re.compile(r'^model\.(mm_projector|vision_tower)\.')
-    need = {n for n in delta if not raw.match(n) and not SPARE.search(n)}
+    "A whole checkpoint from a delta and its base; ValueError where they do not belong together."
+    out, new = {}, re.compile(r'^model\.(mm_projector|vision_tower)\.')
+    need = {n for n in delta if not new.match(n) and not SPARE.search(n)}
     lost = sorted(need ^ {n for n in base if not SPARE.search(n)})
-    if lost: raise ValueError(f'The base is not that of this delta: only one of them holds {few(lost)}.')
+    if lost:
+        raise ValueError(f'The base is not that of this delta: only one of them holds {few(lost)}.')
     for n, d in delta.items():
-        if n not in need: out[n] = d; continue
-        b = base[n].to(d.dtype)
-        if b.shape != d.shape:
-            if n not in ('model.embed_tokens.weight',
-                         LM_HEAD) or b.shape[1] != d.shape[1] or len(b) > len(d):
-                raise ValueError(f'The base is not that of this delta: {n} is {tuple(b.shape)} there and {tuple(d.shape)} here.')
-            b = torch.cat([b, b.new_zeros(len(d) - len(b), b.shape[1])])
-        out[n] = d + b
+        out[n] = d + _fitted(n, base[n].to(d.dtype), d) if n in need else d
     return out
 
-LM_HEAD = 'lm_head.weight'
-
+# %% ../../nbs/02_models/04_convert.ipynb #3059d943
 def with_head(
     state:dict, # name → tensor of the original
     tied:bool,  # whether its configuration ties the output to the embedding
 )->dict:        # with lm_head.weight
-    "The weights with their output layer, which tied checkpoints leave out; raises ValueError where file and configuration disagree."
-    embed, head = state['model.embed_tokens.weight'], state.get(LM_HEAD)
+    "The weights with their output layer; ValueError where file and configuration disagree."
+    embed, head = state[_EMBED], state.get(LM_HEAD)
     if head is None and not tied:
         raise ValueError(f'{LM_HEAD}: missing in the checkpoint, and its config.json does not say '
                          f'tie_word_embeddings; nothing was written.')
@@ -207,11 +267,43 @@ def with_head(
                          f'tie_word_embeddings; correct one of them.')
     return {**state, LM_HEAD: embed if tied else head}
 
+# %% ../../nbs/02_models/04_convert.ipynb #7cef51ea
 RENAME = ((r'^model\.mm_projector\.(weight|bias)$', r'model.multi_modal_projector.linear_1.\1'),
           (r'^model\.mm_projector\.0\.', 'model.multi_modal_projector.linear_1.'),
           (r'^model\.mm_projector\.2\.', 'model.multi_modal_projector.linear_2.'),
           (r'^model\.(embed_tokens|layers|norm)\.', r'model.language_model.\1.'))
 
+def _renamed(state, want, spare):
+    "(the weights under the names of `want`, those that fit nothing, those that nobody needs)."
+    boxed = any(n.startswith('model.vision_tower.vision_model.') for n in want)
+    tower = 'model.vision_tower.' + 'vision_model.'*boxed
+    new, strangers, left_out = {}, [], []
+    for n, v in state.items():
+        if SPARE.search(n) or n == 'model.image_newline' or n.startswith(spare):
+            left_out.append(n)
+            continue
+        name = n.replace(OWN + 'vision_model.', tower, 1)
+        for a, b in RENAME: name = re.sub(a, b, name)
+        if name in want: new[name] = v
+        else: strangers.append(n)
+    return new, strangers, left_out
+
+# %% ../../nbs/02_models/04_convert.ipynb #41fc6375
+def _refuse(new, want, strangers):
+    "Raise ValueError for weights that fit nothing, are missing, or have another shape."
+    if strangers:
+        raise ValueError(f'{few(strangers)}: fits nothing in a LLaVA; nothing was written.')
+    if missing := [n for n in want if n not in new]:
+        raise ValueError(f'{few(missing)}: missing in the checkpoint; nothing was written.')
+    other = []
+    for n, v in want.items():
+        if new[n].shape == v.shape: continue
+        other.append(f'{n} {tuple(new[n].shape)} instead of {tuple(v.shape)}')
+    if other:
+        raise ValueError(
+            f'{few(other)}: the checkpoint and its configuration disagree; nothing was written.')
+
+# %% ../../nbs/02_models/04_convert.ipynb #cbd0835d
 def convert_weights(
     state:dict,       # name → tensor of the original
     raw:dict,         # its config.json
@@ -219,66 +311,134 @@ def convert_weights(
     n_words:int,      # of the tokenizer, `<image>` included
     tower:dict=None,  # name → tensor of a stock tower; default: the checkpoint's own
 )->tuple:             # (LLaVA without memory, its weights by name, names that were left out)
-    "The weights of a standard LLaVA; raises ValueError that names what fits nothing, what is missing, what has another shape."
-    connector, left_out = projector_of(raw, state), []
-    embed = state.get('model.embed_tokens.weight')
-    if embed is None: raise ValueError('The checkpoint holds no model.embed_tokens.weight: is it a projector or an adapter alone?')
+    "The weights of a standard LLaVA; ValueError names what fits nothing, is missing or differs."
+    connector, embed = projector_of(raw, state), state.get(_EMBED)
+    if embed is None:
+        raise ValueError(
+            f'The checkpoint holds no {_EMBED}: is it a projector or an adapter alone?')
     rows, dtype = rows_for(n_words, len(embed)), embed.dtype
-    config = LlavaConfig(vision_config=vision, text_config=text_config(raw, rows), vision_feature_layer=raw['mm_vision_select_layer'],
+    config = LlavaConfig(vision_config=vision, text_config=text_config(raw, rows),
+                         vision_feature_layer=raw['mm_vision_select_layer'],
                          projector_hidden_act='gelu' if connector == 'mlp' else 'linear')
     with torch.device('meta'): model = LlavaForConditionalGeneration(config).to(dtype)
-    want = model.state_dict()
-    inner = 'model.vision_tower.' + 'vision_model.'*any(n.startswith('model.vision_tower.vision_model.') for n in want)
-    new, strangers = {f'model.vision_tower.{n}': v.to(dtype) for n, v in (tower or {}).items()}, []
-    state = with_head(state, config.text_config.tie_word_embeddings)
-    for n, v in state.items():
-        if SPARE.search(n) or n.startswith(OWN) and tower is not None or n == 'model.image_newline': left_out.append(n); continue
-        name = n.replace(OWN + 'vision_model.', inner, 1)
-        for a, b in RENAME: name = re.sub(a, b, name)
-        if name not in want: strangers.append(n)
-        else: new[name] = grown(v, rows) if n in ('model.embed_tokens.weight', LM_HEAD) else v
-    if config.text_config.tie_word_embeddings:
-        new[LM_HEAD] = new['model.language_model.embed_tokens.weight']
+    want, tied = model.state_dict(), config.text_config.tie_word_embeddings
+    spare = OWN if tower is not None else '\0'   # the tower inside, where another one is named
+    found, strangers, left_out = _renamed(with_head(state, tied), want, spare)
+    new = {f'model.vision_tower.{n}': v.to(dtype) for n, v in (tower or {}).items()} | found
+    inside = 'model.language_model.embed_tokens.weight'
+    for n in (inside, LM_HEAD):
+        if n in new: new[n] = grown(new[n], rows)
+    if tied: new[LM_HEAD] = new[inside]
     if connector == 'linear':
-        w = new.get('model.multi_modal_projector.linear_1.weight', embed)
-        new['model.multi_modal_projector.linear_2.weight'] = torch.eye(len(w), dtype=dtype, device=w.device)
-        new['model.multi_modal_projector.linear_2.bias'] = torch.zeros(len(w), dtype=dtype, device=w.device)
-    if strangers: raise ValueError(f'{few(strangers)}: fits nothing in a LLaVA; nothing was written.')
-    if missing := [n for n in want if n not in new]: raise ValueError(f'{few(missing)}: missing in the checkpoint; nothing was written.')
-    if other := [f'{n} {tuple(new[n].shape)} instead of {tuple(v.shape)}' for n, v in want.items() if new[n].shape != v.shape]:
-        raise ValueError(f'{few(other)}: the checkpoint and its configuration disagree; nothing was written.')
+        first = new.get('model.multi_modal_projector.linear_1.weight', embed)
+        like, n = dict(dtype=dtype, device=first.device), len(first)
+        new['model.multi_modal_projector.linear_2.weight'] = torch.eye(n, **like)
+        new['model.multi_modal_projector.linear_2.bias'] = torch.zeros(n, **like)
+    _refuse(new, want, strangers)
     return model, {n: new[n] for n in want}, left_out
 
-# %% ../../nbs/02_models/04_convert.ipynb #e9345f1f
+# %% ../../nbs/02_models/04_convert.ipynb #74e1ede7
 OWN_TURNS = ('<|eot_id|>', '<|im_end|>')   # ends of turns of Llama 3 and Qwen
 
 def _template(raw, connector, tok):
     "The way in which a checkpoint was trained to write a conversation; None: the tokenizer's own."
-    if tok.chat_template and (raw['model_type'] == 'llava_qwen'
-                              or set(OWN_TURNS) & set(tok.get_vocab())):
-        return None
+    own = raw['model_type'] == 'llava_qwen' or set(OWN_TURNS) & set(tok.get_vocab())
+    if tok.chat_template and own: return None
     if raw['model_type'] == 'llava_mistral': return 'mistral_instruct'
     return 'llava_v0' if connector == 'linear' and raw.get('mm_use_im_start_end') else 'llava_v1'
 
 def _pads(raw, pictures, src):
     "Whether pictures are padded to a square."
     ratio = {'own': raw.get('image_aspect_ratio') or 'square'}.get(pictures, pictures)
-    if ratio not in ('pad', 'square', 'crop'): raise ValueError(f"'{src}' treats pictures as '{ratio}'; say pad or crop for `pictures`.")
+    if ratio not in ('pad', 'square', 'crop'):
+        raise ValueError(f"'{src}' treats pictures as '{ratio}'; say pad or crop for `pictures`.")
     return ratio == 'pad'
 
+# %% ../../nbs/02_models/04_convert.ipynb #e9345f1f
 def _new_texts_lack_space(tok):
-    "Whether a tokenizer of pieces puts its space in front of the first text only, and not behind special tokens."
+    "Whether a tokenizer puts a space in front of the first text, and none behind special tokens."
     pieces = lambda text: tok.convert_ids_to_tokens(tok(text, add_special_tokens=False).input_ids)
-    return bool(tok.bos_token) and pieces('a')[0][0] == '▁' and pieces(tok.bos_token
-                                                                       + 'a')[1][0] != '▁'
+    if not tok.bos_token or pieces('a')[0][0] != '▁': return False
+    return pieces(tok.bos_token + 'a')[1][0] != '▁'
 
 def _spaced(template):
-    "A template with a space where LLaVA began to encode a new text: behind the begin and behind each image."
-    return template.replace('{{ bos_token }}', "{{ bos_token + ' ' }}").replace("'<image>\n'",
-                                                                                "'<image> \n'")
+    "A template with a space where LLaVA began a new text: behind the begin and each image."
+    template = template.replace('{{ bos_token }}', "{{ bos_token + ' ' }}")
+    return template.replace("'<image>\n'", "'<image> \n'")
 
-def _looks_like_delta(state): return 'model.norm.weight' in state and state['model.norm.weight'].float().abs().mean() < .1
+# %% ../../nbs/02_models/04_convert.ipynb #6c92fb45
+def _looks_like_delta(state):
+    return 'model.norm.weight' in state and state['model.norm.weight'].float().abs().mean() < .1
 
+def _whole_state(src, folder, base):
+    "The weights of a checkpoint, on top of those of its base if it is a delta."
+    state = read_weights(folder)
+    if base is None and _looks_like_delta(state):
+        raise ValueError(
+            f"'{src}' looks like a delta: its last norm is near zero; name the base model.")
+    if base is None: return state
+    if not _looks_like_delta(state):
+        raise ValueError(f"'{src}' is a whole model, not a delta; leave out the base.")
+    return add_base(state, read_weights(local_folder(base)))
+
+# %% ../../nbs/02_models/04_convert.ipynb #0e5751cd
+def _tokenizer_for(state, where, say):
+    "(tokenizer, the tokens that it did not know); ValueError where it has more words than rows."
+    with _reading(where, 'a tokenizer'):
+        tok = read_tokenizer(local_folder(where), say, original=True)
+    added = prepare_tokenizer(tok, say)
+    n_words = len(tok) - len(added)
+    if _EMBED in state and n_words > len(state[_EMBED]):
+        raise ValueError(f"The tokenizer of '{where}' has {n_words} words, the checkpoint fewer "
+                         'rows; name its own tokenizer.')
+    return tok, added
+
+# %% ../../nbs/02_models/04_convert.ipynb #73435ca8
+def _vision_of(tower, state, raw, say):
+    "(configuration, weights of a stock tower or None, extra vectors, image settings, its hash)."
+    if tower == 'own': return own_tower(state, raw), None, 1, {}, {}
+    module, size, extra, images = read_tower(tower, say=say)
+    as_read = dict(sha256_as_read=weights_hash(module))   # before it is cast
+    if size != module.config.image_size:
+        raise ValueError(f"'{tower}' sees {size} px but says {module.config.image_size} px.")
+    return module.config, module.state_dict(), extra, images, as_read
+
+def _write_template(tok, template, raw, connector, src):
+    "Give a tokenizer the template that its checkpoint was trained with."
+    jinja = chat_template(tok, template or _template(raw, connector, tok), src)
+    if _new_texts_lack_space(tok): jinja = _spaced(jinja)
+    if raw.get('mm_use_im_start_end'):
+        jinja = jinja.replace("'<image>", "'<im_start><image><im_end>")
+    tok.chat_template = jinja
+
+def _tower_hash(weights):
+    "The hash of the tower among the weights of a LLaVA."
+    front, tower = 'model.vision_tower.', {}
+    for n, v in weights.items():
+        if n.startswith(front): tower[n.removeprefix(front)] = v
+    return tensors_hash(tower)
+
+# %% ../../nbs/02_models/04_convert.ipynb #0be515e4
+def _standard(config, weights, tok):
+    "A LLaVA without memory, whose weights are at hand."
+    with torch.device('meta'):
+        model = LlavaForConditionalGeneration(config).to(weights[LM_HEAD].dtype)
+    model.generation_config.update(pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id,
+                                   eos_token_id=tok.eos_token_id)
+    return model
+
+# %% ../../nbs/02_models/04_convert.ipynb #5cf60f58
+def _tell(say, raw, record, weights):
+    "Say what was kept, what was made and what was left out."
+    if strange := strange_fields(raw):
+        say(f'Kept in config.json, although its language model does not read them: {few(strange)}.')
+    sizes = {v.data_ptr(): v.numel() for v in weights.values()}   # a tied weight counts once
+    tower = record['vision_tower']
+    say(f"{sum(sizes.values()):,} parameters, {record['connector']} connector, pictures "
+        f"{record['pictures']}, tower from {tower['source']} (sha256 {tower['sha256'][:12]}).")
+    if record['left_out']: say(f"Left out: {few(record['left_out'])}.")
+
+# %% ../../nbs/02_models/04_convert.ipynb #30b1df85
 def convert(
     src:str,             # folder or Hub id of the original
     dst:Path,            # folder to write; replaced when it holds a model
@@ -290,86 +450,106 @@ def convert(
     licence:str='other', # of the weights, for the model card
     say=print,           # gets a line on every decision
 )->Path:                 # the folder
-    "Turn an original LLaVA or LLaVA-Med checkpoint into a standard one; raises ValueError and writes nothing where it cannot."
+    "An original LLaVA or LLaVA-Med as a standard one; ValueError, and no file, if that cannot be."
     folder = local_folder(src)
     raw = read_original(folder)
-    pad, state = _pads(raw, pictures, src), read_weights(folder)
-    if base is None and _looks_like_delta(state): raise ValueError(f"'{src}' looks like a delta: its last norm is near zero; name the base model.")
-    if base is not None:
-        if not _looks_like_delta(state): raise ValueError(f"'{src}' is a whole model, not a delta; leave out the base.")
-        state = add_base(state, read_weights(local_folder(base)))
-    with _reading(tokenizer or src, 'a tokenizer'):
-        tok = read_tokenizer(local_folder(tokenizer or src), say, original=True)
-    added, connector = prepare_tokenizer(tok, say), projector_of(raw, state)
-    if 'model.embed_tokens.weight' in state and len(tok) - len(added) > len(state['model.embed_tokens.weight']):
-        raise ValueError(f"The tokenizer of '{tokenizer or src}' has {len(tok) - len(added)} words, the checkpoint fewer rows; name its own tokenizer.")
-    if tower == 'own': vision, stock, extra, images, read = own_tower(state, raw), None, 1, {}, {}
-    else:
-        module, size, extra, images = read_tower(tower, say=say)
-        vision, stock, read = module.config, module.state_dict(), {'sha256_as_read': weights_hash(module)}   # before it is cast
-        if size != vision.image_size: raise ValueError(f"'{tower}' sees {size} px but says {vision.image_size} px.")
+    pad, state = _pads(raw, pictures, src), _whole_state(src, folder, base)
+    tok, added = _tokenizer_for(state, tokenizer or src, say)
+    connector = projector_of(raw, state)
+    vision, stock, extra, images, as_read = _vision_of(tower, state, raw, say)
     model, weights, left_out = convert_weights(state, raw, vision, len(tok), stock)
-    tok.chat_template = chat_template(tok, template or _template(raw, connector, tok), src)
-    if _new_texts_lack_space(tok): tok.chat_template = _spaced(tok.chat_template)
-    if raw.get('mm_use_im_start_end'):
-        tok.chat_template = tok.chat_template.replace("'<image>", "'<im_start><image><im_end>")
-    processor = _processor(tok, vision.image_size, vision.patch_size, extra, {'do_pad': pad, **images})
-    if raw.get('mm_vision_select_feature', 'patch') == 'cls_patch': processor.vision_feature_select_strategy = 'full'
-    config = _config(vision, model.config.text_config, processor, connector, raw['mm_vision_select_layer'])
-    with torch.device('meta'): model = LlavaForConditionalGeneration(config).to(weights['lm_head.weight'].dtype)
-    model.generation_config.update(pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
-    used = tensors_hash({n.removeprefix('model.vision_tower.'): v for n, v in weights.items() if n.startswith('model.vision_tower.')})
-    model.provenance = {'converted_from': str(src), 'original_type': raw['model_type'], **({'base': str(base)} if base else {}),
-        'vision_tower': dict(source='the checkpoint itself' if stock is None else str(tower), sha256=used, original=str(raw.get('mm_vision_tower')), **read),
-        'image_settings': {**(images or assumed_settings('clip')[1]), 'size': vision.image_size},
-        'connector': connector, 'pictures': 'padded' if pad else 'cropped', 'added_tokens': added, 'left_out': left_out}
+    _write_template(tok, template, raw, connector, src)
+    layer, text, side = raw['mm_vision_select_layer'], model.config.text_config, vision.image_size
+    processor = _processor(tok, side, vision.patch_size, extra, {'do_pad': pad, **images})
+    if raw.get('mm_vision_select_feature', 'patch') == 'cls_patch':
+        processor.vision_feature_select_strategy = 'full'
+    model = _standard(_config(vision, text, processor, connector, layer), weights, tok)
+    source = 'the checkpoint itself' if stock is None else str(tower)
+    record = {'converted_from': str(src), 'original_type': raw['model_type']}
+    if base: record['base'] = str(base)
+    model.provenance = record | {
+        'vision_tower': dict(source=source, sha256=_tower_hash(weights),
+                             original=str(raw.get('mm_vision_tower')), **as_read),
+        'image_settings': {**(images or assumed_settings('clip')[1]), 'size': side},
+        'connector': connector, 'pictures': 'padded' if pad else 'cropped',
+        'added_tokens': added, 'left_out': left_out}
     save(model, processor, dst, state=weights)
-    write_card(dst, Path(dst).name, [f'That of the original checkpoint, {src}; its licence holds here, too.'], licence, str(src))
-    if strange := strange_fields(raw):
-        say(f'Kept in config.json, although its language model does not read them: {few(strange)}.')
-    say(f"{sum({v.data_ptr(): v.numel() for v in weights.values()}.values()):,} parameters, "
-        f"{connector} connector, pictures "
-        f"{model.provenance['pictures']}, tower from {model.provenance['vision_tower']['source']} (sha256 {used[:12]}).")
-    if left_out: say(f'Left out: {few(left_out)}.')
+    data = f'That of the original checkpoint, {src}; its licence holds here, too.'
+    write_card(dst, Path(dst).name, [data], licence, str(src))
+    _tell(say, raw, model.provenance, weights)
     return Path(dst)
 
 # %% ../../nbs/02_models/04_convert.ipynb #ad4ff99c
-BLOCK = {'norm1': 'layernorm_before', 'norm2': 'layernorm_after', 'attn.proj': 'attention.output.dense', 'mlp.fc1': 'intermediate.dense', 'mlp.fc2': 'output.dense'}
+BLOCK = {'norm1': 'layernorm_before', 'norm2': 'layernorm_after',
+         'attn.proj': 'attention.output.dense', 'mlp.fc1': 'intermediate.dense',
+         'mlp.fc2': 'output.dense'}
 
+def _vit_weights(trunk, src):
+    "Weights of a plain ViT of open_clip under the names of `transformers`."
+    new, strangers = {}, []
+    for n, v in trunk.items():
+        if n == 'cls_token': new['embeddings.cls_token'] = v
+        elif n == 'pos_embed': new['embeddings.position_embeddings'] = v
+        elif m := re.fullmatch(r'patch_embed\.proj\.(\w+)', n):
+            new[f'embeddings.patch_embeddings.projection.{m[1]}'] = v
+        elif m := re.fullmatch(r'norm\.(\w+)', n): new[f'layernorm.{m[1]}'] = v
+        elif m := re.fullmatch(r'blocks\.(\d+)\.attn\.qkv\.(\w+)', n):
+            for part, x in zip(('query', 'key', 'value'), v.chunk(3)):
+                new[f'encoder.layer.{m[1]}.attention.attention.{part}.{m[2]}'] = x.clone()
+        elif (m := re.fullmatch(r'blocks\.(\d+)\.([\w.]+)\.(weight|bias)', n)) and m[2] in BLOCK:
+            new[f'encoder.layer.{m[1]}.{BLOCK[m[2]]}.{m[3]}'] = v
+        else: strangers.append(n)
+    if strangers: raise ValueError(f"'{src}': {few(strangers)} fits nothing in a plain ViT.")
+    return new
+
+# %% ../../nbs/02_models/04_convert.ipynb #b4a77235
+def _open_clip(src):
+    "(weights of the vision trunk, settings of its images) of an open_clip folder."
+    folder = local_folder(src)
+    file = folder/'open_clip_model.safetensors'
+    if not file.exists(): file = folder/'open_clip_pytorch_model.bin'
+    if not file.exists():
+        raise FileNotFoundError(
+            f"'{src}' holds neither open_clip_model.safetensors nor open_clip_pytorch_model.bin.")
+    if file.suffix == '.safetensors': every = load_file(file)
+    else: every = torch.load(file, map_location='cpu', weights_only=True)
+    trunk, front = {}, 'visual.trunk.'
+    for n, v in every.items():
+        if n.startswith(front): trunk[n.removeprefix(front)] = v
+    if 'patch_embed.proj.weight' not in trunk:
+        raise ValueError(f"'{src}' has no plain ViT below visual.trunk.")
+    config = folder/'open_clip_config.json'
+    said = read_json(config) if config.exists() else {}
+    return trunk, said.get('preprocess_cfg', {})
+
+# %% ../../nbs/02_models/04_convert.ipynb #cae9c7f3
+def _vit_config(trunk):
+    "The configuration of a plain ViT, from the shapes of its tensors."
+    width, _, patch, _ = trunk['patch_embed.proj.weight'].shape
+    depth = 1 + max(int(n.split('.')[1]) for n in trunk if n.startswith('blocks.'))
+    return ViTConfig(
+        hidden_size=width, num_hidden_layers=depth, num_attention_heads=max(width//64, 1),
+        layer_norm_eps=1e-6, patch_size=patch,
+        image_size=round((trunk['pos_embed'].shape[1] - 1)**.5)*patch,
+        intermediate_size=trunk['blocks.0.mlp.fc1.weight'].shape[0], architectures=['ViTModel'])
+
+# %% ../../nbs/02_models/04_convert.ipynb #90baaec9
 def convert_vit(
     src:str,  # folder or Hub id of an open_clip model whose tower is a plain ViT
     dst:Path, # folder to write
 )->Path:      # the folder, which `read_tower` reads
     "BiomedCLIP's tower as a ViT of `transformers`; raises ValueError for names that fit nothing."
-    folder = local_folder(src)
-    name = next((n for n in ('open_clip_model.safetensors', 'open_clip_pytorch_model.bin') if (folder/n).exists()), None)
-    if name is None: raise FileNotFoundError(f"'{src}' holds neither open_clip_model.safetensors nor open_clip_pytorch_model.bin.")
-    said = read_json(folder/'open_clip_config.json') if (folder/'open_clip_config.json').exists() else {}
-    every = load_file(folder/name) if name.endswith('s') else torch.load(folder/name, map_location='cpu', weights_only=True)
-    trunk = {n.removeprefix('visual.trunk.'): v for n, v in every.items() if n.startswith('visual.trunk.')}
-    if 'patch_embed.proj.weight' not in trunk: raise ValueError(f"'{src}' has no plain ViT below visual.trunk.")
-    width, _, patch, _ = trunk['patch_embed.proj.weight'].shape
-    new, strangers = {}, []
-    for n, v in trunk.items():
-        if n == 'cls_token': new['embeddings.cls_token'] = v
-        elif n == 'pos_embed': new['embeddings.position_embeddings'] = v
-        elif m := re.fullmatch(r'patch_embed\.proj\.(\w+)', n): new[f'embeddings.patch_embeddings.projection.{m[1]}'] = v
-        elif m := re.fullmatch(r'norm\.(\w+)', n): new[f'layernorm.{m[1]}'] = v
-        elif m := re.fullmatch(r'blocks\.(\d+)\.attn\.qkv\.(\w+)', n):
-            for part, x in zip(('query', 'key', 'value'), v.chunk(3)): new[f'encoder.layer.{m[1]}.attention.attention.{part}.{m[2]}'] = x.clone()
-        elif (m := re.fullmatch(r'blocks\.(\d+)\.([\w.]+)\.(weight|bias)', n)) and m[2] in BLOCK: new[f'encoder.layer.{m[1]}.{BLOCK[m[2]]}.{m[3]}'] = v
-        else: strangers.append(n)
-    if strangers: raise ValueError(f"'{src}': {few(strangers)} fits nothing in a plain ViT.")
-    depth = 1 + max(int(n.split('.')[2]) for n in new if n.startswith('encoder.layer.'))
-    side = round((trunk['pos_embed'].shape[1] - 1)**.5)*patch
-    config = ViTConfig(hidden_size=width, num_hidden_layers=depth, num_attention_heads=max(width//64, 1), layer_norm_eps=1e-6, patch_size=patch,
-                       image_size=side, intermediate_size=trunk['blocks.0.mlp.fc1.weight'].shape[0], architectures=['ViTModel'])
-    look = said.get('preprocess_cfg', {})
+    trunk, look = _open_clip(src)
+    new, config = _vit_weights(trunk, src), _vit_config(trunk)
+    side = config.image_size
+    images = dict(image_processor_type='ViTImageProcessor', size={'height': side, 'width': side},
+                  resample=3, image_mean=look.get('mean', CLIP_LOOK[0]),
+                  image_std=look.get('std', CLIP_LOOK[1]))
     with new_folder(dst) as part:
-        save_file({n: v.contiguous() for n, v in new.items()}, part/'model.safetensors', {'format': 'pt'})
+        weights = {n: v.contiguous() for n, v in new.items()}
+        save_file(weights, part/'model.safetensors', {'format': 'pt'})
         config.save_pretrained(part)
-        write_json(part/'preprocessor_config.json', dict(image_processor_type='ViTImageProcessor', size={'height': side, 'width': side}, resample=3,
-            image_mean=look.get('mean', [0.48145466, 0.4578275, 0.40821073]), image_std=look.get('std', [0.26862954, 0.26130258, 0.27577711])))
+        write_json(part/'preprocessor_config.json', images)
         read_tower(part)                                     # refuses what is not whole
     return Path(dst)
 

@@ -18,14 +18,14 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
 from transformers.utils import chat_template_utils
 
-# %% ../../nbs/02_models/00_exchange.ipynb #e517dc94
+# %% ../../nbs/02_models/00_exchange.ipynb #971d1dc5
 DAY = date(2024, 7, 26)   # stands in the place of today's date
 
 def one_template(
     said,      # what a reader calls its chat template: Jinja, several by name, or nothing
     where:str='the tokenizer', # for the message
 )->str|None:   # Jinja
-    "The chat template for conversations; ValueError where there are several and none is the default."
+    "The chat template for conversations; ValueError for several of which none is the default."
     if isinstance(said, (list, tuple)): said = {o['name']: o['template'] for o in said}
     if not isinstance(said, dict): return said or None
     if 'default' in said: return said['default']
@@ -33,6 +33,7 @@ def one_template(
     raise ValueError(f"'{where}' has the chat templates {names}, and none is named 'default'; "
                      'set `chat_template` to the one that is meant.')
 
+# %% ../../nbs/02_models/00_exchange.ipynb #e517dc94
 @lru_cache(64)
 def frozen(
     template:str, # Jinja
@@ -41,18 +42,19 @@ def frozen(
     if 'strftime_now' not in template: return template
     call = r"""strftime_now\(\s*(['"])(.*?)\1\s*\)"""
     fixed = re.sub(call, lambda m: json.dumps(DAY.strftime(m[2])), template)
-    if re.search(r'strftime_now\s*\(', fixed): raise ValueError(
-        'The chat template computes a date with strftime_now, so that every day has other prompts; '
-        'write the date into the template.')
+    if re.search(r'strftime_now\s*\(', fixed):
+        raise ValueError('The chat template computes a date with strftime_now, so that every day '
+                         'has other prompts; write the date into the template.')
     return fixed
 
-# %% ../../nbs/02_models/00_exchange.ipynb #03ab1114
+# %% ../../nbs/02_models/00_exchange.ipynb #9c73546d
 def tokenizer_of(
     reader, # a processor or a tokenizer
 ):          # the tokenizer
     "The tokenizer of a processor, or the tokenizer itself."
     return getattr(reader, 'tokenizer', reader)
 
+# %% ../../nbs/02_models/00_exchange.ipynb #111d26b6
 def chat_template_of(
     reader,      # a processor or a tokenizer
     named:str=None, # a chat template that goes before its own
@@ -65,8 +67,21 @@ def chat_template_of(
                          'or set `chat_template`; models.exchange.TEMPLATES holds some.')
     return frozen(own)
 
+# %% ../../nbs/02_models/00_exchange.ipynb #b5d5e17d
 _USUAL = (ProcessorMixin.apply_chat_template, PreTrainedTokenizerBase.apply_chat_template)
 
+def _rendered(reader, talks, cue, template):
+    "The texts of conversations; errors are those of Jinja."
+    compiled = getattr(chat_template_utils, '_compile_jinja_template', None)
+    if compiled and type(reader).apply_chat_template in _USUAL:
+        # what `apply_chat_template` does, without a copy of every message
+        given = dict(tokenizer_of(reader).special_tokens_map, tools=None, documents=None)
+        render = compiled(template).render
+        return [render(messages=t, add_generation_prompt=cue, **given) for t in talks]
+    how = dict(chat_template=template, add_generation_prompt=cue, tokenize=False)
+    return [reader.apply_chat_template(t, **how) for t in talks]
+
+# %% ../../nbs/02_models/00_exchange.ipynb #9587056a
 def chat_texts(
     reader,        # a processor or a tokenizer
     talks:list,    # conversations, as for `chat_text`
@@ -74,24 +89,16 @@ def chat_texts(
     template:str=None, # a chat template; None takes the reader's
 )->list:           # their texts
     "Conversations as the model reads them; ValueError where the template refuses one."
-    template, how = chat_template_of(reader, template), type(reader).apply_chat_template
-    compiled = getattr(chat_template_utils, '_compile_jinja_template', None)
-    try:
-        if how in _USUAL and compiled:   # the same, without a copy of every message
-            given = dict(tokenizer_of(reader).special_tokens_map, tools=None, documents=None)
-            write = compiled(template).render
-            return [write(messages=t, add_generation_prompt=cue, **given) for t in talks]
-        write = reader.apply_chat_template
-        return [write(t, chat_template=template, add_generation_prompt=cue, tokenize=False)
-                for t in talks]
+    template = chat_template_of(reader, template)
+    try: return _rendered(reader, talks, cue, template)
     except (TemplateError, TypeError) as e:
         if [] in talks:
-            raise ValueError('The chat template refuses a conversation that begins with an '
-                                         'answer; remove it, or put its question before it.') from None
-        raise ValueError(
-        f'The chat template refuses this conversation: {str(e).rstrip(".")}. It begins with '
-        f'{str(talks[0])[:80]}') from None
+            raise ValueError('The chat template refuses a conversation that begins with an answer; '
+                             'remove it, or put its question before it.') from None
+        raise ValueError(f'The chat template refuses this conversation: {str(e).rstrip(".")}. '
+                         f'It begins with {str(talks[0])[:80]}') from None
 
+# %% ../../nbs/02_models/00_exchange.ipynb #03ab1114
 def chat_text(
     reader,        # a processor or a tokenizer
     turns:list,    # `role` and `content`; the content is text or a list of image and text parts
@@ -101,7 +108,7 @@ def chat_text(
     "A conversation as the model reads it; ValueError where the template refuses it."
     return chat_texts(reader, [turns], cue, template)[0]
 
-# %% ../../nbs/02_models/00_exchange.ipynb #a17cf2a7
+# %% ../../nbs/02_models/00_exchange.ipynb #8052852b
 def _adds_bos(tokenizer):
     "Whether a tokenizer puts its beginning token before a text."
     bos = getattr(tokenizer, 'bos_token_id', None)
@@ -115,18 +122,20 @@ def needs_bos(
     bos = tokenizer.bos_token
     return not (bos and text.lstrip().startswith(bos)) and _adds_bos(tokenizer)
 
+# %% ../../nbs/02_models/00_exchange.ipynb #a17cf2a7
 def text_ids(
     tokenizer,  # of the model
     texts:list, # from `chat_text`
 )->list:        # token ids of each text, with one image mark for each image
     "Token ids with exactly one beginning token, if the model knows one."
     if not texts: return []
-    adds, bos = _adds_bos(tokenizer), tokenizer.bos_token
-    own = [bool(bos) and t.lstrip().startswith(bos) for t in texts]
-    ids = tokenizer(list(texts), add_special_tokens=False)['input_ids']
-    return [[tokenizer.bos_token_id]*(adds and not o) + i for o, i in zip(own, ids)]
+    adds, bos, out = _adds_bos(tokenizer), tokenizer.bos_token, []
+    for text, ids in zip(texts, tokenizer(list(texts), add_special_tokens=False)['input_ids']):
+        has_own = bool(bos) and text.lstrip().startswith(bos)
+        out.append([tokenizer.bos_token_id, *ids] if adds and not has_own else ids)
+    return out
 
-# %% ../../nbs/02_models/00_exchange.ipynb #8fbc4893
+# %% ../../nbs/02_models/00_exchange.ipynb #5a88d035
 _MARKS = weakref.WeakKeyDictionary()   # tokenizer → (how many words it had, pattern)
 
 def special_marks(
@@ -141,6 +150,7 @@ def special_marks(
     _MARKS[tokenizer] = (len(tokenizer), tokenizer.eos_token), found
     return found
 
+# %% ../../nbs/02_models/00_exchange.ipynb #a6a08ea4
 def closed_marks(
     tokenizer, # of the model
 )->tuple:      # of texts
@@ -148,32 +158,34 @@ def closed_marks(
     added = tokenizer.added_tokens_decoder.values()
     return tuple(t.content for t in added if t.special and not t.rstrip)
 
+# %% ../../nbs/02_models/00_exchange.ipynb #8fbc4893
 def reply_text(
     tokenizer, # of the model
     asked:str, # the prompt, ending in the cue
     whole:str, # the same conversation with the answer
     said:str,  # the answer
 )->str:        # what the model has to say after the prompt
-    "The answer as the template writes it, with its end; ValueError where it is not what is asked for."
+    "The answer as the template writes it, with its end; ValueError where it cannot be asked for."
     said, rest, marks = said.strip(), whole[len(asked):], special_marks(tokenizer)
-    if mark := marks.search(said): raise ValueError(
-        f'The answer holds {mark[0]!r}, a token of this model and no text; remove it: '
-        f'{said[:80]!r}')
+    if mark := marks.search(said):
+        raise ValueError(f'The answer holds {mark[0]!r}, a token of this model and no text; '
+                         f'remove it: {said[:80]!r}')
     start = rest.find(said)
-    if said not in whole: raise ValueError('The chat template does not write this answer as it is, '
-                                           f'so it cannot be scored: {said[:80]!r}; leave marks '
-                                           f'of the '
-                                           'template, such as a thinking block, out of the answer')
-    if not whole.startswith(asked) or start < 0 or rest[:start].strip(): raise ValueError(
-        f'The chat template asks with {asked[-40:]!r} and writes this answer behind another text, '
-        f'so it would be trained otherwise than asked: {said[:80]!r}; leave marks of the template, '
-        'such as a thinking block, out of the answer, or complete the template, as `load` and '
-        '`complete_template` do.')
+    if said not in whole:
+        raise ValueError('The chat template does not write this answer as it is, so it cannot be '
+                         f'scored: {said[:80]!r}; leave marks of the template, such as a thinking '
+                         'block, out of the answer')
+    if not whole.startswith(asked) or start < 0 or rest[:start].strip():
+        raise ValueError(
+            f'The chat template asks with {asked[-40:]!r} and writes this answer behind another '
+            f'text, so it would be trained otherwise than asked: {said[:80]!r}; leave marks of the '
+            'template, such as a thinking block, out of the answer, or complete the template, as '
+            '`load` and `complete_template` do.')
     tail = rest[start + len(said):]
     end = mark.end() if (mark := marks.search(tail)) else len(tail.rstrip())
     return rest[:start + len(said) + end]
 
-# %% ../../nbs/02_models/00_exchange.ipynb #9267ca73
+# %% ../../nbs/02_models/00_exchange.ipynb #6f2bfc4c
 def reply_ids(
     tokenizer,    # of the model
     asked:list,   # prompts
@@ -182,11 +194,15 @@ def reply_ids(
     "Token ids of prompts and replies; together they are what is trained on."
     each = list(dict.fromkeys(asked))
     ids = dict(zip(each, text_ids(tokenizer, each)))
-    before = [ids[a] for a in asked]
     whole = text_ids(tokenizer, [a + r for a, r in zip(asked, replies)])
-    return [(b, w[len(b):] if w[:len(b)] == b else _apart(tokenizer, r))
-            for b, w, r in zip(before, whole, replies)]
+    out = []
+    for a, reply, both in zip(asked, replies, whole):
+        before = ids[a]
+        together = both[:len(before)] == before
+        out.append((before, both[len(before):] if together else _apart(tokenizer, reply)))
+    return out
 
+# %% ../../nbs/02_models/00_exchange.ipynb #9267ca73
 def _apart(tokenizer, reply):
     "Ids of a text that continues another one, whose last token it must not change."
     mark = tokenizer.eos_token or ''
@@ -198,35 +214,47 @@ _EACH = "{%- set ns = namespace(all=[]) -%}{%- for m in messages -%}"
 _ALL = "{%- endfor -%}{%- set messages = ns.all -%}"
 FLATTEN = (
     "{%- set ns = namespace(all=[]) -%}{%- for m in messages -%}{%- if m['content'] is string -%}"
-    "{%- set ns.all = ns.all + [m] -%}{%- else -%}{%- set t = namespace(s='') -%}{%- for c in m['content'] -%}"
-    "{%- set t.s = t.s + ('<image>\n' if c['type'] == 'image' else c['text']) -%}{%- endfor -%}"
-    "{%- set ns.all = ns.all + [dict(m, content=t.s)] -%}{%- endif -%}{%- endfor -%}{%- set messages = ns.all -%}")
-LISTED = (_EACH + "{%- if m['content'] is string -%}{%- set ns.all = ns.all + "
+    "{%- set ns.all = ns.all + [m] -%}{%- else -%}{%- set t = namespace(s='') -%}{%- for c in "
+    "m['content'] -%}{%- set t.s = t.s + ('<image>\n' if c['type'] == 'image' else c['text']) "
+    "-%}{%- endfor -%}{%- set ns.all = ns.all + [dict(m, content=t.s)] -%}{%- endif -%}{%- endfor "
+    "-%}{%- set messages = ns.all -%}")
+LISTED = (   # for a template that reads lists only
+    _EACH + "{%- if m['content'] is string -%}{%- set ns.all = ns.all + "
     "[dict(m, content=[{'type': 'text', 'text': m['content']}])] -%}{%- else -%}"
-    "{%- set ns.all = ns.all + [m] -%}{%- endif -%}" + _ALL)   # for a template that reads lists only
+    "{%- set ns.all = ns.all + [m] -%}{%- endif -%}" + _ALL)
+
+# %% ../../nbs/02_models/00_exchange.ipynb #ee6c2ad2
 POLITE = ("A chat between a curious human and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the human's questions.")
+_V0 = (
+    "{{ bos_token }}" + POLITE + "{% for m in messages %}{{ '\n' if loop.first else '' }}"
+    "{{ '\n### ' + {'user': 'Human', 'assistant': 'Assistant'}.get(m['role'], m['role']) + ': ' "
+    "+ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n### Assistant:' }}{% else %}{{ '\n### ' }}{% endif %}")
+_V1 = (
+    "{{ bos_token }}" + POLITE.replace('human', 'user') + "{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}{{ ' ASSISTANT: ' + m['content'] + eos_token }}{% else %}"
+    "{{ ('' if loop.index0 and messages[loop.index0 - 1]['role'] == 'assistant' else ' ') "
+    "+ 'USER: ' + m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}")
+_V1_5 = (
+    "{% for m in messages %}{{ '' if m['role'] == 'system' else m['role'].upper() + ': ' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + ' ' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+_MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
+    "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}")
+_PLAIN = (   # picture and caption, no question
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}{{ m['content'] + '\n' }}"
+    "{% elif '<image>' in m['content'] %}{{ '<image>' }}{% endif %}{% endfor %}")
 TEMPLATES = {   # how checkpoints of LLaVA write a conversation, where the tokenizer does not say
-    'llava_v0': FLATTEN + "{{ bos_token }}" + POLITE + "{% for m in messages %}"
-        "{{ '\n' if loop.first else '' }}{{ '\n### ' + {'user': 'Human', 'assistant': 'Assistant'}.get(m['role'], m['role']) + ': ' + m['content'] }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '\n### Assistant:' }}{% else %}{{ '\n### ' }}{% endif %}",
-    'llava_v1': FLATTEN + "{{ bos_token }}" + POLITE.replace('human', 'user') + "{% for m in messages %}"
-        "{% if m['role'] == 'assistant' %}{{ ' ASSISTANT: ' + m['content'] + eos_token }}"
-        "{% else %}{{ ('' if loop.index0 and messages[loop.index0 - 1]['role'] == 'assistant' else ' ') + 'USER: ' + m['content'] }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}",
-    'llava_1_5': FLATTEN
-    + "{% for m in messages %}{{ '' if m['role'] == 'system' else m['role'].upper() + ': ' }}"
-        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + ' ' }}{% "
-        "endgeneration %}"
-        "{% else %}{{ m['content'] + ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt "
-        "%}{{ 'ASSISTANT:' }}{% endif %}",
-    'mistral_instruct': FLATTEN + "{{ bos_token }}{% for m in messages %}"
-        "{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
-        "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}",
-    'plain': FLATTEN + "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + '\n' }}"
-        "{% elif '<image>' in m['content'] %}{{ '<image>' }}{% endif %}{% endfor %}"}   # picture and caption, no question
+    'llava_v0': FLATTEN + _V0, 'llava_v1': FLATTEN + _V1, 'llava_1_5': FLATTEN + _V1_5,
+    'mistral_instruct': FLATTEN + _MISTRAL, 'plain': FLATTEN + _PLAIN}
 
-# %% ../../nbs/02_models/00_exchange.ipynb #8ed73809
+# %% ../../nbs/02_models/00_exchange.ipynb #394ec660
 _ASKED = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'Why?'}]},
           {'role': 'user', 'content': [{'type': 'text', 'text': 'Where is it?'}]}]
 _TOLD = [{'role': 'assistant', 'content': [{'type': 'text', 'text': t}]}
@@ -237,6 +265,22 @@ def _plain_form(turns):
     short = lambda c: c[0]['text'] if len(c) == 1 and c[0]['type'] == 'text' else c
     return [dict(t, content=short(t['content'])) for t in turns]
 
+# %% ../../nbs/02_models/00_exchange.ipynb #2dafbd5a
+def _writes_all(tokenizer, jinja):
+    "Whether a template writes picture, questions and answers once, from lists and from texts."
+    turns = [_ASKED[0], _TOLD[0], _ASKED[1], _TOLD[1]]
+    try:
+        asked = chat_text(tokenizer, turns[:1], True, jinja)
+        whole = chat_text(tokenizer, turns, template=jinja)
+        from_texts = chat_text(tokenizer, _plain_form(turns), template=jinja)
+    except Exception: return False   # whatever a template that reads only text may say
+    for words in ('Where is it?', 'left kidney', 'two stones'):
+        if whole.count(words) != 1: return False
+    if asked.count('<image>') != 1 or asked.count('Why?') != 1: return False
+    written_as_lists = "'type'" in asked + whole or '"type"' in asked + whole
+    return whole == from_texts and not written_as_lists
+
+# %% ../../nbs/02_models/00_exchange.ipynb #05e8082d
 def chat_template(
     tokenizer,         # whose special tokens are used
     template:str=None, # key of `TEMPLATES`, or Jinja; default: the tokenizer's own
@@ -247,19 +291,13 @@ def chat_template(
     own = TEMPLATES.get(template, template) or one_template(tokenizer.chat_template, where)
     if not isinstance(own, str):
         raise ValueError(f"'{where}' has no chat template; name one of {names}, or give one.")
-    own, turns = frozen(own), [_ASKED[0], _TOLD[0], _ASKED[1], _TOLD[1]]
+    own = frozen(own)
     for jinja in (own, LISTED + own, FLATTEN + own):
-        try:
-            text = chat_text(tokenizer, turns[:1], True, jinja)
-            forms = [chat_text(tokenizer, t, template=jinja) for t in (turns, _plain_form(turns))]
-        except Exception: continue   # whatever a template that reads only text may say
-        whole = all(forms[0].count(t) == 1 for t in ('Where is it?', 'left kidney', 'two stones'))
-        asked = text.count('<image>') == 1 and text.count('Why?') == 1
-        lists = "'type'" in text + forms[0] or '"type"' in text + forms[0]
-        if asked and whole and not lists and forms[0] == forms[1]: return jinja
+        if _writes_all(tokenizer, jinja): return jinja
     raise ValueError(f"The chat template of '{where}' loses the question, the answer or the "
                      f'picture; name one of {names}.')
 
+# %% ../../nbs/02_models/00_exchange.ipynb #8ed73809
 def prepare_tokenizer(
     tokenizer,         # changed in place
     say=print,         # gets a line when tokens are added
@@ -268,26 +306,29 @@ def prepare_tokenizer(
     new = [] if '<image>' in tokenizer.get_vocab() else ['<image>']
     if tokenizer.pad_token is None: new.append('<pad>')
     if new:
-        tokenizer.add_tokens([AddedToken(x, special=True, normalized=False) for x in new], special_tokens=True)
+        tokens = [AddedToken(x, special=True, normalized=False) for x in new]
+        tokenizer.add_tokens(tokens, special_tokens=True)
         say(f"The tokenizer did not know {' and '.join(new)}: added.")
     if tokenizer.pad_token is None: tokenizer.pad_token = '<pad>'
     tokenizer.padding_side = 'left'
     return new
 
-# %% ../../nbs/02_models/00_exchange.ipynb #75fc69ab
+# %% ../../nbs/02_models/00_exchange.ipynb #60d44e06
 _ANSWER = 'HERE-STANDS-THE-ANSWER'   # what a completed template writes to find its cue
 
 def _ended(template, end, last_only):
     "A template whose answers, or whose last turn's answer, end with a token."
     which = "m['role'] == 'assistant'" + (' and loop.last' if last_only else '')
     end, add = json.dumps(end, ensure_ascii=False), "{%- set ns.all = ns.all + "
-    return (_EACH + "{%- if " + which + " and m['content'] is string -%}" + add
-            + "[dict(m, content=m['content'] + "
-            + end + ")] -%}{%- elif " + which
-            + " and m['content'] -%}{%- set c = m['content'][-1] -%}" + add
-            + "[dict(m, content=m['content'][:-1] + [dict(c, text=c['text'] + " + end + ")])] -%}"
-            "{%- else -%}" + add + "[m] -%}{%- endif -%}" + _ALL + template)
+    text = (" and m['content'] is string -%}" + add
+            + "[dict(m, content=m['content'] + " + end + ")] -%}")
+    parts = (" and m['content'] -%}{%- set c = m['content'][-1] -%}" + add
+             + "[dict(m, content=m['content'][:-1] + [dict(c, text=c['text'] + " + end + ")])] -%}")
+    other = "{%- else -%}" + add + "[m] -%}{%- endif -%}"
+    return (_EACH + "{%- if " + which + text + "{%- elif " + which + parts + other + _ALL
+            + template)
 
+# %% ../../nbs/02_models/00_exchange.ipynb #455feba6
 def _cued(template):
     "A template whose cue is what it writes before an answer in the last turn."
     # places that a macro would shift
@@ -298,6 +339,7 @@ def _cued(template):
             + f", false).rsplit('{_ANSWER}', 1)[0] -}}}}"
             "{%- else -%}{{- written(messages, false) -}}{%- endif -%}")
 
+# %% ../../nbs/02_models/00_exchange.ipynb #8562909d
 def _drift(tokenizer, template):
     "How far asking is from training: 0 the same tokens, 1 the same text, 2 another text."
     found, turns = 0, []
@@ -313,18 +355,20 @@ def _drift(tokenizer, template):
         turns.append(told)
     return found
 
+# %% ../../nbs/02_models/00_exchange.ipynb #75fc69ab
 def _end_marks(tokenizer, template, known):
     "The first special token or known end behind an answer, in the last turn and in an earlier one."
     turns = [_ASKED[0], _TOLD[0], _ASKED[1], _TOLD[1]]
-    one, two = (chat_text(tokenizer, t, template=template) for t in (turns[:2], turns))
+    one = chat_text(tokenizer, turns[:2], template=template)
+    two = chat_text(tokenizer, turns, template=template)
     last = one.rpartition('left kidney')[2]
     earlier = two.rpartition('left kidney')[2].partition('Where is it?')[0]
     names = map(re.escape, filter(None, known))
     marks = re.compile('|'.join([special_marks(tokenizer).pattern, *names]))
-    found = [marks.search(t) for t in (last, earlier)]
-    return [m[0] if m else '' for m in found]
+    first = lambda text: m[0] if (m := marks.search(text)) else ''
+    return first(last), first(earlier)
 
-# %% ../../nbs/02_models/00_exchange.ipynb #a76d2c88
+# %% ../../nbs/02_models/00_exchange.ipynb #5ca063fd
 def with_end(
     tokenizer,    # of the model
     template:str, # from `chat_template`
@@ -337,21 +381,21 @@ def with_end(
     last, earlier = _end_marks(tokenizer, template, known)
     if not last:
         last = earlier if earlier in known else tokenizer.eos_token
-        if not last: raise ValueError(
-            f"The chat template of '{where}' writes no end behind an answer and its tokenizer has "
-            f"no "
-            f"eos_token, so a model would never stop; name one of {', '.join(TEMPLATES)}, "
-            'or set eos_token.')
+        if not last:
+            raise ValueError(
+                f"The chat template of '{where}' writes no end behind an answer and its tokenizer "
+                'has no eos_token, so a model would never stop; name one of '
+                f"{', '.join(TEMPLATES)}, or set eos_token.")
         template = _ended(template, last, earlier == last)
         say(f"The chat template of '{where}' wrote no end behind an answer, so a model would never "
             f'stop: {last!r} added.')
     if last not in known:
         ends = [*ends, tokenizer.convert_tokens_to_ids(last)]
-        say(f"Answers of '{where}' end with {last!r}, which generation did not wait for: it is an "
-            f"end "
-            'now, too.')
+        say(f"Answers of '{where}' end with {last!r}, which generation did not wait for: "
+            'it is an end now, too.')
     return template, ends
 
+# %% ../../nbs/02_models/00_exchange.ipynb #a76d2c88
 def complete_template(
     tokenizer,    # of the model
     template:str=None, # key of `TEMPLATES`, or Jinja; default: the tokenizer's own
@@ -359,24 +403,25 @@ def complete_template(
     where:str='the tokenizer', # for the messages
     say=print,    # gets a line on everything that was changed
 )->tuple:         # (Jinja, ids at which generation has to stop)
-    "A template that asks as it trains and whose answers end; ValueError where it cannot be completed."
+    "A template that asks as it trains and whose answers end; ValueError if there can be none."
     own = TEMPLATES.get(template, template) or one_template(tokenizer.chat_template, where) or ''
     try: dated = frozen(own) != own
     except ValueError as e: raise ValueError(f"'{where}': {e}") from None
-    if dated: say(
-        f"The chat template of '{where}' wrote today's date: now it is always {DAY:%d %b %Y}.")
-    ends = list(ends) or [i for i in [tokenizer.eos_token_id] if i is not None]
+    if dated:
+        say(f"The chat template of '{where}' wrote today's date: now it is always {DAY:%d %b %Y}.")
+    ends = list(ends)
+    if not ends and tokenizer.eos_token_id is not None: ends = [tokenizer.eos_token_id]
     template = chat_template(tokenizer, template, where)
     template, ends = with_end(tokenizer, template, ends, where, say)
     ways = {t: _drift(tokenizer, t) for t in (template, _cued(template))}
     best = min(ways, key=ways.get)
-    if ways[best] == 2: raise ValueError(
-        f"The chat template of '{where}' asks otherwise than it writes an answer, so a model would "
-        f"be trained for another prompt; name one of {', '.join(TEMPLATES)}, or give one.")
+    if ways[best] == 2:
+        raise ValueError(
+            f"The chat template of '{where}' asks otherwise than it writes an answer, so a model "
+            f"would be trained for another prompt; name one of {', '.join(TEMPLATES)}, or give "
+            'one.')
     if best != template:
-        texts = [chat_text(tokenizer, _ASKED[:1], True, t) for t in (template, best)]
-        old, new = (t.rpartition('Why?')[2] for t in texts)
-        say(f"The chat template of '{where}' asked with {old!r} and trained with {new!r}: now it "
-            f"asks "
-            'as it trains.')
+        cue = lambda jinja: chat_text(tokenizer, _ASKED[:1], True, jinja).rpartition('Why?')[2]
+        say(f"The chat template of '{where}' asked with {cue(template)!r} and trained with "
+            f'{cue(best)!r}: now it asks as it trains.')
     return best, ends

@@ -7,23 +7,27 @@ __all__ = ['MOST_ERROR', 'LEAST_GAIN', 'LEAST_WIDTH', 'onednn_float32', 'compare
            'in_fast_float32', 'processor_speed']
 
 # %% ../../nbs/02_models/08_matmul.ipynb #d23a927d
-import contextlib, functools, os, time
+import contextlib
+import functools
+import os
+import time
 from statistics import median
 
 import torch
 from torch.nn import functional as F
 from .anatomy import base_of
 
-# %% ../../nbs/02_models/08_matmul.ipynb #4a7c731f
+# %% ../../nbs/02_models/08_matmul.ipynb #0fc15a76
 @contextlib.contextmanager
 def onednn_float32():
-    "Let oneDNN multiply float32 matrices on the processor; whether it rounds depends on the processor."
+    "Let oneDNN multiply float32 matrices; whether it rounds depends on the processor."
     setting = torch.backends.mkldnn.matmul
     before = setting.fp32_precision
     setting.fp32_precision = 'bf16'
     try: yield
     finally: setting.fp32_precision = before
 
+# %% ../../nbs/02_models/08_matmul.ipynb #4a7c731f
 def _error(product, exact): return float((product.double() - exact).abs().max()/exact.abs().max())
 
 @functools.lru_cache
@@ -33,8 +37,8 @@ def compare_products(
     threads:int,  # that multiply; only so that another number is tried anew
     rows:int=64,  # of the matrix that is multiplied
     rounds:int=9, # each way, in turn
-)->tuple:         # time of PyTorch's own way over oneDNN's, error of oneDNN's way over PyTorch's own
-    "Multiply both ways: how much faster oneDNN is, and how much less exact. The median of the rounds counts."
+)->tuple:         # PyTorch's time over oneDNN's, oneDNN's error over PyTorch's
+    "How much faster oneDNN multiplies, and how much less exactly, in the median of the rounds."
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(rows, width, generator=g), torch.randn(inner, width, generator=g)/width**.5
     exact, times, errors = F.linear(x.double(), w.double()), ([], []), [0., 0.]
@@ -47,7 +51,7 @@ def compare_products(
                 errors[i] = _error(y, exact)
     return median(times[0][1:])/median(times[1][1:]), errors[1]/max(errors[0], 1e-9)
 
-# %% ../../nbs/02_models/08_matmul.ipynb #1925d749
+# %% ../../nbs/02_models/08_matmul.ipynb #0eedc7ed
 MOST_ERROR = 4.     # times the error of plain float32
 LEAST_GAIN = 1.1    # times as fast
 LEAST_WIDTH = 512   # numbers in a token's vector
@@ -67,6 +71,7 @@ def onednn_helps(
     gain, loss = compare_products(width, inner, torch.get_num_threads())
     return gain >= LEAST_GAIN and loss <= MOST_ERROR
 
+# %% ../../nbs/02_models/08_matmul.ipynb #1925d749
 def fast_float32(
     model, # as in `onednn_helps`
 ):         # a context manager
@@ -92,8 +97,8 @@ def processor_speed(
     rounds:int=9,    # the fastest counts, since others share the machine
 )->float:            # GFLOP/s of one core
     "How fast one core multiplies matrices of a small language model's sizes."
-    kind, best, threads = torch.bfloat16 if bf16 else torch.float32, float(
-        'inf'), torch.get_num_threads()
+    kind, best = torch.bfloat16 if bf16 else torch.float32, float('inf')
+    threads = torch.get_num_threads()
     x, w = torch.ones(rows, width, dtype=kind), torch.ones(inner, width, dtype=kind)
     torch.set_num_threads(1)
     try:

@@ -9,39 +9,47 @@ __all__ = ['exchanges', 'answer_spans', 'sample_ids', 'scored_tokens', 'image_ma
 # %% ../../nbs/02_models/06_templates.ipynb #ea53150f
 import json
 from bisect import bisect_left
-from .exchange import (chat_template_of, chat_text, chat_texts, closed_marks,
-                                       needs_bos, reply_ids, reply_text,
-                                       text_ids, tokenizer_of)
+from llava_med.models.exchange import (
+    chat_template_of, chat_text, chat_texts, closed_marks, needs_bos, reply_ids, reply_text,
+    text_ids, tokenizer_of)
 
-# %% ../../nbs/02_models/06_templates.ipynb #9254c64c
+# %% ../../nbs/02_models/06_templates.ipynb #0388ade3
 def _said(message):
     "The text of a message."
     content = message['content']
     if isinstance(content, str): return content
     return ''.join(c['text'] for c in content if c['type'] == 'text')
 
+# %% ../../nbs/02_models/06_templates.ipynb #04b4d8c8
 def exchanges(
     reader,        # a processor or a tokenizer
     messages:list, # chat messages
     template:str=None, # a chat template; None takes the reader's
 )->list:           # (prompt, reply) of each answer, as texts
-    "Each answer of a conversation behind the prompt that it answers; ValueError if it is not written there."
+    "Each answer behind the prompt that it answers; ValueError if it is not written there."
     template, tok = chat_template_of(reader, template), tokenizer_of(reader)
-    said = {i: _said(m) for i, m in enumerate(messages) if m['role'] == 'assistant'}
-    said = {i: text for i, text in said.items() if text.strip()}   # an empty one teaches nothing
+    before, with_answer, said = [], [], []
+    for i, m in enumerate(messages):
+        if m['role'] != 'assistant' or not _said(m).strip():
+            continue   # an empty one teaches nothing
+        before.append(messages[:i])
+        with_answer.append(messages[:i + 1])
+        said.append(_said(m))
     if not said: return []
-    asked = chat_texts(reader, [messages[:i] for i in said], True, template)
-    whole = chat_texts(reader, [messages[:i + 1] for i in said], False, template)
+    asked = chat_texts(reader, before, True, template)
+    whole = chat_texts(reader, with_answer, False, template)
     _seen_system(messages, asked[0])
-    return [(a, reply_text(tok, a, w, s)) for a, w, s in zip(asked, whole, said.values())]
+    return [(a, reply_text(tok, a, w, s)) for a, w, s in zip(asked, whole, said)]
 
+# %% ../../nbs/02_models/06_templates.ipynb #46e1bf2c
 def _seen_system(messages, prompt):
     "Refuse a template that leaves a system turn out."
     first = _said(messages[0]).strip()
-    if messages[0]['role'] == 'system' and first not in prompt: raise ValueError(
-        'The chat template leaves the system turn out; put its text into the first question: '
-        f'{first[:80]!r}')
+    if messages[0]['role'] == 'system' and first not in prompt:
+        raise ValueError('The chat template leaves the system turn out; put its text into the '
+                         f'first question: {first[:80]!r}')
 
+# %% ../../nbs/02_models/06_templates.ipynb #9254c64c
 def answer_spans(
     reader,        # a processor or a tokenizer
     messages:list, # chat messages
@@ -50,71 +58,97 @@ def answer_spans(
     "The text of a conversation up to its last answer, and where the assistant speaks."
     found = exchanges(reader, messages, template)
     if not found: return chat_text(reader, messages, template=template), []
-    text = ''.join(found[-1])
-    spans = [(len(a), len(a) + len(r)) for a, r in found]
-    return text, spans if all(text.startswith(a + r) for a, r in found) else None
+    text, spans = ''.join(found[-1]), []
+    for asked, reply in found:
+        if not text.startswith(asked + reply): return text, None
+        spans.append((len(asked), len(asked) + len(reply)))
+    return text, spans
 
 # %% ../../nbs/02_models/06_templates.ipynb #745b3d69
+def _one_text(talk):
+    "Whether the last prompt and reply hold all earlier ones as they were asked."
+    text = ''.join(talk[-1]) if talk else ''
+    return bool(talk) and all(text.startswith(asked + reply) for asked, reply in talk)
+
+def _with_places(tokenizer, talks):
+    "(talk, its text, token ids, where each token begins in the text) of each talk."
+    texts = [''.join(talk[-1]) for talk in talks]
+    if not texts: return
+    enc = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    for talk, text, ids, places in zip(talks, texts, enc['input_ids'], enc['offset_mapping']):
+        yield talk, text, ids, [start for start, _ in places]
+
+# %% ../../nbs/02_models/06_templates.ipynb #ae1814fe
+def _easy_samples(tokenizer, talks):
+    "Samples of talks whose cues end with a special token: one tokenization has every border."
+    adds = bool(talks) and needs_bos(tokenizer, '')
+    for talk, text, ids, starts in _with_places(tokenizer, talks):
+        more = int(adds and needs_bos(tokenizer, text))
+        ids, scored = [tokenizer.bos_token_id]*more + ids, [False]*(len(ids) + more)
+        for asked, reply in talk:
+            first = bisect_left(starts, len(asked)) + more
+            end = bisect_left(starts, len(asked) + len(reply)) + more
+            scored[first:end] = [True]*(end - first)
+        yield [(ids, scored)]
+
+# %% ../../nbs/02_models/06_templates.ipynb #d4c2efd9
+def _any_samples(tokenizer, talks):
+    "Samples of any talks: each prompt is cut into tokens as asking does it."
+    asked, replies = [], []
+    for talk in talks:
+        for prompt, reply in talk:
+            asked.append(prompt)
+            replies.append(reply)
+    cut = iter(reply_ids(tokenizer, asked, replies) if asked else [])
+    whole = _ends_of_answers(tokenizer, [t for t in talks if len(t) > 1])
+    for talk in talks:
+        pairs = [next(cut) for _ in talk]
+        yield _samples(pairs, next(whole) if len(talk) > 1 else None)
+
+# %% ../../nbs/02_models/06_templates.ipynb #c185cc93
+def _ends_of_answers(tokenizer, talks):
+    "Of each talk the ids of its text and how many end with each answer; None where it is several."
+    for talk, _, ids, starts in _with_places(tokenizer, talks):
+        ends = [bisect_left(starts, len(asked) + len(reply)) for asked, reply in talk]
+        yield (ids, ends) if _one_text(talk) else None
+
+# %% ../../nbs/02_models/06_templates.ipynb #1c77f0cf
+def _samples(pairs, whole):
+    "Samples of a conversation, from the ids of each prompt and its reply, and those of its text."
+    if whole and _continues(pairs, whole[0]): return _one_sample(pairs, *whole)
+    return [([*asked, *reply], [False]*len(asked) + [True]*len(reply)) for asked, reply in pairs]
+
+# %% ../../nbs/02_models/06_templates.ipynb #320fea9a
+def _continues(pairs, text):
+    "Whether the last prompt and reply are the ids of the text, and begin with all earlier prompts."
+    ids = [*pairs[-1][0], *pairs[-1][1]]
+    more = len(ids) - len(text)                      # a beginning token that the text has not
+    if more not in (0, 1) or ids[more:] != text: return False
+    return all(ids[:len(asked)] == asked for asked, _ in pairs)
+
+def _one_sample(pairs, text, ends):
+    "All of a conversation as one sample; its answers are scored up to their ends."
+    ids = [*pairs[-1][0], *pairs[-1][1]]
+    more, scored = len(ids) - len(text), [False]*len(ids)
+    for (asked, _), end in zip(pairs, ends):
+        scored[len(asked):end + more] = [True]*(end + more - len(asked))
+    return [(ids, scored)]
+
+# %% ../../nbs/02_models/06_templates.ipynb #61cfec5f
 def sample_ids(
     tokenizer,   # of the model, a fast one
     talks:list,  # of each conversation its `exchanges`
 )->list:         # of each its samples: (token ids, one boolean for each: whether it is scored)
     "One sample of each conversation, or one an answer where a later prompt changes earlier turns."
-    closed = closed_marks(tokenizer)
-    easy = [all(a.endswith(closed) for a, _ in talk) and _one_text(talk) for talk in talks]
-    quick = _easy_samples(tokenizer, [t for t, e in zip(talks, easy) if e])
-    other = _any_samples(tokenizer, [t for t, e in zip(talks, easy) if not e])
-    return [next(quick if e else other) for e in easy]
+    closed, easy, other, kinds = closed_marks(tokenizer), [], [], []
+    for talk in talks:
+        is_easy = all(asked.endswith(closed) for asked, _ in talk) and _one_text(talk)
+        kinds.append(is_easy)
+        (easy if is_easy else other).append(talk)
+    quick, slow = _easy_samples(tokenizer, easy), _any_samples(tokenizer, other)
+    return [next(quick if is_easy else slow) for is_easy in kinds]
 
-def _one_text(talk):
-    "Whether the last prompt and reply hold all earlier ones as they were asked."
-    text = ''.join(talk[-1]) if talk else ''
-    return bool(talk) and all(text.startswith(a + r) for a, r in talk)
-
-def _easy_samples(tokenizer, talks):
-    "Samples of talks whose cues end with a special token: one tokenization has every border."
-    texts = [''.join(talk[-1]) for talk in talks]
-    enc = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else {}
-    adds = bool(texts) and needs_bos(tokenizer, '')
-    every = zip(talks, texts, enc.get('input_ids', []), enc.get('offset_mapping', []))
-    for talk, text, ids, places in every:
-        starts = [a for a, _ in places]
-        more = int(adds and needs_bos(tokenizer, text))
-        ids, scored = [tokenizer.bos_token_id]*more + ids, [False]*(len(ids) + more)
-        for a, r in talk:
-            first, end = (bisect_left(starts, n) + more for n in (len(a), len(a) + len(r)))
-            scored[first:end] = [True]*(end - first)
-        yield [(ids, scored)]
-
-def _any_samples(tokenizer, talks):
-    "Samples of any talks: each prompt is cut into tokens as asking does it."
-    flat = [pair for talk in talks for pair in talk]
-    cut = iter(reply_ids(tokenizer, [a for a, _ in flat], [r for _, r in flat]) if flat else [])
-    pairs = [[next(cut) for _ in talk] for talk in talks]
-    whole = _ends_of_answers(tokenizer, [t for t in talks if len(t) > 1])
-    for p in pairs: yield _samples(p, next(whole) if len(p) > 1 else None)
-
-def _ends_of_answers(tokenizer, talks):
-    "Of each talk the ids of its text and how many end with each answer; None where it is several."
-    texts = [''.join(talk[-1]) for talk in talks]
-    enc = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else {}
-    for talk, ids, places in zip(talks, enc.get('input_ids', []), enc.get('offset_mapping', [])):
-        starts = [a for a, _ in places]
-        ends = [bisect_left(starts, len(a) + len(r)) for a, r in talk]
-        yield (ids, ends) if _one_text(talk) else None
-
-def _samples(pairs, whole):
-    "Samples of a conversation, from the ids of each prompt and its reply, and those of its text."
-    if whole:
-        (text, ends), ids = whole, [*pairs[-1][0], *pairs[-1][1]]
-        more = len(ids) - len(text)                      # a beginning token that the text has not
-        if more in (0, 1) and ids[more:] == text and all(ids[:len(a)] == a for a, _ in pairs):
-            scored = [False]*len(ids)
-            for (a, _), end in zip(pairs, ends):
-                scored[len(a):end + more] = [True]*(end + more - len(a))
-            return [(ids, scored)]
-    return [([*a, *r], [False]*len(a) + [True]*len(r)) for a, r in pairs]
-
+# %% ../../nbs/02_models/06_templates.ipynb #fe6897ec
 def scored_tokens(
     reader,        # a fast tokenizer, or a processor with one
     messages:list, # chat messages
@@ -126,12 +160,14 @@ def scored_tokens(
         ids, = text_ids(tokenizer_of(reader), [chat_text(reader, messages, template=template)])
         return ids, [False]*len(ids)
     samples, = sample_ids(tokenizer_of(reader), [found])
-    if len(samples) > 1: raise ValueError(
-        'The chat template writes an earlier answer otherwise than it was asked for, so this '
-        f'conversation is {len(samples)} samples; `record_samples` makes them: {str(messages)[:80]}')
+    if len(samples) > 1:
+        raise ValueError(
+            'The chat template writes an earlier answer otherwise than it was asked for, so this '
+            f'conversation is {len(samples)} samples; `record_samples` makes them: '
+            f'{str(messages)[:80]}')
     return samples[0]
 
-# %% ../../nbs/02_models/06_templates.ipynb #9c57d2b8
+# %% ../../nbs/02_models/06_templates.ipynb #494af397
 def image_mark(
     reader, # a processor or a tokenizer
 )->int:     # token id, or None
@@ -140,6 +176,7 @@ def image_mark(
     i = tok.convert_tokens_to_ids(getattr(tok, 'image_token', None) or '<image>')
     return None if i == tok.unk_token_id else i
 
+# %% ../../nbs/02_models/06_templates.ipynb #658cbc90
 def fill_slots(
     ids:list,         # token ids with one image mark for each image, or one value for each of them
     counts:list,      # how often each is repeated
@@ -149,6 +186,7 @@ def fill_slots(
     for i, n in zip(ids, counts): out += [i]*n
     return out
 
+# %% ../../nbs/02_models/06_templates.ipynb #17939ad8
 def slotted(
     sample:tuple,    # token ids with one mark for each image; one boolean for each
     mark:int,        # from `image_mark`
@@ -160,10 +198,11 @@ def slotted(
     if mark is not None and mark in ids:
         counts = [image_tokens if i == mark else 1 for i in ids]
         ids, scored = fill_slots(ids, counts), fill_slots(scored, counts)
-    if max_len and mark in ids[max_len:]: raise ValueError(
-        f'The image does not fit into max_len = {max_len} tokens; raise it')
+    if max_len and mark in ids[max_len:]:
+        raise ValueError(f'The image does not fit into max_len = {max_len} tokens; raise it')
     return ids[:max_len], scored[:max_len]
 
+# %% ../../nbs/02_models/06_templates.ipynb #9c57d2b8
 def encode_turns(
     reader,              # a processor, or its fast tokenizer
     turns:list,          # `role` and `content`; system turns and several images, too
@@ -171,7 +210,7 @@ def encode_turns(
     cue:bool=False,      # end with the assistant's cue: a prompt that is to be answered
     max_len:int=None,    # the end of a longer sequence is cut off; an image never is
 )->tuple:                # token ids, one boolean for each: whether the assistant says it
-    "Token ids of a conversation; ValueError where an image does not fit, or where it is several samples."
+    "Token ids of a conversation; ValueError if an image does not fit, or for several samples."
     if cue:
         ids, = text_ids(tokenizer_of(reader), [chat_text(reader, turns, True)])
         sample = ids, [False]*len(ids)
@@ -179,7 +218,7 @@ def encode_turns(
     try: return slotted(sample, image_mark(reader), image_tokens, max_len)
     except ValueError as e: raise ValueError(f'{e}: {str(turns)[:120]}') from None
 
-# %% ../../nbs/02_models/06_templates.ipynb #a036bdc8
+# %% ../../nbs/02_models/06_templates.ipynb #40efd54a
 def as_turns(
     prompt:str|list, # question, or turns
     n_images:int=1,  # images before the question; of no effect on a list of turns
@@ -189,6 +228,7 @@ def as_turns(
     content = [{'type': 'image'}]*n_images + [{'type': 'text', 'text': prompt}]
     return [{'role': 'user', 'content': content}]
 
+# %% ../../nbs/02_models/06_templates.ipynb #f407b611
 def chat(
     reader,           # a processor or a tokenizer
     prompt:str|list,  # question, or the turns of a conversation
@@ -197,17 +237,21 @@ def chat(
     "A prompt as the model reads it."
     return chat_text(reader, as_turns(prompt, n_images), cue=True)
 
+# %% ../../nbs/02_models/06_templates.ipynb #e107b21e
 def prompt_texts(
     reader,       # a processor or a tokenizer
     prompts:list, # questions, or lists of turns
     counts:list,  # of each prompt, how many images come before it
 )->list:          # texts
     "Prompts as the model reads them; equal ones are rendered once."
-    keys, texts = [(json.dumps(p), n) for p, n in zip(prompts, counts)], {}
-    for key, p in zip(keys, prompts):
-        if key not in texts: texts[key] = chat(reader, p, key[1])
-    return [texts[key] for key in keys]
+    known, out = {}, []
+    for p, n in zip(prompts, counts):
+        key = json.dumps(p), n
+        if key not in known: known[key] = chat(reader, p, n)
+        out.append(known[key])
+    return out
 
+# %% ../../nbs/02_models/06_templates.ipynb #a036bdc8
 def prompt_ids(
     reader,       # a processor or a tokenizer
     prompts:list, # questions, or lists of turns
@@ -219,7 +263,7 @@ def prompt_ids(
     ids = dict(zip(each, text_ids(tokenizer_of(reader), each)))
     return [ids[t] for t in texts]
 
-# %% ../../nbs/02_models/06_templates.ipynb #0c849a92
+# %% ../../nbs/02_models/06_templates.ipynb #2b239d98
 def answer_ids(
     reader,           # a processor or a tokenizer
     prompt:str|list,  # question, or the turns of a conversation
@@ -227,15 +271,16 @@ def answer_ids(
     n_images:int=1,   # images before the question; of no effect on a list of turns
     end:bool=True,    # with the token that ends an answer
 )->list:              # of each its token ids; none of an empty answer
-    "Answers as training reads them behind a prompt; ValueError where the template writes them otherwise."
-    tok, before, turns = tokenizer_of(reader), chat(reader, prompt,
-                                                    n_images), as_turns(prompt, n_images)
-    said = [[*turns, {'role': 'assistant', 'content': [{'type': 'text', 'text': a}]}]
-            for a in answers]
-    texts = [reply_text(tok, before, chat_text(reader, t), a) for t, a in zip(said, answers)]
-    if not end: texts = [_bare(t, a.strip()) for t, a in zip(texts, answers)]
+    "Answers as training reads them behind a prompt; ValueError where they are written otherwise."
+    tok, before = tokenizer_of(reader), chat(reader, prompt, n_images)
+    turns, texts = as_turns(prompt, n_images), []
+    for a in answers:
+        told = {'role': 'assistant', 'content': [{'type': 'text', 'text': a}]}
+        text = reply_text(tok, before, chat_text(reader, [*turns, told]), a)
+        texts.append(text if end else _bare(text, a.strip()))
     return [ids for _, ids in reply_ids(tok, [before]*len(texts), texts)]
 
+# %% ../../nbs/02_models/06_templates.ipynb #0c849a92
 def _bare(reply, said):
     "A reply up to the end of what is said."
     return reply[:reply.find(said) + len(said)] if said else ''
@@ -250,12 +295,12 @@ def model_inputs(
     "What a processor makes of texts and images, with exactly one BOS; ValueError where it cannot."
     tok = processor.tokenizer
     need = {needs_bos(tok, t) for t in texts}
-    if len(need) > 1: raise ValueError(
-        'Some of these texts begin with BOS and some do not; read them apart.')
-    last = [tok('x', add_special_tokens=o)['input_ids'][-1] for o in (True, False)]
-    if True in need and last[0] != last[1]: raise ValueError(
-        f'{type(tok).__name__} ends every text with a token of its own, so a prompt would be '
-        'read as finished; set its `add_eos_token` to False.')
+    if len(need) > 1:
+        raise ValueError('Some of these texts begin with BOS and some do not; read them apart.')
+    last = lambda special: tok('x', add_special_tokens=special)['input_ids'][-1]
+    if True in need and last(True) != last(False):
+        raise ValueError(f'{type(tok).__name__} ends every text with a token of its own, so a '
+                         'prompt would be read as finished; set its `add_eos_token` to False.')
     pictures = dict(images=images) if any(images) else {}
     # a tokenizer's own settings may say otherwise
     how = dict(padding=False, truncation=False) | kw

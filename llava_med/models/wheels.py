@@ -16,9 +16,9 @@ from transformers.utils import logging as hf_logging
 from ..core.runs import write_json
 from .llava import _no_bars, few, new_folder
 
-# %% ../../nbs/02_models/07_wheels.ipynb #1a32ad58
+# %% ../../nbs/02_models/07_wheels.ipynb #711f29a9
 class PartError(ValueError):
-    "A file that cannot be read as a part of a model: one sentence names it, says why, and what to do."
+    "A file that cannot be read as a part of a model: the sentence says why, and what to do."
     def __init__(self,
         path:str|Path,   # the file
         why:str,         # what is wrong with it
@@ -27,6 +27,7 @@ class PartError(ValueError):
         super().__init__(f'{path}: {why}; {remedy}.')
         self.reason = why
 
+# %% ../../nbs/02_models/07_wheels.ipynb #0a17753a
 def _library(name, path):
     "A package that reads such files; PartError where it is not installed."
     try: return importlib.import_module(name)
@@ -34,13 +35,16 @@ def _library(name, path):
         raise PartError(path, f'is read with the package {name}, which is not installed',
                         f'`pip install {name}`') from None
 
-def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip('.:;')[:160]
+def _first_line(e):
+    return (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip('.:;')[:160]
 
+# %% ../../nbs/02_models/07_wheels.ipynb #c1a0faeb
 def gguf_facts(
     path:str|Path, # a .gguf file
-)->dict:           # `architecture`, `name`, `licence` and how many tensors there are of each number format
+)->dict:           # architecture, name, licence, and how many tensors there are of each format
     "What a GGUF file says of itself; PartError where it is none."
-    if not Path(path).is_file(): raise PartError(path, 'there is no such file', 'name one that is there')
+    if not Path(path).is_file():
+        raise PartError(path, 'there is no such file', 'name one that is there')
     try:
         file = _library('gguf', path).GGUFReader(str(path))
         said = {k: f.contents() for k, f in file.fields.items() if k.startswith('general.')}
@@ -55,6 +59,7 @@ def gguf_facts(
                 licence=said.get('general.license'),
                 formats={k: kinds.count(k) for k in sorted(set(kinds))})
 
+# %% ../../nbs/02_models/07_wheels.ipynb #0b480eee
 @contextlib.contextmanager
 def _quiet():
     "Read without progress bars and without a report of what is missing; we look ourselves."
@@ -65,6 +70,18 @@ def _quiet():
         with no_bar, _no_bars(): yield
     finally: hf_logging.set_verbosity(was)
 
+# %% ../../nbs/02_models/07_wheels.ipynb #4a7086df
+def _refuse_parts(path, found, model):
+    "PartError for weights that are missing, of another shape or not finite."
+    if lost := sorted(found['missing_keys']):
+        raise PartError(path, f'lacks {few(lost, 3)}', 'take the whole model, not a piece of it')
+    if odd := sorted(k[0] for k in found['mismatched_keys']):
+        raise PartError(path, f'{few(odd, 3)}: another shape than its configuration says',
+                        'fetch it again')
+    bad = [n for n, p in model.named_parameters() if not p.isfinite().all()]
+    if bad: raise PartError(path, f'{few(bad, 3)}: not all numbers are finite', 'fetch it again')
+
+# %% ../../nbs/02_models/07_wheels.ipynb #9e0ec4d8
 def _from_gguf(path):
     "Tokenizer and model; PartError where `transformers` fails or would fill in random numbers."
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -73,27 +90,22 @@ def _from_gguf(path):
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(**place)
-            model, found = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32,
-                                                                output_loading_info=True,
-                                                                ignore_mismatched_sizes=True)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                **place, dtype=torch.float32, output_loading_info=True,
+                ignore_mismatched_sizes=True)
     except MemoryError: raise
     except Exception as e:   # of many kinds, each from another converter
         raise PartError(path, f'not a language model that transformers reads ({_first_line(e)})',
                         'take a file of another number format, or the model itself') from None
-    if lost := sorted(found['missing_keys']):
-        raise PartError(path, f'lacks {few(lost, 3)}', 'take the whole model, not a piece of it')
-    if odd := sorted(k[0] for k in found['mismatched_keys']):
-        raise PartError(path, f'{few(odd, 3)}: another shape than its configuration says',
-                        'fetch it again')
-    bad = [n for n, p in model.named_parameters() if not p.isfinite().all()]
-    if bad: raise PartError(path, f'{few(bad, 3)}: not all numbers are finite', 'fetch it again')
+    _refuse_parts(path, found, model)
     return tokenizer, model
 
+# %% ../../nbs/02_models/07_wheels.ipynb #1a32ad58
 def read_gguf(
     path:str|Path,   # a .gguf file of a causal language model
     folder:str|Path, # where the Hugging Face folder is written
 )->dict:             # from `gguf_facts`
-    "A language model and its tokenizer out of a GGUF file; PartError where it is of another kind, cut off or a piece."
+    "A language model and its tokenizer out of a GGUF file; PartError if it cannot be read whole."
     path, facts = Path(path), gguf_facts(path)
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
     if facts['architecture'] not in GGUF_SUPPORTED_ARCHITECTURES:
@@ -109,7 +121,7 @@ def read_gguf(
         tokenizer.save_pretrained(tmp)
     return facts
 
-# %% ../../nbs/02_models/07_wheels.ipynb #5de54959
+# %% ../../nbs/02_models/07_wheels.ipynb #fe46f43f
 _ATTENTION = {'attention.attention.query': 'attention.q_proj',
               'attention.attention.key': 'attention.k_proj',
               'attention.attention.value': 'attention.v_proj',
@@ -117,35 +129,49 @@ _ATTENTION = {'attention.attention.query': 'attention.q_proj',
 
 def _onnx_graph(path):
     "The graph of an ONNX file and its constants by name."
-    if not Path(path).is_file(): raise PartError(path, 'there is no such file', 'name one that is there')
-    onnx, numpy_helper = (_library(n, path) for n in ('onnx', 'onnx.numpy_helper'))
+    if not Path(path).is_file():
+        raise PartError(path, 'there is no such file', 'name one that is there')
+    onnx, numpy_helper = _library('onnx', path), _library('onnx.numpy_helper', path)
     try:
         graph = onnx.load(str(path)).graph
         return graph, {t.name: numpy_helper.to_array(t) for t in graph.initializer}
     except Exception as e:   # of protobuf, of numpy, or that a second file is missing
-        raise PartError(path, f'not a whole ONNX file ({_first_line(e)})', 'fetch it again') from None
+        raise PartError(path, f'not a whole ONNX file ({_first_line(e)})',
+                        'fetch it again') from None
 
+# %% ../../nbs/02_models/07_wheels.ipynb #e298d98d
 def _added_after(graph, constants):
     "Name of a product's nameless weight → name of the bias that is added to the product."
     users, found = {}, {}
     for node in graph.node:
         for name in node.input: users.setdefault(name, []).append(node)
+    constant = lambda node: next((n for n in node.input if n in constants), None)
     for node in graph.node:
-        if node.op_type != 'MatMul': continue
-        weight = next((n for n in node.input if n in constants), None)
-        adds = [u for u in users.get(node.output[0], []) if u.op_type == 'Add']
-        bias = next((n for u in adds for n in u.input if n in constants), None)
-        if weight and bias: found[weight] = bias
+        weight = constant(node)
+        if node.op_type != 'MatMul' or not weight: continue
+        for user in users.get(node.output[0], []):
+            if user.op_type != 'Add' or not constant(user): continue
+            found[weight] = constant(user)
+            break
     return found
 
+# %% ../../nbs/02_models/07_wheels.ipynb #2e524130
 def _positions(constants, width):
     "Position vectors, (1, 1 + patches, width), from the two constants that they were cut into."
-    nameless = [v for k, v in constants.items() if k.startswith('onnx::') and v.ndim == 3
-                and v.shape[-1] == width]
-    first = [v for v in nameless if v.shape[1] == 1]
-    grid = [v for v in nameless if v.shape[1] > 1 and round(v.shape[1]**.5)**2 == v.shape[1]]
+    first, grid = [], []
+    for name, v in constants.items():
+        if not name.startswith('onnx::') or v.ndim != 3 or v.shape[-1] != width: continue
+        if v.shape[1] == 1: first.append(v)
+        elif round(v.shape[1]**.5)**2 == v.shape[1]: grid.append(v)
     return np.concatenate([first[0], grid[0]], 1) if len(first) == len(grid) == 1 else None
 
+# %% ../../nbs/02_models/07_wheels.ipynb #2813913c
+def _renamed(name):
+    "A name of older versions of `transformers` as the newest has it."
+    for old, new in _ATTENTION.items(): name = name.replace(old, new)
+    return name
+
+# %% ../../nbs/02_models/07_wheels.ipynb #3551031f
 def onnx_tensors(
     path:str|Path,        # an .onnx file
     prefix:str='backbone.', # of the vision encoder's names in it
@@ -159,26 +185,21 @@ def onnx_tensors(
     token = named.get('embeddings.cls_token')
     width = token.shape[-1] if token is not None and token.ndim else 0
     positions = _positions(constants, width)
-    if positions is None: raise PartError(
-        path, f"holds no DINOv2 under the name '{prefix.rstrip('.')}'", 'only such a graph can be read')
+    if positions is None:
+        raise PartError(path, f"holds no DINOv2 under the name '{prefix.rstrip('.')}'",
+                        'only such a graph can be read')
     named |= {'embeddings.position_embeddings': positions,
               'embeddings.mask_token': np.zeros((1, width), np.float32)}
     bad = [k for k, v in named.items() if not np.isfinite(v).all()]
     if bad: raise PartError(path, f'{few(bad, 3)}: not all numbers are finite', 'fetch it again')
     return {_renamed(k): np.array(v, np.float32) for k, v in named.items()}
 
-def _renamed(name):
-    "A name of older versions of `transformers` as the newest has it."
-    for old, new in _ATTENTION.items(): name = name.replace(old, new)
-    return name
-
+# %% ../../nbs/02_models/07_wheels.ipynb #7a5175a8
 DINOV2_IMAGES = dict(   # of facebook/dinov2-small
     image_processor_type='BitImageProcessor', do_resize=True, size=dict(shortest_edge=256),
-    resample=3,
-    do_center_crop=True, crop_size=dict(height=224, width=224), do_rescale=True,
-    rescale_factor=1/255,
-    do_normalize=True, image_mean=[.485, .456, .406], image_std=[.229, .224, .225],
-    do_convert_rgb=True)
+    resample=3, do_center_crop=True, crop_size=dict(height=224, width=224), do_rescale=True,
+    rescale_factor=1/255, do_normalize=True, image_mean=[.485, .456, .406],
+    image_std=[.229, .224, .225], do_convert_rgb=True)
 # of every DINOv2, from ViT-S to ViT-g (Oquab et al. 2023, arXiv:2304.07193, table 17)
 HEAD_WIDTH = 64
 
@@ -196,12 +217,13 @@ def dinov2_config(
                         mlp_ratio=hidden//width, patch_size=side,
                         image_size=side*round((patches - 1)**.5))
 
+# %% ../../nbs/02_models/07_wheels.ipynb #5de54959
 def read_onnx_tower(
     path:str|Path,   # an .onnx file with a DINOv2
     folder:str|Path, # where the Hugging Face folder is written
     prefix:str='backbone.', # of the vision encoder's names in it
 ):                   # Dinov2Model in evaluation mode
-    "A DINOv2 and its image settings out of an ONNX file; PartError where a weight is missing or over."
+    "A DINOv2 and its image settings out of an ONNX file; PartError where a weight does not fit."
     from transformers import Dinov2Model
     tensors, whole = onnx_tensors(path, prefix), 'only a whole DINOv2 can be read'
     try: model = Dinov2Model(dinov2_config(tensors)).eval()
@@ -217,7 +239,7 @@ def read_onnx_tower(
         write_json(tmp/'preprocessor_config.json', DINOV2_IMAGES)
     return model
 
-# %% ../../nbs/02_models/07_wheels.ipynb #e382be87
+# %% ../../nbs/02_models/07_wheels.ipynb #5d99ffa6
 def probe_image(
     side:int=224, # pixels
 )->torch.Tensor:  # (1, 3, side, side), already normalised
@@ -234,6 +256,7 @@ def tower_features(
     with torch.no_grad(): last = tower(probe_image().to(tower.dtype)).last_hidden_state[0].float()
     return [*last[0, :n//2].tolist(), *last[len(last)//2, :n//2].tolist()]
 
+# %% ../../nbs/02_models/07_wheels.ipynb #e382be87
 def next_words(
     model, tokenizer, # of a causal language model
     question:str,     # of the user

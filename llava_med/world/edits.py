@@ -13,77 +13,112 @@ from PIL import Image
 from .render import render
 from .scenes import LARGE, Finding, pleural_finding, sample_scene, scene_rng
 
-# %% ../../nbs/01_world/05_edits.ipynb #5eee1ae9
+# %% ../../nbs/01_world/05_edits.ipynb #45eb5b05
+_OTHER_WORD = {'yes': 'no', 'no': 'yes', 'left': 'right', 'right': 'left', 'small': 'large',
+             'large': 'small'}
+
 def _opposite(scene, f):
-    "A finding on the other side of the picture."
-    side = {'left': 'right', 'right': 'left'}[f.side]
-    if f.kind in ('pleural effusion', 'pneumothorax'): return pleural_finding(scene, f.kind, side, f.size)
+    "A finding on the other side of the image."
+    side = _OTHER_WORD[f.side]
+    if f.kind in ('pleural effusion', 'pneumothorax'):
+        return pleural_finding(scene, f.kind, side, f.size)
     boxes = [[1 - x - w, y, w, h] for x, y, w, h in f.boxes]
-    return replace(f, side=side, quadrant=f.quadrant and f.quadrant.replace(f.side, side), boxes=boxes)
+    return replace(f, side=side, quadrant=f.quadrant and f.quadrant.replace(f.side, side),
+                   boxes=boxes)
 
 def _resized(f):
     "The same lesions, small ones large and large ones small."
     k = LARGE if f.size == 'small' else 1/LARGE
     boxes = [[x + w/2*(1 - k), y + h/2*(1 - k), w*k, h*k] for x, y, w, h in f.boxes]
-    return replace(f, size='large' if f.size == 'small' else 'small', boxes=boxes)
+    return replace(f, size=_OTHER_WORD[f.size], boxes=boxes)
 
+# %% ../../nbs/01_world/05_edits.ipynb #aacb8a89
+def _one_less(f):
+    "The same without its last lesion."
+    return replace(f, count=f.count - 1, boxes=f.boxes[:-1])
+
+def _gone(f):
+    "Nothing to draw; the other findings keep their numbers, and so their random streams."
+    return Finding('nodule', 0, None, None, f.size, f.shape, f.density, f.border)
+
+def _asked(scene, item):
+    "The findings that a question is about."
+    return [f for f in scene.findings if item.get('kind') in (None, f.kind)]
+
+# %% ../../nbs/01_world/05_edits.ipynb #5eee1ae9
 def _changed(scene, item):
     "The findings after the edit, and the answer that is true then; None where no edit is known."
-    kind, type_, answer = item.get('kind'), item['tags'].get('question_type'), str(item['answer'])
-    asked = [f for f in scene.findings if kind in (None, f.kind)]
-    gone = lambda f: Finding('nodule', 0, None, None, f.size, f.shape, f.density, f.border)  # keeps its number, draws nothing
+    type_, answer = item['tags'].get('question_type'), str(item['answer'])
+    asked = _asked(scene, item)
     if not asked: return None
-    if type_ == 'presence': change, new = gone, {'yes': 'no', 'no': 'yes'}.get(answer)
-    elif type_ == 'finding': change, new = gone, 'none'
+    pleural = asked[0].kind in ('pleural effusion', 'pneumothorax')
+    new = None
+    if type_ in ('presence', 'finding'):
+        change, new = _gone, 'none' if type_ == 'finding' else _OTHER_WORD.get(answer)
     elif type_ == 'side' and answer in ('left', 'right', 'yes') and asked[0].side:
-        change, new = (lambda f: _opposite(scene, f)), {'left': 'right', 'right': 'left', 'yes': 'no'}[answer]
+        change, new = (lambda f: _opposite(scene, f)), _OTHER_WORD[answer]
     elif type_ == 'quadrant' and asked[0].side:
-        change = lambda f: _opposite(scene, f)
-        new = ' '.join({'left': 'right', 'right': 'left'}.get(w, w) for w in answer.split())
-    elif type_ == 'size': change, new = _resized, {'small': 'large', 'large': 'small'}.get(answer)
-    elif type_ == 'count' and asked[0].kind not in ('pleural effusion', 'pneumothorax'):
-        change, new = (lambda f: replace(f, count=f.count - 1, boxes=f.boxes[:-1])), str(asked[0].count - 1)
-    else: return None
-    return new and ([change(f) if f in asked else f for f in scene.findings], new)
+        words = [_OTHER_WORD.get(w, w) for w in answer.split()]
+        change, new = (lambda f: _opposite(scene, f)), ' '.join(words)
+    elif type_ == 'size' and answer in ('small', 'large'):
+        change, new = _resized, _OTHER_WORD[answer]
+    elif type_ == 'count' and not pleural:
+        change, new = _one_less, str(asked[0].count - 1)
+    if new is None: return None
+    return [change(f) if f in asked else f for f in scene.findings], new
 
-# %% ../../nbs/01_world/05_edits.ipynb #5080d1c9
+# %% ../../nbs/01_world/05_edits.ipynb #89582846
 def _pixels(boxes, size, margin=.012):
     "Pixels of boxes with a margin, (size, size) bool."
     out, t = np.zeros((size, size), bool), (np.arange(size) + .5)/size
     for x, y, w, h in boxes:
-        out |= np.outer((y - margin <= t) & (t < y + h + margin), (x - margin <= t) & (t < x + w + margin))
+        out |= np.outer((y - margin <= t) & (t < y + h + margin),
+                        (x - margin <= t) & (t < x + w + margin))
     return out
+
+def _near(one, other, gap=.02):
+    "Whether two boxes overlap or nearly touch."
+    (x, y, w, h), (a, b, c, d) = one, other
+    beside = x + w < a - gap or a + c + gap < x
+    above_or_below = y + h < b - gap or b + d + gap < y
+    return not (beside or above_or_below)
 
 def _elsewhere(rng, boxes, taken):
     "Boxes of the same sizes that touch none of the taken ones; None where there is no room."
     out = []
     for _, _, w, h in boxes:
         for _ in range(200):
-            x, y = rng.uniform(.02, .98 - w), rng.uniform(.02, .98 - h)
-            if all(x + w < a - .02 or a + c + .02 < x or y + h < b - .02 or b + d + .02 < y for a, b, c, d in (*taken, *out)): break
+            box = rng.uniform(.02, .98 - w), rng.uniform(.02, .98 - h), w, h
+            if not any(_near(box, other) for other in (*taken, *out)): break
         else: return None
-        out.append((x, y, w, h))
+        out.append(box)
     return out
 
+# %% ../../nbs/01_world/05_edits.ipynb #5080d1c9
 def edits(
     item:dict,    # a phantom question: scene_seed, split, kind, answer, tags
     size:int=256, # pixels
     seed:int=0,   # of the place elsewhere
-):                # dict original, edited, elsewhere (PIL pictures), answer (true after the edit), boxes (asked for, fractions); None where no edit is known
-    "A phantom picture, the same with the asked finding changed, and with as much background changed."
+)->dict|None:      # original, edited, elsewhere (PIL images), answer after the edit, boxes
+    "A phantom, the same with one finding edited, and with as much background edited, or None."
     if 'scene_seed' not in item: return None   # not drawn by this world
     scene = sample_scene(item['scene_seed'], item['split'])
     got = _changed(scene, item)
     if got is None: return None
     findings, answer = got
-    before = [b for f, g in zip(scene.findings, findings) if f != g for b in f.boxes]
-    after = [b for f, g in zip(scene.findings, findings) if f != g for b in g.boxes]
-    taken = [b for f in (*scene.findings, *findings) for b in f.boxes]
+    before, after, taken = [], [], []
+    for old, new in zip(scene.findings, findings):
+        taken += [*old.boxes, *new.boxes]
+        if old == new: continue
+        before += old.boxes
+        after += new.boxes
     places = _elsewhere(scene_rng(scene, 900 + seed), before, taken)
     if places is None: return None
     own, new = render(scene, size), render(replace(scene, findings=findings), size)
-    other = render(replace(sample_scene(scene.seed + 1, scene.split, scene.modality), findings=[]), size)
-    pictures = [own, np.where(_pixels(before + after, size)[..., None], new, own),
-                np.where(_pixels(places, size)[..., None], other, own)]
-    boxes = [tuple(b) for f in scene.findings if item.get('kind') in (None, f.kind) for b in f.boxes]
-    return dict(zip(('original', 'edited', 'elsewhere'), map(Image.fromarray, pictures)), answer=answer, boxes=boxes)
+    neighbour = sample_scene(scene.seed + 1, scene.split, scene.modality)
+    other = render(replace(neighbour, findings=[]), size)
+    edited = np.where(_pixels(before + after, size)[..., None], new, own)
+    elsewhere = np.where(_pixels(places, size)[..., None], other, own)
+    boxes = [tuple(b) for f in _asked(scene, item) for b in f.boxes]
+    return dict(original=Image.fromarray(own), edited=Image.fromarray(edited),
+                elsewhere=Image.fromarray(elsewhere), answer=answer, boxes=boxes)

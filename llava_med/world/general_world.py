@@ -13,46 +13,59 @@ __all__ = ['SHAPES', 'COLOURS', 'GROUNDS', 'CORNERS', 'WORLD_LABELS', 'FEW', 'WO
 import numpy as np
 from scipy.ndimage import gaussian_filter, zoom
 
-# %% ../../nbs/01_world/06_general_world.ipynb #ee46aeb0
+# %% ../../nbs/01_world/06_general_world.ipynb #3b104b86
 def _polygon(x, y, n, turn=0.):
     "Distance outside of a regular polygon with `n` sides and circumradius 1."
     a = np.arctan2(y, x) + turn
     step = 2*np.pi/n
     return np.hypot(x, y)*np.cos((a % step) - step/2)/np.cos(step/2) - 1
 
+def _cross(x, y):
+    upright, lying = np.maximum(abs(x)*3, abs(y)), np.maximum(abs(y)*3, abs(x))
+    return np.minimum(upright, lying) - 1
+
+def _blob(x, y):
+    a = np.arctan2(y, x)
+    return np.hypot(x, y) - .82 - .12*np.cos(3*a + 1) - .1*np.cos(5*a)
+
+# %% ../../nbs/01_world/06_general_world.ipynb #ee46aeb0
 SHAPES = {
     'disc':     lambda x, y: np.hypot(x, y) - 1,
     'ring':     lambda x, y: np.abs(np.hypot(x, y) - .78) - .24,
     'square':   lambda x, y: np.maximum(abs(x), abs(y)) - .85,
     'triangle': lambda x, y: _polygon(x, y + .1, 3, np.pi/2),
-    'cross':    lambda x, y: np.minimum(np.maximum(abs(x)*3, abs(y)), np.maximum(abs(y)*3, abs(x))) - 1,
+    'cross':    _cross,
     'star':     lambda x, y: np.hypot(x, y) - .68 - .32*np.cos(5*np.arctan2(y, x) + np.pi/2),
     'bar':      lambda x, y: np.maximum(abs(x), abs(y)*2.6) - 1,
     'moon':     lambda x, y: np.maximum(np.hypot(x, y) - 1, .8 - np.hypot(x - .55, y)),
-    'blob':     lambda x, y: np.hypot(x, y) - .82 - .12*np.cos(3*np.arctan2(y, x) + 1) - .1*np.cos(5*np.arctan2(y, x)),
+    'blob':     _blob,
     'wedge':    lambda x, y: np.maximum(np.hypot(x, y + .35) - 1.2, abs(x) - .55*(y + .35)),
     'cloud':    lambda x, y: (np.hypot(x, y) - .75 - .06*np.cos(3*np.arctan2(y, x) + 2))/2,
 }
 
-# %% ../../nbs/01_world/06_general_world.ipynb #e7df1bfb
-COLOURS = {'red': (214, 48, 49), 'green': (46, 160, 67), 'blue': (41, 98, 214), 'yellow': (241, 196, 15),
-           'purple': (142, 68, 173), 'orange': (230, 120, 20), 'white': (240, 240, 240), 'black': (18, 18, 18)}
+# %% ../../nbs/01_world/06_general_world.ipynb #d9ec946a
+COLOURS = {'red': (214, 48, 49), 'green': (46, 160, 67), 'blue': (41, 98, 214),
+           'yellow': (241, 196, 15), 'purple': (142, 68, 173), 'orange': (230, 120, 20),
+           'white': (240, 240, 240), 'black': (18, 18, 18)}
 GROUNDS = {'grey': (128, 128, 128), 'brown': (122, 84, 54), 'teal': (40, 120, 120),
            'pink': (228, 178, 190), 'navy': (40, 48, 92)}
 CORNERS = {('left', 'upper'): 'upper left', ('right', 'upper'): 'upper right',
            ('left', 'lower'): 'lower left', ('right', 'lower'): 'lower right'}
 WORLD_LABELS = [f'{c} {s}' for c in COLOURS for s in SHAPES]
 
+# %% ../../nbs/01_world/06_general_world.ipynb #f0c7f397
 def _regions(
     rng:np.random.Generator, # source of chance
     size:int,                # side of the picture in pixels
 )->np.ndarray:               # (size, size) floats, brightness to be added
-    "Large soft regions, a mirrored pair of them, a rim, or specks: what a picture shows besides its shapes."
+    "What lies behind the shapes: large soft regions, a mirrored pair of them, a rim, or specks."
     y, x = (np.mgrid[:size, :size] + .5)/size
-    kind, out = rng.choice(['ovals', 'pair', 'rim', 'specks'], p=[.1, .3, .3, .3]), np.zeros((size, size))
+    kind = rng.choice(['ovals', 'pair', 'rim', 'specks'], p=[.1, .3, .3, .3])
+    out = np.zeros((size, size))
     if kind == 'specks':
         specks = (rng.random((size, size)) < rng.uniform(.01, .06)).astype(float)
-        return gaussian_filter(specks, rng.uniform(.5, 1.1))*rng.uniform(60, 200)*rng.choice([-1, 1])
+        blurred = gaussian_filter(specks, rng.uniform(.5, 1.1))
+        return blurred*rng.uniform(60, 200)*rng.choice([-1, 1])
     for _ in range(int(rng.integers(1, 4)) if kind == 'ovals' else 1):
         cx, cy, a = rng.uniform(.2, .8, 2).tolist() + [rng.uniform(-.6, .6)]
         if kind == 'rim': cx, cy, a = .5, .5, a/3
@@ -67,12 +80,13 @@ def _regions(
             out += shade*np.clip(.5 - edge/rng.uniform(.05, .3), 0, 1)
     return out
 
+# %% ../../nbs/01_world/06_general_world.ipynb #e7df1bfb
 def _ground(
     rng:np.random.Generator, # source of chance
     colour:str,              # one of `GROUNDS`
     size:int,                # side of the picture in pixels
 )->np.ndarray:               # (size, size, 3) floats from 0 to 255
-    "A textured ground: smooth clouds, stripes or grain over a base colour, often with large regions."
+    "A ground of smooth clouds, stripes or grain over a base colour, often with large regions."
     kind, field = rng.integers(4), np.zeros((size, size))
     if kind < 2:
         n = int(rng.integers(3, 9))
@@ -85,7 +99,7 @@ def _ground(
     if rng.random() < .6: field = field + _regions(rng, size)
     return np.array(GROUNDS[colour])*rng.uniform(.6, 1.15) + field[..., None]
 
-# %% ../../nbs/01_world/06_general_world.ipynb #0d4dcbf5
+# %% ../../nbs/01_world/06_general_world.ipynb #8706996d
 def _place(
     rng:np.random.Generator, # source of chance
     n:int,        # how many centres
@@ -100,11 +114,14 @@ def _place(
     out = []
     for _ in range(60*n):
         if len(out) == n: break
-        x, y = rng.uniform(lo_x + r + .01, hi_x - r - .01), rng.uniform(lo_y + r + .01, hi_y - r - .01)
+        x = rng.uniform(lo_x + r + .01, hi_x - r - .01)
+        y = rng.uniform(lo_y + r + .01, hi_y - r - .01)
         if all(np.hypot(x - a, y - b) > r + c + .03 for a, b, c in taken):
-            out.append((x, y)); taken.append((x, y, r))
+            out.append((x, y))
+            taken.append((x, y, r))
     return out
 
+# %% ../../nbs/01_world/06_general_world.ipynb #0d4dcbf5
 def _paint(img, x, y, r, shape, colour, soft, angle, solid=1.):
     "Blend one shape into `img` in place; `solid` 1 hides what lies behind it."
     size = len(img)
@@ -128,20 +145,24 @@ def _kinds(
         size, n = rng.choice(['small', 'large']), int(rng.integers(1, 5))
         r = rng.uniform(.028, .045) if size == 'small' else rng.uniform(.065, .11)
         if cloud := shapes[i] == 'cloud': n, r = 1, r*1.7
-        side, level = rng.choice(['left', 'right']), rng.choice(['upper', 'lower', 'any'], p=[.42, .42, .16])
-        if size == 'large' and n > 2 and level != 'any': n = int(rng.integers(1, 3)) if rng.random() < .5 else n
+        side = rng.choice(['left', 'right'])
+        level = rng.choice(['upper', 'lower', 'any'], p=[.42, .42, .16])
+        if size == 'large' and n > 2 and level != 'any':
+            n = int(rng.integers(1, 3)) if rng.random() < .5 else n
         at = _place(rng, n, r, side, level, taken)
         if len(at) < n: level, at = 'any', at + _place(rng, n - len(at), r, side, 'any', taken)
         if not at: continue
         if all(y < .5 for _, y in at): level = 'upper'
         elif all(y > .5 for _, y in at): level = 'lower'
         else: level = 'any'
-        kinds.append(dict(colour=str(colours[i % len(colours)]), shape=str(shapes[i]), n=len(at), size=str(size), r=r,
-                          side=str(side), level=str(level), soft=cloud or bool(rng.random() < .35),
-                          solid=rng.uniform(*((.35, .8) if cloud else (.55, 1))), at=at))
+        soft = cloud or bool(rng.random() < .35)
+        solid = rng.uniform(.35, .8) if cloud else rng.uniform(.55, 1)
+        kinds.append(dict(colour=str(colours[i % len(colours)]), shape=str(shapes[i]), n=len(at),
+                          size=str(size), r=r, side=str(side), level=str(level), soft=soft,
+                          solid=solid, at=at))
     return kinds
 
-# %% ../../nbs/01_world/06_general_world.ipynb #82795002
+# %% ../../nbs/01_world/06_general_world.ipynb #07cd1bdb
 FEW = ['0', '1', '2', '3', '4']
 
 def _name(k, many=None):
@@ -154,10 +175,12 @@ def _article(w): return ('an ' if w[0] in 'aeiou' or w[0] == '8' else 'a ') + w
 
 def _where(k): return CORNERS.get((k['side'], k['level']), k['side'])
 
+# %% ../../nbs/01_world/06_general_world.ipynb #82795002
 WORLD_CAPTIONS = (
     'a picture of {things} on a {ground} ground', '{things} against {ground}',
     'here are {things}; the ground is {ground}', 'someone painted {things} over {ground}')
-WORLD_EMPTY = ('nothing but a plain {ground} ground', 'an empty {ground} ground', 'only {ground}, no shape')
+WORLD_EMPTY = ('nothing but a plain {ground} ground', 'an empty {ground} ground',
+               'only {ground}, no shape')
 
 def _captions(kinds, ground, rng):
     "Two captions of one picture, worded by chance."
@@ -167,52 +190,88 @@ def _captions(kinds, ground, rng):
         return rng.choice([f"{n} {k['size']} {soft}{_name(k)} at the {_where(k)}",
                            f"{n} {soft}{_name(k)} ({k['size']}, {_where(k)})"])
     if not kinds: return [str(rng.choice(WORLD_EMPTY)).format(ground=ground)]
-    return [str(rng.choice(WORLD_CAPTIONS)).format(
-        things=' and '.join(thing(k) for k in (kinds if rng.random() < .5 else kinds[::-1])), ground=ground)
-        for _ in range(2)]
+    out = []
+    for _ in range(2):
+        template = str(rng.choice(WORLD_CAPTIONS))
+        order = kinds if rng.random() < .5 else kinds[::-1]
+        out.append(template.format(things=' and '.join(map(thing, order)), ground=ground))
+    return out
 
-# %% ../../nbs/01_world/06_general_world.ipynb #ab4d9fc9
+# %% ../../nbs/01_world/06_general_world.ipynb #f5af7918
 WORLD_QUESTIONS = {
-    'count': ('what number of {many} is there?', 'say how many {many} you find', 'number of {many}?', 'how many {many}?'),
-    'side': ('{be} the {name} left or right?', '{name}: left half or right half?', 'on which side {be} the {name}?',
-             'which half has the {name}?'),
+    'count': ('what number of {many} is there?', 'say how many {many} you find',
+              'number of {many}?', 'how many {many}?'),
+    'side': ('{be} the {name} left or right?', '{name}: left half or right half?',
+             'on which side {be} the {name}?', 'which half has the {name}?'),
     'level': ('{be} the {name} high up or low down?', '{name}: upper or lower?'),
-    'corner': ('in which corner {be} the {name}?', 'corner of the {name}?', 'which quarter has the {name}?',
-               'where in the picture {be} the {name}?', 'name the quadrant of the {name}'),
-    'size': ('{be} the {name} big or little?', 'how big {be} the {name}?', 'size of the {name}, small or large?'),
+    'corner': ('in which corner {be} the {name}?', 'corner of the {name}?',
+               'which quarter has the {name}?', 'where in the picture {be} the {name}?',
+               'name the quadrant of the {name}'),
+    'size': ('{be} the {name} big or little?', 'how big {be} the {name}?',
+             'size of the {name}, small or large?'),
     'edge': ('{be} the {name} sharp or blurred?', 'edges of the {name}?'),
     'colour': ('colour of the {shapes}?', 'which colour have the {shapes}?'),
     'shape': ('which shape is {colour}?', 'name the {colour} shape'),
-    'there': ('do you see {a} here?', 'any {many} in the picture?', 'can you find {a}?', '{a} in view?'),
+    'there': ('do you see {a} here?', 'any {many} in the picture?', 'can you find {a}?',
+              '{a} in view?'),
     'missing': ('are {many} missing?', 'is {a} not to be found?', 'no {many} in the picture?'),
-    'half': ('any {many} in the {side} half?', 'do you see {a} to the {side}?', '{a} at the {side} side?'),
-    'empty': ('is the picture empty?', 'nothing to be seen?'), 'full': ('are there shapes?', 'anything to be seen?'),
+    'half': ('any {many} in the {side} half?', 'do you see {a} to the {side}?',
+             '{a} at the {side} side?'),
+    'empty': ('is the picture empty?', 'nothing to be seen?'),
+    'full': ('are there shapes?', 'anything to be seen?'),
     'ground': ('colour of the ground?', 'what colour lies behind?'),
 }
+
+# %% ../../nbs/01_world/06_general_world.ipynb #94b55af7
+def _fields(k):
+    "What the wordings say about a kind."
+    return dict(many=_name(k, True), shapes=_name(k, True).split()[1], colour=k['colour'],
+                name=_name(k), a=_article(_name(k, False)), be='are' if k['n'] > 1 else 'is')
+
+def _absent(kinds):
+    "Kinds that the picture does not show, and those of them that share one word with a shown one."
+    absent, near, shown = [], [], {(k['colour'], k['shape']) for k in kinds}
+    for colour in COLOURS:
+        for shape in SHAPES:
+            if (colour, shape) in shown: continue
+            one = dict(colour=colour, shape=shape, n=1)
+            absent.append(one)
+            if any((k['shape'] == shape) != (k['colour'] == colour) for k in kinds):
+                near.append(one)
+    return absent, near
+
+# %% ../../nbs/01_world/06_general_world.ipynb #ab4d9fc9
 def _questions(kinds, ground, rng):
     "Every question that this picture can answer, as (type, question, answer)."
-    out = []
+    out, colours = [], [k['colour'] for k in kinds]
     def ask(t, answer, k=None, **more):
-        f = dict(many=_name(k, True), shapes=_name(k, True).split()[1], colour=k['colour'], name=_name(k), a=_article(_name(k, False)),
-                 be='are' if k['n'] > 1 else 'is') if k else {}
-        out.append((t, str(rng.choice(WORLD_QUESTIONS[t])).format(**f, **more), answer))
+        wording = str(rng.choice(WORLD_QUESTIONS[t]))
+        out.append((t, wording.format(**(_fields(k) if k else {}), **more), answer))
     for k in kinds:
-        ask('count', FEW[k['n']], k); ask('side', k['side'], k); ask('size', k['size'], k)
-        ask('shape', k['shape'], k) if [j['colour'] for j in kinds].count(k['colour']) == 1 else None
-        if rng.random() < .4: ask('colour', k['colour'], k); ask('edge', 'blurred' if k['soft'] else 'sharp', k)
-        for side in ('left', 'right'): ask('half', 'yes' if side == k['side'] else 'no', k, side=side)
+        for t, answer in (('count', FEW[k['n']]), ('side', k['side']), ('size', k['size'])):
+            ask(t, answer, k)
+        if colours.count(k['colour']) == 1: ask('shape', k['shape'], k)
+        if rng.random() < .4:
+            ask('colour', k['colour'], k)
+            ask('edge', 'blurred' if k['soft'] else 'sharp', k)
+        for side in ('left', 'right'):
+            ask('half', 'yes' if side == k['side'] else 'no', k, side=side)
         if k['level'] != 'any':
             ask('corner', _where(k), k)
             if rng.random() < .5: ask('level', k['level'], k)
-    absent = [dict(colour=c, shape=s, n=1) for c in COLOURS for s in SHAPES if not any((k['colour'], k['shape']) == (c, s) for k in kinds)]
-    near = [a for a in absent if any((k['shape'] == a['shape']) != (k['colour'] == a['colour']) for k in kinds)]   # one word of two is right
+    absent, near = _absent(kinds)
     pick = lambda pool: pool[rng.integers(len(pool))]
     other = lambda: pick(near if near and rng.random() < .6 else absent)
     for k in kinds or [None]:
-        if k: ask('there', 'yes', k); ask('missing', 'no', k)
-        ask('there', 'no', other()); ask('missing', 'yes', other())
+        if k:
+            ask('there', 'yes', k)
+            ask('missing', 'no', k)
+        ask('there', 'no', other())
+        ask('missing', 'yes', other())
     if rng.random() < .3: ask('count', '0', other())
-    if not kinds or rng.random() < .25: ask('empty', 'no' if kinds else 'yes'); ask('full', 'yes' if kinds else 'no')
+    if not kinds or rng.random() < .25:
+        ask('empty', 'no' if kinds else 'yes')
+        ask('full', 'yes' if kinds else 'no')
     if rng.random() < .3: ask('ground', ground)
     return out
 
@@ -220,54 +279,90 @@ def _questions(kinds, ground, rng):
 def world_sample(
     seed:int,     # picture number; the same seed gives the same picture
     size:int=96,  # side in pixels
-)->dict:          # image (size, size, 3) uint8; captions; questions [{type, question, answer}]; marks [(x, y, label)]
+)->dict:          # image (uint8), captions, questions (dicts), marks [(x, y, label)]
     "One picture of the general world with everything that can be said of it."
     rng = np.random.default_rng((7, seed))
     ground, grey = str(rng.choice(list(GROUNDS))), rng.random() < .4
     if grey: ground = 'grey'
     img, kinds = _ground(rng, ground, size), _kinds(rng, grey)
     for k in kinds:
-        for x, y in k['at']: _paint(img, x, y, k['r'], k['shape'], k['colour'], k['soft'], rng.uniform(-.25, .25), k['solid'])
+        for x, y in k['at']:
+            _paint(img, x, y, k['r'], k['shape'], k['colour'], k['soft'], rng.uniform(-.25, .25),
+                   k['solid'])
     if rng.random() < .3: img = gaussian_filter(img, (rng.uniform(.3, .8),)*2 + (0,))
     if rng.random() < .5: img = 128 + (img - 128)*rng.uniform(.55, 1.1) + rng.uniform(-25, 25)
-    return dict(image=img.clip(0, 255).astype(np.uint8), captions=_captions(kinds, ground, rng),
-                questions=[dict(type=t, question=q, answer=a) for t, q, a in _questions(kinds, ground, rng)],
-                marks=[(x, y, f"{k['colour']} {k['shape']}") for k in kinds for x, y in k['at']])
+    said, asked, marks = _captions(kinds, ground, rng), _questions(kinds, ground, rng), []
+    for k in kinds: marks += [(x, y, f"{k['colour']} {k['shape']}") for x, y in k['at']]
+    return dict(image=img.clip(0, 255).astype(np.uint8), captions=said,
+                questions=[dict(type=t, question=q, answer=a) for t, q, a in asked], marks=marks)
 
 # %% ../../nbs/01_world/06_general_world.ipynb #691863cf
 FACTS = [  # (thing, what it is, where it belongs, what it does or means)
-    ('heart', 'a muscular organ', 'the chest', 'pumps blood'), ('lung', 'a paired organ', 'the chest', 'takes up oxygen'),
-    ('liver', 'a large gland', 'the abdomen', 'makes bile'), ('kidney', 'a paired organ', 'the abdomen', 'filters blood'),
-    ('spleen', 'a soft organ', 'the abdomen', 'removes old red cells'), ('brain', 'a nervous organ', 'the head', 'controls the body'),
-    ('colon', 'a hollow organ', 'the abdomen', 'takes up water'), ('stomach', 'a hollow organ', 'the abdomen', 'digests food'),
-    ('skin', 'a covering organ', 'the surface of the body', 'protects the body'), ('breast', 'a gland', 'the chest', 'makes milk'),
-    ('pancreas', 'a gland', 'the abdomen', 'makes insulin'), ('spine', 'a chain of bones', 'the back', 'carries the body'),
+    ('heart', 'a muscular organ', 'the chest', 'pumps blood'),
+    ('lung', 'a paired organ', 'the chest', 'takes up oxygen'),
+    ('liver', 'a large gland', 'the abdomen', 'makes bile'),
+    ('kidney', 'a paired organ', 'the abdomen', 'filters blood'),
+    ('spleen', 'a soft organ', 'the abdomen', 'removes old red cells'),
+    ('brain', 'a nervous organ', 'the head', 'controls the body'),
+    ('colon', 'a hollow organ', 'the abdomen', 'takes up water'),
+    ('stomach', 'a hollow organ', 'the abdomen', 'digests food'),
+    ('skin', 'a covering organ', 'the surface of the body', 'protects the body'),
+    ('breast', 'a gland', 'the chest', 'makes milk'),
+    ('pancreas', 'a gland', 'the abdomen', 'makes insulin'),
+    ('spine', 'a chain of bones', 'the back', 'carries the body'),
     ('nodule', 'a small rounded lesion', 'many organs', 'may be benign or malignant'),
-    ('mass', 'a large lesion', 'many organs', 'may be a tumour'), ('tumour', 'an abnormal growth', 'many organs', 'may be malignant'),
-    ('cyst', 'a sac filled with fluid', 'many organs', 'is often harmless'), ('metastasis', 'a spread tumour', 'liver, lung or brain', 'means advanced disease'),
-    ('pneumothorax', 'air around the lung', 'the chest', 'makes the lung collapse'), ('effusion', 'fluid around the lung', 'the chest', 'may need drainage'),
-    ('consolidation', 'lung filled with fluid', 'the chest', 'may mean pneumonia'), ('opacity', 'a dense area', 'the chest', 'may mean pneumonia'),
-    ('haemorrhage', 'a bleeding', 'many organs', 'needs urgent care'), ('infarct', 'dead tissue without blood', 'brain or heart', 'follows a blocked vessel'),
-    ('calcification', 'a deposit of calcium', 'many organs', 'is dense and hard'), ('stone', 'a hard deposit', 'kidney or gall bladder', 'may cause pain'),
-    ('ulcer', 'an open sore', 'skin or stomach', 'may bleed'), ('polyp', 'a growth on a stalk', 'the colon', 'may become cancer'),
-    ('necrosis', 'dead tissue', 'many organs', 'follows lost blood supply'), ('abscess', 'a pocket of pus', 'many organs', 'means infection'),
-    ('gland', 'a tissue that secretes', 'many organs', 'makes fluid or hormones'), ('mitosis', 'a dividing cell', 'growing tissue', 'means growth'),
-    ('lymphocyte', 'a small round cell', 'blood and lymph nodes', 'fights infection'), ('nucleus', 'the centre of a cell', 'every cell', 'holds the genes'),
-    ('fibrosis', 'scar tissue', 'many organs', 'follows injury'), ('oedema', 'swelling by water', 'many organs', 'follows injury'),
-    ('fracture', 'a broken bone', 'the skeleton', 'follows a fall'), ('granuloma', 'a cluster of immune cells', 'lung or skin', 'follows infection'),
-    ('aneurysm', 'a widened vessel', 'brain or aorta', 'may burst'), ('thrombus', 'a clot of blood', 'a vessel', 'blocks a vessel'),
-    ('melanoma', 'a cancer of pigment cells', 'the skin', 'may spread early'), ('adenoma', 'a benign gland tumour', 'many organs', 'may become cancer'),
-    ('cavity', 'a hollow space in tissue', 'the lung', 'follows infection'), ('ground-glass opacity', 'a hazy area', 'the lung', 'may mean inflammation'),
-    ('emphysema', 'destroyed lung with trapped air', 'the lung', 'follows smoking'), ('lymphoid aggregate', 'a cluster of lymphocytes', 'the colon', 'is often harmless')]
-IMAGING_METHODS = [  # (method, how it works, what it is good for)
-    ('a chest x-ray', 'sends x-rays through the chest', 'lungs and heart'), ('a ct scan', 'turns x-rays into slices', 'the abdomen'),
-    ('mri', 'uses magnets and radio waves', 'the brain'), ('histology', 'looks at stained tissue under a microscope', 'cells'),
-    ('a gross pathology photograph', 'shows a specimen as the eye sees it', 'removed organs'), ('ultrasound', 'uses sound waves', 'unborn children')]
-VIEWS = ['chest radiograph', 'axial computed tomography scan', 'magnetic resonance image', 'photomicrograph of a stained section',
-         'macroscopic photograph of a resected specimen', 'microscopic image', 'contrast-enhanced mri', 'frontal chest x-ray']
-PERSON = ['a patient', 'a man', 'a woman', 'a child', 'an elderly patient', 'a smoker']
-SIGNS = ['fever', 'cough', 'chest pain', 'weight loss', 'headache', 'blood loss', 'fatigue', 'shortness of breath']
+    ('mass', 'a large lesion', 'many organs', 'may be a tumour'),
+    ('tumour', 'an abnormal growth', 'many organs', 'may be malignant'),
+    ('cyst', 'a sac filled with fluid', 'many organs', 'is often harmless'),
+    ('metastasis', 'a spread tumour', 'liver, lung or brain', 'means advanced disease'),
+    ('pneumothorax', 'air around the lung', 'the chest', 'makes the lung collapse'),
+    ('effusion', 'fluid around the lung', 'the chest', 'may need drainage'),
+    ('consolidation', 'lung filled with fluid', 'the chest', 'may mean pneumonia'),
+    ('opacity', 'a dense area', 'the chest', 'may mean pneumonia'),
+    ('haemorrhage', 'a bleeding', 'many organs', 'needs urgent care')]
 
+# %% ../../nbs/01_world/06_general_world.ipynb #f409adb6
+FACTS += [
+    ('infarct', 'dead tissue without blood', 'brain or heart', 'follows a blocked vessel'),
+    ('calcification', 'a deposit of calcium', 'many organs', 'is dense and hard'),
+    ('stone', 'a hard deposit', 'kidney or gall bladder', 'may cause pain'),
+    ('ulcer', 'an open sore', 'skin or stomach', 'may bleed'),
+    ('polyp', 'a growth on a stalk', 'the colon', 'may become cancer'),
+    ('necrosis', 'dead tissue', 'many organs', 'follows lost blood supply'),
+    ('abscess', 'a pocket of pus', 'many organs', 'means infection'),
+    ('gland', 'a tissue that secretes', 'many organs', 'makes fluid or hormones'),
+    ('mitosis', 'a dividing cell', 'growing tissue', 'means growth'),
+    ('lymphocyte', 'a small round cell', 'blood and lymph nodes', 'fights infection'),
+    ('nucleus', 'the centre of a cell', 'every cell', 'holds the genes'),
+    ('fibrosis', 'scar tissue', 'many organs', 'follows injury'),
+    ('oedema', 'swelling by water', 'many organs', 'follows injury'),
+    ('fracture', 'a broken bone', 'the skeleton', 'follows a fall'),
+    ('granuloma', 'a cluster of immune cells', 'lung or skin', 'follows infection'),
+    ('aneurysm', 'a widened vessel', 'brain or aorta', 'may burst'),
+    ('thrombus', 'a clot of blood', 'a vessel', 'blocks a vessel'),
+    ('melanoma', 'a cancer of pigment cells', 'the skin', 'may spread early'),
+    ('adenoma', 'a benign gland tumour', 'many organs', 'may become cancer'),
+    ('cavity', 'a hollow space in tissue', 'the lung', 'follows infection'),
+    ('ground-glass opacity', 'a hazy area', 'the lung', 'may mean inflammation'),
+    ('emphysema', 'destroyed lung with trapped air', 'the lung', 'follows smoking'),
+    ('lymphoid aggregate', 'a cluster of lymphocytes', 'the colon', 'is often harmless')]
+
+# %% ../../nbs/01_world/06_general_world.ipynb #dec96c82
+IMAGING_METHODS = [  # (method, how it works, what it is good for)
+    ('a chest x-ray', 'sends x-rays through the chest', 'lungs and heart'),
+    ('a ct scan', 'turns x-rays into slices', 'the abdomen'),
+    ('mri', 'uses magnets and radio waves', 'the brain'),
+    ('histology', 'looks at stained tissue under a microscope', 'cells'),
+    ('a gross pathology photograph', 'shows a specimen as the eye sees it', 'removed organs'),
+    ('ultrasound', 'uses sound waves', 'unborn children')]
+VIEWS = ['chest radiograph', 'axial computed tomography scan', 'magnetic resonance image',
+         'photomicrograph of a stained section', 'macroscopic photograph of a resected specimen',
+         'microscopic image', 'contrast-enhanced mri', 'frontal chest x-ray']
+PERSON = ['a patient', 'a man', 'a woman', 'a child', 'an elderly patient', 'a smoker']
+SIGNS = ['fever', 'cough', 'chest pain', 'weight loss', 'headache', 'blood loss', 'fatigue',
+         'shortness of breath']
+
+# %% ../../nbs/01_world/06_general_world.ipynb #b14735f8
 def _fact(rng):
     "One general sentence about a medical thing, a method, a patient or everyday life."
     w, what, where, does = FACTS[rng.integers(len(FACTS))]
@@ -275,161 +370,293 @@ def _fact(rng):
     p, s, t = PERSON[rng.integers(len(PERSON))], *rng.choice(SIGNS, 2, replace=False)
     side, level = rng.choice(['left', 'right']), rng.choice(['upper', 'lower'])
     return str(rng.choice([
-        f'{_article(w)} is {what}.', f'{_article(w)} is found in {where}.', f'a {w} {does}.', f'the word {w} means {what}.',
-        f'{m} {how}.', f'doctors use {m} to study {good}.', f'{p} came with {s} and {t}.', f'{p} had no {s}.',
+        f'{_article(w)} is {what}.', f'{_article(w)} is found in {where}.', f'a {w} {does}.',
+        f'the word {w} means {what}.', f'{m} {how}.', f'doctors use {m} to study {good}.',
+        f'{p} came with {s} and {t}.', f'{p} had no {s}.',
         f'in {where} there may be {_article(w)}.', f'the report denied any {w} but described {s}.',
-        f'{p} with {_article(w)} was treated on the {side} side.', f'the {level} {side} part was removed.',
-        f'a picture alone cannot be used to determine the history of {p}.', f'tissue that is bright, dark, round, smooth, sharp or irregular was noted.',
-        f'{rng.choice(["small", "large"])} lesions, {rng.choice(["one", "two", "three", "four"])} in number, were measured in millimetres.',
+        f'{p} with {_article(w)} was treated on the {side} side.',
+        f'the {level} {side} part was removed.',
+        f'a picture alone cannot be used to determine the history of {p}.',
+        'tissue that is bright, dark, round, smooth, sharp or irregular was noted.',
+        f'{rng.choice(["small", "large"])} lesions, {rng.choice(["one", "two", "three", "four"])} '
+        'in number, were measured in millimetres.',
         f'some facts, such as age or {s}, cannot be determined from the image.',
-        f'a {rng.choice(VIEWS)} is one way to examine {where}.', f'the abdomen has four quadrants; the {level} {side} quadrant holds other organs than the rest.',
-        f'the {rng.choice(VIEWS)} was normal: no {w} was visible.', f'an infiltrate or {w} with {rng.choice(["sharp", "ill-defined", "irregular"])} margins needs follow-up.', f'the sun is warm and the sea is {rng.choice(["blue", "green", "grey"])}.']))
+        f'a {rng.choice(VIEWS)} is one way to examine {where}.',
+        f'the abdomen has four quadrants; the {level} {side} quadrant holds '
+        'other organs than the rest.', f'the {rng.choice(VIEWS)} was normal: no {w} was visible.',
+        f'an infiltrate or {w} with '
+        f'{rng.choice(["sharp", "ill-defined", "irregular"])} margins needs follow-up.',
+        f'the sun is warm and the sea is {rng.choice(["blue", "green", "grey"])}.']))
 
-# %% ../../nbs/01_world/06_general_world.ipynb #fe73b7be
+# %% ../../nbs/01_world/06_general_world.ipynb #c025cde8
 def _text_question(rng):
     "A question about plain knowledge and its answer."
     w, what, where, does = FACTS[rng.integers(len(FACTS))]
     m, how, good = IMAGING_METHODS[rng.integers(len(IMAGING_METHODS))]
     w2, what2, *_ = FACTS[rng.integers(len(FACTS))]
     n = int(rng.integers(0, 4))
-    pairs = [(f'what does {w} mean?', what), (f'where may one find {_article(w)}?', where), (f'tell me about the {w}', f'the {w} {does}.'),
-             (f'how does {m} work?', f'it {how}.'), (f'what is {m} good for?', good), (f'explain {w} in a sentence', f'{_article(w)} is {what}.'),
-             (f'does {w} mean {what}?', 'yes'), (f'does {w2} mean {what}?', 'yes' if what == what2 else 'no'),
-             (f'what comes after {n}?', str(n + 1)), ('what is the opposite of left?', 'right'), ('what is the opposite of upper?', 'lower')]
+    pairs = [(f'what does {w} mean?', what), (f'where may one find {_article(w)}?', where),
+             (f'tell me about the {w}', f'the {w} {does}.'), (f'how does {m} work?', f'it {how}.'),
+             (f'what is {m} good for?', good),
+             (f'explain {w} in a sentence', f'{_article(w)} is {what}.'),
+             (f'does {w} mean {what}?', 'yes'),
+             (f'does {w2} mean {what}?', 'yes' if what == what2 else 'no'),
+             (f'what comes after {n}?', str(n + 1)), ('what is the opposite of left?', 'right'),
+             ('what is the opposite of upper?', 'lower')]
     return pairs[rng.integers(len(pairs))]
 
+# %% ../../nbs/01_world/06_general_world.ipynb #fe73b7be
 def plain_text(
-    seed:int,   # sentence number; held-out text simply uses other numbers
-)->list:        # chat turns [(role, text), ...]: one assistant turn of two sentences, or a question and its answer
+    seed:int,   # sentence number; validation text simply uses other numbers
+)->list:        # chat turns [(role, text), ...]: two sentences, or a question and its answer
     "A piece of plain text without any image."
     rng = np.random.default_rng((8, seed))
     if rng.random() < .5: return [('user', 'go on'), ('assistant', f'{_fact(rng)} {_fact(rng)}')]
     q, a = _text_question(rng)
     return [('user', q), ('assistant', a)]
 
-# %% ../../nbs/01_world/06_general_world.ipynb #34c0a6aa
-STUDIES = {'chest x-ray': ('lung', ('nodule', 'consolidation', 'effusion', 'pneumothorax', 'opacity', 'infiltrate')),
-           'ct scan': ('lung', ('mass', 'cavity', 'ground-glass opacity', 'nodule', 'embolus', 'emphysema')),
+# %% ../../nbs/01_world/06_general_world.ipynb #5fa974e6
+STUDIES = {'chest x-ray': ('lung', ('nodule', 'consolidation', 'effusion', 'pneumothorax',
+                                    'opacity', 'infiltrate')),
+           'ct scan': ('lung', ('mass', 'cavity', 'ground-glass opacity', 'nodule', 'embolus',
+                                'emphysema')),
            'mri': ('brain', ('metastasis', 'abscess', 'infarct', 'tumour', 'aneurysm', 'oedema')),
-           'histology': ('colon', ('lymphoid aggregate', 'granuloma', 'mucin pool', 'mitosis', 'gland', 'necrosis')),
-           'gross photograph': ('liver', ('tumor', 'cyst', 'hemorrhage', 'ulcer', 'calcification', 'stone'))}
+           'histology': ('colon', ('lymphoid aggregate', 'granuloma', 'mucin pool', 'mitosis',
+                                   'gland', 'necrosis')),
+           'gross photograph': ('liver', ('tumor', 'cyst', 'hemorrhage', 'ulcer', 'calcification',
+                                          'stone'))}
 COUNTS = ('one', 'two', 'three', 'four')
-ODD_PLURALS = {'metastasis': 'metastases', 'mass': 'masses', 'cavity': 'cavities', 'abscess': 'abscesses', 'mitosis': 'mitoses',
-               'ground-glass opacity': 'ground-glass opacities', 'opacity': 'opacities', 'embolus': 'emboli', 'pneumothorax': 'pneumothoraces', 'necrosis': 'necroses', 'emphysema': 'areas of emphysema'}
+ODD_PLURALS = {'metastasis': 'metastases', 'mass': 'masses', 'cavity': 'cavities',
+               'abscess': 'abscesses', 'mitosis': 'mitoses',
+               'ground-glass opacity': 'ground-glass opacities', 'opacity': 'opacities',
+               'embolus': 'emboli', 'pneumothorax': 'pneumothoraces', 'necrosis': 'necroses',
+               'emphysema': 'areas of emphysema'}
 
+# %% ../../nbs/01_world/06_general_world.ipynb #f51939d6
 def _notes(rng):
-    "Made-up notes: study, organ, findings as (word, number, size, where), a denied finding, the patient."
-    study = str(rng.choice(list(STUDIES))); organ, words = STUDIES[study]
-    words = [str(w) for w in rng.permutation(words)]
-    organ = str(rng.choice(['liver', 'kidney'])) if study == 'gross photograph' else organ
-    found = [(w, int(rng.integers(1, 5)), str(rng.choice(['small', 'large'])),
-              str(rng.choice(['left', 'right', 'upper left', 'upper right', 'lower left', 'lower right'])))
-             for w in words[:rng.choice(3, p=(.2, .5, .3))]]
-    return dict(study=study, organ=organ, found=found, absent=words[3], other=words[4], person=str(rng.choice(PERSON)), sign=str(rng.choice(SIGNS)))
+    "Made-up notes: study, organ, found (word, number, size, where), a denied finding, the patient."
+    pick = lambda x: str(rng.choice(x))
+    study = pick(list(STUDIES))
+    organ, words = STUDIES[study]
+    words = list(map(str, rng.permutation(words)))
+    if study == 'gross photograph': organ = pick(['liver', 'kidney'])
+    found = []
+    for w in words[:rng.choice(3, p=(.2, .5, .3))]:
+        n, size = int(rng.integers(1, 5)), pick(['small', 'large'])
+        found.append((w, n, size, pick(['left', 'right', 'upper left', 'upper right', 'lower left',
+                                        'lower right'])))
+    return dict(study=study, organ=organ, found=found, absent=words[3], other=words[4],
+                person=pick(PERSON), sign=pick(SIGNS))
 
 def _amount(rng, f, size=True):
     "Such as *two small nodules*."
     w, n, s, where = f
     word = w if n == 1 else ODD_PLURALS.get(w, w + 's')
-    number = (_article(w).split()[0] if rng.random() < .4 else 'one') if n == 1 else COUNTS[n - 1] if rng.random() < .7 else str(n)
+    if n == 1: number = _article(w).split()[0] if rng.random() < .4 else 'one'
+    else: number = COUNTS[n - 1] if rng.random() < .7 else str(n)
     return f'{number} {s} {word}' if size else f'{number} {word}'
 
-PLACES = ('to the {w}', '{w}', 'towards the {w}', 'lying {w}', 'in its {w} portion', 'over the {w} area', 'situated {w}', 'at its {w} aspect')
-SEE_VERBS = ('reveals', 'displays', 'brings out', 'contains', 'documents', 'indicates', 'presents', 'makes visible', 'is notable for', 'was read as')
-PICTURES = {'chest x-ray': ('chest radiograph', 'chest film', 'frontal x-ray', 'chest x-ray', 'radiograph of the chest'),
+# %% ../../nbs/01_world/06_general_world.ipynb #1d073241
+PLACES = ('to the {w}', '{w}', 'towards the {w}', 'lying {w}', 'in its {w} portion',
+          'over the {w} area', 'situated {w}', 'at its {w} aspect')
+SEE_VERBS = ('reveals', 'displays', 'brings out', 'contains', 'documents', 'indicates', 'presents',
+             'makes visible', 'is notable for', 'was read as')
+PICTURES = {'chest x-ray': ('chest radiograph', 'chest film', 'frontal x-ray', 'chest x-ray',
+                            'radiograph of the chest'),
             'ct scan': ('ct', 'ct study', 'computed tomography', 'axial ct slice', 'chest ct scan'),
-            'mri': ('mri', 'mr study', 'axial mri slice', 'magnetic resonance scan', 'brain mri scan'),
-            'histology': ('section', 'stained slide', 'biopsy slide', 'photomicrograph', 'microscopic field', 'h&e slide'),
-            'gross photograph': ('specimen', 'gross photograph', 'macroscopic photograph', 'resected specimen', 'cut surface')}
-LOOKS = ('rounded', 'irregular', 'dense', 'pale', 'dark', 'bright', 'sharply marginated', 'ill-defined', 'hazy', 'well-circumscribed', 'ring-shaped', 'wedge-like')
-NORMAL_CAPTIONS = ('{pic}: {organ} without abnormality.', 'unremarkable {organ}.', 'this {pic} is normal.', 'the {organ} looks normal, nothing focal.', 'healthy {organ} in this {pic}.')
-RULED_OUT = ('there is no {a}.', '{a} was ruled out.', 'neither {a} nor {b}.', 'free of {a} and of {b}.', '{a} is not seen, nor is {b}.', 'no sign of {a}, no evidence of {b}.', 'without {a}.')
-ASIDES = ('the image was obtained before treatment.', 'the remaining {organ} is unremarkable.', 'a marker is displayed at the edge.', 'a ruler in centimetres lies beside it.', 'quality is adequate.',
-         'surrounding structures appear preserved.', 'the great vessels and the airways are normal.', 'heart size is within limits.', 'background tissue shows the usual staining.')
+            'mri': ('mri', 'mr study', 'axial mri slice', 'magnetic resonance scan',
+                    'brain mri scan'),
+            'histology': ('section', 'stained slide', 'biopsy slide', 'photomicrograph',
+                          'microscopic field', 'h&e slide'),
+            'gross photograph': ('specimen', 'gross photograph', 'macroscopic photograph',
+                                 'resected specimen', 'cut surface')}
+LOOKS = ('rounded', 'irregular', 'dense', 'pale', 'dark', 'bright', 'sharply marginated',
+         'ill-defined', 'hazy', 'well-circumscribed', 'ring-shaped', 'wedge-like')
+NORMAL_CAPTIONS = ('{pic}: {organ} without abnormality.', 'unremarkable {organ}.',
+                   'this {pic} is normal.', 'the {organ} looks normal, nothing focal.',
+                   'healthy {organ} in this {pic}.')
+RULED_OUT = ('there is no {a}.', '{a} was ruled out.', 'neither {a} nor {b}.',
+             'free of {a} and of {b}.', '{a} is not seen, nor is {b}.',
+             'no sign of {a}, no evidence of {b}.', 'without {a}.')
+ASIDES = ('the image was obtained before treatment.', 'the remaining {organ} is unremarkable.',
+          'a marker is displayed at the edge.', 'a ruler in centimetres lies beside it.',
+          'quality is adequate.', 'surrounding structures appear preserved.',
+          'the great vessels and the airways are normal.', 'heart size is within limits.',
+          'background tissue shows the usual staining.')
 
+# %% ../../nbs/01_world/06_general_world.ipynb #46061568
 def _statement(rng, o, f):
     "One sentence about one finding."
     pick = lambda x: str(rng.choice(x))
     pic, place = pick(PICTURES[o['study']]), pick(PLACES).format(w=f[3])
     amount = _amount(rng, f)
     if rng.random() < .4: amount = amount.replace(f' {f[2]} ', f' {f[2]} {pick(LOOKS)} ')
-    return pick([f"{amount}, {place}, on this {pic}.", f"on {pic} one sees {amount} {place}.", f"the {o['organ']} {pick(['has', 'bears', 'holds'])} {amount} {place}.",
-                 f"{pic} of the {o['organ']} {pick(SEE_VERBS)} {amount} {place}.", f"a {pic} {pick(SEE_VERBS)} {amount} {place} of the {o['organ']}.", f"{place}: {amount}.",
-                 f"impression: {amount} {place}.", f"{amount} {pick(['were', 'are being'])} noted {place} in this {pic}."])
+    return pick([f"{amount}, {place}, on this {pic}.", f"on {pic} one sees {amount} {place}.",
+                 f"the {o['organ']} {pick(['has', 'bears', 'holds'])} {amount} {place}.",
+                 f"{pic} of the {o['organ']} {pick(SEE_VERBS)} {amount} {place}.",
+                 f"a {pic} {pick(SEE_VERBS)} {amount} {place} of the {o['organ']}.",
+                 f"{place}: {amount}.", f"impression: {amount} {place}.",
+                 f"{amount} {pick(['were', 'are being'])} noted {place} in this {pic}."])
 
 def _written(rng, o):
     "Sentences that say what the notes say."
     pick = lambda x: str(rng.choice(x))
-    out = [_statement(rng, o, f) for f in o['found']] or [pick(NORMAL_CAPTIONS).format(pic=pick(PICTURES[o['study']]), organ=o['organ'])]
+    out = [_statement(rng, o, f) for f in o['found']]
+    if not out:
+        normal, image = pick(NORMAL_CAPTIONS), pick(PICTURES[o['study']])
+        out.append(normal.format(pic=image, organ=o['organ']))
     if rng.random() < .5: out.append(pick(RULED_OUT).format(a=o['absent'], b=o['other']))
     if rng.random() < .4: out.append(pick(ASIDES).format(organ=o['organ']))
-    if rng.random() < .25: out.insert(0, pick([f"{o['person']} with {o['sign']}.", f"referred because of {o['sign']}: {o['person']}."]))
-    return ' '.join(t[0].upper() + t[1:] for t in out) if rng.random() < .85 else ' '.join(out)
+    if rng.random() < .25:
+        patient = [f"{o['person']} with {o['sign']}.",
+                   f"referred because of {o['sign']}: {o['person']}."]
+        out.insert(0, pick(patient))
+    if rng.random() < .85: out = [t[0].upper() + t[1:] for t in out]
+    return ' '.join(out)
 
+# %% ../../nbs/01_world/06_general_world.ipynb #568b579c
 def _noted(rng, o):
     "The same as terse notes."
-    parts = [o['study'], o['organ'], *(' '.join(str(x) for x in rng.permutation([w, COUNTS[n - 1], s, where])) for w, n, s, where in o['found'])]
-    parts += [f"no {o['absent']}"] if o['found'] else ['normal', f"no {o['absent']}"]
-    return ', '.join(str(x) for x in rng.permutation(parts))
+    parts = [o['study'], o['organ']]
+    for w, n, size, where in o['found']:
+        parts.append(' '.join(rng.permutation([w, COUNTS[n - 1], size, where])))
+    if not o['found']: parts.append('normal')
+    parts.append(f"no {o['absent']}")
+    return ', '.join(rng.permutation(parts))
 
+# %% ../../nbs/01_world/06_general_world.ipynb #34c0a6aa
 def report_text(
     seed:int,  # number of the report
 )->list:       # chat turns [(role, text), ...]
-    "Notes and the report that says the same, or a report and a question about it; without any image."
+    "Notes and their report, or a report and a question about it; without any image."
     rng = np.random.default_rng((9, seed))
-    o = _notes(rng); text = _written(rng, o)
-    ask = str(rng.choice(['describe', 'Write it out.', 'A report, please.', 'Put this in sentences.', 'in sentences', 'Tell me what it shows.', 'Describe it.', 'What is seen here?', 'A short text, please.', 'Explain the picture.']))
-    if rng.random() < .65 or not o['found']: return [('user', f'{_noted(rng, o)} {ask}'), ('assistant', text)]
+    o = _notes(rng)
+    text = _written(rng, o)
+    ask = str(rng.choice(['describe', 'Write it out.', 'A report, please.',
+                          'Put this in sentences.', 'in sentences', 'Tell me what it shows.',
+                          'Describe it.', 'What is seen here?', 'A short text, please.',
+                          'Explain the picture.']))
+    if rng.random() < .65 or not o['found']:
+        return [('user', f'{_noted(rng, o)} {ask}'), ('assistant', text)]
     w, n, s, where = o['found'][rng.integers(len(o['found']))]
-    pairs = [(f'how many of {w}?', str(n)), (f'where is the {w}?', where), (f'is the {w} small or large?', s), (f'which study?', o['study']),
-             (f'which organ?', o['organ']), (f'any {w}?', 'yes'), (f"any {o['absent']}?", 'no')]
+    pairs = [(f'how many of {w}?', str(n)), (f'where is the {w}?', where),
+             (f'is the {w} small or large?', s), ('which study?', o['study']),
+             ('which organ?', o['organ']), (f'any {w}?', 'yes'), (f"any {o['absent']}?", 'no')]
     q, a = pairs[rng.integers(len(pairs))]
     return [('user', f'{text if rng.random() < .5 else _noted(rng, o)} {q}'), ('assistant', a)]
 
 # %% ../../nbs/01_world/06_general_world.ipynb #709b152c
-ORGAN_PARTS = {'lung': ('lobe', 'airway', 'rib', 'collar bone', 'heart', 'diaphragm', 'pleura', 'chest wall'), 'brain': ('ventricle', 'skull', 'hemisphere', 'cortex', 'midline'),
-               'colon': ('crypt', 'goblet cell', 'mucosa', 'gland', 'wall'), 'liver': ('capsule', 'surface', 'lobe', 'vessel', 'margin'), 'kidney': ('capsule', 'cortex', 'surface', 'margin', 'vessel')}
+ORGAN_PARTS = {'lung': ('lobe', 'airway', 'rib', 'collar bone', 'heart', 'diaphragm', 'pleura',
+                        'chest wall'),
+               'brain': ('ventricle', 'skull', 'hemisphere', 'cortex', 'midline'),
+               'colon': ('crypt', 'goblet cell', 'mucosa', 'gland', 'wall'),
+               'liver': ('capsule', 'surface', 'lobe', 'vessel', 'margin'),
+               'kidney': ('capsule', 'cortex', 'surface', 'margin', 'vessel')}
 ADVERBS = ('partly', 'clearly', 'hardly', 'still', 'again', 'now', 'largely', 'no longer')
-STATES = ('normal', 'intact', 'regular', 'smooth', 'moist', 'pale', 'unremarkable', 'abnormal', 'irregular', 'of normal size', 'within normal limits', 'enlarged', 'displaced', 'thickened', 'spared', 'lined by cells', 'full', 'upright')
-FOUND = ('seen', 'found', 'identified', 'noted', 'observed', 'visible', 'evident', 'detected', 'demonstrated', 'shown', 'present', 'measured')
-SHOWING = ('shows', 'demonstrates', 'reveals', 'showed', 'demonstrated', 'revealed', 'discloses', 'includes', 'with', 'showing', 'contains', 'suggests')
-TAKEN = ('obtained', 'taken', 'acquired', 'displayed', 'reproduced', 'photographed', 'read by two observers', 'examined', 'stained', 'changed', 'added', 'injected', 'placed')
-WHEN = ('at presentation', 'at first examination', 'at follow-up', 'after injection of contrast medium', 'before treatment', 'on admission', 'in the upright position', 'at full inspiration', 'in a lung window', 'at standard settings', 'with hematoxylin and eosin',
-        'on cloth', 'below the specimen', 'beside a ruler in centimeters', 'with a scale bar of 100 micrometers', 'in the case series', 'as a representative image', 'without annotation')
-IMAGES = {'chest x-ray': ('chest x-ray', 'chest radiograph', 'frontal radiograph', 'plain film'), 'ct scan': ('chest ct', 'axial ct', 'ct scan', 'computed tomography image'), 'mri': ('brain mri', 'axial mri', 'magnetic resonance image', 't1-weighted mri', 'mr image'),
-          'histology': ('histology', 'stained section', 'photomicrograph', 'microscopic image', 'h&e section'), 'gross photograph': ('gross specimen', 'gross photograph', 'macroscopic view', 'cut surface', 'resected specimen')}
-AREAS = ('{w} quadrant', '{w} side', '{w} half', '{w} part', '{w} portion', '{w} {part}', '{w} {organ}', '{organ}', '{part}')
+STATES = ('normal', 'intact', 'regular', 'smooth', 'moist', 'pale', 'unremarkable', 'abnormal',
+          'irregular', 'of normal size', 'within normal limits', 'enlarged', 'displaced',
+          'thickened', 'spared', 'lined by cells', 'full', 'upright')
+FOUND = ('seen', 'found', 'identified', 'noted', 'observed', 'visible', 'evident', 'detected',
+         'demonstrated', 'shown', 'present', 'measured')
+SHOWING = ('shows', 'demonstrates', 'reveals', 'showed', 'demonstrated', 'revealed', 'discloses',
+           'includes', 'with', 'showing', 'contains', 'suggests')
+TAKEN = ('obtained', 'taken', 'acquired', 'displayed', 'reproduced', 'photographed',
+         'read by two observers', 'examined', 'stained', 'changed', 'added', 'injected', 'placed')
+WHEN = ('at presentation', 'at first examination', 'at follow-up',
+        'after injection of contrast medium', 'before treatment', 'on admission',
+        'in the upright position', 'at full inspiration', 'in a lung window',
+        'at standard settings', 'with hematoxylin and eosin', 'on cloth', 'below the specimen',
+        'beside a ruler in centimeters', 'with a scale bar of 100 micrometers',
+        'in the case series', 'as a representative image', 'without annotation')
+IMAGES = {'chest x-ray': ('chest x-ray', 'chest radiograph', 'frontal radiograph', 'plain film'),
+          'ct scan': ('chest ct', 'axial ct', 'ct scan', 'computed tomography image'),
+          'mri': ('brain mri', 'axial mri', 'magnetic resonance image', 't1-weighted mri',
+                  'mr image'), 'histology': ('histology', 'stained section', 'photomicrograph',
+                                             'microscopic image', 'h&e section'),
+          'gross photograph': ('gross specimen', 'gross photograph', 'macroscopic view',
+                               'cut surface', 'resected specimen')}
+AREAS = ('{w} quadrant', '{w} side', '{w} half', '{w} part', '{w} portion', '{w} {part}',
+         '{w} {organ}', '{organ}', '{part}')
 
+# %% ../../nbs/01_world/06_general_world.ipynb #9122e8a1
+class _Words:
+    "Random words about one study, joined without a thought for what came before."
+    def __init__(self, rng):
+        self.rng = rng
+        self.study = self.pick(list(STUDIES))
+        self.organ, self.words = STUDIES[self.study]
+        if self.study == 'gross photograph': self.organ = self.pick(('liver', 'kidney'))
+    def pick(self, options): return str(options[self.rng.integers(len(options))])
+    def maybe(self, text): return f' {text}'*(self.rng.random() < .5)
+    def part(self): return self.pick(ORGAN_PARTS[self.organ])
+    def word(self): return self.pick(self.words)
+    def image(self):
+        which, image = self.pick(('the', 'this', 'a', 'one', 'our')), self.pick(IMAGES[self.study])
+        return f'{which} {image}' + f' of the {self.organ}'*(self.rng.random() < .4)
+    def area(self):
+        near = self.pick(('in', 'at', 'within', 'on', 'near', 'along', 'of'))
+        area = self.pick(AREAS)
+        side = self.pick(('left', 'right', 'upper', 'lower', 'upper left', 'upper right',
+                          'lower left', 'lower right'))
+        return f'{near} the {area.format(w=side, part=self.part(), organ=self.organ)}'
+    def finding(self, n):
+        rng = self.rng
+        adjectives = [self.pick(('small', 'large')), *rng.choice(LOOKS, 2, replace=False)]
+        adjectives = rng.permutation(adjectives)[:rng.integers(0, 3)]
+        word = self.word()
+        phrase = ' '.join([*adjectives, word if n == 1 else ODD_PLURALS.get(word, word + 's')])
+        if n == 1: return _article(phrase) if rng.random() < .6 else f'one {phrase}'
+        return f'{COUNTS[n - 1] if rng.random() < .7 else n} {phrase}'
+
+# %% ../../nbs/01_world/06_general_world.ipynb #4640caae
+def _sentence(o):
+    "One of many frames, filled in with words about one study."
+    n = int(o.rng.integers(1, 5))
+    if o.rng.random() < .5: be = 'was' if n == 1 else 'were'
+    else: be = 'is' if n == 1 else 'are'
+    part = o.part()
+    found, where = o.finding(n), o.area()
+    return o.pick((
+        f"{o.image()}{o.maybe(o.pick(ADVERBS))} {o.pick(SHOWING)} {found} "
+        f"{where}{o.maybe(o.area())}",
+        f"{found} {be}{o.maybe(o.pick(ADVERBS))} {o.pick(FOUND)} {where}",
+        f"{where} {found} {be}{o.maybe(o.pick(ADVERBS))} {o.pick(FOUND)}",
+        f"{where}{o.maybe(o.area())}: {found}", f"{found} {where} and {o.finding(1)} {o.area()}",
+        f"note {found}{o.maybe(where)} beside the {part}",
+        f"{found} ({o.pick(IMAGES[o.study])}){o.maybe(where)}",
+        f"there {be}{o.maybe(o.pick(ADVERBS))} {found} {where} of {o.image()}",
+        f"{o.pick(('no', 'no focal', 'hardly any', 'no further'))} {o.word()} or "
+        f"{o.word()} is {o.pick(FOUND)} {where}",
+        f"{o.image()}{o.maybe(o.pick(ADVERBS))} shows no {o.word()} {where}",
+        f"neither the {part} nor the {o.part()} shows "
+        f"evidence of {_article(o.word())}",
+        f"the {part} and the {o.part()} "
+        f"are{o.maybe(o.pick(ADVERBS))} {o.pick(STATES)}",
+        f"the {part} is{o.maybe(o.pick(ADVERBS))} {o.pick(STATES)} {where}",
+        f"{o.image()} was {o.pick(TAKEN)} {o.pick(WHEN)}",
+        f"{o.pick(WHEN)}, {o.image()} was{o.maybe(o.pick(ADVERBS))} {o.pick(TAKEN)}",
+        f"{o.image()} {o.pick(WHEN)}: normal appearance of the {part}",
+        f"{o.image()}{o.maybe(o.pick(WHEN))} is {o.pick(STATES)}, and no "
+        f"abnormality or lesion is {o.pick(FOUND)}",
+        f"{_article(f'{o.rng.integers(19, 90)}-year-old')} {o.pick(PERSON).split()[-1]} came with "
+        f"{o.pick(SIGNS)} and had {o.image()}",
+        f"the patient, {o.rng.integers(19, 90)}, had {o.pick(SIGNS)} and {found}"))
+
+# %% ../../nbs/01_world/06_general_world.ipynb #623ba0f1
 def _passage(rng):
-    "Sentences about one study; words and parts of sentences are freely combined, and nothing ties one sentence to the next."
-    pick = lambda x: str(x[rng.integers(len(x))])
-    study = pick(list(STUDIES)); organ, words = STUDIES[study]
-    organ = pick(('liver', 'kidney')) if study == 'gross photograph' else organ
-    def finding(n):
-        adjectives = rng.permutation([pick(('small', 'large')), *rng.choice(LOOKS, 2, replace=False)])[:rng.integers(0, 3)]
-        w = pick(words)
-        phrase = ' '.join([*(str(a) for a in adjectives), w if n == 1 else ODD_PLURALS.get(w, w + 's')])
-        return (_article(phrase) if rng.random() < .6 else f'one {phrase}') if n == 1 else f'{COUNTS[n - 1] if rng.random() < .7 else n} {phrase}'
-    def image(): return f"{pick(('the', 'this', 'a', 'one', 'our'))} {pick(IMAGES[study])}" + f' of the {organ}'*(rng.random() < .4)
-    def area(): return f"{pick(('in', 'at', 'within', 'on', 'near', 'along', 'of'))} the " + pick(AREAS).format(w=pick(('left', 'right', 'upper', 'lower', 'upper left', 'upper right', 'lower left', 'lower right')), part=pick(ORGAN_PARTS[organ]), organ=organ)
-    def sentence():
-        n = int(rng.integers(1, 5)); be, part = ('was' if n == 1 else 'were') if rng.random() < .5 else ('is' if n == 1 else 'are'), pick(ORGAN_PARTS[organ])
-        found, where, maybe = finding(n), area(), lambda x: f' {x}'*(rng.random() < .5)
-        return pick((f"{image()}{maybe(pick(ADVERBS))} {pick(SHOWING)} {found} {where}{maybe(area())}", f"{found} {be}{maybe(pick(ADVERBS))} {pick(FOUND)} {where}", f"{where} {found} {be}{maybe(pick(ADVERBS))} {pick(FOUND)}",
-                     f"{where}{maybe(area())}: {found}", f"{found} {where} and {finding(1)} {area()}", f"note {found}{maybe(where)} beside the {part}", f"{found} ({pick(IMAGES[study])}){maybe(where)}",
-                     f"there {be}{maybe(pick(ADVERBS))} {found} {where} of {image()}", f"{pick(('no', 'no focal', 'hardly any', 'no further'))} {pick(words)} or {pick(words)} is {pick(FOUND)} {where}", f"{image()}{maybe(pick(ADVERBS))} shows no {pick(words)} {where}",
-                     f"neither the {part} nor the {pick(ORGAN_PARTS[organ])} shows evidence of {_article(pick(words))}", f"the {part} and the {pick(ORGAN_PARTS[organ])} are{maybe(pick(ADVERBS))} {pick(STATES)}", f"the {part} is{maybe(pick(ADVERBS))} {pick(STATES)} {where}",
-                     f"{image()} was {pick(TAKEN)} {pick(WHEN)}", f"{pick(WHEN)}, {image()} was{maybe(pick(ADVERBS))} {pick(TAKEN)}", f"{image()} {pick(WHEN)}: normal appearance of the {part}", f"{image()}{maybe(pick(WHEN))} is {pick(STATES)}, and no abnormality or lesion is {pick(FOUND)}",
-                     f"{_article(f'{rng.integers(19, 90)}-year-old')} {pick(PERSON).split()[-1]} came with {pick(SIGNS)} and had {image()}", f"the patient, {rng.integers(19, 90)}, had {pick(SIGNS)} and {found}"))
-    return [sentence() for _ in range(int(rng.integers(2, 5)))]
+    "A few sentences about one study."
+    words = _Words(rng)
+    return [_sentence(words) for _ in range(int(rng.integers(2, 5)))]
 
 # %% ../../nbs/01_world/06_general_world.ipynb #2ca5faa6
 def prose_text(
     seed:int,  # number of the passage
 )->list:       # chat turns [(role, text), ...]
-    "Loose biomedical prose without any image, put together by a small grammar: its sentences could be true of someone."
+    "Loose biomedical prose of a small grammar: its sentences could be true of someone."
     rng = np.random.default_rng((10, seed))
     said = _passage(rng)
-    text = ' '.join(t[0].upper() + t[1:] + '.' for t in said) if rng.random() < .9 else '. '.join(said)
-    ask = ('describe', 'Describe it.', 'go on', 'What is seen here?', 'Explain the picture.', 'in sentences', 'Tell me what it shows.', 'A short text, please.')
+    if rng.random() < .9: text = ' '.join(f'{t[0].upper()}{t[1:]}.' for t in said)
+    else: text = '. '.join(said)
+    ask = ('describe', 'Describe it.', 'go on', 'What is seen here?', 'Explain the picture.',
+           'in sentences', 'Tell me what it shows.', 'A short text, please.')
     return [('user', str(rng.choice(ask))), ('assistant', text)]

@@ -55,13 +55,15 @@ def say_finding(
     rich:bool=False,# with shape or border too
 )->str:
     "One finding as a noun phrase."
-    name = pick(rng, KINDS[f.kind].names); words = []
+    name, words = pick(rng, KINDS[f.kind].names), []
     if full or rng.random() < .5: words.append(f.size)
     if rich: words.append(pick(rng, (f.shape, BORDERS[f.border])))
-    words.append(plural(name, f.count)); phrase = ' '.join(words)
+    words.append(plural(name, f.count))
+    phrase = ' '.join(words)
     n = pick(rng, (NUMBERS[f.count], NUMBERS[f.count], str(f.count)))
     one = rng.random() < .33
-    phrase = f'{n} {phrase}' if f.count > 1 else f'one {phrase}' if one else article(phrase)
+    if f.count > 1: phrase = f'{n} {phrase}'
+    else: phrase = f'one {phrase}' if one else article(phrase)
     by = 'quadrant' if f.quadrant and (full or rng.random() < .6) else 'side'
     return f'{phrase} {pick(rng, WHERE[by]).format(getattr(f, by))}'
 
@@ -78,7 +80,7 @@ def say_absent(
     t = pick(rng, DENIALS[:-1]) if len(names) > 1 else pick(rng, DENIALS[:4])
     return t.format(**{'or': listing(names, 'or'), 'And': capital(listing(names))})
 
-# %% ../../nbs/01_world/03_language.ipynb #189cac87
+# %% ../../nbs/01_world/03_language.ipynb #1ef7c8c5
 BRIEF = ('{What} showing {finds}.', '{What} with {finds}.', '{What}: {finds}.',
          '{Finds} on {what}.',
          '{What} demonstrates {finds}.', '{Finds} ({what}).', '{What} reveals {finds}.',
@@ -87,6 +89,8 @@ BRIEF_NORMAL = ('Normal {what}.', '{What} without abnormality.', '{What} showing
                 '{What}: normal findings.', 'Unremarkable {what}.',
                 '{What}. No focal lesion is seen.',
                 '{What} with normal appearance.', '{What}, within normal limits.')
+
+# %% ../../nbs/01_world/03_language.ipynb #6e4cf257
 DETAILED = ('{What} obtained at presentation. The image shows {finds}.',
             '{What}. There is {finds}.',
             'Representative {what}. {Finds} can be identified.',
@@ -103,6 +107,8 @@ DETAILED_NORMAL = ('{What} obtained at presentation. The appearance is normal.',
                    '{What} as read by two observers: within normal limits.',
                    'Image from the case series: normal {what}.',
                    '{What}, displayed at standard settings. Normal findings.')
+
+# %% ../../nbs/01_world/03_language.ipynb #189cac87
 EXTRAS = {
  'chest_xray': ('The heart is of normal size.', 'The ribs and collar bones are intact.',
                 'The film was taken in the upright position at full inspiration.'),
@@ -117,7 +123,7 @@ EXTRAS = {
            'A ruler in centimeters is placed below the specimen.',
            'The surface is smooth and moist.')}
 
-# %% ../../nbs/01_world/03_language.ipynb #c689240c
+# %% ../../nbs/01_world/03_language.ipynb #c4e3a0d4
 PADDING = 'No annotation was added and the image was not changed before it was reproduced here.'
 
 def say_what(
@@ -127,6 +133,7 @@ def say_what(
     "The kind of image and the organ."
     return pick(rng, WHAT[scene.modality]).format(organ=scene.organ)
 
+# %% ../../nbs/01_world/03_language.ipynb #c689240c
 def fill(
     rng,             # random generator
     scene:Scene,     # the latent variables
@@ -140,6 +147,29 @@ def fill(
     return pick(rng, templates).format(what=what, What=capital(what), finds=finds,
                                        Finds=capital(finds))
 
+# %% ../../nbs/01_world/03_language.ipynb #a57b924e
+def _brief(rng, scene):
+    "A caption of less than 30 words; one in four tells the history."
+    templates = BRIEF if scene.findings else BRIEF_NORMAL
+    text = ' '*30
+    while len(text.split(' ')) >= 30:
+        text = fill(rng, scene, templates, full=rng.random() < .6)
+    with_history = text+f' {capital(scene.history)}.'
+    short = rng.random() < .25 and len(with_history.split()) < 30
+    return with_history if short else text
+
+def _detailed(rng, scene):
+    "A caption of 30 words or more: sentences are added until it is long enough."
+    templates = DETAILED if scene.findings else DETAILED_NORMAL
+    parts = [fill(rng, scene, templates, True, rng.random() < .5)]
+    if rng.random() < .35: parts.append(f'The patient was {article(scene.history)}.')
+    absent = scene_claims(scene).absent
+    if rng.random() < .7: parts.append(say_absent(rng, absent))
+    parts += map(str, rng.permutation(EXTRAS[scene.modality]))
+    text = parts.pop(0)
+    while parts and len(text.split()) < 30: text += f' {parts.pop(0)}'
+    return text if len(text.split()) >= 30 else f'{text} {PADDING}'
+
 # %% ../../nbs/01_world/03_language.ipynb #27c443f2
 def captions(
     scene:Scene, # the latent variables
@@ -149,24 +179,8 @@ def captions(
     "A caption as an author might have written it."
     if style not in ('brief', 'detailed'):
         raise ValueError(f"style is {style!r}; it must be brief or detailed.")
-    rng = scene_rng(scene, (200 if style == 'brief' else 300)+draw)
-    if style == 'brief':
-        text = ' '*30
-        while len(text.split(' ')) >= 30:
-            text = fill(rng, scene, BRIEF if scene.findings else BRIEF_NORMAL,
-                        full=rng.random() < .6)
-        with_history = text+f' {capital(scene.history)}.'
-        return with_history if rng.random() < .25 and len(with_history.split()) < 30 else text
-    parts = [fill(rng, scene, DETAILED if scene.findings else DETAILED_NORMAL, True,
-                  rng.random() < .5)]
-    if rng.random() < .35: parts.append(f'The patient was {article(scene.history)}.')
-    absent = scene_claims(scene).absent
-    if rng.random() < .7: parts.append(say_absent(rng, absent))
-    parts += [str(x) for x in rng.permutation(EXTRAS[scene.modality])]
-    n = next(i for i in range(1, len(parts)+1) if i == len(parts)
-             or len(' '.join(parts[:i]).split()) >= 30)
-    text = ' '.join(parts[:n])
-    return text if len(text.split()) >= 30 else f'{text} {PADDING}'
+    if style == 'brief': return _brief(scene_rng(scene, 200+draw), scene)
+    return _detailed(scene_rng(scene, 300+draw), scene)
 
 # %% ../../nbs/01_world/03_language.ipynb #d170b644
 SEEN = ('As shown in {fig}, the {what} revealed {finds}.', 'The {what} ({fig}) showed {finds}.',
@@ -185,7 +199,8 @@ def mentions(
     fig:str='Figure 1',    # how the text refers to the figure
 )->list:                   # of paragraphs, each with the reference in it
     "What the article's body says about the figure: everything, also what the caption leaves out."
-    rng = scene_rng(scene, 400); what = say_what(rng, scene)
+    rng = scene_rng(scene, 400)
+    what = say_what(rng, scene)
     finds = listing([say_finding(rng, f) for f in scene.findings] or ['nothing'])
     seen = pick(rng, SEEN if scene.findings else SEEN_NORMAL)
     seen = seen.format(fig=fig, what=what, finds=finds)
@@ -231,12 +246,11 @@ def world_sample(
     seed:int,          # which scene
     split:str='train', # train, val or test
     size:int=96,       # pixels, as the tiny tower sees
-)->dict:               # image, captions, questions [{type, question, answer}], marks [(x, y, label)]
+)->dict:               # image, captions, questions (dicts), marks [(x, y, label)]
     "One scene in the form that the base model's training reads."
     scene = sample_scene(seed, split)
     marks = [(x+w/2, y+h/2, f.kind) for f in scene.findings for x, y, w, h in f.boxes]
-    qs = [dict(type=q['question_type'] if 'question_type' in q else q['tags']['question_type'],
-               question=q['question'], answer=q['answer']) for q in questions(scene)]
-    return dict(image=render(scene, size),
-                captions=[captions(scene, s) for s in ('brief', 'detailed')],
-                questions=qs, marks=marks)
+    asked = [dict(type=q['question_type'], question=q['question'], answer=q['answer'])
+             for q in questions(scene)]
+    both = [captions(scene, 'brief'), captions(scene, 'detailed')]
+    return dict(image=render(scene, size), captions=both, questions=asked, marks=marks)

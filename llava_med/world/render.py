@@ -25,7 +25,8 @@ def spline(
 )->tuple:     # the first of the four coarse values for each pixel, and their weights
     "Cubic B-spline weights from n+3 coarse values to `size` pixels."
     t = (np.arange(size)+.5)/size*n
-    i = np.floor(t).astype(int); f = t-i
+    i = np.floor(t).astype(int)
+    f = t-i
     w = np.stack([(1-f)**3, 3*f**3-6*f**2+4, -3*f**3+3*f**2+3*f+1, f**3])/6
     return i, w[..., None].astype('f4')
 
@@ -101,7 +102,7 @@ def write_on(
     if img.ndim == 3: g = g[..., None]
     part += g*(np.asarray(value, 'f4')-part)
 
-# %% ../../nbs/01_world/02_render.ipynb #aedf19ae
+# %% ../../nbs/01_world/02_render.ipynb #3686c175
 def edge(
     rho,         # distance from the centre, 1 on the border
     w:float=.15, # width of the soft rim, fraction of the radius
@@ -115,6 +116,7 @@ def haze(
     "A lesion without a border: fades out smoothly."
     return np.clip(1-rho**2, 0, 1)**1.2
 
+# %% ../../nbs/01_world/02_render.ipynb #aedf19ae
 def mix(
     p:np.ndarray, # (h, w) or (h, w, 3)
     m:np.ndarray, # (h, w), 0 to 1: how much paint
@@ -144,11 +146,13 @@ def paint_gray(
     "Paint one lesion of a radiological kind onto its patch."
     if kind == 'nodule': return mix(p, .9*edge(rho, .2), .86)
     if kind == 'consolidation':
-        return np.maximum(p, mix(p, np.clip(haze(rho)**.45*(.95+.08*speckle(rng, p.shape, 2.5)), 0, 1), .90))
+        cloud = haze(rho)**.45*(.95+.08*speckle(rng, p.shape, 2.5))
+        return np.maximum(p, mix(p, np.clip(cloud, 0, 1), .90))
     if kind == 'mass': return mix(p, edge(rho, .18), .80+.03*speckle(rng, p.shape, 1))
     if kind == 'cavity': return mix(mix(p, edge(rho, .15), .74), edge(rho/.62, .2), .02)
     if kind == 'ground-glass opacity':
-        return np.maximum(p, mix(p, np.clip(haze(rho)**.35*(.9+.1*speckle(rng, p.shape, 1.5)), 0, 1), .62))
+        cloud = haze(rho)**.35*(.9+.1*speckle(rng, p.shape, 1.5))
+        return np.maximum(p, mix(p, np.clip(cloud, 0, 1), .62))
     if kind == 'metastasis': return mix(p, edge(rho, .2), .97)
     if kind == 'abscess': return mix(mix(p, edge(rho, .12), .97), edge(rho/.68, .2), .10)
     wedge = np.maximum(np.abs(dy)-.14-.42*(dx+1), np.hypot(dx, dy)-1)  # infarct: dx points outwards
@@ -198,6 +202,15 @@ def paint_gross(
 LOBES = {'mass': (.09, 5), 'tumor': (.08, 6), 'mucin pool': (.10, 2), 'hemorrhage': (.16, 3),
          'consolidation': (.12, 3), 'ground-glass opacity': (.12, 3)}
 
+# %% ../../nbs/01_world/02_render.ipynb #1a36b7b3
+def _wavy(kind, dx, dy, turn):
+    "Distance from a lesion's centre, 1 on its wavy border."
+    amp, lobes = LOBES.get(kind, (.03, 2))
+    angle = np.arctan2(dy, dx)+turn
+    if lobes > 4: wave = 2*np.abs(np.sin(lobes*angle/2))-1
+    else: wave = .6*np.sin(lobes*angle)+.4*np.sin((lobes+3)*angle+2*turn)
+    return np.hypot(dx, dy)/(1-amp+amp*wave)
+
 # %% ../../nbs/01_world/02_render.ipynb #45746364
 def draw_lesions(
     img:np.ndarray, # float image, changed in place
@@ -208,15 +221,14 @@ def draw_lesions(
     for f_i, f in enumerate(scene.findings):
         if f.kind in ('pleural effusion', 'pneumothorax'): continue
         for b_i, (x, y, w, h) in enumerate(f.boxes):
-            rng = scene_rng(scene, 100+10*f_i+b_i); r = w/2; cx, cy = x+r, y+r
+            rng = scene_rng(scene, 100+10*f_i+b_i)
+            r = w/2
+            cx, cy = x+r, y+r
             ys = slice(max(0, int(y*n)), int(np.ceil((y+h)*n)))
             xs = slice(max(0, int(x*n)), int(np.ceil((x+w)*n)))
-            u, v = grid(n); dx, dy = (u[ys, xs]-cx)/r, (v[ys, xs]-cy)/r
-            amp, lobes = LOBES.get(f.kind, (.03, 2)); turn = rng.uniform(0, 6.28)
-            th = np.arctan2(dy, dx)+turn
-            if lobes > 4: wave = 2*np.abs(np.sin(lobes*th/2))-1
-            else: wave = .6*np.sin(lobes*th)+.4*np.sin((lobes+3)*th+2*turn)
-            rho = np.hypot(dx, dy)/(1-amp+amp*wave)
+            u, v = grid(n)
+            dx, dy = (u[ys, xs]-cx)/r, (v[ys, xs]-cy)/r
+            rho = _wavy(f.kind, dx, dy, rng.uniform(0, 6.28))
             if f.kind == 'infarct':
                 a = math.atan2(cy-.5, cx-.5)
                 dx, dy = dx*math.cos(a)+dy*math.sin(a), dy*math.cos(a)-dx*math.sin(a)
@@ -246,7 +258,8 @@ def xray_bones(
     j,         # build of the patient, from `jitter`
 )->np.ndarray: # brightness to add
     "Ribs, collar bones and spine of a chest radiograph, as brightness."
-    s = np.abs(x); cage = soft(oval(x, v, 0, .82, .400+.030*j[2], .73), .03)
+    s = np.abs(x)
+    cage = soft(oval(x, v, 0, .82, .400+.030*j[2], .73), .03)
     gap = .074+.004*j[8]
     back = ((v-.10-.9*(s-.16)**2*3.0+.10*s)/gap) % 1-.5
     front = ((v-.16-.75*(s-.05))/(gap*1.25)) % 1-.5
@@ -264,7 +277,10 @@ def draw_xray(
     rng,         # random generator
 )->np.ndarray:   # (size, size), brightness: about 0 to 1
     "A frontal chest radiograph without focal lesions."
-    u, v = grid(size); j = jitter(scene); x = u-.5-.012*j[0]; s = np.abs(x)
+    u, v = grid(size)
+    j = jitter(scene)
+    x = u-.5-.012*j[0]
+    s = np.abs(x)
     half = .10+.36/(1+np.exp(-(v-.115)*38))+.02*np.sin(v*5)
     torso = soft(s-half, .05)
     lung = soft(xray_lungs(u, v, j), .022)
@@ -303,11 +319,14 @@ def xray_image(
 )->np.ndarray:   # (size, size), brightness: about 0 to 1
     "A chest radiograph with grain and lead marker."
     rng = scene_rng(scene, 2)
-    img = enlarge(draw_xray(scene, size//2, rng)); draw_pleura(img, scene); draw_lesions(img, scene)
+    img = enlarge(draw_xray(scene, size//2, rng))
+    draw_pleura(img, scene)
+    draw_lesions(img, scene)
     img = np.clip(img, 0, 1)**(.94+.10*float(jitter(scene)[11]))
     img += rng.standard_normal((size, size), dtype='f4')*(.022-.008*img)
     x = .90 if scene.marker == 'L' else .055
-    write_on(img, scene.marker, x, .05, .065); write_on(img, 'AP ERECT', .79, .95, .034, .75)
+    write_on(img, scene.marker, x, .05, .065)
+    write_on(img, 'AP ERECT', .79, .95, .034, .75)
     return img
 
 # %% ../../nbs/01_world/02_render.ipynb #fbd3ca28
@@ -317,9 +336,13 @@ def draw_ct(
     rng,         # random generator
 )->np.ndarray:   # (size, size), brightness: about 0 to 1
     "An axial CT slice of the chest in a lung window."
-    u, v = grid(size); j = jitter(scene); x, y = u-.5, v-.51
-    rx, ry = .415+.022*j[0], .335+.032*j[1]; fat = .052+.012*j[6]
-    outer = oval(x, y, 0, .005, rx+fat, ry+fat+.01); wall = oval(x, y, 0, 0, rx, ry)
+    u, v = grid(size)
+    j = jitter(scene)
+    x, y = u-.5, v-.51
+    rx, ry = .415+.022*j[0], .335+.032*j[1]
+    fat = .052+.012*j[6]
+    outer = oval(x, y, 0, .005, rx+fat, ry+fat+.01)
+    wall = oval(x, y, 0, 0, rx, ry)
     lung = soft(ct_lungs(u, v, j), .012)
     img = soft(outer, .01)*(.40+.02*smooth(rng, size, 24))
     img = mix(img, soft(wall+.004, .02), .60)
@@ -347,7 +370,8 @@ def draw_spine(
     body = oval(x, y, 0, .222, .075+.004*j[9], .058)
     spine = np.minimum(body, oval(np.abs(x), y, .075+.3*(y-.30), .315, .05, .016))
     spine = np.minimum(spine, np.maximum(np.abs(x)-.014, np.abs(y-.335)-.045))
-    img = mix(img, soft(spine, .012), .90); img = mix(img, soft(body+.014, .02), .78)
+    img = mix(img, soft(spine, .012), .90)
+    img = mix(img, soft(body+.014, .02), .78)
     img = mix(img, soft(oval(x, y, 0, .297, .025, .02), .008), .50)
     img = mix(img, soft(oval(x, y, 0, -.342-.032*j[1], .055, .014), .008), .90)
     airway = np.minimum(oval(x, y, -.042, .075, .020, .017), oval(x, y, .042, .082, .018, .016))
@@ -359,8 +383,10 @@ def ct_image(
     size:int,    # pixels, an even number
 )->np.ndarray:   # (size, size), brightness: about 0 to 1
     "An axial CT slice with its correlated noise, table and labels."
-    rng = scene_rng(scene, 2); u, v = grid(size)
-    img = draw_ct(scene, size, rng); draw_lesions(img, scene)
+    rng = scene_rng(scene, 2)
+    u, v = grid(size)
+    img = draw_ct(scene, size, rng)
+    draw_lesions(img, scene)
     img = np.maximum(img, .35*np.exp(-((v-.958+.25*(u-.5)**2)/.004)**2)*(np.abs(u-.5) < .42))
     img = img+.022*smooth(rng, size, 110)+.012*rng.standard_normal((size, size), dtype='f4')
     x = .945 if scene.marker == 'L' else .02
@@ -375,7 +401,10 @@ def draw_mri(
     rng,         # random generator
 )->np.ndarray:   # (size, size), brightness: about 0 to 1
     "An axial T1-weighted slice of the head."
-    u, v = grid(size); j = jitter(scene); d = brain(u, v, j); x = u-.5
+    u, v = grid(size)
+    j = jitter(scene)
+    d = brain(u, v, j)
+    x = u-.5
     fold, fold2 = smooth(rng, size, 19), smooth(rng, size, 24)
     img = .62*soft(d-.062, .012)*(1-soft(d-.036, .01))*(1+.10*fold2)+.05*soft(d-.045, .01)
     img = mix(img, soft(d-.008, .008), .10)
@@ -399,11 +428,13 @@ def mri_image(
 )->np.ndarray:   # (size, size), brightness: about 0 to 1
     "A head MRI with noise in magnitude, as a scanner forms it."
     rng = scene_rng(scene, 2)
-    img = draw_mri(scene, size, rng); draw_lesions(img, scene)
+    img = draw_mri(scene, size, rng)
+    draw_lesions(img, scene)
     re, im = .022*rng.standard_normal((2, size, size), dtype='f4')
     img = np.sqrt((img+re)**2+im**2)
     x = .94 if scene.marker == 'L' else .025
-    write_on(img, scene.marker, x, .48, .05, .95); write_on(img, 'T1 AX +C', .02, .02, .034, .8)
+    write_on(img, scene.marker, x, .48, .05, .95)
+    write_on(img, 'T1 AX +C', .02, .02, .034, .8)
     write_on(img, 'TR 500 TE 15', .02, .945, .034, .7)
     return img
 
@@ -415,14 +446,17 @@ def draw_gland(
     rng,            # random generator
 ):
     "One crypt: lumen, tall pale cells, a ring of dark nuclei."
-    n = img.shape[0]; u, v = grid(n); q = r*1.25
+    n = img.shape[0]
+    u, v = grid(n)
+    q = r*1.25
     ys = slice(max(0, int((cy-q)*n)), max(0, int((cy+q)*n)))
     xs = slice(max(0, int((cx-q)*n)), max(0, int((cx+q)*n)))
     dx, dy = (u[ys, xs]-cx)/r, (v[ys, xs]-cy)/r
     if not dx.size: return
     a, st = rng.uniform(0, 3.14), rng.uniform(.82, 1.18)
     ex, ey = (dx*math.cos(a)+dy*math.sin(a))*st, (dy*math.cos(a)-dx*math.sin(a))/st
-    th = np.arctan2(ey, ex); rho = np.hypot(ex, ey)*(1+.05*np.sin(3*th+a))
+    th = np.arctan2(ey, ex)
+    rho = np.hypot(ex, ey)*(1+.05*np.sin(3*th+a))
     p = mix(img[ys, xs], edge(rho, .08), (.83, .62, .78))
     cells = np.clip(.5+1.2*np.cos(th*15+a), 0, 1)*np.clip(1-((rho-.55)/.2)**2, 0, 1)
     p = mix(p, .65*cells, (.93, .88, .95))
@@ -436,11 +470,13 @@ def draw_stroma(
     rng,      # random generator
 )->tuple:     # colours (size, size, 3) and a mask of nuclei (size, size), 0 to 1
     "Pink fibres and the nuclei between the crypts."
-    half = size//2; u, v = grid(half)
+    half = size//2
+    u, v = grid(half)
     fibre = np.sin(60*(u*.54+v)+7*smooth(rng, half, 6))*.5+.5*smooth(rng, half, 40)
     f = enlarge(fibre)[..., None]
     img = np.array((.91, .66, .76), 'f4')+f*np.array((.022, .050, .035), 'f4')
-    dots = np.zeros((2, size, size), 'f4'); where = rng.integers(0, (2, size, size), (420, 3))
+    dots = np.zeros((2, size, size), 'f4')
+    where = rng.integers(0, (2, size, size), (420, 3))
     dots[tuple(where.T)] = rng.uniform(.7, 1.3, 420)
     s = size/256
     nuc = ndi.gaussian_filter(dots[0], (2.*s, 1.1*s))+ndi.gaussian_filter(dots[1], (1.1*s, 2.*s))
@@ -452,7 +488,8 @@ def histology_image(
     size:int,    # pixels, an even number
 )->np.ndarray:   # (size, size, 3), colours: about 0 to 1
     "A stained section of colon, with scale bar."
-    rng = scene_rng(scene, 2); j = jitter(scene)
+    rng = scene_rng(scene, 2)
+    j = jitter(scene)
     img, nuclei = draw_stroma(size, rng)
     img = mix(img, .85*nuclei, (.40, .24, .56))
     step = .175+.012*j[0]
@@ -465,13 +502,15 @@ def histology_image(
     draw_lesions(img, scene)
     img *= 1+.02*smooth(rng, size, 2)[..., None]+np.array((.015*j[3], .03*j[4], .02*j[5]), 'f4')
     img += .012*rng.standard_normal((size, size, 1), dtype='f4')
-    n = size; img[int(.950*n):int(.962*n), int(.80*n):int(.96*n)] = .05
+    n = size
+    img[int(.950*n):int(.962*n), int(.80*n):int(.96*n)] = .05
     write_on(img, '100 um', .815, .905, .036, .05)
     return img
 
-# %% ../../nbs/01_world/02_render.ipynb #c6baccea
+# %% ../../nbs/01_world/02_render.ipynb #72550cb9
 FLESH = {'liver': ((.47, .20, .14), (.34, .12, .09)), 'kidney': ((.62, .27, .24), (.45, .15, .15))}
 
+# %% ../../nbs/01_world/02_render.ipynb #c6baccea
 def draw_cloth(
     size:int,  # pixels
     rng,       # random generator
@@ -489,7 +528,9 @@ def draw_ruler(
     img:np.ndarray, # (size, size, 3), changed in place
 ):
     "A paper ruler in centimetres along the lower edge."
-    n = img.shape[0]; y0, y1 = int(.895*n), int(.975*n); x0, x1 = int(.06*n), int(.94*n)
+    n = img.shape[0]
+    y0, y1 = int(.895*n), int(.975*n)
+    x0, x1 = int(.06*n), int(.94*n)
     img[y0:y1, x0:x1] = (.93, .92, .86)
     for i in range(45):
         x = x0+round((i+.5)*(x1-x0)/45)
@@ -504,12 +545,15 @@ def draw_flesh(
     j,           # build of the patient, from `jitter`
 )->np.ndarray:   # (2 size, 2 size, 3), colours: about 0 to 1
     "The colours of the specimen, and its wet highlights."
-    u, v = grid(size); d = specimen(u, v, j, scene.organ); light, dark = FLESH[scene.organ]
+    u, v = grid(size)
+    d = specimen(u, v, j, scene.organ)
+    light, dark = FLESH[scene.organ]
     relief, fine = smooth(rng, size, 9), smooth(rng, size, 34)
     flesh = mix(np.broadcast_to(np.array(dark, 'f4'), (size, size, 3)),
                 np.clip(.55+.16*relief+.10*fine, 0, 1), light)
     if scene.organ == 'kidney':
-        x, y = (u-.5)*np.sign(j[2])-.22, v-.455; r, a = np.hypot(x, y), np.arctan2(y, -x)
+        x, y = (u-.5)*np.sign(j[2])-.22, v-.455
+        r, a = np.hypot(x, y), np.arctan2(y, -x)
         cone = soft(d+.085+.01*fine, .02)*soft(.13-r, .05)
         cone = cone*np.clip(.25+1.6*np.cos(9*a+.3*relief), 0, 1)
         flesh = mix(flesh, .75*cone, np.stack([.42+.04*np.sin(90*a), .12+0*a, .15+0*a], -1))
@@ -525,12 +569,15 @@ def gross_image(
     size:int,    # pixels, an even number
 )->np.ndarray:   # (size, size, 3), colours: about 0 to 1
     "A photograph of a fresh specimen on cloth, with ruler."
-    rng = scene_rng(scene, 2); j = jitter(scene); u, v = grid(size//2)
+    rng = scene_rng(scene, 2)
+    j = jitter(scene)
+    u, v = grid(size//2)
     shadow = soft(specimen(u-.018, v-.022, j, scene.organ)-.004, .05)
     img = enlarge(draw_cloth(size//2, rng, j)*(1-.55*shadow)[..., None])
     img = mix(img, soft(specimen(*grid(size), j, scene.organ), .008),
               draw_flesh(scene, size//2, rng, j))
-    draw_lesions(img, scene); draw_ruler(img)
+    draw_lesions(img, scene)
+    draw_ruler(img)
     return img+.015*rng.standard_normal((size, size, 1), dtype='f4')
 
 # %% ../../nbs/01_world/02_render.ipynb #f4d68d12
@@ -550,5 +597,6 @@ def jpeg(
     quality:int=90, # 1 to 95, as Pillow counts it
 )->bytes:           # a JPEG file
     "An image as JPEG bytes."
-    b = io.BytesIO(); Image.fromarray(img).save(b, 'JPEG', quality=quality)
+    b = io.BytesIO()
+    Image.fromarray(img).save(b, 'JPEG', quality=quality)
     return b.getvalue()

@@ -47,7 +47,7 @@ class Scene:
     history:str             # what nobody can see in the image
     marker:str              # letter or scale that the scanner burns in
 
-# %% ../../nbs/01_world/01_scenes.ipynb #8f5ba190
+# %% ../../nbs/01_world/01_scenes.ipynb #d281617d
 def scene_rng(
     scene:Scene, # whose random stream
     stream:int,  # which one: each part of a scene has its own
@@ -55,6 +55,7 @@ def scene_rng(
     "A random stream of one scene that no other part of it disturbs."
     return np.random.default_rng([scene.seed, SPLITS.index(scene.split), stream])
 
+# %% ../../nbs/01_world/01_scenes.ipynb #8f5ba190
 def jitter(
     scene:Scene, # the patient
 )->np.ndarray:   # 16 numbers between -1 and 1
@@ -70,7 +71,7 @@ def grid(
     t = (np.arange(size, dtype='f4')+.5)/size
     return tuple(np.broadcast_to(x, (size, size)) for x in np.meshgrid(t, t))
 
-# %% ../../nbs/01_world/01_scenes.ipynb #b08c7b47
+# %% ../../nbs/01_world/01_scenes.ipynb #f56c5a66
 def oval(
     u, v,   # coordinates of the pixels, fractions of the image
     cx, cy, # centre, in the same coordinates
@@ -79,6 +80,7 @@ def oval(
     "Signed distance to an ellipse, roughly, in fractions of the image."
     return (np.sqrt(((u-cx)/rx)**2+((v-cy)/ry)**2)-1)*min(rx, ry)
 
+# %% ../../nbs/01_world/01_scenes.ipynb #b08c7b47
 def smax(
     a, b,          # signed distances, negative inside
     k:float=.0006, # square of the width of the rounding; 0 gives a sharp corner
@@ -86,18 +88,20 @@ def smax(
     "The larger of two distances, with a rounded corner: the intersection of two shapes."
     return .5*(a+b+np.sqrt((a-b)**2+k))
 
-# %% ../../nbs/01_world/01_scenes.ipynb #b549f9bd
+# %% ../../nbs/01_world/01_scenes.ipynb #3704fd6e
 def xray_lungs(
     u, v, # coordinates of the pixels, fractions of the image
     j,    # build of the patient, from `jitter`
 ):        # negative inside either lung
     "Both lungs of a chest radiograph as one signed distance."
-    x = u-.5-.012*j[0]; s = np.abs(x)
+    x = u-.5-.012*j[0]
+    s = np.abs(x)
     cage = oval(x, v, 0, .80+.02*j[1], .370+.030*j[2], .69+.035*j[3])
     dome = v-(.735+.03*j[4]+.02*np.sign(x)*(1+.3*j[5])+.9*np.clip(s-.17, -.11, 1)**2*np.sign(s-.10))
     heart = np.where(x > 0, .085, .02)*np.exp(-((v-.63)/.13)**2)*(1+.30*j[6])
     return smax(smax(cage, dome), .062+.012*j[7]+heart-s)
 
+# %% ../../nbs/01_world/01_scenes.ipynb #b549f9bd
 def ct_lungs(
     u, v, # coordinates of the pixels, fractions of the image
     j,    # build of the patient, from `jitter`
@@ -109,7 +113,7 @@ def ct_lungs(
     heart = -oval(x, y, .045+.01*j[11], -.075+.015*j[3], .130+.022*j[4], .120+.018*j[5])
     return smax(smax(cage, band), heart)
 
-# %% ../../nbs/01_world/01_scenes.ipynb #3e66e23f
+# %% ../../nbs/01_world/01_scenes.ipynb #957c4242
 def brain(
     u, v, # coordinates of the pixels, fractions of the image
     j,    # build of the patient, from `jitter`
@@ -118,13 +122,15 @@ def brain(
     x, y = u-.5, v-.505
     return oval(x/(1-(.16+.12*j[4])*y), y, 0, 0, .345+.026*j[0], .405+.022*j[1])
 
+# %% ../../nbs/01_world/01_scenes.ipynb #3e66e23f
 def ventricles(
     u, v, # coordinates of the pixels, fractions of the image
     j,    # build of the patient, from `jitter`
 ):        # negative inside either ventricle
     "The two lateral ventricles as one signed distance: crescents beside the midline."
     s, y = np.abs(u-.5), v-.48
-    tall = .135+.012*j[3]; t = np.clip(1-(y/tall)**2, 0, 1)
+    tall = .135+.012*j[3]
+    t = np.clip(1-(y/tall)**2, 0, 1)
     bow = .010+1.5*np.where(y < 0, .9, 1.5)*y*y
     return np.abs(s-bow-.014)-(.017+.008*j[2])*np.sqrt(t)*(1+.25*np.cos(2*y/tall))+.03*(t <= 0)
 
@@ -139,7 +145,8 @@ def specimen(
     if organ == 'liver':
         t = 1+(.25+.25*j[6])*np.sign(j[2])*x+.06*np.sin(9*x+3*j[3])
         return oval(x, y/t, 0, 0, .425+.022*j[4], .345+.025*j[5])
-    x = x*np.sign(j[2]); body = oval(x, y*(1+.25*j[3]*x), .0, 0, .40+.03*j[4], .370+.025*j[5])
+    x = x*np.sign(j[2])
+    body = oval(x, y*(1+.25*j[3]*x), .0, 0, .40+.03*j[4], .370+.025*j[5])
     return smax(body, -oval(x, y, .47, .02*j[3], .19, .12+.01*j[6]), .002)
 
 # %% ../../nbs/01_world/01_scenes.ipynb #379de140
@@ -164,8 +171,11 @@ def air_and_fluid(
     u, v,        # coordinates of the pixels, fractions of the image
 ):               # negative inside
     "Where air or fluid lies in the pleural space of one side."
-    j = jitter(scene); d = xray_lungs(u, v, j); sign = 1 if side == 'right' else -1
-    x = sign*(u-.5); far = .03-x
+    j = jitter(scene)
+    d = xray_lungs(u, v, j)
+    sign = 1 if side == 'right' else -1
+    x = sign*(u-.5)
+    far = .03-x
     if kind == 'pleural effusion':
         level = {'small': .70, 'large': .60}[size]
         return np.maximum.reduce([d-.012, far, level-2.6*np.clip(x-.13, 0, 1)**2-v, .505-v])
@@ -226,13 +236,16 @@ def round_finding(
     area:str,    # a quadrant, or a side
 )->Finding:      # with one box for each lesion
     "A finding made of separate lesions; smaller if the area has no room."
-    k = KINDS[kind]; n = int(rng.integers(1, k.most+1))
+    k = KINDS[kind]
+    n = int(rng.integers(1, k.most+1))
     size = 'large' if rng.random() < (.5 if n < 3 else .75) else 'small'
     for size in (size, 'small'):
         r = k.small/2*(LARGE if size == 'large' else 1)*rng.uniform(.98, 1.02)
         pts = place(rng, room, area, n, r, .9 if k.most > 1 else .65)
         if pts: break
-    while not pts: n -= 1; pts = place(rng, room, area, n, r)
+    while not pts:
+        n -= 1
+        pts = place(rng, room, area, n, r)
     boxes = [[x-r, y-r, 2*r, 2*r] for x, y in pts]
     return Finding(kind, n, area.split()[-1], area if ' ' in area else None, size, *k[1:4], boxes)
 
@@ -246,10 +259,13 @@ def choose_areas(
     out, free = {}, list(QUADRANTS)
     for kind in sorted(kinds, key=lambda k: k not in ('pleural effusion', 'pneumothorax')):
         level = {'pleural effusion': 'lower', 'pneumothorax': 'upper'}.get(kind, '')
-        opts = [q for q in free if level in q
-                and ((kind, q.split()[1]) in UNSEEN) == (kind == unseen)]
+        opts = []
+        for quadrant in free:
+            rare = (kind, quadrant.split()[1]) in UNSEEN
+            if level in quadrant and rare == (kind == unseen): opts.append(quadrant)
         if not opts: continue
-        area = opts[rng.integers(len(opts))]; side = area.split()[1]
+        area = opts[rng.integers(len(opts))]
+        side = area.split()[1]
         whole = KINDS[kind].most > 1 and all(f'{l} {side}' in free for l in ('upper', 'lower'))
         if whole and rng.random() < .15: area = side
         free = [q for q in free if not q.endswith(area)]
@@ -292,15 +308,18 @@ def sample_scene(
     if modality not in (None, *MODALITIES):
         raise ValueError(f'modality is {modality!r}; it must be one of {MODALITIES}.')
     scene = Scene(seed, split, f'{PATIENT_PREFIX[split]}{seed:07d}', '', '', [], '', '')
-    rng = scene_rng(scene, 0); drawn = MODALITIES[rng.integers(5)]
+    rng = scene_rng(scene, 0)
+    drawn = MODALITIES[rng.integers(5)]
     scene.modality = modality or drawn
     scene.organ = str(rng.choice(ORGANS[scene.modality]))
     scene.history, scene.marker = sample_history(rng), 'LR'[rng.integers(2)]
     kinds, unseen = sample_kinds(rng, scene.modality, split)
     room = lesion_room(scene) if kinds else None
     for kind, area in choose_areas(rng, kinds, unseen).items():
-        f = (pleural_finding(scene, kind, area.split()[-1], ('small', 'large')[rng.integers(2)])
-             if kind in ('pleural effusion', 'pneumothorax')
-             else round_finding(rng, room, kind, area))
-        scene.findings.append(f)
+        if kind in ('pleural effusion', 'pneumothorax'):
+            size = ('small', 'large')[rng.integers(2)]
+            found = pleural_finding(scene, kind, area.split()[-1], size)
+        else:
+            found = round_finding(rng, room, kind, area)
+        scene.findings.append(found)
     return scene

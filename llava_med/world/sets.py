@@ -24,15 +24,18 @@ from .scenes import SPLITS, sample_scene, scene_rng
 # %% ../../nbs/01_world/04_sets.ipynb #eff486f7
 def plot_image(rng)->np.ndarray:
     "A bar chart: a figure that is no image of a patient."
-    im = Image.new('RGB', (320, 240), 'white'); d = ImageDraw.Draw(im)
+    im = Image.new('RGB', (320, 240), 'white')
+    d = ImageDraw.Draw(im)
     for i in range(6):
         h = int(rng.integers(20, 180))
         d.rectangle((50+40*i, 210-h, 78+40*i, 210), fill=(70, 110, 170))
     d.line((40, 20, 40, 210, 310, 210), fill='black', width=2)
     return np.asarray(im)
 
-# %% ../../nbs/01_world/04_sets.ipynb #536fb857
+# %% ../../nbs/01_world/04_sets.ipynb #63a2e1d0
 FIGURE_ROLES = ('image', 'compound', 'plot', 'missing')
+
+# %% ../../nbs/01_world/04_sets.ipynb #536fb857
 def make_figure(
     seed:int,          # which scene
     split:str,         # train, val or test
@@ -40,7 +43,8 @@ def make_figure(
     fig:int,           # number of the figure, from 1
 )->dict:               # role, scene, caption, mentions, label; img (uint8) unless it is missing
     "One figure of an article; a few are not what they should be."
-    scene = sample_scene(seed, split, modality); rng = scene_rng(scene, 600)
+    scene = sample_scene(seed, split, modality)
+    rng = scene_rng(scene, 600)
     label = f'Figure {fig}'
     role = FIGURE_ROLES[rng.choice(4, p=(.96, .015, .015, .01))]
     caption = captions(scene, ('brief', 'detailed')[rng.integers(2)])
@@ -65,7 +69,7 @@ ARTICLE_LICENCES = (('CC BY', 'https://creativecommons.org/licenses/by/4.0/'),
             ('CC0', 'https://creativecommons.org/publicdomain/zero/1.0/'),
             ('CC BY-NC', 'https://creativecommons.org/licenses/by-nc/4.0/'))
 
-# %% ../../nbs/01_world/04_sets.ipynb #3c3aedeb
+# %% ../../nbs/01_world/04_sets.ipynb #83cd70f3
 FRONT = """<front><journal-meta>
 <journal-title-group><journal-title>{journal}</journal-title></journal-title-group>
 <issn pub-type="epub">0000-0000</issn>
@@ -82,6 +86,8 @@ FRONT = """<front><journal-meta>
 under the terms of the {licence} licence.</license-p></license></permissions>
 <abstract><p>A synthetic article: every patient was drawn from random numbers.</p></abstract>
 </article-meta></front>"""
+
+# %% ../../nbs/01_world/04_sets.ipynb #3c3aedeb
 ARTICLE = """<?xml version="1.0" encoding="UTF-8"?>
 <!DOCTYPE article PUBLIC "-//NLM//DTD JATS (Z39.96) Journal Archiving and Interchange DTD
  v1.3 20210610//EN" "JATS-archivearticle1-3.dtd">
@@ -96,18 +102,20 @@ FIG = """<fig id="f{i}" position="float"><label>{label}</label><caption><p>{capt
 FIELD_NAMES = {'chest_xray': 'radiography', 'ct_scan': 'CT', 'mri': 'MRI',
                'histology': 'histology', 'gross': 'gross pathology'}
 
-# %% ../../nbs/01_world/04_sets.ipynb #77b4806f
+# %% ../../nbs/01_world/04_sets.ipynb #e9e4d7d0
 def jats_case(
     i:int,    # number of the case, from 1
     fig:dict, # from `make_figure`
     href:str, # file name of the image
 )->str:       # a <sec> element
     "One case: its paragraphs, with the reference to the figure, and the figure."
-    label = fig['label']; ref = f'<xref ref-type="fig" rid="f{i}">{label}</xref>'
+    label = fig['label']
+    ref = f'<xref ref-type="fig" rid="f{i}">{label}</xref>'
     text = '\n'.join(f'<p>{escape(t).replace(label, ref)}</p>' for t in fig['mentions'])
     figure = FIG.format(i=i, label=label, caption=escape(fig['caption']), href=href)
     return f'<sec><title>Case {i}</title>\n{text}\n{figure}</sec>\n'
 
+# %% ../../nbs/01_world/04_sets.ipynb #77b4806f
 def jats_article(
     pmcid:str,  # 'PMC' and digits
     rng,        # random generator
@@ -139,11 +147,14 @@ def article_files(
     one = pick(rng, MODALITIES) if rng.random() < .5 else None
     figs = [make_figure(base+k, split, one, k+1) for k in range(n)]
     hrefs = [f'phantom-{pmcid[3:]}-g{k:03d}.jpg' for k in range(1, n+1)]
-    files = {h: jpeg(f['img']) for f, h in zip(figs, hrefs) if 'img' in f}
-    rows = [dict(pmcid=pmcid, fig_id=f'f{k}', file=h, role=f['role'], split=split,
-                 patient=f['scene'].patient, scene_seed=f['scene'].seed,
-                 claims=claims_dict(scene_claims(f['scene'])), scene=asdict(f['scene']))
-            for k, (f, h) in enumerate(zip(figs, hrefs), 1)]
+    files, rows = {}, []
+    for k, (fig, href) in enumerate(zip(figs, hrefs), 1):
+        scene = fig['scene']
+        if 'img' in fig: files[href] = jpeg(fig['img'])
+        rows.append(dict(
+            pmcid=pmcid, fig_id=f'f{k}', file=href, role=fig['role'], split=split,
+            patient=scene.patient, scene_seed=scene.seed,
+            claims=claims_dict(scene_claims(scene)), scene=asdict(scene)))
     return pmcid, jats_article(pmcid, rng, figs, hrefs), files, rows
 
 # %% ../../nbs/01_world/04_sets.ipynb #cb6987ee
@@ -156,7 +167,8 @@ def pack_article(
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode='w') as tar:
         for name, data in files.items():
-            info = tarfile.TarInfo(f'{folder}/{name}'); info.size = len(data)
+            info = tarfile.TarInfo(f'{folder}/{name}')
+            info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     with replacing(path) as part: part.write_bytes(gzip.compress(raw.getvalue(), 1, mtime=0))
 
@@ -169,15 +181,16 @@ def save_article(
     pmcid, xml, files, rows = article_files(index, seed, split, per_article)
     out_dir = Path(out_dir)
     if layout == 'oa_package':
-        path, files = out_dir/f'{pmcid}.tar.gz', {f'phantom-{pmcid[3:]}.nxml': xml.encode(),
-                                                  **files}
-        pack_article(path, pmcid, files)
+        path = out_dir/f'{pmcid}.tar.gz'
+        pack_article(path, pmcid, {f'phantom-{pmcid[3:]}.nxml': xml.encode(), **files})
     else:
         path, tmp = out_dir/f'{pmcid}.1', out_dir/f'.{pmcid}.part'
-        shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir()
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir()
         (tmp/f'{pmcid}.1.xml').write_text(xml, encoding='utf-8')
         for name, data in files.items(): (tmp/name).write_bytes(data)
-        shutil.rmtree(path, ignore_errors=True); os.replace(tmp, path)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(tmp, path)
     return str(path), rows
 
 # %% ../../nbs/01_world/04_sets.ipynb #7f36cb03
@@ -194,20 +207,38 @@ def write_articles(
     "Write articles as PubMed Central serves them, and the truth of their figures beside them."
     if layout not in ('pmc', 'oa_package'):
         raise ValueError(f'layout is {layout!r}; it must be pmc or oa_package.')
-    out_dir = Path(out_dir); out_dir.mkdir(parents=True, exist_ok=True)
-    done = parallel_map(save_article, [(str(out_dir), layout, i, seed, split, tuple(per_article))
-                                       for i in range(start, start+n)], n_workers)
-    old = out_dir/'truth.jsonl'; names = {r['pmcid'] for _, rows in done for r in rows}
-    kept = [r for r in (read_jsonl(old) if old.exists() else []) if r['pmcid'] not in names]
-    write_jsonl(old, kept+[r for _, rows in done for r in rows])
-    return [Path(p) for p, _ in done]
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    jobs = [(str(out_dir), layout, i, seed, split, tuple(per_article))
+            for i in range(start, start+n)]
+    paths, truth = [], []
+    for path, rows in parallel_map(save_article, jobs, n_workers):
+        paths.append(Path(path))
+        truth += rows
+    file, names = out_dir/'truth.jsonl', {r['pmcid'] for r in truth}
+    before = read_jsonl(file) if file.exists() else []
+    write_jsonl(file, [r for r in before if r['pmcid'] not in names]+truth)
+    return paths
 
 # %% ../../nbs/01_world/04_sets.ipynb #55e493fe
 SLAKE_MODALITY = {'chest_xray': 'X-Ray', 'ct_scan': 'CT', 'mri': 'MRI', 'histology': 'Histology',
                   'gross': 'Gross'}
 CONTENT = {'presence': 'Abnormality', 'finding': 'Abnormality', 'modality': 'Modality',
-           'organ': 'Organ', 'side': 'Position',
-           'quadrant': 'Position', 'count': 'Quantity', 'size': 'Size', 'unanswerable': 'KG'}
+           'organ': 'Organ', 'side': 'Position', 'quadrant': 'Position',
+           'count': 'Quantity', 'size': 'Size', 'unanswerable': 'KG'}
+
+# %% ../../nbs/01_world/04_sets.ipynb #13db7517
+def _save_boxes(folder, scene, size=256):
+    "Boxes in pixels, and a mask in which each kind of finding has its own grey value."
+    boxes, mask = [], Image.new('L', (size, size))
+    draw = ImageDraw.Draw(mask)
+    for f in scene.findings:
+        value = WORLD_LABELS.index(f.kind)+1
+        for x, y, w, h in f.boxes:
+            boxes.append({f.kind: [round(c*size, 1) for c in (x, y, w, h)]})
+            draw.ellipse([x*size, y*size, (x+w)*size, (y+h)*size], fill=value)
+    (folder/'detection.json').write_text(json.dumps(boxes))
+    mask.save(folder/'mask.png')
 
 # %% ../../nbs/01_world/04_sets.ipynb #66945175
 def save_vqa_image(
@@ -215,24 +246,23 @@ def save_vqa_image(
 )->list:        # of dicts, one for each question
     "Write one image folder of a SLAKE-like set (top level, so that worker processes can call it)."
     out_dir, number, seed, split, skew = args
-    scene = sample_scene(seed, split); name = f'xmlab{number}'; folder = Path(out_dir)/'imgs'/name
+    scene, name = sample_scene(seed, split), f'xmlab{number}'
+    folder = Path(out_dir)/'imgs'/name
     folder.mkdir(parents=True, exist_ok=True)
     (folder/'source.jpg').write_bytes(jpeg(render(scene)))
-    px = [{f.kind: [round(c*256, 1) for c in b]} for f in scene.findings for b in f.boxes]
-    (folder/'detection.json').write_text(json.dumps(px))
-    mask = Image.new('L', (256, 256)); d = ImageDraw.Draw(mask)
-    for f in scene.findings:
-        for x, y, w, h in f.boxes:
-            d.ellipse([x*256, y*256, (x+w)*256, (y+h)*256], fill=WORLD_LABELS.index(f.kind)+1)
-    mask.save(folder/'mask.png')
-    qs = questions(scene, skew); qid = {q['id']: number*100+i for i, q in enumerate(qs)}
-    same = KEPT+('patient', 'combination', 'regions')
-    return [dict(img_id=number, img_name=f'{name}/source.jpg', **{k: q[k] for k in same},
-                 q_lang='en',
-                 location=scene.organ.capitalize(), modality=SLAKE_MODALITY[scene.modality],
-                 base_type='vqa', content_type=CONTENT[q['question_type']], qid=qid[q['id']],
-                 triple=['vhead', '_', '_'], twin_of=qid.get(q['twin_of']),
-                 scene_seed=seed, scene_split=split) for q in qs]
+    _save_boxes(folder, scene)
+    asked = questions(scene, skew)
+    qid = {q['id']: number*100+i for i, q in enumerate(asked)}
+    rows = []
+    for q in asked:
+        same = {k: q[k] for k in KEPT+('patient', 'combination', 'regions')}
+        rows.append(dict(
+            img_id=number, img_name=f'{name}/source.jpg', **same, q_lang='en',
+            location=scene.organ.capitalize(), modality=SLAKE_MODALITY[scene.modality],
+            base_type='vqa', content_type=CONTENT[q['question_type']], qid=qid[q['id']],
+            triple=['vhead', '_', '_'], twin_of=qid.get(q['twin_of']), scene_seed=seed,
+            scene_split=split))
+    return rows
 
 # %% ../../nbs/01_world/04_sets.ipynb #50985e13
 def write_vqa(
@@ -243,16 +273,19 @@ def write_vqa(
     n_workers:int=1, # processes
 )->dict:             # split -> number of questions
     "Write a VQA set in SLAKE's layout, with patients that no two splits share."
-    out_dir = Path(out_dir); out_dir.mkdir(parents=True, exist_ok=True)
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
     jobs, number = [], 0
     for split, n in (('train', n_train), ('val', n_val), ('test', n_test)):
-        jobs += [(str(out_dir), number+i, 500_000_000+seed*1_000_000+i, split,
-                  skew if split == 'train' else 0.) for i in range(n)]
+        first = 500_000_000+seed*1_000_000
+        own_skew = skew if split == 'train' else 0.
+        for i in range(n): jobs.append((str(out_dir), number+i, first+i, split, own_skew))
         number += n
-    rows = parallel_map(save_vqa_image, jobs, n_workers); sizes = {}
-    for split, file in (('train', 'train'), ('val', 'validate'), ('test', 'test')):
-        part = [q for qs in rows for q in qs if q['scene_split'] == split]; sizes[split] = len(part)
-        write_json(out_dir/f'{file}.json', part)
+    parts = {'train': [], 'val': [], 'test': []}
+    for rows in parallel_map(save_vqa_image, jobs, n_workers):
+        for q in rows: parts[q['scene_split']].append(q)
+    for split, part in parts.items():
+        write_json(out_dir/f"{'validate' if split == 'val' else split}.json", part)
     lines = [f'{i}:{k}' for i, k in enumerate(WORLD_LABELS, 1)]
     (out_dir/'mask.txt').write_text('\n'.join(lines)+'\n')
-    return sizes
+    return {split: len(part) for split, part in parts.items()}

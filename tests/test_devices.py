@@ -1,10 +1,10 @@
-"Records of runs: the device is taken only if it computes what the CPU computes."
+"Devices: one is taken only if it computes what the CPU computes."
 import pytest
 import torch
 from torch.nn import functional as F
 
-from llava_med.core import runs
-from llava_med.core.runs import device_fault, pick_device, probe_step
+from llava_med.core import devices
+from llava_med.core.devices import device_fault, pick_device, probe_step
 
 REAL = probe_step
 
@@ -15,7 +15,7 @@ class Mac:
         self.patch, self.calls = monkeypatch, 0
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
         monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
-        monkeypatch.setattr(runs, 'probe_step', self.step)
+        monkeypatch.setattr(devices, 'probe_step', self.step)
         device_fault.cache_clear()
         self.exact()
 
