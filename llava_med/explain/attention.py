@@ -215,7 +215,8 @@ def encode_sample(
     new = list(answer)
     if len(new) == 0: raise ValueError(f'The answer to {question!r} has no tokens: nothing to map.')
     kinds = _kinds(processor, ids.numpy(), prompt, question)
-    at, grid, window = _geometry(processor, pixels, np.flatnonzero(kinds == TOKEN_KINDS.index('image')),
+    at, grid, window = _geometry(processor, pixels, np.flatnonzero(kinds
+                                                            == TOKEN_KINDS.index('image')),
                                  image.size)
     kinds = np.concatenate([kinds, np.full(len(new), TOKEN_KINDS.index('answer'))])
     return Sample(torch.cat([ids, torch.tensor(new)]), pixels, kinds, at, len(new), grid, window,
@@ -235,7 +236,8 @@ def collate(
     return dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
 
 # %% ../../nbs/07_explain/01_attention.ipynb #1c5e127e
-ATTENTION_METHODS = ('attention', 'relative', 'attention_gradient', 'gradient')  # in the order explained
+# in the order explained
+ATTENTION_METHODS = ('attention', 'relative', 'attention_gradient', 'gradient')
 
 @dataclass
 class Trace:
@@ -480,7 +482,8 @@ def item_boxes(
     for r in item.get('regions') or []:
         box = np.array(r['box'] if isinstance(r, dict) else r, float)
         if box.shape != (4,) or not np.isfinite(box).all() or (box[2:] < 0).any():
-            raise ValueError(f"Item {item.get('id')}: {box.tolist()} is no box (x, y, width, height).")
+            raise ValueError(f"Item {item.get('id')}: {box.tolist()} is no box (x, y, width, "
+                             "height).")
         out.append(tuple(float(o) for o in (box if box.max() <= 1.5 else box/scale)))
     return out
 
@@ -548,7 +551,8 @@ def over_images(
     values, (names, at) = np.asarray(values, float), np.unique(images, return_inverse=True)
     top, n, low = np.zeros((len(names),
                             *values.shape[1:])), np.bincount(at)[:, None], np.zeros(len(names))
-    np.add.at(top, at, values); np.add.at(low, at, np.ones(len(values)) if over is None else np.asarray(over, float))
+    np.add.at(top, at, values)
+    np.add.at(low, at, np.ones(len(values)) if over is None else np.asarray(over, float))
     top = top.reshape(len(names), -1)
     estimate, draws = bootstrap(top, low[:, None], n_draws, seed)
     alike = np.ptp(top/n, axis=0) < 1e-9           # whatever they are divided by

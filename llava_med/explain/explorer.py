@@ -28,13 +28,18 @@ def pack_maps(
 )->dict:             # shape, least and greatest value of each map, and one byte a cell as base64
     "Maps in one byte a cell; NaN and infinite values are refused."
     maps = np.asarray(maps, np.float64)
-    if maps.ndim != 4 or 0 in maps.shape: raise ValueError(f'{name}: maps have the shape (words, layers, down, across), not {maps.shape}.')
-    if not np.isfinite(maps).all(): raise ValueError(f'{name}: the map holds NaN or infinite values; it cannot be shown. Leave this method out.')
+    if maps.ndim != 4 or 0 in maps.shape:
+        raise ValueError(f'{name}: maps have the shape (words, layers, down, across), not '
+                         f'{maps.shape}.')
+    if not np.isfinite(maps).all():
+        raise ValueError(f'{name}: the map holds NaN or infinite values; it cannot be shown. '
+                         'Leave this method out.')
     lo, hi = maps.min((2, 3)), maps.max((2, 3))
     span = np.where(hi > lo, hi - lo, 1)[..., None, None]
     cells = np.round((maps - lo[..., None, None])/span*255).astype(np.uint8)
     def brief(v): return [float(f'{o:.4g}') for o in v.ravel()]
-    return dict(shape=list(maps.shape), lo=brief(lo), hi=brief(hi), data=base64.b64encode(cells.tobytes()).decode())
+    return dict(shape=list(maps.shape), lo=brief(lo), hi=brief(hi),
+                data=base64.b64encode(cells.tobytes()).decode())
 
 def unpack_maps(
     packed:dict, # from `pack_maps`
@@ -45,7 +50,9 @@ def unpack_maps(
     return lo + (hi - lo)*cells/255
 
 # %% ../../nbs/07_explain/04_explorer.ipynb #20cb7475
-CHEAP = tuple(k for k in METHODS if k not in ('token_occlusion', 'occlusion', 'integrated_gradients'))  # a few passes a map
+# a few passes a map
+CHEAP = tuple(k for k in METHODS if k not in ('token_occlusion', 'occlusion',
+                                              'integrated_gradients'))
 
 def word_groups(
     tokenizer,  # of the model
@@ -53,9 +60,11 @@ def word_groups(
 )->list:        # (text, first token, token after the last), one a word
     "The words of an answer, each with its tokens."
     ids = list(map(int, ids))
-    pieces = [t or '' for t in tokenizer.convert_ids_to_tokens(ids)]   # a vocabulary padded to a round size has ids without a token
+    # a vocabulary padded to a round size has ids without a token
+    pieces = [t or '' for t in tokenizer.convert_ids_to_tokens(ids)]
     starts = [i for i, t in enumerate(pieces) if i == 0 or t.startswith(('Ġ', '▁', ' '))]
-    return [(tokenizer.decode(ids[a:b]).strip(), a, b) for a, b in zip(starts, [*starts[1:], len(ids)])]
+    return [(tokenizer.decode(ids[a:b]).strip(), a, b)
+            for a, b in zip(starts, [*starts[1:], len(ids)])]
 
 def explained(
     model, processor,  # a LLaVA and its processor
@@ -69,14 +78,17 @@ def explained(
     "Maps of an answer and of its words, by several methods; no words and no maps where the model says nothing."
     for k in methods: METHODS.named(k)
     tok = processor.tokenizer
-    ids = (generate(model, processor, image, question, max_new_tokens=max_new_tokens) if answer is None
-           else answer_ids(processor, question, [answer], end=False)[0])
+    ids = (generate(model, processor, image, question, max_new_tokens=max_new_tokens)
+           if answer is None else answer_ids(processor, question, [answer], end=False)[0])
     whole = encode_sample(processor, image, question, ids or [0])
     if not ids: return dict(answer='', words=[], maps={}, window=whole.window, grid=whole.grid)
     words = word_groups(tok, ids)
-    parts = [] if len(words) == 1 else [replace(encode_sample(processor, image, question, ids[:b]), n_answer=b - a) for _, a, b in words[:max_words]]
-    maps = {k: np.stack([m.mean(1) for m in METHODS[k](model, processor, [whole, *parts])]) for k in methods}
-    return dict(answer=whole.answer, words=['whole answer', *(w for w, *_ in words[:len(parts)])], maps=maps, window=whole.window, grid=whole.grid)
+    parts = [] if len(words) == 1 else [replace(encode_sample(processor, image, question, ids[:b]),
+                                                n_answer=b - a) for _, a, b in words[:max_words]]
+    maps = {k: np.stack([m.mean(1) for m in METHODS[k](model, processor, [whole, *parts])])
+            for k in methods}
+    return dict(answer=whole.answer, words=['whole answer', *(w for w, *_ in words[:len(parts)])],
+                maps=maps, window=whole.window, grid=whole.grid)
 
 # %% ../../nbs/07_explain/04_explorer.ipynb #c8fad603
 def _triple(row):
@@ -88,9 +100,13 @@ def _verdict(gains, unit):
     "Whether a map is confirmed, in one sentence."
     weak = [f'{b} maps in {c}' for b in ('random', 'centre') for c in ('deletion', 'insertion')
             if not (gains[b][c] and (gains[b][c][1] or 0) > 0)]
-    if all(g[c] is None for g in gains.values() for c in g): return False, f'Not measured by exchanging {unit}.'
-    if weak: return False, f'Not confirmed: exchanging {unit}, it is not shown to beat ' + ', '.join(weak) + '.'
-    return True, f'Confirmed: exchanging {unit}, it beats random and centre maps in deletion and insertion.'
+    if all(g[c] is None for g in gains.values() for c in g):
+        return False, f'Not measured by exchanging {unit}.'
+    if weak:
+        return (False, f'Not confirmed: exchanging {unit}, it is not shown to beat '
+                + ', '.join(weak) + '.')
+    return (True, f'Confirmed: exchanging {unit}, it beats random and centre maps in deletion and '
+                  'insertion.')
 
 def map_reliability(
     rows:list,        # rows of `faithfulness.csv`
@@ -100,11 +116,15 @@ def map_reliability(
     by, out = {(o['model'], o['method'], o['metric'], o['baseline']): o for o in rows}, {}
     for m, k in dict.fromkeys((o['model'], o['method']) for o in rows if o['method'] in METHOD_FACTS and o['metric'] == 'pointing'):
         own = by[m, k, 'pointing', '']
-        gains = {u: {b: {c: _triple(by.get((m, k, f'{c}.{u}.{kind}', b))) for c in ('deletion', 'insertion')} for b in ('random', 'centre')}
+        gains = {u: {b: {c: _triple(by.get((m, k, f'{c}.{u}.{kind}', b)))
+                         for c in ('deletion', 'insertion')} for b in ('random', 'centre')}
                  for u in dict.fromkeys((METHOD_FACTS[k]['of'], 'pixels'))}
         ok, verdict = _verdict(gains[METHOD_FACTS[k]['of']], METHOD_FACTS[k]['of'])
-        out.setdefault(m, {})[k] = dict(layer=int(own['layer']), n_items=int(own['n_items']), n_images=int(own['n_images']), confirmed=ok, verdict=verdict,
-            pointing=_triple(own), chance=_triple(by.get((m, 'random', 'pointing', ''))), gains=gains)
+        out.setdefault(m, {})[k] = dict(layer=int(own['layer']), n_items=int(own['n_items']),
+                                        n_images=int(own['n_images']), confirmed=ok,
+                                        verdict=verdict, pointing=_triple(own),
+                                        chance=_triple(by.get((m, 'random', 'pointing', ''))),
+                                        gains=gains)
     return out
 
 def best_lines(
@@ -114,8 +134,11 @@ def best_lines(
     out = {}
     for m in dict.fromkeys(o['model'] for o in rows):
         own = [o for o in rows if o['model'] == m]
-        units = [u for u in ('tokens', 'pixels') if any(o['metric'] == f'deletion.{u}.mean' for o in own)]
-        out[m] = [f'Of maps of {u}, ' + best_method(own, u, among=[k for k in METHOD_FACTS if METHOD_FACTS[k]['of'] == u])[1] for u in units]
+        units = [u for u in ('tokens', 'pixels')
+                 if any(o['metric'] == f'deletion.{u}.mean' for o in own)]
+        out[m] = [f'Of maps of {u}, ' + best_method(own, u, among=[k for k in METHOD_FACTS
+                                                            if METHOD_FACTS[k]['of'] == u])[1]
+                  for u in units]
     return out
 
 # %% ../../nbs/07_explain/04_explorer.ipynb #9de16237
@@ -288,26 +311,36 @@ build(); document.documentElement.dataset.ready = Math.round(performance.now());
 '''
 
 # %% ../../nbs/07_explain/04_explorer.ipynb #89d9a753
-LABELS = dict(attention='attention', relative='relative attention', attention_gradient='attention × gradient', rollout='rollout', relevancy='relevancy',
-              gradient='input × gradient', integrated_gradients='integrated gradients', logit_lens='logit lens', tam='activation (TAM)',
-              token_occlusion='leaving tokens out', occlusion='leaving patches out', pixel_gradient='pixel gradient', relevancy_pixels='relevancy down to pixels')
+LABELS = dict(attention='attention', relative='relative attention',
+              attention_gradient='attention × gradient', rollout='rollout', relevancy='relevancy',
+              gradient='input × gradient', integrated_gradients='integrated gradients',
+              logit_lens='logit lens', tam='activation (TAM)', token_occlusion='leaving tokens out',
+              occlusion='leaving patches out', pixel_gradient='pixel gradient',
+              relevancy_pixels='relevancy down to pixels')
 
 def _said(found, right, name):
     "One model's answer, packed."
     bad = [k for k, v in found['maps'].items() if len(v) != len(found['words'])]
-    if bad: raise ValueError(f'{name}, {bad[0]}: {len(found["maps"][bad[0]])} maps for {len(found["words"])} words; give one map a word.')
+    if bad:
+        raise ValueError(f'{name}, {bad[0]}: {len(found["maps"][bad[0]])} maps for '
+                         f'{len(found["words"])} words; give one map a word.')
     same = found['answer'].strip(' .').lower() == str(right).strip(' .').lower()
-    return dict(answer=found['answer'], right=same, words=found['words'], maps={k: pack_maps(v, f'{name}, {k}') for k, v in found['maps'].items()})
+    return dict(answer=found['answer'], right=same, words=found['words'],
+                maps={k: pack_maps(v, f'{name}, {k}') for k, v in found['maps'].items()})
 
 def _question(q, pictures, size):
     "One question as the page wants it; its picture goes into `pictures`."
     key = q.get('name') or f'picture {len(pictures)}'
     if key not in pictures: pictures[key] = image_uri(q['image'], size, 85)
     windows = {tuple(np.round(a['window'], 6).tolist()) for a in q['answers'].values()}
-    if len(windows) != 1: raise ValueError(f'{q["question"]!r}: the models see {len(windows)} different parts of the picture; show models with one view.')
+    if len(windows) != 1:
+        raise ValueError(f'{q["question"]!r}: the models see {len(windows)} different parts of '
+                         'the picture; show models with one view.')
     boxes = [[round(float(v), 4) for v in b] for b in q.get('boxes') or []]
-    return dict(question=q['question'], right=str(q['right']), picture=key, size=list(q['image'].size), window=list(windows.pop()), boxes=boxes,
-                answers={m: _said(a, q['right'], f'{q["question"]!r}, {m}') for m, a in q['answers'].items()})
+    return dict(question=q['question'], right=str(q['right']), picture=key,
+                size=list(q['image'].size), window=list(windows.pop()), boxes=boxes,
+                answers={m: _said(a, q['right'], f'{q["question"]!r}, {m}')
+                         for m, a in q['answers'].items()})
 
 # %% ../../nbs/07_explain/04_explorer.ipynb #169fb45d
 def explorer_page(
@@ -321,25 +354,34 @@ def explorer_page(
     "One page with questions, answers and maps, which needs nothing outside itself."
     from matplotlib import colormaps
     if not questions: raise ValueError('No question was given: there is nothing to explore.')
-    models, pictures, rows = list(dict.fromkeys(m for q in questions for m in q['answers'])), {}, list(rows)
+    models, pictures, rows = (list(dict.fromkeys(m for q in questions for m in q['answers'])), {},
+                              list(rows))
     packed = [_question(q, pictures, size) for q in questions]
     used = {k for q in questions for a in q['answers'].values() for k in a['maps']}
     if not used: raise ValueError('No answer has a map: there is nothing to explore.')
-    methods = [dict(name=k, label=LABELS.get(k, k), of=METHOD_FACTS[k]['of'], about=f'{METHOD_FACTS[k]["sees"]} box; passes: {METHOD_FACTS[k]["passes"]}; source: {METHOD_FACTS[k]["paper"]}.')
-               for k in METHODS if k in used]
+    methods = [dict(name=k, label=LABELS.get(k, k), of=METHOD_FACTS[k]['of'],
+                    about=f'{METHOD_FACTS[k]["sees"]} box; passes: {METHOD_FACTS[k]["passes"]}; '
+                          f'source: {METHOD_FACTS[k]["paper"]}.') for k in METHODS if k in used]
     known, gains = map_reliability(rows), {}
     for k, r in known.get(models[-1], {}).items():
         values = [g for o in r['gains'][METHOD_FACTS[k]['of']].values() for g in o.values() if g]
         if k in used and r['confirmed']: gains[k] = np.mean([g[0] for g in values])
-    data = dict(models=models, methods=methods, questions=packed, pictures=pictures, reliability=known, best=best_lines(rows), notes=notes or {},
-                first=max(gains, key=gains.get) if gains else methods[0]['name'], start=list(dict.fromkeys([models[0], models[-1]])),
-                colours=base64.b64encode((colormaps['cividis'](np.arange(256))[:, :3]*255).round().astype(np.uint8).tobytes()).decode())
+    data = dict(models=models, methods=methods, questions=packed, pictures=pictures,
+                reliability=known, best=best_lines(rows), notes=notes or {},
+                first=max(gains, key=gains.get) if gains else methods[0]['name'],
+                start=list(dict.fromkeys([models[0], models[-1]])),
+                colours=base64.b64encode((colormaps['cividis'](np.arange(256))[:,
+                                                            :3]*255).round().astype(
+                                                                np.uint8).tobytes()).decode())
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(',', ':'))
-    for a, b in (('<', '\\u003c'), ('>', '\\u003e'), ('&', '\\u0026'), ('\u2028', '\\u2028'), ('\u2029', '\\u2029')): text = text.replace(a, b)
+    for a, b in (('<', '\\u003c'), ('>', '\\u003e'), ('&', '\\u0026'), ('\u2028', '\\u2028'),
+                 ('\u2029', '\\u2029')):
+        text = text.replace(a, b)
     script = _DRAW + _WORDS + _CONTROLS
     mark = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return env.from_string(_PAGE).render(title=title, lead=list(lead), use=REPORT_USE, style=_STYLE, data=text, script=script, print=mark,
+    return env.from_string(_PAGE).render(title=title, lead=list(lead), use=REPORT_USE, style=_STYLE,
+                                         data=text, script=script, print=mark,
                                          foot='Written by LLaVA-Med Lab.')
 
 def write_explorer(

@@ -38,11 +38,12 @@ def gates(
         if pictures is not None: views[0] = pictures[i]
         samples = [encode_sample(processor, o, item_question(item), str(item['answer']))
                    for o in views]
-        first = answer_scores(model, samples[0], torch.stack([o.pixels for o in samples]), first=True)[1]
+        first = answer_scores(model, samples[0], torch.stack([o.pixels for o in samples]),
+                              first=True)[1]
         right, flipped, steady = bool(first[0]), not first[1], bool(first[2])
         boxes = item_boxes(item, views[0].size) if item.get('regions') else got['boxes']
-        out.append(dict(item=item, sample=samples[0], boxes=boxes, right=right, flipped=flipped, steady=steady,
-                        passed=right and flipped and steady))
+        out.append(dict(item=item, sample=samples[0], boxes=boxes, right=right, flipped=flipped,
+                        steady=steady, passed=right and flipped and steady))
     return out
 
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #552393ab
@@ -113,7 +114,8 @@ CURVE_SHARES = (.03, .08, .2, .5)  # shares of the patches that are taken away o
 def _ranks(m, rng):
     "0 for the highest cell, ties in random order."
     flat = np.asarray(m, float).ravel()
-    if not np.isfinite(flat).all(): raise ValueError('A map holds NaN or infinite values: it orders nothing.')
+    if not np.isfinite(flat).all():
+        raise ValueError('A map holds NaN or infinite values: it orders nothing.')
     out = np.empty(len(flat), int)
     out[np.lexsort((rng.random(len(flat)), -flat))] = np.arange(len(flat))
     return out.reshape(np.shape(m))
@@ -130,20 +132,25 @@ def curves(
     tokens=None,      # answer tokens, see `maps.chosen_tokens`
 )->tuple:             # shares (0 to 1), dict name -> (deletion, insertion) log-probabilities at the shares
     "What the answer loses as a map's places are taken away, and gains as they are put in."
-    if unit not in ('pixels', 'tokens'): raise ValueError(f"unit is {unit!r}; it must be 'pixels' or 'tokens'.")
+    if unit not in ('pixels', 'tokens'):
+        raise ValueError(f"unit is {unit!r}; it must be 'pixels' or 'tokens'.")
     n = int(np.prod(sample.grid))
     counts = sorted({int(np.clip(round(s*n), 1, n - 1)) for s in steps})
     ranks = [_ranks(m, np.random.default_rng([seed, i])) for i, m in enumerate(maps.values())]
     gone = [np.zeros(sample.grid, bool), np.ones(sample.grid, bool)]
     for r in ranks: gone += [r < k for k in counts] + [r >= k for k in counts]
     filled = infill(sample, kind, other)
-    if unit == 'pixels': got = answer_scores(model, sample, mix_patches(sample.pixels, filled, gone, processor.patch_size), tokens=tokens)
+    if unit == 'pixels':
+        got = answer_scores(model, sample,
+                            mix_patches(sample.pixels, filled, gone, processor.patch_size),
+                            tokens=tokens)
     else:
         own, rest = image_vectors(model, [sample, replace(sample, pixels=filled)])
         got = answer_scores(model, sample, vectors=mix_vectors(own, rest, gone), tokens=tokens)
     full, empty, body = got[0], got[1], got[2:].reshape(len(ranks), 2, len(counts))
     shares = np.array([0, *counts, n])/n
-    return shares, {name: (np.array([full, *d, empty]), np.array([empty, *i, full])) for name, (d, i) in zip(maps, body)}
+    return shares, {name: (np.array([full, *d, empty]), np.array([empty, *i, full]))
+                    for name, (d, i) in zip(maps, body)}
 
 def area(
     shares:np.ndarray, # from 0 to 1
@@ -163,7 +170,8 @@ def gain(
     values, drop = np.asarray(values, float), np.asarray(drop, float)
     if np.abs(values).max() < 1e-6 and np.abs(drop).max() < 1e-4:
         return 0., float('nan'), float('nan')
-    if drop.sum() <= 0: return (float('nan'),)*3   # the answer is likelier without the picture: there is nothing to lose
+    # the answer is likelier without the picture: there is nothing to lose
+    if drop.sum() <= 0: return (float('nan'),)*3
     return tuple(float(o) for o in over_images(values, images, drop, seed=seed))
 
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #91feb905
@@ -197,9 +205,12 @@ def localisation(
 )->dict:             # metric -> (items,)
     "How well maps point at, lie on, rank and cover the known places."
     grid = maps.shape[1:]
-    target = np.stack([target_cells(b, grid, w) for b, w in zip(boxes, windows)] if masks is None else masks)
-    cover = np.stack([box_cover(b, grid, w) for b, w in zip(boxes, windows)]) if masks is None else target.astype(float)
-    return dict(pointing=hits(maps, target), energy_lift=energy_lift(maps, cover), auprc=auprc(maps, target), iou=iou(maps, target))
+    target = np.stack([target_cells(b, grid, w) for b, w in zip(boxes, windows)] if masks is None
+                      else masks)
+    cover = np.stack([box_cover(b, grid, w)
+                      for b, w in zip(boxes, windows)]) if masks is None else target.astype(float)
+    return dict(pointing=hits(maps, target), energy_lift=energy_lift(maps, cover),
+                auprc=auprc(maps, target), iou=iou(maps, target))
 
 def mask_cells(
     mask:np.ndarray, # (height, width) bool, pixels of the displayed picture
@@ -212,7 +223,8 @@ def mask_cells(
     total = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     x0, x1 = [np.clip(np.round(cells[..., k]*w), 0, w).astype(int) for k in (0, 2)]
     y0, y1 = [np.clip(np.round(cells[..., k]*h), 0, h).astype(int) for k in (1, 3)]
-    cover = (total[y1, x1] - total[y0, x1] - total[y1, x0] + total[y0, x0])/np.maximum((y1 - y0)*(x1 - x0), 1)
+    cover = (total[y1, x1] - total[y0, x1] - total[y1, x0]
+             + total[y0, x0])/np.maximum((y1 - y0)*(x1 - x0), 1)
     return (cover >= share) | ((cover == cover.max()) & (cover > 0))
 
 def item_cells(
@@ -225,7 +237,8 @@ def item_cells(
     "Cells on target of a real question: its masks where it has them, else its boxes."
     masked = [r for r in item.get('regions') or [] if folder is not None and r.get('mask')]
     out = [mask_cells(region_mask(folder, r), grid, window) for r in masked]
-    boxes = item_boxes(dict(item, regions=[r for r in item.get('regions') or [] if r not in masked]), size)
+    boxes = item_boxes(dict(item, regions=[r for r in item.get('regions') or []
+                                           if r not in masked]), size)
     return np.any([*out, target_cells(boxes, grid, window)], axis=0)
 
 def spearman(
@@ -239,7 +252,8 @@ def spearman(
     return np.where(size > 0, (a*b).sum(-1)/np.where(size > 0, size, 1), 0.)
 
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #4b90af19
-FAITHFULNESS_COLUMNS = ('model', 'method', 'layer', 'metric', 'baseline', 'value', 'low', 'high', 'n_items', 'n_images')
+FAITHFULNESS_COLUMNS = ('model', 'method', 'layer', 'metric', 'baseline', 'value', 'low', 'high',
+                        'n_items', 'n_images')
 GOLD = ('occlusion', 'token_occlusion')   # the methods that others are compared with
 
 def make_maps(
@@ -250,8 +264,10 @@ def make_maps(
     block:int=1,      # patches a side that the methods of `GOLD` leave out at once
 )->dict:              # method -> (items, layers, down, across), heads averaged
     "Maps of many questions by many methods."
-    if len({o.grid for o in samples}) > 1: raise ValueError('The questions have several grids; measure one grid at a time.')
-    if not samples: raise ValueError('No question is left to map: none passed the gates, or the list is empty.')
+    if len({o.grid for o in samples}) > 1:
+        raise ValueError('The questions have several grids; measure one grid at a time.')
+    if not samples:
+        raise ValueError('No question is left to map: none passed the gates, or the list is empty.')
     for k in methods or (): METHODS.named(k)
     def maps_of(k):
         more = dict(block=block) if k in GOLD else {}
@@ -274,15 +290,19 @@ def choose_layers(
 )->dict:             # method -> layer
     "For each method the layer whose highest cells agree best with leaving out."
     gold = maps['token_occlusion'][:, 0] if gold is None else gold
-    return {k: int(np.argmax([top_overlap(v[:, l], gold).mean() for l in range(v.shape[1])])) for k, v in maps.items()}
+    return {k: int(np.argmax([top_overlap(v[:, l], gold).mean() for l in range(v.shape[1])]))
+            for k, v in maps.items()}
 
 def next_partners(
     images:list, # the picture of each item
 )->list:         # for each item the number of the next one about another picture
     "Whose picture fills in for whose."
     n = len(images)
-    if len(set(images)) < 2: raise ValueError("Another patient's picture is needed, but all questions are about one: ask more of them (n_questions).")
-    return [next(j % n for j in range(i + 1, i + n) if images[j % n] != images[i]) for i in range(n)]
+    if len(set(images)) < 2:
+        raise ValueError("Another patient's picture is needed, but all questions are about one: "
+                         "ask more of them (n_questions).")
+    return [next(j % n for j in range(i + 1, i + n) if images[j % n] != images[i])
+            for i in range(n)]
 
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #7cd44a5f
 def knowing_nothing(
@@ -299,8 +319,10 @@ def knowing_nothing(
     rng = np.random.default_rng(seed)
     if 'random' in controls: out |= {f'random:{i}': rng.random(shape) for i in range(n_random)}
     if 'centre' in controls: out['centre'] = np.broadcast_to(centre_map(shape[1:]), shape)
-    if 'box' in controls: out['box'] = np.stack([box_cover(b, shape[1:], w) for b, w in zip(boxes, windows)])
-    if 'static' in controls: out |= {f'{k}:static': elsewhere_mean(v, images) for k, v in maps.items()}
+    if 'box' in controls:
+        out['box'] = np.stack([box_cover(b, shape[1:], w) for b, w in zip(boxes, windows)])
+    if 'static' in controls:
+        out |= {f'{k}:static': elsewhere_mean(v, images) for k, v in maps.items()}
     return out
 
 def all_areas(
@@ -314,7 +336,8 @@ def all_areas(
     seed:int=0,        # of the order of ties
 )->tuple:              # dict name -> (items, 2): deletion and insertion area above the infilled picture's score; drop (items,)
     "Areas under both curves of every map for every question."
-    other, drop = next_partners(images) if kind == 'other' else [None]*len(samples), np.zeros(len(samples))
+    other, drop = (next_partners(images) if kind == 'other' else [None]*len(samples),
+                   np.zeros(len(samples)))
     out = {k: np.zeros((len(samples), 2)) for k in maps}
     for i, (s, j) in enumerate(zip(samples, other)):
         shares, got = curves(model, processor, s, {k: v[i] for k, v in maps.items()}, unit, kind,
@@ -338,12 +361,14 @@ def curve_rows(
     static = {k.split(':')[0]: flat.pop(k) for k in list(flat) if k.endswith(':static')}
     sign, out = np.array([-1, 1]), []
     for k, a in flat.items():
-        base = {c: flat[c] for c in ('random', 'centre', 'box') if c in flat and k not in ('random', 'centre', 'box')}
+        base = {c: flat[c] for c in ('random', 'centre', 'box') if c in flat
+                and k not in ('random', 'centre', 'box')}
         if k in static: base['static'] = static[k]
         if k not in ('random', 'centre', 'box'): base['inverted'] = a[:, ::-1]
         for i, curve in enumerate(('deletion', 'insertion')):
             out.append((k, curve, '', gain(a[:, i], drop, images, seed)))
-            out += [(k, curve, c, gain(sign[i]*(a - b)[:, i], drop, images, seed)) for c, b in base.items()]
+            out += [(k, curve, c, gain(sign[i]*(a - b)[:, i], drop, images, seed))
+                    for c, b in base.items()]
     return out
 
 def faithfulness(
@@ -365,12 +390,15 @@ def faithfulness(
     "Every number about every method: the rows of `faithfulness.csv`."
     maps = make_maps(model, processor, samples, list(layers)) if maps is None else maps
     maps = {k: np.asarray(maps[k][:, l], np.float64) for k, l in layers.items()}
-    n, windows, out = dict(n_items=len(samples), n_images=len(set(images))), [o.window for o in samples], []
+    n, windows, out = (dict(n_items=len(samples), n_images=len(set(images))),
+                       [o.window for o in samples], [])
     def add(method, metric, baseline, got):
         value, low, high = [float(o) for o in got]
-        out.append(dict(model=name, method=method, layer=layers.get(method, ''), metric=metric, baseline=baseline,
-                        value=value, low=low, high=high, **n))
-    target = np.stack([target_cells(b, m.shape, w) for b, m, w in zip(boxes, next(iter(maps.values())), windows)] if masks is None else masks)
+        out.append(dict(model=name, method=method, layer=layers.get(method, ''), metric=metric,
+                        baseline=baseline, value=value, low=low, high=high, **n))
+    target = np.stack([target_cells(b, m.shape, w)
+                       for b, m, w in zip(boxes, next(iter(maps.values())), windows)]
+                      if masks is None else masks)
     chance = target.mean((1, 2))
     for metric in ('pointing', 'auprc'):
         add('random', metric, '', over_images(chance, images, seed=seed, bounds=(0, 1)))
@@ -390,9 +418,11 @@ def faithfulness(
     for unit in units if judged else ():
         for kind in infills:
             extra = knowing_nothing(judged, boxes, windows, images, controls, seed=seed)
-            areas, drop = all_areas(model, processor, samples, judged | extra, images, unit, kind, steps, seed)
+            areas, drop = all_areas(model, processor, samples, judged | extra, images, unit, kind,
+                                    steps, seed)
             add('picture', f'drop.{unit}.{kind}', '', over_images(drop, images, seed=seed))
-            for k, curve, baseline, got in curve_rows(areas, drop, images, seed): add(k, f'{curve}.{unit}.{kind}', baseline, got)
+            for k, curve, baseline, got in curve_rows(areas, drop, images, seed):
+                add(k, f'{curve}.{unit}.{kind}', baseline, got)
     return out
 
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #7b84062f
@@ -404,7 +434,8 @@ def best_method(
 )->tuple:                # name of the method (None if no method is any good), a sentence that says why
     "Which map to believe for this model."
     names = {o['model'] for o in rows}
-    if len(names) != 1: raise ValueError(f'The rows are about {len(names)} models; give those of one.')
+    if len(names) != 1:
+        raise ValueError(f'The rows are about {len(names)} models; give those of one.')
     got = {(o['method'], o['metric'].split('.')[0], o['baseline']): o for o in rows
            if o['metric'] in (f'deletion.{unit}.{kind}', f'insertion.{unit}.{kind}', 'pointing')}
     score, pairs = {}, [(c, b) for c in ('deletion', 'insertion') for b in ('random', 'centre')]
@@ -412,15 +443,21 @@ def best_method(
         if among is not None and k not in among: continue
         if all((k, *p) in got and got[(k, *p)]['low'] > 0 for p in pairs):
             score[k] = np.mean([got[k, c, 'random']['value'] for c in ('deletion', 'insertion')])
-    if not any(c == 'deletion' for _, c, _ in got): raise ValueError(f'The rows hold no curves of {unit} filled with {kind}.')
+    if not any(c == 'deletion' for _, c, _ in got):
+        raise ValueError(f'The rows hold no curves of {unit} filled with {kind}.')
     model = names.pop()
-    if not score: return None, (f'{model}: no map beats random and centre maps in both deletion and insertion ({unit}, {kind}); '
-                                'do not read any of them as the reason of an answer.')
+    if not score:
+        return None, (f'{model}: no map beats random and centre maps in both deletion and '
+                      f'insertion ({unit}, {kind}); '
+                      'do not read any of them as the reason of an answer.')
     k = max(score, key=score.get)
-    d, i, p = got[k, 'deletion', 'random'], got[k, 'insertion', 'random'], got.get((k, 'pointing', ''))
-    return k, (f"{model}: believe {k} (layer {d['layer']}) first. Over a random order it gains {d['value']:.2f} ({d['low']:.2f} to {d['high']:.2f}) "
-               f"in deletion and {i['value']:.2f} ({i['low']:.2f} to {i['high']:.2f}) in insertion, on {d['n_items']} questions"
-               + (f"; it points into the box in {p['value']:.0%}." if p else '.'))
+    d, i, p = (got[k, 'deletion', 'random'], got[k, 'insertion', 'random'],
+               got.get((k, 'pointing', '')))
+    return k, (f"{model}: believe {k} (layer {d['layer']}) first. Over a random order it gains "
+               f"{d['value']:.2f} ({d['low']:.2f} to {d['high']:.2f}) "
+               f"in deletion and {i['value']:.2f} ({i['low']:.2f} to {i['high']:.2f}) in "
+               f"insertion, on {d['n_items']} questions" + ("; it points into the box in "
+                                                            f"{p['value']:.0%}." if p else '.'))
 
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #1b07a12e
 class _Same(torch.nn.Module):
@@ -431,8 +468,9 @@ class _Same(torch.nn.Module):
 def _copy(model):
     "A copy of a model whose weights may be changed."
     base, _ = language_model(model)
-    if getattr(base, 'is_quantized', False) or getattr(base, 'hf_quantizer', None) is not None: raise ValueError(
-        'The weights are quantised, so they cannot be replaced for a control: load the model without quantisation.')
+    if getattr(base, 'is_quantized', False) or getattr(base, 'hf_quantizer', None) is not None:
+        raise ValueError('The weights are quantised, so they cannot be replaced for a control: '
+                         'load the model without quantisation.')
     return deepcopy(base).eval()
 
 def blind(
@@ -453,8 +491,10 @@ def randomised(
     "The model with random weights in its top layers."
     new, fresh = _copy(model), untrained(model, seed)
     a, b = language_model(new)[1], language_model(fresh)[1]
-    if not 0 <= n_layers <= len(a.layers): raise ValueError(f'The language model has {len(a.layers)} layers, not {n_layers}.')
-    for i in range(len(a.layers) - n_layers, len(a.layers)): a.layers[i].load_state_dict(b.layers[i].state_dict())
+    if not 0 <= n_layers <= len(a.layers):
+        raise ValueError(f'The language model has {len(a.layers)} layers, not {n_layers}.')
+    for i in range(len(a.layers) - n_layers, len(a.layers)):
+        a.layers[i].load_state_dict(b.layers[i].state_dict())
     for part in ('vision_tower', 'multi_modal_projector') if tower else ():
         getattr(new.model, part).load_state_dict(getattr(fresh.model, part).state_dict())
     return new
@@ -462,8 +502,12 @@ def randomised(
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #2b59d865
 def _turned(text):
     "Left becomes right and right left."
-    return ' '.join({'left': 'right', 'right': 'left'}.get(w, w) for w in text.split(' ')).replace('left,', 'LEFT,').replace(
-        'right,', 'left,').replace('LEFT,', 'right,').replace('left?', 'LEFT?').replace('right?', 'left?').replace('LEFT?', 'right?')
+    return ' '.join({'left': 'right', 'right': 'left'}.get(w, w)
+                    for w in text.split(' ')).replace('left,', 'LEFT,').replace('right,',
+                                                            'left,').replace('LEFT,',
+                                                            'right,').replace('left?',
+                                                            'LEFT?').replace('right?',
+                                                            'left?').replace('LEFT?', 'right?')
 
 def mirrored(
     processor,     # the model's processor
@@ -473,8 +517,11 @@ def mirrored(
 )->Sample:         # the question about the mirrored picture, sides exchanged in question and answer
     "The same question about the picture in the mirror."
     x0, _, x1, _ = sample.window
-    if abs(x0 + x1 - 1) > .02: raise ValueError('The view is not centred on the picture, so its mirror image is another view.')
-    return replace(other_question(processor, sample, _turned(question), _turned(answer)), pixels=sample.pixels.flip(-1))
+    if abs(x0 + x1 - 1) > .02:
+        raise ValueError('The view is not centred on the picture, so its mirror image is another '
+                         'view.')
+    return replace(other_question(processor, sample, _turned(question), _turned(answer)),
+                   pixels=sample.pixels.flip(-1))
 
 def sanity(
     model, processor, # the model under test
@@ -487,18 +534,23 @@ def sanity(
     seed:int=0,       # of weights and bootstrap
 )->list:              # rows with the keys COLUMNS
     "Do random weights destroy the map, does another question move it, does a mirror mirror it?"
-    own = {k: v[:, layers[k]] for k, v in make_maps(model, processor, samples, list(layers)).items()}
+    own = {k: v[:, layers[k]] for k, v in make_maps(model, processor, samples,
+                                                    list(layers)).items()}
     n, grid, out = dict(n_items=len(samples), n_images=len(set(images))), samples[0].grid, []
     def add(method, metric, baseline, values, pictures=images):
         bounds = (0, 1) if metric == 'sanity.question_swap' else (-1, 1)   # hits, or correlations
         got = over_images(values, pictures, seed=seed, bounds=bounds)
-        out.append(dict(model=name, method=method, layer=layers[method], metric=metric, baseline=baseline,
-                        **dict(zip(('value', 'low', 'high'), map(float, got))), n_items=len(values), n_images=len(set(pictures))))
+        out.append(dict(model=name, method=method, layer=layers[method], metric=metric,
+                        baseline=baseline, **dict(zip(('value', 'low', 'high'), map(float, got))),
+                        n_items=len(values), n_images=len(set(pictures))))
     depth = len(language_model(model)[1].layers)
     for k, tower in [(1, False), (depth//2, False), (depth, False), (depth, True)]:
         got = make_maps(randomised(model, k, tower, seed), processor, samples, list(layers))
-        for m in layers: add(m, 'sanity.random_weights', f'{k} of {depth} layers' + (' and tower' if tower else ''), spearman(own[m], got[m][:, layers[m]]))
-    turned = make_maps(model, processor, [mirrored(processor, s, *t) for s, t in zip(samples, texts)], list(layers))
+        for m in layers:
+            add(m, 'sanity.random_weights', f'{k} of {depth} layers'
+                + (' and tower' if tower else ''), spearman(own[m], got[m][:, layers[m]]))
+    turned = make_maps(model, processor, [mirrored(processor, s, *t)
+                                          for s, t in zip(samples, texts)], list(layers))
     for m in layers:
         add(m, 'sanity.mirror', 'turned back', spearman(own[m], turned[m][:, layers[m], :, ::-1]))
         add(m, 'sanity.mirror', 'as it is', spearman(own[m], turned[m][:, layers[m]]))
@@ -508,7 +560,10 @@ def sanity(
     if pairs:
         i, j = np.array(pairs).T
         for m in layers:
-            add(m, 'sanity.question_swap', 'same question', hits(own[m][i], target[i]), [images[k] for k in i])
-            add(m, 'sanity.question_swap', 'other question', hits(own[m][j], target[i]), [images[k] for k in i])
-            add(m, 'sanity.question_swap', 'correlation', spearman(own[m][i], own[m][j]), [images[k] for k in i])
+            add(m, 'sanity.question_swap', 'same question', hits(own[m][i], target[i]),
+                [images[k] for k in i])
+            add(m, 'sanity.question_swap', 'other question', hits(own[m][j], target[i]),
+                [images[k] for k in i])
+            add(m, 'sanity.question_swap', 'correlation', spearman(own[m][i], own[m][j]),
+                [images[k] for k in i])
     return out

@@ -28,7 +28,8 @@ def rate_figure(
             own = [o for o in rows if (o['method'], o['metric'], o['baseline']) == want]
             v, lo, hi = np.array([(o['value'], o['low'], o['high']) for o in own]).T
             x, aside = np.arange(len(v)), .06*(k - (len(labels) - 1)/2)
-            ax.errorbar(x + aside, v, [v - lo, hi - v], marker='os^Dv'[k % 5], capsize=2, label=label)
+            ax.errorbar(x + aside, v, [v - lo, hi - v], marker='os^Dv'[k % 5], capsize=2,
+                        label=label)
         ax.axhline(rate_of(rows, 'random')['value'], color='black', ls=':', label='random cell')
         ax.set(xlabel='layer', xticks=list(x), title=title)
     axes[0, 0].set_ylabel('pointing-game rate')

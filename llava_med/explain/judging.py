@@ -48,7 +48,8 @@ def gate_rows(
         value, low, high = map(float, over_images([o[k] for o in asked], images, seed=seed,
                                                     bounds=(0, 1)))
         about = dict(model=name, method='questions', layer='', metric=f'gates.{k}', baseline='')
-        out.append(dict(about, value=value, low=low, high=high, n_items=len(asked), n_images=len(set(images))))
+        out.append(dict(about, value=value, low=low, high=high, n_items=len(asked),
+                        n_images=len(set(images))))
     return out
 
 # %% ../../nbs/07_explain/06_judging.ipynb #97760332
@@ -69,7 +70,8 @@ def judging_rows(
     about = (model, processor, samples, boxes, images, layers, name)
     kw = dict(maps=maps, seed=seed)
     rows = faithfulness(*about, controls=('random', 'centre', 'box'), **kw)
-    tokens = faithfulness(*about, ('tokens',), controls=('random', 'centre'), curves_of=of_tokens, **kw)
+    tokens = faithfulness(*about, ('tokens',), controls=('random', 'centre'), curves_of=of_tokens,
+                          **kw)
     return rows + [o for o in tokens if '.tokens.' in o['metric']]
 
 def judge(
@@ -90,8 +92,9 @@ def judge(
     layers = validation_layers(model, processor, samples, block=block) if samples else None
     rows, note = gate_rows(asked, name, seed), ''
     if enough: rows += judging_rows(model, processor, passed, layers, name, seed, block=block)
-    else: note = (f'Not measured: {sum(o["passed"] for o in asked)} of {len(asked)} questions pass the gates '
-                  f'of {name}; at least three, about three pictures, must.')
+    else:
+        note = (f'Not measured: {sum(o["passed"] for o in asked)} of {len(asked)} questions pass '
+                'the gates ' f'of {name}; at least three, about three pictures, must.')
     return dict(layers=layers, passed=passed if enough else [], rows=rows, note=note)
 
 # %% ../../nbs/07_explain/06_judging.ipynb #cdef8a50

@@ -37,9 +37,11 @@ def parts_attention(
 )->tuple:           # output of the sdpa kernel, None
     "The sdpa attention, which also keeps its inputs and its output where `parts_wanted` is set."
     kw.pop('output_attentions', None)
-    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
+    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                    **kw)
     if getattr(module, 'parts_wanted', False):
-        module.parts_kept = dict(query=query, key=key, value=value, mask=attention_mask, scaling=scaling, out=out)
+        module.parts_kept = dict(query=query, key=key, value=value, mask=attention_mask,
+                                 scaling=scaling, out=out)
     return out, None
 
 AttentionInterface.register('llava_med_parts', parts_attention)
@@ -73,8 +75,9 @@ def chosen_tokens(
         pick = range(o.n_answer) if tokens is None else np.atleast_1d(tokens).tolist()
         if len(pick) == 0: raise ValueError('No answer token is asked for: nothing to map.')
         for t in pick:
-            if not 0 <= t < o.n_answer: raise ValueError(
-                f'Answer {o.answer!r} has {o.n_answer} tokens, numbered from 0: there is no token {t}.')
+            if not 0 <= t < o.n_answer:
+                raise ValueError(f'Answer {o.answer!r} has {o.n_answer} tokens, numbered from 0: '
+                                 f'there is no token {t}.')
             row[longest - o.n_answer + t] = True
     return out
 
@@ -91,9 +94,11 @@ class Pass:
 # %% ../../nbs/07_explain/02_maps.ipynb #e622bfdc
 def _passes_gradients(query, state):
     "Refuse layers through which no gradient passes; only the way around them would be seen."
-    got = torch.autograd.grad(query.sum(), state, retain_graph=True, allow_unused=True)[0] if query.requires_grad else None
-    if got is None: raise ValueError('No gradient passes through the layers of this model, as with some kinds of '
-                                     'quantisation: use the methods that are no white box.')
+    got = torch.autograd.grad(query.sum(), state, retain_graph=True,
+                              allow_unused=True)[0] if query.requires_grad else None
+    if got is None:
+        raise ValueError('No gradient passes through the layers of this model, as with some kinds '
+                         'of ' 'quantisation: use the methods that are no white box.')
 
 @contextmanager
 def forward(
@@ -111,7 +116,8 @@ def forward(
     n, longest = batch['input_ids'].shape[1], used.shape[1]
     rows = torch.arange(n - 1 - longest, n - 1, device=base.device)
     vectors = image_vectors(base, samples) if vectors is None else vectors
-    with torch.set_grad_enabled(gradients and vectors.requires_grad): x = splice(base, batch['input_ids'], vectors)
+    with torch.set_grad_enabled(gradients and vectors.requires_grad):
+        x = splice(base, batch['input_ids'], vectors)
     if gradients and not x.requires_grad: x.requires_grad_()
     keep = [o.self_attn for o in decoder.layers][0 if parts else -1:]
     with torch.set_grad_enabled(gradients), capture_parts(base, keep, 'text_config') as layers:
@@ -123,7 +129,8 @@ def forward(
         start = torch.zeros(batch['input_ids'].shape, device=base.device)
         start[:, rows] = used.float()
         at = [o.image_at + n - len(o.ids) for o in samples]
-        yield Pass(x, out.hidden_states, [o.parts_kept for o in layers] if parts else [], (logp*used).sum(1), start, at)
+        yield Pass(x, out.hidden_states, [o.parts_kept for o in layers] if parts else [],
+                   (logp*used).sum(1), start, at)
 
 def slopes(
     score:torch.Tensor, # (samples,)
@@ -157,8 +164,10 @@ def walk(
         for lo in range(0, r.shape[1], block):
             hi = min(lo + block, r.shape[1])
             if not r[:, lo:hi].any(): continue
-            a = _weights(part, lo, hi, causal).masked_fill((r[:, lo:hi] == 0)[:, None, :, None], 0)  # padding has no weights
-            if g is not None: a = (a*(g[:, lo:hi].transpose(1, 2).float() @ value.transpose(-1, -2))).clamp(min=0)
+            # padding has no weights
+            a = _weights(part, lo, hi, causal).masked_fill((r[:, lo:hi] == 0)[:, None, :, None], 0)
+            if g is not None:
+                a = (a*(g[:, lo:hi].transpose(1, 2).float() @ value.transpose(-1, -2))).clamp(min=0)
             moved += torch.einsum('bi,bij->bj', r[:, lo:hi], a.mean(1))
         r = r + moved if g is not None else (r + moved)/2
         out.append(r)
@@ -172,12 +181,17 @@ def tower_layers(
     base, _ = language_model(model)
     tower = vision_tower(base)
     inner = getattr(tower, 'vision_model', tower)
-    found = [getattr(getattr(o, 'encoder', o), name, None) for o in (inner, tower) for name in ('layers', 'layer')]
+    found = [getattr(getattr(o, 'encoder', o), name, None) for o in (inner, tower)
+             for name in ('layers', 'layer')]
     layers = next((o for o in found if o is not None), ())
-    attention = [next((a for a in (getattr(o, 'self_attn', None), getattr(getattr(o, 'attention', None), 'attention', None),
-                                   getattr(o, 'attention', None)) if a is not None), None) for o in layers]
-    if not attention or None in attention: raise ValueError(f'{type(tower).__name__} has no layers of self-attention, so '
-        'nothing can be projected back through it: use the token maps, pixel_gradient or occlusion.')
+    attention = [next((a for a in (getattr(o, 'self_attn', None),
+                                   getattr(getattr(o, 'attention', None), 'attention', None),
+                                   getattr(o, 'attention', None)) if a is not None), None)
+                 for o in layers]
+    if not attention or None in attention:
+        raise ValueError(f'{type(tower).__name__} has no layers of self-attention, so '
+                         'nothing can be projected back through it: use the token maps, '
+                         'pixel_gradient or occlusion.')
     reads = base.config.vision_feature_layer
     top = max(o if o >= 0 else len(layers) + 1 + o for o in np.atleast_1d(reads).tolist())
     return attention[:top]
@@ -190,8 +204,10 @@ def tower_parts(
 ):                       # yields (image vectors, parts of each layer, number of tokens before the patches)
     "The tower's pass with its parts, open as long as the block."
     base, _ = language_model(model)
-    pixels = torch.stack([o.pixels for o in samples]).to(base.device, base.dtype).requires_grad_(gradients)
-    with torch.set_grad_enabled(gradients), capture_parts(base, tower_layers(base), 'vision_config') as layers:
+    pixels = torch.stack([o.pixels for o in samples]).to(base.device,
+                                                         base.dtype).requires_grad_(gradients)
+    with (torch.set_grad_enabled(gradients),
+          capture_parts(base, tower_layers(base), 'vision_config') as layers):
         vectors = torch.stack(list(base.get_image_features(pixels).pooler_output))
         parts = [o.parts_kept for o in layers]
         yield vectors, parts, parts[0]['key'].shape[2] - len(samples[0].image_at)
@@ -222,7 +238,8 @@ def infill(
     if kind == 'blur':
         width = max(px.shape[1]/sample.grid[0], px.shape[2]/sample.grid[1])
         return torch.tensor(gaussian_filter(px.float().numpy(), (0, width, width))).to(px.dtype)
-    if kind != 'other': raise ValueError(f'There is no infill {kind!r}; choose one of {", ".join(INFILLS)}.')
+    if kind != 'other':
+        raise ValueError(f'There is no infill {kind!r}; choose one of {", ".join(INFILLS)}.')
     if other is None or other.pixels.shape != px.shape: raise ValueError(
         "The infill 'other' needs the sample of another picture with a view of the same size.")
     return other.pixels.clone()
@@ -234,7 +251,8 @@ def mix_patches(
     patch:int,          # pixels a side
 )->torch.Tensor:        # (variants, 3, height, width)
     "One picture with several choices of patches replaced."
-    mask = torch.as_tensor(np.asarray(gone, bool)).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+    mask = torch.as_tensor(np.asarray(gone, bool)).repeat_interleave(patch,
+                                                            1).repeat_interleave(patch, 2)
     full = torch.zeros(len(gone), *own.shape[1:], dtype=torch.bool)
     full[:, :mask.shape[1], :mask.shape[2]] = mask
     return torch.where(full[:, None], other, own)
@@ -271,9 +289,11 @@ def answer_scores(
     return (scores, torch.cat(best).numpy()) if first else scores
 
 # %% ../../nbs/07_explain/02_maps.ipynb #f5b24167
-MAP_METHODS = Registry('map method')   # name -> function (model, processor, samples, tokens=None) -> maps
+# name -> function (model, processor, samples, tokens=None) -> maps
+MAP_METHODS = Registry('map method')
 METHODS = MAP_METHODS   # maps: a list of (layers, heads, down, across), one for each sample
-METHOD_FACTS = {}    # name -> dict: sees (white, grey or black box), of (tokens or pixels), passes, paper
+# name -> dict: sees (white, grey or black box), of (tokens or pixels), passes, paper
+METHOD_FACTS = {}
 
 def method(
     name:str,   # under which it is offered in MAP_METHODS
@@ -284,8 +304,8 @@ def method(
 ):
     "Register a method of making maps; ValueError where the name or a fact cannot be."
     if sees not in ('white', 'grey', 'black') or of not in ('tokens', 'pixels'):
-        raise ValueError(f"The map method '{name}' sees '{sees}' and is of '{of}': choose white, grey or "
-                         'black, and tokens or pixels.')
+        raise ValueError(f"The map method '{name}' sees '{sees}' and is of '{of}': choose white, "
+                         "grey or " 'black, and tokens or pixels.')
     def add(f):
         def checked(model, processor, samples, tokens=None, **options):
             samples = [samples] if isinstance(samples, Sample) else list(samples)
@@ -293,12 +313,16 @@ def method(
             chosen_tokens(samples, tokens)
             maps = f(model, processor, samples, tokens, **options)
             for s, m in zip(samples, maps):
-                if not np.isfinite(m).all(): raise ValueError(f'The {name} map of the answer {s.answer!r} holds NaN '
-                    'or infinite values: the model gives none for this picture (try float32 weights).')
+                if not np.isfinite(m).all():
+                    raise ValueError(f'The {name} map of the answer {s.answer!r} holds NaN '
+                                     'or infinite values: the model gives none for this picture '
+                                     '(try float32 weights).')
             return maps
         checked.__name__ = name
-        checked.__doc__ = f'{f.__doc__} A {sees} box, about {of}; passes: {passes}. Source: {paper}.'
-        checked.__module__, checked.__qualname__ = f.__module__, f.__qualname__   # another's name is refused
+        checked.__doc__ = (f'{f.__doc__} A {sees} box, about {of}; passes: {passes}. Source: '
+                           f'{paper}.')
+        # another's name is refused
+        checked.__module__, checked.__qualname__ = f.__module__, f.__qualname__
         MAP_METHODS.register(name)(checked)
         METHOD_FACTS[name] = dict(sees=sees, of=of, passes=passes, paper=paper)
         return checked
@@ -320,8 +344,8 @@ def other_question(
     new, kinds = new or [0], _kinds(processor, ids.numpy(), prompt, question)
     at = np.flatnonzero(kinds == TOKEN_KINDS.index('image'))[-len(sample.image_at):]
     kinds = np.concatenate([kinds, np.full(len(new), TOKEN_KINDS.index('answer'))])
-    return replace(sample, ids=torch.cat([ids, torch.tensor(new)]), kinds=kinds, image_at=at, n_answer=len(new),
-                   answer=tok.decode(new), tokens=[tok.decode([o]) for o in new])
+    return replace(sample, ids=torch.cat([ids, torch.tensor(new)]), kinds=kinds, image_at=at,
+                   n_answer=len(new), answer=tok.decode(new), tokens=[tok.decode([o]) for o in new])
 
 def _rows(model, samples, tokens):
     "Attention of the chosen predicting rows, mean over tokens: (layers, heads, down, across) a sample."
@@ -355,9 +379,11 @@ def _attention_gradient(model, processor, samples, tokens=None):
             value = repeat_kv(part['value'].detach(), g.shape[2]//part['value'].shape[1]).float()
             for i, at in enumerate(p.at):
                 rows = p.start[i].nonzero()[:, 0]
-                a = row_weights(part['query'][i:i+1].detach(), part['key'][i:i+1].detach(),
-                                None if part['mask'] is None else part['mask'][i:i+1], rows, part['scaling'])[0]
-                a = (a*(g[i, rows].transpose(0, 1).float() @ value[i].transpose(-1, -2))).clamp(min=0).mean(1)
+                a = row_weights(part['query'][i:i+1].detach(), part['key'][i:i+1].detach(), None
+                                if part['mask'] is None else part['mask'][i:i+1], rows,
+                                part['scaling'])[0]
+                a = (a*(g[i, rows].transpose(0, 1).float()
+                        @ value[i].transpose(-1, -2))).clamp(min=0).mean(1)
                 out[i].append(a[:, at].cpu().numpy())
     return [np.stack(o).reshape(len(o), -1, *s.grid) for o, s in zip(out, samples)]
 
@@ -371,7 +397,8 @@ def _rollout(model, processor, samples, tokens=None):
 def _relevancy(model, processor, samples, tokens=None):
     "Useful attention followed down to each layer's input; sees gradients; one backward pass."
     with forward(model, samples, tokens, parts=True) as p:
-        return _grids(walk(p.start, p.parts, slopes(p.score, [o['out'] for o in p.parts])), samples, p.at)
+        return _grids(walk(p.start, p.parts, slopes(p.score, [o['out'] for o in p.parts])), samples,
+                      p.at)
 
 # %% ../../nbs/07_explain/02_maps.ipynb #a8bae7d1
 @method('gradient', 'white', 'tokens', '1 and backward', 'Simonyan, Vedaldi and Zisserman 2014; times input: Shrikumar et al. 2016')
@@ -391,7 +418,8 @@ def _integrated_gradients(model, processor, samples, tokens=None, steps=32):
     total = torch.zeros_like(own, dtype=torch.float32)
     for t, w in zip((nodes + 1)/2, weights/2):
         vectors = (start + (own - start)*float(t)).detach().requires_grad_()
-        with forward(model, samples, tokens, vectors) as p: total += float(w)*slopes(p.score, [vectors])[0].float()
+        with forward(model, samples, tokens, vectors) as p:
+            total += float(w)*slopes(p.score, [vectors])[0].float()
     values = (total*(own - start).float()).sum(-1)
     n = [len(o.image_at) for o in samples]
     return [v[-k:].cpu().numpy().reshape(1, 1, *s.grid) for v, k, s in zip(values, n, samples)]
@@ -399,7 +427,8 @@ def _integrated_gradients(model, processor, samples, tokens=None, steps=32):
 # %% ../../nbs/07_explain/02_maps.ipynb #faeee73c
 def _answer_ids(samples, tokens):
     "Token ids of the chosen answer tokens, one array a sample."
-    return [o.ids[-o.n_answer:][torch.tensor(u[-o.n_answer:])] for o, u in zip(samples, chosen_tokens(samples, tokens))]
+    return [o.ids[-o.n_answer:][torch.tensor(u[-o.n_answer:])]
+            for o, u in zip(samples, chosen_tokens(samples, tokens))]
 
 @method('logit_lens', 'grey', 'tokens', '1', 'nostalgebraist 2020; Neo et al. 2025')
 def _logit_lens(model, processor, samples, tokens=None):
@@ -410,7 +439,9 @@ def _logit_lens(model, processor, samples, tokens=None):
         for k, h in enumerate(p.states[1:]):
             for i, (at, ids) in enumerate(zip(p.at, _answer_ids(samples, tokens))):
                 v = h[i, at] if k == len(p.states) - 2 else decoder.norm(h[i, at])
-                out[i].append(head(base)(v).float().softmax(-1)[:, ids.to(v.device)].mean(-1).cpu().numpy())
+                out[i].append(head(base)(v).float().softmax(-1)[:,
+                                                            ids.to(v.device)].mean(
+                                                                -1).cpu().numpy())
     return [np.stack(o).reshape(len(o), 1, *s.grid) for o, s in zip(out, samples)]
 
 @method('tam', 'grey', 'tokens', '1', 'Li et al. 2025, Token Activation Map; without its rank filter')
@@ -423,8 +454,10 @@ def _activation(model, processor, samples, tokens=None):
             logits = head(base)(p.states[-1][i, at]).float().clamp(min=0)
             words = s.ids[s.kinds == TOKEN_KINDS.index('question')].unique()
             words = words[~torch.isin(words, ids)]
-            own, rest = logits[:, ids.to(logits.device)].mean(1).cpu().numpy(), logits[:, words.to(logits.device)].cpu().numpy()
-            if rest.shape[1]: own = np.clip(own - rest @ nnls(rest.astype(float), own.astype(float))[0], 0, None)
+            own, rest = (logits[:, ids.to(logits.device)].mean(1).cpu().numpy(),
+                         logits[:, words.to(logits.device)].cpu().numpy())
+            if rest.shape[1]:
+                own = np.clip(own - rest @ nnls(rest.astype(float), own.astype(float))[0], 0, None)
             out.append(own.astype(np.float32).reshape(1, 1, *s.grid))
     return out
 
@@ -434,7 +467,8 @@ def _blocks(grid, block):
     index = (np.arange(grid[0])[:, None]//block)*(-(-grid[1]//block)) + np.arange(grid[1])//block
     return np.stack([index == i for i in range(index.max() + 1)])
 
-def _left_out(losses, masks): return (losses[:, None, None]*masks).sum(0).astype(np.float32)[None, None]
+def _left_out(losses, masks):
+    return (losses[:, None, None]*masks).sum(0).astype(np.float32)[None, None]
 
 def mix_vectors(
     own:torch.Tensor,   # (image tokens, width)
@@ -454,7 +488,9 @@ def _token_occlusion(model, processor, samples, tokens=None, kind='mean', other=
         filled = replace(s, pixels=infill(s, kind, other[i] if other else None))
         own, rest = image_vectors(model, [s, filled])
         masks = _blocks(s.grid, block)
-        got = answer_scores(model, s, vectors=mix_vectors(own, rest, np.concatenate([masks[:1]*False, masks])), tokens=tokens)
+        got = answer_scores(model, s, vectors=mix_vectors(own, rest,
+                                                          np.concatenate([masks[:1]*False, masks])),
+                            tokens=tokens)
         out.append(_left_out(got[0] - got[1:], masks))
     return out
 
@@ -489,10 +525,12 @@ def _pixel_gradient(model, processor, samples, tokens=None):
 @method('relevancy_pixels', 'white', 'pixels', '1 and backward, with the tower', 'Chefer, Gur and Wolf 2021, both parts of the model')
 def _relevancy_pixels(model, processor, samples, tokens=None):
     "Relevancy followed through the language model and then through the vision tower; sees gradients; one backward pass."
-    with tower_parts(model, samples) as (vectors, low, extra), forward(model, samples, tokens, vectors, parts=True) as p:
+    with (tower_parts(model, samples) as (vectors, low, extra),
+          forward(model, samples, tokens, vectors, parts=True) as p):
         g = slopes(p.score, [o['out'] for o in (*low, *p.parts)])
         top = walk(p.start, p.parts, g[len(low):])[0]
-        start = torch.stack([row[torch.as_tensor(at, device=row.device)] for row, at in zip(top, p.at)])
+        start = torch.stack([row[torch.as_tensor(at, device=row.device)]
+                             for row, at in zip(top, p.at)])
         r = walk(torch.nn.functional.pad(start, (extra, 0)), low, g[:len(low)], causal=False)
         at = [np.arange(extra, r.shape[-1])]*len(samples)
         return _grids(r[:1], samples, at)
@@ -506,7 +544,8 @@ def head_shares(
     "Share of each head's attention by kind of token, mean over samples."
     used = chosen_tokens(samples, tokens)
     return np.mean([token_shares(t.rows[:, :, u[-s.n_answer:]].mean(2), s)
-                    for s, t, u in zip(samples, trace(model, samples, gradients=False), used)], axis=0)
+                    for s, t, u in zip(samples, trace(model, samples, gradients=False), used)],
+                   axis=0)
 
 def plot_heads(
     values:np.ndarray,       # (layers, heads), such as one kind's part of `head_shares`
@@ -515,12 +554,16 @@ def plot_heads(
 ):                           # the axes
     "Layers down, heads across, each cell with its number."
     import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(1.2 + .45*values.shape[1], .9 + .35*values.shape[0]))[1]
-    im = ax.imshow(values, cmap='cividis', vmin=0, vmax=max(float(values.max()), 1e-9), aspect='auto')
-    ax.set(xlabel='head', ylabel='layer', xticks=range(values.shape[1]), yticks=range(values.shape[0]))
+    if ax is None:
+        ax = plt.subplots(figsize=(1.2 + .45*values.shape[1], .9 + .35*values.shape[0]))[1]
+    im = ax.imshow(values, cmap='cividis', vmin=0, vmax=max(float(values.max()), 1e-9),
+                   aspect='auto')
+    ax.set(xlabel='head', ylabel='layer', xticks=range(values.shape[1]),
+           yticks=range(values.shape[0]))
     if values.size <= 200:
         for (l, h), v in np.ndenumerate(values):
-            ax.text(h, l, f'{v:.2f}', ha='center', va='center', fontsize=8, color='black' if v > .55*values.max() else 'white')
+            ax.text(h, l, f'{v:.2f}', ha='center', va='center', fontsize=8, color='black' if v
+                    > .55*values.max() else 'white')
     ax.figure.colorbar(im, ax=ax, label=label)
     return ax
 

@@ -63,8 +63,8 @@ def rate_of(
     want = (method, layer, metric, baseline)
     for o in rows:
         if (o['method'], o['layer'], o['metric'], o['baseline']) == want: return o
-    raise ValueError(f'There is no row of {method!r}, layer {layer!r}, {metric}: choose a method and layer '
-                     'that were measured.')
+    raise ValueError(f'There is no row of {method!r}, layer {layer!r}, {metric}: choose a method '
+                     'and layer ' 'that were measured.')
 
 def says(
     row:dict,    # value, low, high
@@ -87,7 +87,8 @@ def control_rates(
     "Rates of maps that ignore the image they are judged on."
     method, layer = best
     own = test[method][:, layer]
-    static, swapped = static_map(val[method][:, layer], len(own)), own[next_partners(images)][:, None]
+    static, swapped = (static_map(val[method][:, layer], len(own)),
+                       own[next_partners(images)][:, None])
     maps = dict(static_map=static, swapped_map=swapped)
     rows = layer_rates(maps, boxes, test['windows'], images, seed)
     return [o for o in rows if o['method'] != 'random']
@@ -152,10 +153,13 @@ def pointing_words(
     text.append(f'Raw attention reaches {reached:.0%} in its best layer ({raw[1]}).')
     text.append(_enough(ratio, on_image, sinks, n_patches))
     static = rate_of(controls, 'static_map', 0)['value']
-    habit = 'most of the rate is a habit' if static > .7*top['value'] else 'the rate is not a habit of these pictures'
+    habit = 'most of the rate is a habit' if static > .7*top[
+        'value'] else 'the rate is not a habit of these pictures'
     text.append(f'A map that ignores the picture hits {static:.0%}, so {habit}.')
-    less = ', clearly less.' if untrained['high'] < top['low'] else ': the rate alone shows no learning.'
-    text.append(f'An untrained model reaches {says(untrained)} by what is conspicuous in the pictures{less}')
+    less = ', clearly less.' if untrained[
+        'high'] < top['low'] else ': the rate alone shows no learning.'
+    text.append(f'An untrained model reaches {says(untrained)} by what is conspicuous in the '
+                f'pictures{less}')
     before, gain = base['value'], top['value'] - base['value']
     text.append(f"The curriculum moved the rate by {gain:+.2f} from the base's {before:.2f}.")
     return ' '.join(text)

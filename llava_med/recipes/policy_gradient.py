@@ -91,8 +91,9 @@ class PolicyGradient(Objective):
         seed:int,     # of the step
     )->list:          # n samples a prompt with group, advantage, reward and equal
         "Draw answers, judge them, and say how much better each is than its group."
-        if any('weights' in s for s in samples): raise ValueError(
-            "The objective 'policy_gradient' weighs answers by their advantage; leave `weights` out.")
+        if any('weights' in s for s in samples):
+            raise ValueError("The objective 'policy_gradient' weighs answers by their advantage; "
+                             "leave `weights` out.")
         items = [self.items[s['item']] for s in samples]
         shown = [[self.images/name for name in o['images']] or None for o in items]
         drawn = sample(model, self.processor, shown, [item_question(o) for o in items], self.n,

@@ -24,14 +24,17 @@ from ..data.vqa import read_items
 from .widgets import Panel, control, image_html, one_sentence
 
 # %% ../../nbs/08_ui/02_panels.ipynb #4d476a75
-KINDS_OF_FILE = {'figures': 'figures.jsonl', 'alignment': 'alignment.json', 'conversations': 'instruct.json',
-                 'questions, train': 'vqa/train.json', 'questions, val': 'vqa/val.json', 'questions, test': 'vqa/test.json'}
+KINDS_OF_FILE = {'figures': 'figures.jsonl', 'alignment': 'alignment.json',
+                 'conversations': 'instruct.json', 'questions, train': 'vqa/train.json',
+                 'questions, val': 'vqa/val.json', 'questions, test': 'vqa/test.json'}
 
 def read_kind(
     path:Path, # one of the files
 )->list:       # records
     "Records of any kind of file of the data preparation."
-    return read_jsonl(path) if path.suffix == '.jsonl' else read_items(path) if path.parent.name == 'vqa' else read_records(path)
+    return read_jsonl(
+        path) if path.suffix == '.jsonl' else read_items(
+            path) if path.parent.name == 'vqa' else read_records(path)
 
 def facets(
     record:dict, # figure, conversation or question
@@ -39,11 +42,17 @@ def facets(
     "What a record shows and what it can be filtered by."
     tags = record.get('tags') or {}
     many = lambda v: [str(x) for x in (v if isinstance(v, list) else [v]) if x]
-    kinds = [k for k, v in (record.get('modalities') or record.get('domain') or {}).items() if v] or many(tags.get('modality'))
+    kinds = [k for k, v in (record.get('modalities') or record.get('domain') or {}).items()
+             if v] or many(tags.get('modality'))
     if 'conversations' in record or 'conversatons' in record:
-        lines, what = [(t['from'], t['value'].replace(IMAGE, '').strip()) for t in turns_of(record)], many(tags.get('question_types'))
-    elif 'question' in record: lines, what = [('question', record['question']), ('answer', str(record['answer']))], many(tags.get('question_type'))
-    else: lines, what = [('caption', record.get('caption') or ''), *(('mention', m['text']) for m in record.get('mentions') or [])], []
+        lines, what = [(t['from'], t['value'].replace(IMAGE, '').strip())
+                       for t in turns_of(record)], many(tags.get('question_types'))
+    elif 'question' in record:
+        lines, what = ([('question', record['question']), ('answer', str(record['answer']))],
+                       many(tags.get('question_type')))
+    else:
+        lines, what = [('caption', record.get('caption') or ''),
+                       *(('mention', m['text']) for m in record.get('mentions') or [])], []
     return dict(modality=kinds, type=list(dict.fromkeys(what)),
                 image=next(iter(images_of(record) or record.get('images') or []), None),
                 lines=lines)
@@ -58,11 +67,16 @@ class Browse(Panel):
         self.images = Path(images) if images else self.folder/'images'
         there = [k for k, f in KINDS_OF_FILE.items() if (self.folder/f).exists()]
         self.kind = control(W.Dropdown, 'Records', 'Which file is read', options=there or ['none'])
-        self.modality = control(W.Dropdown, 'Modality', 'Only records of this modality', options=['all'])
-        self.type = control(W.Dropdown, 'Type', 'Only records with a question of this type', options=['all'])
-        self.words = control(W.Text, 'Contains', 'Only records whose text contains this', continuous_update=False)
-        self.at = control(W.BoundedIntText, 'Number', 'Which of the records that are left', min=1, max=1)
-        self.before, self.after = control(W.Button, 'Previous', 'One record back'), control(W.Button, 'Next', 'One record on')
+        self.modality = control(W.Dropdown, 'Modality', 'Only records of this modality',
+                                options=['all'])
+        self.type = control(W.Dropdown, 'Type', 'Only records with a question of this type',
+                            options=['all'])
+        self.words = control(W.Text, 'Contains', 'Only records whose text contains this',
+                             continuous_update=False)
+        self.at = control(W.BoundedIntText, 'Number', 'Which of the records that are left', min=1,
+                          max=1)
+        self.before, self.after = (control(W.Button, 'Previous', 'One record back'),
+                                   control(W.Button, 'Next', 'One record on'))
         self.count, self.view = W.HTML(), W.HTML()
         super().__init__(W.HBox([self.kind, self.words]), W.HBox([self.modality, self.type]),
                          W.HBox([self.at, self.before, self.after, self.count]), self.view)
@@ -72,22 +86,32 @@ class Browse(Panel):
         self.before.on_click(lambda b: self.step(-1))
         self.after.on_click(lambda b: self.step(1))
         if there: self.choose()
-        else: self.say(f'{self.folder} holds none of {", ".join(KINDS_OF_FILE.values())}: name the folder 1_data_prep of a run.', problem=True)
+        else:
+            self.say(f'{self.folder} holds none of {", ".join(KINDS_OF_FILE.values())}: name the '
+                     'folder 1_data_prep of a run.', problem=True)
     def choose(self)->None:
         "Read the chosen file."
         with self.careful():
             kind = self.kind.value
-            if kind not in self.read: self.read[kind] = [(facets(r), r) for r in read_kind(self.folder/KINDS_OF_FILE[kind])]
+            if kind not in self.read:
+                self.read[kind] = [(facets(r), r)
+                                   for r in read_kind(self.folder/KINDS_OF_FILE[kind])]
             self.records, self.quiet = self.read[kind], True
             for name in ('modality', 'type'):
-                getattr(self, name).options = ['all', *sorted({x for f, _ in self.records for x in f[name]})]
+                getattr(self, name).options = ['all',
+                                               *sorted({x for f, _ in self.records
+                                                        for x in f[name]})]
             self.quiet = False
             self.filter()
     def filter(self)->int: # how many are left
         "Keep the records that fit."
         if self.quiet: return len(self.chosen)
-        want, words = {k: getattr(self, k).value for k in ('modality', 'type')}, self.words.value.strip().lower()
-        fits = lambda f: all(v in ('all', None) or v in f[k] for k, v in want.items()) and (not words or any(words in t.lower() for _, t in f['lines']))
+        want, words = ({k: getattr(self, k).value for k in ('modality', 'type')},
+                       self.words.value.strip().lower())
+        fits = lambda f: all(v in ('all', None) or v in f[k]
+                             for k, v in want.items()) and (not words
+                                                            or any(words in t.lower()
+                                                            for _, t in f['lines']))
         self.chosen = [o for o in self.records if fits(o[0])]
         self.at.max, self.at.value = max(1, len(self.chosen)), 1
         self._draw()
@@ -101,9 +125,11 @@ class Browse(Panel):
         "The record's picture, or None and why there is none."
         f = self.chosen[self.at.value - 1][0]
         try: return open_image(self.images/f['image']), ''
-        except (ImageError, TypeError): return None, f'The picture {f["image"]} is not in {self.images.name}/.'
+        except (ImageError, TypeError):
+            return None, f'The picture {f["image"]} is not in {self.images.name}/.'
     def _draw(self):
-        self.count.value = f'<span role="status">{len(self.chosen):,} of {len(self.records):,} records fit</span>'
+        self.count.value = (f'<span role="status">{len(self.chosen):,} of {len(self.records):,} '
+                            'records fit</span>')
         if not self.chosen: self.view.value = '<p>No record fits; take a filter away.</p>'; return
         (f, r), (image, why) = self.chosen[self.at.value - 1], self.picture()
         lines = ''.join(f'<p><b>{escape(k)}</b><br>{escape(t)}</p>' for k, t in f['lines'])
@@ -119,7 +145,9 @@ class Browse(Panel):
             if self.chosen:
                 image, why = self.picture()
                 a.imshow(image) if image else a.text(.5, .5, 'no picture', ha='center')
-                b.text(0, 1, '\n'.join(f'{k}: {t}' for k, t in self.chosen[self.at.value - 1][0]['lines'])[:900], va='top', wrap=True)
+                b.text(0, 1, '\n'.join(f'{k}: {t}' for k, t in self.chosen[self.at.value
+                                                            - 1][0]['lines'])[:900], va='top',
+                       wrap=True)
             fig.suptitle(f'{len(self.chosen)} of {len(self.records)} records fit', fontsize=12)
         return fig
 
@@ -131,7 +159,8 @@ def logged_answers(
     "Answers from a prediction log, by model."
     out = {}
     for r in read_jsonl(path):
-        if r['condition'] == condition and not r.get('error'): out.setdefault(r['model'], {})[r['item']] = r['text']
+        if r['condition'] == condition and not r.get('error'):
+            out.setdefault(r['model'], {})[r['item']] = r['text']
     return out
 
 def mark_lines(
@@ -142,9 +171,12 @@ def mark_lines(
 )->list:           # one line for each other model
     "Marks of one question in the form that `judge_rows` reads."
     tags = item.get('tags') or {}
-    head = dict(item=item['id'], image=next(iter(item.get('images') or []), ''), question=item['question'], type=tags.get('question_type', ''),
-                domain={tags['modality']: True} if tags.get('modality') in DOMAINS else {}, reference=reference)
-    return [dict(head, model=m, result=f'{marks[reference]} {v}', **more) for m, v in marks.items() if m != reference]
+    head = dict(item=item['id'], image=next(iter(item.get('images') or []), ''),
+                question=item['question'], type=tags.get('question_type', ''),
+                domain={tags['modality']: True} if tags.get('modality') in DOMAINS else {},
+                reference=reference)
+    return [dict(head, model=m, result=f'{marks[reference]} {v}', **more) for m, v in marks.items()
+            if m != reference]
 
 class Compare(Panel):
     "Answers of several models to one question: open, or blind and marked by a person."
@@ -162,12 +194,17 @@ class Compare(Panel):
         self.marks_fn, self.rows, self.marks = Path(marks_fn) if marks_fn else None, [], []
         both = [o for o in items if all(o['id'] in a for a in self.answers.values())]
         self.items = [both[i] for i in np.random.default_rng(seed).permutation(len(both))]
-        self.at = control(W.BoundedIntText, 'Question', 'Which of the questions', min=1, max=max(1, len(self.items)))
-        self.before, self.after = control(W.Button, 'Previous', 'One question back'), control(W.Button, 'Next', 'One question on')
-        self.go = control(W.Button, 'Save and go on', 'Write the marks into the file', button_style='primary')
-        self.key = control(W.Checkbox, 'Show the right answer', 'The answer key of the data set', value=True, indent=False)
+        self.at = control(W.BoundedIntText, 'Question', 'Which of the questions', min=1,
+                          max=max(1, len(self.items)))
+        self.before, self.after = (control(W.Button, 'Previous', 'One question back'),
+                                   control(W.Button, 'Next', 'One question on'))
+        self.go = control(W.Button, 'Save and go on', 'Write the marks into the file',
+                          button_style='primary')
+        self.key = control(W.Checkbox, 'Show the right answer', 'The answer key of the data set',
+                           value=True, indent=False)
         self.view, self.form, self.count = W.HTML(), W.VBox(), W.HTML()
-        super().__init__(W.HBox([self.at, self.before, self.after, self.count]), self.key, W.HBox([self.view, self.form]), *([self.go] if marks_fn else []))
+        super().__init__(W.HBox([self.at, self.before, self.after, self.count]), self.key,
+                         W.HBox([self.view, self.form]), *([self.go] if marks_fn else []))
         for o in (self.at, self.key): o.observe(lambda c: self._draw(), 'value')
         self.before.on_click(lambda b: self.step(-1))
         self.after.on_click(lambda b: self.step(1))
@@ -179,20 +216,28 @@ class Compare(Panel):
             self.usable = True
         self.go.disabled = not getattr(self, 'usable', False)
     def _resume(self):
-        if not self.items: raise ValueError(f'None of the {len(self.names)} models answered any of these questions: check the ids of the items.')
-        if self.reference not in self.names: raise ValueError(f'The reference {self.reference!r} is none of {", ".join(self.names)}.')
+        if not self.items:
+            raise ValueError(f'None of the {len(self.names)} models answered any of these '
+                             'questions: check the ids of the items.')
+        if self.reference not in self.names:
+            raise ValueError(f'The reference {self.reference!r} is none of '
+                             f'{", ".join(self.names)}.')
         if not self.marks_fn or not self.marks_fn.exists(): return
         rows = read_jsonl(self.marks_fn)
         if any((r.get('seed'), r.get('reference')) != (self.seed, self.reference) or r.get('model') not in self.names for r in rows):
-            raise ValueError(f'{self.marks_fn} was begun with another seed, reference or other models: go on with those, or name another file.')
+            raise ValueError(f'{self.marks_fn} was begun with another seed, reference or other '
+                             'models: go on with those, or name another file.')
         self.rows, done = rows, {r['item'] for r in rows}
-        self.at.value = next((i for i, o in enumerate(self.items, 1) if o['id'] not in done), len(self.items))
+        self.at.value = next((i for i, o in enumerate(self.items, 1) if o['id'] not in done),
+                             len(self.items))
     def letters(self)->dict: # letter → names of the models that gave this answer
         "Who hides behind which letter, at this question."
         item, texts = self.items[self.at.value - 1], {}
         for m in self.names: texts.setdefault(self.answers[m][item['id']].strip(), []).append(m)
         groups = list(texts.values())
-        order = np.random.default_rng((self.seed, self.at.value)).permutation(len(groups)) if self.marks_fn else range(len(groups))
+        order = np.random.default_rng((self.seed,
+                                       self.at.value)).permutation(
+                                           len(groups)) if self.marks_fn else range(len(groups))
         return {string.ascii_uppercase[k]: groups[i] for k, i in enumerate(order)}
     def step(self,
         by:int, # how many questions on
@@ -203,14 +248,21 @@ class Compare(Panel):
         item = self.items[self.at.value - 1]
         said = {k: (v, self.answers[v[0]][item['id']]) for k, v in self.letters().items()}
         try: shown = image_html(open_image(self.images/item['images'][0]), item['question'])
-        except (ImageError, IndexError): shown = f'<p>The picture is not in {escape(self.images.name)}/.</p><p>{escape(item["question"])}</p>'
-        self.view.value = shown + (f'<p>Right answer: <b>{escape(str(item["answer"]))}</b></p>' if self.key.value else '')
+        except (ImageError, IndexError):
+            shown = ('<p>The picture is not in '
+                     f'{escape(self.images.name)}/.</p><p>{escape(item["question"])}</p>')
+        self.view.value = shown + (f'<p>Right answer: <b>{escape(str(item["answer"]))}</b></p>'
+                                   if self.key.value else '')
         given = {r['model']: r['result'].split()[1] for r in self.rows if r['item'] == item['id']}
-        given |= {r['reference']: r['result'].split()[0] for r in self.rows if r['item'] == item['id']}
-        self.marks = [control(W.Dropdown, f'Answer {k}', 'From 1 (useless) to 10 (perfect)', options=['', *map(str, range(1, 11))],
-                              value=given.get(v[0], '')) for k, (v, _) in said.items()] if self.marks_fn else []
-        texts = [W.HTML(f'<p><b>{f"Answer {k}" if self.marks_fn else ", ".join(v)}</b>: {escape(t) or "(no words)"}</p>') for k, (v, t) in said.items()]
-        self.form.children = [w for pair in zip(texts, self.marks) for w in pair] if self.marks else texts
+        given |= {r['reference']: r['result'].split()[0] for r in self.rows if r['item']
+                  == item['id']}
+        self.marks = [control(W.Dropdown, f'Answer {k}', 'From 1 (useless) to 10 (perfect)',
+                              options=['', *map(str, range(1, 11))], value=given.get(v[0], ''))
+                      for k, (v, _) in said.items()] if self.marks_fn else []
+        texts = [W.HTML(f'<p><b>{f"Answer {k}" if self.marks_fn else ", ".join(v)}</b>: '
+                        f'{escape(t) or "(no words)"}</p>') for k, (v, t) in said.items()]
+        self.form.children = [w for pair in zip(texts, self.marks)
+                              for w in pair] if self.marks else texts
         done = f', {len({r["item"] for r in self.rows})} marked' if self.marks_fn else ''
         self.count.value = f'<span role="status">of {len(self.items)}{done}</span>'
     def save(self)->bool: # whether the marks are in the file
@@ -218,10 +270,14 @@ class Compare(Panel):
         with self.careful(self.go):
             item, given = self.items[self.at.value - 1], {}
             for box, models in zip(self.marks, self.letters().values()):
-                if not box.value: raise ValueError(f'{box.description} has no mark yet: give each a number from 1 to 10.')
+                if not box.value:
+                    raise ValueError(f'{box.description} has no mark yet: give each a number from '
+                                     '1 to 10.')
                 given |= {m: int(box.value) for m in models}
             given = {m: given[m] for m in self.names}
-            rows = [r for r in self.rows if r['item'] != item['id']] + mark_lines(item, given, self.reference, seed=self.seed, rater=self.rater, marked=now())
+            rows = [r for r in self.rows if r['item'] != item['id']] + mark_lines(item, given,
+                                                            self.reference, seed=self.seed,
+                                                            rater=self.rater, marked=now())
             write_jsonl(self.marks_fn, rows)
             self.rows = rows
             last = self.at.value == self.at.max
@@ -238,9 +294,12 @@ class Compare(Panel):
             fig, (a, b) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(1, 1.7))
             for ax in (a, b): ax.axis('off')
             with suppress(ImageError): a.imshow(open_image(self.images/item['images'][0]))
-            lines = [f'{f"Answer {k}" if self.marks_fn else ", ".join(v)}: {self.answers[v[0]][item["id"]]}' for k, v in self.letters().items()]
-            b.text(0, 1, '\n'.join([item['question'], f'(right: {item["answer"]})'*self.key.value, '', *lines])[:900], va='top', wrap=True)
-            fig.suptitle('Whose answer is whose?' if self.marks_fn else 'The same question to all', fontsize=12)
+            lines = [f'{f"Answer {k}" if self.marks_fn else ", ".join(v)}: '
+                     f'{self.answers[v[0]][item["id"]]}' for k, v in self.letters().items()]
+            b.text(0, 1, '\n'.join([item['question'], f'(right: {item["answer"]})'*self.key.value,
+                                    '', *lines])[:900], va='top', wrap=True)
+            fig.suptitle('Whose answer is whose?' if self.marks_fn else 'The same question to all',
+                         fontsize=12)
         return fig
 
 # %% ../../nbs/08_ui/02_panels.ipynb #89b52e39
@@ -249,10 +308,13 @@ def rows_of_losses(
 )->list:         # rows with step and loss
     "The losses of a step so far, from whatever is there."
     if (folder/'losses.csv').exists():
-        with open(folder/'losses.csv', newline='', encoding='utf-8') as f: return [dict(step=int(r['step']), loss=float(r['loss'])) for r in csv.DictReader(f)]
+        with open(folder/'losses.csv', newline='', encoding='utf-8') as f:
+            return [dict(step=int(r['step']), loss=float(r['loss'])) for r in csv.DictReader(f)]
     rows = []
     for place in ('.checkpoint', '..checkpoint.old'):
-        with suppress(OSError, ValueError, KeyError): rows = rows or [dict(step=r['step'], loss=r['loss']) for r in read_json(folder/place/'progress.json')['rows']]
+        with suppress(OSError, ValueError, KeyError):
+            rows = rows or [dict(step=r['step'], loss=r['loss'])
+                            for r in read_json(folder/place/'progress.json')['rows']]
     last = rows[-1]['step'] if rows else -1
     found = (re.match(r'step (\d+)[^:]*: loss ([\d.]+)', x) for x in printed_lines(folder))
     return rows + [dict(step=int(m[1]), loss=float(m[2])) for m in found if m and int(m[1]) > last]
@@ -261,11 +323,14 @@ def printed_lines(
     folder:Path, # of a step
 )->list:         # lines
     "What the notebook of a step printed so far."
-    files = sorted(folder.glob('*.partial-*.ipynb'), key=lambda p: p.stat().st_mtime) or [folder/f'{folder.name}.ipynb']
+    files = sorted(folder.glob('*.partial-*.ipynb'),
+                   key=lambda p: p.stat().st_mtime) or [folder/f'{folder.name}.ipynb']
     try: cells = json.loads(files[-1].read_text(encoding='utf-8'))['cells']
     except (OSError, ValueError, KeyError): return []   # it is being written
-    streams = [o['text'] for c in cells for o in c.get('outputs', []) if o.get('output_type') == 'stream' and o.get('name') == 'stdout']
-    return [x for t in streams for x in (t if isinstance(t, str) else ''.join(t)).splitlines() if x.strip()]
+    streams = [o['text'] for c in cells for o in c.get('outputs', []) if o.get('output_type')
+               == 'stream' and o.get('name') == 'stdout']
+    return [x for t in streams for x in (t if isinstance(t, str) else ''.join(t)).splitlines()
+            if x.strip()]
 
 def held(
     folder:Path, # of a run or of a step
@@ -279,19 +344,28 @@ def run_state(
     folder:Path, # of a run
 )->dict:         # steps: name → state, losses: name → rows, lines, running, sentence
     "How far a run is, from its folder."
-    if not (folder/'run.json').exists(): raise FileNotFoundError(
-        f'There is no run in {folder}: it holds no run.json. Start one with `llava-med run PRESET --name {folder.name}`, or check the name.')
+    if not (folder/'run.json').exists():
+        raise FileNotFoundError(f'There is no run in {folder}: it holds no run.json. Start one '
+                                f'with `llava-med run PRESET --name {folder.name}`, or check the '
+                                'name.')
     parts = read_json(folder/'run.json')['steps']
     steps = {k: v.get('state', 'done') for k, v in sorted(parts.items())}
     now_at = [k for k, v in steps.items() if v == 'running']
     alive = held(folder) or any(held(folder/k) for k in now_at)
-    failed = [f'{k} {v}: {parts[k].get("error") or "no reason is noted"}' for k, v in steps.items() if v in ('failed', 'interrupted')]
+    failed = [f'{k} {v}: {parts[k].get("error") or "no reason is noted"}' for k, v in steps.items()
+              if v in ('failed', 'interrupted')]
     if alive: sentence = f'{now_at[0]} is running.' if now_at else 'Between two steps.'
-    elif now_at: sentence = f'{now_at[0]} was running, but its process is gone: start the same command again to go on.'
-    else: sentence = ' '.join(failed) or f'The run has ended; {sum(v == "done" for v in steps.values())} steps are done.'
+    elif now_at:
+        sentence = (f'{now_at[0]} was running, but its process is gone: start the same command '
+                    'again to go on.')
+    else:
+        sentence = (' '.join(failed) or 'The run has ended; '
+                                        f'{sum(v == "done" for v in steps.values())} steps are '
+                                        'done.')
     losses = {k: rows_of_losses(folder/k) for k in steps}
     lines = [x for k in (now_at or list(steps))[-1:] for x in printed_lines(folder/k)[-6:]]
-    return dict(steps=steps, losses={k: v for k, v in losses.items() if v}, lines=lines, running=alive, sentence=sentence)
+    return dict(steps=steps, losses={k: v for k, v in losses.items() if v}, lines=lines,
+                running=alive, sentence=sentence)
 
 def batch_state(
     folder:Path, # of a batch
@@ -299,18 +373,26 @@ def batch_state(
     "How far a batch of runs is, from its folder."
     p = read_json(folder/'progress.json')
     if not isinstance(p, dict) or not {'state', 'host', 'pid', 'runs', 'steps', 'running', 'failures'} <= p.keys():
-        raise ValueError(f"{folder/'progress.json'} is damaged: the same `llava-med batch` writes it anew.")
-    alive = p['state'] == 'running' and (p['host'] != socket.gethostname() or psutil.pid_exists(p['pid']))
-    steps = {f"{r['run']}: {r['step']}": f"running, {clock(r['seconds'])}" + (f", {r['memory_mib']} MiB" if r.get('memory_mib') else '') for r in p['running'] if alive}
+        raise ValueError(f"{folder/'progress.json'} is damaged: the same `llava-med batch` writes "
+                         "it anew.")
+    alive = p['state'] == 'running' and (p['host'] != socket.gethostname()
+                                         or psutil.pid_exists(p['pid']))
+    steps = {f"{r['run']}: {r['step']}": f"running, {clock(r['seconds'])}"
+             + (f", {r['memory_mib']} MiB" if r.get('memory_mib') else '') for r in p['running']
+             if alive}
     steps |= {f"{f['run']}: {f['step']}": f"failed: {f['error']}" for f in p['failures']}
-    words = f"{p['runs']['done']} of {p['runs']['total']} runs are complete, {p['steps']['done']} of {p['steps']['total']} steps are done"
+    words = (f"{p['runs']['done']} of {p['runs']['total']} runs are complete, "
+             f"{p['steps']['done']} of {p['steps']['total']} steps are done")
     if alive: sentence = f"{words}. About {clock(p['left_s'])} left."
-    elif p['state'] == 'running': sentence = f'{words}, but the process of the batch is gone: start the same command again to go on.'
+    elif p['state'] == 'running':
+        sentence = (f'{words}, but the process of the batch is gone: start the same command again '
+                    'to go on.')
     else: sentence = f"{words}; the batch has ended ({p['state']})."
     losses = {r['run']: rows_of_losses(folder/r['run']/r['step']) for r in p['running'] if alive}
     log = folder/'batch.log'
     lines = log.read_text(encoding='utf-8').splitlines()[-6:] if log.exists() else []
-    return dict(steps=steps, losses={k: v for k, v in losses.items() if v}, lines=lines, running=alive, sentence=sentence)
+    return dict(steps=steps, losses={k: v for k, v in losses.items() if v}, lines=lines,
+                running=alive, sentence=sentence)
 
 def loss_curves(
     losses:dict, # step → rows with step and loss
@@ -323,10 +405,13 @@ def loss_curves(
         x, y = [r['step'] for r in rows], np.array([r['loss'] for r in rows])
         n = max(1, min(20, len(y)//5))
         ax.plot(x, y, alpha=.25, color=colour)
-        ax.plot(x[n - 1:], np.convolve(y, np.ones(n)/n, 'valid'), color=colour, lw=2, marker='o' if len(y) < 8 else '', label=f'{name}: now {y[-n:].mean():.3f}')
+        ax.plot(x[n - 1:], np.convolve(y, np.ones(n)/n, 'valid'), color=colour, lw=2, marker='o'
+                if len(y) < 8 else '', label=f'{name}: now {y[-n:].mean():.3f}')
     if losses: ax.legend(frameon=False)
     ax.set(xlabel='step', ylabel='loss per scored token')
-    ax.set_title('No losses yet' if not losses else f'{list(losses)[-1]}: {sum(map(len, losses.values()))} losses so far', loc='left', fontsize=12)
+    ax.set_title('No losses yet' if not losses else f'{list(losses)[-1]}: '
+                                                    f'{sum(map(len, losses.values()))} losses so '
+                                                    'far', loc='left', fontsize=12)
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
@@ -338,7 +423,9 @@ class Watch(Panel):
         start:bool=True, # begin to watch at once
     ):
         self.run, self.every, self.state, self.thread, self.ended = run, every, None, None, threading.Event()
-        self.on = control(W.Checkbox, 'Refresh by itself', 'Looks again every few seconds until the run has ended', value=start, indent=False)
+        self.on = control(W.Checkbox, 'Refresh by itself', 'Looks again every few seconds until '
+                                                           'the run has ended', value=start,
+                          indent=False)
         self.go = control(W.Button, 'Look now', 'Read the folder once')
         self.head, self.view, self.lines = W.HTML(), W.HTML(), W.HTML()
         super().__init__(W.HBox([self.go, self.on]), self.head, self.view, self.lines)
@@ -347,18 +434,24 @@ class Watch(Panel):
         self.start() if start else self.look()
     def look(self)->bool: # whether there will be more to see
         "Read the folder once and draw what is there."
-        try: state = (batch_state if (run_dir(self.run)/'progress.json').exists() else run_state)(run_dir(self.run))
+        try:
+            state = (batch_state if (run_dir(self.run)/'progress.json').exists()
+                     else run_state)(run_dir(self.run))
         except Exception as e:
             self.say(one_sentence(e), problem=True)
-            return isinstance(e, (ValueError, OSError)) and self.state is not None   # a file that is just being written, or renamed
+            # a file that is just being written, or renamed
+            return isinstance(e, (ValueError, OSError)) and self.state is not None
         self.say(state['sentence'])
         if state != self.state:
             self.state = state
-            rows = ''.join(f'<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>' for k, v in state['steps'].items())
-            self.head.value = f'<table><tr><th scope="col">step</th><th scope="col">state</th></tr>{rows}</table>'
+            rows = ''.join(f'<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>'
+                           for k, v in state['steps'].items())
+            self.head.value = ('<table><tr><th scope="col">step</th><th '
+                               f'scope="col">state</th></tr>{rows}</table>')
             self.lines.value = f'<pre>{escape(chr(10).join(state["lines"]))}</pre>'
             kind, data = figure_bytes(loss_curves(state['losses']), limit=0)
-            last = '; '.join(f'{k}: {len(v)} losses, the last {v[-1]["loss"]:.3f}' for k, v in state['losses'].items()) or 'no losses yet'
+            last = '; '.join(f'{k}: {len(v)} losses, the last {v[-1]["loss"]:.3f}'
+                             for k, v in state['losses'].items()) or 'no losses yet'
             self.view.value = f'<figure style="margin:0"><img alt="{escape(last)}" src="data:{kind};base64,{base64.b64encode(data).decode()}"><figcaption>{escape(last)}</figcaption></figure>'
         return state['running']
     def start(self)->None:

@@ -39,8 +39,10 @@ def control(
     **kw,      # further traits
 ):             # the widget
     "A control with a label and a tooltip."
-    if kind in (W.Button, W.FileUpload): return kind(description=label, tooltip=tip, layout=W.Layout(width='auto'), **kw)
-    return kind(description=label, tooltip=tip, style={'description_width': '6.5em'}, **({'layout': W.Layout(width='26em')} | kw))
+    if kind in (W.Button, W.FileUpload):
+        return kind(description=label, tooltip=tip, layout=W.Layout(width='auto'), **kw)
+    return kind(description=label, tooltip=tip, style={'description_width': '6.5em'},
+                **({'layout': W.Layout(width='26em')} | kw))
 
 def image_html(
     image,        # a PIL image
@@ -50,7 +52,8 @@ def image_html(
     "A picture with its alternative text, and the same text beneath."
     scale, buf = side/max(image.size), io.BytesIO()
     w, h = (max(1, round(o*scale)) for o in image.size)
-    (image.convert('RGB').resize((w, h)) if scale < 1 else image.convert('RGB')).save(buf, 'JPEG', quality=88)
+    (image.convert('RGB').resize((w, h)) if scale < 1 else image.convert('RGB')).save(buf, 'JPEG',
+                                                            quality=88)
     return (f'<figure style="margin:0"><img alt="{escape(alt)}" width="{w}" height="{h}" src="data:image/jpeg;base64,'
             f'{base64.b64encode(buf.getvalue()).decode()}"><figcaption>{escape(alt)}</figcaption></figure>')
 
@@ -58,8 +61,11 @@ def one_sentence(
     e:Exception, # what went wrong
 )->str:
     "An error without its traceback."
-    text = ' '.join(str(e.args[0] if isinstance(e, KeyError) and e.args else e).split()) or type(e).__name__
-    return text if isinstance(e, (ValueError, OSError, RuntimeError)) else f'{type(e).__name__}: {text}'
+    text = ' '.join(str(e.args[0] if isinstance(e, KeyError) and e.args
+                        else e).split()) or type(e).__name__
+    return text if isinstance(e,
+                              (ValueError, OSError,
+                               RuntimeError)) else f'{type(e).__name__}: {text}'
 
 # %% ../../nbs/08_ui/01_widgets.ipynb #9f6bbfa0
 class Panel(W.VBox):
@@ -74,7 +80,9 @@ class Panel(W.VBox):
         problem:bool=False, # whether something went wrong
     )->None:
         "Show a sentence below the controls; a problem is announced."
-        if problem: text = f'<div role="alert" style="border-left:4px solid #D55E00;padding-left:.5em"><b>Not done.</b> {escape(text)}</div>'
+        if problem:
+            text = ('<div role="alert" style="border-left:4px solid '
+                    f'#D55E00;padding-left:.5em"><b>Not done.</b> {escape(text)}</div>')
         elif text: text = f'<div role="status">{escape(text)}</div>'
         self.note.value = text
     @contextmanager
@@ -104,9 +112,12 @@ def burned_in(
 )->str:         # a sentence
     "What a DICOM header says about text in the picture."
     import pydicom
-    try: said = str(pydicom.dcmread(io.BytesIO(data), force=True, stop_before_pixels=True).get('BurnedInAnnotation') or '').upper()
+    try:
+        said = str(pydicom.dcmread(io.BytesIO(data), force=True,
+                                   stop_before_pixels=True).get('BurnedInAnnotation') or '').upper()
     except Exception: said = ''
-    known = {'YES': 'This DICOM file says that text is burned into its picture', 'NO': 'This DICOM file says that no text is burned into its picture'}
+    known = {'YES': 'This DICOM file says that text is burned into its picture',
+             'NO': 'This DICOM file says that no text is burned into its picture'}
     return (known.get(said, 'This DICOM file does not say whether text is burned into its picture')
             + ': look for names, dates and numbers yourself before anyone else sees the screen.')
 
@@ -145,7 +156,9 @@ def stream_answer(
     x = model_inputs(processor, [chat(processor, turns)], [[image]]).to(model.device, model.dtype)
     streamer, failed = _Said(tok, end_ids(model, tok)), []
     def work():
-        try: model.generate(**x, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=tok.pad_token_id)
+        try:
+            model.generate(**x, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False,
+                           num_beams=1, pad_token_id=tok.pad_token_id)
         except Exception as e: failed.append(e); streamer.end()
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -197,22 +210,32 @@ class Chat(Panel):
         self.models, self.pictures = dict(models), dict(pictures or {})
         self.prompts = {k: Prompting(k, v) for k, v in (prompts or {'plain': '{question}'}).items()}
         self.preview, self.shown, self.turns, self.talk, self.waiting = shows_bars() if preview is None else preview, None, [], [], False
-        self.picture = control(W.Dropdown, 'Picture', 'A picture to talk about', options=[*self.pictures, *([] if self.pictures else ['none'])])
-        self.upload = control(W.FileUpload, 'Your own picture', 'PNG, JPEG or DICOM; it stays in memory and is not saved', accept='.png,.jpg,.jpeg,.dcm,.dicom')
+        self.picture = control(W.Dropdown, 'Picture', 'A picture to talk about',
+                               options=[*self.pictures, *([] if self.pictures else ['none'])])
+        self.upload = control(W.FileUpload, 'Your own picture', 'PNG, JPEG or DICOM; it stays in '
+                                                                'memory and is not saved',
+                              accept='.png,.jpg,.jpeg,.dcm,.dicom')
         self.forget = control(W.Button, 'Forget it', 'Remove the picture and the talk')
         self.model = control(W.Dropdown, 'Model', 'Who answers', options=list(self.models))
-        self.prompt = control(W.Dropdown, 'Prompt', 'How the question is put', options=list(self.prompts))
-        self.consent = control(W.Checkbox, 'Yes, send this picture', 'The picture leaves this machine', indent=False)
-        self.question = control(W.Text, 'Question', 'Type a question and press Enter', placeholder='is there a nodule?', continuous_update=False)
-        self.go = control(W.Button, 'Ask', 'Ask the model (Enter does it, too)', button_style='primary')
+        self.prompt = control(W.Dropdown, 'Prompt', 'How the question is put',
+                              options=list(self.prompts))
+        self.consent = control(W.Checkbox, 'Yes, send this picture',
+                               'The picture leaves this machine', indent=False)
+        self.question = control(W.Text, 'Question', 'Type a question and press Enter',
+                                placeholder='is there a nodule?', continuous_update=False)
+        self.go = control(W.Button, 'Ask', 'Ask the model (Enter does it, too)',
+                          button_style='primary')
         self.fresh = control(W.Button, 'New talk', 'Begin anew with the same picture')
         self.view, self.said = W.HTML(), W.HTML()
         side = W.VBox([self.picture, W.HBox([self.upload, self.forget]), self.view])
-        super().__init__(W.HBox([side, W.VBox([self.model, self.prompt, self.consent, W.HBox([self.question, self.go, self.fresh]), self.said])]))
+        super().__init__(W.HBox([side, W.VBox([self.model, self.prompt, self.consent,
+                                               W.HBox([self.question, self.go, self.fresh]),
+                                               self.said])]))
         self.picture.observe(lambda c: self.pick(c['new']), 'value')
         self.upload.observe(self._uploaded, 'value')
         self.model.observe(lambda c: self._guard(), 'value')
-        self.question.on_msg(lambda w, msg, b: self._entered() if msg.get('event') == 'submit' else None)
+        self.question.on_msg(lambda w, msg, b: self._entered() if msg.get('event') == 'submit'
+                             else None)
         self.question.observe(lambda c: self._ready(), 'value')
         self.go.on_click(lambda b: self.ask())
         self.fresh.on_click(lambda b: self.restart())
@@ -253,7 +276,8 @@ class Chat(Panel):
         "Forget the picture and the talk."
         self.shown, self.turns, self.talk, self.view.value = None, [], [], ''
         self._guard(); self._draw(); self.say('Forgotten. Choose another picture.')
-    def _entered(self):   # the browser says that Enter was pressed before it sends the last of the text
+    # the browser says that Enter was pressed before it sends the last of the text
+    def _entered(self):
         self.waiting = True
         try: asyncio.get_running_loop().call_later(.5, self._ready)
         except RuntimeError: self._ready()
@@ -261,31 +285,40 @@ class Chat(Panel):
         if self.waiting: self.waiting = False; self.ask()
     def _guard(self):
         self.consent.value = False
-        self.consent.layout.display = None if getattr(self.models[self.model.value], 'external', False) else 'none'
+        self.consent.layout.display = None if getattr(self.models[self.model.value], 'external',
+                                                      False) else 'none'
     def _allow(self, speak, name):
         if not getattr(speak, 'external', False): return
-        if self.shown.dicom: raise ValueError(f'{name} is a server, and DICOM pictures do not leave this machine: choose a model that runs here.')
-        if not self.consent.value: raise ValueError(f'{name} is a server: tick “Yes, send this picture” if the picture may leave this machine.')
+        if self.shown.dicom:
+            raise ValueError(f'{name} is a server, and DICOM pictures do not leave this machine: '
+                             'choose a model that runs here.')
+        if not self.consent.value:
+            raise ValueError(f'{name} is a server: tick “Yes, send this picture” if the picture '
+                             'may leave this machine.')
     def ask(self,
         question:str=None, # None: what stands in the field
     )->str:                # the answer; empty where it was refused
         "Ask, and show the answer while it comes."
         if question is not None: self.question.value = question
-        with self.careful(self.go, self.fresh, self.upload, self.forget): return self._ask(self.question.value.strip())
+        with self.careful(self.go, self.fresh, self.upload, self.forget):
+            return self._ask(self.question.value.strip())
         return ''
     def _ask(self, question):
         if not question: raise ValueError('The question is empty: type one.')
-        if self.shown is None: raise ValueError('There is no picture yet: choose one, or upload your own.')
+        if self.shown is None:
+            raise ValueError('There is no picture yet: choose one, or upload your own.')
         speak, shown = self.models[self.model.value], self.shown
         self._allow(speak, self.model.value)
-        turns = self.turns + as_turns(self.prompts[self.prompt.value].words({'question': question}), 0 if self.turns else 1)
+        turns = self.turns + as_turns(self.prompts[self.prompt.value].words({'question': question}),
+                                      0 if self.turns else 1)
         line = dict(question=question, answer='', model=self.model.value, prompt=self.prompt.value)
         try:
             for piece in speak(shown.image, turns):
                 line['answer'] += piece
                 self._draw(line)
             line['answer'] = line['answer'].strip()
-            self.turns = turns + [{'role': 'assistant', 'content': [{'type': 'text', 'text': line['answer']}]}]
+            self.turns = turns + [{'role': 'assistant',
+                                   'content': [{'type': 'text', 'text': line['answer']}]}]
             self.talk.append(line)
             self.question.value = ''
         finally: self._draw()
@@ -294,18 +327,24 @@ class Chat(Panel):
     def _draw(self, coming=None):
         lines = self.talk + ([coming] if coming else [])
         self.said.value = '<div aria-live="polite">' + ''.join(
-            f'<p><b>{escape(o["question"])}</b><br>{escape(o["answer"]) or "(no words)"} <small>({escape(o["model"])})</small></p>' for o in lines) + '</div>'
+            f'<p><b>{escape(o["question"])}</b><br>{escape(o["answer"]) or "(no words)"} '
+            f'<small>({escape(o["model"])})</small></p>' for o in lines) + '</div>'
     def static(self): # a matplotlib figure
         "The talk as a picture; what was uploaded is not drawn."
         import matplotlib.pyplot as plt
         with figure_style():
             fig, (a, b) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(1, 1.7))
             if self.shown and not self.shown.own: a.imshow(self.shown.image)
-            else: a.text(.5, .5, 'an uploaded picture\nis not drawn' if self.shown else 'no picture', ha='center', va='center')
+            else:
+                a.text(.5, .5, 'an uploaded picture\nis not drawn' if self.shown else 'no picture',
+                       ha='center', va='center')
             for ax in (a, b): ax.axis('off')
-            said = '\n'.join(f'{o["question"]}\n    {o["answer"] or "(no words)"}' for o in self.talk) or 'nothing was asked'
+            said = '\n'.join(f'{o["question"]}\n    {o["answer"] or "(no words)"}'
+                             for o in self.talk) or 'nothing was asked'
             b.text(0, 1, said[:900], va='top', wrap=True)
-            fig.suptitle(f'{len(self.talk)} questions to {", ".join(dict.fromkeys(o["model"] for o in self.talk)) or "nobody"}', fontsize=12)
+            fig.suptitle(f'{len(self.talk)} questions to '
+                         f'{", ".join(dict.fromkeys(o["model"] for o in self.talk)) or "nobody"}',
+                         fontsize=12)
         return fig
 
 # %% ../../nbs/08_ui/01_widgets.ipynb #8dd72b1b
@@ -322,11 +361,13 @@ def explain(
            else answer_ids(processor, question, [answer], end=False)[0])
     words = word_groups(tok, ids)
     whole = encode_sample(processor, image, question, ids)
-    parts = [replace(encode_sample(processor, image, question, ids[:b]), n_answer=b - a) for _, a, b in words]
+    parts = [replace(encode_sample(processor, image, question, ids[:b]), n_answer=b - a)
+             for _, a, b in words]
     samples, plain = [whole, *parts], [neutral_sample(processor, image)]*(len(parts) + 1)
     maps = {k: v for k, v in all_maps(model, samples, plain).items() if k in ATTENTION_METHODS}
     for name, f in (methods or {}).items(): maps[name] = np.asarray(f(model, samples, plain))
-    return dict(answer=whole.answer, words=['whole answer', *(w for w, *_ in words)], maps=maps, window=whole.window, grid=whole.grid)
+    return dict(answer=whole.answer, words=['whole answer', *(w for w, *_ in words)], maps=maps,
+                window=whole.window, grid=whole.grid)
 
 def explainer(
     voice:Voice,       # the model
@@ -349,9 +390,11 @@ def blend(
     seen, low, high = np.isfinite(layer), np.nanmin(layer), np.nanmax(layer)
     colour = colormaps['inferno'](np.nan_to_num((layer - low)/max(high - low, 1e-12)))[..., :3]*255
     grey = np.asarray(image.convert('L'), float)[..., None].repeat(3, -1)
-    out = Image.fromarray(np.where(seen[..., None], opacity*colour + (1 - opacity)*grey, grey).astype(np.uint8))
+    out = Image.fromarray(np.where(seen[..., None], opacity*colour + (1 - opacity)*grey,
+                                   grey).astype(np.uint8))
     draw, (w, h) = ImageDraw.Draw(out), image.size
-    for x, y, bw, bh in boxes: draw.rectangle((x*w, y*h, (x + bw)*w, (y + bh)*h), outline='cyan', width=max(1, w//100))
+    for x, y, bw, bh in boxes:
+        draw.rectangle((x*w, y*h, (x + bw)*w, (y + bh)*h), outline='cyan', width=max(1, w//100))
     return out
 
 def top_cells(
@@ -361,7 +404,8 @@ def top_cells(
     "The cells of a map with the highest values."
     mass = np.clip(grid_map, 0, None)
     best = np.argsort(-grid_map, axis=None, kind='stable')[:n]
-    return [(int(i)//grid_map.shape[1] + 1, int(i) % grid_map.shape[1] + 1, float(mass.flat[i]/max(mass.sum(), 1e-12))) for i in best]
+    return [(int(i)//grid_map.shape[1] + 1, int(i) % grid_map.shape[1] + 1,
+             float(mass.flat[i]/max(mass.sum(), 1e-12))) for i in best]
 
 # %% ../../nbs/08_ui/01_widgets.ipynb #e81bb3ed
 class Explore(Panel):
@@ -374,16 +418,24 @@ class Explore(Panel):
     ):
         self.models, self.pictures, self.asked, self.boxes = dict(models), dict(pictures), dict(questions or {}), dict(boxes or {})
         self.image, self.found, self.quiet = None, None, False
-        self.picture = control(W.Dropdown, 'Picture', 'A picture to ask about', options=list(self.pictures))
-        self.model = control(W.Dropdown, 'Model', 'Whose answer is explained', options=list(self.models))
-        self.question = control(W.Combobox, 'Question', 'Choose a question or type one', ensure_option=False)
-        self.go = control(W.Button, 'Explain', 'Answer the question and draw the maps', button_style='primary')
-        self.word = control(W.ToggleButtons, 'Word', 'Which word of the answer the map belongs to', layout=W.Layout(width='auto'))
+        self.picture = control(W.Dropdown, 'Picture', 'A picture to ask about',
+                               options=list(self.pictures))
+        self.model = control(W.Dropdown, 'Model', 'Whose answer is explained',
+                             options=list(self.models))
+        self.question = control(W.Combobox, 'Question', 'Choose a question or type one',
+                                ensure_option=False)
+        self.go = control(W.Button, 'Explain', 'Answer the question and draw the maps',
+                          button_style='primary')
+        self.word = control(W.ToggleButtons, 'Word', 'Which word of the answer the map belongs to',
+                            layout=W.Layout(width='auto'))
         self.method = control(W.Dropdown, 'Method', 'How the map is made')
-        self.layer = control(W.IntSlider, 'Layer', 'Which layer of the language model; the arrow keys move it', min=0, max=0, continuous_update=False)
+        self.layer = control(W.IntSlider, 'Layer', 'Which layer of the language model; the arrow '
+                                                   'keys move it', min=0, max=0,
+                             continuous_update=False)
         self.view, self.table = W.HTML(), W.HTML()
-        super().__init__(W.HBox([self.picture, self.model]), W.HBox([self.question, self.go]), self.word,
-                         W.HBox([self.method, self.layer]), W.HBox([self.view, self.table]))
+        super().__init__(W.HBox([self.picture, self.model]), W.HBox([self.question, self.go]),
+                         self.word, W.HBox([self.method, self.layer]),
+                         W.HBox([self.view, self.table]))
         self.picture.observe(lambda c: self.choose(), 'value')
         for o in (self.word, self.method, self.layer): o.observe(lambda c: self._draw(), 'value')
         self.go.on_click(lambda b: self.run())
@@ -391,7 +443,8 @@ class Explore(Panel):
     def choose(self)->None:
         "Show the chosen picture, without a map."
         with self.careful(self.go):
-            self.image, self.found = read_image(self.pictures[self.picture.value], self.picture.value).image, None
+            self.image, self.found = read_image(self.pictures[self.picture.value],
+                                                self.picture.value).image, None
             self.question.options = asked = list(self.asked.get(self.picture.value, ()))
             self.question.value = asked[0] if asked else ''
             self.view.value, self.table.value = image_html(self.image, self.picture.value), ''
@@ -403,7 +456,9 @@ class Explore(Panel):
             if self.image is None: raise ValueError('There is no picture yet: choose one.')
             found = self.models[self.model.value](self.image, question)
             bad = [k for k, m in found['maps'].items() if not np.isfinite(m).all()]
-            if bad: raise ValueError(f'The map of the method {bad[0]!r} holds values that are no numbers: nothing is drawn.')
+            if bad:
+                raise ValueError(f'The map of the method {bad[0]!r} holds values that are no '
+                                 'numbers: nothing is drawn.')
             self._take(found)
             return found
     def _take(self, found):
@@ -423,10 +478,14 @@ class Explore(Panel):
     def _draw(self):
         if self.found is None or self.quiet: return
         m, word = self.map(), self.found['words'][self.word.value]
-        words = f'“{self.found["answer"]}”: {self.method.value} of {word if self.word.value == 0 else "“" + word + "”"}, layer {self.layer.value}'
-        self.view.value = image_html(blend(self.image, m, self.found['window'], self.boxes.get(self.picture.value, ())), words)
-        rows = ''.join(f'<tr><td>{r}</td><td>{c}</td><td>{v:.1%}</td></tr>' for r, c, v in top_cells(m))
-        self.table.value = ('<table><caption>The five highest patches</caption><tr><th scope="col">row</th><th scope="col">column</th>'
+        words = (f'“{self.found["answer"]}”: {self.method.value} of '
+                 f'{word if self.word.value == 0 else "“" + word + "”"}, layer {self.layer.value}')
+        self.view.value = image_html(blend(self.image, m, self.found['window'],
+                                           self.boxes.get(self.picture.value, ())), words)
+        rows = ''.join(f'<tr><td>{r}</td><td>{c}</td><td>{v:.1%}</td></tr>'
+                       for r, c, v in top_cells(m))
+        self.table.value = ('<table><caption>The five highest patches</caption><tr><th '
+                            'scope="col">row</th><th scope="col">column</th>'
                             f'<th scope="col">share</th></tr>{rows}</table>')
     def static(self): # a matplotlib figure
         "The picture and its map by every method, at the chosen word and layer."
@@ -435,6 +494,9 @@ class Explore(Panel):
         maps = {k: m[self.word.value] for k, m in self.found['maps'].items()}
         shown = [None, *(m[min(self.layer.value, len(m) - 1)] for m in maps.values())]
         with figure_style():
-            fig = plot_maps(self.image, shown, self.found['window'], ['picture', *(k.replace('_', '\n') for k in maps)], self.boxes.get(self.picture.value, ()))
-            fig.suptitle(f'{self.question.value} {self.found["answer"]} (layer {self.layer.value})', fontsize=12)
+            fig = plot_maps(self.image, shown, self.found['window'],
+                            ['picture', *(k.replace('_', '\n') for k in maps)],
+                            self.boxes.get(self.picture.value, ()))
+            fig.suptitle(f'{self.question.value} {self.found["answer"]} (layer {self.layer.value})',
+                         fontsize=12)
         return fig
