@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TOKEN_KINDS', 'MOST_REGISTERS', 'ATTENTION_METHODS', 'NEUTRAL', 'row_weights', 'rows_attention', 'language_model',
-           'capture_rows', 'view_window', 'Sample', 'encode_sample', 'collate', 'Trace', 'image_vectors', 'trace',
-           'to_grid', 'token_shares', 'answer_maps', 'generate', 'neutral_sample', 'all_maps', 'overlay', 'plot_maps',
-           'cell_boxes', 'target_cells', 'item_boxes', 'hits', 'pointing_game', 'random_rate', 'box_cover',
-           'energy_lift', 'over_images', 'layer_rates', 'best_layer', 'static_map', 'untrained']
+           'capture_rows', 'view_window', 'Sample', 'prompt_kinds', 'cut_answer', 'encode_sample', 'collate', 'Trace',
+           'stack_views', 'image_vectors', 'trace', 'to_grid', 'token_shares', 'answer_maps', 'generate',
+           'neutral_sample', 'all_maps', 'overlay', 'plot_maps', 'cell_boxes', 'target_cells', 'item_boxes', 'hits',
+           'pointing_game', 'random_rate', 'box_cover', 'energy_lift', 'over_images', 'stack_cells', 'layer_rates',
+           'best_layer', 'static_map', 'untrained']
 
 # %% ../../nbs/07_explain/01_attention.ipynb #02f3482b
 from contextlib import contextmanager
@@ -81,9 +82,8 @@ def language_model(
             'self-attention: use a LlavaForConditionalGeneration with a Llama-like decoder.')
     if not getattr(type(inner), '_supports_sdpa', True):
         raise ValueError(f'{type(inner).__name__} has attention of its own (sinks or soft caps), '
-                         f'which maps '
-            'would leave out: use a language model that computes plain attention, such as Llama '
-            'or Qwen.')
+            'which maps would leave out: use a language model that computes plain attention, '
+            'such as Llama or Qwen.')
     return base, inner
 
 # %% ../../nbs/07_explain/01_attention.ipynb #852e3e7b
@@ -126,18 +126,19 @@ def view_window(
     if get('do_pad') and not hasattr(image_processor, 'pad_to_square'):
         raise ValueError(f'{type(image_processor).__name__} pads in a way that is not known here.')
     canvas = (max(size),)*2 if get('do_pad') else tuple(size)
-    margin = [(c - s)//2 for c, s in zip(canvas, size)]
     new = _resized(image_processor, *canvas) if get('do_resize') else canvas
     crop = dict(get('crop_size') or {}) if get('do_center_crop') else {}
     view = (crop['width'], crop['height']) if crop else new
-    start = [(n - v)//2 for n, v in zip(new, view)]
-    lo = [(s*c/n - m)/z for s, c, n, m, z in zip(start, canvas, new, margin, size)]
-    hi = [((s + v)*c/n - m)/z for s, v, c, n, m, z in zip(start, view, canvas, new, margin, size)]
-    return (*lo, *hi), view
+    size, canvas, new, shown = map(np.array, (size, canvas, new, view))
+    margin, start = (canvas - size)//2, (new - shown)//2
+    low = (start*canvas/new - margin)/size
+    high = ((start + shown)*canvas/new - margin)/size
+    return (*low.tolist(), *high.tolist()), view
 
-# %% ../../nbs/07_explain/01_attention.ipynb #f0b9dba8
+# %% ../../nbs/07_explain/01_attention.ipynb #f6b6baf3
 TOKEN_KINDS = ('template', 'image', 'question', 'answer')  # kinds of token
 
+# %% ../../nbs/07_explain/01_attention.ipynb #f0b9dba8
 @dataclass
 class Sample:
     "One question with its answer, as tokens, and how its tokens lie on the picture."
@@ -153,7 +154,12 @@ class Sample:
     tokens: list = field(default_factory=list) # the answer's tokens as text
 
 # %% ../../nbs/07_explain/01_attention.ipynb #f81d7d40
-def _kinds(processor, ids, prompt, question):
+def prompt_kinds(
+    processor,      # the model's processor
+    ids:np.ndarray, # token ids of the prompt
+    prompt:str,     # its text
+    question:str,   # the part of the text that asks
+)->np.ndarray:      # index into TOKEN_KINDS for each token
     "Kind of each prompt token; question tokens are found by their place in the text."
     tok, image_token = processor.tokenizer, processor.image_token
     is_image = ids == processor.image_token_id
@@ -167,9 +173,10 @@ def _kinds(processor, ids, prompt, question):
         kinds[inside] = TOKEN_KINDS.index('question')
     return kinds
 
-# %% ../../nbs/07_explain/01_attention.ipynb #c2d8ddd7
+# %% ../../nbs/07_explain/01_attention.ipynb #167085f6
 MOST_REGISTERS = 32   # vectors of a tower that belong to no patch
 
+# %% ../../nbs/07_explain/01_attention.ipynb #c2d8ddd7
 def _geometry(processor, pixels, image_at, size):
     "Patch positions, grid and the grid's place on the picture; refuses what does not fit."
     patch, view = processor.patch_size, (int(pixels.shape[2]), int(pixels.shape[1]))
@@ -189,13 +196,19 @@ def _geometry(processor, pixels, image_at, size):
     used = grid[1]*patch/view[0], grid[0]*patch/view[1]  # a rest too small for a patch is unseen
     return image_at[extra:], grid, (x0, y0, x0 + (x1 - x0)*used[0], y0 + (y1 - y0)*used[1])
 
-# %% ../../nbs/07_explain/01_attention.ipynb #4281a9b7
-def _cut_answer(processor, question, answer, prompt=None):
-    "An answer as tokens, as training reads it behind its prompt, without its end."
+# %% ../../nbs/07_explain/01_attention.ipynb #283c232d
+def cut_answer(
+    processor,       # the model's processor
+    question:str,    # what is asked
+    answer:str,      # its answer
+    prompt:str=None, # the whole prompt, if the chat template is not to be used
+)->list:             # token ids, without the end token
+    "An answer as tokens, as training reads it behind its prompt."
     if not answer.strip(): return []
     if not prompt: return answer_ids(processor, question, [answer], end=False)[0]
     return reply_ids(processor.tokenizer, [prompt], [answer])[0][1]
 
+# %% ../../nbs/07_explain/01_attention.ipynb #4281a9b7
 def encode_sample(
     processor,    # the model's processor
     image,        # one PIL picture
@@ -211,13 +224,12 @@ def encode_sample(
     own, prompt = prompt is not None, chat(processor, question) if prompt is None else prompt
     x = model_inputs(processor, [prompt], [[image]])
     ids, pixels = x['input_ids'][0], x['pixel_values'][0]
-    if isinstance(answer, str): answer = _cut_answer(processor, question, answer, own and prompt)
+    if isinstance(answer, str): answer = cut_answer(processor, question, answer, own and prompt)
     new = list(answer)
     if len(new) == 0: raise ValueError(f'The answer to {question!r} has no tokens: nothing to map.')
-    kinds = _kinds(processor, ids.numpy(), prompt, question)
-    at, grid, window = _geometry(processor, pixels, np.flatnonzero(kinds
-                                                            == TOKEN_KINDS.index('image')),
-                                 image.size)
+    kinds = prompt_kinds(processor, ids.numpy(), prompt, question)
+    of_image = np.flatnonzero(kinds == TOKEN_KINDS.index('image'))
+    at, grid, window = _geometry(processor, pixels, of_image, image.size)
     kinds = np.concatenate([kinds, np.full(len(new), TOKEN_KINDS.index('answer'))])
     return Sample(torch.cat([ids, torch.tensor(new)]), pixels, kinds, at, len(new), grid, window,
                   image.size, tok.decode(new), [tok.decode([o]) for o in new])
@@ -235,10 +247,11 @@ def collate(
         ids[i, n - len(o.ids):], mask[i, n - len(o.ids):] = o.ids, 1
     return dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
 
-# %% ../../nbs/07_explain/01_attention.ipynb #1c5e127e
+# %% ../../nbs/07_explain/01_attention.ipynb #03d1b769
 # in the order explained
 ATTENTION_METHODS = ('attention', 'relative', 'attention_gradient', 'gradient')
 
+# %% ../../nbs/07_explain/01_attention.ipynb #1c5e127e
 @dataclass
 class Trace:
     "What one answer's pass left behind."
@@ -248,7 +261,14 @@ class Trace:
     logprobs: np.ndarray  # of each answer token, natural logarithm
     greedy: np.ndarray    # whether each answer token is the model's first choice
 
-# %% ../../nbs/07_explain/01_attention.ipynb #db71e896
+# %% ../../nbs/07_explain/01_attention.ipynb #d4416141
+def stack_views(
+    model,        # a LLaVA model
+    samples:list, # of Sample
+)->torch.Tensor:  # (samples, 3, height, width)
+    "The model's views of all samples, where and as precise as the model is."
+    return torch.stack([o.pixels for o in samples]).to(model.device, model.dtype)
+
 @torch.no_grad()
 def image_vectors(
     model,        # a LLaVA model
@@ -256,15 +276,15 @@ def image_vectors(
 )->torch.Tensor:  # (samples, image tokens, width of the language model)
     "What the language model gets in place of the pictures."
     base, _ = language_model(model)
-    pixels = torch.stack([o.pixels for o in samples]).to(base.device, base.dtype)
-    vectors = torch.stack(list(base.get_image_features(pixels).pooler_output))
-    extra = vectors.shape[1] - len(samples[0].image_at)
-    if extra > 1 and leading_vectors(base) != extra: raise ValueError(
-        f'The connector gives {vectors.shape[1]} vectors for {len(samples[0].image_at)} patches, '
-        f'and which of them '
-        'stand for patches is not known: maps need one vector a patch.')
+    vectors = torch.stack(list(base.get_image_features(stack_views(base, samples)).pooler_output))
+    n, patches = vectors.shape[1], len(samples[0].image_at)
+    extra = n - patches
+    if extra > 1 and leading_vectors(base) != extra:
+        raise ValueError(f'The connector gives {n} vectors for {patches} patches, and which of '
+                         'them stand for patches is not known: maps need one vector a patch.')
     return vectors
 
+# %% ../../nbs/07_explain/01_attention.ipynb #db71e896
 def _row_grads(layers, grads, rows):
     "Gradient with respect to the attention weights of the rows, from that of the output."
     out = []
@@ -280,12 +300,11 @@ def _split(samples, weights, row_grads, states, state_grads, logp, first):
     out, n = [], weights.shape[-1]
     for i, o in enumerate(samples):
         a, pad = o.n_answer, n - len(o.ids)
-        grad = None
-        if states is not None:
-            at = o.image_at + pad
-            grad = np.stack([(h[i, at]*g[i, at]).sum(-1).abs().float().cpu().numpy()
-                             for h, g in zip(states, state_grads)]).reshape(-1, *o.grid)
         row_grad = None if row_grads is None else row_grads[:, i, :, -a:, pad:]
+        grad, at = None, o.image_at + pad
+        if states is not None:
+            each = [(h[i, at]*g[i, at]).sum(-1).abs() for h, g in zip(states, state_grads)]
+            grad = torch.stack(each).float().cpu().numpy().reshape(-1, *o.grid)
         out.append(Trace(weights[:, i, :, -a:, pad:], row_grad, grad, logp[i, -a:], first[i, -a:]))
     return out
 
@@ -322,7 +341,7 @@ def trace(
         return _split(samples, weights, row_grads, states, grads,
                       logp.detach().cpu().numpy(), first)
 
-# %% ../../nbs/07_explain/01_attention.ipynb #0db1579b
+# %% ../../nbs/07_explain/01_attention.ipynb #1879d40d
 def to_grid(
     rows:np.ndarray, # (..., tokens): values for each token of a sample
     sample:Sample,   # says where the patches are
@@ -330,6 +349,7 @@ def to_grid(
     "The image part of token rows, as a grid."
     return rows[..., sample.image_at].reshape(*rows.shape[:-1], *sample.grid)
 
+# %% ../../nbs/07_explain/01_attention.ipynb #0db1579b
 def token_shares(
     rows:np.ndarray, # attention, (..., tokens)
     sample:Sample,   # says which token is of which kind
@@ -377,7 +397,7 @@ def generate(
     new = new[:next((i for i, o in enumerate(new) if o in ends), None)]
     return [o for o in new if o not in set(tok.all_special_ids)]
 
-# %% ../../nbs/07_explain/01_attention.ipynb #19a55563
+# %% ../../nbs/07_explain/01_attention.ipynb #7c3cd42d
 NEUTRAL = 'Describe the image.'  # the request whose attention counts as habit
 
 def neutral_sample(
@@ -388,6 +408,7 @@ def neutral_sample(
     "A neutral request on the same picture."
     return encode_sample(processor, image, question, [0])
 
+# %% ../../nbs/07_explain/01_attention.ipynb #19a55563
 def all_maps(
     model,            # a LLaVA in evaluation mode
     samples:list,     # of Sample, one a question
@@ -449,7 +470,7 @@ def plot_maps(
         ax.set_title(title, fontsize=10)
     return axes[0].figure
 
-# %% ../../nbs/07_explain/01_attention.ipynb #b815d4d1
+# %% ../../nbs/07_explain/01_attention.ipynb #20d91c38
 def cell_boxes(
     grid:tuple,   # cells (down, across)
     window:tuple, # where the grid lies, in fractions of the picture
@@ -459,6 +480,7 @@ def cell_boxes(
     x, y = np.linspace(x0, x1, w + 1), np.linspace(y0, y1, h + 1)
     return np.stack([*np.meshgrid(x[:-1], y[:-1]), *np.meshgrid(x[1:], y[1:])], -1)
 
+# %% ../../nbs/07_explain/01_attention.ipynb #b815d4d1
 def target_cells(
     boxes:list,   # (x, y, width, height) in fractions of the picture
     grid:tuple,   # cells (down, across)
@@ -487,7 +509,7 @@ def item_boxes(
         out.append(tuple(float(o) for o in (box if box.max() <= 1.5 else box/scale)))
     return out
 
-# %% ../../nbs/07_explain/01_attention.ipynb #996af4ad
+# %% ../../nbs/07_explain/01_attention.ipynb #7cd9cd84
 def hits(
     maps:np.ndarray,    # (..., down, across), higher means more important
     targets:np.ndarray, # (..., down, across) bool, cells on target
@@ -497,6 +519,7 @@ def hits(
     peak = maps == maps.max((-1, -2), keepdims=True)
     return (peak & targets).sum((-1, -2))/peak.sum((-1, -2))
 
+# %% ../../nbs/07_explain/01_attention.ipynb #176c6aaf
 def pointing_game(
     grid_map:np.ndarray, # (down, across), higher means more important
     boxes:list,          # (x, y, width, height) in fractions of the picture
@@ -505,6 +528,7 @@ def pointing_game(
     "Whether one map points into a box."
     return float(hits(grid_map, target_cells(boxes, grid_map.shape, window)))
 
+# %% ../../nbs/07_explain/01_attention.ipynb #996af4ad
 def random_rate(
     boxes:list,   # (x, y, width, height) in fractions of the picture
     grid:tuple,   # cells (down, across)
@@ -513,7 +537,7 @@ def random_rate(
     "The pointing-game rate of a random map, by the same convention."
     return float(target_cells(boxes, grid, window).mean())
 
-# %% ../../nbs/07_explain/01_attention.ipynb #86445d5b
+# %% ../../nbs/07_explain/01_attention.ipynb #96a896ed
 def box_cover(
     boxes:list,   # (x, y, width, height) in fractions of the picture
     grid:tuple,   # cells (down, across)
@@ -527,6 +551,7 @@ def box_cover(
     for x, y, bw, bh in boxes: inside |= (x <= cx) & (cx < x + bw) & (y <= cy) & (cy < y + bh)
     return inside.reshape(h, fine, w, fine).mean((1, 3))
 
+# %% ../../nbs/07_explain/01_attention.ipynb #86445d5b
 def energy_lift(
     maps:np.ndarray,  # (..., down, across); negative values count as nothing
     cover:np.ndarray, # (..., down, across), from `box_cover`
@@ -538,6 +563,15 @@ def energy_lift(
         lift = (mass*cover).sum((-1, -2))/total/area
     return np.where((total > 0) & (area > 0), lift, 1.)
 
+# %% ../../nbs/07_explain/01_attention.ipynb #4b4ee530
+def _by_image(values, images, over):
+    "Sums of values and of denominators, and the number of items, of each image."
+    names, at = np.unique(images, return_inverse=True)
+    top, low = np.zeros((len(names), *values.shape[1:])), np.zeros(len(names))
+    np.add.at(top, at, values)
+    np.add.at(low, at, np.ones(len(values)) if over is None else np.asarray(over, float))
+    return top.reshape(len(names), -1), low, np.bincount(at)[:, None]
+
 # %% ../../nbs/07_explain/01_attention.ipynb #b031dd56
 def over_images(
     values:np.ndarray, # (items,) or (items, columns)
@@ -548,21 +582,27 @@ def over_images(
     bounds:tuple|None=None, # least and most of a value, (0, 1) for hits; None: unknown
 )->tuple:              # estimate, low, high: sum of values over sum of denominators; 95 %
     "A mean or ratio with its 95 % interval from a bootstrap over images, or NaN limits."
-    values, (names, at) = np.asarray(values, float), np.unique(images, return_inverse=True)
-    top, n, low = np.zeros((len(names),
-                            *values.shape[1:])), np.bincount(at)[:, None], np.zeros(len(names))
-    np.add.at(top, at, values)
-    np.add.at(low, at, np.ones(len(values)) if over is None else np.asarray(over, float))
-    top = top.reshape(len(names), -1)
+    values = np.asarray(values, float)
+    top, low, n = _by_image(values, images, over)
     estimate, draws = bootstrap(top, low[:, None], n_draws, seed)
     alike = np.ptp(top/n, axis=0) < 1e-9           # whatever they are divided by
     ends = limits(np.where(alike, np.nan, draws))
     for j in np.flatnonzero(alike):
-        edges = edge_limits(top[:, j].sum()/n.sum(), len(names), bounds)
+        edges = edge_limits(top[:, j].sum()/n.sum(), len(top), bounds)
         ends[0][j], ends[1][j] = np.array(edges)*n.sum()/low.sum()
     return tuple(x.reshape(values.shape[1:]) for x in (estimate, *ends))
 
-# %% ../../nbs/07_explain/01_attention.ipynb #6f6fb738
+# %% ../../nbs/07_explain/01_attention.ipynb #4c18bd42
+def stack_cells(
+    cells,        # `target_cells` or `box_cover`
+    boxes:list,   # for each item its boxes, in fractions
+    grid:tuple,   # cells (down, across)
+    windows:list, # for each item its window
+)->np.ndarray:    # (items, down, across)
+    "What the boxes of each item are on the grid."
+    return np.stack([cells(b, grid, w) for b, w in zip(boxes, windows)])
+
+# %% ../../nbs/07_explain/01_attention.ipynb #07087c50
 def layer_rates(
     maps:dict,     # method -> (items, layers, down, across)
     boxes:list,    # for each item its boxes, in fractions
@@ -573,21 +613,24 @@ def layer_rates(
     "Pointing-game rate, its ratio to random, and energy in the box, for each method and layer."
     n = dict(n_items=len(boxes), n_images=len(set(images)))
     grid = next(iter(maps.values())).shape[2:]
-    targets = np.stack([target_cells(b, grid, w) for b, w in zip(boxes, windows)])
-    cover = np.stack([box_cover(b, grid, w) for b, w in zip(boxes, windows)])
-    rand = targets.mean((1, 2))
-    def rows(method, metric, baseline, values, over=None, bounds=(0, 1)):
+    targets = stack_cells(target_cells, boxes, grid, windows)
+    cover = stack_cells(box_cover, boxes, grid, windows)
+    rand, out = targets.mean((1, 2)), []
+    def add(method, metric, baseline, values, over=None, bounds=(0, 1)):
+        about = dict(method=method, metric=metric, baseline=baseline, **n)
         got = np.stack(over_images(values, images, over, seed=seed, bounds=bounds)).T
-        return [dict(method=method, layer=i if method != 'random' else '', metric=metric,
-                     baseline=baseline, **dict(zip(('value', 'low', 'high'), o.tolist())), **n)
-                for i, o in enumerate(got)]
-    out = rows('random', 'pointing', '', rand[:, None])
+        for i, (value, low, high) in enumerate(got.tolist()):
+            layer = '' if method == 'random' else i
+            out.append(dict(about, layer=layer, value=value, low=low, high=high))
+    add('random', 'pointing', '', rand[:, None])
     for method, m in maps.items():
         hit = hits(m, targets[:, None])
-        out += rows(method, 'pointing', '', hit) + rows(method, 'pointing', 'random', hit, rand)
-        out += rows(method, 'energy_lift', '', energy_lift(m, cover[:, None]), bounds=None)
+        add(method, 'pointing', '', hit)
+        add(method, 'pointing', 'random', hit, rand)
+        add(method, 'energy_lift', '', energy_lift(m, cover[:, None]), bounds=None)
     return out
 
+# %% ../../nbs/07_explain/01_attention.ipynb #6f6fb738
 def best_layer(
     rows:list, # from `layer_rates`, of the validation pictures
 )->tuple:      # method, layer

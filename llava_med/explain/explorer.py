@@ -21,7 +21,7 @@ from .faithfulness import best_method
 from .maps import METHOD_FACTS, METHODS
 from ..evaluate.reports import REPORT_USE, image_uri, write_page
 
-# %% ../../nbs/07_explain/04_explorer.ipynb #3559eeb9
+# %% ../../nbs/07_explain/04_explorer.ipynb #aff5f500
 def pack_maps(
     maps:np.ndarray, # (words, layers, down, across)
     name:str='map',  # what it is, for the message
@@ -41,31 +41,35 @@ def pack_maps(
     return dict(shape=list(maps.shape), lo=brief(lo), hi=brief(hi),
                 data=base64.b64encode(cells.tobytes()).decode())
 
+# %% ../../nbs/07_explain/04_explorer.ipynb #3559eeb9
 def unpack_maps(
     packed:dict, # from `pack_maps`
 )->np.ndarray:   # (words, layers, down, across)
     "The maps as the page sees them."
     cells = np.frombuffer(base64.b64decode(packed['data']), np.uint8).reshape(packed['shape'])
-    lo, hi = [np.reshape(packed[k], packed['shape'][:2])[..., None, None] for k in ('lo', 'hi')]
+    lo, hi = np.reshape([packed['lo'], packed['hi']], (2, *packed['shape'][:2], 1, 1))
     return lo + (hi - lo)*cells/255
 
-# %% ../../nbs/07_explain/04_explorer.ipynb #20cb7475
-# a few passes a map
-CHEAP = tuple(k for k in METHODS if k not in ('token_occlusion', 'occlusion',
-                                              'integrated_gradients'))
+# %% ../../nbs/07_explain/04_explorer.ipynb #9ebb8332
+# a few passes a map; no leaving out
+_DEAR = 'token_occlusion', 'occlusion', 'integrated_gradients'
+CHEAP = tuple(k for k in METHODS if k not in _DEAR)
 
+# %% ../../nbs/07_explain/04_explorer.ipynb #69d42002
 def word_groups(
     tokenizer,  # of the model
     ids:list,   # token ids of an answer
 )->list:        # (text, first token, token after the last), one a word
     "The words of an answer, each with its tokens."
-    ids = list(map(int, ids))
+    ids, out = list(map(int, ids)), []
     # a vocabulary padded to a round size has ids without a token
     pieces = [t or '' for t in tokenizer.convert_ids_to_tokens(ids)]
     starts = [i for i, t in enumerate(pieces) if i == 0 or t.startswith(('Ġ', '▁', ' '))]
-    return [(tokenizer.decode(ids[a:b]).strip(), a, b)
-            for a, b in zip(starts, [*starts[1:], len(ids)])]
+    for a, b in zip(starts, [*starts[1:], len(ids)]):
+        out.append((tokenizer.decode(ids[a:b]).strip(), a, b))
+    return out
 
+# %% ../../nbs/07_explain/04_explorer.ipynb #20cb7475
 def explained(
     model, processor,  # a LLaVA and its processor
     image,             # PIL image
@@ -74,243 +78,398 @@ def explained(
     answer:str=None,   # what is explained; the model's own answer when None
     max_words:int=6,   # words that get a map of their own, from the first on
     max_new_tokens:int=16, # longest answer
-)->dict:               # answer, words (the first stands for all), maps by method (words, layers, down, across), window, grid
-    "Maps of an answer and of its words, by several methods; no words and no maps where the model says nothing."
+)->dict:               # answer, words, maps by method (words, layers, down, across), window, grid
+    "Maps of an answer, then of its words, by several methods; none where the model says nothing."
     for k in methods: METHODS.named(k)
-    tok = processor.tokenizer
-    ids = (generate(model, processor, image, question, max_new_tokens=max_new_tokens)
-           if answer is None else answer_ids(processor, question, [answer], end=False)[0])
+    if answer is None:
+        ids = generate(model, processor, image, question, max_new_tokens=max_new_tokens)
+    else: ids = answer_ids(processor, question, [answer], end=False)[0]
     whole = encode_sample(processor, image, question, ids or [0])
-    if not ids: return dict(answer='', words=[], maps={}, window=whole.window, grid=whole.grid)
-    words = word_groups(tok, ids)
-    parts = [] if len(words) == 1 else [replace(encode_sample(processor, image, question, ids[:b]),
-                                                n_answer=b - a) for _, a, b in words[:max_words]]
-    maps = {k: np.stack([m.mean(1) for m in METHODS[k](model, processor, [whole, *parts])])
-            for k in methods}
-    return dict(answer=whole.answer, words=['whole answer', *(w for w, *_ in words[:len(parts)])],
-                maps=maps, window=whole.window, grid=whole.grid)
+    about = dict(window=whole.window, grid=whole.grid)
+    if not ids: return dict(about, answer='', words=[], maps={})
+    words = word_groups(processor.tokenizer, ids)
+    own, parts, maps = words[:max_words] if len(words) > 1 else [], [whole], {}
+    for _, a, b in own:
+        part = encode_sample(processor, image, question, ids[:b])
+        parts.append(replace(part, n_answer=b - a))
+    for k in methods: maps[k] = np.stack([m.mean(1) for m in METHODS[k](model, processor, parts)])
+    texts = ['whole answer', *(w for w, *_ in own)]
+    return dict(about, answer=whole.answer, words=texts, maps=maps)
 
-# %% ../../nbs/07_explain/04_explorer.ipynb #c8fad603
+# %% ../../nbs/07_explain/04_explorer.ipynb #32c8b1d3
 def _triple(row):
     "Value and interval of a row; None where there is none."
-    v = [float(row[k]) for k in ('value', 'low', 'high')] if row else [float('nan')]
-    return [x if isfinite(x) else None for x in v] if isfinite(v[0]) else None
+    if not row or not isfinite(float(row['value'])): return None
+    numbers = map(float, (row['value'], row['low'], row['high']))
+    return [x if isfinite(x) else None for x in numbers]
 
+def _gains(by, m, k, unit, kind):
+    "Gains over random and over centre maps, in deletion and in insertion."
+    out = {}
+    for b in ('random', 'centre'):
+        deletion, insertion = f'deletion.{unit}.{kind}', f'insertion.{unit}.{kind}'
+        out[b] = dict(deletion=_triple(by.get((m, k, deletion, b))),
+                      insertion=_triple(by.get((m, k, insertion, b))))
+    return out
+
+# %% ../../nbs/07_explain/04_explorer.ipynb #23992f0c
 def _verdict(gains, unit):
     "Whether a map is confirmed, in one sentence."
-    weak = [f'{b} maps in {c}' for b in ('random', 'centre') for c in ('deletion', 'insertion')
-            if not (gains[b][c] and (gains[b][c][1] or 0) > 0)]
-    if all(g[c] is None for g in gains.values() for c in g):
-        return False, f'Not measured by exchanging {unit}.'
+    weak, measured = [], False
+    for b in ('random', 'centre'):
+        for c in ('deletion', 'insertion'):
+            triple = gains[b][c]
+            measured = measured or triple is not None
+            if not triple or not (triple[1] or 0) > 0: weak.append(f'{b} maps in {c}')
+    if not measured: return False, f'Not measured by exchanging {unit}.'
     if weak:
-        return (False, f'Not confirmed: exchanging {unit}, it is not shown to beat '
-                + ', '.join(weak) + '.')
-    return (True, f'Confirmed: exchanging {unit}, it beats random and centre maps in deletion and '
+        missed = ', '.join(weak)
+        return False, f'Not confirmed: exchanging {unit}, it is not shown to beat {missed}.'
+    return True, (f'Confirmed: exchanging {unit}, it beats random and centre maps in deletion and '
                   'insertion.')
 
+# %% ../../nbs/07_explain/04_explorer.ipynb #2f199bb0
 def map_reliability(
     rows:list,        # rows of `faithfulness.csv`
     kind:str='mean',  # infill of the curves
-)->dict:              # model → method → layer, n_items, n_images, pointing, chance, gains by unit, confirmed, verdict
+)->dict:              # model → method → layer, numbers, gains by unit, confirmed, verdict
     "What was measured about each method of each model."
-    by, out = {(o['model'], o['method'], o['metric'], o['baseline']): o for o in rows}, {}
-    for m, k in dict.fromkeys((o['model'], o['method']) for o in rows if o['method'] in METHOD_FACTS and o['metric'] == 'pointing'):
-        own = by[m, k, 'pointing', '']
-        gains = {u: {b: {c: _triple(by.get((m, k, f'{c}.{u}.{kind}', b)))
-                         for c in ('deletion', 'insertion')} for b in ('random', 'centre')}
-                 for u in dict.fromkeys((METHOD_FACTS[k]['of'], 'pixels'))}
-        ok, verdict = _verdict(gains[METHOD_FACTS[k]['of']], METHOD_FACTS[k]['of'])
-        out.setdefault(m, {})[k] = dict(layer=int(own['layer']), n_items=int(own['n_items']),
-                                        n_images=int(own['n_images']), confirmed=ok,
-                                        verdict=verdict, pointing=_triple(own),
-                                        chance=_triple(by.get((m, 'random', 'pointing', ''))),
-                                        gains=gains)
+    by = {(o['model'], o['method'], o['metric'], o['baseline']): o for o in rows}
+    out = {}
+    for (m, k, metric, baseline), own in by.items():
+        if k not in METHOD_FACTS or (metric, baseline) != ('pointing', ''): continue
+        of = METHOD_FACTS[k]['of']
+        gains = {u: _gains(by, m, k, u, kind) for u in dict.fromkeys((of, 'pixels'))}
+        ok, verdict = _verdict(gains[of], of)
+        chance = _triple(by.get((m, 'random', 'pointing', '')))
+        found = dict(layer=int(own['layer']), n_items=int(own['n_items']),
+                     n_images=int(own['n_images']), confirmed=ok, verdict=verdict,
+                     pointing=_triple(own), chance=chance, gains=gains)
+        out.setdefault(m, {})[k] = found
     return out
 
+# %% ../../nbs/07_explain/04_explorer.ipynb #c8fad603
 def best_lines(
     rows:list,  # rows of `faithfulness.csv`
 )->dict:        # model → sentences: of maps of tokens, of maps of pixels
     "Which map to believe for each model, tokens and pixels apart."
-    out = {}
-    for m in dict.fromkeys(o['model'] for o in rows):
-        own = [o for o in rows if o['model'] == m]
-        units = [u for u in ('tokens', 'pixels')
-                 if any(o['metric'] == f'deletion.{u}.mean' for o in own)]
-        out[m] = [f'Of maps of {u}, ' + best_method(own, u, among=[k for k in METHOD_FACTS
-                                                            if METHOD_FACTS[k]['of'] == u])[1]
-                  for u in units]
+    by, out = {}, {}
+    for o in rows: by.setdefault(o['model'], []).append(o)
+    for m, own in by.items():
+        out[m], measured = [], {o['metric'] for o in own}
+        for u in ('tokens', 'pixels'):
+            if f'deletion.{u}.mean' not in measured: continue
+            among = [k for k, facts in METHOD_FACTS.items() if facts['of'] == u]
+            out[m].append(f'Of maps of {u}, ' + best_method(own, u, among=among)[1])
     return out
 
 # %% ../../nbs/07_explain/04_explorer.ipynb #9de16237
 _STYLE = '''
-:root{color-scheme:light dark;--ink:#1b1f24;--soft:#57606a;--line:#c9d1d9;--paper:#fff;--band:#f3f5f7;--mark:#8a4b00;--on:#00326f;--onink:#fff}
-@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9aa5b1;--line:#3d444d;--paper:#11151a;--band:#1b2129;--mark:#ffb35c;--on:#fdea45;--onink:#111}}
-*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.45 system-ui,sans-serif}
-main,header,footer{max-width:80rem;margin:auto;padding:0 1rem}h1{margin:.5em 0 0;line-height:1.2}h2{margin:.2em 0;font-size:1.15rem}h3{margin:.8em 0 .2em;font-size:1rem}
-.warn{border:2px solid var(--mark);border-left-width:.6rem;padding:.3rem .8rem;margin:.6rem 0}.note{color:var(--soft);font-size:.9rem;margin:.3rem 0}
+:root{color-scheme:light dark;--ink:#1b1f24;--soft:#57606a;--line:#c9d1d9;--paper:#fff;
+ --band:#f3f5f7;--mark:#8a4b00;--on:#00326f;--onink:#fff}
+@media(prefers-color-scheme:dark){
+ :root{--ink:#e6edf3;--soft:#9aa5b1;--line:#3d444d;--paper:#11151a;--band:#1b2129;
+  --mark:#ffb35c;--on:#fdea45;--onink:#111}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.45 system-ui,sans-serif}
+main,header,footer{max-width:80rem;margin:auto;padding:0 1rem}
+h1{margin:.5em 0 0;line-height:1.2}
+h2{margin:.2em 0;font-size:1.15rem}
+h3{margin:.8em 0 .2em;font-size:1rem}
+.warn{border:2px solid var(--mark);border-left-width:.6rem;padding:.3rem .8rem;margin:.6rem 0}
+.note{color:var(--soft);font-size:.9rem;margin:.3rem 0}
 .skip{position:absolute;left:-99rem}.skip:focus{left:0}
-button,select{font:inherit;color:inherit;background:var(--band);border:1px solid var(--soft);border-radius:.3rem;padding:.3rem .6rem;min-height:2.2rem;max-width:100%}
-button[aria-pressed=true]{background:var(--on);color:var(--onink);font-weight:600}button:disabled{opacity:.5}
+button,select{font:inherit;color:inherit;background:var(--band);border:1px solid var(--soft);
+ border-radius:.3rem;padding:.3rem .6rem;min-height:2.2rem;max-width:100%}
+button[aria-pressed=true]{background:var(--on);color:var(--onink);font-weight:600}
+button:disabled{opacity:.5}
 :focus-visible{outline:3px solid var(--mark);outline-offset:2px}
-.bar{display:flex;flex-wrap:wrap;gap:.5rem;align-items:center;margin:.5rem 0}.bar label{font-weight:600}.bar span{display:flex;flex-wrap:wrap;align-items:center;gap:.2rem .5rem}#question{flex:1 1 16rem;min-width:0}
-fieldset{border:1px solid var(--line);border-radius:.3rem;margin:.5rem 0;padding:.3rem .7rem .5rem;min-width:0}legend{font-weight:600;padding:0 .3rem}
-.choices{display:flex;flex-wrap:wrap;gap:.1rem 1rem}.choices label{padding:.2rem 0}.kinds{display:grid;grid-template-columns:2fr 1fr;gap:0 1rem}
+.bar{display:flex;flex-wrap:wrap;gap:.5rem;align-items:center;margin:.5rem 0}
+.bar label{font-weight:600}
+.bar span{display:flex;flex-wrap:wrap;align-items:center;gap:.2rem .5rem}
+#question{flex:1 1 16rem;min-width:0}
+fieldset{border:1px solid var(--line);border-radius:.3rem;margin:.5rem 0;
+ padding:.3rem .7rem .5rem;min-width:0}
+legend{font-weight:600;padding:0 .3rem}
+.choices{display:flex;flex-wrap:wrap;gap:.1rem 1rem}
+.choices label{padding:.2rem 0}
+.kinds{display:grid;grid-template-columns:2fr 1fr;gap:0 1rem}
 input[type=range]{width:min(14rem,60vw);accent-color:var(--on)}input{accent-color:var(--on)}
-#panels{margin-top:.7rem;display:grid;grid-template-columns:repeat(auto-fit,minmax(min(19rem,100%),1fr));gap:1rem;align-items:start}
-.panel{border:1px solid var(--line);border-radius:.3rem;padding:.7rem;min-width:0}canvas{display:block;width:100%;max-width:28rem;background:#000}
+'''
+
+# %% ../../nbs/07_explain/04_explorer.ipynb #30e5561a
+_PANEL_STYLE = '''
+#panels{margin-top:.7rem;display:grid;
+ grid-template-columns:repeat(auto-fit,minmax(min(19rem,100%),1fr));gap:1rem;
+ align-items:start}
+.panel{border:1px solid var(--line);border-radius:.3rem;padding:.7rem;min-width:0}
+canvas{display:block;width:100%;max-width:28rem;background:#000}
 .words{display:flex;flex-wrap:wrap;gap:.3rem;margin:.5rem 0}.claim{font-weight:600;margin:.4rem 0}
 .verdict{border-left:.4rem solid var(--soft);padding-left:.6rem}.verdict.yes{border-color:var(--on)}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}caption{text-align:left;font-weight:600;padding:.2rem 0;min-width:16rem}
-th,td{border-bottom:1px solid var(--line);padding:.15rem .5rem;text-align:left}thead th{background:var(--band)}
-#legend{display:flex;align-items:center;gap:.5rem;font-size:.9rem}#legend canvas{width:9rem;height:1rem;border:1px solid var(--line)}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
+caption{text-align:left;font-weight:600;padding:.2rem 0;min-width:16rem}
+th,td{border-bottom:1px solid var(--line);padding:.15rem .5rem;text-align:left}
+thead th{background:var(--band)}
+#legend{display:flex;align-items:center;gap:.5rem;font-size:.9rem}
+#legend canvas{width:9rem;height:1rem;border:1px solid var(--line)}
 @media(max-width:40rem){.kinds{grid-template-columns:1fr}}
 '''
+
+# %% ../../nbs/07_explain/04_explorer.ipynb #323e2db8
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src "
 
 # %% ../../nbs/07_explain/04_explorer.ipynb #4aab0aef
 _PAGE = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{{ print }}'">
-<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{{ policy | safe }}'sha256-{{ print }}'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
 <title>{{ title }}</title><style>{{ style | safe }}</style></head><body>
 <a class="skip" href="#panels">Skip to the maps</a>
 <header><h1>{{ title }}</h1>{% for l in lead %}<p>{{ l }}</p>{% endfor %}
-<p class="warn" role="note"><strong>{{ use }}</strong></p><noscript><p class="warn">This page needs JavaScript, all of which is in this file.</p></noscript></header>
+<p class="warn" role="note"><strong>{{ use }}</strong></p>
+<noscript><p class="warn">This page needs JavaScript, all of which is in this file.</p></noscript>
+</header>
 <main><div class="bar"><label for="question">Question</label><select id="question"></select>
-<button type="button" id="before">Previous</button><button type="button" id="next">Next</button></div>
+<button type="button" id="before">Previous</button>
+<button type="button" id="next">Next</button></div>
 <fieldset><legend>Models side by side</legend><div class="choices" id="models"></div></fieldset>
-<div class="kinds"><fieldset><legend>Token used by the language model</legend><div class="choices" id="tokens"></div></fieldset>
-<fieldset><legend>Pixel that mattered</legend><div class="choices" id="pixels"></div></fieldset></div>
+<div class="kinds"><fieldset><legend>Token used by the language model</legend>
+<div class="choices" id="tokens"></div></fieldset>
+<fieldset><legend>Pixel that mattered</legend><div class="choices" id="pixels"></div></fieldset>
+</div>
 <p class="note" id="about"></p>
-<div class="bar"><span><label for="layer">Layer</label> <input type="range" id="layer" min="0" step="1"> <output id="layer_now" for="layer"></output></span>
-<span><label for="strength">Strength of the colours</label> <input type="range" id="strength" min="0" max="100" value="65"></span>
+<div class="bar"><span><label for="layer">Layer</label>
+<input type="range" id="layer" min="0" step="1">
+<output id="layer_now" for="layer"></output></span>
+<span><label for="strength">Strength of the colours</label>
+<input type="range" id="strength" min="0" max="100" value="65"></span>
 <label><input type="checkbox" id="box" checked> known box</label></div>
-<div id="legend"><span>least</span><canvas id="colours" width="256" height="1" role="img" aria-label="Colours from dark blue, least, to yellow, most"></canvas><span>most of this map</span></div>
+<div id="legend"><span>least</span><canvas id="colours" width="256" height="1" role="img"
+ aria-label="Colours from dark blue, least, to yellow, most"></canvas>
+<span>most of this map</span></div>
 <div id="panels"></div></main>
 <footer><p class="note">{{ foot }} {{ use }}</p></footer>
-<script type="application/json" id="data">{{ data | safe }}</script><script>{{ script | safe }}</script></body></html>
+<script type="application/json" id="data">{{ data | safe }}</script>
+<script>{{ script | safe }}</script></body></html>
 '''
 
 # %% ../../nbs/07_explain/04_explorer.ipynb #9e042183
 _DRAW = '''"use strict";
-const D = JSON.parse(document.getElementById("data").textContent), $ = id => document.getElementById(id);
+const $ = id => document.getElementById(id), D = JSON.parse($("data").textContent);
 function el(tag, props, ...kids) {
   const e = document.createElement(tag);
   for (const [k, v] of Object.entries(props || {})) k in e ? e[k] = v : e.setAttribute(k, v);
   e.append(...kids); return e; }
-const bytes = s => Uint8Array.from(atob(s), c => c.charCodeAt(0)), COLOURS = bytes(D.colours), pictures = {};
-const S = {q: 0, method: D.first, layer: {}, word: {}, shown: new Set(D.start), strength: .65, box: true};
-const per = v => (100*v).toFixed(1) + " %", num = v => v.toFixed(2), band = t => t ? num(t[0]) + (t[1] === null ? " (–)" : " (" + num(t[1]) + "\\u00a0to\\u00a0" + num(t[2]) + ")") : "not measured";
+const bytes = s => Uint8Array.from(atob(s), c => c.charCodeAt(0)), COLOURS = bytes(D.colours),
+  pictures = {};
+const S = {q: 0, method: D.first, layer: {}, word: {}, shown: new Set(D.start), strength: .65,
+  box: true};
+const per = v => (100*v).toFixed(1) + " %", num = v => v.toFixed(2);
+const limits = t => t[1] === null ? "–" : num(t[1]) + "\\u00a0to\\u00a0" + num(t[2]);
+const band = t => t ? num(t[0]) + " (" + limits(t) + ")" : "not measured";
 function grid(q, model) {
   const a = q.answers[model], p = a.maps[S.method];
   if (!p) return null;
   p.bytes = p.bytes || bytes(p.data);
-  const [words, layers, h, w] = p.shape, word = Math.min(S.word[model] || 0, words - 1), layer = Math.min(layerNow(), layers - 1);
-  const k = word*layers + layer, cells = p.bytes.subarray(k*h*w, (k + 1)*h*w), lo = p.lo[k], hi = p.hi[k];
-  return {h, w, word, layer, layers, cells, lo, hi, even: hi <= lo, values: Array.from(cells, c => lo + (hi - lo)*c/255)}; }
+  const [words, layers, h, w] = p.shape, word = Math.min(S.word[model] || 0, words - 1),
+    layer = Math.min(layerNow(), layers - 1);
+  const k = word*layers + layer, cells = p.bytes.subarray(k*h*w, (k + 1)*h*w), lo = p.lo[k],
+    hi = p.hi[k];
+  return {h, w, word, layer, layers, cells, lo, hi, even: hi <= lo,
+    values: Array.from(cells, c => lo + (hi - lo)*c/255)}; }
+'''
+
+# %% ../../nbs/07_explain/04_explorer.ipynb #72db4570
+_PAINT = '''
 function paint(canvas, q, m, img) {
   const c = canvas.getContext("2d"), W = canvas.width, H = canvas.height;
-  c.globalAlpha = 1; c.imageSmoothingEnabled = true; c.fillRect(0, 0, W, H); c.drawImage(img, 0, 0, W, H);
+  c.globalAlpha = 1; c.imageSmoothingEnabled = true; c.fillRect(0, 0, W, H);
+  c.drawImage(img, 0, 0, W, H);
   if (m && !m.even) {
-    const small = el("canvas", {width: m.w, height: m.h}), s = small.getContext("2d"), d = s.createImageData(m.w, m.h);
-    m.cells.forEach((v, i) => { for (let k = 0; k < 3; k++) d.data[4*i + k] = COLOURS[3*v + k]; d.data[4*i + 3] = 255; });
+    const small = el("canvas", {width: m.w, height: m.h}), s = small.getContext("2d"),
+      d = s.createImageData(m.w, m.h);
+    m.cells.forEach((v, i) => d.data.set([...COLOURS.subarray(3*v, 3*v + 3), 255], 4*i));
     s.putImageData(d, 0, 0);
     const [x0, y0, x1, y1] = q.window;
-    c.globalAlpha = S.strength; c.imageSmoothingEnabled = false; c.drawImage(small, x0*W, y0*H, (x1 - x0)*W, (y1 - y0)*H); }
+    c.globalAlpha = S.strength; c.imageSmoothingEnabled = false;
+    c.drawImage(small, x0*W, y0*H, (x1 - x0)*W, (y1 - y0)*H); }
   c.globalAlpha = 1;
-  if (S.box) for (const [x, y, w, h] of q.boxes) for (const [colour, dash] of [["#fff", []], ["#000", [7, 7]]]) {
-    c.strokeStyle = colour; c.lineWidth = 3; c.setLineDash(dash); c.strokeRect(x*W, y*H, w*W, h*H); } }
+  if (!S.box) return;
+  for (const [x, y, w, h] of q.boxes)
+    for (const [colour, dash] of [["#fff", []], ["#000", [7, 7]]]) {
+      c.strokeStyle = colour; c.lineWidth = 3; c.setLineDash(dash);
+      c.strokeRect(x*W, y*H, w*W, h*H); } }
 '''
 
 # %% ../../nbs/07_explain/04_explorer.ipynb #de5acc55
 _WORDS = '''
 function table(caption, head, rows) {
   const t = el("table", {}, el("caption", {textContent: caption}));
-  if (head) t.append(el("thead", {}, el("tr", {}, ...head.map(x => el("th", {scope: "col", textContent: x})))));
-  t.append(el("tbody", {}, ...rows.map(r => el("tr", {}, ...r.map((x, i) => i ? el("td", {textContent: x}) : el("th", {scope: "row", textContent: x}))))));
+  const top = x => el("th", {scope: "col", textContent: x});
+  const cell = (x, i) => el(i ? "td" : "th", i ? {textContent: x} : {scope: "row", textContent: x});
+  if (head) t.append(el("thead", {}, el("tr", {}, ...head.map(top))));
+  t.append(el("tbody", {}, ...rows.map(r => el("tr", {}, ...r.map(cell)))));
   return el("div", {className: "scroll", tabIndex: 0, role: "region", "aria-label": caption}, t); }
 function highest(m) {
   const mass = m.values.map(v => Math.max(v, 0)), all = mass.reduce((a, b) => a + b, 0) || 1;
-  return m.values.map((v, i) => [v, i]).sort((a, b) => b[0] - a[0]).slice(0, 5).map(([v, i]) => [Math.floor(i/m.w) + 1, i % m.w + 1, per(mass[i]/all)]); }
+  const order = m.values.map((v, i) => [v, i]).sort((a, b) => b[0] - a[0]);
+  return order.slice(0, 5).map(([v, i]) =>
+    [Math.floor(i/m.w) + 1, i % m.w + 1, per(mass[i]/all)]); }
 function numbers(m) {
   const d = el("details", {}, el("summary", {textContent: "All numbers of this map"}));
-  d.addEventListener("toggle", () => { if (d.open && d.children.length < 2) d.append(table("Cells from top to bottom and from left to right, to one part in 255",
-    ["row", ...Array.from({length: m.w}, (_, i) => i + 1)], Array.from({length: m.h}, (_, r) => [r + 1, ...m.values.slice(r*m.w, (r + 1)*m.w).map(v => v.toPrecision(3))]))); });
+  d.addEventListener("toggle", () => {
+    if (!d.open || d.children.length > 1) return;
+    const head = ["row", ...Array.from({length: m.w}, (_, i) => i + 1)];
+    const row = (_, r) =>
+      [r + 1, ...m.values.slice(r*m.w, (r + 1)*m.w).map(v => v.toPrecision(3))];
+    d.append(table("Cells from top to bottom and from left to right, to one part in 255", head,
+      Array.from({length: m.h}, row))); });
   return d; }
+'''
+
+# %% ../../nbs/07_explain/04_explorer.ipynb #b8e632f7
+_BELIEVE = '''
 function believe(model, m) {
-  const r = (D.reliability[model] || {})[S.method], out = el("div", {}, el("h3", {textContent: "How far to believe this map"}));
-  if (!r) { out.append(el("p", {className: "verdict", textContent: D.notes[model] || "Not measured: nothing is known about how true this method is for this model."})); return out; }
+  const r = (D.reliability[model] || {})[S.method],
+    out = el("div", {}, el("h3", {textContent: "How far to believe this map"}));
+  if (!r) { out.append(el("p", {className: "verdict", textContent: D.notes[model] ||
+    "Not measured: nothing is known about how true this method is for this model."})); return out; }
   const off = m && m.layers > 1 && m.layer !== r.layer;
-  out.append(el("p", {className: "verdict" + (r.confirmed && !off ? " yes" : ""), textContent: off ? "? The layer that is shown, " + m.layer + ", was not measured. At layer " + r.layer + ": " + r.verdict : (r.confirmed ? "✓ " : "✗ ") + r.verdict}));
+  out.append(el("p", {className: "verdict" + (r.confirmed && !off ? " yes" : ""),
+    textContent: off ? "? The layer that is shown, " + m.layer + ", was not measured. At layer "
+      + r.layer + ": " + r.verdict : (r.confirmed ? "✓ " : "✗ ") + r.verdict}));
   const rows = [];
-  for (const [unit, g] of Object.entries(r.gains)) for (const [b, c] of Object.entries(g)) rows.push([unit, b, band(c.deletion), band(c.insertion)]);
-  out.append(table("Gain over maps that know nothing (95 % interval), " + r.n_items + " questions, " + r.n_images + " pictures, layer " + r.layer, ["exchanged", "against", "deletion", "insertion"], rows),
-    el("p", {className: "note", textContent: "Points into the known box in " + (r.pointing ? per(r.pointing[0]) : "–") + (r.chance ? "; a random cell does in " + per(r.chance[0]) : "") + "."}));
+  for (const [unit, g] of Object.entries(r.gains))
+    for (const [b, c] of Object.entries(g))
+      rows.push([unit, b, band(c.deletion), band(c.insertion)]);
+  out.append(table("Gain over maps that know nothing (95 % interval), " + r.n_items
+    + " questions, " + r.n_images + " pictures, layer " + r.layer,
+      ["exchanged", "against", "deletion", "insertion"], rows),
+    el("p", {className: "note", textContent: "Points into the known box in "
+      + (r.pointing ? per(r.pointing[0]) : "–")
+        + (r.chance ? "; a random cell does in " + per(r.chance[0]) : "") + "."}));
   return out; }
 '''
 
 # %% ../../nbs/07_explain/04_explorer.ipynb #e382aaf1
-_CONTROLS = '''
+_PANEL = '''
 const method = () => D.methods.find(o => o.name === S.method);
 function layerNow() {
-  if (!(S.method in S.layer)) { const r = D.models.map(o => (D.reliability[o] || {})[S.method]).filter(Boolean).pop(); S.layer[S.method] = r ? r.layer : 0; }
+  if (!(S.method in S.layer)) {
+    const r = D.models.map(o => (D.reliability[o] || {})[S.method]).filter(Boolean).pop();
+    S.layer[S.method] = r ? r.layer : 0; }
   return S.layer[S.method]; }
+const claim = () => method().of === "tokens" ? "Token used by the language model"
+  : "Pixel that mattered";
 function choose(q, model, i) {
   S.word[model] = i;
-  for (const o of D.models) { const k = o === model ? -1 : q.answers[o] ? q.answers[o].words.indexOf(q.answers[model].words[i]) : -1; if (k >= 0) S.word[o] = k; }
+  for (const o of D.models) {
+    if (o === model || !q.answers[o]) continue;
+    const k = q.answers[o].words.indexOf(q.answers[model].words[i]);
+    if (k >= 0) S.word[o] = k; }
   draw(); }
 function panel(q, model) {
   const a = q.answers[model], name = "p_" + D.models.indexOf(model);
-  const box = el("section", {className: "panel", "aria-labelledby": name}, el("h2", {id: name, textContent: model}));
+  const box = el("section", {className: "panel", "aria-labelledby": name},
+    el("h2", {id: name, textContent: model}));
   if (!a) { box.append(el("p", {textContent: "This model was not asked."})); return box; }
-  box.append(el("p", {textContent: "Says “" + a.answer + "”" + (a.answer ? "" : " (nothing)") + ", " + (a.right ? "✓ right." : "✗ the right answer is “" + q.right + "”.")}));
-  const words = el("div", {className: "words", role: "group", "aria-label": "Words of the answer of " + model});
-  a.words.forEach((w, i) => words.append(el("button", {type: "button", textContent: w, "aria-pressed": i === (S.word[model] || 0), onclick: () => choose(q, model, i)})));
-  const canvas = el("canvas", {width: 448, height: Math.round(448*q.size[1]/q.size[0]), role: "img"}), said = el("p", {className: "note", "aria-live": "polite"});
-  box.append(words, canvas, el("p", {className: "claim", textContent: method().of === "tokens" ? "Token used by the language model" : "Pixel that mattered"}), said, el("div", {className: "rest"}));
+  box.append(el("p", {textContent: "Says “" + a.answer + "”" + (a.answer ? "" : " (nothing)")
+    + ", " + (a.right ? "✓ right." : "✗ the right answer is “" + q.right + "”.")}));
+  const words = el("div", {className: "words", role: "group",
+    "aria-label": "Words of the answer of " + model});
+  a.words.forEach((w, i) => words.append(el("button", {type: "button", textContent: w,
+    "aria-pressed": i === (S.word[model] || 0), onclick: () => choose(q, model, i)})));
+  const high = Math.round(448*q.size[1]/q.size[0]);
+  const canvas = el("canvas", {width: 448, height: high, role: "img"});
+  box.append(words, canvas, el("p", {className: "claim", textContent: claim()}),
+    el("p", {className: "note", "aria-live": "polite"}), el("div", {className: "rest"}));
   return box; }
+'''
+
+# %% ../../nbs/07_explain/04_explorer.ipynb #0f01e0c5
+_FILL = '''
+function sentence(m, word, top) {
+  if (!m) return "There is no map of this.";
+  if (m.even) return "This map is the same everywhere: it points nowhere.";
+  return method().label + " of " + (m.word ? "“" + word + "”" : word)
+    + (m.layers > 1 ? ", layer " + m.layer : ", one map for all layers")
+    + ": highest in row " + top[0][0] + ", column " + top[0][1] + " of " + m.h + " × " + m.w
+    + " (" + top[0][2] + ")."; }
 function fill(q, model) {
   const box = $("p_" + D.models.indexOf(model)).parentNode, canvas = box.querySelector("canvas");
   if (!canvas) return;
-  const m = grid(q, model), rest = box.querySelector(".rest"), word = m && q.answers[model].words[m.word];
-  box.querySelectorAll(".words button").forEach((b, i) => b.setAttribute("aria-pressed", i === (m ? m.word : 0)));
+  const m = grid(q, model), rest = box.querySelector(".rest");
+  const word = m && q.answers[model].words[m.word];
+  box.querySelectorAll(".words button").forEach((b, i) =>
+    b.setAttribute("aria-pressed", i === (m ? m.word : 0)));
   const top = m && !m.even ? highest(m) : null, open = rest.querySelector("details[open]");
-  const text = !m ? "There is no map of this." : m.even ? "This map is the same everywhere: it points nowhere." :
-    method().label + " of " + (m.word ? "“" + word + "”" : word) + (m.layers > 1 ? ", layer " + m.layer : ", one map for all layers") + ": highest in row " + top[0][0] + ", column " + top[0][1] + " of " + m.h + " × " + m.w + " (" + top[0][2] + ").";
-  box.querySelector(".claim").textContent = method().of === "tokens" ? "Token used by the language model" : "Pixel that mattered";
+  const text = sentence(m, word, top);
+  box.querySelector(".claim").textContent = claim();
   box.querySelector("[aria-live]").textContent = text;
   canvas.setAttribute("aria-label", text);
   paint(canvas, q, m, pictures[q.picture]);
-  rest.replaceChildren(believe(model, m), ...(D.best[model] || []).map(t => el("p", {className: "note", textContent: t})),
-    ...(top ? [table("The five highest patches", ["row", "column", "share"], top), numbers(m)] : []));
+  rest.replaceChildren(believe(model, m),
+    ...(D.best[model] || []).map(t => el("p", {className: "note", textContent: t})),
+    ...(top ? [table("The five highest patches", ["row", "column", "share"], top), numbers(m)]
+      : []));
   if (open && rest.querySelector("details")) rest.querySelector("details").open = true; }
+'''
+
+# %% ../../nbs/07_explain/04_explorer.ipynb #d0442200
+_REDRAW = '''
+function depth(a) { return a && a.maps[S.method] ? a.maps[S.method].shape[1] : 1; }
 function draw() {
-  const q = D.questions[S.q], layers = Math.max(1, ...D.models.map(o => { const a = q.answers[o]; return a && a.maps[S.method] ? a.maps[S.method].shape[1] : 1; }));
-  $("layer").max = layers - 1; $("layer").disabled = layers < 2; $("layer").value = Math.min(layerNow(), layers - 1);
-  $("layer_now").textContent = layers < 2 ? "one map for all layers" : $("layer").value + " of 0 to " + (layers - 1);
+  const q = D.questions[S.q];
+  const layers = Math.max(1, ...D.models.map(o => depth(q.answers[o])));
+  $("layer").max = layers - 1; $("layer").disabled = layers < 2;
+  $("layer").value = Math.min(layerNow(), layers - 1);
+  $("layer_now").textContent = layers < 2 ? "one map for all layers" : $("layer").value
+    + " of 0 to " + (layers - 1);
   $("about").textContent = method().label + ": " + method().about;
   for (const o of D.models) if (S.shown.has(o)) fill(q, o); }
 function build() {
   const q = D.questions[S.q];
-  $("question").value = S.q; $("before").disabled = S.q === 0; $("next").disabled = S.q === D.questions.length - 1;
+  $("question").value = S.q; $("before").disabled = S.q === 0;
+  $("next").disabled = S.q === D.questions.length - 1;
   $("panels").replaceChildren(...D.models.filter(o => S.shown.has(o)).map(o => panel(q, o)));
   if (pictures[q.picture]) return draw();
-  const img = new Image(); img.onload = () => { pictures[q.picture] = img; if (D.questions[S.q] === q) draw(); };
+  const img = new Image(); img.onload = () => {
+    pictures[q.picture] = img; if (D.questions[S.q] === q) draw(); };
   img.src = D.pictures[q.picture]; }
+'''
+
+# %% ../../nbs/07_explain/04_explorer.ipynb #a8f68576
+_CONTROLS = '''
 function go(i) { S.q = Math.max(0, Math.min(D.questions.length - 1, i)); S.word = {}; build(); }
-D.questions.forEach((q, i) => $("question").append(el("option", {value: i, textContent: i + 1 + ". " + q.question})));
-D.methods.forEach(o => $(o.of).append(el("label", {}, el("input", {type: "radio", name: "method", value: o.name, checked: o.name === S.method, onchange: () => { S.method = o.name; draw(); }}), " " + o.label)));
-D.models.forEach(o => $("models").append(el("label", {}, el("input", {type: "checkbox", value: o, checked: S.shown.has(o), onchange: e => {
-  e.target.checked ? S.shown.add(o) : S.shown.size > 1 ? S.shown.delete(o) : e.target.checked = true; build(); }}), " " + o)));
-for (const kind of ["tokens", "pixels"]) if (!$(kind).children.length) $(kind).textContent = "no method of this kind";
-$("question").onchange = e => go(+e.target.value); $("before").onclick = () => go(S.q - 1); $("next").onclick = () => go(S.q + 1);
+function show(e, o) {
+  if (e.target.checked) S.shown.add(o);
+  else if (S.shown.size > 1) S.shown.delete(o);
+  else e.target.checked = true;
+  build(); }
+function choice(where, props, label) {
+  where.append(el("label", {}, el("input", props), " " + label)); }
+D.questions.forEach((q, i) =>
+  $("question").append(el("option", {value: i, textContent: i + 1 + ". " + q.question})));
+for (const o of D.methods) choice($(o.of), {type: "radio", name: "method", value: o.name,
+  checked: o.name === S.method, onchange: () => { S.method = o.name; draw(); }}, o.label);
+for (const o of D.models) choice($("models"), {type: "checkbox", value: o,
+  checked: S.shown.has(o), onchange: e => show(e, o)}, o);
+for (const kind of ["tokens", "pixels"])
+  if (!$(kind).children.length) $(kind).textContent = "no method of this kind";
+$("question").onchange = e => go(+e.target.value); $("before").onclick = () => go(S.q - 1);
+$("next").onclick = () => go(S.q + 1);
 $("layer").oninput = e => { S.layer[S.method] = +e.target.value; draw(); };
-$("strength").oninput = e => { S.strength = e.target.value/100; draw(); }; $("box").onchange = e => { S.box = e.target.checked; draw(); };
+$("strength").oninput = e => { S.strength = e.target.value/100; draw(); };
+$("box").onchange = e => { S.box = e.target.checked; draw(); };
 { const c = $("colours").getContext("2d"), d = c.createImageData(256, 1);
-  for (let i = 0; i < 256; i++) { for (let k = 0; k < 3; k++) d.data[4*i + k] = COLOURS[3*i + k]; d.data[4*i + 3] = 255; } c.putImageData(d, 0, 0); }
+  for (let i = 0; i < 256; i++) d.data.set([...COLOURS.subarray(3*i, 3*i + 3), 255], 4*i);
+  c.putImageData(d, 0, 0); }
 build(); document.documentElement.dataset.ready = Math.round(performance.now());
 '''
 
-# %% ../../nbs/07_explain/04_explorer.ipynb #89d9a753
+# %% ../../nbs/07_explain/04_explorer.ipynb #d05c9f4f
 LABELS = dict(attention='attention', relative='relative attention',
               attention_gradient='attention × gradient', rollout='rollout', relevancy='relevancy',
               gradient='input × gradient', integrated_gradients='integrated gradients',
@@ -318,33 +477,75 @@ LABELS = dict(attention='attention', relative='relative attention',
               occlusion='leaving patches out', pixel_gradient='pixel gradient',
               relevancy_pixels='relevancy down to pixels')
 
+# %% ../../nbs/07_explain/04_explorer.ipynb #8cb1a627
 def _said(found, right, name):
     "One model's answer, packed."
-    bad = [k for k, v in found['maps'].items() if len(v) != len(found['words'])]
-    if bad:
-        raise ValueError(f'{name}, {bad[0]}: {len(found["maps"][bad[0]])} maps for '
-                         f'{len(found["words"])} words; give one map a word.')
+    words, maps = found['words'], {}
+    for k, v in found['maps'].items():
+        if len(v) != len(words):
+            raise ValueError(f'{name}, {k}: {len(v)} maps for {len(words)} words; give one map a '
+                             'word.')
+        maps[k] = pack_maps(v, f'{name}, {k}')
     same = found['answer'].strip(' .').lower() == str(right).strip(' .').lower()
-    return dict(answer=found['answer'], right=same, words=found['words'],
-                maps={k: pack_maps(v, f'{name}, {k}') for k, v in found['maps'].items()})
+    return dict(answer=found['answer'], right=same, words=words, maps=maps)
 
+# %% ../../nbs/07_explain/04_explorer.ipynb #89d9a753
 def _question(q, pictures, size):
     "One question as the page wants it; its picture goes into `pictures`."
     key = q.get('name') or f'picture {len(pictures)}'
     if key not in pictures: pictures[key] = image_uri(q['image'], size, 85)
-    windows = {tuple(np.round(a['window'], 6).tolist()) for a in q['answers'].values()}
+    windows, answers = set(), {}
+    for m, a in q['answers'].items():
+        windows.add(tuple(np.round(a['window'], 6).tolist()))
+        answers[m] = _said(a, q['right'], f'{q["question"]!r}, {m}')
     if len(windows) != 1:
         raise ValueError(f'{q["question"]!r}: the models see {len(windows)} different parts of '
                          'the picture; show models with one view.')
-    boxes = [[round(float(v), 4) for v in b] for b in q.get('boxes') or []]
+    boxes = np.round(np.array(q.get('boxes') or [], float), 4).tolist()
     return dict(question=q['question'], right=str(q['right']), picture=key,
                 size=list(q['image'].size), window=list(windows.pop()), boxes=boxes,
-                answers={m: _said(a, q['right'], f'{q["question"]!r}, {m}')
-                         for m, a in q['answers'].items()})
+                answers=answers)
 
-# %% ../../nbs/07_explain/04_explorer.ipynb #169fb45d
+# %% ../../nbs/07_explain/04_explorer.ipynb #b66e97d9
+def _methods(questions):
+    "What the page says about each method that has a map."
+    used, out = set(), []
+    for q in questions:
+        for a in q['answers'].values(): used |= set(a['maps'])
+    for k in METHODS:
+        if k not in used: continue
+        facts = METHOD_FACTS[k]
+        about = f'{facts["sees"]} box; passes: {facts["passes"]}; source: {facts["paper"]}.'
+        out.append(dict(name=k, label=LABELS.get(k, k), of=facts['of'], about=about))
+    return out
+
+# %% ../../nbs/07_explain/04_explorer.ipynb #5033399a
+def _first(known, methods):
+    "The confirmed method with the largest mean gain; the first one where none is confirmed."
+    best, name = None, methods[0]['name']
+    for o in methods:
+        r, values = known.get(o['name']), []
+        if not r or not r['confirmed']: continue
+        for curves in r['gains'][o['of']].values(): values += [g[0] for g in curves.values() if g]
+        if best is None or np.mean(values) > best: best, name = np.mean(values), o['name']
+    return name
+
+# %% ../../nbs/07_explain/04_explorer.ipynb #9bfac116
+def _json(data):
+    "JSON that can stand inside a script element."
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(',', ':'))
+    for c in '<>&\u2028\u2029': text = text.replace(c, f'\\u{ord(c):04x}')
+    return text
+
+def _colours():
+    "The 256 colours of a map, three bytes each, as base64."
+    from matplotlib import colormaps
+    rgb = (colormaps['cividis'](np.arange(256))[:, :3]*255).round().astype(np.uint8)
+    return base64.b64encode(rgb.tobytes()).decode()
+
+# %% ../../nbs/07_explain/04_explorer.ipynb #175a1b30
 def explorer_page(
-    questions:list,    # of dict: question, right, image (PIL), name (of the picture), boxes (fractions), answers: model → what `explained` gives
+    questions:list,    # dicts: question, right, image, name, boxes, answers (model → `explained`)
     rows:Iterable=(),  # rows of `faithfulness.csv`
     notes:dict=None,   # model → why nothing was measured
     title:str='What the model looks at', # of the page
@@ -352,37 +553,28 @@ def explorer_page(
     size:int=384,      # longest side of a picture in pixels
 )->str:                # HTML
     "One page with questions, answers and maps, which needs nothing outside itself."
-    from matplotlib import colormaps
     if not questions: raise ValueError('No question was given: there is nothing to explore.')
-    models, pictures, rows = (list(dict.fromkeys(m for q in questions for m in q['answers'])), {},
-                              list(rows))
+    models, pictures, rows = {}, {}, list(rows)
+    for q in questions: models |= dict.fromkeys(q['answers'])
+    models = list(models)
     packed = [_question(q, pictures, size) for q in questions]
-    used = {k for q in questions for a in q['answers'].values() for k in a['maps']}
-    if not used: raise ValueError('No answer has a map: there is nothing to explore.')
-    methods = [dict(name=k, label=LABELS.get(k, k), of=METHOD_FACTS[k]['of'],
-                    about=f'{METHOD_FACTS[k]["sees"]} box; passes: {METHOD_FACTS[k]["passes"]}; '
-                          f'source: {METHOD_FACTS[k]["paper"]}.') for k in METHODS if k in used]
-    known, gains = map_reliability(rows), {}
-    for k, r in known.get(models[-1], {}).items():
-        values = [g for o in r['gains'][METHOD_FACTS[k]['of']].values() for g in o.values() if g]
-        if k in used and r['confirmed']: gains[k] = np.mean([g[0] for g in values])
+    methods = _methods(questions)
+    if not methods: raise ValueError('No answer has a map: there is nothing to explore.')
+    known = map_reliability(rows)
     data = dict(models=models, methods=methods, questions=packed, pictures=pictures,
                 reliability=known, best=best_lines(rows), notes=notes or {},
-                first=max(gains, key=gains.get) if gains else methods[0]['name'],
-                start=list(dict.fromkeys([models[0], models[-1]])),
-                colours=base64.b64encode((colormaps['cividis'](np.arange(256))[:,
-                                                            :3]*255).round().astype(
-                                                                np.uint8).tobytes()).decode())
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(',', ':'))
-    for a, b in (('<', '\\u003c'), ('>', '\\u003e'), ('&', '\\u0026'), ('\u2028', '\\u2028'),
-                 ('\u2029', '\\u2029')):
-        text = text.replace(a, b)
-    script = _DRAW + _WORDS + _CONTROLS
+                first=_first(known.get(models[-1], {}), methods),
+                start=list(dict.fromkeys([models[0], models[-1]])), colours=_colours())
+    script = _DRAW + _PAINT + _WORDS + _BELIEVE + _PANEL + _FILL + _REDRAW + _CONTROLS
     mark = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return env.from_string(_PAGE).render(title=title, lead=list(lead), use=REPORT_USE, style=_STYLE,
-                                         data=text, script=script, print=mark,
-                                         foot='Written by LLaVA-Med Lab.')
+    return env.from_string(_PAGE).render(
+        title=title, lead=list(lead), use=REPORT_USE, style=_STYLE + _PANEL_STYLE, policy=_POLICY,
+        data=_json(data), script=script, print=mark, foot='Written by LLaVA-Med Lab.')
+
+# %% ../../nbs/07_explain/04_explorer.ipynb #169fb45d
+_OUTSIDE = (r'(?i)<(?:img|link|script|iframe|source|object|embed|a)\b[^>]*?\b(?:src|href|data)'
+            r'\s*=\s*["\']?(?!data:|#|["\'])[^>\s]*')
 
 def write_explorer(
     path:str|Path,        # file to write
@@ -390,5 +582,4 @@ def write_explorer(
     limit:int=5_000_000,  # largest size in bytes
 )->Path:                  # the file
     "Write the page, all or nothing; one that is too large or would fetch something is refused."
-    outside = r'(?i)<(?:img|link|script|iframe|source|object|embed|a)\b[^>]*?\b(?:src|href|data)\s*=\s*["\']?(?!data:|#|["\'])[^>\s]*'
-    return write_page(path, html, limit, 'fewer questions, methods or words', outside)
+    return write_page(path, html, limit, 'fewer questions, methods or words', _OUTSIDE)

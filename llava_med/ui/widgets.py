@@ -29,9 +29,10 @@ from ..models.templates import answer_ids, as_turns, chat, model_inputs
 from ..generate.prompts import Prompting
 from ..core.runs import figure_style, shows_bars
 
-# %% ../../nbs/08_ui/01_widgets.ipynb #bf78fbeb
+# %% ../../nbs/08_ui/01_widgets.ipynb #72defa35
 NOTE = 'For research and teaching only: nothing that is said here may inform the care of a patient.'
 
+# %% ../../nbs/08_ui/01_widgets.ipynb #d2c51be5
 def control(
     kind,      # a class of ipywidgets
     label:str, # what stands beside it
@@ -44,28 +45,29 @@ def control(
     return kind(description=label, tooltip=tip, style={'description_width': '6.5em'},
                 **({'layout': W.Layout(width='26em')} | kw))
 
+# %% ../../nbs/08_ui/01_widgets.ipynb #565e55bf
 def image_html(
     image,        # a PIL image
     alt:str,      # what it shows, in words
     side:int=300, # pixels of the longer side on the screen
 )->str:           # HTML
     "A picture with its alternative text, and the same text beneath."
-    scale, buf = side/max(image.size), io.BytesIO()
+    scale, buf, image = side/max(image.size), io.BytesIO(), image.convert('RGB')
     w, h = (max(1, round(o*scale)) for o in image.size)
-    (image.convert('RGB').resize((w, h)) if scale < 1 else image.convert('RGB')).save(buf, 'JPEG',
-                                                            quality=88)
-    return (f'<figure style="margin:0"><img alt="{escape(alt)}" width="{w}" height="{h}" src="data:image/jpeg;base64,'
-            f'{base64.b64encode(buf.getvalue()).decode()}"><figcaption>{escape(alt)}</figcaption></figure>')
+    (image.resize((w, h)) if scale < 1 else image).save(buf, 'JPEG', quality=88)
+    data, alt = base64.b64encode(buf.getvalue()).decode(), escape(alt)
+    return (f'<figure style="margin:0"><img alt="{alt}" width="{w}" height="{h}" '
+            f'src="data:image/jpeg;base64,{data}"><figcaption>{alt}</figcaption></figure>')
 
+# %% ../../nbs/08_ui/01_widgets.ipynb #bf78fbeb
 def one_sentence(
     e:Exception, # what went wrong
 )->str:
     "An error without its traceback."
-    text = ' '.join(str(e.args[0] if isinstance(e, KeyError) and e.args
-                        else e).split()) or type(e).__name__
-    return text if isinstance(e,
-                              (ValueError, OSError,
-                               RuntimeError)) else f'{type(e).__name__}: {text}'
+    said = e.args[0] if isinstance(e, KeyError) and e.args else e
+    text = ' '.join(str(said).split()) or type(e).__name__
+    known = isinstance(e, (ValueError, OSError, RuntimeError))
+    return text if known else f'{type(e).__name__}: {text}'
 
 # %% ../../nbs/08_ui/01_widgets.ipynb #9f6bbfa0
 class Panel(W.VBox):
@@ -97,7 +99,7 @@ class Panel(W.VBox):
         finally:
             for b in buttons: b.disabled = False
 
-# %% ../../nbs/08_ui/01_widgets.ipynb #639e82ae
+# %% ../../nbs/08_ui/01_widgets.ipynb #f0fc1668
 @dataclass
 class ShownImage:
     "What is shown, and where it may go."
@@ -107,20 +109,22 @@ class ShownImage:
     own: bool=False    # it was uploaded, and is never drawn into a file
     warning: str=''    # what to look out for
 
+# %% ../../nbs/08_ui/01_widgets.ipynb #7eb7fd4b
 def burned_in(
     data:bytes, # a DICOM file
 )->str:         # a sentence
     "What a DICOM header says about text in the picture."
     import pydicom
     try:
-        said = str(pydicom.dcmread(io.BytesIO(data), force=True,
-                                   stop_before_pixels=True).get('BurnedInAnnotation') or '').upper()
+        header = pydicom.dcmread(io.BytesIO(data), force=True, stop_before_pixels=True)
+        said = str(header.get('BurnedInAnnotation') or '').upper()
     except Exception: said = ''
     known = {'YES': 'This DICOM file says that text is burned into its picture',
              'NO': 'This DICOM file says that no text is burned into its picture'}
     return (known.get(said, 'This DICOM file does not say whether text is burned into its picture')
             + ': look for names, dates and numbers yourself before anyone else sees the screen.')
 
+# %% ../../nbs/08_ui/01_widgets.ipynb #639e82ae
 def read_image(
     source,        # path, bytes or PIL image
     name:str='',   # of the file; its ending may tell DICOM
@@ -129,13 +133,14 @@ def read_image(
     "A picture from anywhere, with what must be known about it."
     label = 'your picture' if own else name or 'a picture'
     if isinstance(source, Image.Image): return ShownImage(source.convert('RGB'), label, own=own)
-    data = source if isinstance(source, bytes) else image_bytes(source)
-    dicom = is_dicom(data, name or (str(source) if not isinstance(source, bytes) else ''))
+    given = isinstance(source, bytes)
+    data = source if given else image_bytes(source)
+    dicom = is_dicom(data, name or ('' if given else str(source)))
     try: image = open_image(data)
     except ImageError as e: raise ImageError(str(e).replace('image:', f'{label}:', 1)) from None
     return ShownImage(image, label, dicom, own, burned_in(data) if dicom else '')
 
-# %% ../../nbs/08_ui/01_widgets.ipynb #10c9be87
+# %% ../../nbs/08_ui/01_widgets.ipynb #eedc1c21
 class _Said(TextIteratorStreamer):
     "Text as it is made, without the token that ends it, which need not be a special one."
     def __init__(self, tokenizer, ends):
@@ -145,6 +150,7 @@ class _Said(TextIteratorStreamer):
         if self.next_tokens_are_prompt or value.flatten()[-1].item() not in self.ends:
             super().put(value)
 
+# %% ../../nbs/08_ui/01_widgets.ipynb #9152dff7
 def stream_answer(
     model, processor, # a LLaVA and its processor
     image,            # PIL image
@@ -166,6 +172,7 @@ def stream_answer(
     thread.join()
     if failed: raise failed[0]
 
+# %% ../../nbs/08_ui/01_widgets.ipynb #09205103
 class Voice:
     "A model on this machine that answers in pieces; a folder is loaded at the first question."
     external = False
@@ -175,8 +182,8 @@ class Voice:
         device='cpu',        # for a model in a folder
         max_new_tokens:int=48, # longest answer
     ):
-        self.made_of, self.subject, self.max_new_tokens = (model, processor,
-                                                           device), None, max_new_tokens
+        self.made_of, self.subject = (model, processor, device), None
+        self.max_new_tokens = max_new_tokens
     def loaded(self):
         "Model and processor; raises FileNotFoundError where the folder holds none."
         self.subject = self.subject or LocalModel(*self.made_of)
@@ -186,6 +193,7 @@ class Voice:
         turns:list, # `role` and `content`
     ): yield from stream_answer(*self.loaded(), image, turns, self.max_new_tokens)
 
+# %% ../../nbs/08_ui/01_widgets.ipynb #10c9be87
 class Remote:
     "A server as somebody who answers; pictures that it is asked about leave this machine."
     external = True
@@ -196,24 +204,18 @@ class Remote:
     def __call__(self,
         image,      # PIL image
         turns:list, # `role` and `content`
-    ): yield self.endpoint.reply(turns, [data_url(image, self.endpoint.longest)], self.max_new_tokens)
-
-# %% ../../nbs/08_ui/01_widgets.ipynb #1936a278
-class Chat(Panel):
-    "Ask a model about a picture, and ask again."
-    def __init__(self,
-        models:dict,        # name → function of (image, turns) that yields text, such as `Voice` or `Remote`
-        pictures:dict=None, # name → path or PIL image
-        prompts:dict=None,  # name → text with {question}
-        preview:bool=None,  # draw uploaded pictures on the screen; None: where somebody watches
     ):
-        self.models, self.pictures = dict(models), dict(pictures or {})
-        self.prompts = {k: Prompting(k, v) for k, v in (prompts or {'plain': '{question}'}).items()}
-        self.preview, self.shown, self.turns, self.talk, self.waiting = shows_bars() if preview is None else preview, None, [], [], False
-        self.picture = control(W.Dropdown, 'Picture', 'A picture to talk about',
-                               options=[*self.pictures, *([] if self.pictures else ['none'])])
-        self.upload = control(W.FileUpload, 'Your own picture', 'PNG, JPEG or DICOM; it stays in '
-                                                                'memory and is not saved',
+        picture = data_url(image, self.endpoint.longest)
+        yield self.endpoint.reply(turns, [picture], self.max_new_tokens)
+
+# %% ../../nbs/08_ui/01_widgets.ipynb #c9ee9f5b
+class _ChatForm(Panel):
+    "The controls of a talk, and what each of them calls."
+    def __init__(self):
+        names = list(self.pictures) or ['none']
+        self.picture = control(W.Dropdown, 'Picture', 'A picture to talk about', options=names)
+        self.upload = control(W.FileUpload, 'Your own picture',
+                              'PNG, JPEG or DICOM; it stays in memory and is not saved',
                               accept='.png,.jpg,.jpeg,.dcm,.dicom')
         self.forget = control(W.Button, 'Forget it', 'Remove the picture and the talk')
         self.model = control(W.Dropdown, 'Model', 'Who answers', options=list(self.models))
@@ -228,20 +230,22 @@ class Chat(Panel):
         self.fresh = control(W.Button, 'New talk', 'Begin anew with the same picture')
         self.view, self.said = W.HTML(), W.HTML()
         side = W.VBox([self.picture, W.HBox([self.upload, self.forget]), self.view])
-        super().__init__(W.HBox([side, W.VBox([self.model, self.prompt, self.consent,
-                                               W.HBox([self.question, self.go, self.fresh]),
-                                               self.said])]))
+        asking = W.HBox([self.question, self.go, self.fresh])
+        talk = W.VBox([self.model, self.prompt, self.consent, asking, self.said])
+        super().__init__(W.HBox([side, talk]))
+    def _connect(self):
         self.picture.observe(lambda c: self.pick(c['new']), 'value')
         self.upload.observe(self._uploaded, 'value')
         self.model.observe(lambda c: self._guard(), 'value')
-        self.question.on_msg(lambda w, msg, b: self._entered() if msg.get('event') == 'submit'
-                             else None)
+        self.question.on_msg(self._message)
         self.question.observe(lambda c: self._ready(), 'value')
         self.go.on_click(lambda b: self.ask())
         self.fresh.on_click(lambda b: self.restart())
         self.forget.on_click(lambda b: self.clear())
-        self._guard()
-        if self.pictures: self.pick(self.picture.value)
+
+# %% ../../nbs/08_ui/01_widgets.ipynb #57ab7121
+class _ChatPicture(_ChatForm):
+    "What is talked about: shown, exchanged or forgotten."
     def pick(self,
         name:str, # one of the pictures
     )->None:
@@ -266,35 +270,51 @@ class Chat(Panel):
         drawn = not shown.own or self.preview
         alt = f'{shown.name}, {shown.image.width} × {shown.image.height} pixels'
         self.view.value = image_html(shown.image, alt) if drawn else f'<p>{escape(alt)}</p>'
-        self._guard(); self._draw()
+        self._guard()
+        self._draw()
         if shown.warning: self.say(shown.warning, problem=False)
-    def restart(self)->None:
-        "Begin anew with the same picture."
-        self.turns, self.talk = [], []
-        self._draw(); self.say('')
     def clear(self)->None:
         "Forget the picture and the talk."
         self.shown, self.turns, self.talk, self.view.value = None, [], [], ''
-        self._guard(); self._draw(); self.say('Forgotten. Choose another picture.')
+        self._guard()
+        self._draw()
+        self.say('Forgotten. Choose another picture.')
+
+# %% ../../nbs/08_ui/01_widgets.ipynb #77bc5359
+class _ChatConsent(_ChatPicture):
+    "When a question is asked, and whether the picture may leave this machine."
     # the browser says that Enter was pressed before it sends the last of the text
-    def _entered(self):
+    def _message(self, widget, message, buffers):
+        if message.get('event') != 'submit': return
         self.waiting = True
         try: asyncio.get_running_loop().call_later(.5, self._ready)
         except RuntimeError: self._ready()
     def _ready(self):
-        if self.waiting: self.waiting = False; self.ask()
+        if not self.waiting: return
+        self.waiting = False
+        self.ask()
+    def _external(self): return getattr(self.models[self.model.value], 'external', False)
     def _guard(self):
         self.consent.value = False
-        self.consent.layout.display = None if getattr(self.models[self.model.value], 'external',
-                                                      False) else 'none'
-    def _allow(self, speak, name):
-        if not getattr(speak, 'external', False): return
+        self.consent.layout.display = None if self._external() else 'none'
+    def _allow(self):
+        if not self._external(): return
+        name = self.model.value
         if self.shown.dicom:
             raise ValueError(f'{name} is a server, and DICOM pictures do not leave this machine: '
                              'choose a model that runs here.')
         if not self.consent.value:
             raise ValueError(f'{name} is a server: tick “Yes, send this picture” if the picture '
                              'may leave this machine.')
+
+# %% ../../nbs/08_ui/01_widgets.ipynb #c1a24c9e
+class _ChatTalk(_ChatConsent):
+    "Questions and answers about one picture."
+    def restart(self)->None:
+        "Begin anew with the same picture."
+        self.turns, self.talk = [], []
+        self._draw()
+        self.say('')
     def ask(self,
         question:str=None, # None: what stands in the field
     )->str:                # the answer; empty where it was refused
@@ -308,67 +328,89 @@ class Chat(Panel):
         if self.shown is None:
             raise ValueError('There is no picture yet: choose one, or upload your own.')
         speak, shown = self.models[self.model.value], self.shown
-        self._allow(speak, self.model.value)
-        turns = self.turns + as_turns(self.prompts[self.prompt.value].words({'question': question}),
-                                      0 if self.turns else 1)
+        self._allow()
+        asked = self.prompts[self.prompt.value].words({'question': question})
+        turns = self.turns + as_turns(asked, 0 if self.turns else 1)
         line = dict(question=question, answer='', model=self.model.value, prompt=self.prompt.value)
         try:
             for piece in speak(shown.image, turns):
                 line['answer'] += piece
                 self._draw(line)
             line['answer'] = line['answer'].strip()
-            self.turns = turns + [{'role': 'assistant',
-                                   'content': [{'type': 'text', 'text': line['answer']}]}]
+            content = [{'type': 'text', 'text': line['answer']}]
+            self.turns = turns + [{'role': 'assistant', 'content': content}]
             self.talk.append(line)
             self.question.value = ''
         finally: self._draw()
         if shown.warning: self.say(shown.warning)
         return line['answer']
+
+# %% ../../nbs/08_ui/01_widgets.ipynb #9c850c66
+def _talk_figure(shown, talk):
+    "A talk as a figure: its picture, if that was not uploaded, and what was said."
+    import matplotlib.pyplot as plt
+    fig, (a, b) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(1, 1.7))
+    missing = 'an uploaded picture\nis not drawn' if shown else 'no picture'
+    if shown and not shown.own: a.imshow(shown.image)
+    else: a.text(.5, .5, missing, ha='center', va='center')
+    for ax in (a, b): ax.axis('off')
+    said = '\n'.join(f'{o["question"]}\n    {o["answer"] or "(no words)"}' for o in talk)
+    b.text(0, 1, (said or 'nothing was asked')[:900], va='top', wrap=True)
+    models = ', '.join(dict.fromkeys(o['model'] for o in talk))
+    fig.suptitle(f'{len(talk)} questions to {models or "nobody"}', fontsize=12)
+    return fig
+
+# %% ../../nbs/08_ui/01_widgets.ipynb #1936a278
+class Chat(_ChatTalk):
+    "Ask a model about a picture, and ask again."
+    def __init__(self,
+        models:dict,        # name → function of (image, turns) that yields text, such as `Voice`
+        pictures:dict=None, # name → path or PIL image
+        prompts:dict=None,  # name → text with {question}
+        preview:bool=None,  # draw uploaded pictures on the screen; None: where somebody watches
+    ):
+        self.models, self.pictures = dict(models), dict(pictures or {})
+        self.prompts = {k: Prompting(k, v) for k, v in (prompts or {'plain': '{question}'}).items()}
+        self.preview = shows_bars() if preview is None else preview
+        self.shown, self.turns, self.talk, self.waiting = None, [], [], False
+        super().__init__()
+        self._connect()
+        self._guard()
+        if self.pictures: self.pick(self.picture.value)
     def _draw(self, coming=None):
-        lines = self.talk + ([coming] if coming else [])
-        self.said.value = '<div aria-live="polite">' + ''.join(
-            f'<p><b>{escape(o["question"])}</b><br>{escape(o["answer"]) or "(no words)"} '
-            f'<small>({escape(o["model"])})</small></p>' for o in lines) + '</div>'
+        rows = ''
+        for o in [*self.talk, coming] if coming else self.talk:
+            rows += (f'<p><b>{escape(o["question"])}</b><br>{escape(o["answer"]) or "(no words)"} '
+                     f'<small>({escape(o["model"])})</small></p>')
+        self.said.value = f'<div aria-live="polite">{rows}</div>'
     def static(self): # a matplotlib figure
         "The talk as a picture; what was uploaded is not drawn."
-        import matplotlib.pyplot as plt
-        with figure_style():
-            fig, (a, b) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(1, 1.7))
-            if self.shown and not self.shown.own: a.imshow(self.shown.image)
-            else:
-                a.text(.5, .5, 'an uploaded picture\nis not drawn' if self.shown else 'no picture',
-                       ha='center', va='center')
-            for ax in (a, b): ax.axis('off')
-            said = '\n'.join(f'{o["question"]}\n    {o["answer"] or "(no words)"}'
-                             for o in self.talk) or 'nothing was asked'
-            b.text(0, 1, said[:900], va='top', wrap=True)
-            fig.suptitle(f'{len(self.talk)} questions to '
-                         f'{", ".join(dict.fromkeys(o["model"] for o in self.talk)) or "nobody"}',
-                         fontsize=12)
-        return fig
+        with figure_style(): return _talk_figure(self.shown, self.talk)
 
-# %% ../../nbs/08_ui/01_widgets.ipynb #8dd72b1b
+# %% ../../nbs/08_ui/01_widgets.ipynb #2298be05
 def explain(
     model, processor,  # a LLaVA and its processor
     image,             # PIL image
     question:str,      # what is asked
     answer:str=None,   # what is explained; generated when None
-    methods:dict=None, # name → function of (model, samples, neutral) that gives (samples, layers, down, across)
+    methods:dict=None, # name → function of (model, samples, neutral) that gives maps
 )->dict:               # answer, words (the first stands for all), maps by method, window, grid
     "Maps of an answer and of each of its words."
     tok = processor.tokenizer
-    ids = (generate(model, processor, image, question) if answer is None
-           else answer_ids(processor, question, [answer], end=False)[0])
-    words = word_groups(tok, ids)
+    if answer is None: ids = generate(model, processor, image, question)
+    else: ids = answer_ids(processor, question, [answer], end=False)[0]
     whole = encode_sample(processor, image, question, ids)
-    parts = [replace(encode_sample(processor, image, question, ids[:b]), n_answer=b - a)
-             for _, a, b in words]
-    samples, plain = [whole, *parts], [neutral_sample(processor, image)]*(len(parts) + 1)
+    samples, words = [whole], ['whole answer']
+    for word, a, b in word_groups(tok, ids):
+        part = encode_sample(processor, image, question, ids[:b])
+        samples.append(replace(part, n_answer=b - a))
+        words.append(word)
+    plain = [neutral_sample(processor, image)]*len(samples)
     maps = {k: v for k, v in all_maps(model, samples, plain).items() if k in ATTENTION_METHODS}
     for name, f in (methods or {}).items(): maps[name] = np.asarray(f(model, samples, plain))
-    return dict(answer=whole.answer, words=['whole answer', *(w for w, *_ in words)], maps=maps,
-                window=whole.window, grid=whole.grid)
+    return dict(answer=whole.answer, words=words, maps=maps, window=whole.window, grid=whole.grid)
 
+# %% ../../nbs/08_ui/01_widgets.ipynb #8dd72b1b
 def explainer(
     voice:Voice,       # the model
     methods:dict=None, # further methods, see `explain`
@@ -376,7 +418,7 @@ def explainer(
     "`explain` for a model that is loaded when it is needed."
     return lambda image, question: explain(*voice.loaded(), image, question, methods=methods)
 
-# %% ../../nbs/08_ui/01_widgets.ipynb #05d689da
+# %% ../../nbs/08_ui/01_widgets.ipynb #44e3943d
 def blend(
     image,               # PIL image
     grid_map:np.ndarray, # (down, across)
@@ -387,37 +429,33 @@ def blend(
     "A picture with a map over it, from dark (least) to light yellow (most)."
     from matplotlib import colormaps
     layer = overlay(grid_map, window, image.size)
-    seen, low, high = np.isfinite(layer), np.nanmin(layer), np.nanmax(layer)
-    colour = colormaps['inferno'](np.nan_to_num((layer - low)/max(high - low, 1e-12)))[..., :3]*255
+    seen, low, high = np.isfinite(layer)[..., None], np.nanmin(layer), np.nanmax(layer)
+    level = np.nan_to_num((layer - low)/max(high - low, 1e-12))
+    colour = colormaps['inferno'](level)[..., :3]*255
     grey = np.asarray(image.convert('L'), float)[..., None].repeat(3, -1)
-    out = Image.fromarray(np.where(seen[..., None], opacity*colour + (1 - opacity)*grey,
-                                   grey).astype(np.uint8))
+    mixed = np.where(seen, opacity*colour + (1 - opacity)*grey, grey)
+    out = Image.fromarray(mixed.astype(np.uint8))
     draw, (w, h) = ImageDraw.Draw(out), image.size
     for x, y, bw, bh in boxes:
         draw.rectangle((x*w, y*h, (x + bw)*w, (y + bh)*h), outline='cyan', width=max(1, w//100))
     return out
 
+# %% ../../nbs/08_ui/01_widgets.ipynb #05d689da
 def top_cells(
     grid_map:np.ndarray, # (down, across)
     n:int=5,             # how many
 )->list:                 # (row, column, share of all positive values), counted from 1
     "The cells of a map with the highest values."
-    mass = np.clip(grid_map, 0, None)
-    best = np.argsort(-grid_map, axis=None, kind='stable')[:n]
-    return [(int(i)//grid_map.shape[1] + 1, int(i) % grid_map.shape[1] + 1,
-             float(mass.flat[i]/max(mass.sum(), 1e-12))) for i in best]
+    mass, out = np.clip(grid_map, 0, None), []
+    total, across = max(mass.sum(), 1e-12), grid_map.shape[1]
+    for i in np.argsort(-grid_map, axis=None, kind='stable')[:n].tolist():
+        out.append((i//across + 1, i % across + 1, float(mass.flat[i]/total)))
+    return out
 
-# %% ../../nbs/08_ui/01_widgets.ipynb #e81bb3ed
-class Explore(Panel):
-    "Click a word of an answer and see what the model read when it said it."
-    def __init__(self,
-        models:dict,         # name → function of (image, question) that gives what `explain` gives
-        pictures:dict,       # name → path or PIL image
-        questions:dict=None, # name → questions to begin with
-        boxes:dict=None,     # name → known boxes (x, y, width, height), in fractions
-    ):
-        self.models, self.pictures, self.asked, self.boxes = dict(models), dict(pictures), dict(questions or {}), dict(boxes or {})
-        self.image, self.found, self.quiet = None, None, False
+# %% ../../nbs/08_ui/01_widgets.ipynb #36dd74c6
+class _ExploreForm(Panel):
+    "The controls of the maps, and what each of them calls."
+    def __init__(self):
         self.picture = control(W.Dropdown, 'Picture', 'A picture to ask about',
                                options=list(self.pictures))
         self.model = control(W.Dropdown, 'Model', 'Whose answer is explained',
@@ -429,25 +467,29 @@ class Explore(Panel):
         self.word = control(W.ToggleButtons, 'Word', 'Which word of the answer the map belongs to',
                             layout=W.Layout(width='auto'))
         self.method = control(W.Dropdown, 'Method', 'How the map is made')
-        self.layer = control(W.IntSlider, 'Layer', 'Which layer of the language model; the arrow '
-                                                   'keys move it', min=0, max=0,
-                             continuous_update=False)
+        self.layer = control(W.IntSlider, 'Layer',
+                             'Which layer of the language model; the arrow keys move it',
+                             min=0, max=0, continuous_update=False)
         self.view, self.table = W.HTML(), W.HTML()
         super().__init__(W.HBox([self.picture, self.model]), W.HBox([self.question, self.go]),
                          self.word, W.HBox([self.method, self.layer]),
                          W.HBox([self.view, self.table]))
+    def _connect(self):
         self.picture.observe(lambda c: self.choose(), 'value')
         for o in (self.word, self.method, self.layer): o.observe(lambda c: self._draw(), 'value')
         self.go.on_click(lambda b: self.run())
-        if self.pictures: self.choose()
+
+# %% ../../nbs/08_ui/01_widgets.ipynb #841be5d6
+class _Explained(_ExploreForm):
+    "An answer with its maps, and which of them is shown."
     def choose(self)->None:
         "Show the chosen picture, without a map."
+        name = self.picture.value
         with self.careful(self.go):
-            self.image, self.found = read_image(self.pictures[self.picture.value],
-                                                self.picture.value).image, None
-            self.question.options = asked = list(self.asked.get(self.picture.value, ()))
+            self.image, self.found = read_image(self.pictures[name], name).image, None
+            self.question.options = asked = list(self.asked.get(name, ()))
             self.question.value = asked[0] if asked else ''
-            self.view.value, self.table.value = image_html(self.image, self.picture.value), ''
+            self.view.value, self.table.value = image_html(self.image, name), ''
     def run(self)->dict: # what `explain` gave; None where it was refused
         "Answer the question and draw the map."
         with self.careful(self.go):
@@ -455,20 +497,55 @@ class Explore(Panel):
             if not question: raise ValueError('The question is empty: choose or type one.')
             if self.image is None: raise ValueError('There is no picture yet: choose one.')
             found = self.models[self.model.value](self.image, question)
-            bad = [k for k, m in found['maps'].items() if not np.isfinite(m).all()]
-            if bad:
-                raise ValueError(f'The map of the method {bad[0]!r} holds values that are no '
-                                 'numbers: nothing is drawn.')
+            for k, m in found['maps'].items():
+                if np.isfinite(m).all(): continue
+                raise ValueError(f'The map of the method {k!r} holds NaN or infinite values: '
+                                 'nothing is drawn.')
             self._take(found)
             return found
     def _take(self, found):
-        word, method, self.found, self.quiet = self.word.index or 0, self.method.value, found, True
-        self.word.options = [(w, i) for i, w in enumerate(found['words'])]
-        self.word.value = word if word < len(found['words']) else 0
+        word, method, words = self.word.index or 0, self.method.value, found['words']
+        self.found, self.quiet = found, True
+        self.word.options = list(zip(words, range(len(words))))
+        self.word.value = word if word < len(words) else 0
         self.method.options = list(found['maps'])
         self.method.value = method if method in found['maps'] else next(iter(found['maps']))
         self.quiet = False
         self._draw()
+
+# %% ../../nbs/08_ui/01_widgets.ipynb #b7e7c770
+def _cells_html(m):
+    "The highest cells of a map as a table."
+    rows = ''
+    for r, c, v in top_cells(m): rows += f'<tr><td>{r}</td><td>{c}</td><td>{v:.1%}</td></tr>'
+    head = ''.join(f'<th scope="col">{o}</th>' for o in ('row', 'column', 'share'))
+    return f'<table><caption>The five highest patches</caption><tr>{head}</tr>{rows}</table>'
+
+# %% ../../nbs/08_ui/01_widgets.ipynb #87be7e7b
+def _every_method(image, found, word, layer, boxes):
+    "A picture and one word's map of one layer by every method."
+    shown, titles = [None], ['picture']
+    for k, m in found['maps'].items():
+        own = m[word]
+        shown.append(own[min(layer, len(own) - 1)])
+        titles.append(k.replace('_', '\n'))
+    return plot_maps(image, shown, found['window'], titles, boxes)
+
+# %% ../../nbs/08_ui/01_widgets.ipynb #e81bb3ed
+class Explore(_Explained):
+    "Click a word of an answer and see what the model read when it said it."
+    def __init__(self,
+        models:dict,         # name → function of (image, question) that gives what `explain` gives
+        pictures:dict,       # name → path or PIL image
+        questions:dict=None, # name → questions to begin with
+        boxes:dict=None,     # name → known boxes (x, y, width, height), in fractions
+    ):
+        self.models, self.pictures = dict(models), dict(pictures)
+        self.asked, self.boxes = dict(questions or {}), dict(boxes or {})
+        self.image, self.found, self.quiet = None, None, False
+        super().__init__()
+        self._connect()
+        if self.pictures: self.choose()
     def map(self)->np.ndarray: # (down, across)
         "The map that is shown."
         maps = self.found['maps'][self.method.value][self.word.value]
@@ -478,25 +555,19 @@ class Explore(Panel):
     def _draw(self):
         if self.found is None or self.quiet: return
         m, word = self.map(), self.found['words'][self.word.value]
-        words = (f'“{self.found["answer"]}”: {self.method.value} of '
-                 f'{word if self.word.value == 0 else "“" + word + "”"}, layer {self.layer.value}')
-        self.view.value = image_html(blend(self.image, m, self.found['window'],
-                                           self.boxes.get(self.picture.value, ())), words)
-        rows = ''.join(f'<tr><td>{r}</td><td>{c}</td><td>{v:.1%}</td></tr>'
-                       for r, c, v in top_cells(m))
-        self.table.value = ('<table><caption>The five highest patches</caption><tr><th '
-                            'scope="col">row</th><th scope="col">column</th>'
-                            f'<th scope="col">share</th></tr>{rows}</table>')
+        if self.word.value: word = f'“{word}”'
+        words = (f'“{self.found["answer"]}”: {self.method.value} of {word}, '
+                 f'layer {self.layer.value}')
+        boxes = self.boxes.get(self.picture.value, ())
+        mixed = blend(self.image, m, self.found['window'], boxes)
+        self.view.value, self.table.value = image_html(mixed, words), _cells_html(m)
     def static(self): # a matplotlib figure
         "The picture and its map by every method, at the chosen word and layer."
         if self.found is None: self.run()
         if self.found is None: raise ValueError(re.sub('<[^>]+>', '', self.note.value))
-        maps = {k: m[self.word.value] for k, m in self.found['maps'].items()}
-        shown = [None, *(m[min(self.layer.value, len(m) - 1)] for m in maps.values())]
+        boxes, layer = self.boxes.get(self.picture.value, ()), self.layer.value
         with figure_style():
-            fig = plot_maps(self.image, shown, self.found['window'],
-                            ['picture', *(k.replace('_', '\n') for k in maps)],
-                            self.boxes.get(self.picture.value, ()))
-            fig.suptitle(f'{self.question.value} {self.found["answer"]} (layer {self.layer.value})',
+            fig = _every_method(self.image, self.found, self.word.value, layer, boxes)
+            fig.suptitle(f'{self.question.value} {self.found["answer"]} (layer {layer})',
                          fontsize=12)
         return fig
