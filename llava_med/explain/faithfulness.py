@@ -10,14 +10,15 @@ __all__ = ['CONTROLS', 'CURVE_SHARES', 'FAITHFULNESS_COLUMNS', 'GOLD', 'gates', 
 
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #2940f1a9
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from PIL import Image
 from scipy.stats import rankdata
-from .attention import (Sample, box_cover, cell_boxes, encode_sample, energy_lift,
-    hits, image_vectors, item_boxes, language_model, over_images, target_cells, untrained)
+from llava_med.explain.attention import (Sample, box_cover, cell_boxes, encode_sample, energy_lift,
+    hits, image_vectors, item_boxes, language_model, over_images, stack_cells, target_cells,
+    untrained)
 from llava_med.explain.maps import (METHODS, answer_scores, other_question, infill, mix_patches,
     mix_vectors)
 from ..data.vqa import item_question, region_mask
@@ -26,26 +27,27 @@ from ..data.vqa import item_question, region_mask
 def gates(
     model, processor, # the model under test
     items:list,       # phantom questions
-    edit,             # makes the three pictures, the new answer and the boxes of an item (such as `world.edits.edits`), None where it cannot
+    edit,             # item -> three pictures, new answer, boxes; None where it cannot (`edits`)
     pictures:list=None, # the pictures as the model knows them (PIL); drawn when None
 )->list:              # one dict an item: item, sample, boxes, right, flipped, steady, passed
-    "Which questions may judge a map: right on the original, changed with the box, unchanged by an edit elsewhere."
+    "Which questions may judge a map: right, changed with the box, steady under an edit elsewhere."
     out = []
     for i, item in enumerate(items):
         got = edit(item)
         if got is None: continue
         views = [got[k] for k in ('original', 'edited', 'elsewhere')]
         if pictures is not None: views[0] = pictures[i]
-        samples = [encode_sample(processor, o, item_question(item), str(item['answer']))
-                   for o in views]
-        first = answer_scores(model, samples[0], torch.stack([o.pixels for o in samples]), first=True)[1]
+        asked = item_question(item), str(item['answer'])
+        samples = [encode_sample(processor, o, *asked) for o in views]
+        pixels = torch.stack([o.pixels for o in samples])
+        _, first = answer_scores(model, samples[0], pixels, first=True)
         right, flipped, steady = bool(first[0]), not first[1], bool(first[2])
         boxes = item_boxes(item, views[0].size) if item.get('regions') else got['boxes']
-        out.append(dict(item=item, sample=samples[0], boxes=boxes, right=right, flipped=flipped, steady=steady,
-                        passed=right and flipped and steady))
+        out.append(dict(item=item, sample=samples[0], boxes=boxes, right=right, flipped=flipped,
+                        steady=steady, passed=right and flipped and steady))
     return out
 
-# %% ../../nbs/07_explain/03_faithfulness.ipynb #552393ab
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #58df05bf
 def painted_over(
     image:Image.Image, # any mode that can be RGB
     boxes:list,        # (x, y, width, height) in fractions
@@ -55,7 +57,7 @@ def painted_over(
     px = np.array(image.convert('RGB'))
     out, (high, wide) = px.copy(), px.shape[:2]
     for x, y, w, h in boxes:
-        a, b, c, d = (round(o) for o in (x*wide, (x + w)*wide, y*high, (y + h)*high))
+        a, b, c, d = map(round, (x*wide, (x + w)*wide, y*high, (y + h)*high))
         m, n = max(round(frame*wide), 1), max(round(frame*high), 1)
         ring = np.zeros((high, wide), bool)
         ring[max(c - n, 0):d + n, max(a - m, 0):b + m] = True
@@ -63,43 +65,49 @@ def painted_over(
         if ring.any(): out[c:d, a:b] = px[ring].mean(0).round().astype(np.uint8)
     return Image.fromarray(out)
 
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #552393ab
+def _free_place(rng, w, h, taken, tries):
+    "A place for a box that touches no other; None where none is found."
+    for _ in range(tries):
+        x, y = rng.uniform(0, max(1 - w, 0)), rng.uniform(0, max(1 - h, 0))
+        if all(x + w <= a or a + c <= x or y + h <= b or b + d <= y for a, b, c, d in taken):
+            return x, y, w, h
+    return None
+
 def box_edit(
     item:dict,         # a VQA item with regions
     image:Image.Image, # its image
     seed:int=0,        # of the place elsewhere
     tries:int=200,     # places that are tried
-):                     # dict original, edited, elsewhere (PIL images), answer (None: not known), boxes (fractions); None where nothing can be edited
-    "An image, the same with what the question is about painted over, and with as much painted over elsewhere."
+)->dict|None:          # three images, answer (None: not known), boxes; None where it cannot be
+    "An image, the same with its boxes painted over, and with as much painted over elsewhere."
     boxes = item_boxes(item, image.size)
     if not boxes: return None
-    rng, places, taken = np.random.default_rng(seed), [], list(boxes)
+    rng, places = np.random.default_rng(seed), []
     for _, _, w, h in boxes:
-        for _ in range(tries):
-            x, y = rng.uniform(0, max(1 - w, 0)), rng.uniform(0, max(1 - h, 0))
-            if all(x + w <= a or a + c <= x or y + h <= b or b + d <= y for a, b, c, d in taken):
-                break
-        else: return None
-        places.append((x, y, w, h))
-        taken.append(places[-1])
+        place = _free_place(rng, w, h, [*boxes, *places], tries)
+        if place is None: return None
+        places.append(place)
     edited, elsewhere = painted_over(image, boxes), painted_over(image, places)
     return dict(original=image.convert('RGB'), edited=edited, elsewhere=elsewhere, answer=None,
                 boxes=boxes)
 
-# %% ../../nbs/07_explain/03_faithfulness.ipynb #ab1aaccc
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #71b9ed0e
 CONTROLS = ('random', 'centre', 'static', 'inverted', 'box')  # what a map is compared with
 
 def centre_map(
     grid:tuple, # (down, across)
 )->np.ndarray:  # (down, across)
     "Highest in the middle."
-    y, x = [(np.arange(n) + .5)/n - .5 for n in grid]
+    y, x = ((np.arange(n) + .5)/n - .5 for n in grid)
     return -np.hypot(y[:, None], x)
 
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #ab1aaccc
 def elsewhere_mean(
     maps:np.ndarray, # (items, down, across)
     images:list,     # the picture of each item
 )->np.ndarray:       # (items, down, across)
-    "For each item the mean map of all other pictures, each map scaled to a sum of absolute values of 1."
+    "For each item the mean map of all other pictures, each scaled to absolute values of sum 1."
     scaled = maps/np.maximum(np.abs(maps).sum((1, 2), keepdims=True), 1e-12)
     names, at = np.unique(images, return_inverse=True)
     if len(names) < 2: raise ValueError('A static map needs questions about at least two pictures.')
@@ -107,16 +115,28 @@ def elsewhere_mean(
     n = np.bincount(at)
     return (total - own[at])/(len(maps) - n[at])[:, None, None]
 
-# %% ../../nbs/07_explain/03_faithfulness.ipynb #6405b8e4
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #0a58651d
 CURVE_SHARES = (.03, .08, .2, .5)  # shares of the patches that are taken away or put in
 
 def _ranks(m, rng):
     "0 for the highest cell, ties in random order."
     flat = np.asarray(m, float).ravel()
-    if not np.isfinite(flat).all(): raise ValueError('A map holds NaN or infinite values: it orders nothing.')
+    if not np.isfinite(flat).all():
+        raise ValueError('A map holds NaN or infinite values: it orders nothing.')
     out = np.empty(len(flat), int)
     out[np.lexsort((rng.random(len(flat)), -flat))] = np.arange(len(flat))
     return out.reshape(np.shape(m))
+
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #3fb2a313
+def _gone(maps, grid, steps, seed):
+    "Which patches are replaced: none, all, then each map's steps of deletion and insertion."
+    n = int(np.prod(grid))
+    counts = np.unique(np.clip(np.round(np.array(steps)*n), 1, n - 1).astype(int))
+    gone = [np.zeros(grid, bool), np.ones(grid, bool)]
+    for i, m in enumerate(maps.values()):
+        first = _ranks(m, np.random.default_rng([seed, i])) < counts[:, None, None]
+        gone += [*first, *~first]
+    return gone, counts
 
 def curves(
     model, processor, # the model under test
@@ -128,23 +148,25 @@ def curves(
     steps:tuple=CURVE_SHARES,# shares of the patches
     seed:int=0,       # of the order of ties
     tokens=None,      # answer tokens, see `maps.chosen_tokens`
-)->tuple:             # shares (0 to 1), dict name -> (deletion, insertion) log-probabilities at the shares
+)->tuple:             # shares (0 to 1), dict name -> log-probabilities of (deletion, insertion)
     "What the answer loses as a map's places are taken away, and gains as they are put in."
-    if unit not in ('pixels', 'tokens'): raise ValueError(f"unit is {unit!r}; it must be 'pixels' or 'tokens'.")
-    n = int(np.prod(sample.grid))
-    counts = sorted({int(np.clip(round(s*n), 1, n - 1)) for s in steps})
-    ranks = [_ranks(m, np.random.default_rng([seed, i])) for i, m in enumerate(maps.values())]
-    gone = [np.zeros(sample.grid, bool), np.ones(sample.grid, bool)]
-    for r in ranks: gone += [r < k for k in counts] + [r >= k for k in counts]
+    if unit not in ('pixels', 'tokens'):
+        raise ValueError(f"unit is {unit!r}; it must be 'pixels' or 'tokens'.")
+    gone, counts = _gone(maps, sample.grid, steps, seed)
     filled = infill(sample, kind, other)
-    if unit == 'pixels': got = answer_scores(model, sample, mix_patches(sample.pixels, filled, gone, processor.patch_size), tokens=tokens)
+    if unit == 'pixels':
+        pixels = mix_patches(sample.pixels, filled, gone, processor.patch_size)
+        got = answer_scores(model, sample, pixels, tokens=tokens)
     else:
         own, rest = image_vectors(model, [sample, replace(sample, pixels=filled)])
         got = answer_scores(model, sample, vectors=mix_vectors(own, rest, gone), tokens=tokens)
-    full, empty, body = got[0], got[1], got[2:].reshape(len(ranks), 2, len(counts))
-    shares = np.array([0, *counts, n])/n
-    return shares, {name: (np.array([full, *d, empty]), np.array([empty, *i, full])) for name, (d, i) in zip(maps, body)}
+    full, empty, body = got[0], got[1], got[2:].reshape(len(maps), 2, len(counts))
+    n, out = gone[0].size, {}
+    for name, (d, i) in zip(maps, body):
+        out[name] = np.array([full, *d, empty]), np.array([empty, *i, full])
+    return np.array([0, *counts, n])/n, out
 
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #6405b8e4
 def area(
     shares:np.ndarray, # from 0 to 1
     curve:np.ndarray,  # values at the shares
@@ -159,14 +181,15 @@ def gain(
     images:list,       # the picture of each item
     seed:int=0,        # of the bootstrap
 )->tuple:              # value, low, high
-    "Sum of values over sum of drops, with its interval over pictures; 0 without interval if the picture changes nothing, NaN if it only harms."
+    "Sum of values over sum of drops; 0 if the picture changes nothing, NaN if it only harms."
     values, drop = np.asarray(values, float), np.asarray(drop, float)
     if np.abs(values).max() < 1e-6 and np.abs(drop).max() < 1e-4:
         return 0., float('nan'), float('nan')
-    if drop.sum() <= 0: return (float('nan'),)*3   # the answer is likelier without the picture: there is nothing to lose
-    return tuple(float(o) for o in over_images(values, images, drop, seed=seed))
+    # the answer is likelier without the picture: there is nothing to lose
+    if drop.sum() <= 0: return (float('nan'),)*3
+    return tuple(map(float, over_images(values, images, drop, seed=seed)))
 
-# %% ../../nbs/07_explain/03_faithfulness.ipynb #91feb905
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #e6e0207e
 def auprc(
     maps:np.ndarray,    # (items, down, across)
     targets:np.ndarray, # (items, down, across) bool
@@ -175,10 +198,11 @@ def auprc(
     out = []
     for m, t in zip(maps.reshape(len(maps), -1), targets.reshape(len(maps), -1)):
         place = rankdata(-m, 'max')
-        above = np.array([(t & (place <= p)).sum() for p in place[t]])
+        above = (t & (place <= place[t][:, None])).sum(1)   # target cells up to each of them
         out.append((above/place[t]).mean() if t.any() else np.nan)
     return np.array(out)
 
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #7354b686
 def iou(
     maps:np.ndarray,    # (items, down, across)
     targets:np.ndarray, # (items, down, across) bool
@@ -189,18 +213,25 @@ def iou(
     top = np.stack([_ranks(m, rng) < t.sum() for m, t in zip(maps, targets)])
     return (top & targets).sum((1, 2))/np.maximum((top | targets).sum((1, 2)), 1)
 
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #e75de9ba
 def localisation(
     maps:np.ndarray, # (items, down, across)
     boxes:list,      # of each item, in fractions of the picture
     windows:list,    # of each item
-    masks:list=None, # or the target cells themselves, (down, across) bool each, such as from `mask_cells`
+    masks:list=None, # or the target cells themselves, (down, across) bool each (`mask_cells`)
 )->dict:             # metric -> (items,)
     "How well maps point at, lie on, rank and cover the known places."
     grid = maps.shape[1:]
-    target = np.stack([target_cells(b, grid, w) for b, w in zip(boxes, windows)] if masks is None else masks)
-    cover = np.stack([box_cover(b, grid, w) for b, w in zip(boxes, windows)]) if masks is None else target.astype(float)
-    return dict(pointing=hits(maps, target), energy_lift=energy_lift(maps, cover), auprc=auprc(maps, target), iou=iou(maps, target))
+    if masks is None:
+        target = stack_cells(target_cells, boxes, grid, windows)
+        cover = stack_cells(box_cover, boxes, grid, windows)
+    else:
+        target = np.stack(masks)
+        cover = target.astype(float)
+    return dict(pointing=hits(maps, target), energy_lift=energy_lift(maps, cover),
+                auprc=auprc(maps, target), iou=iou(maps, target))
 
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #c7dbbbf9
 def mask_cells(
     mask:np.ndarray, # (height, width) bool, pixels of the displayed picture
     grid:tuple,      # cells (down, across)
@@ -210,11 +241,13 @@ def mask_cells(
     "Cells that a segmentation mask covers."
     (h, w), cells = mask.shape, cell_boxes(grid, window)
     total = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    x0, x1 = [np.clip(np.round(cells[..., k]*w), 0, w).astype(int) for k in (0, 2)]
-    y0, y1 = [np.clip(np.round(cells[..., k]*h), 0, h).astype(int) for k in (1, 3)]
-    cover = (total[y1, x1] - total[y0, x1] - total[y1, x0] + total[y0, x0])/np.maximum((y1 - y0)*(x1 - x0), 1)
+    edges = np.clip(np.round(cells*[w, h, w, h]), 0, [w, h, w, h]).astype(int)
+    x0, y0, x1, y1 = np.moveaxis(edges, -1, 0)
+    covered = total[y1, x1] - total[y0, x1] - total[y1, x0] + total[y0, x0]
+    cover = covered/np.maximum((y1 - y0)*(x1 - x0), 1)
     return (cover >= share) | ((cover == cover.max()) & (cover > 0))
 
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #8bd3aa30
 def item_cells(
     item:dict,     # a VQA item whose `regions` hold boxes, and masks where there are any
     grid:tuple,    # cells (down, across)
@@ -223,23 +256,32 @@ def item_cells(
     folder=None,   # the folder of its masks, such as slake/imgs; boxes only when None
 )->np.ndarray:     # (down, across) bool
     "Cells on target of a real question: its masks where it has them, else its boxes."
-    masked = [r for r in item.get('regions') or [] if folder is not None and r.get('mask')]
-    out = [mask_cells(region_mask(folder, r), grid, window) for r in masked]
-    boxes = item_boxes(dict(item, regions=[r for r in item.get('regions') or [] if r not in masked]), size)
-    return np.any([*out, target_cells(boxes, grid, window)], axis=0)
+    cells, boxed = [], []
+    for r in item.get('regions') or []:
+        if folder is not None and r.get('mask'):
+            cells.append(mask_cells(region_mask(folder, r), grid, window))
+        else: boxed.append(r)
+    boxes = item_boxes(dict(item, regions=boxed), size)
+    return np.any([*cells, target_cells(boxes, grid, window)], axis=0)
+
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #91feb905
+def _centred_ranks(maps):
+    "Ranks of each map's cells, less their mean."
+    ranks = rankdata(np.reshape(maps, (*maps.shape[:-2], -1)), axis=-1)
+    return ranks - ranks.mean(-1, keepdims=True)
 
 def spearman(
     a:np.ndarray, # (..., down, across)
     b:np.ndarray, # (..., down, across)
 )->np.ndarray:    # (...) rank correlation; 0 where a map is constant
     "Rank correlation of maps, cell by cell."
-    a, b = [rankdata(np.reshape(o, (*o.shape[:-2], -1)), axis=-1) for o in (a, b)]
-    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
+    a, b = _centred_ranks(a), _centred_ranks(b)
     size = np.sqrt((a*a).sum(-1)*(b*b).sum(-1))
     return np.where(size > 0, (a*b).sum(-1)/np.where(size > 0, size, 1), 0.)
 
-# %% ../../nbs/07_explain/03_faithfulness.ipynb #4b90af19
-FAITHFULNESS_COLUMNS = ('model', 'method', 'layer', 'metric', 'baseline', 'value', 'low', 'high', 'n_items', 'n_images')
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #331c5c23
+FAITHFULNESS_COLUMNS = ('model', 'method', 'layer', 'metric', 'baseline', 'value', 'low', 'high',
+                        'n_items', 'n_images')
 GOLD = ('occlusion', 'token_occlusion')   # the methods that others are compared with
 
 def make_maps(
@@ -250,15 +292,20 @@ def make_maps(
     block:int=1,      # patches a side that the methods of `GOLD` leave out at once
 )->dict:              # method -> (items, layers, down, across), heads averaged
     "Maps of many questions by many methods."
-    if len({o.grid for o in samples}) > 1: raise ValueError('The questions have several grids; measure one grid at a time.')
-    if not samples: raise ValueError('No question is left to map: none passed the gates, or the list is empty.')
+    if len({o.grid for o in samples}) > 1:
+        raise ValueError('The questions have several grids; measure one grid at a time.')
+    if not samples:
+        raise ValueError('No question is left to map: none passed the gates, or the list is empty.')
     for k in methods or (): METHODS.named(k)
     def maps_of(k):
         more = dict(block=block) if k in GOLD else {}
         for i in range(0, len(samples), batch_size):
             yield from METHODS[k](model, processor, samples[i:i+batch_size], **more)
-    return {k: np.stack([m.mean(1) for m in maps_of(k)]) for k in methods or METHODS}
+    out = {}
+    for k in methods or METHODS: out[k] = np.stack([m.mean(1) for m in maps_of(k)])
+    return out
 
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #0d5d8cbf
 def top_overlap(
     a:np.ndarray,   # (items, down, across)
     b:np.ndarray,   # (items, down, across)
@@ -268,23 +315,34 @@ def top_overlap(
     rng, k = np.random.default_rng(0), max(1, round(share*a[0].size))
     return np.array([((_ranks(x, rng) < k) & (_ranks(y, rng) < k)).sum()/k for x, y in zip(a, b)])
 
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #645b1de6
 def choose_layers(
     maps:dict,       # method -> (items, layers, down, across), of questions that do not judge
-    gold:np.ndarray=None, # (items, down, across) from leaving out; 'token_occlusion' of the maps when None
+    gold:np.ndarray=None, # (items, down, across) from leaving out; token_occlusion's when None
 )->dict:             # method -> layer
     "For each method the layer whose highest cells agree best with leaving out."
-    gold = maps['token_occlusion'][:, 0] if gold is None else gold
-    return {k: int(np.argmax([top_overlap(v[:, l], gold).mean() for l in range(v.shape[1])])) for k, v in maps.items()}
+    gold, out = maps['token_occlusion'][:, 0] if gold is None else gold, {}
+    for k, v in maps.items():
+        agree = [top_overlap(v[:, l], gold).mean() for l in range(v.shape[1])]
+        out[k] = int(np.argmax(agree))
+    return out
 
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #4b90af19
 def next_partners(
     images:list, # the picture of each item
 )->list:         # for each item the number of the next one about another picture
     "Whose picture fills in for whose."
-    n = len(images)
-    if len(set(images)) < 2: raise ValueError("Another patient's picture is needed, but all questions are about one: ask more of them (n_questions).")
-    return [next(j % n for j in range(i + 1, i + n) if images[j % n] != images[i]) for i in range(n)]
+    n, out = len(images), []
+    if len(set(images)) < 2:
+        raise ValueError("Another patient's picture is needed, but all questions are about one: "
+                         "ask more of them (n_questions).")
+    for i in range(n):
+        j = (i + 1) % n
+        while images[j] == images[i]: j = (j + 1) % n
+        out.append(j)
+    return out
 
-# %% ../../nbs/07_explain/03_faithfulness.ipynb #7cd44a5f
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #75b0dfd1
 def knowing_nothing(
     maps:dict,     # method -> (items, down, across)
     boxes:list,    # of each item, in fractions
@@ -293,16 +351,18 @@ def knowing_nothing(
     controls:tuple=CONTROLS, # which of CONTROLS
     n_random:int=2,# random orders
     seed:int=0,    # of the random orders
-)->dict:           # name -> (items, down, across); the static map of a method is called method:static
+)->dict:           # name -> (items, down, across); the static map of a method is method:static
     "The maps to compare with."
     shape, out = next(iter(maps.values())).shape, {}
     rng = np.random.default_rng(seed)
-    if 'random' in controls: out |= {f'random:{i}': rng.random(shape) for i in range(n_random)}
+    for i in range(n_random if 'random' in controls else 0): out[f'random:{i}'] = rng.random(shape)
     if 'centre' in controls: out['centre'] = np.broadcast_to(centre_map(shape[1:]), shape)
-    if 'box' in controls: out['box'] = np.stack([box_cover(b, shape[1:], w) for b, w in zip(boxes, windows)])
-    if 'static' in controls: out |= {f'{k}:static': elsewhere_mean(v, images) for k, v in maps.items()}
+    if 'box' in controls: out['box'] = stack_cells(box_cover, boxes, shape[1:], windows)
+    for k, v in maps.items() if 'static' in controls else ():
+        out[f'{k}:static'] = elsewhere_mean(v, images)
     return out
 
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #7cd44a5f
 def all_areas(
     model, processor,  # the model under test
     samples:list,      # of Sample
@@ -312,19 +372,39 @@ def all_areas(
     kind:str='mean',   # one of `maps.INFILLS`
     steps:tuple=CURVE_SHARES, # shares of the patches
     seed:int=0,        # of the order of ties
-)->tuple:              # dict name -> (items, 2): deletion and insertion area above the infilled picture's score; drop (items,)
-    "Areas under both curves of every map for every question."
-    other, drop = next_partners(images) if kind == 'other' else [None]*len(samples), np.zeros(len(samples))
-    out = {k: np.zeros((len(samples), 2)) for k in maps}
-    for i, (s, j) in enumerate(zip(samples, other)):
-        shares, got = curves(model, processor, s, {k: v[i] for k, v in maps.items()}, unit, kind,
-                             None if j is None else samples[j], steps, seed + i)
+)->tuple:              # dict name -> (items, 2): areas of (deletion, insertion); drop (items,)
+    "Areas under both curves above the infilled picture's score, of every map and question."
+    out, drop = {k: np.zeros((len(samples), 2)) for k in maps}, np.zeros(len(samples))
+    partners = next_partners(images) if kind == 'other' else None
+    for i, s in enumerate(samples):
+        own = {k: v[i] for k, v in maps.items()}
+        other = samples[partners[i]] if partners else None
+        shares, got = curves(model, processor, s, own, unit, kind, other, steps, seed + i)
         for k, (d, ins) in got.items():
             drop[i] = d[0] - d[-1]
             out[k][i] = area(shares, d - d[-1]), area(shares, ins - d[-1])
     return out, drop
 
-# %% ../../nbs/07_explain/03_faithfulness.ipynb #ab6f82a9
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #b40a76bc
+def _grouped(areas):
+    "Areas by name, random orders averaged; and those of static maps, by their method."
+    flat, rand, static = {}, [], {}
+    for k, a in areas.items():
+        if k.startswith('random:'): rand.append(a)
+        elif k.endswith(':static'): static[k.split(':')[0]] = a
+        else: flat[k] = a
+    if rand: flat['random'] = np.mean(rand, 0)
+    return flat, static
+
+def _baselines(k, flat, static):
+    "Areas of the maps that a method's map is compared with; none for a control."
+    plain = 'random', 'centre', 'box'
+    if k in plain: return {}
+    base = {c: flat[c] for c in plain if c in flat}
+    if k in static: base['static'] = static[k]
+    return dict(base, inverted=flat[k][:, ::-1])
+
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #116b7a43
 def curve_rows(
     areas:dict,    # from `all_areas`
     drop:np.ndarray, # from `all_areas`
@@ -332,20 +412,55 @@ def curve_rows(
     seed:int=0,    # of the bootstrap
 )->list:           # of (method, curve, baseline, (value, low, high))
     "Scaled areas of every map, and the gains of every method over the maps that know nothing."
-    flat = dict(areas)
-    rand = [flat.pop(k) for k in list(flat) if k.startswith('random:')]
-    if rand: flat['random'] = np.mean(rand, 0)
-    static = {k.split(':')[0]: flat.pop(k) for k in list(flat) if k.endswith(':static')}
-    sign, out = np.array([-1, 1]), []
+    (flat, static), out = _grouped(areas), []
     for k, a in flat.items():
-        base = {c: flat[c] for c in ('random', 'centre', 'box') if c in flat and k not in ('random', 'centre', 'box')}
-        if k in static: base['static'] = static[k]
-        if k not in ('random', 'centre', 'box'): base['inverted'] = a[:, ::-1]
-        for i, curve in enumerate(('deletion', 'insertion')):
+        base = _baselines(k, flat, static)
+        for i, (curve, sign) in enumerate((('deletion', -1), ('insertion', 1))):
             out.append((k, curve, '', gain(a[:, i], drop, images, seed)))
-            out += [(k, curve, c, gain(sign[i]*(a - b)[:, i], drop, images, seed)) for c, b in base.items()]
+            for c, b in base.items():
+                out.append((k, curve, c, gain(sign*(a - b)[:, i], drop, images, seed)))
     return out
 
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #361931ef
+@dataclass
+class _Rows:
+    "Rows about the methods of one model, each number with its interval over pictures."
+    name: str    # of the model
+    layers: dict # method -> layer
+    images: list # the picture of each item
+    seed: int    # of the bootstrap
+    rows: list = field(default_factory=list)
+
+    def add(self, method, metric, baseline, got, images=None):
+        "One row, from a value with its limits."
+        images = self.images if images is None else images
+        value, low, high = map(float, got)
+        self.rows.append(dict(model=self.name, method=method, layer=self.layers.get(method, ''),
+                              metric=metric, baseline=baseline, value=value, low=low, high=high,
+                              n_items=len(images), n_images=len(set(images))))
+
+    def mean(self, method, metric, baseline, values, over=None, bounds=(0, 1), images=None):
+        "One row, from the values of all items."
+        of = self.images if images is None else images
+        got = over_images(values, of, over, seed=self.seed, bounds=bounds)
+        self.add(method, metric, baseline, got, of)
+
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #518f2cc1
+def _place_rows(table, k, m, boxes, windows, masks, chance):
+    "Whether a method's maps lie where the boxes are."
+    for metric, v in localisation(m, boxes, windows, masks).items():
+        table.mean(k, metric, '', v, bounds=None if metric == 'energy_lift' else (0, 1))
+        if metric == 'pointing': table.mean(k, metric, 'random', v, chance)
+
+def _gold_rows(table, k, maps):
+    "How well a method's maps agree with those of leaving out."
+    if k in GOLD: return
+    for g in GOLD:
+        if g not in maps: continue
+        table.mean(k, f'{g}_spearman', '', spearman(maps[k], maps[g]), bounds=(-1, 1))
+        table.mean(k, f'{g}_overlap', '', top_overlap(maps[k], maps[g]))
+
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #ab6f82a9
 def faithfulness(
     model, processor,    # the model under test
     samples:list,        # of Sample with one grid, such as those that pass the gates
@@ -361,39 +476,50 @@ def faithfulness(
     maps:dict=None,      # from `make_maps`, if at hand
     masks:list=None,     # target cells of each item instead of its boxes
     seed:int=0,          # of random orders and bootstrap
-)->list:                 # rows with the keys COLUMNS
+)->list:                 # rows with the keys FAITHFULNESS_COLUMNS
     "Every number about every method: the rows of `faithfulness.csv`."
     maps = make_maps(model, processor, samples, list(layers)) if maps is None else maps
     maps = {k: np.asarray(maps[k][:, l], np.float64) for k, l in layers.items()}
-    n, windows, out = dict(n_items=len(samples), n_images=len(set(images))), [o.window for o in samples], []
-    def add(method, metric, baseline, got):
-        value, low, high = [float(o) for o in got]
-        out.append(dict(model=name, method=method, layer=layers.get(method, ''), metric=metric, baseline=baseline,
-                        value=value, low=low, high=high, **n))
-    target = np.stack([target_cells(b, m.shape, w) for b, m, w in zip(boxes, next(iter(maps.values())), windows)] if masks is None else masks)
+    table, windows = _Rows(name, layers, images, seed), [o.window for o in samples]
+    grid = next(iter(maps.values())).shape[1:]
+    target = stack_cells(target_cells, boxes, grid, windows) if masks is None else np.stack(masks)
     chance = target.mean((1, 2))
-    for metric in ('pointing', 'auprc'):
-        add('random', metric, '', over_images(chance, images, seed=seed, bounds=(0, 1)))
+    for metric in ('pointing', 'auprc'): table.mean('random', metric, '', chance)
     for k, m in maps.items():
-        for metric, v in localisation(m, boxes, windows, masks).items():
-            bounds = None if metric == 'energy_lift' else (0, 1)
-            add(k, metric, '', over_images(v, images, seed=seed, bounds=bounds))
-            if metric == 'pointing':
-                add(k, metric, 'random', over_images(v, images, chance, seed=seed, bounds=(0, 1)))
-        for g in GOLD:
-            if g in maps and k not in GOLD:
-                add(k, f'{g}_spearman', '',
-                    over_images(spearman(m, maps[g]), images, seed=seed, bounds=(-1, 1)))
-                add(k, f'{g}_overlap', '',
-                    over_images(top_overlap(m, maps[g]), images, seed=seed, bounds=(0, 1)))
+        _place_rows(table, k, m, boxes, windows, masks, chance)
+        _gold_rows(table, k, maps)
     judged = {k: m for k, m in maps.items() if curves_of is None or k in curves_of}
-    for unit in units if judged else ():
-        for kind in infills:
-            extra = knowing_nothing(judged, boxes, windows, images, controls, seed=seed)
-            areas, drop = all_areas(model, processor, samples, judged | extra, images, unit, kind, steps, seed)
-            add('picture', f'drop.{unit}.{kind}', '', over_images(drop, images, seed=seed))
-            for k, curve, baseline, got in curve_rows(areas, drop, images, seed): add(k, f'{curve}.{unit}.{kind}', baseline, got)
-    return out
+    kinds = [(unit, kind) for unit in units for kind in infills]
+    for unit, kind in kinds if judged else ():
+        extra = knowing_nothing(judged, boxes, windows, images, controls, seed=seed)
+        areas, drop = all_areas(model, processor, samples, judged | extra, images, unit, kind,
+                                steps, seed)
+        table.mean('picture', f'drop.{unit}.{kind}', '', drop, bounds=None)
+        for k, curve, baseline, got in curve_rows(areas, drop, images, seed):
+            table.add(k, f'{curve}.{unit}.{kind}', baseline, got)
+    return table.rows
+
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #76660648
+def _mean_gain(got, k):
+    "A method's mean gain over random maps; None where an interval is not above 0."
+    gains = []
+    for curve in ('deletion', 'insertion'):
+        for baseline in ('random', 'centre'):
+            o = got.get((k, curve, baseline))
+            if o is None or not o['low'] > 0: return None
+        gains.append(got[k, curve, 'random']['value'])
+    return np.mean(gains)
+
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #34ae92f0
+def _range(o): return f"{o['value']:.2f} ({o['low']:.2f} to {o['high']:.2f})"
+
+def _praise(got, model, k):
+    "Why a method's maps are to be believed."
+    d, i = got[k, 'deletion', 'random'], got[k, 'insertion', 'random']
+    p = got.get((k, 'pointing', ''))
+    text = (f"{model}: believe {k} (layer {d['layer']}) first. Over a random order it gains "
+            f"{_range(d)} in deletion and {_range(i)} in insertion, on {d['n_items']} questions")
+    return f"{text}; it points into the box in {p['value']:.0%}." if p else f'{text}.'
 
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #7b84062f
 def best_method(
@@ -401,38 +527,40 @@ def best_method(
     unit:str='pixels',   # of the curves
     kind:str='mean',     # infill of the curves
     among:tuple=None,    # methods; all when None
-)->tuple:                # name of the method (None if no method is any good), a sentence that says why
+)->tuple:                # the method (None if none is any good), a sentence that says why
     "Which map to believe for this model."
     names = {o['model'] for o in rows}
-    if len(names) != 1: raise ValueError(f'The rows are about {len(names)} models; give those of one.')
-    got = {(o['method'], o['metric'].split('.')[0], o['baseline']): o for o in rows
-           if o['metric'] in (f'deletion.{unit}.{kind}', f'insertion.{unit}.{kind}', 'pointing')}
-    score, pairs = {}, [(c, b) for c in ('deletion', 'insertion') for b in ('random', 'centre')]
-    for k in {m for m, c, b in got if c == 'deletion' and b == 'random'}:
-        if among is not None and k not in among: continue
-        if all((k, *p) in got and got[(k, *p)]['low'] > 0 for p in pairs):
-            score[k] = np.mean([got[k, c, 'random']['value'] for c in ('deletion', 'insertion')])
-    if not any(c == 'deletion' for _, c, _ in got): raise ValueError(f'The rows hold no curves of {unit} filled with {kind}.')
-    model = names.pop()
-    if not score: return None, (f'{model}: no map beats random and centre maps in both deletion and insertion ({unit}, {kind}); '
-                                'do not read any of them as the reason of an answer.')
+    if len(names) != 1:
+        raise ValueError(f'The rows are about {len(names)} models; give those of one.')
+    model, got, score = names.pop(), {}, {}
+    for o in rows:
+        if o['metric'] in (f'deletion.{unit}.{kind}', f'insertion.{unit}.{kind}', 'pointing'):
+            got[o['method'], o['metric'].split('.')[0], o['baseline']] = o
+    tried = dict.fromkeys(k for k, curve, _ in got if curve == 'deletion')
+    if not tried: raise ValueError(f'The rows hold no curves of {unit} filled with {kind}.')
+    for k in tried:
+        mean = _mean_gain(got, k) if among is None or k in among else None
+        if mean is not None: score[k] = mean
+    if not score:
+        return None, (f'{model}: no map beats random and centre maps in both deletion and '
+                      f'insertion ({unit}, {kind}); do not read any of them as the reason of '
+                      'an answer.')
     k = max(score, key=score.get)
-    d, i, p = got[k, 'deletion', 'random'], got[k, 'insertion', 'random'], got.get((k, 'pointing', ''))
-    return k, (f"{model}: believe {k} (layer {d['layer']}) first. Over a random order it gains {d['value']:.2f} ({d['low']:.2f} to {d['high']:.2f}) "
-               f"in deletion and {i['value']:.2f} ({i['low']:.2f} to {i['high']:.2f}) in insertion, on {d['n_items']} questions"
-               + (f"; it points into the box in {p['value']:.0%}." if p else '.'))
+    return k, _praise(got, model, k)
 
-# %% ../../nbs/07_explain/03_faithfulness.ipynb #1b07a12e
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #ef3b24a4
 class _Same(torch.nn.Module):
     "In place of a projector: the same vector for every patch."
     def __init__(self, mean): super().__init__(); self.register_buffer('mean', mean)
     def forward(self, x): return self.mean.expand(*x.shape[:-1], -1) + 0*x.mean().to(self.mean)
 
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #8d136b33
 def _copy(model):
     "A copy of a model whose weights may be changed."
     base, _ = language_model(model)
-    if getattr(base, 'is_quantized', False) or getattr(base, 'hf_quantizer', None) is not None: raise ValueError(
-        'The weights are quantised, so they cannot be replaced for a control: load the model without quantisation.')
+    if getattr(base, 'is_quantized', False) or getattr(base, 'hf_quantizer', None) is not None:
+        raise ValueError('The weights are quantised, so they cannot be replaced for a control: '
+                         'load the model without quantisation.')
     return deepcopy(base).eval()
 
 def blind(
@@ -444,6 +572,7 @@ def blind(
     new.model.multi_modal_projector = _Same(image_vectors(model, samples).mean((0, 1)))
     return new
 
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #1b07a12e
 def randomised(
     model,            # a LLaVA
     n_layers:int,     # of the language model, from the top
@@ -453,29 +582,73 @@ def randomised(
     "The model with random weights in its top layers."
     new, fresh = _copy(model), untrained(model, seed)
     a, b = language_model(new)[1], language_model(fresh)[1]
-    if not 0 <= n_layers <= len(a.layers): raise ValueError(f'The language model has {len(a.layers)} layers, not {n_layers}.')
-    for i in range(len(a.layers) - n_layers, len(a.layers)): a.layers[i].load_state_dict(b.layers[i].state_dict())
+    if not 0 <= n_layers <= len(a.layers):
+        raise ValueError(f'The language model has {len(a.layers)} layers, not {n_layers}.')
+    for i in range(len(a.layers) - n_layers, len(a.layers)):
+        a.layers[i].load_state_dict(b.layers[i].state_dict())
     for part in ('vision_tower', 'multi_modal_projector') if tower else ():
         getattr(new.model, part).load_state_dict(getattr(fresh.model, part).state_dict())
     return new
 
-# %% ../../nbs/07_explain/03_faithfulness.ipynb #2b59d865
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #803a7c0b
 def _turned(text):
     "Left becomes right and right left."
-    return ' '.join({'left': 'right', 'right': 'left'}.get(w, w) for w in text.split(' ')).replace('left,', 'LEFT,').replace(
-        'right,', 'left,').replace('LEFT,', 'right,').replace('left?', 'LEFT?').replace('right?', 'left?').replace('LEFT?', 'right?')
+    swap = {'left': 'right', 'right': 'left'}
+    text = ' '.join(swap.get(w, w) for w in text.split(' '))
+    for end in ',?':
+        text = text.replace(f'left{end}', f'LEFT{end}').replace(f'right{end}', f'left{end}')
+        text = text.replace(f'LEFT{end}', f'right{end}')
+    return text
 
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #99d184a8
 def mirrored(
     processor,     # the model's processor
     sample:Sample, # a question on a picture whose view is centred
     question:str,  # its text
     answer:str,    # its answer
-)->Sample:         # the question about the mirrored picture, sides exchanged in question and answer
+)->Sample:         # about the mirrored picture, sides exchanged in question and answer
     "The same question about the picture in the mirror."
     x0, _, x1, _ = sample.window
-    if abs(x0 + x1 - 1) > .02: raise ValueError('The view is not centred on the picture, so its mirror image is another view.')
-    return replace(other_question(processor, sample, _turned(question), _turned(answer)), pixels=sample.pixels.flip(-1))
+    if abs(x0 + x1 - 1) > .02:
+        raise ValueError('The view is not centred on the picture, so its mirror image is another '
+                         'view.')
+    turned = other_question(processor, sample, _turned(question), _turned(answer))
+    return replace(turned, pixels=sample.pixels.flip(-1))
 
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #0f66731c
+def _random_weights(table, model, own, maps_of, seed):
+    "Whether maps change as more and more weights are random."
+    depth = len(language_model(model)[1].layers)
+    for k, tower in [(1, False), (depth//2, False), (depth, False), (depth, True)]:
+        got = maps_of(randomised(model, k, tower, seed))
+        changed = f'{k} of {depth} layers' + (' and tower' if tower else '')
+        for m, v in got.items():
+            table.mean(m, 'sanity.random_weights', changed, spearman(own[m], v), bounds=(-1, 1))
+
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #7b01eedc
+def _mirror(table, own, turned):
+    "Whether the mirrored question has the mirrored map."
+    for m, v in turned.items():
+        back, same = spearman(own[m], v[..., ::-1]), spearman(own[m], v)
+        table.mean(m, 'sanity.mirror', 'turned back', back, bounds=(-1, 1))
+        table.mean(m, 'sanity.mirror', 'as it is', same, bounds=(-1, 1))
+
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #4d6b14ad
+def _question_swap(table, own, target):
+    "Whether another question about the same picture moves the map."
+    images, pairs = table.images, []
+    for i, j in np.ndindex(len(images), len(images)):
+        if images[i] == images[j] and not (target[i] & target[j]).any(): pairs.append((i, j))
+    if not pairs: return
+    i, j = np.array(pairs).T
+    pictures = [images[k] for k in i]
+    def add(*args): table.mean(*args, images=pictures)
+    for m, v in own.items():
+        add(m, 'sanity.question_swap', 'same question', hits(v[i], target[i]))
+        add(m, 'sanity.question_swap', 'other question', hits(v[j], target[i]))
+        add(m, 'sanity.question_swap', 'correlation', spearman(v[i], v[j]))
+
+# %% ../../nbs/07_explain/03_faithfulness.ipynb #2b59d865
 def sanity(
     model, processor, # the model under test
     samples:list,     # of Sample with one grid
@@ -485,30 +658,15 @@ def sanity(
     layers:dict,      # method -> layer
     name:str='model', # in the column `model`
     seed:int=0,       # of weights and bootstrap
-)->list:              # rows with the keys COLUMNS
+)->list:              # rows with the keys FAITHFULNESS_COLUMNS
     "Do random weights destroy the map, does another question move it, does a mirror mirror it?"
-    own = {k: v[:, layers[k]] for k, v in make_maps(model, processor, samples, list(layers)).items()}
-    n, grid, out = dict(n_items=len(samples), n_images=len(set(images))), samples[0].grid, []
-    def add(method, metric, baseline, values, pictures=images):
-        bounds = (0, 1) if metric == 'sanity.question_swap' else (-1, 1)   # hits, or correlations
-        got = over_images(values, pictures, seed=seed, bounds=bounds)
-        out.append(dict(model=name, method=method, layer=layers[method], metric=metric, baseline=baseline,
-                        **dict(zip(('value', 'low', 'high'), map(float, got))), n_items=len(values), n_images=len(set(pictures))))
-    depth = len(language_model(model)[1].layers)
-    for k, tower in [(1, False), (depth//2, False), (depth, False), (depth, True)]:
-        got = make_maps(randomised(model, k, tower, seed), processor, samples, list(layers))
-        for m in layers: add(m, 'sanity.random_weights', f'{k} of {depth} layers' + (' and tower' if tower else ''), spearman(own[m], got[m][:, layers[m]]))
-    turned = make_maps(model, processor, [mirrored(processor, s, *t) for s, t in zip(samples, texts)], list(layers))
-    for m in layers:
-        add(m, 'sanity.mirror', 'turned back', spearman(own[m], turned[m][:, layers[m], :, ::-1]))
-        add(m, 'sanity.mirror', 'as it is', spearman(own[m], turned[m][:, layers[m]]))
-    target = np.stack([target_cells(b, grid, s.window) for b, s in zip(boxes, samples)])
-    pairs = [(i, j) for i in range(len(samples)) for j in range(len(samples))
-             if images[i] == images[j] and not (target[i] & target[j]).any()]
-    if pairs:
-        i, j = np.array(pairs).T
-        for m in layers:
-            add(m, 'sanity.question_swap', 'same question', hits(own[m][i], target[i]), [images[k] for k in i])
-            add(m, 'sanity.question_swap', 'other question', hits(own[m][j], target[i]), [images[k] for k in i])
-            add(m, 'sanity.question_swap', 'correlation', spearman(own[m][i], own[m][j]), [images[k] for k in i])
-    return out
+    def maps_of(model, samples=samples):
+        maps = make_maps(model, processor, samples, list(layers))
+        return {k: v[:, layers[k]] for k, v in maps.items()}
+    table, own = _Rows(name, layers, images, seed), maps_of(model)
+    _random_weights(table, model, own, maps_of, seed)
+    turned = [mirrored(processor, s, *t) for s, t in zip(samples, texts)]
+    _mirror(table, own, maps_of(model, turned))
+    windows = [o.window for o in samples]
+    _question_swap(table, own, stack_cells(target_cells, boxes, samples[0].grid, windows))
+    return table.rows

@@ -13,6 +13,12 @@ from .judging import curve_gains
 from .maps import METHOD_FACTS
 from .pointing import rate_of
 
+# %% ../../nbs/07_explain/07_figures.ipynb #7b392943
+def _limits(rows):
+    "Values and the lengths of their intervals to both sides, for `errorbar`."
+    value, low, high = np.array([(o['value'], o['low'], o['high']) for o in rows]).T
+    return value, [value - low, high - value]
+
 # %% ../../nbs/07_explain/07_figures.ipynb #1dce43d4
 def rate_figure(
     tables:dict, # title of a panel → rows of `layer_rates`
@@ -26,9 +32,9 @@ def rate_figure(
         for k, (method, label) in enumerate(labels.items()):
             want = (method, 'pointing', '')
             own = [o for o in rows if (o['method'], o['metric'], o['baseline']) == want]
-            v, lo, hi = np.array([(o['value'], o['low'], o['high']) for o in own]).T
+            v, far = _limits(own)
             x, aside = np.arange(len(v)), .06*(k - (len(labels) - 1)/2)
-            ax.errorbar(x + aside, v, [v - lo, hi - v], marker='os^Dv'[k % 5], capsize=2, label=label)
+            ax.errorbar(x + aside, v, far, marker='os^Dv'[k % 5], capsize=2, label=label)
         ax.axhline(rate_of(rows, 'random')['value'], color='black', ls=':', label='random cell')
         ax.set(xlabel='layer', xticks=list(x), title=title)
     axes[0, 0].set_ylabel('pointing-game rate')
@@ -84,9 +90,12 @@ def method_titles(
     believed=(),     # which of them get a star
 )->dict:             # method → title of several lines
     "Titles that say what a method's map is of."
-    star = {k: ' ★' if k in believed else '' for k in methods}
-    return {k: f"{LABELS.get(k, k)}{star[k]}\n({METHOD_FACTS[k]['of']})".replace(' ', '\n', 1)
-            for k in methods}
+    out = {}
+    for k in methods:
+        star = ' ★' if k in believed else ''
+        title = f"{LABELS.get(k, k)}{star}\n({METHOD_FACTS[k]['of']})"
+        out[k] = title.replace(' ', '\n', 1)
+    return out
 
 # %% ../../nbs/07_explain/07_figures.ipynb #6ff1794b
 def gain_figure(
@@ -100,9 +109,8 @@ def gain_figure(
     for ax, (title, rows) in zip(axes[0], tables.items()):
         for k, curve in enumerate(('deletion', 'insertion')):
             gains = curve_gains(rows, curve, unit)
-            mid, lo, hi = np.array([(o['value'], o['low'], o['high']) for o in gains.values()]).T
+            mid, far = _limits(gains.values())
             y = np.arange(len(gains))
-            far = [mid - lo, hi - mid]
             ax.errorbar(mid, y + .25*(k - .5), xerr=far, fmt='os'[k], capsize=2, label=curve)
         ax.axvline(0, color='black', lw=1)
         names = [LABELS[o] for o in gains]

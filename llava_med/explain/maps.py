@@ -21,13 +21,13 @@ from transformers.masking_utils import sdpa_mask
 from ..core.registry import Registry
 from ..models.anatomy import head, tower as vision_tower
 from ..models.matmul import in_fast_float32
-from .attention import NEUTRAL, TOKEN_KINDS, Sample, _cut_answer, _kinds
-from .attention import (collate, encode_sample, image_vectors, language_model,
-    row_weights, to_grid, token_shares, trace)
+from llava_med.explain.attention import (NEUTRAL, TOKEN_KINDS, Sample, collate, cut_answer,
+    encode_sample, image_vectors, language_model, prompt_kinds, row_weights, stack_views, to_grid,
+    token_shares, trace)
 from ..models.templates import chat, text_ids
 from ..train.batches import splice
 
-# %% ../../nbs/07_explain/02_maps.ipynb #006b56ec
+# %% ../../nbs/07_explain/02_maps.ipynb #0b365cf8
 def parts_attention(
     module,         # an attention layer, of the decoder or of the tower
     query:torch.Tensor, key:torch.Tensor, value:torch.Tensor, # as in transformers
@@ -37,14 +37,17 @@ def parts_attention(
 )->tuple:           # output of the sdpa kernel, None
     "The sdpa attention, which also keeps its inputs and its output where `parts_wanted` is set."
     kw.pop('output_attentions', None)
-    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
+    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                    **kw)
     if getattr(module, 'parts_wanted', False):
-        module.parts_kept = dict(query=query, key=key, value=value, mask=attention_mask, scaling=scaling, out=out)
+        module.parts_kept = dict(query=query, key=key, value=value, mask=attention_mask,
+                                 scaling=scaling, out=out)
     return out, None
 
 AttentionInterface.register('llava_med_parts', parts_attention)
 AttentionMaskInterface.register('llava_med_parts', sdpa_mask)
 
+# %% ../../nbs/07_explain/02_maps.ipynb #006b56ec
 @contextmanager
 def capture_parts(
     model,       # the model whose implementation is switched
@@ -61,7 +64,7 @@ def capture_parts(
         for o in layers:
             for name in ('parts_wanted', 'parts_kept'): vars(o).pop(name, None)
 
-# %% ../../nbs/07_explain/02_maps.ipynb #30bc23ee
+# %% ../../nbs/07_explain/02_maps.ipynb #61fc6cb9
 def chosen_tokens(
     samples:list, # of Sample
     tokens=None,  # None for the whole answer; the number of an answer token; or a list of numbers
@@ -73,11 +76,13 @@ def chosen_tokens(
         pick = range(o.n_answer) if tokens is None else np.atleast_1d(tokens).tolist()
         if len(pick) == 0: raise ValueError('No answer token is asked for: nothing to map.')
         for t in pick:
-            if not 0 <= t < o.n_answer: raise ValueError(
-                f'Answer {o.answer!r} has {o.n_answer} tokens, numbered from 0: there is no token {t}.')
+            if not 0 <= t < o.n_answer:
+                raise ValueError(f'Answer {o.answer!r} has {o.n_answer} tokens, numbered from 0: '
+                                 f'there is no token {t}.')
             row[longest - o.n_answer + t] = True
     return out
 
+# %% ../../nbs/07_explain/02_maps.ipynb #30bc23ee
 @dataclass
 class Pass:
     "What a forward pass holds while its parts are at hand."
@@ -88,13 +93,23 @@ class Pass:
     start: torch.Tensor   # 1 at the chosen predicting rows, (samples, tokens)
     at: list              # positions of the patches in the padded row, one array a sample
 
-# %% ../../nbs/07_explain/02_maps.ipynb #e622bfdc
+# %% ../../nbs/07_explain/02_maps.ipynb #4a53b55e
 def _passes_gradients(query, state):
     "Refuse layers through which no gradient passes; only the way around them would be seen."
-    got = torch.autograd.grad(query.sum(), state, retain_graph=True, allow_unused=True)[0] if query.requires_grad else None
-    if got is None: raise ValueError('No gradient passes through the layers of this model, as with some kinds of '
-                                     'quantisation: use the methods that are no white box.')
+    got = None
+    if query.requires_grad:
+        got, = torch.autograd.grad(query.sum(), state, retain_graph=True, allow_unused=True)
+    if got is None:
+        raise ValueError('No gradient passes through the layers of this model, as with some kinds '
+                         'of quantisation: use the methods that are no white box.')
 
+# %% ../../nbs/07_explain/02_maps.ipynb #1b19fcea
+def _answer_logp(base, out, ids, rows):
+    "Log-probability of each token that the rows predict, (samples, rows)."
+    logp = head(base)(out.last_hidden_state[:, rows]).float().log_softmax(-1)
+    return logp.gather(-1, ids[:, rows + 1][..., None])[..., 0]
+
+# %% ../../nbs/07_explain/02_maps.ipynb #4c5926b6
 @contextmanager
 def forward(
     model,               # a LLaVA in evaluation mode
@@ -108,23 +123,26 @@ def forward(
     base, decoder = language_model(model)
     used = torch.tensor(chosen_tokens(samples, tokens), device=base.device)
     batch = {k: v.to(base.device) for k, v in collate(samples).items()}
-    n, longest = batch['input_ids'].shape[1], used.shape[1]
+    ids, mask = batch['input_ids'], batch['attention_mask']
+    n, longest = ids.shape[1], used.shape[1]
     rows = torch.arange(n - 1 - longest, n - 1, device=base.device)
     vectors = image_vectors(base, samples) if vectors is None else vectors
-    with torch.set_grad_enabled(gradients and vectors.requires_grad): x = splice(base, batch['input_ids'], vectors)
+    with torch.set_grad_enabled(gradients and vectors.requires_grad):
+        x = splice(base, ids, vectors)
     if gradients and not x.requires_grad: x.requires_grad_()
     keep = [o.self_attn for o in decoder.layers][0 if parts else -1:]
     with torch.set_grad_enabled(gradients), capture_parts(base, keep, 'text_config') as layers:
-        out = decoder(inputs_embeds=x, attention_mask=batch['attention_mask'], use_cache=False,
+        out = decoder(inputs_embeds=x, attention_mask=mask, use_cache=False,
                       position_ids=batch['position_ids'], output_hidden_states=True)
         if gradients: _passes_gradients(layers[-1].parts_kept['query'], out.hidden_states[-2])
-        logp = head(base)(out.last_hidden_state[:, rows]).float().log_softmax(-1)
-        logp = logp.gather(-1, batch['input_ids'][:, rows + 1][..., None])[..., 0]
-        start = torch.zeros(batch['input_ids'].shape, device=base.device)
+        score = (_answer_logp(base, out, ids, rows)*used).sum(1)
+        start = torch.zeros(ids.shape, device=base.device)
         start[:, rows] = used.float()
         at = [o.image_at + n - len(o.ids) for o in samples]
-        yield Pass(x, out.hidden_states, [o.parts_kept for o in layers] if parts else [], (logp*used).sum(1), start, at)
+        kept = [o.parts_kept for o in layers] if parts else []
+        yield Pass(x, out.hidden_states, kept, score, start, at)
 
+# %% ../../nbs/07_explain/02_maps.ipynb #e622bfdc
 def slopes(
     score:torch.Tensor, # (samples,)
     wanted:list,        # tensors
@@ -132,7 +150,7 @@ def slopes(
     "Gradients of the summed score."
     return torch.autograd.grad(score.sum(), wanted)
 
-# %% ../../nbs/07_explain/02_maps.ipynb #0699b17c
+# %% ../../nbs/07_explain/02_maps.ipynb #6a440bbf
 def _weights(part, lo, hi, causal):
     "Attention of query rows lo to hi, from queries and keys; float32."
     mask, rows = part['mask'], torch.arange(lo, hi, device=part['query'].device)
@@ -141,6 +159,24 @@ def _weights(part, lo, hi, causal):
         mask = torch.ones(1, 1, n, n, dtype=torch.bool, device=rows.device)
     return row_weights(part['query'].detach(), part['key'].detach(), mask, rows, part['scaling'])
 
+# %% ../../nbs/07_explain/02_maps.ipynb #dcb9e3e5
+def _step(r, part, g, causal, block):
+    "Relevance that one layer moves from its output to its input, (samples, tokens)."
+    value, moved = part['value'].detach(), torch.zeros_like(r)
+    if g is not None: value = repeat_kv(value, g.shape[2]//value.shape[1]).float()
+    for lo in range(0, r.shape[1], block):
+        hi = min(lo + block, r.shape[1])
+        own = r[:, lo:hi]
+        if not own.any(): continue
+        # padding has no weights
+        a = _weights(part, lo, hi, causal).masked_fill((own == 0)[:, None, :, None], 0)
+        if g is not None:
+            slope = g[:, lo:hi].transpose(1, 2).float() @ value.transpose(-1, -2)
+            a = (a*slope).clamp(min=0)
+        moved += torch.einsum('bi,bij->bj', own, a.mean(1))
+    return moved
+
+# %% ../../nbs/07_explain/02_maps.ipynb #0699b17c
 @torch.no_grad()
 def walk(
     start:torch.Tensor, # relevance at the top, (samples, tokens)
@@ -152,63 +188,75 @@ def walk(
     "Relevance carried from the top layer down to each layer's input."
     r, out = start.float(), []
     for part, g in zip(reversed(parts), reversed(grads if grads else [None]*len(parts))):
-        value, moved = part['value'].detach(), torch.zeros_like(r)
-        if g is not None: value = repeat_kv(value, g.shape[2]//value.shape[1]).float()
-        for lo in range(0, r.shape[1], block):
-            hi = min(lo + block, r.shape[1])
-            if not r[:, lo:hi].any(): continue
-            a = _weights(part, lo, hi, causal).masked_fill((r[:, lo:hi] == 0)[:, None, :, None], 0)  # padding has no weights
-            if g is not None: a = (a*(g[:, lo:hi].transpose(1, 2).float() @ value.transpose(-1, -2))).clamp(min=0)
-            moved += torch.einsum('bi,bij->bj', r[:, lo:hi], a.mean(1))
+        moved = _step(r, part, g, causal, block)
         r = r + moved if g is not None else (r + moved)/2
         out.append(r)
     return torch.stack(out[::-1])
 
-# %% ../../nbs/07_explain/02_maps.ipynb #8e2012fb
+# %% ../../nbs/07_explain/02_maps.ipynb #858d8af4
+def _layers_of(tower):
+    "The tower's list of layers, under any of its names; empty where there is none."
+    for o in (getattr(tower, 'vision_model', tower), tower):
+        for name in ('layers', 'layer'):
+            found = getattr(getattr(o, 'encoder', o), name, None)
+            if found is not None: return found
+    return ()
+
+def _attention_of(layer):
+    "A layer's self-attention, under any of its names; None where there is none."
+    own = getattr(layer, 'self_attn', None)
+    if own is not None: return own
+    outer = getattr(layer, 'attention', None)
+    inner = getattr(outer, 'attention', None)
+    return outer if inner is None else inner
+
+# %% ../../nbs/07_explain/02_maps.ipynb #7baf8595
 def tower_layers(
     model,      # a LLaVA
 )->list:        # self-attention modules up to the layer that the projector reads
     "The vision tower's attention layers, found or refused in one sentence."
     base, _ = language_model(model)
     tower = vision_tower(base)
-    inner = getattr(tower, 'vision_model', tower)
-    found = [getattr(getattr(o, 'encoder', o), name, None) for o in (inner, tower) for name in ('layers', 'layer')]
-    layers = next((o for o in found if o is not None), ())
-    attention = [next((a for a in (getattr(o, 'self_attn', None), getattr(getattr(o, 'attention', None), 'attention', None),
-                                   getattr(o, 'attention', None)) if a is not None), None) for o in layers]
-    if not attention or None in attention: raise ValueError(f'{type(tower).__name__} has no layers of self-attention, so '
-        'nothing can be projected back through it: use the token maps, pixel_gradient or occlusion.')
-    reads = base.config.vision_feature_layer
-    top = max(o if o >= 0 else len(layers) + 1 + o for o in np.atleast_1d(reads).tolist())
+    layers = _layers_of(tower)
+    attention = list(map(_attention_of, layers))
+    if not attention or None in attention:
+        raise ValueError(f'{type(tower).__name__} has no layers of self-attention, so '
+                         'nothing can be projected back through it: use the token maps, '
+                         'pixel_gradient or occlusion.')
+    reads = np.atleast_1d(base.config.vision_feature_layer)
+    top = np.where(reads >= 0, reads, len(layers) + 1 + reads).max()
     return attention[:top]
 
+# %% ../../nbs/07_explain/02_maps.ipynb #24d44db5
 @contextmanager
 def tower_parts(
     model,               # a LLaVA
     samples:list,        # of Sample
     gradients:bool=True, # build the graph
-):                       # yields (image vectors, parts of each layer, number of tokens before the patches)
+):                       # yields (image vectors, parts of each layer, tokens before the patches)
     "The tower's pass with its parts, open as long as the block."
     base, _ = language_model(model)
-    pixels = torch.stack([o.pixels for o in samples]).to(base.device, base.dtype).requires_grad_(gradients)
-    with torch.set_grad_enabled(gradients), capture_parts(base, tower_layers(base), 'vision_config') as layers:
+    pixels = stack_views(base, samples).requires_grad_(gradients)
+    with (torch.set_grad_enabled(gradients),
+          capture_parts(base, tower_layers(base), 'vision_config') as layers):
         vectors = torch.stack(list(base.get_image_features(pixels).pooler_output))
         parts = [o.parts_kept for o in layers]
         yield vectors, parts, parts[0]['key'].shape[2] - len(samples[0].image_at)
 
+# %% ../../nbs/07_explain/02_maps.ipynb #8e2012fb
 def back_project(
     model,           # a LLaVA
     samples:list,    # of Sample
     maps:np.ndarray, # token maps, (samples, down, across)
 )->np.ndarray:       # pixel maps, (samples, down, across)
-    "Token maps carried down the vision tower by attention rollout: where in the picture the tokens come from."
+    "Token maps carried down the vision tower by rollout: where in the picture they come from."
     maps = np.clip(np.asarray(maps, np.float32), 0, None)
     with tower_parts(model, samples, gradients=False) as (_, parts, extra):
         flat = torch.as_tensor(maps.reshape(len(samples), -1), device=parts[0]['key'].device)
         r = walk(torch.nn.functional.pad(flat, (extra, 0)), parts, causal=False)[0]
     return r[:, extra:].cpu().numpy().reshape(maps.shape)
 
-# %% ../../nbs/07_explain/02_maps.ipynb #e62ae6ab
+# %% ../../nbs/07_explain/02_maps.ipynb #c88407d1
 INFILLS = ('mean', 'blur', 'other')  # what takes the place of a patch
 
 def infill(
@@ -222,11 +270,14 @@ def infill(
     if kind == 'blur':
         width = max(px.shape[1]/sample.grid[0], px.shape[2]/sample.grid[1])
         return torch.tensor(gaussian_filter(px.float().numpy(), (0, width, width))).to(px.dtype)
-    if kind != 'other': raise ValueError(f'There is no infill {kind!r}; choose one of {", ".join(INFILLS)}.')
-    if other is None or other.pixels.shape != px.shape: raise ValueError(
-        "The infill 'other' needs the sample of another picture with a view of the same size.")
+    if kind != 'other':
+        raise ValueError(f'There is no infill {kind!r}; choose one of {", ".join(INFILLS)}.')
+    if other is None or other.pixels.shape != px.shape:
+        raise ValueError("The infill 'other' needs the sample of another picture with a view of "
+                         'the same size.')
     return other.pixels.clone()
 
+# %% ../../nbs/07_explain/02_maps.ipynb #e62ae6ab
 def mix_patches(
     own:torch.Tensor,   # (3, height, width)
     other:torch.Tensor, # (3, height, width), what replaces it
@@ -234,7 +285,8 @@ def mix_patches(
     patch:int,          # pixels a side
 )->torch.Tensor:        # (variants, 3, height, width)
     "One picture with several choices of patches replaced."
-    mask = torch.as_tensor(np.asarray(gone, bool)).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+    mask = torch.as_tensor(np.asarray(gone, bool))
+    mask = mask.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
     full = torch.zeros(len(gone), *own.shape[1:], dtype=torch.bool)
     full[:, :mask.shape[1], :mask.shape[2]] = mask
     return torch.where(full[:, None], other, own)
@@ -270,11 +322,23 @@ def answer_scores(
     scores = torch.cat(out).numpy()
     return (scores, torch.cat(best).numpy()) if first else scores
 
-# %% ../../nbs/07_explain/02_maps.ipynb #f5b24167
-MAP_METHODS = Registry('map method')   # name -> function (model, processor, samples, tokens=None) -> maps
+# %% ../../nbs/07_explain/02_maps.ipynb #ee2879d2
+# name -> function (model, processor, samples, tokens=None) -> maps
+MAP_METHODS = Registry('map method')
 METHODS = MAP_METHODS   # maps: a list of (layers, heads, down, across), one for each sample
-METHOD_FACTS = {}    # name -> dict: sees (white, grey or black box), of (tokens or pixels), passes, paper
+# name -> dict: sees (white, grey or black box), of (tokens or pixels), passes, paper
+METHOD_FACTS = {}
 
+# %% ../../nbs/07_explain/02_maps.ipynb #14797f59
+def _finite(maps, samples, name):
+    "The maps, if all their values are finite."
+    for s, m in zip(samples, maps):
+        if not np.isfinite(m).all():
+            raise ValueError(f'The {name} map of the answer {s.answer!r} holds NaN or infinite '
+                             'values: the model gives none for this picture (try float32 weights).')
+    return maps
+
+# %% ../../nbs/07_explain/02_maps.ipynb #f5b24167
 def method(
     name:str,   # under which it is offered in MAP_METHODS
     sees:str,   # 'white' (gradients), 'grey' (activations) or 'black' (answers only) box
@@ -284,27 +348,25 @@ def method(
 ):
     "Register a method of making maps; ValueError where the name or a fact cannot be."
     if sees not in ('white', 'grey', 'black') or of not in ('tokens', 'pixels'):
-        raise ValueError(f"The map method '{name}' sees '{sees}' and is of '{of}': choose white, grey or "
-                         'black, and tokens or pixels.')
+        raise ValueError(f"The map method '{name}' sees '{sees}' and is of '{of}': choose white, "
+                         'grey or black, and tokens or pixels.')
     def add(f):
         def checked(model, processor, samples, tokens=None, **options):
             samples = [samples] if isinstance(samples, Sample) else list(samples)
             if not samples: raise ValueError('No sample was given: there is nothing to map.')
             chosen_tokens(samples, tokens)
-            maps = f(model, processor, samples, tokens, **options)
-            for s, m in zip(samples, maps):
-                if not np.isfinite(m).all(): raise ValueError(f'The {name} map of the answer {s.answer!r} holds NaN '
-                    'or infinite values: the model gives none for this picture (try float32 weights).')
-            return maps
+            return _finite(f(model, processor, samples, tokens, **options), samples, name)
         checked.__name__ = name
-        checked.__doc__ = f'{f.__doc__} A {sees} box, about {of}; passes: {passes}. Source: {paper}.'
-        checked.__module__, checked.__qualname__ = f.__module__, f.__qualname__   # another's name is refused
+        about = f'A {sees} box, about {of}; passes: {passes}.'
+        checked.__doc__ = f'{f.__doc__} {about} Source: {paper}.'
+        # another's name is refused
+        checked.__module__, checked.__qualname__ = f.__module__, f.__qualname__
         MAP_METHODS.register(name)(checked)
         METHOD_FACTS[name] = dict(sees=sees, of=of, passes=passes, paper=paper)
         return checked
     return add
 
-# %% ../../nbs/07_explain/02_maps.ipynb #99db9a81
+# %% ../../nbs/07_explain/02_maps.ipynb #77ceeb28
 def other_question(
     processor,     # the model's processor
     sample:Sample, # a question on a picture
@@ -316,54 +378,81 @@ def other_question(
     n = int((sample.ids == processor.image_token_id).sum())
     text = prompt.replace(processor.image_token, processor.image_token*n, 1)
     ids = torch.tensor(text_ids(tok, [text])[0])
-    new = _cut_answer(processor, question, answer) if isinstance(answer, str) else list(answer)
-    new, kinds = new or [0], _kinds(processor, ids.numpy(), prompt, question)
+    new = cut_answer(processor, question, answer) if isinstance(answer, str) else list(answer)
+    new, kinds = new or [0], prompt_kinds(processor, ids.numpy(), prompt, question)
     at = np.flatnonzero(kinds == TOKEN_KINDS.index('image'))[-len(sample.image_at):]
     kinds = np.concatenate([kinds, np.full(len(new), TOKEN_KINDS.index('answer'))])
-    return replace(sample, ids=torch.cat([ids, torch.tensor(new)]), kinds=kinds, image_at=at, n_answer=len(new),
-                   answer=tok.decode(new), tokens=[tok.decode([o]) for o in new])
+    return replace(sample, ids=torch.cat([ids, torch.tensor(new)]), kinds=kinds, image_at=at,
+                   n_answer=len(new), answer=tok.decode(new), tokens=[tok.decode([o]) for o in new])
+
+# %% ../../nbs/07_explain/02_maps.ipynb #0fe9af3d
+def _rows_of(model, samples, tokens):
+    "Each sample with the attention of its chosen predicting rows, mean over tokens."
+    used = chosen_tokens(samples, tokens)
+    for s, t, u in zip(samples, trace(model, samples, gradients=False), used):
+        yield s, t.rows[:, :, u[-s.n_answer:]].mean(2)
 
 def _rows(model, samples, tokens):
-    "Attention of the chosen predicting rows, mean over tokens: (layers, heads, down, across) a sample."
-    used = chosen_tokens(samples, tokens)
-    return [to_grid(t.rows[:, :, u[-s.n_answer:]].mean(2), s)
-            for s, t, u in zip(samples, trace(model, samples, gradients=False), used)]
+    "The attention of the chosen rows, (layers, heads, down, across) a sample."
+    return [to_grid(rows, s) for s, rows in _rows_of(model, samples, tokens)]
 
+def _habit(model, processor, samples):
+    "The same for a neutral request on the same pictures."
+    return _rows(model, [other_question(processor, o, NEUTRAL) for o in samples], None)
+
+# %% ../../nbs/07_explain/02_maps.ipynb #99db9a81
 @method('attention', 'grey', 'tokens', '1', 'Bahdanau, Cho and Bengio 2015')
 def _attention(model, processor, samples, tokens=None):
-    "Softmax rows that predict the chosen tokens, by layer and head; sees activations; one forward pass."
+    "Rows that predict the chosen tokens, by layer and head; sees activations; one forward pass."
     return _rows(model, samples, tokens)
 
-@method('relative', 'grey', 'tokens', '2', 'Zhang et al. 2025, attention relative to a generic prompt')
+@method('relative', 'grey', 'tokens', '2',
+        'Zhang et al. 2025, attention relative to a generic prompt')
 def _relative(model, processor, samples, tokens=None):
-    "Attention minus that of a neutral request, by layer and head; sees activations; two forward passes."
-    habit = _rows(model, [other_question(processor, o, NEUTRAL) for o in samples], None)
+    "Attention minus that of a neutral request; sees activations; two forward passes."
+    habit = _habit(model, processor, samples)
     return [a - b for a, b in zip(_rows(model, samples, tokens), habit)]
 
-# %% ../../nbs/07_explain/02_maps.ipynb #1ed657be
+# %% ../../nbs/07_explain/02_maps.ipynb #33d27a8f
 def _grids(values, samples, at):
     "(layers, samples, tokens) to one (layers, 1, down, across) a sample."
     values = values.detach().float().cpu().numpy()
     return [values[:, i, a].reshape(-1, 1, *s.grid) for i, (s, a) in enumerate(zip(samples, at))]
 
-@method('attention_gradient', 'white', 'tokens', '1 and backward', 'Chefer, Gur and Wolf 2021, single layers')
+def _outs(parts): return [o['out'] for o in parts]
+
+def _stacked(values, samples):
+    "For each sample one (layers, heads, down, across), from a list of its layers' values."
+    return [np.stack(o).reshape(len(o), -1, *s.grid) for o, s in zip(values, samples)]
+
+# %% ../../nbs/07_explain/02_maps.ipynb #886e3aa9
+def _one_weights(part, i, rows):
+    "Attention of some rows of one sample, (heads, rows, tokens)."
+    one = slice(i, i + 1)
+    mask = None if part['mask'] is None else part['mask'][one]
+    query, key = part['query'][one].detach(), part['key'][one].detach()
+    return row_weights(query, key, mask, rows, part['scaling'])[0]
+
+# %% ../../nbs/07_explain/02_maps.ipynb #07ff547c
+@method('attention_gradient', 'white', 'tokens', '1 and backward',
+        'Chefer, Gur and Wolf 2021, single layers')
 def _attention_gradient(model, processor, samples, tokens=None):
-    "Attention of the predicting rows times its gradient, negative products off, by layer and head; one backward pass."
+    "Attention times its gradient, negative products off; one backward pass."
+    out = [[] for _ in samples]
     with forward(model, samples, tokens, parts=True) as p:
-        out = [[] for _ in samples]
-        for part, g in zip(p.parts, slopes(p.score, [o['out'] for o in p.parts])):
+        for part, g in zip(p.parts, slopes(p.score, _outs(p.parts))):
             value = repeat_kv(part['value'].detach(), g.shape[2]//part['value'].shape[1]).float()
             for i, at in enumerate(p.at):
                 rows = p.start[i].nonzero()[:, 0]
-                a = row_weights(part['query'][i:i+1].detach(), part['key'][i:i+1].detach(),
-                                None if part['mask'] is None else part['mask'][i:i+1], rows, part['scaling'])[0]
-                a = (a*(g[i, rows].transpose(0, 1).float() @ value[i].transpose(-1, -2))).clamp(min=0).mean(1)
+                slope = g[i, rows].transpose(0, 1).float() @ value[i].transpose(-1, -2)
+                a = (_one_weights(part, i, rows)*slope).clamp(min=0).mean(1)
                 out[i].append(a[:, at].cpu().numpy())
-    return [np.stack(o).reshape(len(o), -1, *s.grid) for o, s in zip(out, samples)]
+    return _stacked(out, samples)
 
+# %% ../../nbs/07_explain/02_maps.ipynb #1ed657be
 @method('rollout', 'grey', 'tokens', '1', 'Abnar and Zuidema 2020')
 def _rollout(model, processor, samples, tokens=None):
-    "Attention followed down to each layer's input, half of it staying; sees activations; one forward pass."
+    "Attention followed down to each layer's input, half of it staying; one forward pass."
     with forward(model, samples, tokens, parts=True, gradients=False) as p:
         return _grids(walk(p.start, p.parts), samples, p.at)
 
@@ -371,10 +460,12 @@ def _rollout(model, processor, samples, tokens=None):
 def _relevancy(model, processor, samples, tokens=None):
     "Useful attention followed down to each layer's input; sees gradients; one backward pass."
     with forward(model, samples, tokens, parts=True) as p:
-        return _grids(walk(p.start, p.parts, slopes(p.score, [o['out'] for o in p.parts])), samples, p.at)
+        relevance = walk(p.start, p.parts, slopes(p.score, _outs(p.parts)))
+        return _grids(relevance, samples, p.at)
 
-# %% ../../nbs/07_explain/02_maps.ipynb #a8bae7d1
-@method('gradient', 'white', 'tokens', '1 and backward', 'Simonyan, Vedaldi and Zisserman 2014; times input: Shrikumar et al. 2016')
+# %% ../../nbs/07_explain/02_maps.ipynb #2658fa35
+@method('gradient', 'white', 'tokens', '1 and backward',
+        'Simonyan, Vedaldi and Zisserman 2014; times input: Shrikumar et al. 2016')
 def _gradient(model, processor, samples, tokens=None):
     "Input times gradient at each layer's input, absolute; sees gradients; one backward pass."
     with forward(model, samples, tokens) as p:
@@ -382,60 +473,74 @@ def _gradient(model, processor, samples, tokens=None):
         values = [(h.detach()*g).sum(-1).abs() for h, g in zip(states, slopes(p.score, states))]
         return _grids(torch.stack(values), samples, p.at)
 
-@method('integrated_gradients', 'white', 'tokens', '32 and backward', 'Sundararajan, Taly and Yan 2017')
+# %% ../../nbs/07_explain/02_maps.ipynb #a8bae7d1
+@method('integrated_gradients', 'white', 'tokens', '32 and backward',
+        'Sundararajan, Taly and Yan 2017')
 def _integrated_gradients(model, processor, samples, tokens=None, steps=32):
-    "Gradients along the way from a picture of its mean colour, times the way, signed; sums to what the picture adds."
-    own = image_vectors(model, samples)
+    "Gradients on the way from a picture of its mean colour; sums to what the picture adds."
+    own, out = image_vectors(model, samples), []
     start = image_vectors(model, [replace(o, pixels=infill(o)) for o in samples])
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     total = torch.zeros_like(own, dtype=torch.float32)
     for t, w in zip((nodes + 1)/2, weights/2):
         vectors = (start + (own - start)*float(t)).detach().requires_grad_()
-        with forward(model, samples, tokens, vectors) as p: total += float(w)*slopes(p.score, [vectors])[0].float()
+        with forward(model, samples, tokens, vectors) as p:
+            total += float(w)*slopes(p.score, [vectors])[0].float()
     values = (total*(own - start).float()).sum(-1)
-    n = [len(o.image_at) for o in samples]
-    return [v[-k:].cpu().numpy().reshape(1, 1, *s.grid) for v, k, s in zip(values, n, samples)]
+    for v, s in zip(values, samples):
+        out.append(v[-len(s.image_at):].cpu().numpy().reshape(1, 1, *s.grid))
+    return out
 
-# %% ../../nbs/07_explain/02_maps.ipynb #faeee73c
+# %% ../../nbs/07_explain/02_maps.ipynb #08cc3313
 def _answer_ids(samples, tokens):
     "Token ids of the chosen answer tokens, one array a sample."
-    return [o.ids[-o.n_answer:][torch.tensor(u[-o.n_answer:])] for o, u in zip(samples, chosen_tokens(samples, tokens))]
+    return [o.ids[-o.n_answer:][torch.tensor(u[-o.n_answer:])]
+            for o, u in zip(samples, chosen_tokens(samples, tokens))]
 
+# %% ../../nbs/07_explain/02_maps.ipynb #f10ca9ae
 @method('logit_lens', 'grey', 'tokens', '1', 'nostalgebraist 2020; Neo et al. 2025')
 def _logit_lens(model, processor, samples, tokens=None):
-    "Probability of the chosen tokens when each layer's image vectors are read out, mean; sees activations; one pass."
+    "Probability of the chosen tokens when each layer's image vectors are read out; one pass."
     base, decoder = language_model(model)
-    out = [[] for _ in samples]
+    out, wanted = [[] for _ in samples], _answer_ids(samples, tokens)
     with forward(model, samples, tokens, gradients=False) as p, torch.no_grad():
         for k, h in enumerate(p.states[1:]):
-            for i, (at, ids) in enumerate(zip(p.at, _answer_ids(samples, tokens))):
+            for i, (at, ids) in enumerate(zip(p.at, wanted)):
                 v = h[i, at] if k == len(p.states) - 2 else decoder.norm(h[i, at])
-                out[i].append(head(base)(v).float().softmax(-1)[:, ids.to(v.device)].mean(-1).cpu().numpy())
-    return [np.stack(o).reshape(len(o), 1, *s.grid) for o, s in zip(out, samples)]
+                prob = head(base)(v).float().softmax(-1)[:, ids.to(v.device)].mean(-1)
+                out[i].append(prob.cpu().numpy())
+    return _stacked(out, samples)
 
-@method('tam', 'grey', 'tokens', '1', 'Li et al. 2025, Token Activation Map; without its rank filter')
+# %% ../../nbs/07_explain/02_maps.ipynb #faeee73c
+@method('tam', 'grey', 'tokens', '1',
+        'Li et al. 2025, Token Activation Map; without its rank filter')
 def _activation(model, processor, samples, tokens=None):
-    "Answer logits of the image tokens less what the prompt's words explain; sees activations; one pass."
+    "Answer logits of the image tokens less what the prompt's words explain; one pass."
     base, _ = language_model(model)
-    out = []
+    out, wanted = [], _answer_ids(samples, tokens)
     with forward(model, samples, tokens, gradients=False) as p, torch.no_grad():
-        for i, (s, at, ids) in enumerate(zip(samples, p.at, _answer_ids(samples, tokens))):
+        for i, (s, at, ids) in enumerate(zip(samples, p.at, wanted)):
             logits = head(base)(p.states[-1][i, at]).float().clamp(min=0)
             words = s.ids[s.kinds == TOKEN_KINDS.index('question')].unique()
             words = words[~torch.isin(words, ids)]
-            own, rest = logits[:, ids.to(logits.device)].mean(1).cpu().numpy(), logits[:, words.to(logits.device)].cpu().numpy()
-            if rest.shape[1]: own = np.clip(own - rest @ nnls(rest.astype(float), own.astype(float))[0], 0, None)
+            own = logits[:, ids.to(logits.device)].mean(1).cpu().numpy()
+            rest = logits[:, words.to(logits.device)].cpu().numpy()
+            if rest.shape[1]:
+                explained = rest @ nnls(rest.astype(float), own.astype(float))[0]
+                own = np.clip(own - explained, 0, None)
             out.append(own.astype(np.float32).reshape(1, 1, *s.grid))
     return out
 
-# %% ../../nbs/07_explain/02_maps.ipynb #8d0c40cc
+# %% ../../nbs/07_explain/02_maps.ipynb #cd16779d
 def _blocks(grid, block):
     "Masks that leave out one block of cells each, (blocks, down, across)."
     index = (np.arange(grid[0])[:, None]//block)*(-(-grid[1]//block)) + np.arange(grid[1])//block
     return np.stack([index == i for i in range(index.max() + 1)])
 
-def _left_out(losses, masks): return (losses[:, None, None]*masks).sum(0).astype(np.float32)[None, None]
+def _left_out(losses, masks):
+    return (losses[:, None, None]*masks).sum(0).astype(np.float32)[None, None]
 
+# %% ../../nbs/07_explain/02_maps.ipynb #74bca9f4
 def mix_vectors(
     own:torch.Tensor,   # (image tokens, width)
     other:torch.Tensor, # (image tokens, width), what replaces them
@@ -446,36 +551,42 @@ def mix_vectors(
     flat = torch.nn.functional.pad(flat, (len(own) - flat.shape[1], 0))
     return torch.where(flat[..., None], other, own)
 
-@method('token_occlusion', 'grey', 'tokens', 'one a patch', 'leave one token out, after Zeiler and Fergus 2014')
+# %% ../../nbs/07_explain/02_maps.ipynb #63420432
+@method('token_occlusion', 'grey', 'tokens', 'one a patch',
+        'leave one token out, after Zeiler and Fergus 2014')
 def _token_occlusion(model, processor, samples, tokens=None, kind='mean', other=None, block=1):
-    "Log-probability that is lost when one image vector is replaced by that of an infilled picture; as many passes as patches."
+    "Log-probability that is lost when one image vector is that of an infilled picture."
     out = []
     for i, s in enumerate(samples):
         filled = replace(s, pixels=infill(s, kind, other[i] if other else None))
         own, rest = image_vectors(model, [s, filled])
         masks = _blocks(s.grid, block)
-        got = answer_scores(model, s, vectors=mix_vectors(own, rest, np.concatenate([masks[:1]*False, masks])), tokens=tokens)
+        vectors = mix_vectors(own, rest, np.concatenate([masks[:1]*False, masks]))
+        got = answer_scores(model, s, vectors=vectors, tokens=tokens)
         out.append(_left_out(got[0] - got[1:], masks))
     return out
 
+# %% ../../nbs/07_explain/02_maps.ipynb #8d0c40cc
 @method('occlusion', 'black', 'pixels', 'one a patch, with the tower', 'Zeiler and Fergus 2014')
 def _occlusion(model, processor, samples, tokens=None, kind='mean', other=None, block=1):
-    "Log-probability that is lost when one patch of the picture is filled; sees answers only; as many passes as patches."
+    "Log-probability that is lost when one patch of the picture is filled; sees answers only."
     out = []
     for i, s in enumerate(samples):
         masks = _blocks(s.grid, block)
-        px = mix_patches(s.pixels, infill(s, kind, other[i] if other else None),
-                         np.concatenate([masks[:1]*False, masks]), processor.patch_size)
+        gone = np.concatenate([masks[:1]*False, masks])
+        filled = infill(s, kind, other[i] if other else None)
+        px = mix_patches(s.pixels, filled, gone, processor.patch_size)
         got = answer_scores(model, s, px, tokens=tokens)
         out.append(_left_out(got[0] - got[1:], masks))
     return out
 
-# %% ../../nbs/07_explain/02_maps.ipynb #ed206e59
-@method('pixel_gradient', 'white', 'pixels', '1 and backward, with the tower', 'Simonyan, Vedaldi and Zisserman 2014')
+# %% ../../nbs/07_explain/02_maps.ipynb #8e9f9340
+@method('pixel_gradient', 'white', 'pixels', '1 and backward, with the tower',
+        'Simonyan, Vedaldi and Zisserman 2014')
 def _pixel_gradient(model, processor, samples, tokens=None):
-    "Input times gradient at the pixels, absolute, summed over each patch; sees gradients; one backward pass."
+    "Input times gradient at the pixels, absolute, summed over each patch; one backward pass."
     base, _ = language_model(model)
-    px = torch.stack([o.pixels for o in samples]).to(base.device, base.dtype).requires_grad_()
+    px = stack_views(base, samples).requires_grad_()
     with torch.enable_grad():
         vectors = torch.stack(list(base.get_image_features(px).pooler_output))
         with forward(model, samples, tokens, vectors) as p: g = slopes(p.score, [px])[0]
@@ -486,28 +597,30 @@ def _pixel_gradient(model, processor, samples, tokens=None):
         out.append(m[:h*k, :w*k].reshape(h, k, w, k).sum((1, 3)).numpy()[None, None])
     return out
 
-@method('relevancy_pixels', 'white', 'pixels', '1 and backward, with the tower', 'Chefer, Gur and Wolf 2021, both parts of the model')
+# %% ../../nbs/07_explain/02_maps.ipynb #ed206e59
+@method('relevancy_pixels', 'white', 'pixels', '1 and backward, with the tower',
+        'Chefer, Gur and Wolf 2021, both parts of the model')
 def _relevancy_pixels(model, processor, samples, tokens=None):
-    "Relevancy followed through the language model and then through the vision tower; sees gradients; one backward pass."
-    with tower_parts(model, samples) as (vectors, low, extra), forward(model, samples, tokens, vectors, parts=True) as p:
-        g = slopes(p.score, [o['out'] for o in (*low, *p.parts)])
-        top = walk(p.start, p.parts, g[len(low):])[0]
-        start = torch.stack([row[torch.as_tensor(at, device=row.device)] for row, at in zip(top, p.at)])
-        r = walk(torch.nn.functional.pad(start, (extra, 0)), low, g[:len(low)], causal=False)
-        at = [np.arange(extra, r.shape[-1])]*len(samples)
-        return _grids(r[:1], samples, at)
+    "Relevancy followed through the language model and the vision tower; one backward pass."
+    with (tower_parts(model, samples) as (vectors, low, extra),
+          forward(model, samples, tokens, vectors, parts=True) as p):
+        g = slopes(p.score, _outs((*low, *p.parts)))
+        top, start = walk(p.start, p.parts, g[len(low):])[0], []
+        for row, at in zip(top, p.at): start.append(row[torch.as_tensor(at, device=row.device)])
+        start = torch.nn.functional.pad(torch.stack(start), (extra, 0))
+        r = walk(start, low, g[:len(low)], causal=False)
+        return _grids(r[:1], samples, [np.arange(extra, r.shape[-1])]*len(samples))
 
-# %% ../../nbs/07_explain/02_maps.ipynb #4725bd34
+# %% ../../nbs/07_explain/02_maps.ipynb #1a46dccd
 def head_shares(
     model,        # a LLaVA in evaluation mode
     samples:list, # of Sample
     tokens=None,  # see `chosen_tokens`
-)->np.ndarray:    # (layers, heads, kinds of token in the order of `attention.KINDS`)
+)->np.ndarray:    # (layers, heads, kinds of token in the order of `attention.TOKEN_KINDS`)
     "Share of each head's attention by kind of token, mean over samples."
-    used = chosen_tokens(samples, tokens)
-    return np.mean([token_shares(t.rows[:, :, u[-s.n_answer:]].mean(2), s)
-                    for s, t, u in zip(samples, trace(model, samples, gradients=False), used)], axis=0)
+    return np.mean([token_shares(rows, s) for s, rows in _rows_of(model, samples, tokens)], axis=0)
 
+# %% ../../nbs/07_explain/02_maps.ipynb #77959298
 def plot_heads(
     values:np.ndarray,       # (layers, heads), such as one kind's part of `head_shares`
     label:str='share on the image', # what a cell says
@@ -515,22 +628,24 @@ def plot_heads(
 ):                           # the axes
     "Layers down, heads across, each cell with its number."
     import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(1.2 + .45*values.shape[1], .9 + .35*values.shape[0]))[1]
-    im = ax.imshow(values, cmap='cividis', vmin=0, vmax=max(float(values.max()), 1e-9), aspect='auto')
-    ax.set(xlabel='head', ylabel='layer', xticks=range(values.shape[1]), yticks=range(values.shape[0]))
-    if values.size <= 200:
-        for (l, h), v in np.ndenumerate(values):
-            ax.text(h, l, f'{v:.2f}', ha='center', va='center', fontsize=8, color='black' if v > .55*values.max() else 'white')
+    down, across = values.shape
+    if ax is None: ax = plt.subplots(figsize=(1.2 + .45*across, .9 + .35*down))[1]
+    top = max(float(values.max()), 1e-9)
+    im = ax.imshow(values, cmap='cividis', vmin=0, vmax=top, aspect='auto')
+    ax.set(xlabel='head', ylabel='layer', xticks=range(across), yticks=range(down))
+    for (l, h), v in np.ndenumerate(values) if values.size <= 200 else ():
+        color = 'black' if v > .55*values.max() else 'white'
+        ax.text(h, l, f'{v:.2f}', ha='center', va='center', fontsize=8, color=color)
     ax.figure.colorbar(im, ax=ax, label=label)
     return ax
 
+# %% ../../nbs/07_explain/02_maps.ipynb #4725bd34
 def sinks(
     model, processor, # a LLaVA and its processor
     samples:list,     # of Sample
     times:float=5.,   # how many times the even share of the picture's attention
 )->list:              # of (layers, down, across) bool, one a sample
     "Patches that take much of the attention whatever is asked."
-    own = _rows(model, samples, None)
-    habit = _rows(model, [other_question(processor, o, NEUTRAL) for o in samples], None)
+    own, habit = _rows(model, samples, None), _habit(model, processor, samples)
     high = lambda m: m.mean(1) > times*m.mean((1, 2, 3))[:, None, None]
     return [high(a) & high(b) for a, b in zip(own, habit)]

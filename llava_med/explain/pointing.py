@@ -13,7 +13,7 @@ from .attention import (ATTENTION_METHODS, all_maps, best_layer, encode_sample,
     layer_rates, neutral_sample, over_images, pointing_game, static_map)
 from .faithfulness import next_partners
 
-# %% ../../nbs/07_explain/05_pointing.ipynb #806871f6
+# %% ../../nbs/07_explain/05_pointing.ipynb #a750898f
 # question types with a place; the second row are SLAKE's
 LOCATED = ('side', 'quadrant', 'count', 'size', 'presence',
            'position', 'organ', 'abnormality', 'color', 'shape')
@@ -26,6 +26,7 @@ def located(
     denied = str(item['answer']).strip().lower() == 'no'
     return bool(kind in LOCATED and not denied and item.get('regions'))
 
+# %% ../../nbs/07_explain/05_pointing.ipynb #806871f6
 def draw_located(
     items:list, # VQA items
     n:int,      # at most so many
@@ -44,14 +45,15 @@ def measure(
     images:list,      # the PIL image of each
 )->dict:              # what `all_maps` gives; windows, one an item; tokens, how many were read
     "All maps of many questions with their right answers, with where they lie on the images."
-    samples = [encode_sample(processor, im, item_question(o), o['answer'])
-               for o, im in zip(items, images)]
-    neutral = [neutral_sample(processor, im) for im in images]
-    tokens = sum(len(o.ids) for o in (*samples, *neutral))
-    windows = [o.window for o in samples]
+    samples, neutral, windows, tokens = [], [], [], 0
+    for o, im in zip(items, images):
+        samples.append(encode_sample(processor, im, item_question(o), o['answer']))
+        neutral.append(neutral_sample(processor, im))
+        windows.append(samples[-1].window)
+        tokens += len(samples[-1].ids) + len(neutral[-1].ids)
     return dict(all_maps(model, samples, neutral), windows=windows, tokens=tokens)
 
-# %% ../../nbs/07_explain/05_pointing.ipynb #5c07b34c
+# %% ../../nbs/07_explain/05_pointing.ipynb #0c358ddf
 def rate_of(
     rows:list,           # from `layer_rates`
     method:str,          # as in the row; random for the rate of a random cell
@@ -63,9 +65,10 @@ def rate_of(
     want = (method, layer, metric, baseline)
     for o in rows:
         if (o['method'], o['layer'], o['metric'], o['baseline']) == want: return o
-    raise ValueError(f'There is no row of {method!r}, layer {layer!r}, {metric}: choose a method and layer '
-                     'that were measured.')
+    raise ValueError(f'There is no row of {method!r}, layer {layer!r}, {metric}: choose a method '
+                     'and layer that were measured.')
 
+# %% ../../nbs/07_explain/05_pointing.ipynb #5c07b34c
 def says(
     row:dict,    # value, low, high
     unit:str='', # written behind the value
@@ -87,7 +90,8 @@ def control_rates(
     "Rates of maps that ignore the image they are judged on."
     method, layer = best
     own = test[method][:, layer]
-    static, swapped = static_map(val[method][:, layer], len(own)), own[next_partners(images)][:, None]
+    static, swapped = (static_map(val[method][:, layer], len(own)),
+                       own[next_partners(images)][:, None])
     maps = dict(static_map=static, swapped_map=swapped)
     rows = layer_rates(maps, boxes, test['windows'], images, seed)
     return [o for o in rows if o['method'] != 'random']
@@ -102,12 +106,13 @@ def group_rate(
     seed:int=0,      # of the bootstrap
 )->dict|None:        # value, low, high, n_items; None for an empty group
     "Pointing-game rate over some of the questions."
-    pick = np.flatnonzero(keep)
-    if not len(pick): return None
-    hit = [pointing_game(maps[i], boxes[i], windows[i]) for i in pick]
-    value, low, high = map(float,
-                           over_images(hit, [images[i] for i in pick], seed=seed, bounds=(0, 1)))
-    return dict(value=value, low=low, high=high, n_items=len(pick))
+    hit, names = [], []
+    for i in np.flatnonzero(keep):
+        hit.append(pointing_game(maps[i], boxes[i], windows[i]))
+        names.append(images[i])
+    if not hit: return None
+    value, low, high = map(float, over_images(hit, names, seed=seed, bounds=(0, 1)))
+    return dict(value=value, low=low, high=high, n_items=len(hit))
 
 # %% ../../nbs/07_explain/05_pointing.ipynb #fcfe2ca3
 def sink_share(
@@ -118,7 +123,7 @@ def sink_share(
     flat = static_map(maps, 1)[0, 0].ravel()
     return float(np.sort(flat)[-n:].sum())
 
-# %% ../../nbs/07_explain/05_pointing.ipynb #a6ac61e5
+# %% ../../nbs/07_explain/05_pointing.ipynb #d081c873
 def _enough(ratio, on_image, sinks, n_patches):
     "Whether the rate is that of a model that looks, and what else the attention does."
     if ratio['value'] >= 3:
@@ -128,6 +133,32 @@ def _enough(ratio, on_image, sinks, n_patches):
             f'and three of {n_patches} patches hold {max(sinks):.0%} of it '
             f'in layer {int(np.argmax(sinks))} whatever is asked.')
 
+# %% ../../nbs/07_explain/05_pointing.ipynb #8908a68a
+def _rate_words(best, test, val, label, name):
+    "The rate of the best map, and that of raw attention."
+    top, ratio = rate_of(test, *best), rate_of(test, *best, baseline='random')
+    chance = rate_of(test, 'random')['value']
+    raw = best_layer([o for o in val if o['method'] == 'attention'])
+    return [f"The {name} model's {label or best[0]} map of layer {best[1]} points into the box "
+            f"for {top['value']:.1%} of {top['n_items']} questions on {top['n_images']} test "
+            f"pictures: {says(ratio)} times the random rate of {chance:.0%}.",
+            f"Raw attention reaches {rate_of(test, *raw)['value']:.0%} in its best layer "
+            f"({raw[1]})."]
+
+# %% ../../nbs/07_explain/05_pointing.ipynb #b9c4bf83
+def _control_words(top, static, base, untrained):
+    "What the rate is worth beside maps and models that know less."
+    habit = 'the rate is not a habit of these pictures'
+    if static > .7*top['value']: habit = 'most of the rate is a habit'
+    less = ': the rate alone shows no learning.'
+    if untrained['high'] < top['low']: less = ', clearly less.'
+    before, gain = base['value'], top['value'] - base['value']
+    return [f'A map that ignores the picture hits {static:.0%}, so {habit}.',
+            f'An untrained model reaches {says(untrained)} by what is conspicuous in the '
+            f'pictures{less}',
+            f"The curriculum moved the rate by {gain:+.2f} from the base's {before:.2f}."]
+
+# %% ../../nbs/07_explain/05_pointing.ipynb #a6ac61e5
 def pointing_words(
     best:tuple,          # method and layer
     test:list,           # rows of `layer_rates`, test questions
@@ -143,19 +174,7 @@ def pointing_words(
 )->str:
     "What the numbers say about one model."
     top, ratio = rate_of(test, *best), rate_of(test, *best, baseline='random')
-    chance = rate_of(test, 'random')['value']
-    text = [f"The {name} model's {label or best[0]} map of layer {best[1]} points into the box for "
-            f"{top['value']:.1%} of {top['n_items']} questions on {top['n_images']} test pictures: "
-            f"{says(ratio)} times the random rate of {chance:.0%}."]
-    raw = best_layer([o for o in val if o['method'] == 'attention'])
-    reached = rate_of(test, *raw)['value']
-    text.append(f'Raw attention reaches {reached:.0%} in its best layer ({raw[1]}).')
-    text.append(_enough(ratio, on_image, sinks, n_patches))
     static = rate_of(controls, 'static_map', 0)['value']
-    habit = 'most of the rate is a habit' if static > .7*top['value'] else 'the rate is not a habit of these pictures'
-    text.append(f'A map that ignores the picture hits {static:.0%}, so {habit}.')
-    less = ', clearly less.' if untrained['high'] < top['low'] else ': the rate alone shows no learning.'
-    text.append(f'An untrained model reaches {says(untrained)} by what is conspicuous in the pictures{less}')
-    before, gain = base['value'], top['value'] - base['value']
-    text.append(f"The curriculum moved the rate by {gain:+.2f} from the base's {before:.2f}.")
-    return ' '.join(text)
+    return ' '.join([*_rate_words(best, test, val, label, name),
+                     _enough(ratio, on_image, sinks, n_patches),
+                     *_control_words(top, static, base, untrained)])

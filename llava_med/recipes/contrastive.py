@@ -19,7 +19,7 @@ from ..train.loop import Stage
 from ..train.objectives import OBJECTIVES, Objective, gather_rows
 from torch.nn import functional as F
 
-# %% ../../nbs/recipes/encoders/contrastive.ipynb #7edbc4d1
+# %% ../../nbs/recipes/encoders/contrastive.ipynb #22efea37
 MAX_CAPTION = 128   # tokens that the text encoder reads
 MAX_LOG_SCALE = math.log(100)   # as in CLIP, so that a batch without a mistake does not run away
 
@@ -31,28 +31,40 @@ def _black(model, graph=False):
 def _caption(record, sample, seen):
     "Token ids of a record's caption; ValueError where there is no pair of image and caption."
     what, image = f"Record '{record.get('id')}'", sample.get('image')
-    if image is None or isinstance(image, list): raise ValueError(
-        f'{what} has not exactly one image; a contrastive loss needs pairs, so leave it out.')
-    if image in seen: raise ValueError(
-        f"{what}: its image '{record['image']}' has a caption already, which would count as wrong "
-        'here; keep one caption for each image.')
+    if image is None or isinstance(image, list):
+        raise ValueError(f'{what} has not exactly one image; a contrastive loss needs pairs, so '
+                         'leave it out.')
+    if image in seen:
+        raise ValueError(f"{what}: its image '{record['image']}' has a caption already, which "
+                         'would count as wrong here; keep one caption for each image.')
     seen.add(image)
     return [i for i in sample['labels'] if i != IGNORE]
 
-@OBJECTIVES.register('contrastive')
-class Contrastive(Objective):
-    "Each image of a batch finds its own caption, and each caption its image."
-    unit, gathers = 'batch', True
+# %% ../../nbs/recipes/encoders/contrastive.ipynb #8258300e
+class _Pairs(Objective):
+    "Images with captions of their own, or, as a placebo, with those of others."
+    def encode(self,
+        records:list, # conversations about one image each, whose answer is its caption
+        encode,       # the library's own: records to samples and image names
+    )->tuple:         # (samples of an image and its caption, image names); ValueError otherwise
+        "Captions alone, without the question."
+        samples, names = encode(records)
+        seen, texts, cut, out = set(), [], 0, []
+        for r, s in zip(records, samples):
+            text = _caption(r, s, seen)
+            cut += len(text) > MAX_CAPTION
+            texts.append(text[:MAX_CAPTION])
+        if cut: print(f'{cut} of {len(texts)} captions are cut at {MAX_CAPTION} tokens.')
+        own = list(range(len(texts)))
+        if self.shuffled:   # along a circle, so that none keeps its own
+            order = np.random.default_rng(self.seed).permutation(len(texts))
+            for i, j in zip(order.tolist(), np.roll(order, 1).tolist()): own[i] = j
+        for s, i in zip(samples, own): out.append(dict(s, input_ids=texts[i], labels=texts[i]))
+        return out, names
 
-    def __init__(self,
-        width:int=64,        # of the common space
-        depth:int=1,         # layers of the text encoder
-        shuffled:bool=False, # give each image the caption of another one
-        seed:int=0,          # of the text encoder's weights, and of the shuffle
-    ):
-        self.width, self.depth, self.shuffled, self.seed = width, depth, shuffled, seed
-        self.towers = None
-
+# %% ../../nbs/recipes/encoders/contrastive.ipynb #f8058669
+class _Towers(_Pairs):
+    "Text encoder and heads, made once the widths are known."
     def start(self,
         model, # gives the widths
     )->None:
@@ -67,23 +79,6 @@ class Contrastive(Objective):
         "Text encoder and heads; all of them learn."
         return {} if self.towers is None else dict(towers=self.towers)
 
-    def encode(self,
-        records:list, # conversations about one image each, whose answer is its caption
-        encode,       # the library's own: records to samples and image names
-    )->tuple:         # (samples of an image and its caption, image names); ValueError otherwise
-        "Captions alone, without the question."
-        samples, names = encode(records)
-        seen = set()
-        texts = [_caption(r, s, seen) for r, s in zip(records, samples)]
-        cut = sum(len(t) > MAX_CAPTION for t in texts)
-        if cut: print(f'{cut} of {len(texts)} captions are cut at {MAX_CAPTION} tokens.')
-        texts = [t[:MAX_CAPTION] for t in texts]
-        if self.shuffled:   # along a circle, so that none keeps its own
-            order = np.random.default_rng(self.seed).permutation(len(texts))
-            other = dict(zip(order, np.roll(order, 1)))
-            texts = [texts[other[i]] for i in range(len(texts))]
-        return [dict(s, input_ids=t, labels=t) for s, t in zip(samples, texts)], names
-
     def vectors(self,
         model,      # its vision encoder is used
         batch:dict, # pixels or features, input_ids, attention_mask
@@ -95,6 +90,28 @@ class Contrastive(Objective):
         return (self.towers.images(features.float()),
                 self.towers.texts(batch['input_ids'], batch['attention_mask']))
 
+    def after_step(self,
+        model,    # of no effect
+        step:int, # of no effect
+    )->None:
+        "Keep the scale below 100."
+        with torch.no_grad(): self.towers.log_scale.clamp_(max=MAX_LOG_SCALE)
+
+# %% ../../nbs/recipes/encoders/contrastive.ipynb #7edbc4d1
+@OBJECTIVES.register('contrastive')
+class Contrastive(_Towers):
+    "Each image of a batch finds its own caption, and each caption its image."
+    unit, gathers = 'batch', True
+
+    def __init__(self,
+        width:int=64,        # of the common space
+        depth:int=1,         # layers of the text encoder
+        shuffled:bool=False, # give each image the caption of another one
+        seed:int=0,          # of the text encoder's weights, and of the shuffle
+    ):
+        self.width, self.depth, self.shuffled, self.seed = width, depth, shuffled, seed
+        self.towers = None
+
     def loss(self,
         model,      # its vision encoder is used
         batch:dict, # see `vectors`
@@ -105,15 +122,9 @@ class Contrastive(Objective):
         own = torch.arange(first, first + len(images), device=images.device)
         scale = self.towers.log_scale.exp()
         by_image, by_text = scale*images @ all_texts.T, scale*texts @ all_images.T
-        total = sum(F.cross_entropy(x, own, reduction='sum') for x in (by_image, by_text))/2
+        total = (F.cross_entropy(by_image, own, reduction='sum')
+                 + F.cross_entropy(by_text, own, reduction='sum'))/2
         return total, len(images), dict(recall=(by_image.argmax(1) == own).sum())
-
-    def after_step(self,
-        model,    # of no effect
-        step:int, # of no effect
-    )->None:
-        "Keep the scale below 100."
-        with torch.no_grad(): self.towers.log_scale.clamp_(max=MAX_LOG_SCALE)
 
 # %% ../../nbs/recipes/encoders/contrastive.ipynb #79375076
 @TRAINABLE.register('used_tower')

@@ -30,7 +30,7 @@ def dpo_loss(
     margin = beta*((chosen - ref_chosen) - (rejected - ref_rejected))
     return -F.logsigmoid(margin), margin
 
-# %% ../../nbs/recipes/preference/dpo.ipynb #521d0e41
+# %% ../../nbs/recipes/preference/dpo.ipynb #8e7de923
 def pair_records(
     record:dict, # conversation record; `rejected` is another last answer, in words
 )->tuple:        # the record with its own last answer, and with the rejected one
@@ -45,23 +45,50 @@ def pair_records(
         f'{what}: the rejected answer is the chosen one; write another one, or leave it out.')
     return record, dict(record, conversations=[*turns[:-1], dict(turns[-1], value=other)])
 
+# %% ../../nbs/recipes/preference/dpo.ipynb #521d0e41
 def _sides(samples):
     "Chosen and rejected samples of whole pairs, in the same order."
-    groups = {}
+    groups, chosen, rejected = {}, [], []
     for s in samples: groups.setdefault(s.get('group'), ([], []))[not s.get('chosen')].append(s)
     for name, (won, lost) in groups.items():
-        if name is None or len(won) != len(lost): raise ValueError(
-            f"A batch has {len(won)} chosen and {len(lost)} rejected answers of pair {name}: train "
-            "with the sampler 'pairs', and see each source whole (`mix` of 1, 2, …).")
-    return [s for won, _ in groups.values() for s in won], [s for _, l in groups.values()
-                                                            for s in l]
+        if name is None or len(won) != len(lost):
+            raise ValueError(f'A batch has {len(won)} chosen and {len(lost)} rejected answers of '
+                             f"pair {name}: train with the sampler 'pairs', and see each source "
+                             'whole (`mix` of 1, 2, …).')
+        chosen += won
+        rejected += lost
+    return chosen, rejected
+
+# %% ../../nbs/recipes/preference/dpo.ipynb #1ba98db7
+class _PairObjective(Objective):
+    "An objective of pairs: a chosen answer and a rejected one to the same prompt."
+    unit = 'group'
+
+    def encode(self,
+        records:list,    # conversation records with `rejected`
+        encode:Callable, # the library's own: records to samples and image names
+    )->tuple:            # (samples with group and chosen, image names)
+        "Two samples of each record, the chosen answer first."
+        both = []
+        for record in records: both += pair_records(record)
+        samples, names = encode(both)
+        return [dict(s, group=i//2, chosen=i % 2 == 0) for i, s in enumerate(samples)], names
+
+    def collate(self,
+        samples:list,     # whole pairs
+        collate:Callable, # list of samples → batch of tensors
+    )->dict:              # the chosen rows, then the rejected ones
+        "A batch whose second half rejects what its first half chooses."
+        if any('weights' in s for s in samples):
+            raise ValueError("The objective 'dpo' compares whole answers, so tokens of a source "
+                             'have no weight of their own: leave `weights` out of the stage.')
+        won, lost = _sides(samples)
+        return collate(won + lost)
 
 # %% ../../nbs/recipes/preference/dpo.ipynb #35d8ac3d
 @OBJECTIVES.register('dpo')
-class DPO(Objective):
+class DPO(_PairObjective):
     "Direct preference optimization of pairs, against a frozen copy of the start."
-    unit = 'group'
-
     def __init__(self,
         beta:float=.1, # the larger, the nearer the model stays to the reference
     ):
@@ -78,32 +105,14 @@ class DPO(Objective):
         "The reference."
         return dict(reference=self.reference) if self.reference is not None else {}
 
-    def encode(self,
-        records:list,    # conversation records with `rejected`
-        encode:Callable, # the library's own: records to samples and image names
-    )->tuple:            # (samples with group and chosen, image names)
-        "Two samples of each record, the chosen answer first."
-        samples, names = encode([r for record in records for r in pair_records(record)])
-        return [dict(s, group=i//2, chosen=i % 2 == 0) for i, s in enumerate(samples)], names
-
-    def collate(self,
-        samples:list,     # whole pairs
-        collate:Callable, # list of samples → batch of tensors
-    )->dict:              # the chosen rows, then the rejected ones
-        "A batch whose second half rejects what its first half chooses."
-        if any('weights' in s for s in samples): raise ValueError(
-            "The objective 'dpo' compares whole answers, so tokens of a source have no weight of "
-            'their own: leave `weights` out of the stage.')
-        won, lost = _sides(samples)
-        return collate(won + lost)
-
     def loss(self,
         model,      # a LlavaForConditionalGeneration
         batch:dict, # from `collate`
     )->tuple:       # summed loss, pairs, sums of margin and accuracy
         "The loss of all pairs of a batch."
-        if self.reference is None: raise ValueError(
-            "The objective 'dpo' has no reference yet: call start(model), as `fit` does.")
+        if self.reference is None:
+            raise ValueError("The objective 'dpo' has no reference yet: call start(model), as "
+                             '`fit` does.')
         own = answer_logprobs(model, batch).chunk(2)
         self.reference.eval()   # the loop puts all modules into training mode
         with torch.no_grad(): ref = answer_logprobs(self.reference, batch).chunk(2)

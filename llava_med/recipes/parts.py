@@ -36,9 +36,10 @@ from ..world.language import captions, questions
 from ..world.render import jpeg, render
 from ..world.scenes import sample_scene
 
-# %% ../../nbs/recipes/03_parts.ipynb #bc149215
+# %% ../../nbs/recipes/03_parts.ipynb #bab0710a
 FIRST_SCENE = 800_000_000   # other patients than those of the pipeline's articles and VQA sets
 
+# %% ../../nbs/recipes/03_parts.ipynb #d19e283f
 @dataclass
 class StudyWorld:
     "What a small study trains on and asks about."
@@ -48,6 +49,7 @@ class StudyWorld:
     train_items:list # VQA items that `records` were made from: for rewards and preferences
     captions:dict    # image name to a brief caption, of training and test images
 
+# %% ../../nbs/recipes/03_parts.ipynb #fdf7e37f
 def _draw(split, n, seed, folder, size, kinds):
     "Draw patients of a split: their items and captions; the images are written."
     items, said = [], {}
@@ -60,6 +62,7 @@ def _draw(split, n, seed, folder, size, kinds):
         items += qs
     return items, said
 
+# %% ../../nbs/recipes/03_parts.ipynb #bc149215
 def study_world(
     n_train:int,         # training images
     n_test:int,          # test images
@@ -76,15 +79,17 @@ def study_world(
     if not train or not test: raise ValueError(
         f'{n_train} training and {n_test} test images give {len(train)} and {len(test)} questions '
         f'of the types {list(question_types) or "all"}; draw more, or allow other types.')
-    return StudyWorld([question_record(o) for o in train], test, folder, train, said | more)
+    records = list(map(question_record, train))
+    return StudyWorld(records, test, folder, train, said | more)
 
-# %% ../../nbs/recipes/03_parts.ipynb #1b356a8c
+# %% ../../nbs/recipes/03_parts.ipynb #7a29ef65
 def shipped(
     name:str='base_tiny', # or tuned_tiny
 )->tuple:                 # (model in evaluation mode, processor)
     "One of the models of this repository."
     return load(data_dir()/name)
 
+# %% ../../nbs/recipes/03_parts.ipynb #4b0035f8
 def world_samples(
     records:list,      # LLaVA-Med records
     images:Path,       # folder that they name their images in
@@ -104,12 +109,21 @@ def world_samples(
     if not pixels: pictures = vision_features(model, pictures[range(len(names))])
     return samples, Collator(tok.pad_token_id, pictures)
 
+# %% ../../nbs/recipes/03_parts.ipynb #c8ea4ff3
 def leaked_records(
     world:StudyWorld, # its test items are given away
 )->list:              # records
     "Training records of the test items, for a positive control that must be found."
-    return [question_record(o) for o in world.items]
+    return list(map(question_record, world.items))
 
+# %% ../../nbs/recipes/03_parts.ipynb #441d1476
+def _learning(model, objective):
+    "How many weights of a model and its objective learn, each counted once."
+    learn = set()
+    for m in (model, *objective.modules().values()): learn |= set(m.parameters())
+    return sum(p.numel() for p in learn if p.requires_grad)
+
+# %% ../../nbs/recipes/03_parts.ipynb #0f19fc35
 def measured_fit(
     model,       # changed in place
     samples:list, # from `world_samples`
@@ -126,11 +140,10 @@ def measured_fit(
     rows = fit(model, samples, collate, stage, seed, objective=objective,
                report=(note, ProgressLines()), **more)
     took = round(time.monotonic() - began, 2)
-    learn = {p for m in (model, *objective.modules().values()) for p in m.parameters()
-             if p.requires_grad}
     return dict(steps=len(rows), tokens=int(sum(tokens)), train_s=took,
-                params=sum(p.numel() for p in learn))
+                params=_learning(model, objective))
 
+# %% ../../nbs/recipes/03_parts.ipynb #162b6a8b
 def ask_items(
     model,                 # any image-text-to-text model
     processor,             # of the model
@@ -140,12 +153,14 @@ def ask_items(
     max_new_tokens:int=12, # longest answer
 )->tuple:                  # credit of each item, cluster of each item
     "Ask every item and credit the answers."
-    f = reward_of(reward)
-    shown = [[Path(images)/n for n in o['images']] for o in items]
+    f, shown, clusters = reward_of(reward), [], []
+    for o in items:
+        shown.append([Path(images)/n for n in o['images']])
+        clusters.append(o.get('cluster') or o.get('patient') or o['images'][0])
     said = answer(model, processor, shown, list(map(item_question, items)), max_new_tokens)
-    clusters = [o.get('cluster') or o.get('patient') or o['images'][0] for o in items]
-    return [f(t, o) for t, o in zip(said, items)], clusters
+    return list(map(f, said, items)), clusters
 
+# %% ../../nbs/recipes/03_parts.ipynb #1b356a8c
 def arm_result(
     model,                 # trained
     processor,             # of the model
@@ -173,26 +188,32 @@ def answer_logprobs(
     said = logp.gather(1, labels[keep][:, None])[:, 0]
     return said.new_zeros(len(labels)).index_add(0, keep.nonzero()[:, 0], said)
 
-# %% ../../nbs/recipes/03_parts.ipynb #a4fb2103
+# %% ../../nbs/recipes/03_parts.ipynb #f1edc620
 CAPTION_PROMPT = '<image>\nDescribe the image briefly.'
 
 def caption_records(
     world:StudyWorld, # of its training images only
 )->list:              # LLaVA-Med records, one an image
     "Captions of the training images as conversations."
-    said = lambda n: [{'from': 'human', 'value': CAPTION_PROMPT},
-                      {'from': 'gpt', 'value': world.captions[n]}]
-    names = dict.fromkeys(n for o in world.train_items for n in o['images'])
-    return [dict(id=Path(n).stem, image=n, conversations=said(n)) for n in names]
+    names, out = {}, []
+    for o in world.train_items: names |= dict.fromkeys(o['images'])
+    for n in names:
+        said = [{'from': 'human', 'value': CAPTION_PROMPT},
+                {'from': 'gpt', 'value': world.captions[n]}]
+        out.append(dict(id=Path(n).stem, image=n, conversations=said))
+    return out
 
+# %% ../../nbs/recipes/03_parts.ipynb #a4fb2103
 def total_cost(
     *costs:dict, # from `measured_fit`, one a stage
 )->dict:         # steps, tokens and seconds of all; params: the most that learned at once
     "What several stages cost together."
-    fold = lambda key: (max if key == 'params' else sum)(c[key] for c in costs)
-    return {k: fold(k) for k in ('steps', 'tokens', 'train_s', 'params')}
+    out = dict.fromkeys(('steps', 'tokens', 'train_s'), 0)
+    for c in costs:
+        for k in out: out[k] += c[k]
+    return dict(out, params=max(c['params'] for c in costs))
 
-# %% ../../nbs/recipes/03_parts.ipynb #029310af
+# %% ../../nbs/recipes/03_parts.ipynb #4c5ab529
 class TextTower(nn.Module):
     "A small text encoder: word vectors, layers of a transformer, and their mean."
     def __init__(self,
@@ -219,6 +240,7 @@ class TextTower(nn.Module):
         kept = mask[..., None].to(x)
         return (x*kept).sum(1)/kept.sum(1).clamp(min=1)
 
+# %% ../../nbs/recipes/03_parts.ipynb #71a53bce
 class TwoTowers(nn.Module):
     "A text encoder, and heads that bring image features and texts into one space."
     def __init__(self,
@@ -254,6 +276,7 @@ class TwoTowers(nn.Module):
         "How well each image fits each text."
         return self.log_scale.exp()*self.images(features) @ self.texts(ids, mask).T
 
+# %% ../../nbs/recipes/03_parts.ipynb #029310af
 def text_batch(
     processor,      # with a tokenizer
     texts:list,     # such as captions
@@ -262,9 +285,10 @@ def text_batch(
     "Token ids of plain texts, padded on the right."
     tok = processor.tokenizer
     found = [tok(t, add_special_tokens=False)['input_ids'][:max_len] for t in texts]
-    n = max(map(len, found))
-    ids = torch.tensor([x + [tok.pad_token_id]*(n - len(x)) for x in found])
-    return ids, torch.tensor([[1]*len(x) + [0]*(n - len(x)) for x in found])
+    ids = torch.full((len(found), max(map(len, found))), tok.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for i, x in enumerate(found): ids[i, :len(x)], mask[i, :len(x)] = torch.tensor(x), 1
+    return ids, mask
 
 # %% ../../nbs/recipes/03_parts.ipynb #367183c6
 def registry_rows()->list: # dicts kind, name, what, module

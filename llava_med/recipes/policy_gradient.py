@@ -43,12 +43,81 @@ def said_sample(
     return dict(input_ids=prompt['input_ids'][:first] + said, labels=[IGNORE]*first + said,
                 image=prompt.get('image'), **more)
 
-# %% ../../nbs/recipes/rl/policy_gradient.ipynb #ba346e3c
-@OBJECTIVES.register('policy_gradient')
-class PolicyGradient(Objective):
-    "Raise the log-probability of own answers that are better than the mean of their group."
+# %% ../../nbs/recipes/rl/policy_gradient.ipynb #c70db883
+class _Drawing(Objective):
+    "An objective that draws answers and judges them."
     unit = 'group'
 
+    def encode(self,
+        records:list,    # from `question_record`, one an item
+        encode:Callable, # the library's own: records to samples and image names
+    )->tuple:            # (samples with the number of their item, image names)
+        "Prompts that know their item; ValueError for a record without one."
+        at, out = {o['id']: i for i, o in enumerate(self.items)}, []
+        samples, names = encode(records)
+        for s, r in zip(samples, records):
+            if r.get('id') not in at:
+                raise ValueError(f"Record '{r.get('id')}' has no item of this id, so its answers "
+                                 'cannot be judged; add it.')
+            out.append(dict(s, item=at[r['id']]))
+        return out, names
+
+    def _draw(self, model, items, seed):
+        "The answers that the model draws to each item."
+        shown, asked = [], list(map(item_question, items))
+        for o in items: shown.append([self.images/name for name in o['images']] or None)
+        return sample(model, self.processor, shown, asked, self.n, self.temperature,
+                      max_new_tokens=self.max_new_tokens, seed=seed)
+
+    def _rewards(self, items, drawn, seed):
+        "(prompts, n) rewards; a placebo deals them out at random."
+        r = []
+        for o, own in zip(items, drawn): r.append([self.judge(d['text'], o) for d in own])
+        r = np.array(r)
+        if not self.permuted: return r
+        return np.random.default_rng(seed).permutation(r.ravel()).reshape(r.shape)
+
+# %% ../../nbs/recipes/rl/policy_gradient.ipynb #1b7b18f7
+class _Judged(_Drawing):
+    "The answers of a step with what they earned."
+    def rollout(self,
+        model,        # as it is now
+        samples:list, # the prompts of a step, from `encode`
+        seed:int,     # of the step
+    )->list:          # n samples a prompt with group, advantage, reward and equal
+        "Draw answers, judge them, and say how much better each is than its group."
+        items, out = [], []
+        for s in samples:
+            if 'weights' in s:
+                raise ValueError("The objective 'policy_gradient' weighs answers by their "
+                                 'advantage; leave `weights` out.')
+            items.append(self.items[s['item']])
+        drawn = self._draw(model, items, seed)
+        rewards = self._rewards(items, drawn, seed)
+        for g, (s, own, r, a) in enumerate(zip(samples, drawn, rewards, advantages(rewards))):
+            equal = float(np.ptp(r) == 0)
+            for d, x, y in zip(own, a.tolist(), r.tolist()):
+                out.append(said_sample(s, d, d['end'], group=g, advantage=x, reward=y,
+                                       equal=equal))
+        return out
+
+    def collate(self,
+        samples:list,     # from `rollout`
+        collate:Callable, # list of samples → batch of tensors
+    )->dict:              # with advantage, reward and equal, (rows,) each
+        "A batch that knows how good its answers are."
+        kept = {}
+        for k in ('advantage', 'reward', 'equal'):
+            if any(k not in s for s in samples):
+                raise ValueError("The objective 'policy_gradient' trains on own answers: use the "
+                                 "sampler 'rollout'.")
+            kept[k] = torch.tensor([s[k] for s in samples])
+        return collate(samples) | kept
+
+# %% ../../nbs/recipes/rl/policy_gradient.ipynb #ba346e3c
+@OBJECTIVES.register('policy_gradient')
+class PolicyGradient(_Judged):
+    "Raise the log-probability of own answers that are better than the mean of their group."
     def __init__(self,
         processor=None,        # of the model
         items:list=(),         # VQA items that the records were made of
@@ -59,9 +128,10 @@ class PolicyGradient(Objective):
         max_new_tokens:int=8,  # longest answer
         permuted:bool=False,   # deal out the rewards of a step at random: a placebo
     ):
-        if processor is None or not items: raise ValueError(
-            "The objective 'policy_gradient' draws answers: make it with a processor and items, "
-            'PolicyGradient(processor, items, images), and hand it to `fit`.')
+        if processor is None or not items:
+            raise ValueError("The objective 'policy_gradient' draws answers: make it with a "
+                             'processor and items, PolicyGradient(processor, items, images), and '
+                             'hand it to `fit`.')
         if n < 2: raise ValueError(f'n is {n}; a group needs 2 answers or more to have a baseline.')
         self.processor, self.items, self.images = processor, list(items), Path(images)
         self.reward, self.judge = reward, reward_of(reward)
@@ -72,54 +142,6 @@ class PolicyGradient(Objective):
         "What a checkpoint belongs to."
         reward = dict(self.reward) if isinstance(self.reward, Mapping) else self.reward
         return super().settings() | dict(reward=json.dumps(reward, sort_keys=True))
-
-    def encode(self,
-        records:list,    # from `question_record`, one an item
-        encode:Callable, # the library's own: records to samples and image names
-    )->tuple:            # (samples with the number of their item, image names)
-        "Prompts that know their item; ValueError for a record without one."
-        samples, names = encode(records)
-        at = {o['id']: i for i, o in enumerate(self.items)}
-        odd = [r.get('id') for r in records if r.get('id') not in at]
-        if odd: raise ValueError(
-            f"Record '{odd[0]}' has no item of this id, so its answers cannot be judged; add it.")
-        return [dict(s, item=at[r['id']]) for s, r in zip(samples, records)], names
-
-    def rollout(self,
-        model,        # as it is now
-        samples:list, # the prompts of a step, from `encode`
-        seed:int,     # of the step
-    )->list:          # n samples a prompt with group, advantage, reward and equal
-        "Draw answers, judge them, and say how much better each is than its group."
-        if any('weights' in s for s in samples): raise ValueError(
-            "The objective 'policy_gradient' weighs answers by their advantage; leave `weights` out.")
-        items = [self.items[s['item']] for s in samples]
-        shown = [[self.images/name for name in o['images']] or None for o in items]
-        drawn = sample(model, self.processor, shown, [item_question(o) for o in items], self.n,
-                       self.temperature, max_new_tokens=self.max_new_tokens, seed=seed)
-        rewards = self._rewards(items, drawn, seed)
-        out = []
-        for g, (s, own, r, a) in enumerate(zip(samples, drawn, rewards, advantages(rewards))):
-            equal = float(np.ptp(r) == 0)
-            out += [said_sample(s, d, d['end'], group=g, advantage=x, reward=y, equal=equal)
-                    for d, x, y in zip(own, a.tolist(), r.tolist())]
-        return out
-
-    def _rewards(self, items, drawn, seed):
-        "(prompts, n) rewards; a placebo deals them out at random."
-        r = np.array([[self.judge(d['text'], o) for d in own] for o, own in zip(items, drawn)])
-        if not self.permuted: return r
-        return np.random.default_rng(seed).permutation(r.ravel()).reshape(r.shape)
-
-    def collate(self,
-        samples:list,     # from `rollout`
-        collate:Callable, # list of samples → batch of tensors
-    )->dict:              # with advantage, reward and equal, (rows,) each
-        "A batch that knows how good its answers are."
-        if any('advantage' not in s for s in samples): raise ValueError(
-            "The objective 'policy_gradient' trains on own answers: use the sampler 'rollout'.")
-        kept = {k: torch.tensor([s[k] for s in samples]) for k in ('advantage', 'reward', 'equal')}
-        return collate(samples) | kept
 
     def loss(self,
         model,      # a LlavaForConditionalGeneration

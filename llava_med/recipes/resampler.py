@@ -15,7 +15,7 @@ from ..train.loop import Stage
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../../nbs/recipes/connectors/resampler.ipynb #cf0c07dc
+# %% ../../nbs/recipes/connectors/resampler.ipynb #c7fcb80b
 class _Look(nn.Module):
     "Queries take from the features and from one another, then each is worked on alone."
     def __init__(self, width, heads):
@@ -31,6 +31,7 @@ class _Look(nn.Module):
         queries = queries + self.attend(asked, seen, seen, need_weights=False)[0]
         return queries + self.mlp(queries)
 
+# %% ../../nbs/recipes/connectors/resampler.ipynb #cf0c07dc
 @CONNECTORS.register('resampler')
 class Resampler(nn.Module):
     "Learned queries that take what they need from the image features."

@@ -23,72 +23,101 @@ from ..core.runs import (SERIES_COLOURS, clock, figure_bytes, figure_style, now,
 from ..data.vqa import read_items
 from .widgets import Panel, control, image_html, one_sentence
 
-# %% ../../nbs/08_ui/02_panels.ipynb #4d476a75
-KINDS_OF_FILE = {'figures': 'figures.jsonl', 'alignment': 'alignment.json', 'conversations': 'instruct.json',
-                 'questions, train': 'vqa/train.json', 'questions, val': 'vqa/val.json', 'questions, test': 'vqa/test.json'}
+# %% ../../nbs/08_ui/02_panels.ipynb #46450689
+KINDS_OF_FILE = {'figures': 'figures.jsonl', 'alignment': 'alignment.json',
+                 'conversations': 'instruct.json', 'questions, train': 'vqa/train.json',
+                 'questions, val': 'vqa/val.json', 'questions, test': 'vqa/test.json'}
 
+# %% ../../nbs/08_ui/02_panels.ipynb #0f554e78
 def read_kind(
     path:Path, # one of the files
 )->list:       # records
     "Records of any kind of file of the data preparation."
-    return read_jsonl(path) if path.suffix == '.jsonl' else read_items(path) if path.parent.name == 'vqa' else read_records(path)
+    if path.suffix == '.jsonl': return read_jsonl(path)
+    return read_items(path) if path.parent.name == 'vqa' else read_records(path)
 
+# %% ../../nbs/08_ui/02_panels.ipynb #baa18192
+def _texts(value):
+    "A value or a list of values as a list of texts, empty ones left out."
+    return [str(o) for o in (value if isinstance(value, list) else [value]) if o]
+
+# %% ../../nbs/08_ui/02_panels.ipynb #cafec4d4
+def _lines(record, tags):
+    "The texts of a record by name, and the types of its questions."
+    if 'conversations' in record or 'conversatons' in record:
+        lines = [(t['from'], t['value'].replace(IMAGE, '').strip()) for t in turns_of(record)]
+        return lines, _texts(tags.get('question_types'))
+    if 'question' in record:
+        lines = [('question', record['question']), ('answer', str(record['answer']))]
+        return lines, _texts(tags.get('question_type'))
+    lines = [('caption', record.get('caption') or '')]
+    for m in record.get('mentions') or []: lines.append(('mention', m['text']))
+    return lines, []
+
+# %% ../../nbs/08_ui/02_panels.ipynb #daf0519c
 def facets(
     record:dict, # figure, conversation or question
 )->dict:         # modality, type, image, lines: (name, text) pairs
     "What a record shows and what it can be filtered by."
     tags = record.get('tags') or {}
-    many = lambda v: [str(x) for x in (v if isinstance(v, list) else [v]) if x]
-    kinds = [k for k, v in (record.get('modalities') or record.get('domain') or {}).items() if v] or many(tags.get('modality'))
-    if 'conversations' in record or 'conversatons' in record:
-        lines, what = [(t['from'], t['value'].replace(IMAGE, '').strip()) for t in turns_of(record)], many(tags.get('question_types'))
-    elif 'question' in record: lines, what = [('question', record['question']), ('answer', str(record['answer']))], many(tags.get('question_type'))
-    else: lines, what = [('caption', record.get('caption') or ''), *(('mention', m['text']) for m in record.get('mentions') or [])], []
-    return dict(modality=kinds, type=list(dict.fromkeys(what)),
-                image=next(iter(images_of(record) or record.get('images') or []), None),
-                lines=lines)
+    marked = record.get('modalities') or record.get('domain') or {}
+    kinds = [k for k, v in marked.items() if v] or _texts(tags.get('modality'))
+    lines, what = _lines(record, tags)
+    image = next(iter(images_of(record) or record.get('images') or []), None)
+    return dict(modality=kinds, type=list(dict.fromkeys(what)), image=image, lines=lines)
 
-class Browse(Panel):
-    "Turn over the records of a run, with filters."
-    def __init__(self,
-        folder:str|Path, # of the data preparation, or of any files with the same names
-        images:str|Path=None, # folder of the images; None: images/ in it
-    ):
-        self.folder, self.read, self.records, self.chosen, self.quiet = Path(folder), {}, [], [], False
-        self.images = Path(images) if images else self.folder/'images'
-        there = [k for k, f in KINDS_OF_FILE.items() if (self.folder/f).exists()]
+# %% ../../nbs/08_ui/02_panels.ipynb #141fd2c9
+class _BrowseForm(Panel):
+    "The controls of the records, and what each of them calls."
+    def __init__(self, there):
         self.kind = control(W.Dropdown, 'Records', 'Which file is read', options=there or ['none'])
-        self.modality = control(W.Dropdown, 'Modality', 'Only records of this modality', options=['all'])
-        self.type = control(W.Dropdown, 'Type', 'Only records with a question of this type', options=['all'])
-        self.words = control(W.Text, 'Contains', 'Only records whose text contains this', continuous_update=False)
-        self.at = control(W.BoundedIntText, 'Number', 'Which of the records that are left', min=1, max=1)
-        self.before, self.after = control(W.Button, 'Previous', 'One record back'), control(W.Button, 'Next', 'One record on')
+        self.modality = control(W.Dropdown, 'Modality', 'Only records of this modality',
+                                options=['all'])
+        self.type = control(W.Dropdown, 'Type', 'Only records with a question of this type',
+                            options=['all'])
+        self.words = control(W.Text, 'Contains', 'Only records whose text contains this',
+                             continuous_update=False)
+        self.at = control(W.BoundedIntText, 'Number', 'Which of the records that are left', min=1,
+                          max=1)
+        self.before = control(W.Button, 'Previous', 'One record back')
+        self.after = control(W.Button, 'Next', 'One record on')
         self.count, self.view = W.HTML(), W.HTML()
         super().__init__(W.HBox([self.kind, self.words]), W.HBox([self.modality, self.type]),
                          W.HBox([self.at, self.before, self.after, self.count]), self.view)
+    def _connect(self):
         self.kind.observe(lambda c: self.choose(), 'value')
         for o in (self.modality, self.type, self.words): o.observe(lambda c: self.filter(), 'value')
         self.at.observe(lambda c: self._draw(), 'value')
         self.before.on_click(lambda b: self.step(-1))
         self.after.on_click(lambda b: self.step(1))
-        if there: self.choose()
-        else: self.say(f'{self.folder} holds none of {", ".join(KINDS_OF_FILE.values())}: name the folder 1_data_prep of a run.', problem=True)
+
+# %% ../../nbs/08_ui/02_panels.ipynb #a0de0836
+class _Filtered(_BrowseForm):
+    "Records of one file, and those of them that fit."
     def choose(self)->None:
         "Read the chosen file."
         with self.careful():
             kind = self.kind.value
-            if kind not in self.read: self.read[kind] = [(facets(r), r) for r in read_kind(self.folder/KINDS_OF_FILE[kind])]
+            if kind not in self.read:
+                rows = read_kind(self.folder/KINDS_OF_FILE[kind])
+                self.read[kind] = [(facets(r), r) for r in rows]
             self.records, self.quiet = self.read[kind], True
             for name in ('modality', 'type'):
-                getattr(self, name).options = ['all', *sorted({x for f, _ in self.records for x in f[name]})]
+                found = set()
+                for f, _ in self.records: found |= set(f[name])
+                getattr(self, name).options = ['all', *sorted(found)]
             self.quiet = False
             self.filter()
+    def _fits(self, f):
+        for k in ('modality', 'type'):
+            wanted = getattr(self, k).value
+            if wanted not in ('all', None) and wanted not in f[k]: return False
+        words = self.words.value.strip().lower()
+        return not words or any(words in t.lower() for _, t in f['lines'])
     def filter(self)->int: # how many are left
         "Keep the records that fit."
         if self.quiet: return len(self.chosen)
-        want, words = {k: getattr(self, k).value for k in ('modality', 'type')}, self.words.value.strip().lower()
-        fits = lambda f: all(v in ('all', None) or v in f[k] for k, v in want.items()) and (not words or any(words in t.lower() for _, t in f['lines']))
-        self.chosen = [o for o in self.records if fits(o[0])]
+        self.chosen = [o for o in self.records if self._fits(o[0])]
         self.at.max, self.at.value = max(1, len(self.chosen)), 1
         self._draw()
         return len(self.chosen)
@@ -97,33 +126,65 @@ class Browse(Panel):
     )->None:
         "Turn the page."
         self.at.value = min(max(1, self.at.value + by), max(1, len(self.chosen)))
+
+# %% ../../nbs/08_ui/02_panels.ipynb #42ef76a8
+def _record_html(f, record, image, why):
+    "A record with its picture, or with the reason why there is none."
+    lines = ''
+    for k, t in f['lines']: lines += f'<p><b>{escape(k)}</b><br>{escape(t)}</p>'
+    kinds = ', '.join(f['modality']).replace('_', ' ') or 'no modality'
+    shown = image_html(image, f'{record.get("id")}: {kinds}', 256) if image else escape(why)
+    return (f'<div style="display:flex;gap:1.5em;flex-wrap:wrap">{shown}'
+            f'<div style="max-width:34em">{lines}</div></div>')
+
+# %% ../../nbs/08_ui/02_panels.ipynb #6f518fe5
+def _picture_and_text():
+    "A figure with a place for a picture and one for texts."
+    import matplotlib.pyplot as plt
+    fig, (a, b) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(1, 1.7))
+    for ax in (a, b): ax.axis('off')
+    return fig, a, b
+
+# %% ../../nbs/08_ui/02_panels.ipynb #4d476a75
+class Browse(_Filtered):
+    "Turn over the records of a run, with filters."
+    def __init__(self,
+        folder:str|Path, # of the data preparation, or of any files with the same names
+        images:str|Path=None, # folder of the images; None: images/ in it
+    ):
+        self.folder, self.read, self.quiet = Path(folder), {}, False
+        self.records, self.chosen = [], []
+        self.images = Path(images) if images else self.folder/'images'
+        there = [k for k, f in KINDS_OF_FILE.items() if (self.folder/f).exists()]
+        super().__init__(there)
+        self._connect()
+        if there: return self.choose()
+        self.say(f'{self.folder} holds none of {", ".join(KINDS_OF_FILE.values())}: name the '
+                 'folder 1_data_prep of a run.', problem=True)
     def picture(self):
         "The record's picture, or None and why there is none."
         f = self.chosen[self.at.value - 1][0]
         try: return open_image(self.images/f['image']), ''
-        except (ImageError, TypeError): return None, f'The picture {f["image"]} is not in {self.images.name}/.'
+        except (ImageError, TypeError):
+            return None, f'The picture {f["image"]} is not in {self.images.name}/.'
     def _draw(self):
-        self.count.value = f'<span role="status">{len(self.chosen):,} of {len(self.records):,} records fit</span>'
-        if not self.chosen: self.view.value = '<p>No record fits; take a filter away.</p>'; return
-        (f, r), (image, why) = self.chosen[self.at.value - 1], self.picture()
-        lines = ''.join(f'<p><b>{escape(k)}</b><br>{escape(t)}</p>' for k, t in f['lines'])
-        alt = f'{r.get("id")}: {", ".join(f["modality"]).replace("_", " ") or "no modality"}'
-        self.view.value = (f'<div style="display:flex;gap:1.5em;flex-wrap:wrap">{image_html(image, alt, 256) if image else escape(why)}'
-                           f'<div style="max-width:34em">{lines}</div></div>')
+        self.count.value = (f'<span role="status">{len(self.chosen):,} of {len(self.records):,} '
+                            'records fit</span>')
+        if not self.chosen: self.view.value = '<p>No record fits; take a filter away.</p>'
+        else: self.view.value = _record_html(*self.chosen[self.at.value - 1], *self.picture())
     def static(self): # a matplotlib figure
         "The record that is shown, as a picture."
-        import matplotlib.pyplot as plt
         with figure_style():
-            fig, (a, b) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(1, 1.7))
-            for ax in (a, b): ax.axis('off')
+            fig, a, b = _picture_and_text()
             if self.chosen:
-                image, why = self.picture()
+                image, _ = self.picture()
                 a.imshow(image) if image else a.text(.5, .5, 'no picture', ha='center')
-                b.text(0, 1, '\n'.join(f'{k}: {t}' for k, t in self.chosen[self.at.value - 1][0]['lines'])[:900], va='top', wrap=True)
+                shown = self.chosen[self.at.value - 1][0]['lines']
+                b.text(0, 1, '\n'.join(map(': '.join, shown))[:900], va='top', wrap=True)
             fig.suptitle(f'{len(self.chosen)} of {len(self.records)} records fit', fontsize=12)
         return fig
 
-# %% ../../nbs/08_ui/02_panels.ipynb #6d11fd69
+# %% ../../nbs/08_ui/02_panels.ipynb #83cc292e
 def logged_answers(
     path:str|Path,          # predictions.jsonl of an evaluation
     condition:str='image',  # what was shown
@@ -131,9 +192,19 @@ def logged_answers(
     "Answers from a prediction log, by model."
     out = {}
     for r in read_jsonl(path):
-        if r['condition'] == condition and not r.get('error'): out.setdefault(r['model'], {})[r['item']] = r['text']
+        if r['condition'] == condition and not r.get('error'):
+            out.setdefault(r['model'], {})[r['item']] = r['text']
     return out
 
+# %% ../../nbs/08_ui/02_panels.ipynb #ccf44393
+def _about(item):
+    "What a line of marks says about its question."
+    tags = item.get('tags') or {}
+    domain = {tags['modality']: True} if tags.get('modality') in DOMAINS else {}
+    return dict(item=item['id'], image=next(iter(item.get('images') or []), ''),
+                question=item['question'], type=tags.get('question_type', ''), domain=domain)
+
+# %% ../../nbs/08_ui/02_panels.ipynb #cdf14fc0
 def mark_lines(
     item:dict,     # a question
     marks:dict,    # model → mark from 1 to 10
@@ -141,12 +212,148 @@ def mark_lines(
     **more,        # further fields
 )->list:           # one line for each other model
     "Marks of one question in the form that `judge_rows` reads."
-    tags = item.get('tags') or {}
-    head = dict(item=item['id'], image=next(iter(item.get('images') or []), ''), question=item['question'], type=tags.get('question_type', ''),
-                domain={tags['modality']: True} if tags.get('modality') in DOMAINS else {}, reference=reference)
-    return [dict(head, model=m, result=f'{marks[reference]} {v}', **more) for m, v in marks.items() if m != reference]
+    head, out = dict(_about(item), reference=reference), []
+    for m, v in marks.items():
+        if m == reference: continue
+        out.append(dict(head, model=m, result=f'{marks[reference]} {v}', **more))
+    return out
 
-class Compare(Panel):
+# %% ../../nbs/08_ui/02_panels.ipynb #552f910d
+class _CompareForm(Panel):
+    "The controls of the answers, and what each of them calls."
+    def __init__(self):
+        self.at = control(W.BoundedIntText, 'Question', 'Which of the questions', min=1,
+                          max=max(1, len(self.items)))
+        self.before = control(W.Button, 'Previous', 'One question back')
+        self.after = control(W.Button, 'Next', 'One question on')
+        self.go = control(W.Button, 'Save and go on', 'Write the marks into the file',
+                          button_style='primary', disabled=True)
+        self.key = control(W.Checkbox, 'Show the right answer', 'The answer key of the data set',
+                           value=True, indent=False)
+        self.view, self.form, self.count = W.HTML(), W.VBox(), W.HTML()
+        super().__init__(W.HBox([self.at, self.before, self.after, self.count]), self.key,
+                         W.HBox([self.view, self.form]), *([self.go] if self.marks_fn else []))
+    def _connect(self):
+        for o in (self.at, self.key): o.observe(lambda c: self._draw(), 'value')
+        self.before.on_click(lambda b: self.step(-1))
+        self.after.on_click(lambda b: self.step(1))
+        self.go.on_click(lambda b: self.save())
+    def step(self,
+        by:int, # how many questions on
+    )->None:
+        "Another question."
+        self.at.value = min(max(1, self.at.value + by), self.at.max)
+
+# %% ../../nbs/08_ui/02_panels.ipynb #4e579f60
+class _Blind(_CompareForm):
+    "Which answers there are, whose they are, and where the marks left off."
+    def _check(self):
+        if not self.items:
+            raise ValueError(f'None of the {len(self.names)} models answered any of these '
+                             'questions: check the ids of the items.')
+        if self.reference not in self.names:
+            raise ValueError(f'The reference {self.reference!r} is none of '
+                             f'{", ".join(self.names)}.')
+    def _resume(self):
+        if not self.marks_fn or not self.marks_fn.exists(): return
+        rows, done = read_jsonl(self.marks_fn), set()
+        for r in rows:
+            begun = r.get('seed'), r.get('reference')
+            if begun != (self.seed, self.reference) or r.get('model') not in self.names:
+                raise ValueError(f'{self.marks_fn} was begun with another seed, reference or other '
+                                 'models: go on with those, or name another file.')
+            done.add(r['item'])
+        self.rows = rows
+        left = (i for i, o in enumerate(self.items, 1) if o['id'] not in done)
+        self.at.value = next(left, len(self.items))
+    def letters(self)->dict: # letter → names of the models that gave this answer
+        "Who hides behind which letter, at this question."
+        item, texts = self.items[self.at.value - 1], {}
+        for m in self.names: texts.setdefault(self.answers[m][item['id']].strip(), []).append(m)
+        groups = list(texts.values())
+        order = np.arange(len(groups))
+        if self.marks_fn:
+            order = np.random.default_rng((self.seed, self.at.value)).permutation(len(groups))
+        return {letter: groups[i] for letter, i in zip(string.ascii_uppercase, order)}
+    def _title(self, letter, models): # of an answer
+        return f'Answer {letter}' if self.marks_fn else ', '.join(models)
+
+# %% ../../nbs/08_ui/02_panels.ipynb #34945aac
+class _Drawn(_Blind):
+    "The question, its answers and their marks on the screen."
+    def _given(self, item):
+        "Marks that a question already has, by model."
+        out = {}
+        for r in self.rows:
+            if r['item'] != item['id']: continue
+            out[r['reference']], out[r['model']] = r['result'].split()[:2]
+        return out
+    def _question_html(self, item):
+        try: shown = image_html(open_image(self.images/item['images'][0]), item['question'])
+        except (ImageError, IndexError):
+            shown = (f'<p>The picture is not in {escape(self.images.name)}/.</p>'
+                     f'<p>{escape(item["question"])}</p>')
+        if not self.key.value: return shown
+        return f'{shown}<p>Right answer: <b>{escape(str(item["answer"]))}</b></p>'
+    def _draw(self):
+        item = self.items[self.at.value - 1]
+        self.view.value = self._question_html(item)
+        given, children, self.marks = self._given(item), [], []
+        for k, models in self.letters().items():
+            text = escape(self.answers[models[0]][item['id']]) or '(no words)'
+            children.append(W.HTML(f'<p><b>{self._title(k, models)}</b>: {text}</p>'))
+            if not self.marks_fn: continue
+            mark = control(W.Dropdown, f'Answer {k}', 'From 1 (useless) to 10 (perfect)',
+                           options=['', *map(str, range(1, 11))], value=given.get(models[0], ''))
+            self.marks.append(mark)
+            children.append(mark)
+        self.form.children = children
+        done = f', {len({r["item"] for r in self.rows})} marked' if self.marks_fn else ''
+        self.count.value = f'<span role="status">of {len(self.items)}{done}</span>'
+
+# %% ../../nbs/08_ui/02_panels.ipynb #841aec07
+class _Marked(_Drawn):
+    "Marks, and the file that they are kept in."
+    def _marks_now(self):
+        "The mark of each model at this question; refused where one is missing."
+        given = {}
+        for box, models in zip(self.marks, self.letters().values()):
+            if not box.value:
+                raise ValueError(f'{box.description} has no mark yet: give each a number from '
+                                 '1 to 10.')
+            given |= dict.fromkeys(models, int(box.value))
+        return {m: given[m] for m in self.names}
+    def save(self)->bool: # whether the marks are in the file
+        "Write the marks of this question and go to the next."
+        with self.careful(self.go):
+            item = self.items[self.at.value - 1]
+            rows = [r for r in self.rows if r['item'] != item['id']]
+            rows += mark_lines(item, self._marks_now(), self.reference, seed=self.seed,
+                               rater=self.rater, marked=now())
+            write_jsonl(self.marks_fn, rows)
+            self.rows = rows
+            last = self.at.value == self.at.max
+            if not last: self.step(1)
+            else: self._draw()
+            self.say(f'Saved in {self.marks_fn.name}.' + ' That was the last question.'*last)
+            return True
+        return False
+    def static(self): # a matplotlib figure
+        "The picture and the answers; letters where the panel is blind."
+        item = self.items[self.at.value - 1]
+        lines = [item['question'], f'(right: {item["answer"]})'*self.key.value, '']
+        for k, models in self.letters().items():
+            lines.append(f'{self._title(k, models)}: {self.answers[models[0]][item["id"]]}')
+        with figure_style():
+            fig, a, b = _picture_and_text()
+            with suppress(ImageError): a.imshow(open_image(self.images/item['images'][0]))
+            b.text(0, 1, '\n'.join(lines)[:900], va='top', wrap=True)
+            fig.suptitle('Whose answer is whose?' if self.marks_fn else 'The same question to all',
+                         fontsize=12)
+        return fig
+
+# %% ../../nbs/08_ui/02_panels.ipynb #6d11fd69
+class Compare(_Marked):
     "Answers of several models to one question: open, or blind and marked by a person."
     def __init__(self,
         items:list,             # questions
@@ -160,113 +367,66 @@ class Compare(Panel):
         self.answers, self.images, self.seed, self.rater = dict(answers), Path(images), seed, rater
         self.names, self.reference = list(self.answers), reference or next(iter(self.answers), '')
         self.marks_fn, self.rows, self.marks = Path(marks_fn) if marks_fn else None, [], []
-        both = [o for o in items if all(o['id'] in a for a in self.answers.values())]
+        common = set.intersection(*map(set, self.answers.values())) if self.answers else set()
+        both = [o for o in items if not self.answers or o['id'] in common]
         self.items = [both[i] for i in np.random.default_rng(seed).permutation(len(both))]
-        self.at = control(W.BoundedIntText, 'Question', 'Which of the questions', min=1, max=max(1, len(self.items)))
-        self.before, self.after = control(W.Button, 'Previous', 'One question back'), control(W.Button, 'Next', 'One question on')
-        self.go = control(W.Button, 'Save and go on', 'Write the marks into the file', button_style='primary')
-        self.key = control(W.Checkbox, 'Show the right answer', 'The answer key of the data set', value=True, indent=False)
-        self.view, self.form, self.count = W.HTML(), W.VBox(), W.HTML()
-        super().__init__(W.HBox([self.at, self.before, self.after, self.count]), self.key, W.HBox([self.view, self.form]), *([self.go] if marks_fn else []))
-        for o in (self.at, self.key): o.observe(lambda c: self._draw(), 'value')
-        self.before.on_click(lambda b: self.step(-1))
-        self.after.on_click(lambda b: self.step(1))
-        self.go.on_click(lambda b: self.save())
-        self.go.disabled = True
+        super().__init__()
+        self._connect()
+        usable = False
         with self.careful():
+            self._check()
             self._resume()
             self._draw()
-            self.usable = True
-        self.go.disabled = not getattr(self, 'usable', False)
-    def _resume(self):
-        if not self.items: raise ValueError(f'None of the {len(self.names)} models answered any of these questions: check the ids of the items.')
-        if self.reference not in self.names: raise ValueError(f'The reference {self.reference!r} is none of {", ".join(self.names)}.')
-        if not self.marks_fn or not self.marks_fn.exists(): return
-        rows = read_jsonl(self.marks_fn)
-        if any((r.get('seed'), r.get('reference')) != (self.seed, self.reference) or r.get('model') not in self.names for r in rows):
-            raise ValueError(f'{self.marks_fn} was begun with another seed, reference or other models: go on with those, or name another file.')
-        self.rows, done = rows, {r['item'] for r in rows}
-        self.at.value = next((i for i, o in enumerate(self.items, 1) if o['id'] not in done), len(self.items))
-    def letters(self)->dict: # letter → names of the models that gave this answer
-        "Who hides behind which letter, at this question."
-        item, texts = self.items[self.at.value - 1], {}
-        for m in self.names: texts.setdefault(self.answers[m][item['id']].strip(), []).append(m)
-        groups = list(texts.values())
-        order = np.random.default_rng((self.seed, self.at.value)).permutation(len(groups)) if self.marks_fn else range(len(groups))
-        return {string.ascii_uppercase[k]: groups[i] for k, i in enumerate(order)}
-    def step(self,
-        by:int, # how many questions on
-    )->None:
-        "Another question."
-        self.at.value = min(max(1, self.at.value + by), self.at.max)
-    def _draw(self):
-        item = self.items[self.at.value - 1]
-        said = {k: (v, self.answers[v[0]][item['id']]) for k, v in self.letters().items()}
-        try: shown = image_html(open_image(self.images/item['images'][0]), item['question'])
-        except (ImageError, IndexError): shown = f'<p>The picture is not in {escape(self.images.name)}/.</p><p>{escape(item["question"])}</p>'
-        self.view.value = shown + (f'<p>Right answer: <b>{escape(str(item["answer"]))}</b></p>' if self.key.value else '')
-        given = {r['model']: r['result'].split()[1] for r in self.rows if r['item'] == item['id']}
-        given |= {r['reference']: r['result'].split()[0] for r in self.rows if r['item'] == item['id']}
-        self.marks = [control(W.Dropdown, f'Answer {k}', 'From 1 (useless) to 10 (perfect)', options=['', *map(str, range(1, 11))],
-                              value=given.get(v[0], '')) for k, (v, _) in said.items()] if self.marks_fn else []
-        texts = [W.HTML(f'<p><b>{f"Answer {k}" if self.marks_fn else ", ".join(v)}</b>: {escape(t) or "(no words)"}</p>') for k, (v, t) in said.items()]
-        self.form.children = [w for pair in zip(texts, self.marks) for w in pair] if self.marks else texts
-        done = f', {len({r["item"] for r in self.rows})} marked' if self.marks_fn else ''
-        self.count.value = f'<span role="status">of {len(self.items)}{done}</span>'
-    def save(self)->bool: # whether the marks are in the file
-        "Write the marks of this question and go to the next."
-        with self.careful(self.go):
-            item, given = self.items[self.at.value - 1], {}
-            for box, models in zip(self.marks, self.letters().values()):
-                if not box.value: raise ValueError(f'{box.description} has no mark yet: give each a number from 1 to 10.')
-                given |= {m: int(box.value) for m in models}
-            given = {m: given[m] for m in self.names}
-            rows = [r for r in self.rows if r['item'] != item['id']] + mark_lines(item, given, self.reference, seed=self.seed, rater=self.rater, marked=now())
-            write_jsonl(self.marks_fn, rows)
-            self.rows = rows
-            last = self.at.value == self.at.max
-            if not last: self.step(1)
-            else: self._draw()
-            self.say(f'Saved in {self.marks_fn.name}.' + ' That was the last question.'*last)
-            return True
-        return False
-    def static(self): # a matplotlib figure
-        "The picture and the answers; letters where the panel is blind."
-        import matplotlib.pyplot as plt
-        item = self.items[self.at.value - 1]
-        with figure_style():
-            fig, (a, b) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(1, 1.7))
-            for ax in (a, b): ax.axis('off')
-            with suppress(ImageError): a.imshow(open_image(self.images/item['images'][0]))
-            lines = [f'{f"Answer {k}" if self.marks_fn else ", ".join(v)}: {self.answers[v[0]][item["id"]]}' for k, v in self.letters().items()]
-            b.text(0, 1, '\n'.join([item['question'], f'(right: {item["answer"]})'*self.key.value, '', *lines])[:900], va='top', wrap=True)
-            fig.suptitle('Whose answer is whose?' if self.marks_fn else 'The same question to all', fontsize=12)
-        return fig
+            usable = True
+        self.go.disabled = not usable
 
-# %% ../../nbs/08_ui/02_panels.ipynb #89b52e39
+# %% ../../nbs/08_ui/02_panels.ipynb #2cf26a6e
+def _saved_losses(folder):
+    "Losses that the step's checkpoint holds."
+    for place in ('.checkpoint', '..checkpoint.old'):
+        with suppress(OSError, ValueError, KeyError):
+            saved = read_json(folder/place/'progress.json')['rows']
+            rows = [dict(step=r['step'], loss=r['loss']) for r in saved]
+            if rows: return rows
+    return []
+
+# %% ../../nbs/08_ui/02_panels.ipynb #dcbf4a88
+def _written_losses(path):
+    "Losses of a step that has ended."
+    rows = []
+    with open(path, newline='', encoding='utf-8') as f:
+        for r in csv.DictReader(f): rows.append(dict(step=int(r['step']), loss=float(r['loss'])))
+    return rows
+
 def rows_of_losses(
     folder:Path, # of a step
 )->list:         # rows with step and loss
     "The losses of a step so far, from whatever is there."
-    if (folder/'losses.csv').exists():
-        with open(folder/'losses.csv', newline='', encoding='utf-8') as f: return [dict(step=int(r['step']), loss=float(r['loss'])) for r in csv.DictReader(f)]
-    rows = []
-    for place in ('.checkpoint', '..checkpoint.old'):
-        with suppress(OSError, ValueError, KeyError): rows = rows or [dict(step=r['step'], loss=r['loss']) for r in read_json(folder/place/'progress.json')['rows']]
+    if (folder/'losses.csv').exists(): return _written_losses(folder/'losses.csv')
+    rows = _saved_losses(folder)
     last = rows[-1]['step'] if rows else -1
-    found = (re.match(r'step (\d+)[^:]*: loss ([\d.]+)', x) for x in printed_lines(folder))
-    return rows + [dict(step=int(m[1]), loss=float(m[2])) for m in found if m and int(m[1]) > last]
+    for line in printed_lines(folder):
+        m = re.match(r'step (\d+)[^:]*: loss ([\d.]+)', line)
+        if m and int(m[1]) > last: rows.append(dict(step=int(m[1]), loss=float(m[2])))
+    return rows
 
+# %% ../../nbs/08_ui/02_panels.ipynb #3d57791b
 def printed_lines(
     folder:Path, # of a step
 )->list:         # lines
     "What the notebook of a step printed so far."
-    files = sorted(folder.glob('*.partial-*.ipynb'), key=lambda p: p.stat().st_mtime) or [folder/f'{folder.name}.ipynb']
-    try: cells = json.loads(files[-1].read_text(encoding='utf-8'))['cells']
+    files = sorted(folder.glob('*.partial-*.ipynb'), key=lambda p: p.stat().st_mtime)
+    path, out = files[-1] if files else folder/f'{folder.name}.ipynb', []
+    try: cells = json.loads(path.read_text(encoding='utf-8'))['cells']
     except (OSError, ValueError, KeyError): return []   # it is being written
-    streams = [o['text'] for c in cells for o in c.get('outputs', []) if o.get('output_type') == 'stream' and o.get('name') == 'stdout']
-    return [x for t in streams for x in (t if isinstance(t, str) else ''.join(t)).splitlines() if x.strip()]
+    for c in cells:
+        for o in c.get('outputs', []):
+            if (o.get('output_type'), o.get('name')) != ('stream', 'stdout'): continue
+            text = o['text'] if isinstance(o['text'], str) else ''.join(o['text'])
+            out += filter(str.strip, text.splitlines())
+    return out
 
+# %% ../../nbs/08_ui/02_panels.ipynb #45b4632f
 def held(
     folder:Path, # of a run or of a step
 )->bool:         # False also where the process is gone
@@ -275,97 +435,149 @@ def held(
     except (OSError, ValueError): return False
     return who.get('host') != socket.gethostname() or psutil.pid_exists(who.get('pid', -1))
 
+# %% ../../nbs/08_ui/02_panels.ipynb #e54cb1a1
+def _there(losses): return {k: v for k, v in losses.items() if v}
+
+# %% ../../nbs/08_ui/02_panels.ipynb #c94842c6
+def _run_words(steps, parts, now_at, alive):
+    "How far a run is, in one sentence."
+    if alive: return f'{now_at[0]} is running.' if now_at else 'Between two steps.'
+    if now_at:
+        return (f'{now_at[0]} was running, but its process is gone: start the same command again '
+                'to go on.')
+    failed = []
+    for k, v in steps.items():
+        if v not in ('failed', 'interrupted'): continue
+        failed.append(f'{k} {v}: {parts[k].get("error") or "no reason is noted"}')
+    done = list(steps.values()).count('done')
+    return ' '.join(failed) or f'The run has ended; {done} steps are done.'
+
+# %% ../../nbs/08_ui/02_panels.ipynb #561aa39f
 def run_state(
     folder:Path, # of a run
 )->dict:         # steps: name → state, losses: name → rows, lines, running, sentence
     "How far a run is, from its folder."
-    if not (folder/'run.json').exists(): raise FileNotFoundError(
-        f'There is no run in {folder}: it holds no run.json. Start one with `llava-med run PRESET --name {folder.name}`, or check the name.')
+    if not (folder/'run.json').exists():
+        raise FileNotFoundError(f'There is no run in {folder}: it holds no run.json. Start one '
+                                f'with `llava-med run PRESET --name {folder.name}`, or check the '
+                                'name.')
     parts = read_json(folder/'run.json')['steps']
     steps = {k: v.get('state', 'done') for k, v in sorted(parts.items())}
     now_at = [k for k, v in steps.items() if v == 'running']
     alive = held(folder) or any(held(folder/k) for k in now_at)
-    failed = [f'{k} {v}: {parts[k].get("error") or "no reason is noted"}' for k, v in steps.items() if v in ('failed', 'interrupted')]
-    if alive: sentence = f'{now_at[0]} is running.' if now_at else 'Between two steps.'
-    elif now_at: sentence = f'{now_at[0]} was running, but its process is gone: start the same command again to go on.'
-    else: sentence = ' '.join(failed) or f'The run has ended; {sum(v == "done" for v in steps.values())} steps are done.'
     losses = {k: rows_of_losses(folder/k) for k in steps}
-    lines = [x for k in (now_at or list(steps))[-1:] for x in printed_lines(folder/k)[-6:]]
-    return dict(steps=steps, losses={k: v for k, v in losses.items() if v}, lines=lines, running=alive, sentence=sentence)
+    shown = (now_at or list(steps))[-1:]
+    lines = printed_lines(folder/shown[0])[-6:] if shown else []
+    return dict(steps=steps, losses=_there(losses), lines=lines, running=alive,
+                sentence=_run_words(steps, parts, now_at, alive))
 
+# %% ../../nbs/08_ui/02_panels.ipynb #4a87cbca
+_PROGRESS = {'state', 'host', 'pid', 'runs', 'steps', 'running', 'failures'}
+
+# %% ../../nbs/08_ui/02_panels.ipynb #3bb708b3
+def _batch_words(p, alive):
+    "How far a batch is, in one sentence."
+    words = (f"{p['runs']['done']} of {p['runs']['total']} runs are complete, "
+             f"{p['steps']['done']} of {p['steps']['total']} steps are done")
+    if alive: return f"{words}. About {clock(p['left_s'])} left."
+    if p['state'] == 'running':
+        return (f'{words}, but the process of the batch is gone: start the same command again '
+                'to go on.')
+    return f"{words}; the batch has ended ({p['state']})."
+
+# %% ../../nbs/08_ui/02_panels.ipynb #857a90cd
 def batch_state(
     folder:Path, # of a batch
 )->dict:         # as from `run_state`; steps are those that run now and those that failed
     "How far a batch of runs is, from its folder."
     p = read_json(folder/'progress.json')
-    if not isinstance(p, dict) or not {'state', 'host', 'pid', 'runs', 'steps', 'running', 'failures'} <= p.keys():
-        raise ValueError(f"{folder/'progress.json'} is damaged: the same `llava-med batch` writes it anew.")
-    alive = p['state'] == 'running' and (p['host'] != socket.gethostname() or psutil.pid_exists(p['pid']))
-    steps = {f"{r['run']}: {r['step']}": f"running, {clock(r['seconds'])}" + (f", {r['memory_mib']} MiB" if r.get('memory_mib') else '') for r in p['running'] if alive}
-    steps |= {f"{f['run']}: {f['step']}": f"failed: {f['error']}" for f in p['failures']}
-    words = f"{p['runs']['done']} of {p['runs']['total']} runs are complete, {p['steps']['done']} of {p['steps']['total']} steps are done"
-    if alive: sentence = f"{words}. About {clock(p['left_s'])} left."
-    elif p['state'] == 'running': sentence = f'{words}, but the process of the batch is gone: start the same command again to go on.'
-    else: sentence = f"{words}; the batch has ended ({p['state']})."
-    losses = {r['run']: rows_of_losses(folder/r['run']/r['step']) for r in p['running'] if alive}
-    log = folder/'batch.log'
+    if not isinstance(p, dict) or not _PROGRESS <= p.keys():
+        raise ValueError(f"{folder/'progress.json'} is damaged: the same `llava-med batch` writes "
+                         "it anew.")
+    here = p['host'] == socket.gethostname()
+    alive = p['state'] == 'running' and (not here or psutil.pid_exists(p['pid']))
+    steps, losses, log = {}, {}, folder/'batch.log'
+    for r in p['running'] if alive else ():
+        memory = f", {r['memory_mib']} MiB" if r.get('memory_mib') else ''
+        steps[f"{r['run']}: {r['step']}"] = f"running, {clock(r['seconds'])}{memory}"
+        losses[r['run']] = rows_of_losses(folder/r['run']/r['step'])
+    for f in p['failures']: steps[f"{f['run']}: {f['step']}"] = f"failed: {f['error']}"
     lines = log.read_text(encoding='utf-8').splitlines()[-6:] if log.exists() else []
-    return dict(steps=steps, losses={k: v for k, v in losses.items() if v}, lines=lines, running=alive, sentence=sentence)
+    return dict(steps=steps, losses=_there(losses), lines=lines, running=alive,
+                sentence=_batch_words(p, alive))
 
+# %% ../../nbs/08_ui/02_panels.ipynb #336a1a08
 def loss_curves(
     losses:dict, # step → rows with step and loss
 ):               # a matplotlib figure, made without pyplot, so that a thread may do it
     "Losses of all steps, each a faint line and its running mean."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 2.8), layout='constrained')
-    ax = fig.subplots()
+    ax, title = fig.subplots(), 'No losses yet'
     for (name, rows), colour in zip(losses.items(), SERIES_COLOURS):
-        x, y = [r['step'] for r in rows], np.array([r['loss'] for r in rows])
+        x, y = np.array([(r['step'], r['loss']) for r in rows]).T
         n = max(1, min(20, len(y)//5))
+        smooth, mark = np.convolve(y, np.ones(n)/n, 'valid'), 'o' if len(y) < 8 else ''
         ax.plot(x, y, alpha=.25, color=colour)
-        ax.plot(x[n - 1:], np.convolve(y, np.ones(n)/n, 'valid'), color=colour, lw=2, marker='o' if len(y) < 8 else '', label=f'{name}: now {y[-n:].mean():.3f}')
-    if losses: ax.legend(frameon=False)
+        ax.plot(x[n - 1:], smooth, color=colour, lw=2, marker=mark,
+                label=f'{name}: now {y[-n:].mean():.3f}')
+    if losses:
+        ax.legend(frameon=False)
+        title = f'{list(losses)[-1]}: {sum(map(len, losses.values()))} losses so far'
     ax.set(xlabel='step', ylabel='loss per scored token')
-    ax.set_title('No losses yet' if not losses else f'{list(losses)[-1]}: {sum(map(len, losses.values()))} losses so far', loc='left', fontsize=12)
+    ax.set_title(title, loc='left', fontsize=12)
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-class Watch(Panel):
-    "Curves of a run or a batch that is going on, read from its folder."
-    def __init__(self,
-        run:str,         # name of the run, or of a batch
-        every:float=3.,  # seconds between two looks
-        start:bool=True, # begin to watch at once
-    ):
-        self.run, self.every, self.state, self.thread, self.ended = run, every, None, None, threading.Event()
-        self.on = control(W.Checkbox, 'Refresh by itself', 'Looks again every few seconds until the run has ended', value=start, indent=False)
+# %% ../../nbs/08_ui/02_panels.ipynb #2cee219e
+class _WatchForm(Panel):
+    "The controls of a run that is watched, and what it looks like."
+    def __init__(self, start):
+        self.on = control(W.Checkbox, 'Refresh by itself',
+                          'Looks again every few seconds until the run has ended',
+                          value=start, indent=False)
         self.go = control(W.Button, 'Look now', 'Read the folder once')
         self.head, self.view, self.lines = W.HTML(), W.HTML(), W.HTML()
         super().__init__(W.HBox([self.go, self.on]), self.head, self.view, self.lines)
-        self.go.on_click(lambda b: self.look())
-        self.on.observe(lambda c: self.start() if c['new'] else self.stop(), 'value')
-        self.start() if start else self.look()
+    def _draw(self, state):
+        rows, last = '', []
+        for k, v in state['steps'].items():
+            rows += f'<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>'
+        for k, v in state['losses'].items():
+            last.append(f'{k}: {len(v)} losses, the last {v[-1]["loss"]:.3f}')
+        self.head.value = ('<table><tr><th scope="col">step</th><th scope="col">state</th></tr>'
+                           f'{rows}</table>')
+        self.lines.value = f'<pre>{escape(chr(10).join(state["lines"]))}</pre>'
+        kind, data = figure_bytes(loss_curves(state['losses']), limit=0)
+        source = f'data:{kind};base64,{base64.b64encode(data).decode()}'
+        said = escape('; '.join(last) or 'no losses yet')
+        self.view.value = (f'<figure style="margin:0"><img alt="{said}" src="{source}">'
+                           f'<figcaption>{said}</figcaption></figure>')
+
+# %% ../../nbs/08_ui/02_panels.ipynb #00c17c97
+class _Watching(_WatchForm):
+    "A thread that reads the folder until the run has ended."
     def look(self)->bool: # whether there will be more to see
         "Read the folder once and draw what is there."
-        try: state = (batch_state if (run_dir(self.run)/'progress.json').exists() else run_state)(run_dir(self.run))
+        try:
+            folder = run_dir(self.run)
+            batch = (folder/'progress.json').exists()
+            state = batch_state(folder) if batch else run_state(folder)
         except Exception as e:
             self.say(one_sentence(e), problem=True)
-            return isinstance(e, (ValueError, OSError)) and self.state is not None   # a file that is just being written, or renamed
+            # a file that is just being written, or renamed
+            return isinstance(e, (ValueError, OSError)) and self.state is not None
         self.say(state['sentence'])
-        if state != self.state:
-            self.state = state
-            rows = ''.join(f'<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>' for k, v in state['steps'].items())
-            self.head.value = f'<table><tr><th scope="col">step</th><th scope="col">state</th></tr>{rows}</table>'
-            self.lines.value = f'<pre>{escape(chr(10).join(state["lines"]))}</pre>'
-            kind, data = figure_bytes(loss_curves(state['losses']), limit=0)
-            last = '; '.join(f'{k}: {len(v)} losses, the last {v[-1]["loss"]:.3f}' for k, v in state['losses'].items()) or 'no losses yet'
-            self.view.value = f'<figure style="margin:0"><img alt="{escape(last)}" src="data:{kind};base64,{base64.b64encode(data).decode()}"><figcaption>{escape(last)}</figcaption></figure>'
+        if state != self.state: self._draw(state)
+        self.state = state
         return state['running']
     def start(self)->None:
         "Watch until the run has ended."
         if self.thread and self.thread.is_alive(): return
         self.ended.clear()
-        if not self.look(): self.on.value = False; return
+        if not self.look():
+            self.on.value = False
+            return
         self.thread = threading.Thread(target=self._follow, daemon=True)
         self.thread.start()
     def _follow(self):
@@ -375,6 +587,21 @@ class Watch(Panel):
     def stop(self)->None:
         "Watch no longer."
         self.ended.set()
+
+# %% ../../nbs/08_ui/02_panels.ipynb #89b52e39
+class Watch(_Watching):
+    "Curves of a run or a batch that is going on, read from its folder."
+    def __init__(self,
+        run:str,         # name of the run, or of a batch
+        every:float=3.,  # seconds between two looks
+        start:bool=True, # begin to watch at once
+    ):
+        self.run, self.every, self.state = run, every, None
+        self.thread, self.ended = None, threading.Event()
+        super().__init__(start)
+        self.go.on_click(lambda b: self.look())
+        self.on.observe(lambda c: self.start() if c['new'] else self.stop(), 'value')
+        self.start() if start else self.look()
     def static(self): # a matplotlib figure
         "The curves so far."
         self.look()
