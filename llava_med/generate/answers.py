@@ -74,7 +74,8 @@ def plain_answer(
     order, pad = sorted(range(len(texts)), key=lambda i: (kind(i), len(texts[i]))), tok.pad_token_id
     batches = [[]]
     for i in order:   # of one kind: with as many pictures, and the beginning token written or not
-        if batches[-1] and (len(batches[-1]) == batch_size or kind(batches[-1][0]) != kind(i)): batches.append([])
+        if batches[-1] and (len(batches[-1]) == batch_size or kind(batches[-1][0]) != kind(i)):
+            batches.append([])
         batches[-1].append(i)
     ends = end_ids(model, tok)
     for some in _exact_batches(model, batches):
@@ -91,8 +92,10 @@ def plain_answer(
 
 # %% ../../nbs/05_generate/02_answers.ipynb #bc02e06d
 CHANGES = dict(repetition_penalty=1., encoder_repetition_penalty=1., no_repeat_ngram_size=0,
-               encoder_no_repeat_ngram_size=0, min_length=0, min_new_tokens=0, num_beams=1, guidance_scale=1.,
-               bad_words_ids=None, force_words_ids=None, suppress_tokens=None, begin_suppress_tokens=None,
+               encoder_no_repeat_ngram_size=0, min_length=0, min_new_tokens=0, num_beams=1,
+               guidance_scale=1.,
+               bad_words_ids=None, force_words_ids=None, suppress_tokens=None,
+               begin_suppress_tokens=None,
                forced_bos_token_id=None, forced_eos_token_id=None, sequence_bias=None,
                exponential_decay_length_penalty=None, stop_strings=None, watermarking_config=None)
 
@@ -145,12 +148,14 @@ def _walk(model, processor, refs, prompts, length, batch_size):
     asked = prompt_ids(processor, prompts, map(len, refs))
     for shard in _shards(refs, batch_size):
         distinct = {_key(r): r for i in shard for r in refs[i]}
-        feats = image_features(model, processor, [as_image(o) for o in distinct.values()]) if distinct else []
+        feats = image_features(model, processor,
+                               [as_image(o) for o in distinct.values()]) if distinct else []
         at, n = dict(zip(distinct, feats)), len(feats[0]) if distinct else 0
         split = {i: split_ids(asked[i], model.config.image_token_id, n) for i in shard}
         users = defaultdict(list)
         for i in shard: users[split[i][0], tuple(map(_key, refs[i]))].append(i)
-        yield from _walk_shard(model, users, split, lambda i: [at[_key(r)] for r in refs[i]], length, batch_size)
+        yield from _walk_shard(model, users, split, lambda i: [at[_key(r)] for r in refs[i]],
+                               length, batch_size)
 
 def _walk_shard(model, users, split, feats_of, length, batch_size):
     def tokens(i): return length(i, split[i][1])
@@ -159,15 +164,19 @@ def _walk_shard(model, users, split, feats_of, length, batch_size):
     for n, groups in by_length.items():
         groups.sort(key=lambda rows: sum(map(tokens, rows)))
         for group in _batches(groups, batch_size, len):
-            cache = read_prefixes(model, [split[g[0]][0] for g in group], [feats_of(g[0]) for g in group])
-            pieces = [(p, k) for k, g in enumerate(group) for p in _pieces(g, tokens, max(n, 128), batch_size)]
+            cache = read_prefixes(model, [split[g[0]][0] for g in group],
+                                  [feats_of(g[0]) for g in group])
+            pieces = [(p, k) for k,
+                      g in enumerate(group) for p in _pieces(g, tokens, max(n, 128), batch_size)]
             for part in _batches(pieces, batch_size, lambda o: len(o[0])):
                 rows, places = zip(*part)
-                own = cache if len(pieces) == len(group) else cache_rows(cache, places)   # one row each: no copy
+                # one row each: no copy
+                own = cache if len(pieces) == len(group) else cache_rows(cache, places)
                 yield rows, [[split[i][1] for i in r] for r in rows], own
 
 # %% ../../nbs/05_generate/02_answers.ipynb #8805ba31
-_TRIM, _MMAP = -1, -3   # names of two settings in glibc: when the heap shrinks, and what is kept apart from it
+# names of two settings in glibc: when the heap shrinks, and what is kept apart from it
+_TRIM, _MMAP = -1, -3
 
 @functools.lru_cache
 def _heap():
@@ -211,7 +220,9 @@ def answer(
     try:
         if why:
             _say_once(f'Every question reads its picture anew, by generate, because {why}.')
-            texts = dict(enumerate(plain_answer(model, processor, refs, prompts, max_new_tokens, batch_size)))
+            texts = dict(
+                enumerate(plain_answer(model, processor, refs, prompts, max_new_tokens,
+                                       batch_size)))
         else:
             ends = end_ids(model, processor.tokenizer)
             places = []
@@ -252,7 +263,9 @@ def option_logprobs(
         return out
     def length(i, suffix): return sum(len(suffix) + len(ids) for ids in replies[i])
     for rows, suffixes, cache in _walk(model, processor, refs, prompts, length, batch_size):
-        got = reply_logprobs(model, [[(s, ids) for i, s in zip(r, ss) for ids in replies[i]] for r, ss in zip(rows, suffixes)], cache)
+        got = reply_logprobs(
+            model, [[(s, ids) for i, s in zip(r, ss) for ids in replies[i]] for r,
+                    ss in zip(rows, suffixes)], cache)
         for places, sums in zip(rows, got):
             sums = iter(sums)
             for i in places: out[i] = [(next(sums), len(ids)) for ids in replies[i]]
@@ -278,7 +291,10 @@ def _plain_logprob(model, processor, refs, text, ids):
                                                                               model.dtype)
     reply = torch.tensor([ids], device=model.device)
     for k in ('input_ids', 'attention_mask', 'token_type_ids', 'mm_token_type_ids'):
-        if k in x: x[k] = torch.cat([x[k], reply if k == 'input_ids' else torch.full_like(reply, k == 'attention_mask')], 1)
+        if k in x:
+            x[k] = torch.cat(
+                [x[k], reply if k == 'input_ids'
+                 else torch.full_like(reply, k == 'attention_mask')], 1)
     logp = model(**x).logits[0, -len(ids)-1:-1].float().log_softmax(-1)
     return logp.gather(1, reply[0, :, None]).sum().item()
 

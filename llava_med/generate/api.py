@@ -29,12 +29,19 @@ def as_messages(
 )->list:             # messages of the chat protocol
     "A prompt with its pictures as messages."
     urls, messages = list(urls), []
-    def part(c): return {'type': 'image_url', 'image_url': {'url': urls.pop(0)}} if c['type'] == 'image' else c
+    def part(c):
+        return {'type': 'image_url',
+                'image_url': {'url': urls.pop(0)}} if c['type'] == 'image' else c
     for t in as_turns(prompt, len(urls)):
         text = isinstance(t['content'], str) or t['role'] != 'user'
-        said = t['content'] if isinstance(t['content'], str) else ''.join(c['text'] for c in t['content']) if text else None
-        messages.append({'role': t['role'], 'content': said if text else [part(c) for c in t['content']]})
-    if urls: raise ValueError(f'{len(urls)} pictures are left over: the turns name fewer than were given.')
+        said = t['content'] if isinstance(t['content'],
+                                          str) else ''.join(
+                                              c['text'] for c in t['content']) if text else None
+        messages.append(
+            {'role': t['role'], 'content': said if text else [part(c) for c in t['content']]})
+    if urls:
+        raise ValueError(
+            f'{len(urls)} pictures are left over: the turns name fewer than were given.')
     return messages
 
 # %% ../../nbs/05_generate/04_api.ipynb #df3e60ae
@@ -52,8 +59,10 @@ class Endpoint:
         key_name:str='OPENAI_API_KEY', # environment variable that holds the key
     ):
         self.model, self.concurrency, self.longest = model, concurrency, longest
-        self.request, self.version, self.key_name = {'temperature': 0, 'seed': 0, **(request or {})}, version, key_name
-        self.client = openai.OpenAI(base_url=base_url, api_key=os.environ.get(key_name) or 'none', max_retries=retries, timeout=timeout)
+        self.request, self.version, self.key_name = {'temperature': 0, 'seed': 0,
+                                                     **(request or {})}, version, key_name
+        self.client = openai.OpenAI(base_url=base_url, api_key=os.environ.get(key_name) or 'none',
+                                    max_retries=retries, timeout=timeout)
         self.settings = f'endpoint {json.dumps(self.request, sort_keys=True)} {longest}'
     def fingerprint(self)->dict: # model_hash, processor_hash
         "Hashes of the server's address and the model's name; the server has the processor."
@@ -73,11 +82,15 @@ class Endpoint:
     )->str:
         "One answer; a reply that holds none is an error."
         fields = {'max_tokens': max_new_tokens, **self.request}
-        got = self.client.chat.completions.create(model=self.model, messages=as_messages(prompt, urls),
-                                                  **{k: v for k, v in fields.items() if v is not None})
+        got = self.client.chat.completions.create(model=self.model,
+                                                  messages=as_messages(prompt, urls),
+                                                  **{k: v for k,
+                                                     v in fields.items() if v is not None})
         said = got.choices[0] if getattr(got, 'choices', None) else None
         text = (said.message.content or '').strip() if said else ''
-        if not text: raise ValueError(f'The server gave no answer (finish_reason {said and said.finish_reason!r}'
+        if not text:
+            raise ValueError(
+                f'The server gave no answer (finish_reason {said and said.finish_reason!r}'
                                       f'{", refusal: " + said.message.refusal if said and said.message.refusal else ""}).')
         return text
     def generate(self,
@@ -93,7 +106,9 @@ class Endpoint:
                     urls.get(_key(r)) or urls.__setitem__(_key(r), data_url(r, self.longest))
                 return dict(text=self.reply(prompts[i], [urls[_key(r)] for r in images[i]],
                                             max_new_tokens))
-            except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as e: raise self._stop(e) from None
+            except (openai.AuthenticationError, openai.PermissionDeniedError,
+                    openai.NotFoundError) as e:
+                raise self._stop(e) from None
             except openai.APITimeoutError as e: return dict(error=f'APITimeoutError: {e}')
             except openai.APIConnectionError as e: raise self._stop(e) from None
             except Exception as e: return dict(error=f'{type(e).__name__}: {e}')
@@ -108,9 +123,13 @@ class Endpoint:
         batch_size:int=64, # of no effect
     )->list:
         "Refused with a ValueError: the protocol tells no probability of a given reply."
-        raise ValueError(f'{self.client.base_url} cannot say how probable a given reply is; ask {self.model} in words.')
+        raise ValueError(
+            f'{self.client.base_url} cannot say how probable a given reply is; ask {self.model} '
+            f'in words.')
     def _stop(self, e):
-        remedy = {openai.NotFoundError: f'is there a model {self.model!r}?', openai.APIConnectionError: 'is the server running?'}.get(
+        remedy = {openai.NotFoundError: f'is there a model {self.model!r}?',
+                  openai.APIConnectionError: 'is the server running?'}.get(
             type(e), f'is the key in {self.key_name} right?')
-        return ConnectionError(f'{self.client.base_url} does not serve this evaluation ({e}): {remedy} '
+        return ConnectionError(
+            f'{self.client.base_url} does not serve this evaluation ({e}): {remedy} '
                                'What was answered is in the log; run it again to go on.')

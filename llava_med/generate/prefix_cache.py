@@ -126,7 +126,8 @@ def _grouped(model):
 def _attention_mask(model, seen):
     "A mask of booleans as the model's attention wants it."
     if model.config.text_config._attn_implementation == 'sdpa': return seen[:, None]
-    hidden = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device)   # others add their mask
+    # others add their mask
+    hidden = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device)
     return hidden.masked_fill(~seen, torch.finfo(model.dtype).min)[:, None]
 
 def _read_on(model, ids, pos, seen, cache):
@@ -321,13 +322,13 @@ def decode_parts(
     out, waiting, take = [], [], _likeliest(ends)
     for suffixes, cache in parts:
         out.append(_asked(suffixes, cache))
-        waiting.append(first_tokens(model, suffixes, cache, [q for qs in out[-1] for q in qs], take))
+        waiting.append(
+            first_tokens(model, suffixes, cache, [q for qs in out[-1] for q in qs], take))
         if sum(_bytes(b[0]) for b in waiting) > TOGETHER:
             further_tokens(model, _joined(waiting), take, max_new_tokens)
             waiting = []
     further_tokens(model, _joined(waiting), take, max_new_tokens)
     return [[[q.ids for q in qs] for qs in answers] for answers in out]
-
 
 # %% ../../nbs/05_generate/01_prefix_cache.ipynb #3ccfa28b
 @torch.inference_mode()

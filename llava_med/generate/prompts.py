@@ -21,9 +21,13 @@ class Prompting:
 
     def __post_init__(self):
         if '{question}' not in self.text: raise ValueError(
-            f'The prompt {self.name!r} has no {{question}} in its text {self.text!r}; say where the question goes.')
+            f'The prompt {self.name!r} has no {{question}} in its text {self.text!r}; say where '
+            f'the question goes.')
         bare = [o['id'] for o in self.shots if not str(o.get('answer') or '').strip()]
-        if bare: raise ValueError(f'The shot {bare[0]!r} of the prompt {self.name!r} has no answer; choose another item.')
+        if bare:
+            raise ValueError(
+                f'The shot {bare[0]!r} of the prompt {self.name!r} has no answer; choose another '
+                f'item.')
     def words(self,
         item:dict, # VQA item
     )->str:        # what the user says
@@ -39,7 +43,8 @@ class Prompting:
         turns = []
         for o in self.shots:
             turns += as_turns(self.words(o), len(o['images'])*self.pictures)
-            turns.append({'role': 'assistant', 'content': [{'type': 'text', 'text': str(o['answer'])}]})
+            turns.append(
+                {'role': 'assistant', 'content': [{'type': 'text', 'text': str(o['answer'])}]})
         return turns + as_turns(self.words(item), len(item['images']))
     def items(self,
         items:list, # VQA items
@@ -48,7 +53,8 @@ class Prompting:
         own = {i for o in self.shots for i in (o['id'], *o['images'])}
         same = [o['id'] for o in items if own & {o['id'], *o['images']}]
         if same: raise ValueError(
-            f'The item {same[0]!r} or its image is a shot of the prompt {self.name!r}, which gives the answer away; '
+            f'The item {same[0]!r} or its image is a shot of the prompt {self.name!r}, which '
+            f'gives the answer away; '
             'take shots from the training split.')
         before = [n for o in self.shots for n in o['images']] if self.pictures else []
         return [dict(o, shot_images=before) for o in items] if before else list(items)

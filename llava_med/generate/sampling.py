@@ -219,7 +219,8 @@ def sample(
     "Draw answers; a picture is read once for all of them where the model allows it."
     _checked_how(n, temperature, top_p, max_new_tokens)
     if len(images) != len(prompts): raise ValueError(
-        f'{len(prompts)} prompts came with {len(images)} images; give one entry, or None, for each.')
+        f'{len(prompts)} prompts came with {len(images)} images; give one entry, or None, for '
+        f'each.')
     was_training, model, tok = model.training, base_of(model), processor.tokenizer
     pick = _How(end_ids(model, tok), temperature, top_p, logprobs, make_processors(processors),
                 getattr(model.config, 'image_token_id', None))

@@ -28,7 +28,8 @@ from ..models.connectors import own_connector
 from ..core.runs import writing
 
 # %% ../../nbs/04_train/08_distributed.ipynb #3846f518
-LOSS_SUM, COUNT_SUM = '\0loss', '\0count'   # what the sums of a step are called, beside an objective's own
+# what the sums of a step are called, beside an objective's own
+LOSS_SUM, COUNT_SUM = '\0loss', '\0count'
 
 def step_sums(
     total:torch.Tensor, # summed loss of a micro-batch
@@ -102,12 +103,14 @@ class Helpers:
     ):
         self.params, self.helpers = trainable_parameters(model), []
         if not n: return
-        ctx, job = torch.multiprocessing.get_context('spawn'), pickle.dumps(job)   # by value; only weights and gradients are shared
+        # by value; only weights and gradients are shared
+        ctx, job = torch.multiprocessing.get_context('spawn'), pickle.dumps(job)
         weights = {n: p.detach() for n, p in model.share_memory().named_parameters()}
         learn = {n for n, p in model.named_parameters() if p.requires_grad}
         shape = type(model), model.config, adapter, weights, learn, own_connector(model)
         for _ in range(n):
-            (here, there), flat = ctx.Pipe(), torch.zeros(sum(p.numel() for p in self.params)).share_memory_()
+            (here, there), flat = ctx.Pipe(), torch.zeros(
+                sum(p.numel() for p in self.params)).share_memory_()
             p = ctx.Process(target=_help, args=(there, shape, flat), daemon=True)
             p.start(); there.close()
             self.helpers.append((p, here, _lay_out(flat, self.params)))
@@ -122,7 +125,8 @@ class Helpers:
         self.asked = [h for h, s in zip(self.helpers, shares) if len(s)]
         for k, ((_, conn, _), s) in enumerate(zip(self.helpers, shares), 1):
             if len(s):
-                with contextlib.suppress(ConnectionError): conn.send((s, seed + k))   # why one is gone is read in `add`
+                # why one is gone is read in `add`
+                with contextlib.suppress(ConnectionError): conn.send((s, seed + k))
 
     def add(
         self,
@@ -133,7 +137,8 @@ class Helpers:
             try: got = conn.recv()
             except (EOFError, ConnectionError): raise TrainingError(_GONE) from None
             if isinstance(got, Exception): raise got
-            for w, g in zip(self.params, grads): w.grad = g.clone() if w.grad is None else w.grad.add_(g)
+            for w, g in zip(self.params, grads):
+                w.grad = g.clone() if w.grad is None else w.grad.add_(g)
             sums.update(got)
         return sums
 
@@ -252,7 +257,8 @@ def prepare_job(
     sharding:str='none', # none: each process holds all weights; fsdp: weights, gradients and moments are shared out
 ):                      # the module to call
     "Prepare a job for the processes that there are."
-    if sharding not in SHARDINGS: raise ValueError(f"sharding is '{sharding}'; known: {', '.join(SHARDINGS)}.")
+    if sharding not in SHARDINGS:
+        raise ValueError(f"sharding is '{sharding}'; known: {', '.join(SHARDINGS)}.")
     if acc.num_processes == 1: return job
     if sharding == 'none': return acc.prepare(job)
     from torch.distributed.device_mesh import init_device_mesh
@@ -290,7 +296,8 @@ def save_state(
             warnings.simplefilter('ignore')
             if acc.is_main_process: shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
             acc.wait_for_everyone()
-            dcp.save(dict(model=model_state, opt=opt_state, more=more), checkpoint_id=tmp, **_with_process(acc))
+            dcp.save(dict(model=model_state, opt=opt_state, more=more), checkpoint_id=tmp,
+                     **_with_process(acc))
             if acc.is_main_process:
                 (tmp/'progress.json').write_text(json.dumps(progress))
                 if path.exists(): shutil.rmtree(old, ignore_errors=True); os.replace(path, old)
@@ -306,7 +313,8 @@ def read_progress(
     facts:dict={},    # names of its objective and sampler
 )->tuple:             # the folder that holds the state, its progress; (None, None) where none belongs to it
     "What a checkpoint knows, if it belongs to this very stage and data; says so where it has another objective or sampler."
-    if not (path/'progress.json').exists(): path = path.with_name(f'.{path.name}.old')   # stopped between two renames
+    # stopped between two renames
+    if not (path/'progress.json').exists(): path = path.with_name(f'.{path.name}.old')
     if not (path/'progress.json').exists(): return None, None
     p = json.loads((path/'progress.json').read_text())
     if p['fingerprint'] == fingerprint: return path, p
@@ -328,11 +336,14 @@ def load_state(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         dcp.load(state, checkpoint_id=path, **_with_process(acc))
-        set_state_dict(job, opt, model_state_dict=state['model'], optim_state_dict=state['opt'], options=_OPTIONS)
+        set_state_dict(job, opt, model_state_dict=state['model'], optim_state_dict=state['opt'],
+                       options=_OPTIONS)
 
 def whole_weights(
     job, # module, maybe shared out
 )->dict: # name in the model -> tensor on the CPU; empty but in the first process
     "What has learned, gathered from all processes."
-    state = get_model_state_dict(job, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True))
+    state = get_model_state_dict(
+        job, options=StateDictOptions(full_state_dict=True, cpu_offload=True,
+                                      ignore_frozen_params=True))
     return {k.removeprefix('model.'): v for k, v in state.items() if k.startswith('model.')}

@@ -134,7 +134,8 @@ def _why(e): return (str(e).strip() or type(e).__name__).splitlines()[0][:160].r
 def _rows(samples, image_id, pack_by_image, packed):
     "The samples of the probe as rows of a path, and the same rows with a mask that is wrong."
     rows = pack_shared_prefixes(samples, image_id) if pack_by_image else samples
-    wrong = [dict(r, segments=[min(s, 1) for s in r['segments']]) for r in rows] if pack_by_image else rows
+    wrong = [dict(r, segments=[min(s, 1) for s in r['segments']])
+             for r in rows] if pack_by_image else rows
     if not packed: return rows, wrong
     rows, wrong = (pack_rows(r, 10**9) for r in (rows, wrong))
     return rows, wrong if pack_by_image else [dict(r, blocks=[0]*len(r['blocks'])) for r in wrong]
@@ -184,7 +185,8 @@ def path_gate(
     return gate
 
 def _key(base, pack_by_image, packed):
-    return bool(pack_by_image), bool(packed), base.config.text_config._attn_implementation, base.dtype
+    return bool(pack_by_image), bool(
+        packed), base.config.text_config._attn_implementation, base.dtype
 
 # %% ../../nbs/04_train/07_gates.ipynb #9207a99a
 _ASKED = (('Which side is it on?', 'left'),

@@ -50,7 +50,8 @@ def write_job(
     folder = Path(folder)
     with writing(folder):
         shutil.rmtree(folder, ignore_errors=True); folder.mkdir(parents=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in inner.named_parameters()}, folder/'start.safetensors')
+        save_file({k: v.detach().cpu().contiguous() for k, v in inner.named_parameters()},
+                  folder/'start.safetensors')
         with open(folder/'job.pickle', 'wb') as f:
             pickle.dump((type(inner), inner.config, adapter, own_connector(inner), arguments), f)
     return folder
@@ -68,7 +69,8 @@ def read_job(
     inner = model.get_base_model() if adapter else model
     inner.load_state_dict(load_file(Path(folder)/'start.safetensors'), strict=False, assign=True)
     inner.tie_weights()
-    if missing := [n for n, p in inner.named_parameters() if p.is_meta]: raise ValueError(f'{folder}: the job has no {missing[0]}.')
+    if missing := [n for n, p in inner.named_parameters() if p.is_meta]:
+        raise ValueError(f'{folder}: the job has no {missing[0]}.')
     return model, arguments
 
 # %% ../../nbs/04_train/11_launch.ipynb #d2a156f2
@@ -85,18 +87,22 @@ def work(
         objective = as_objective(arguments.pop('objective', None) or arguments['stage'].objective)
         rows = fit(model, report=tell, objective=objective, **arguments)
         acc = Accelerator(cpu=arguments.get('cpu', True))
-        learned = whole_weights(Job(model.get_base_model() if hasattr(model, 'peft_config') else model, None))
+        learned = whole_weights(
+            Job(model.get_base_model() if hasattr(model, 'peft_config') else model, None))
         if acc.is_main_process:
-            with replacing(folder/'learned.safetensors') as part: save_file({k: v.contiguous().clone() for k, v in learned.items()}, part)
+            with replacing(folder/'learned.safetensors') as part:
+                save_file({k: v.contiguous().clone() for k, v in learned.items()}, part)
             save_modules(objective, folder/'modules.safetensors')
             write_json(folder/'rows.json', rows)
         acc.wait_for_everyone()
         acc.end_training()
     except Exception as e:
-        with open(folder/'error.txt', 'a', encoding='utf-8') as f: f.write(f'{type(e).__name__}: {e}\n')
+        with open(folder/'error.txt', 'a', encoding='utf-8') as f:
+            f.write(f'{type(e).__name__}: {e}\n')
         raise
 
-if __name__ == '__main__' and '__file__' in globals(): work(sys.argv[1])   # in a notebook there is no __file__
+# in a notebook there is no __file__
+if __name__ == '__main__' and '__file__' in globals(): work(sys.argv[1])
 
 # %% ../../nbs/04_train/11_launch.ipynb #284045ab
 @old_names(ARGUMENTS_RENAMED)
@@ -105,7 +111,8 @@ def launch_command(
     nproc:int,     # on this machine
 )->list:           # words
     "What starts the processes of a job."
-    return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(nproc), '-m', 'llava_med.train.launch', str(folder)]
+    return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node',
+            str(nproc), '-m', 'llava_med.train.launch', str(folder)]
 
 def _end(p):
     "Stop a launcher and all that it started."
@@ -134,22 +141,32 @@ def launch(
     **arguments,      # further ones of `fit`
 )->list:              # rows, as from `fit`
     "Train one stage in several processes; raises TrainingError with the sentence of the process that failed."
-    if arguments.get('sharding', 'none') not in SHARDINGS: raise ValueError(f"sharding is '{arguments['sharding']}'; known: {', '.join(SHARDINGS)}.")
+    if arguments.get('sharding', 'none') not in SHARDINGS:
+        raise ValueError(f"sharding is '{arguments['sharding']}'; known: {', '.join(SHARDINGS)}.")
     if nproc < 1: raise ValueError(f'nproc is {nproc}; it must be at least 1.')
     if not arguments.get('cpu', True) and nproc > torch.cuda.device_count():
-        raise ValueError(f'nproc is {nproc}, but there are {torch.cuda.device_count()} GPUs here; each process needs one.')
+        raise ValueError(
+            f'nproc is {nproc}, but there are {torch.cuda.device_count()} GPUs here; each process '
+            f'needs one.')
     if getattr(model, 'is_loaded_in_4bit', False):
         raise ValueError('A model in 4 bits cannot be handed to other processes: set nproc to 1.')
     arguments['objective'] = as_objective(arguments.get('objective') or stage.objective)
-    folder = write_job(folder, model, samples=samples, collate=collate, stage=stage, seed=seed, **arguments)
-    path = os.pathsep.join(filter(None, [str(Path(llava_med.__file__).parents[1]), os.environ.get('PYTHONPATH')]))
-    env = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': str(threads), 'TOKENIZERS_PARALLELISM': 'false',
-           **({'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''} if arguments.get('cpu', True) else {})}
-    with _aside(model), writing(folder), open(folder/'output.txt', 'w+', encoding='utf-8') as errors:
-        p = subprocess.Popen(launch_command(folder, nproc), stdout=subprocess.PIPE, stderr=errors, text=True, encoding='utf-8', env=env)
+    folder = write_job(folder, model, samples=samples, collate=collate, stage=stage, seed=seed,
+                       **arguments)
+    path = os.pathsep.join(
+        filter(None, [str(Path(llava_med.__file__).parents[1]), os.environ.get('PYTHONPATH')]))
+    env = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': str(threads),
+           'TOKENIZERS_PARALLELISM': 'false',
+           **({'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''}
+              if arguments.get('cpu', True) else {})}
+    with _aside(model), writing(folder), open(folder/'output.txt', 'w+',
+                                              encoding='utf-8') as errors:
+        p = subprocess.Popen(launch_command(folder, nproc), stdout=subprocess.PIPE, stderr=errors,
+                             text=True, encoding='utf-8', env=env)
         try: _relay(p, report)
         finally: _end(p)
-        if not (folder/'rows.json').exists(): raise TrainingError(_why(folder, nproc))   # written last; what happens after it does no harm
+        # written last; what happens after it does no harm
+        if not (folder/'rows.json').exists(): raise TrainingError(_why(folder, nproc))
     inner = model.get_base_model() if hasattr(model, 'peft_config') else model
     learned = load_file(folder/'learned.safetensors')
     with torch.no_grad():
@@ -177,12 +194,17 @@ def _relay(p, report):
 
 def _why(folder, nproc):
     "One sentence about a training that failed."
-    errors = (folder/'error.txt').read_text(encoding='utf-8').splitlines() if (folder/'error.txt').exists() else []
-    own = [e for e in errors if not re.search('gloo|NCCL|Connection (reset|closed)|distributed', e)]   # the others lost a companion
+    errors = (folder/'error.txt').read_text(encoding='utf-8').splitlines() if (
+        folder/'error.txt').exists() else []
+    # the others lost a companion
+    own = [e for e in errors if not re.search('gloo|NCCL|Connection (reset|closed)|distributed', e)]
     if own: return own[0].removeprefix('TrainingError: ').removeprefix('ValueError: ')
-    killed = re.findall(r'exitcode\s*:\s*(-\d+)', (folder/'output.txt').read_text(encoding='utf-8', errors='replace'))
-    return (f'One of {nproc} processes ended by itself{f" (signal {killed[0][1:]})" if killed else ""}, perhaps for want of memory; '
-            f'what they printed is in {folder/"output.txt"}. Started again, training goes on from its last checkpoint.')
+    killed = re.findall(r'exitcode\s*:\s*(-\d+)',
+                        (folder/'output.txt').read_text(encoding='utf-8', errors='replace'))
+    return (f'One of {nproc} processes ended by '
+            f'itself{f" (signal {killed[0][1:]})" if killed else ""}, perhaps for want of memory; '
+            f'what they printed is in {folder/"output.txt"}. Started again, training goes on from '
+            f'its last checkpoint.')
 
 # %% ../../nbs/04_train/11_launch.ipynb #db1f6979
 def _least(objective, samples, stage, padded):
@@ -204,11 +226,13 @@ def _planned(model, samples, collate, stage, objective, gradient_checkpointing, 
     probe = copy.deepcopy(objective)
     probe.start(model)
     cpu = next(model.parameters()).device.type == 'cpu'
-    lone = objective.unit == 'group'   # a lone row has no such loss; that of its tokens stands for it
+    # a lone row has no such loss; that of its tokens stands for it
+    lone = objective.unit == 'group'
     loss, make = (batch_loss, collate) if lone else (probe.loss,
                                                      partial(probe.collate, collate=collate))
     if make is not collate: make.attention = getattr(collate, 'attention', None)
-    alone = probe.modules() or any(p.dtype != torch.float32 for p in model.parameters())   # then `fit` takes no helpers
+    # then `fit` takes no helpers
+    alone = probe.modules() or any(p.dtype != torch.float32 for p in model.parameters())
     shares = 1 if alone else min(threads, stage.batch_size)
     return plan_memory(
         model, samples, make, gradient_checkpointing, tokens, more.get('bf16', False), loss=loss,
@@ -239,17 +263,26 @@ def train(
         print('This objective is a loss of the whole batch, so one process takes it.')
         threads = 1
     if nproc < 1: raise ValueError(f'nproc is {nproc}; it must be at least 1.')
-    if (kind := more.get('sharding', 'none')) not in SHARDINGS: raise ValueError(f"sharding is '{kind}'; known: {', '.join(SHARDINGS)}.")
-    if lora_rank: model = add_lora(model, lora_rank, lora_alpha or None, projector='projector' in stage.trainable, seed=seed)
+    if (kind := more.get('sharding', 'none')) not in SHARDINGS:
+        raise ValueError(f"sharding is '{kind}'; known: {', '.join(SHARDINGS)}.")
+    if lora_rank:
+        model = add_lora(model, lora_rank, lora_alpha or None,
+                         projector='projector' in stage.trainable, seed=seed)
     else: set_trainable(model, stage.trainable)
     inner = model.get_base_model() if lora_rank else model
-    for p in trainable_parameters(inner): p.data = p.data.float()   # as it will train, so that the plan measures that
+    # as it will train, so that the plan measures that
+    for p in trainable_parameters(inner): p.data = p.data.float()
     collate = exact_collate(model, samples, collate)
     memory = _planned(inner, samples, collate, stage, objective, gradient_checkpointing,
                       max_tokens_per_microbatch, nproc, threads, more)
     print(f'Memory: {memory}.')
     report = report or (watch(), TensorBoard(folder/'logs'))
-    arguments = dict(checkpoint=folder/'.checkpoint', memory=memory, cpu=device.type == 'cpu', **more)
-    if nproc > 1: rows = launch(nproc, folder/'.job', model, samples, collate, stage, seed, report, threads, **arguments)
-    else: rows = fit(model, samples, collate, stage, seed, report=report, grad_workers=threads, **arguments)
+    arguments = dict(checkpoint=folder/'.checkpoint', memory=memory, cpu=device.type == 'cpu',
+                     **more)
+    if nproc > 1:
+        rows = launch(nproc, folder/'.job', model, samples, collate, stage, seed, report, threads,
+                      **arguments)
+    else:
+        rows = fit(model, samples, collate, stage, seed, report=report, grad_workers=threads,
+                   **arguments)
     return model, rows

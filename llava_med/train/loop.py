@@ -34,7 +34,8 @@ from .objectives import CrossEntropy, as_objective, objective_name
 from .samplers import SAMPLERS, group_keys
 from llava_med.train.distributed import (COUNT_SUM, LOSS_SUM, Helpers, Job, TrainingError,
                                          last_micro_batch, load_state,
-    micro_batches, prepare_job, rank_micro_batches, read_progress, save_state, step_shares, step_sums,
+    micro_batches, prepare_job, rank_micro_batches, read_progress, save_state, step_shares,
+    step_sums,
     trainable_parameters)
 
 # %% ../../nbs/04_train/09_loop.ipynb #baef6bb1
@@ -117,9 +118,13 @@ class Stage:
             raise ValueError(f'{self.name}: nothing learns; name parts among {list(PARTS)}.')
         check_patterns(self.trainable, self.name)
         if min(self.epochs, self.batch_size) < 1:
-            raise ValueError(f'{self.name}: epochs is {self.epochs} and batch_size {self.batch_size}; each must be at least 1.')
+            raise ValueError(
+                f'{self.name}: epochs is {self.epochs} and batch_size {self.batch_size}; each '
+                f'must be at least 1.')
         if strange := sorted(set(self.learning_rates or ()) - set(self.trainable)):
-            raise ValueError(f'{self.name}: a rate for {strange}, which does not learn; what learns: {list(self.trainable)}.')
+            raise ValueError(
+                f'{self.name}: a rate for {strange}, which does not learn; what learns: '
+                f'{list(self.trainable)}.')
         for kind in (SAMPLERS, OPTIMIZERS, SCHEDULES):
             kind.named(getattr(self, kind.kind), self.name)
 
@@ -129,7 +134,8 @@ RECIPES = {
     'llava_med_v1': (Stage('stage1', ('projector',), 2e-3, 1, 128),
                      Stage('stage2', _BOTH, 2e-5, 3, 64),
                      Stage('vqa', _BOTH, 2e-5, 9, 64)),
-    'llava_15': (Stage('stage1', ('projector',), 1e-3, 1, 256), Stage('stage2', _BOTH, 2e-5, 1, 128)),
+    'llava_15': (Stage('stage1', ('projector',), 1e-3, 1, 256),
+                 Stage('stage2', _BOTH, 2e-5, 1, 128)),
     'llava_15_lora': (Stage('stage1', ('projector',), 1e-3, 1, 256),
                       Stage('stage2', _BOTH, 2e-4, 1, 128, learning_rates={'projector': 2e-5}))}
 STEP_STAGES = {'2_stage1_alignment': 'stage1', '3_stage2_tuning': 'stage2', '3b_vqa_tuning': 'vqa'}
@@ -194,7 +200,8 @@ def has_bf16(
     device:torch.device, # where the model computes
 )->bool:                 # False where bfloat16 would only be imitated
     "Whether the processor multiplies in bfloat16 by itself."
-    if torch.device(device).type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     known = getattr(torch.cpu, 'get_capabilities', dict)()
     return bool(known.get('avx512_bf16') or known.get('amx_bf16'))
 
@@ -227,10 +234,12 @@ def _batches(samples, micro, collate, num_workers, pin):
     for _ in micro:
         try: yield next(ahead)
         except StopIteration: return
-        except (ConnectionError, EOFError) as e: raise TrainingError(_LOST) from e   # its pipe is gone
+        # its pipe is gone
+        except (ConnectionError, EOFError) as e: raise TrainingError(_LOST) from e
         except Exception as e:
             if 'DataLoader worker (pid' in str(e): raise
-            raise TrainingError(f'A batch could not be made: {str(e).strip().splitlines()[-1]}') from e
+            raise TrainingError(
+                f'A batch could not be made: {str(e).strip().splitlines()[-1]}') from e
 
 @contextlib.contextmanager
 def _loaders_live():
@@ -292,10 +301,14 @@ def _check(stage, i, value, norm, recent, worst, checkpoint):
     "Raise TrainingError where nothing good can follow."
     safe = ' The last checkpoint is intact.' if checkpoint and Path(checkpoint).exists() else ''
     remedy = f'lower lr (now {stage.lr}) or look at the samples of this batch.{safe}'
-    if not math.isfinite(value): raise TrainingError(f'{stage.name}: the loss of step {i} is {value}; {remedy}')
-    if norm is not None and not math.isfinite(norm): raise TrainingError(f'{stage.name}: the gradient of step {i} has the norm {norm}; {remedy}')
+    if not math.isfinite(value):
+        raise TrainingError(f'{stage.name}: the loss of step {i} is {value}; {remedy}')
+    if norm is not None and not math.isfinite(norm):
+        raise TrainingError(f'{stage.name}: the gradient of step {i} has the norm {norm}; {remedy}')
     if worst and len(recent) == 20 and min(recent) > worst:
-        raise TrainingError(f'{stage.name}: twenty steps up to {i} had a loss above {worst:.1f}, worse than guessing; {remedy}')
+        raise TrainingError(
+            f'{stage.name}: twenty steps up to {i} had a loss above {worst:.1f}, worse than '
+            f'guessing; {remedy}')
 
 def _micro(run, batch, counts):
     "Loss and sums of a micro-batch."
@@ -383,12 +396,15 @@ class _Run:
         lone = not o.modules() and not self.how.extra
         if self.how.grad_workers > 1 and o.unit == 'batch' and lone:
             raise ValueError(
-            f"{self.stage.name}: the objective '{name}' is a loss of the whole batch, which helper processes "
+            f"{self.stage.name}: the objective '{name}' is a loss of the whole batch, which "
+            f"helper processes "
             'cannot share; use grad_workers=1 (threads=1).')
         if self.rolls and self.acc.num_processes > 1: raise ValueError(
-            f'{self.stage.name}: the sampler {self.stage.sampler} works in one process; set nproc to 1.')
+            f'{self.stage.name}: the sampler {self.stage.sampler} works in one process; set nproc '
+            f'to 1.')
         if self.rolls and self.how.validation: raise ValueError(
-            f'{self.stage.name}: with the sampler {self.stage.sampler} there is no loss of held samples; hold none back.')
+            f'{self.stage.name}: with the sampler {self.stage.sampler} there is no loss of held '
+            f'samples; hold none back.')
 
     def _read_past(self):
         "Where a checkpoint of this very stage stands, if there is one."

@@ -51,7 +51,9 @@ def checkpointed(
     "For a while, layers of the language model are computed again in the backward pass instead of kept."
     lm = decoder(model)
     if not on: yield; return
-    name = 'activation_checkpointing' if hasattr(lm, 'activation_checkpointing_enable') else 'gradient_checkpointing'   # new and old transformers
+    # new and old transformers
+    name = 'activation_checkpointing' if hasattr(
+        lm, 'activation_checkpointing_enable') else 'gradient_checkpointing'
     getattr(lm, f'{name}_enable')(**{f'{name}_kwargs': {'use_reentrant': False}})
     try: yield
     finally: getattr(lm, f'{name}_disable')()
@@ -110,7 +112,8 @@ def step_bytes(
     return kept, alive.peak
 
 # %% ../../nbs/04_train/06_memory.ipynb #8e5f0e59
-INTERPRETER = 350*2**20   # bytes that a fresh process takes which has imported the library; an estimate, from trials on Linux
+# bytes that a fresh process takes which has imported the library; an estimate, from trials on Linux
+INTERPRETER = 350*2**20
 
 @functools.lru_cache
 def _trim():
@@ -153,12 +156,14 @@ class MemoryPlan:
     )->int:              # bytes
         "Memory that all processes take together, beyond what is there before training."
         passing = self.fixed + self.per_token*(self.tokens if tokens is None else tokens)
-        return self.state + self.holes + (self.processes - 1)*self.each_more + self.processes*passing
+        return self.state + self.holes + (self.processes
+                                          - 1)*self.each_more + self.processes*passing
 
     def __str__(self):
         many = f' in each of {self.processes} processes' if self.processes > 1 else ''
         base = self.total(0)
-        return (f'{_amount(base)} for gradients, moments and buffers; {self.per_token/1024:,.0f} KiB a token; '
+        return (f'{_amount(base)} for gradients, moments and buffers; {self.per_token/1024:,.0f} '
+                f'KiB a token; '
                 f'of {_amount(self.free)} free, at most {self.tokens:,} tokens at once{many} '
                 f'({_amount(self.total())} in all)'
                 + (', layers computed twice' if self.gradient_checkpointing else ''))
@@ -171,7 +176,8 @@ def free_bytes(
     "Memory that training may take."
     device = torch.device(device)
     if device.type == 'cuda':
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)   # held by PyTorch, not in use
+        # held by PyTorch, not in use
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(share*(torch.cuda.mem_get_info(device)[0] + unused))
     return int(share*psutil.virtual_memory().available)
 
@@ -244,7 +250,8 @@ def _probe_rows(samples, length):
 def _line(measure, row, dense, room, layer):
     "(tokens of the longest row, its bytes, bytes of a pass, bytes of a token): no measurement lies above this line."
     n, kept, peak = measure([row])
-    many = min(4, int(room//max(1, peak)))   # scored tokens are padded to 64: two rows may need no more logits than one
+    # scored tokens are padded to 64: two rows may need no more logits than one
+    many = min(4, int(room//max(1, peak)))
     if many < 2: return n, peak, 0, math.ceil(peak/n)
     n2, kept2, peak2 = measure([row]*many)
     each = max((peak2 - peak)/(n2 - n), (kept2 - kept)/(n2 - n) + layer)
@@ -285,15 +292,18 @@ def _check_plan(plan, n, need, least, tokens):
     if tokens and tokens < n: raise ValueError(
         f'The longest row has {n} tokens, more than {tokens} at once; raise that or lower max_len.')
     if tokens and tokens < least: raise ValueError(
-        f'{least} tokens may not be divided, more than {tokens} at once; raise that or lower batch_size.')
+        f'{least} tokens may not be divided, more than {tokens} at once; raise that or lower '
+        f'batch_size.')
     if plan.tokens >= max(n, least): return
     where = f' in {plan.processes} processes' if plan.processes > 1 else ''
     remedy = 'lower max_len, ' + ('start fewer processes (threads), ' if plan.processes > 1 else '')
     what = f'The longest row ({n} tokens)'
     if least > n:
         what, remedy = f'What may not be divided ({least} tokens)', 'lower batch_size or ' + remedy
-    raise ValueError(f'{what} needs {need/2**30:.2f} GiB{where} and {plan.free/2**30:.2f} are free: {remedy}'
-                     'train an adapter (lora_rank) or fewer parts, or share the weights out (sharding).')
+    raise ValueError(
+        f'{what} needs {need/2**30:.2f} GiB{where} and {plan.free/2**30:.2f} are free: {remedy}'
+                     'train an adapter (lora_rank) or fewer parts, or share the weights out '
+                     '(sharding).')
 
 @old_names(ARGUMENTS_RENAMED)
 def plan_memory(
@@ -341,7 +351,8 @@ def token_groups(
 )->list:            # lists of sample numbers, each sample once
     "Divide the samples of a step into groups that fit; a sample longer than that stands alone."
     numbers = list(numbers)
-    all_of_them = max((lengths[i] for i in numbers), default=0)*len(numbers) if padded else sum(lengths[i] for i in numbers)
+    all_of_them = max((lengths[i] for i in numbers),
+                      default=0)*len(numbers) if padded else sum(lengths[i] for i in numbers)
     if not tokens or all_of_them <= tokens: return [numbers] if numbers else []
     groups, size = [], 0
     numbers.sort(key=lambda i: lengths[i], reverse=True)

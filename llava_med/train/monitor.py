@@ -113,7 +113,8 @@ def write_losses(
     if more:
         write_csv(Path(folder)/'logs.csv',
                   [{k: r.get(k, '') for k in ('step', *more)} for r in rows])
-    checks = [{k: r[k] for k in ('step', 'epoch', 'samples', 'val_loss')} for r in rows if r.get('val_loss') not in (None, '')]
+    checks = [{k: r[k] for k in ('step', 'epoch', 'samples', 'val_loss')}
+              for r in rows if r.get('val_loss') not in (None, '')]
     if checks: write_csv(Path(folder)/'val_losses.csv', checks)
 
 def loss_figure(
@@ -147,7 +148,8 @@ def watch(
     def report(r):
         rows.append(r)
         if time.monotonic() - shown['at'] < seconds and len(rows) < r['steps']: return
-        speed = sum(x['tokens'] for x in rows[-20:])/max(1e-9, sum(x['seconds'] for x in rows[-20:]))
+        speed = sum(x['tokens']
+                    for x in rows[-20:])/max(1e-9, sum(x['seconds'] for x in rows[-20:]))
         fig = loss_figure(rows, f"step {r['step'] + 1} of {r['steps']}, {speed:,.0f} tokens/s")[0]
         if shown['handle']: shown['handle'].update(fig)
         else: shown['handle'] = display(fig, display_id=True)
@@ -169,7 +171,8 @@ class TensorBoard:
         if self.writer is None:
             from tensorboardX import SummaryWriter
             self.writer = SummaryWriter(str(self.folder), purge_step=r['step'], flush_secs=10)
-        facts = {'loss': r['loss'], 'lr': r['lr'], 'gradient norm': r['grad_norm'], 'tokens a second': r['tokens']/max(r['seconds'], 1e-9), 'epoch': r['epoch']}
+        facts = {'loss': r['loss'], 'lr': r['lr'], 'gradient norm': r['grad_norm'],
+                 'tokens a second': r['tokens']/max(r['seconds'], 1e-9), 'epoch': r['epoch']}
         if r.get('val_loss') not in (None, ''): facts['held loss'] = r['val_loss']
         for name, v in facts.items(): self.writer.add_scalar(name, v, r['step'])
         if r['step'] + 1 == r['steps']: self.writer.close()

@@ -23,7 +23,8 @@ def patch_targets(
     "Which thing has its centre in which cell of which patch."
     n = grid*cells
     out = np.zeros((n, n), int)
-    for x, y, label in marks: out[min(int(y*n), n - 1), min(int(x*n), n - 1)] = 1 + labels.index(label)
+    for x, y, label in marks:
+        out[min(int(y*n), n - 1), min(int(x*n), n - 1)] = 1 + labels.index(label)
     return out.reshape(grid, cells, grid, cells).transpose(0, 2, 1, 3).reshape(grid*grid, -1)
 
 class LookingLoss:
@@ -37,7 +38,8 @@ class LookingLoss:
         empty:float=.02, # weight of cells where nothing is
     ):
         self.head, self.patch, self.text = head, patch, text
-        self.weight = torch.ones(head.out_features//cells); self.weight[0] = empty   # on the CPU until used
+        # on the CPU until used
+        self.weight = torch.ones(head.out_features//cells); self.weight[0] = empty
 
     def __call__(
         self,
@@ -48,7 +50,8 @@ class LookingLoss:
         feats = tower(model)(batch['pixels']).last_hidden_state[:, 1:]
         picture, n = batch_loss(model, {**batch, 'features': feats})
         text, m = batch_loss(model, batch['text'])
-        seen = F.cross_entropy(self.head(feats).float().view(-1, len(self.weight)), batch['patches'].flatten(),
+        seen = F.cross_entropy(self.head(feats).float().view(-1, len(self.weight)),
+                               batch['patches'].flatten(),
                                self.weight.to(feats.device))
         self.parts = dict(picture=picture.item()/n, text=text.item()/m, patch=seen.item())
         return picture/n + self.text*text/m + self.patch*seen, 1
@@ -68,10 +71,13 @@ class WorldSet:
         tok, size = processor.tokenizer, processor.image_processor
         self.grid = size.crop_size['height']//processor.patch_size
         self.row, self.collate, rng = row, Collator(tok.pad_token_id), np.random.default_rng(seed)
-        self.rows = [dict(self._fill(self._row(tok, s, rng), row), number=i) for i, s in enumerate(scenes)]
+        self.rows = [dict(self._fill(self._row(tok, s, rng), row), number=i) for i,
+                     s in enumerate(scenes)]
         self.pixels = torch.from_numpy(np.stack([s['image'] for s in scenes])).permute(0, 3, 1, 2)
-        self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in (size.image_mean, size.image_std))
-        self.patches = torch.from_numpy(np.stack([patch_targets(s['marks'], labels, self.grid) for s in scenes]))
+        self.mean, self.std = (torch.tensor(x).view(3, 1, 1)
+                               for x in (size.image_mean, size.image_std))
+        self.patches = torch.from_numpy(
+            np.stack([patch_targets(s['marks'], labels, self.grid) for s in scenes]))
         self.rng = rng
         self.read(texts, tok)
 
@@ -111,7 +117,8 @@ class WorldSet:
         n = torch.tensor([s['number'] for s in samples])
         some = self.rng.integers(0, len(self.texts), int(len(samples)*self.share))
         text = self.collate([self._fill(self.texts[i], self.text_len) for i in some])
-        return {**self.collate(samples), 'pixels': self.view(n), 'patches': self.patches[n], 'text': text}
+        return {**self.collate(samples), 'pixels': self.view(n), 'patches': self.patches[n],
+                'text': text}
 
 # %% ../../nbs/04_train/12_patch_loss.ipynb #4bac4580
 @torch.no_grad()
@@ -125,7 +132,8 @@ def world_scores(
     was, tok, right = model.training, processor.tokenizer, {}
     model.eval()
     for s in scenes:
-        row = encode_questions(tok, [(q['question'], q['answer']) for q in s['questions']], model.config.image_seq_length)
+        row = encode_questions(tok, [(q['question'], q['answer']) for q in s['questions']],
+                               model.config.image_seq_length)
         image = np.full_like(s['image'], 128) if blank else s['image']
         px = processor.image_processor(image, return_tensors='pt')['pixel_values']
         batch = Collator(tok.pad_token_id, vision_features(model, px))([dict(row, image=0)])

@@ -25,8 +25,10 @@ def seen_samples(
         f'{stage.name}: no sample comes from {strange[0]!r}; sources are {sorted(set(sources))}.')
     out = []
     for name in sorted(set(sources)):
-        own, (times, part) = np.flatnonzero(sources == name), divmod(stage.mix.get(name, 1), 1)
-        out += [*np.tile(own, int(times)), *rng.choice(own, round(part*len(own)), replace=False)]
+        own = np.flatnonzero(sources == name)
+        times, part = divmod(stage.mix.get(name, 1), 1)
+        out += [*np.tile(own, int(times))]
+        out += [*rng.choice(own, round(part*len(own)), replace=False)]
     return np.array(out, int)
 
 # %% ../../nbs/04_train/04_samplers.ipynb #c65d2d3e
@@ -41,7 +43,7 @@ def length_grouped(
     seen = seen_samples(samples, stage, rng)
     return [seen[b] for b in length_batches(np.asarray(lengths)[seen], stage.batch_size, rng)]
 
-# %% ../../nbs/04_train/04_samplers.ipynb #330f423f
+# %% ../../nbs/04_train/04_samplers.ipynb #4c37ab03
 def _dealt(seen, sources, rng):
     "Numbers in an order in which each source is spread evenly."
     place = np.empty(len(seen))
@@ -50,6 +52,7 @@ def _dealt(seen, sources, rng):
         place[rng.permutation(own)] = (np.arange(len(own)) + rng.random())/len(own)
     return seen[np.argsort(place, kind='stable')]
 
+# %% ../../nbs/04_train/04_samplers.ipynb #330f423f
 @SAMPLERS.register()
 def mixture(
     samples:list,  # encoded
@@ -59,18 +62,21 @@ def mixture(
 )->list:           # arrays of sample numbers, one for each step
     "Batches that hold each source in the proportion of the epoch."
     seen = seen_samples(samples, stage, rng)
-    order = _dealt(seen, np.array([samples[j].get('source') or '' for j in seen]), rng)
+    sources = np.array([samples[j].get('source') or '' for j in seen])
+    order = _dealt(seen, sources, rng)
     n = stage.batch_size
     out = [order[i:i + n] for i in range(0, len(order), n)]
     return [out[i] for i in rng.permutation(len(out))]
 
-# %% ../../nbs/04_train/04_samplers.ipynb #f5885ebc
+# %% ../../nbs/04_train/04_samplers.ipynb #880496bc
 def group_keys(
     samples:list, # encoded; `group` says which belong together
 )->list:          # one key a sample; a sample without a group is its own
     "What belongs together."
-    return [('g', s['group']) if s.get('group') is not None else ('s', i)
-            for i, s in enumerate(samples)]
+    keys = []
+    for i, s in enumerate(samples):
+        keys.append(('s', i) if s.get('group') is None else ('g', s['group']))
+    return keys
 
 def _groups(seen, keys):
     "Numbers of the samples of each group."
@@ -78,6 +84,7 @@ def _groups(seen, keys):
     for j in seen: found.setdefault(keys[j], []).append(int(j))
     return list(found.values())
 
+# %% ../../nbs/04_train/04_samplers.ipynb #f5885ebc
 @SAMPLERS.register('pairs')
 def in_pairs(
     samples:list,  # encoded, with `group`
@@ -91,10 +98,12 @@ def in_pairs(
     groups = [groups[k] for k in seen_samples(first, stage, rng)]
     size = max(map(len, groups))
     if size > stage.batch_size: raise ValueError(
-        f'{stage.name}: a group has {size} samples and a batch {stage.batch_size}; raise batch_size.')
-    longest = [max(lengths[j] for j in g) for g in groups]
+        f'{stage.name}: a group has {size} samples and a batch {stage.batch_size}; raise '
+        f'batch_size.')
+    lengths = np.asarray(lengths)
+    longest = [lengths[g].max() for g in groups]
     batches = length_batches(longest, max(1, stage.batch_size//size), rng)
-    return [np.array([j for k in b for j in groups[k]]) for b in batches]
+    return [np.concatenate([groups[k] for k in b]) for b in batches]
 
 # %% ../../nbs/04_train/04_samplers.ipynb #4399bddc
 @SAMPLERS.register()

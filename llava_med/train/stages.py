@@ -189,7 +189,8 @@ def trainable_questions(
     left_out = dict(Counter(r for r in reasons if r))
     usable = {i['images'][0]: f for i, f, r in zip(items, files, reasons) if not r}
     if not usable:
-        raise ValueError(f'{folder}: none of {len(items)} questions can be trained on ({left_out}); '
+        raise ValueError(
+            f'{folder}: none of {len(items)} questions can be trained on ({left_out}); '
                          'name the folder of the pictures with images.')
     items = [i for i, r in zip(items, reasons) if not r]
     patients = sorted({item_cluster(i) for i in items})   # an image each, where no patient is named
@@ -253,7 +254,8 @@ def _renumbered(sample, new):
     return dict(sample,
                 image=[new[i] for i in image] if isinstance(image, (list, tuple)) else new[image])
 
-def _rows(samples, model, max_len): return pack_shared_prefixes(samples, image_token(model), max_len)
+def _rows(samples, model, max_len):
+    return pack_shared_prefixes(samples, image_token(model), max_len)
 
 def _row_kind(work, pack_by_image, samples):
     "Whether samples share images, and rows are packed: as wanted, where the gates pass."
@@ -298,7 +300,8 @@ def prepare(
     number = {n: i for i, n in enumerate(names)}
     val_rows = [_renumbered(h, [number[n] for n in others]) for h in val_rows]
     pack_by_image, packed = _row_kind(work, pack_by_image, samples)
-    rows, val_rows = (_rows(x, model, s.max_len) if pack_by_image else x for x in (samples, val_rows))
+    rows, val_rows = (_rows(x, model, s.max_len) if pack_by_image else x
+                      for x in (samples, val_rows))
     files = [images[n] if isinstance(images, dict) else images/n for n in names]
     features = cached_features(model, processor, files, outputs_dir()/'.features',
                                threads=work.step.params['threads'], bf16=work.bf16)
@@ -360,7 +363,8 @@ def run_stage(
         work.model, work.losses = train(
             work.model, train_set.rows, train_set.collate, work.stage, step.dir, step.seed,
             objective=work.objective,
-            lora_rank=s.lora_rank, lora_alpha=s.lora_alpha, max_tokens_per_microbatch=s.max_tokens_per_microbatch,
+            lora_rank=s.lora_rank, lora_alpha=s.lora_alpha,
+            max_tokens_per_microbatch=s.max_tokens_per_microbatch,
             gradient_checkpointing=s.gradient_checkpointing, nproc=s.nproc, sharding=s.sharding,
             threads=step.params['threads'], bf16=work.bf16, save_s=s.save_s,
             validation=Validation(val, patience=s.patience) if val else None)
