@@ -33,11 +33,11 @@ from .gates import exact_collate
 from .memory import Heap, MemoryPlan, attention_for
 from .objectives import CrossEntropy, as_objective, objective_name
 from .samplers import SAMPLERS, group_keys
-from llava_med.train.distributed import (COUNT_SUM, LOSS_SUM, Helpers, Job, TrainingError,
-                                         last_micro_batch, load_state,
-    micro_batches, prepare_job, rank_micro_batches, read_progress, save_state, step_shares,
-    step_sums,
-    trainable_parameters)
+from .distributed import (COUNT_SUM, LOSS_SUM, Helpers, Job, TrainingError,
+                                         last_micro_batch, load_state, micro_batches,
+                                         prepare_job, rank_micro_batches, read_progress,
+                                         save_state, step_shares, step_sums,
+                                         trainable_parameters)
 
 # %% ../../nbs/04_train/09_loop.ipynb #cd776fb4
 OPTIMIZERS, SCHEDULES = Registry('optimizer'), Registry('schedule')
@@ -47,7 +47,9 @@ def _risen(step, total, warmup):
     rise = max(1, round(total*warmup))
     return None if step < rise else min(1., (step - rise)/max(1, total - rise))
 
-def _rise(step, total, warmup): return (step + 1)/max(1, round(total*warmup))
+def _rise(step, total, warmup):
+    "Part of the peak learning rate during the warm-up."
+    return (step + 1)/max(1, round(total*warmup))
 
 # %% ../../nbs/04_train/09_loop.ipynb #5299f1f6
 @SCHEDULES.register('cosine')
@@ -628,7 +630,7 @@ def fit(
     seed:int=0,          # decides the order of samples
     checkpoint:Path=None, # folder of the state; remove it when the model is saved; None keeps none
     save_s:float=60.,    # seconds between checkpoints
-    objective=None,      # an Objective, its name or a function of model and batch; None: the stage's
+    objective=None,      # an Objective, its name or a function (model, batch); None: the stage's
     report:Callable=None, # called with each row of losses and further facts; may be a tuple of them
     cpu:bool=True,       # stay on the CPU even where there is a GPU
     extra:tuple=(),      # further modules that learn, such as a head that is thrown away
