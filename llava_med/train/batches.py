@@ -58,12 +58,13 @@ def length_batches(
         out += [part[j:j + batch_size] for j in range(0, len(part), batch_size)]
     return [out[i] for i in rng.permutation(len(out))]
 
-# %% ../../nbs/04_train/01_batches.ipynb #2c8c1e46
+# %% ../../nbs/04_train/01_batches.ipynb #d68521c3
 def _one_exchange(question, answer):
     "A question about an image and its answer, as chat messages."
     asked = [{'type': 'image'}, {'type': 'text', 'text': question}]
     return [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': answer}]
 
+# %% ../../nbs/04_train/01_batches.ipynb #2c8c1e46
 def _prefix_row(ids, labels, **more):
     "A row that holds a shared prefix only, as segment 0."
     n = len(ids)
@@ -367,7 +368,7 @@ def record_samples(
     max_len:int=2048,    # the end of a longer conversation is cut off, and said so
     skip:bool=False,     # leave out a conversation that max_len leaves no answer of, and say so
     split:bool=True,     # where a template asks for it, each answer becomes a sample; False refuses
-)->tuple:                # (encoded samples with the numbers of their pictures; picture names by number)
+)->tuple:                # encoded samples with numbers of images; names of images by number
     "Encode conversation records; a record that cannot be used is named in the ValueError."
     names, samples, mark = {}, [], image_mark(tokenizer)
     cut, several, long = 0, 0, []   # records that were cut, divided, or left out

@@ -53,7 +53,7 @@ def trainable_parameters(
 # %% ../../nbs/04_train/08_distributed.ipynb #3846f518
 def _lay_out(flat, params):
     "Views of one flat tensor in the shapes of the parameters."
-    sizes = [p.numel() for p in params]
+    sizes = list(map(torch.numel, params))
     return [f.view_as(p) for f, p in zip(flat.split(sizes), params)]
 
 def _rebuild(kind, config, adapter, weights, learn, own):
@@ -109,7 +109,7 @@ def _start_helpers(n, model, adapter, params, job):
     weights = {n: p.detach() for n, p in model.share_memory().named_parameters()}
     learn = {n for n, p in model.named_parameters() if p.requires_grad}
     shape = type(model), model.config, adapter, weights, learn, own_connector(model)
-    size, helpers = sum(p.numel() for p in params), []
+    size, helpers = sum(map(torch.numel, params)), []
     for _ in range(n):
         here, there = ctx.Pipe()
         flat = torch.zeros(size).share_memory_()
@@ -222,11 +222,13 @@ def step_shares(
     gathers:bool=False, # of a `batch` objective: whether it collects rows of all processes
 )->list:          # sample numbers of each process
     "Divide a step among processes; ValueError where a gathering objective has too few rows."
+    shares = [[] for _ in range(n)]
     if unit == 'group':
-        shares = [[] for _ in range(n)]
         for k, group in enumerate(_by_key(numbers, keys)): shares[k % n] += group
         return shares
-    if unit == 'batch' and not gathers: return [list(numbers)] + [[] for _ in range(n - 1)]
+    if unit == 'batch' and not gathers:
+        shares[0] = list(numbers)
+        return shares
     if unit == 'batch' and len(numbers) < n: raise ValueError(
         f'A batch of {len(numbers)} samples cannot be shared by {n} processes; leave out '
         'incomplete batches (drop_last=True), or raise batch_size.')
@@ -350,7 +352,7 @@ def read_progress(
     fingerprint:str,  # of what is about to be trained
     facts:dict={},    # names of its objective and sampler
 )->tuple:             # folder of the state, its progress; (None, None) where none belongs to it
-    "What a checkpoint knows, if it belongs to this stage and data; says what else it was made with."
+    "What a checkpoint knows, if it belongs to this stage and data; else a line may say why not."
     # stopped between two renames
     if not (path/'progress.json').exists(): path = path.with_name(f'.{path.name}.old')
     if not (path/'progress.json').exists(): return None, None

@@ -113,12 +113,14 @@ def apart(
     "Relative difference of two tensors."
     return float((one.double() - other.double()).norm()/other.double().norm().clamp(min=1e-12))
 
+def _flat(gradients):
+    "All gradients as one long vector."
+    return torch.cat([g.flatten() for g in gradients])
+
 def _apart(a, b):
     "Relative difference of two losses with their gradients."
     loss = abs(a[0] - b[0])/max(abs(a[0]), 1e-9)
-    size = torch.sqrt(sum(g.double().pow(2).sum() for g in a[1]))
-    gap = torch.sqrt(sum((x.double() - y.double()).pow(2).sum() for x, y in zip(a[1], b[1])))
-    return max(loss, float(gap/size.clamp(min=1e-12)))
+    return max(loss, apart(_flat(b[1]), _flat(a[1])))
 
 # %% ../../nbs/04_train/07_gates.ipynb #fddf9d27
 @torch.no_grad()

@@ -293,7 +293,7 @@ class Validation:
 def _val_loss(run):
     "Mean loss of the validation set."
     samples, unit = run.how.validation.samples, run.objective.unit
-    lengths, keys = [run.objective.length(s) for s in samples], group_keys(samples)
+    lengths, keys = list(map(run.objective.length, samples)), group_keys(samples)
     numbers, size = list(range(len(samples))), len(samples)
     if unit == 'batch': size = run.stage.batch_size   # such a loss depends on the batch
     tokens = run.tokens or (0 if unit == 'batch' else 16*max(lengths))
@@ -494,7 +494,7 @@ class _Backward:
         prompts = [self.samples[j] for j in self.plan[i][1]]
         made = self.objective.rollout(self.model, prompts, number)
         self.job.train()
-        lengths = [self.objective.length(s) for s in made]
+        lengths = list(map(self.objective.length, made))
         micro = self.rank_micro_batches(list(range(len(made))), lengths, group_keys(made),
                                         self.tokens)
         self.helpers.ask([])
@@ -607,7 +607,7 @@ class _Run(_Planned, _Saving, _Divided, _Built, _Step):
         collate = exact_collate(model, self.samples, collate, self.acc.num_processes == 1)
         self.given, self.collate = collate, partial(self.objective.collate, collate=collate)
         self.padded = getattr(collate, 'padded', True)
-        self.lengths = [self.objective.length(s) for s in self.samples]
+        self.lengths = list(map(self.objective.length, self.samples))
         self.keys = group_keys(self.samples)
         self.plan, self.done, self.rows, self.over = self._all_steps(), 0, [], False
         self._refuse()

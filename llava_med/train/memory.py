@@ -276,7 +276,7 @@ def _probe_rows(samples, length):
 
 # %% ../../nbs/04_train/06_memory.ipynb #418b1595
 def _line(measure, row, dense, room, layer):
-    "Tokens and bytes of the longest row, bytes of a pass and of a token: a line above all measured."
+    "Tokens and bytes of the longest row, bytes of a pass and of a token; no measurement is more."
     n, kept, peak = measure([row])
     # scored tokens are padded to 64: two rows may need no more logits than one
     many = min(4, int(room//max(1, peak)))

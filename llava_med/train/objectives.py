@@ -208,12 +208,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, counts):
         ctx.counts = counts
-        parts = [x.new_empty(n, *x.shape[1:]) for n in counts]
         most = max(counts)
         padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
         got = [torch.empty_like(padded) for _ in counts]
         torch.distributed.all_gather(got, padded.contiguous())
-        return torch.cat([g[:len(p)] for g, p in zip(got, parts)])
+        return torch.cat([g[:n] for g, n in zip(got, counts)])
 
     @staticmethod
     def backward(ctx, grad):

@@ -13,6 +13,10 @@ from .batches import length_batches
 # %% ../../nbs/04_train/04_samplers.ipynb #a5eb45fa
 SAMPLERS = Registry('sampler')
 
+def _sources(samples):
+    "Where each sample comes from; empty where it does not say."
+    return np.array([s.get('source') or '' for s in samples])
+
 def seen_samples(
     samples:list,  # encoded; `source` says where one comes from
     stage,         # a Stage; its `mix` says how often each source is seen, where it is not once
@@ -20,7 +24,7 @@ def seen_samples(
 )->np.ndarray:     # sample numbers
     "Numbers of the samples that an epoch sees; ValueError for a source that no sample has."
     if not stage.mix: return np.arange(len(samples))
-    sources = np.array([s.get('source') or '' for s in samples])
+    sources = _sources(samples)
     if strange := sorted(set(stage.mix) - set(sources)): raise ValueError(
         f'{stage.name}: no sample comes from {strange[0]!r}; sources are {sorted(set(sources))}.')
     out = []
@@ -53,6 +57,10 @@ def _dealt(seen, sources, rng):
     return seen[np.argsort(place, kind='stable')]
 
 # %% ../../nbs/04_train/04_samplers.ipynb #330f423f
+def _cut(order, n):
+    "Sample numbers in batches of at most `n`."
+    return [order[i:i + n] for i in range(0, len(order), n)]
+
 @SAMPLERS.register()
 def mixture(
     samples:list,  # encoded
@@ -62,10 +70,8 @@ def mixture(
 )->list:           # arrays of sample numbers, one for each step
     "Batches that hold each source in the proportion of the epoch."
     seen = seen_samples(samples, stage, rng)
-    sources = np.array([samples[j].get('source') or '' for j in seen])
-    order = _dealt(seen, sources, rng)
-    n = stage.batch_size
-    out = [order[i:i + n] for i in range(0, len(order), n)]
+    order = _dealt(seen, _sources(samples)[seen], rng)
+    out = _cut(order, stage.batch_size)
     return [out[i] for i in rng.permutation(len(out))]
 
 # %% ../../nbs/04_train/04_samplers.ipynb #880496bc
@@ -103,7 +109,9 @@ def in_pairs(
     lengths = np.asarray(lengths)
     longest = [lengths[g].max() for g in groups]
     batches = length_batches(longest, max(1, stage.batch_size//size), rng)
-    return [np.concatenate([groups[k] for k in b]) for b in batches]
+    out = []
+    for b in batches: out.append(np.concatenate([groups[k] for k in b]))
+    return out
 
 # %% ../../nbs/04_train/04_samplers.ipynb #4399bddc
 @SAMPLERS.register()
@@ -114,7 +122,6 @@ def rollout(
     rng:np.random.Generator, # of the epoch
 )->list:           # arrays of sample numbers, one for each step
     "Prompts in random order, for which the model makes the samples of the step itself."
-    seen, n = rng.permutation(seen_samples(samples, stage, rng)), stage.batch_size
-    return [seen[i:i + n] for i in range(0, len(seen), n)]
+    return _cut(rng.permutation(seen_samples(samples, stage, rng)), stage.batch_size)
 
 rollout.rolls = True   # the loop asks the objective for the samples of each step

@@ -38,7 +38,7 @@ class ImageFiles:
         threads:int=2, # that open files
     ):
         self.image_processor, self.threads = processor.image_processor, threads
-        self.paths = [str(p) for p in paths]
+        self.paths = list(map(str, paths))
 
     def __len__(self): return len(self.paths)
 
@@ -56,7 +56,7 @@ class ImageFiles:
             return torch.cat(list(pool.map(self._one, paths)))
 
     @property
-    def fingerprint(self): return [_file_fingerprint(p) for p in self.paths]
+    def fingerprint(self): return list(map(_file_fingerprint, self.paths))
 
 # %% ../../nbs/04_train/05_vision_cache.ipynb #592c4c4f
 class Features:
@@ -130,9 +130,9 @@ def _size(processor):
     size = getattr(processor.image_processor, 'crop_size', None) or processor.image_processor.size
     return size['height'], size['width']
 
-# %% ../../nbs/04_train/05_vision_cache.ipynb #5bb25d41
+# %% ../../nbs/04_train/05_vision_cache.ipynb #4d2e9554
 def _append(db, file, encode, new, n, size):
-    "Write rows of new contents behind the first `n`; yields (content, row) of what is in the table."
+    "Write rows of new contents behind the first `n`; yields the (content, row) that are done."
     with open(file, 'ab') as f:
         f.truncate(n*size)   # half a row of a stopped process
         for part, features in encode:
@@ -143,6 +143,7 @@ def _append(db, file, encode, new, n, size):
             with db: db.executemany('insert or replace into rows values (?, ?)', done)
             yield from done
 
+# %% ../../nbs/04_train/05_vision_cache.ipynb #9f948aa6
 def _encoded(model, pictures, batch_size, bf16):
     "(numbers of the images, their features), batch by batch."
     device = model.device.type
@@ -151,6 +152,7 @@ def _encoded(model, pictures, batch_size, bf16):
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             yield part, vision_features(model, pictures[part])
 
+# %% ../../nbs/04_train/05_vision_cache.ipynb #5bb25d41
 def _fill(db, file, model, processor, names, batch_size, threads, bf16):
     "Append the rows that lack; returns the row of each file and the shape of a row."
     shape = tuple(vision_features(model, torch.zeros(1, 3, *_size(processor))).shape[1:])
@@ -162,7 +164,8 @@ def _fill(db, file, model, processor, names, batch_size, threads, bf16):
     new = {}   # content → one file that has it
     for n in names:
         if found[n] not in rows: new[found[n]] = n
-    pictures, first = ImageFiles(processor, new.values(), threads), max(rows.values(), default=-1) + 1
+    pictures = ImageFiles(processor, new.values(), threads)
+    first = max(rows.values(), default=-1) + 1
     encode = _encoded(model, pictures, batch_size, bf16)
     rows |= dict(_append(db, file, encode, list(new.items()), first, size))
     return {p: rows[found[p]] for p in names}, shape
