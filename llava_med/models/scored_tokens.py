@@ -27,7 +27,7 @@ class _Kept:
         return whole.index_copy(0, self.at, x[0, :len(self.at)]).view(*self.shape, -1)
 
     def put(self, module, args, out):
-        "After a module: results in their places; a mixture of experts tells its router's choice, too."
+        "After a module: results in their places; of a mixture of experts the router's choice, too."
         return (self._back(out[0]), *out[1:]) if isinstance(out, tuple) else self._back(out)
 
 # %% ../../nbs/02_models/10_scored_tokens.ipynb #2ffaecac
