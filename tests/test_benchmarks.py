@@ -64,7 +64,7 @@ def test_rows_of_shared_pictures_pass_the_gates(toy, alone):
 
 def test_a_last_layer_on_all_tokens_is_the_same_step(toy, alone, monkeypatch):
     samples, features, _, pad = toy
-    monkeypatch.setattr(library, '_last_layer_on', lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(library, 'last_layer_at', lambda *args: contextlib.nullcontext())
     loss, grad = step([Collator(pad, features)(samples)])
     assert abs(loss - alone[0]) < 1e-5 and off(grad, alone[1]) < 1e-4
 

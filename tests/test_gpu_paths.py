@@ -34,7 +34,8 @@ from llava_med.train.distributed import Job
 from llava_med.train.launch import launch, train
 from llava_med.train.loop import Stage, fit
 from llava_med.train.memory import checkpointed, free_bytes, step_bytes
-from llava_med.train.packing import PackedCollator, layout, pack_rows
+from llava_med.models.segmented_attention import layout
+from llava_med.train.packing import PackedCollator, pack_rows
 from llava_med.train.stages import Settings, begin_stage
 
 TABLE = yaml.safe_load((REPO/'nbs/pipeline/gpu_paths.yaml').read_text(encoding='utf-8'))

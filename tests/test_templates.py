@@ -190,9 +190,15 @@ def learned_ids(model, processor, item):
 def test_training_and_asking_give_equal_ids(asked, pictures, monkeypatch, tmp_path, kind):
     model, processor = asked
     item, seen = ITEMS[kind], []
-    read, decode = answers.read_prefixes, answers.decode
+    read, decode = answers.read_prefixes, answers.decode_parts
     monkeypatch.setattr(answers, 'read_prefixes', lambda m, p, f: seen.append(list(p[0])) or read(m, p, f))
-    monkeypatch.setattr(answers, 'decode', lambda m, s, *a: seen[-1].extend(s[0][0]) or decode(m, s, *a))
+    def noted(model, parts, *more):
+        def each():
+            for suffixes, cache in parts:
+                seen[-1].extend(suffixes[0][0])
+                yield suffixes, cache
+        return decode(model, each(), *more)
+    monkeypatch.setattr(answers, 'decode_parts', noted)
     predict(model, processor, [item], pictures, tmp_path/'log.jsonl', 'toy', max_new_tokens=1)
     learned, _ = learned_ids(model, processor, item)
     assert seen == [learned]

@@ -7,28 +7,34 @@ __all__ = ['CHANGES', 'as_image', 'end_ids', 'plain_answer', 'slow_because', 'an
            'reply_losses']
 
 # %% ../../nbs/05_generate/02_answers.ipynb #f882d462
-import contextlib, ctypes, functools, hashlib, json
+import contextlib
+import ctypes
+import functools
+import hashlib
+import json
 from collections import defaultdict
+from itertools import chain, islice
 import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 from ..data.articles import open_image
 from ..models.anatomy import apart_because, base_of
 from .prefix_cache import (cache_gate, cache_rows, decode_parts, image_features,
-                                             padding_gate,
-                                             read_prefixes, reply_logprobs, split_ids)
+                                             padding_gate, read_prefixes, reply_logprobs,
+                                             split_ids)
 from ..models.matmul import in_fast_float32
 from ..models.exchange import chat_text, needs_bos, reply_ids, reply_text
-from ..models.templates import (
-    answer_ids, as_turns, chat, model_inputs, prompt_ids, prompt_texts)
+from ..models.templates import (answer_ids, as_turns, chat, model_inputs, prompt_ids,
+                                        prompt_texts)
 
-# %% ../../nbs/05_generate/02_answers.ipynb #59e984d4
+# %% ../../nbs/05_generate/02_answers.ipynb #2e13cb99
 def as_image(
     source,     # path of a picture, or a PIL image
 )->Image.Image: # RGB
     "A picture as RGB, DICOM included, or an error that names it."
     return source.convert('RGB') if isinstance(source, Image.Image) else open_image(source)
 
+# %% ../../nbs/05_generate/02_answers.ipynb #6e071c92
 def end_ids(
     model,     # LlavaForConditionalGeneration
     tokenizer, # its tokenizer
@@ -38,16 +44,22 @@ def end_ids(
     e = tokenizer.eos_token_id if e is None else e
     return set(e) if isinstance(e, (list, tuple)) else {e}
 
-def _as_refs(x): return () if x is None else tuple(x) if isinstance(x, (list, tuple)) else (x,)
+# %% ../../nbs/05_generate/02_answers.ipynb #7e02468e
+def _as_refs(x):
+    "The images of a prompt as a tuple."
+    if x is None: return ()
+    return tuple(x) if isinstance(x, (list, tuple)) else (x,)
 
 def _key(ref): return id(ref) if isinstance(ref, Image.Image) else str(ref)
 
 _SAID = set()
 
 def _say_once(text):
+    "Print a line the first time."
     if text not in _SAID: print(text, flush=True)
     _SAID.add(text)
 
+# %% ../../nbs/05_generate/02_answers.ipynb #59e984d4
 def _exact_batches(model, batches):
     "Batches as they are, or of one question each where padding would change the answers."
     batches = [b for b in batches if b]
@@ -55,8 +67,37 @@ def _exact_batches(model, batches):
     gate = padding_gate(model)
     if gate.passed: return batches
     _say_once(f'Questions are asked one by one, because {gate.why}.')
-    return [[i] for b in batches for i in b]
+    return [[i] for i in chain(*batches)]
 
+# %% ../../nbs/05_generate/02_answers.ipynb #66eaca00
+def _plain_batches(kinds, texts, size):
+    "Prompts in batches of one kind and of similar length."
+    batches = []
+    order = sorted(range(len(texts)), key=lambda i: (kinds[i], len(texts[i])))
+    for i in order:
+        full = not batches or len(batches[-1]) == size or kinds[batches[-1][0]] != kinds[i]
+        if full: batches.append([])
+        batches[-1].append(i)
+    return batches
+
+def _padded_inputs(model, processor, texts, refs, some):
+    "Some texts with their images as one batch, padded on the left."
+    own, images = [], []
+    for i in some:
+        own.append(texts[i])
+        images.append(list(map(as_image, refs[i])))
+    x = model_inputs(processor, own, images, padding=True, padding_side='left')
+    return x.to(model.device, model.dtype)
+
+def _plain_parts(model, processor, refs, prompts, batch_size):
+    "(numbers of prompts, their inputs), batch by batch."
+    texts = prompt_texts(processor, prompts, map(len, refs))
+    # of one kind: with as many images, and the beginning token written or not
+    kinds = [(len(r), needs_bos(processor.tokenizer, t)) for r, t in zip(refs, texts)]
+    for some in _exact_batches(model, _plain_batches(kinds, texts, batch_size)):
+        yield some, _padded_inputs(model, processor, texts, refs, some)
+
+# %% ../../nbs/05_generate/02_answers.ipynb #d69b8196
 @torch.inference_mode()
 def plain_answer(
     model,                 # any model of AutoModelForImageTextToText
@@ -67,21 +108,9 @@ def plain_answer(
     batch_size:int=64,     # questions decoded together
 )->list:                   # answers as text, in the order of the prompts
     "Greedy answers from `generate`, in left-padded batches of similar length."
-    refs, tok, out = [_as_refs(o) for o in images], processor.tokenizer, [None]*len(prompts)
-    texts = prompt_texts(processor, prompts, map(len, refs))
-    kinds = [(len(r), needs_bos(tok, t)) for r, t in zip(refs, texts)]
-    def kind(i): return kinds[i]
-    order, pad = sorted(range(len(texts)), key=lambda i: (kind(i), len(texts[i]))), tok.pad_token_id
-    batches = [[]]
-    for i in order:   # of one kind: with as many pictures, and the beginning token written or not
-        if batches[-1] and (len(batches[-1]) == batch_size or kind(batches[-1][0]) != kind(i)): batches.append([])
-        batches[-1].append(i)
-    ends = end_ids(model, tok)
-    for some in _exact_batches(model, batches):
-        pictures = [[as_image(o) for o in refs[i]] for i in some]
-        x = model_inputs(processor, [texts[i] for i in some], pictures, padding=True,
-                         padding_side='left')
-        x = x.to(model.device, model.dtype)
+    refs, tok, out = list(map(_as_refs, images)), processor.tokenizer, [None]*len(prompts)
+    pad, ends = tok.pad_token_id, end_ids(model, tok)
+    for some, x in _plain_parts(model, processor, refs, prompts, batch_size):
         ids = model.generate(**x, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
                              pad_token_id=tok.eos_token_id if pad is None else pad)
         for i, said in zip(some, ids[:, x['input_ids'].shape[1]:].tolist()):
@@ -89,13 +118,15 @@ def plain_answer(
             out[i] = tok.decode(said, skip_special_tokens=True).strip()
     return out
 
-# %% ../../nbs/05_generate/02_answers.ipynb #bc02e06d
+# %% ../../nbs/05_generate/02_answers.ipynb #293e771d
 CHANGES = dict(repetition_penalty=1., encoder_repetition_penalty=1., no_repeat_ngram_size=0,
-               encoder_no_repeat_ngram_size=0, min_length=0, min_new_tokens=0, num_beams=1, guidance_scale=1.,
-               bad_words_ids=None, force_words_ids=None, suppress_tokens=None, begin_suppress_tokens=None,
-               forced_bos_token_id=None, forced_eos_token_id=None, sequence_bias=None,
+               encoder_no_repeat_ngram_size=0, min_length=0, min_new_tokens=0, num_beams=1,
+               guidance_scale=1., bad_words_ids=None, force_words_ids=None, suppress_tokens=None,
+               begin_suppress_tokens=None, forced_bos_token_id=None, forced_eos_token_id=None,
+               sequence_bias=None,
                exponential_decay_length_penalty=None, stop_strings=None, watermarking_config=None)
 
+# %% ../../nbs/05_generate/02_answers.ipynb #bc02e06d
 def slow_because(
     model,    # any model
 )->str|None:  # a reason in words; None where pictures are read once
@@ -109,14 +140,15 @@ def slow_because(
     gate = cache_gate(model)
     return None if gate.passed else gate.why
 
-# %% ../../nbs/05_generate/02_answers.ipynb #cd9aa7b2
+# %% ../../nbs/05_generate/02_answers.ipynb #c6c9b2bb
 def _shards(refs, size):
-    "Places of the prompts, those of the same pictures together, in parts of at most `size` sets of pictures."
+    "Places of the prompts, those of the same images together, in parts of at most `size` images."
     users = defaultdict(list)
     for i, r in enumerate(refs): users[tuple(map(_key, r))].append(i)
     users = list(users.values())
-    for k in range(0, len(users), size): yield [i for u in users[k:k+size] for i in u]
+    for k in range(0, len(users), size): yield list(chain(*users[k:k + size]))
 
+# %% ../../nbs/05_generate/02_answers.ipynb #c132e6df
 def _pieces(rows, length, room, most):
     "Rows of one prefix, sorted by length, in pieces of at most `room` tokens and `most` questions."
     out, used = [], room + 1
@@ -128,6 +160,7 @@ def _pieces(rows, length, room, most):
         out[-1].append(r)
     return out
 
+# %% ../../nbs/05_generate/02_answers.ipynb #cd9aa7b2
 def _batches(groups, size, weight):
     "Groups in lists whose weights add up to `size` at most, or that hold one group."
     part, n = [], 0
@@ -139,35 +172,57 @@ def _batches(groups, size, weight):
         n += weight(g)
     if part: yield part
 
-# %% ../../nbs/05_generate/02_answers.ipynb #a3fb6d06
-def _walk(model, processor, refs, prompts, length, batch_size):
-    "Visit all prompts picture by picture: yields places in rows, their suffixes, and the cache of their prefixes."
-    asked = prompt_ids(processor, prompts, map(len, refs))
-    for shard in _shards(refs, batch_size):
-        distinct = {_key(r): r for i in shard for r in refs[i]}
-        feats = image_features(model, processor, [as_image(o) for o in distinct.values()]) if distinct else []
-        at, n = dict(zip(distinct, feats)), len(feats[0]) if distinct else 0
-        split = {i: split_ids(asked[i], model.config.image_token_id, n) for i in shard}
-        users = defaultdict(list)
-        for i in shard: users[split[i][0], tuple(map(_key, refs[i]))].append(i)
-        yield from _walk_shard(model, users, split, lambda i: [at[_key(r)] for r in refs[i]], length, batch_size)
+# %% ../../nbs/05_generate/02_answers.ipynb #8d70956c
+def _walk_group(model, group, split, feats_of, tokens, batch_size):
+    "Read prefixes of one length, and go through their questions in pieces."
+    prefixes = [split[g[0]][0] for g in group]
+    cache = read_prefixes(model, prefixes, [feats_of(g[0]) for g in group])
+    room, pieces = max(len(prefixes[0]), 128), []
+    for k, g in enumerate(group):
+        for p in _pieces(g, tokens, room, batch_size): pieces.append((p, k))
+    for part in _batches(pieces, batch_size, lambda o: len(o[0])):
+        rows, places = zip(*part)
+        # one row each: no copy
+        own = cache if len(pieces) == len(group) else cache_rows(cache, places)
+        suffixes = []
+        for r in rows: suffixes.append([split[i][1] for i in r])
+        yield rows, suffixes, own
 
 def _walk_shard(model, users, split, feats_of, length, batch_size):
+    "The same for all questions of a shard."
     def tokens(i): return length(i, split[i][1])
     by_length = defaultdict(list)
     for (prefix, _), rows in users.items(): by_length[len(prefix)].append(rows)
-    for n, groups in by_length.items():
+    for groups in by_length.values():
         groups.sort(key=lambda rows: sum(map(tokens, rows)))
         for group in _batches(groups, batch_size, len):
-            cache = read_prefixes(model, [split[g[0]][0] for g in group], [feats_of(g[0]) for g in group])
-            pieces = [(p, k) for k, g in enumerate(group) for p in _pieces(g, tokens, max(n, 128), batch_size)]
-            for part in _batches(pieces, batch_size, lambda o: len(o[0])):
-                rows, places = zip(*part)
-                own = cache if len(pieces) == len(group) else cache_rows(cache, places)   # one row each: no copy
-                yield rows, [[split[i][1] for i in r] for r in rows], own
+            yield from _walk_group(model, group, split, feats_of, tokens, batch_size)
+
+# %% ../../nbs/05_generate/02_answers.ipynb #a3fb6d06
+def _features_of(model, processor, refs, shard):
+    "Features of each image of a shard, by its key; and how many tokens an image has."
+    images = {}
+    for i in shard:
+        for r in refs[i]: images[_key(r)] = r
+    if not images: return {}, 0
+    feats = image_features(model, processor, list(map(as_image, images.values())))
+    return dict(zip(images, feats)), len(feats[0])
+
+def _walk(model, processor, refs, prompts, length, batch_size):
+    "Visit all prompts image by image: places in rows, their suffixes, the cache of their prefixes."
+    asked = prompt_ids(processor, prompts, map(len, refs))
+    for shard in _shards(refs, batch_size):
+        at, n = _features_of(model, processor, refs, shard)
+        split, users = {}, defaultdict(list)
+        for i in shard:
+            split[i] = split_ids(asked[i], model.config.image_token_id, n)
+            users[split[i][0], tuple(map(_key, refs[i]))].append(i)
+        def feats_of(i): return [at[_key(r)] for r in refs[i]]
+        yield from _walk_shard(model, users, split, feats_of, length, batch_size)
 
 # %% ../../nbs/05_generate/02_answers.ipynb #8805ba31
-_TRIM, _MMAP = -1, -3   # names of two settings in glibc: when the heap shrinks, and what is kept apart from it
+# names of two settings in glibc: when the heap shrinks, and what is kept apart from it
+_TRIM, _MMAP = -1, -3
 
 @functools.lru_cache
 def _heap():
@@ -186,86 +241,60 @@ def _kept_memory(most=2**31 - 1, apart=2**25):
         set_to(_TRIM, 2*apart)
         shrink(0)
 
+# %% ../../nbs/05_generate/02_answers.ipynb #a1c05472
+def _answer_fast(model, processor, refs, prompts, max_new_tokens, batch_size):
+    "Greedy answers of a model that reads each image once."
+    places, texts = [], [None]*len(prompts)
+    def length(i, suffix): return len(suffix)
+    def parts():
+        for rows, suffixes, cache in _walk(model, processor, refs, prompts, length, batch_size):
+            places.extend(chain(*rows))
+            yield suffixes, cache
+    said = decode_parts(model, parts(), end_ids(model, processor.tokenizer), max_new_tokens)
+    for i, ids in zip(places, chain(*chain(*said))):
+        texts[i] = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return texts
+
 # %% ../../nbs/05_generate/02_answers.ipynb #75236d08
 @in_fast_float32
 @_kept_memory()
 @torch.inference_mode()
 def answer(
-    model,                 # LlavaForConditionalGeneration, or any model of AutoModelForImageTextToText
+    model,                 # any model of AutoModelForImageTextToText; a LLaVA is fast
     processor,             # its processor
     images:list,           # for each prompt a path, a PIL image, a list of them, or None
     prompts:list,          # questions, or lists of turns
     max_new_tokens:int=24, # longest answer
     batch_size:int=64,     # questions decoded together
 )->list:                   # answers as text, in the order of the prompts
-    "Greedy answers, in batches; a picture is read once for all its questions where the model allows it."
-    refs, was_training, model = [_as_refs(o) for o in images], model.training, base_of(model)
+    "Greedy answers, in batches; an image is read once for all questions if the model allows it."
+    refs, was_training, model = list(map(_as_refs, images)), model.training, base_of(model)
     if len(refs) != len(prompts): raise ValueError(
         f'{len(prompts)} prompts came with {len(refs)} images; give one entry, or None, for each.')
-    keys = [(tuple(map(_key, r)), json.dumps(p)) for r, p in zip(refs, prompts)]
-    first, why = {}, slow_because(model)
-    for i, k in enumerate(keys): first.setdefault(k, i)
-    asked, texts = list(first.values()), {}
-    refs, prompts = [refs[i] for i in asked], [prompts[i] for i in asked]
+    first, keys = {}, []   # of equal questions about equal images the first is asked
+    for r, p in zip(refs, prompts):
+        keys.append((tuple(map(_key, r)), json.dumps(p)))
+        first.setdefault(keys[-1], (r, p))
+    refs, prompts = zip(*first.values()) if first else ((), ())
+    why, ask = slow_because(model), _answer_fast
+    if why:
+        _say_once(f'Every question reads its picture anew, by generate, because {why}.')
+        ask = plain_answer
     model.eval()
-    try:
-        if why:
-            _say_once(f'Every question reads its picture anew, by generate, because {why}.')
-            texts = dict(enumerate(plain_answer(model, processor, refs, prompts, max_new_tokens, batch_size)))
-        else:
-            ends = end_ids(model, processor.tokenizer)
-            places = []
-            def parts():
-                walk = _walk(model, processor, refs, prompts, lambda i, s: len(s), batch_size)
-                for rows, suffixes, cache in walk:
-                    places.extend(rows)
-                    yield suffixes, cache
-            said = decode_parts(model, parts(), ends, max_new_tokens)
-            for row, answers in zip(places, (a for part in said for a in part)):
-                for i, ids in zip(row, answers):
-                    text = processor.tokenizer.decode(ids, skip_special_tokens=True)
-                    texts[i] = text.strip()
+    try: texts = ask(model, processor, list(refs), list(prompts), max_new_tokens, batch_size)
     finally: model.train(was_training)
-    back = {k: j for j, k in enumerate(first)}
-    return [texts[back[k]] for k in keys]
+    back = dict(zip(first, texts))
+    return [back[k] for k in keys]
 
 # %% ../../nbs/05_generate/02_answers.ipynb #ba7ea122
-@in_fast_float32
-@_kept_memory()
-@torch.inference_mode()
-def option_logprobs(
-    model,             # LlavaForConditionalGeneration, or any model of AutoModelForImageTextToText
-    processor,         # its processor
-    images:list,       # for each prompt a path, a PIL image, a list of them, or None
-    prompts:list,      # questions, or lists of turns
-    options:list,      # for each prompt a list of replies
-    batch_size:int=64, # questions read together
-)->list:               # for each prompt a list of (log-probability in nats, tokens), one for each option
-    "How probable each option is as the reply, its end included."
-    refs, model = [_as_refs(o) for o in images], base_of(model)
-    replies = _option_ids(processor, prompts, map(len, refs), options)
-    out, one_by_one = [None]*len(prompts), slow_because(model) is not None
-    if one_by_one:
-        texts = prompt_texts(processor, prompts, map(len, refs))
-        for i, (r, text, rs) in enumerate(zip(refs, texts, replies)):
-            out[i] = [(_plain_logprob(model, processor, r, text, ids), len(ids)) for ids in rs]
-        return out
-    def length(i, suffix): return sum(len(suffix) + len(ids) for ids in replies[i])
-    for rows, suffixes, cache in _walk(model, processor, refs, prompts, length, batch_size):
-        got = reply_logprobs(model, [[(s, ids) for i, s in zip(r, ss) for ids in replies[i]] for r, ss in zip(rows, suffixes)], cache)
-        for places, sums in zip(rows, got):
-            sums = iter(sums)
-            for i in places: out[i] = [(next(sums), len(ids)) for ids in replies[i]]
-    return out
-
 def _option_ids(processor, prompts, counts, options):
     "For each prompt the ids of its options; equal prompts with equal options are read once."
-    keys = [(json.dumps(p), n, tuple(os)) for p, n, os in zip(prompts, counts, options)]
-    found = {}
-    for (_, n, os), p in zip(keys, prompts):
-        key = json.dumps(p), n, os
-        if key not in found: found[key] = _reply_ids(processor, p, n, os)
-    return [found[k] for k in keys]
+    found, out = {}, []
+    for p, n, os in zip(prompts, counts, options):
+        key = json.dumps(p), n, tuple(os)
+        if key not in found: found[key] = _reply_ids(processor, p, n, tuple(os))
+        out.append(found[key])
+    return out
 
 def _reply_ids(processor, prompt, n_images, replies):
     "Ids of replies as the template writes them after the prompt, as training reads them."
@@ -273,14 +302,56 @@ def _reply_ids(processor, prompt, n_images, replies):
     except ValueError as e: raise ValueError(
         f'The probability of an option cannot be told; ask this model in words. {e}') from None
 
+# %% ../../nbs/05_generate/02_answers.ipynb #0b0195db
 def _plain_logprob(model, processor, refs, text, ids):
-    x = model_inputs(processor, [text], [[as_image(o) for o in refs]]).to(model.device,
-                                                                              model.dtype)
+    "The log-probability of a reply, from one forward pass."
+    x = model_inputs(processor, [text], [list(map(as_image, refs))])
+    x = x.to(model.device, model.dtype)
     reply = torch.tensor([ids], device=model.device)
     for k in ('input_ids', 'attention_mask', 'token_type_ids', 'mm_token_type_ids'):
-        if k in x: x[k] = torch.cat([x[k], reply if k == 'input_ids' else torch.full_like(reply, k == 'attention_mask')], 1)
+        if k not in x: continue
+        more = reply if k == 'input_ids' else torch.full_like(reply, k == 'attention_mask')
+        x[k] = torch.cat([x[k], more], 1)
     logp = model(**x).logits[0, -len(ids)-1:-1].float().log_softmax(-1)
     return logp.gather(1, reply[0, :, None]).sum().item()
+
+def _plain_option_logprobs(model, processor, refs, prompts, replies):
+    "The same for all options, one forward pass each."
+    out, texts = [], prompt_texts(processor, prompts, map(len, refs))
+    for r, text, options in zip(refs, texts, replies):
+        sums = [_plain_logprob(model, processor, r, text, ids) for ids in options]
+        out.append(list(zip(sums, map(len, options))))
+    return out
+
+# %% ../../nbs/05_generate/02_answers.ipynb #d33e408f
+@in_fast_float32
+@_kept_memory()
+@torch.inference_mode()
+def option_logprobs(
+    model,             # any model of AutoModelForImageTextToText; a LLaVA is fast
+    processor,         # its processor
+    images:list,       # for each prompt a path, a PIL image, a list of them, or None
+    prompts:list,      # questions, or lists of turns
+    options:list,      # for each prompt a list of replies
+    batch_size:int=64, # questions read together
+)->list:               # for each prompt and option (log-probability in nats, tokens)
+    "How probable each option is as the reply, its end included."
+    refs, model = list(map(_as_refs, images)), base_of(model)
+    replies = _option_ids(processor, prompts, map(len, refs), options)
+    if slow_because(model) is not None:
+        return _plain_option_logprobs(model, processor, refs, prompts, replies)
+    out = [None]*len(prompts)
+    def length(i, suffix): return sum(len(suffix) + len(ids) for ids in replies[i])
+    for rows, suffixes, cache in _walk(model, processor, refs, prompts, length, batch_size):
+        asked = []
+        for places, own in zip(rows, suffixes):
+            row = []
+            for i, s in zip(places, own): row += [(s, ids) for ids in replies[i]]
+            asked.append(row)
+        sums = chain(*reply_logprobs(model, asked, cache))
+        for i in chain(*rows):
+            out[i] = list(zip(islice(sums, len(replies[i])), map(len, replies[i])))
+    return out
 
 # %% ../../nbs/05_generate/02_answers.ipynb #fb52caa0
 def short_hash(

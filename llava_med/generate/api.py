@@ -6,13 +6,16 @@
 __all__ = ['data_url', 'as_messages', 'Endpoint']
 
 # %% ../../nbs/05_generate/04_api.ipynb #951880c2
-import base64, io, json, os
+import base64
+import io
+import json
+import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
 import openai
 from .answers import _key, as_image, short_hash
 from ..models.templates import as_turns
 
-# %% ../../nbs/05_generate/04_api.ipynb #22914308
+# %% ../../nbs/05_generate/04_api.ipynb #f73b9c96
 def data_url(
     source,        # path of a picture, or a PIL image
     longest:int=0, # largest side in pixels; a larger picture is made smaller; 0 is no limit
@@ -23,26 +26,35 @@ def data_url(
     picture.save(buf, 'PNG')
     return 'data:image/png;base64,' + base64.b64encode(buf.getvalue()).decode()
 
+# %% ../../nbs/05_generate/04_api.ipynb #22914308
+def _part(part, urls):
+    "A part of a message; an image takes the next URL."
+    if part['type'] != 'image': return part
+    return {'type': 'image_url', 'image_url': {'url': urls.pop(0)}}
+
 def as_messages(
     prompt:str|list, # question, or turns
     urls:list,       # data URLs of its pictures, in order
 )->list:             # messages of the chat protocol
     "A prompt with its pictures as messages."
     urls, messages = list(urls), []
-    def part(c): return {'type': 'image_url', 'image_url': {'url': urls.pop(0)}} if c['type'] == 'image' else c
     for t in as_turns(prompt, len(urls)):
-        text = isinstance(t['content'], str) or t['role'] != 'user'
-        said = t['content'] if isinstance(t['content'], str) else ''.join(c['text'] for c in t['content']) if text else None
-        messages.append({'role': t['role'], 'content': said if text else [part(c) for c in t['content']]})
-    if urls: raise ValueError(f'{len(urls)} pictures are left over: the turns name fewer than were given.')
+        said = t['content']
+        if t['role'] == 'user' and not isinstance(said, str):
+            said = [_part(c, urls) for c in said]
+        elif not isinstance(said, str): said = ''.join(c['text'] for c in said)
+        messages.append({'role': t['role'], 'content': said})
+    if urls:
+        raise ValueError(f'{len(urls)} pictures are left over: the turns name fewer than were '
+                         'given.')
     return messages
 
 # %% ../../nbs/05_generate/04_api.ipynb #df3e60ae
-class Endpoint:
-    "A model behind an OpenAI-compatible server as a model under test."
+class _Server:
+    "A model on a server, and how it is asked."
     def __init__(self,
         model:str,            # name of the model on the server
-        base_url:str=None,    # such as http://localhost:8000/v1; None: OPENAI_BASE_URL of the environment
+        base_url:str=None,    # such as http://localhost:8000/v1; None: from OPENAI_BASE_URL
         concurrency:int=8,    # questions under way at once
         retries:int=4,        # further attempts when the server is busy or fails
         timeout:float=120.,   # seconds for one attempt
@@ -52,20 +64,15 @@ class Endpoint:
         key_name:str='OPENAI_API_KEY', # environment variable that holds the key
     ):
         self.model, self.concurrency, self.longest = model, concurrency, longest
-        self.request, self.version, self.key_name = {'temperature': 0, 'seed': 0, **(request or {})}, version, key_name
-        self.client = openai.OpenAI(base_url=base_url, api_key=os.environ.get(key_name) or 'none', max_retries=retries, timeout=timeout)
+        self.request = {'temperature': 0, 'seed': 0, **(request or {})}
+        self.version, self.key_name = version, key_name
+        self.client = openai.OpenAI(base_url=base_url, api_key=os.environ.get(key_name) or 'none',
+                                    max_retries=retries, timeout=timeout)
         self.settings = f'endpoint {json.dumps(self.request, sort_keys=True)} {longest}'
-    def fingerprint(self)->dict: # model_hash, processor_hash
-        "Hashes of the server's address and the model's name; the server has the processor."
-        return dict(model_hash=short_hash(self.client.base_url, self.model, self.version),
-                    processor_hash='endpoint')
-    def render(self,
-        prompt:str|list, # question, or turns
-        n_images:int,    # pictures before the question
-    )->str:
-        "The messages without their pictures."
-        turns = as_turns(prompt, n_images)
-        return json.dumps([[t['role'], t['content']] for t in turns], ensure_ascii=False)
+
+# %% ../../nbs/05_generate/04_api.ipynb #1bd5404c
+class _Asked(_Server):
+    "One question after the other."
     def reply(self,
         prompt:str|list, # question, or turns
         urls:list,       # data URLs of its pictures
@@ -73,44 +80,74 @@ class Endpoint:
     )->str:
         "One answer; a reply that holds none is an error."
         fields = {'max_tokens': max_new_tokens, **self.request}
-        got = self.client.chat.completions.create(model=self.model, messages=as_messages(prompt, urls),
-                                                  **{k: v for k, v in fields.items() if v is not None})
+        fields = {k: v for k, v in fields.items() if v is not None}
+        got = self.client.chat.completions.create(
+            model=self.model, messages=as_messages(prompt, urls), **fields)
         said = got.choices[0] if getattr(got, 'choices', None) else None
         text = (said.message.content or '').strip() if said else ''
-        if not text: raise ValueError(f'The server gave no answer (finish_reason {said and said.finish_reason!r}'
-                                      f'{", refusal: " + said.message.refusal if said and said.message.refusal else ""}).')
-        return text
+        if text: return text
+        why = f'finish_reason {said and said.finish_reason!r}'
+        if said and said.message.refusal: why += f', refusal: {said.message.refusal}'
+        raise ValueError(f'The server gave no answer ({why}).')
+
+    def _fields(self, prompt, images, urls, max_new_tokens):
+        "Fields of the log line of a question; an error that all would meet is raised."
+        try:
+            for r in images:
+                if _key(r) not in urls: urls[_key(r)] = data_url(r, self.longest)
+            shown = [urls[_key(r)] for r in images]
+            return dict(text=self.reply(prompt, shown, max_new_tokens))
+        except (openai.AuthenticationError, openai.PermissionDeniedError,
+                openai.NotFoundError) as e:
+            raise self._stop(e) from None
+        except openai.APITimeoutError as e: return dict(error=f'APITimeoutError: {e}')
+        except openai.APIConnectionError as e: raise self._stop(e) from None
+        except Exception as e: return dict(error=f'{type(e).__name__}: {e}')
+
+    def _stop(self, e):
+        "The error that ends an evaluation, with what to do."
+        remedy = f'is the key in {self.key_name} right?'
+        if type(e) is openai.NotFoundError: remedy = f'is there a model {self.model!r}?'
+        if type(e) is openai.APIConnectionError: remedy = 'is the server running?'
+        return ConnectionError(f'{self.client.base_url} does not serve this evaluation ({e}): '
+                               f'{remedy} What was answered is in the log; run it again to go '
+                               'on.')
+
+# %% ../../nbs/05_generate/04_api.ipynb #c7611f84
+class Endpoint(_Asked):
+    "A model behind an OpenAI-compatible server as a model under test."
+    def fingerprint(self)->dict: # model_hash, processor_hash
+        "Hashes of the server's address and the model's name; the server has the processor."
+        return dict(model_hash=short_hash(self.client.base_url, self.model, self.version),
+                    processor_hash='endpoint')
+
+    def render(self,
+        prompt:str|list, # question, or turns
+        n_images:int,    # pictures before the question
+    )->str:
+        "The messages without their pictures."
+        turns = as_turns(prompt, n_images)
+        return json.dumps([[t['role'], t['content']] for t in turns], ensure_ascii=False)
+
     def generate(self,
-        items:list, images:list, prompts:list, # of each question the item, what is shown, what is asked
+        items:list, images:list, prompts:list, # of each question the item, its images, its text
         max_new_tokens:int=24, # longest answer
         batch_size:int=64,     # of no effect; see `concurrency`
     ):                         # lists of (place, fields of the log line), as they become ready
         "Answers, or what went wrong."
         urls = {}
-        def ask(i):
-            try:
-                for r in images[i]:
-                    urls.get(_key(r)) or urls.__setitem__(_key(r), data_url(r, self.longest))
-                return dict(text=self.reply(prompts[i], [urls[_key(r)] for r in images[i]],
-                                            max_new_tokens))
-            except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as e: raise self._stop(e) from None
-            except openai.APITimeoutError as e: return dict(error=f'APITimeoutError: {e}')
-            except openai.APIConnectionError as e: raise self._stop(e) from None
-            except Exception as e: return dict(error=f'{type(e).__name__}: {e}')
+        def ask(i): return self._fields(prompts[i], images[i], urls, max_new_tokens)
         with ThreadPoolExecutor(self.concurrency) as pool:
             work = {pool.submit(ask, i): i for i in range(len(prompts))}
             try:
                 for w in as_completed(work): yield [(work[w], w.result())]
             finally: pool.shutdown(cancel_futures=True)
+
     def loglikelihood(self,
         images:list, prompts:list, # of each question what is shown, what is asked
         options:list,      # of each question a list of replies
         batch_size:int=64, # of no effect
     )->list:
         "Refused with a ValueError: the protocol tells no probability of a given reply."
-        raise ValueError(f'{self.client.base_url} cannot say how probable a given reply is; ask {self.model} in words.')
-    def _stop(self, e):
-        remedy = {openai.NotFoundError: f'is there a model {self.model!r}?', openai.APIConnectionError: 'is the server running?'}.get(
-            type(e), f'is the key in {self.key_name} right?')
-        return ConnectionError(f'{self.client.base_url} does not serve this evaluation ({e}): {remedy} '
-                               'What was answered is in the log; run it again to go on.')
+        raise ValueError(f'{self.client.base_url} cannot say how probable a given reply is; ask '
+                         f'{self.model} in words.')

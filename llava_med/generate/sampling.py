@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from ..core.registry import Registry
-from .answers import (
-    _as_refs, _exact_batches, _say_once, _walk, as_image, end_ids, slow_because)
+from .answers import (_as_refs, _plain_parts, _say_once, _walk, end_ids,
+                                        slow_because)
 from .prefix_cache import _Asked, first_tokens, further_tokens
 from ..models.anatomy import base_of, head
-from ..models.templates import model_inputs, needs_bos, prompt_texts
 
 # %% ../../nbs/05_generate/05_sampling.ipynb #dddfe106
 def draw(
@@ -37,7 +36,7 @@ def draw(
     at = torch.searchsorted(ends, numbers[:, None].double()*ends[:, -1:], right=True)
     return at.squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
-# %% ../../nbs/05_generate/05_sampling.ipynb #ab86f0cf
+# %% ../../nbs/05_generate/05_sampling.ipynb #688282bd
 PROCESSORS = Registry('logits processor')   # name → f(options) → f(ids so far, logits)
 
 @PROCESSORS.register()
@@ -52,6 +51,7 @@ def repetition_penalty(
         return logits.index_copy(0, at, torch.where(old < 0, old*penalty, old/penalty))
     return f
 
+# %% ../../nbs/05_generate/05_sampling.ipynb #3a8f1cd9
 @PROCESSORS.register()
 def no_repeat_ngram(
     size:int=3, # tokens in a row that may not occur twice
@@ -74,6 +74,7 @@ def ban(
         return logits.index_fill(-1, torch.tensor(ids, device=logits.device), float('-inf'))
     return f
 
+# %% ../../nbs/05_generate/05_sampling.ipynb #ab86f0cf
 def make_processors(
     chosen, # functions, or a dict from names in `PROCESSORS` to their options
 )->list:    # functions (ids of the answer so far, logits) → logits
@@ -88,7 +89,7 @@ def make_processors(
         made.append(make(**(options or {})))
     return made
 
-# %% ../../nbs/05_generate/05_sampling.ipynb #7b246ed1
+# %% ../../nbs/05_generate/05_sampling.ipynb #74fe532b
 @dataclass
 class _Drawn(_Asked):
     "An answer that is being drawn."
@@ -96,22 +97,31 @@ class _Drawn(_Asked):
     logprobs:list=field(default_factory=list)
     end:int=None                # the token that ended it
 
+# %% ../../nbs/05_generate/05_sampling.ipynb #7b246ed1
 @dataclass
 class _How:
     "How tokens are drawn, and what ends an answer."
-    ends:set; temperature:float; top_p:float; logprobs:bool; processors:list
+    ends:set
+    temperature:float
+    top_p:float
+    logprobs:bool
+    processors:list
     image:int=None   # the image token, which is never drawn
 
     def __call__(self, drawn, logits, own=None):
         "Append a token to each answer that goes on; `own`: the model's logits where they differ."
-        going = [k for k, q in enumerate(drawn) if not q.ended]
-        live, rows = [drawn[k] for k in going], logits[going].float()
+        going, live, numbers = [], [], []
+        for k, q in enumerate(drawn):
+            if q.ended: continue
+            going.append(k)
+            live.append(q)
+            numbers.append(q.numbers[len(q.ids)])
+        rows = logits[going].float()
         for f in self.processors: rows = torch.stack([f(q.ids, r) for q, r in zip(live, rows)])
         if self.temperature and self.image is not None: rows = ban([self.image])([], rows)
         if rows.isinf().all(-1).any():
             raise ValueError('The logits processors forbid every token; let one be said.')
-        numbers = torch.stack([q.numbers[len(q.ids)] for q in live])
-        tokens = draw(rows, numbers, self.temperature, self.top_p)
+        tokens = draw(rows, torch.stack(numbers), self.temperature, self.top_p)
         if self.logprobs:
             logp = (logits if own is None else own)[going].float().log_softmax(-1)
             said = logp.gather(1, tokens.to(logp.device)[:, None])[:, 0].tolist()
@@ -159,37 +169,24 @@ class _Pick(LogitsProcessor):
         out[at, tokens.to(scores.device)] = 0
         return out
 
-def _plain_batches(kinds, texts, size):
-    "Prompts in batches of one kind and of similar length."
-    batches = []
-    for i in sorted(range(len(texts)), key=lambda i: (kinds[i], len(texts[i]))):
-        full = not batches or len(batches[-1]) == size or kinds[batches[-1][0]] != kinds[i]
-        if full: batches.append([])
-        batches[-1].append(i)
-    return batches
-
+# %% ../../nbs/05_generate/05_sampling.ipynb #d4d07449
 def _draw_plain(model, processor, refs, prompts, drawn, pick, max_new_tokens, batch_size):
-    "Draw all answers with `generate`; each reads its picture anew."
+    "Draw all answers with `generate`; each reads its image anew."
     tok = processor.tokenizer
-    texts = prompt_texts(processor, prompts, map(len, refs))
-    kinds = [(len(r), needs_bos(tok, t)) for r, t in zip(refs, texts)]
     pad = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
-    for some in _exact_batches(model, _plain_batches(kinds, texts, batch_size)):
-        pictures = [[as_image(o) for o in refs[i]] for i in some]
-        x = model_inputs(processor, [texts[i] for i in some], pictures, padding=True,
-                         padding_side='left')
-        x = x.to(model.device, model.dtype)
+    for some, x in _plain_parts(model, processor, refs, prompts, batch_size):
         step = _Pick([drawn[i] for i in some], pick)
         # settings of generation may change the scores; the head says what the model itself thinks
-        hook = head(model).register_forward_hook(lambda m, given,
-                                                 out: setattr(step, 'own', out[:, -1]))
+        def keep(module, given, out, step=step): step.own = out[:, -1]
+        hook = head(model).register_forward_hook(keep)
         try:
             model.generate(**x, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
                            pad_token_id=pad, logits_processor=LogitsProcessorList([step]))
         finally: hook.remove()
 
-# %% ../../nbs/05_generate/05_sampling.ipynb #795ab49e
+# %% ../../nbs/05_generate/05_sampling.ipynb #49e8dd84
 def _checked_how(n, temperature, top_p, max_new_tokens):
+    "Raise ValueError for numbers that make no sense."
     if n < 1 or max_new_tokens < 1:
         raise ValueError(f'n = {n} and max_new_tokens = {max_new_tokens} must be 1 or more.')
     if not temperature >= 0:
@@ -197,10 +194,12 @@ def _checked_how(n, temperature, top_p, max_new_tokens):
     if not 0 < top_p <= 1: raise ValueError(f'top_p = {top_p} must be above 0 and at most 1.')
 
 def _as_answer(tokenizer, drawn, logprobs):
+    "What is known about a drawn answer."
     text = tokenizer.decode(drawn.ids, skip_special_tokens=True).strip()
     known = drawn.logprobs if logprobs else None
     return dict(text=text, ids=drawn.ids, logprobs=known, ended=drawn.ended, end=drawn.end)
 
+# %% ../../nbs/05_generate/05_sampling.ipynb #795ab49e
 @torch.inference_mode()
 def sample(
     model,                 # a LLaVA, or any model of AutoModelForImageTextToText
@@ -209,7 +208,7 @@ def sample(
     prompts:list,          # questions, or lists of turns
     n:int=1,               # answers to each prompt
     temperature:float=1.,  # divides the logits; 0 is greedy, as `answer`
-    top_p:float=1.,        # share of the probability that is kept, from the most probable token down
+    top_p:float=1.,        # share of the probability that is kept, most probable tokens first
     max_new_tokens:int=24, # longest answer
     logprobs:bool=False,   # give the log-probability of each token
     processors=(),         # functions (ids so far, logits) → logits, or a dict name → options
@@ -218,8 +217,9 @@ def sample(
 )->list:                   # for each prompt n dicts: text, ids, logprobs (nats), ended, end (id)
     "Draw answers; a picture is read once for all of them where the model allows it."
     _checked_how(n, temperature, top_p, max_new_tokens)
-    if len(images) != len(prompts): raise ValueError(
-        f'{len(prompts)} prompts came with {len(images)} images; give one entry, or None, for each.')
+    if len(images) != len(prompts):
+        raise ValueError(f'{len(prompts)} prompts came with {len(images)} images; give one entry, '
+                         'or None, for each.')
     was_training, model, tok = model.training, base_of(model), processor.tokenizer
     pick = _How(end_ids(model, tok), temperature, top_p, logprobs, make_processors(processors),
                 getattr(model.config, 'image_token_id', None))
@@ -234,5 +234,6 @@ def sample(
     run = _draw_plain if why else _draw_fast
     try: run(model, processor, refs, asked, drawn, pick, max_new_tokens, batch_size)
     finally: model.train(was_training)
-    said = [_as_answer(tok, q, logprobs) for q in drawn]
-    return [said[i:i + n] for i in range(0, len(said), n)]
+    out = [[] for _ in prompts]
+    for i, q in enumerate(drawn): out[i//n].append(_as_answer(tok, q, logprobs))
+    return out

@@ -7,26 +7,30 @@ __all__ = ['IGNORE', 'encode', 'length_batches', 'encode_questions', 'pack_share
            'embed', 'plain_attention', 'batch_loss', 'scored_logits', 'scored_hits', 'record_samples']
 
 # %% ../../nbs/04_train/01_batches.ipynb #7b1acec1
-import contextlib
 from dataclasses import dataclass
+from functools import partial
 import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from ..data.conversations import images_of, to_messages
-from ..models.anatomy import connector, decoder, decoder_layers, head, vision_features
+from ..models.anatomy import connector, decoder, head, vision_features
 from ..models.exchange import tokenizer_of
+from ..models.scored_tokens import last_layer_at
 from ..models.templates import encode_turns, exchanges, image_mark, sample_ids, slotted
 
-# %% ../../nbs/04_train/01_batches.ipynb #cd4151bf
+# %% ../../nbs/04_train/01_batches.ipynb #861c0c16
 IGNORE = -100   # label that the loss skips
 _UNSCORED = ('No token of this conversation is scored; it has no answer, or its answer lies beyond '
              'max_len: ')
 
 def _labelled(ids, scored):
-    return dict(input_ids=ids, labels=[i if s else IGNORE for i, s in zip(ids, scored)])
+    "A sample whose labels are its scored tokens."
+    labels = [i if s else IGNORE for i, s in zip(ids, scored)]
+    return dict(input_ids=ids, labels=labels)
 
+# %% ../../nbs/04_train/01_batches.ipynb #cd4151bf
 def encode(
     tokenizer,       # a fast one with a chat template, or a processor that has both
     messages:list,   # chat messages; content is text or a list of image and text parts
@@ -54,61 +58,79 @@ def length_batches(
         out += [part[j:j + batch_size] for j in range(0, len(part), batch_size)]
     return [out[i] for i in rng.permutation(len(out))]
 
+# %% ../../nbs/04_train/01_batches.ipynb #d68521c3
+def _one_exchange(question, answer):
+    "A question about an image and its answer, as chat messages."
+    asked = [{'type': 'image'}, {'type': 'text', 'text': question}]
+    return [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': answer}]
+
+# %% ../../nbs/04_train/01_batches.ipynb #2c8c1e46
+def _prefix_row(ids, labels, **more):
+    "A row that holds a shared prefix only, as segment 0."
+    n = len(ids)
+    return dict(input_ids=list(ids), labels=list(labels), positions=list(range(n)),
+                segments=[0]*n, **more)
+
+def _append(row, ids, labels, n, segment):
+    "Add what follows the first `n` tokens of a sample to a row, as a segment of its own."
+    row['input_ids'] += ids[n:]
+    row['labels'] += labels[n:]
+    row['positions'] += range(n, len(ids))
+    row['segments'] += [segment]*(len(ids) - n)
+
 # %% ../../nbs/04_train/01_batches.ipynb #95e9ceed
 def encode_questions(
     tokenizer,           # with a chat template
     pairs:list,          # (question, answer) of one picture
     image_tokens:int=64, # patches of the picture
     max_len:int=None,    # stop before the question that no longer fits
-)->dict:                 # input_ids, labels, positions, segments: lists; segment 0 is the shared picture
+)->dict:                 # lists input_ids, labels, positions, segments; 0 is the shared picture
     "One row in which every question sees the picture and itself only."
     image, row = image_mark(tokenizer), None
     for s, (q, a) in enumerate(pairs, 1):
-        e = encode(tokenizer, [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': q}]},
-                               {'role': 'assistant', 'content': a}], image_tokens)
-        n = len(e['input_ids']) - e['input_ids'][::-1].index(image)   # the prefix ends with the image
-        if row is None: row = dict(input_ids=e['input_ids'][:n], labels=e['labels'][:n],
-                                   positions=list(range(n)), segments=[0]*n)
-        k = len(e['input_ids']) - n
-        if max_len and len(row['input_ids']) + k > max_len: break
-        row['input_ids'] += e['input_ids'][n:]; row['labels'] += e['labels'][n:]
-        row['positions'] += range(n, n + k); row['segments'] += [s]*k
+        ids, labels = encode(tokenizer, _one_exchange(q, a), image_tokens).values()
+        n = len(ids) - ids[::-1].index(image)   # the prefix ends with the image
+        if row is None: row = _prefix_row(ids[:n], labels[:n])
+        if max_len and len(row['input_ids']) + len(ids) - n > max_len: break
+        _append(row, ids, labels, n, s)
     return row
+
+# %% ../../nbs/04_train/01_batches.ipynb #02e3755f
+def _prefix(sample, image_id):
+    "First tokens that a sample can share: up to its last image, if they predict nothing scored."
+    ids, labels = sample['input_ids'], sample['labels']
+    n = len(ids) - ids[::-1].index(image_id) if image_id in ids else 0
+    scored = any(l != IGNORE for l in labels[:n + 1])   # a second sample would not score them again
+    return 0 if scored else n
+
+def _source(record):
+    "Where a record comes from, if it says so."
+    return {'source': record['source']} if record.get('source') else {}
 
 # %% ../../nbs/04_train/01_batches.ipynb #ac4693b9
 def pack_shared_prefixes(
     samples:list, # encoded samples with the number of their picture, or a list of numbers
     image_id:int, # the token that stands for a patch
     max_len:int=None, # a row that would become longer is closed, and another begun
-)->list:          # rows with segments and positions, one for each picture; text-only samples stay alone
+)->list:          # rows with segments and positions; samples of text alone stay alone
     "Join the samples of the same pictures to one row in which they cannot see each other."
-    rows, at = [], {}
+    rows, open_rows = [], {}   # of all images; of each prefix the row that still takes samples
     for i, s in enumerate(samples):
-        n, k = _prefix(s, image_id), len(s['input_ids'])
-        key = (str(s.get('image')), s.get('source'), tuple(s['input_ids'][:n])) if n else i
-        if key not in at or max_len and len(rows[at[key]]['input_ids']) + k - n > max_len:
-            at[key] = len(rows)
-            rows.append(dict(input_ids=s['input_ids'][:n], labels=s['labels'][:n], segments=[0]*n,
-                             positions=list(range(n)), image=s.get('image'), **_source(s)))
-        row = rows[at[key]]
-        row['segments'] += [max(row['segments'], default=0) + 1]*(k - n)
-        row['input_ids'] += s['input_ids'][n:]; row['labels'] += s['labels'][n:]
-        row['positions'] += range(n, k)
+        ids, labels, n = s['input_ids'], s['labels'], _prefix(s, image_id)
+        key = (str(s.get('image')), s.get('source'), tuple(ids[:n])) if n else i
+        row = open_rows.get(key)
+        full = row and max_len and len(row['input_ids']) + len(ids) - n > max_len
+        if row is None or full:
+            row = _prefix_row(ids[:n], labels[:n], image=s.get('image'), **_source(s))
+            open_rows[key] = row
+            rows.append(row)
+        _append(row, ids, labels, n, max(row['segments'], default=0) + 1)
     return rows
-
-def _prefix(sample, image_id):
-    "How many first tokens a sample can share: up to its last image, if they predict nothing scored."
-    ids, labels = sample['input_ids'], sample['labels']
-    n = len(ids) - ids[::-1].index(image_id) if image_id in ids else 0
-    scored = any(l != IGNORE for l in labels[:n + 1])   # a second sample would not score them again
-    return 0 if scored else n
-
-def _source(record): return {k: record[k] for k in ('source',) if record.get(k)}
 
 # %% ../../nbs/04_train/01_batches.ipynb #77a738e8
 def segment_mask(
     segments:torch.Tensor, # (rows, length) integers: 0 shared, 1.. questions, -1 padding
-    blocks:torch.Tensor=None, # (rows, length) integers: which picture's block of a packed row; None: one block a row
+    blocks:torch.Tensor=None, # (rows, length) block of a packed row; None: one block a row
 )->torch.Tensor:           # (rows, 1, length, length) booleans, True where attention is allowed
     "Causal attention within a segment and to the shared prefix of its block."
     s = segments[:, :, None]; t = segments[:, None, :]
@@ -118,71 +140,90 @@ def segment_mask(
     if blocks is not None: seen &= blocks[:, :, None] == blocks[:, None, :]
     return (seen | torch.eye(n, dtype=torch.bool, device=segments.device))[:, None]
 
+# %% ../../nbs/04_train/01_batches.ipynb #a20b484c
+def _padded(samples, n, key, fill):
+    "One field of all samples as a tensor of rows of length `n`; what is not given counts 1."
+    rows = []
+    for s in samples:
+        values = list(s[key]) if key in s else [type(fill)(1)]*len(s['input_ids'])
+        rows.append(values + [fill]*(n - len(values)))
+    return torch.tensor(rows)
+
+def _image_numbers(samples):
+    "Numbers of the images of samples, in the order of the text."
+    numbers = []
+    for s in samples:
+        if s.get('image') is not None: numbers += np.atleast_1d(s['image']).tolist()
+    return numbers
+
 # %% ../../nbs/04_train/01_batches.ipynb #ac9aceb6
 @dataclass
 class Collator:
     "Joins encoded samples to a padded batch."
     pad_id:int     # token that fills up
-    features:torch.Tensor=None # (pictures, patches, width) of the frozen tower, or what the next chapter has instead
-    multiple:int=16 # lengths are rounded up to it: for every new shape a processor builds its kernels anew
+    features:torch.Tensor=None # (pictures, patches, width) of the frozen tower, or `ImageFiles`
+    multiple:int=16 # lengths are rounded up to it
 
     def __call__(
         self,
-        samples:list, # dicts with input_ids, labels; optional image (number, or a list of them in the order of the text), positions, segments, weights
-    )->dict:          # tensors input_ids, labels, attention_mask, positions, features or pixels, weights
+        samples:list, # dicts input_ids, labels; optional image, positions, segments, weights
+    )->dict:          # tensors input_ids, labels, attention_mask, positions, features, weights
         "Pad on the right; raises ValueError when a picture is asked for and no features are there."
         n = max(len(s['input_ids']) for s in samples)
         n += -n % self.multiple
-        def pad(key, fill): return torch.tensor([list(s[key]) + [fill]*(n - len(s[key])) for s in samples])
+        pad = partial(_padded, samples, n)
         batch = dict(input_ids=pad('input_ids', self.pad_id), labels=pad('labels', IGNORE))
-        if any('weights' in s for s in samples):
-            batch['weights'] = torch.tensor([s.get('weights', [1.]*len(s['labels'])) + [0.]*(n - len(s['labels'])) for s in samples])
+        if any('weights' in s for s in samples): batch['weights'] = pad('weights', 0.)
         if 'segments' in samples[0]:
             batch['attention_mask'] = segment_mask(pad('segments', -1))
             batch['positions'] = pad('positions', 0)
-        else:
-            batch['attention_mask'] = torch.tensor([[1]*(k := len(s['input_ids'])) + [0]*(n - k) for s in samples])
-        images = [i for s in samples if s.get('image') is not None for i in np.atleast_1d(s['image'])]
-        if images:
-            if self.features is None: raise ValueError('Samples name pictures, but the collator has no features.')
-            batch[getattr(self.features, 'kind', 'features')] = self.features[torch.tensor(images)]
+        else: batch['attention_mask'] = pad('attention_mask', 0)
+        images = _image_numbers(samples)
+        if not images: return batch
+        if self.features is None:
+            raise ValueError('Samples name pictures, but the collator has no features.')
+        kind = getattr(self.features, 'kind', 'features')   # or pixels
+        batch[kind] = self.features[torch.tensor(images)]
         return batch
 
-# %% ../../nbs/04_train/01_batches.ipynb #a0552bf5
+# %% ../../nbs/04_train/01_batches.ipynb #37efb23b
 def splice(
     model,      # a LlavaForConditionalGeneration
     ids:torch.Tensor,     # (rows, length) token ids
-    patches:torch.Tensor, # (..., width) projected patch vectors in reading order, as many as there are image tokens
+    patches:torch.Tensor, # (..., width) projected patch vectors, one for each image token
 )->torch.Tensor: # (rows, length, width) word and patch vectors
     "Word vectors with patch vectors in the place of image tokens; ValueError when counts differ."
     x, slots = model.get_input_embeddings()(ids), ids == model.config.image_token_id
     n = patches.numel()//x.shape[-1]
     if int(slots.sum()) != n:
-        raise ValueError(f'{int(slots.sum())} image tokens in the text for {n} patch vectors of pictures; '
-                         'each picture needs one <image>.')
+        raise ValueError(f'{int(slots.sum())} image tokens in the text for {n} patch vectors of '
+                         'pictures; each picture needs one <image>.')
     return x.masked_scatter(slots[..., None], patches.to(x))
 
+# %% ../../nbs/04_train/01_batches.ipynb #50adb152
 def embed(
     model,      # a LlavaForConditionalGeneration
     batch:dict, # from a `Collator`
 )->torch.Tensor: # (rows, length, width) word and patch vectors
-    "Word vectors with projected patches in the place of image tokens; ValueError when counts differ."
+    "Word vectors with projected patches in place of image tokens; ValueError when counts differ."
     ids, features = batch['input_ids'], batch.get('features')
-    if 'pixels' in batch: features = vision_features(model, batch['pixels'], graph=torch.is_grad_enabled())
+    if 'pixels' in batch:
+        features = vision_features(model, batch['pixels'], graph=torch.is_grad_enabled())
     if features is None: return model.get_input_embeddings()(ids)
     return splice(model, ids, connector(model)(features.to(model.dtype)))
 
+# %% ../../nbs/04_train/01_batches.ipynb #d46adb81
 def plain_attention(
     module,              # attention layer of the language model
     query, key, value,   # (rows, heads, length, width of a head)
-    attention_mask:torch.Tensor, # (rows, 1, length, length), added to the scores; None hides nothing
+    attention_mask:torch.Tensor, # (rows, 1, length, length), added to scores; None hides nothing
     scaling:float,       # of the scores
     dropout:float=0.,    # share of weights that are dropped
     **ignored,           # what other implementations need
 )->tuple:                # (rows, length, heads, width), None
-    "Attention in two products, in the number format of its inputs: transformers' eager one without copies in float32."
+    "Attention in two products, in the number format of its inputs, without copies in float32."
     groups = query.shape[1]//key.shape[1]
-    key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
+    if groups > 1: key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = (query*scaling) @ key.transpose(-1, -2)
     if attention_mask is not None: scores = scores + attention_mask.to(scores.dtype)
     weights = F.dropout(scores.softmax(-1), dropout, training=module.training)
@@ -191,70 +232,66 @@ def plain_attention(
 AttentionInterface.register('plain', plain_attention)
 AttentionMaskInterface.register('plain', eager_mask)
 
+# %% ../../nbs/04_train/01_batches.ipynb #fbfb0c5b
+def _mask(model, batch):
+    "The attention mask of a batch, as the model's attention takes it."
+    mask = batch.get('attention_mask')
+    if mask is None: mask = segment_mask(batch['segments'], batch['blocks'])
+    adds = model.config.text_config._attn_implementation in ('eager', 'plain')
+    if mask.dtype != torch.bool or not adds: return mask
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e9)
+
 def _hidden(model, batch):
     "Last hidden states of the language model over projected patches and words."
-    if 'layout' in batch and model.config.text_config._attn_implementation == 'segmented':   # see the chapter on packing
-        return decoder(model)(inputs_embeds=embed(model, batch), attention_mask=None,
-                              position_ids=batch['positions'],
-                                          use_cache=False, layout=batch['layout']).last_hidden_state
-    mask = batch['attention_mask'] if 'attention_mask' in batch else segment_mask(batch['segments'], batch['blocks'])
-    if mask.dtype == torch.bool and model.config.text_config._attn_implementation in ('eager', 'plain'):
-        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e9)  # these add their mask
-    return decoder(model)(
-        inputs_embeds=embed(model, batch), attention_mask=mask, position_ids=batch.get('positions'),
-        use_cache=False).last_hidden_state
+    x, more = embed(model, batch), {}
+    if 'layout' in batch and model.config.text_config._attn_implementation == 'segmented':
+        mask, more = None, dict(layout=batch['layout'])
+    else: mask = _mask(model, batch)
+    return decoder(model)(inputs_embeds=x, attention_mask=mask, use_cache=False,
+                          position_ids=batch.get('positions'), **more).last_hidden_state
 
-@contextlib.contextmanager
-def _last_layer_on(model, keep):
-    "For a while, queries and MLP of the last layer are computed where `keep` is True only: no later layer looks at the other tokens."
-    layer = decoder_layers(model)[-1]
-    attention, mlp = getattr(layer, 'self_attn', None), getattr(layer, 'mlp', None)
-    parts = [mlp, *(getattr(attention, n, None) for n in ('q_proj', 'o_proj'))]
-    again = getattr(layer, 'gradient_checkpointing', False) or getattr(layer, '_compiled_call_impl', None)   # computed later, or already translated
-    if again or None in parts: yield; return
-    at, shape = keep.flatten().nonzero()[:, 0], keep.shape
-    def take(module, args):
-        # few shapes, as in `Collator`
-        return F.pad(args[0].flatten(0, 1)[at], (0, 0, 0, -len(at) % 64))[None], *args[1:]
-    def back(x): return x.new_zeros(keep.numel(),
-                                    x.shape[-1]).index_copy(0, at, x[0, :len(at)]).view(*shape, -1)
-    def put(module, args, out):
-        # a mixture of experts tells its router's choice, too
-        return (back(out[0]), *out[1:]) if isinstance(out, tuple) else back(out)
-    hooks = [h for p in parts for h in (p.register_forward_pre_hook(take), p.register_forward_hook(put))]
-    try: yield
-    finally:
-        for h in hooks: h.remove()
+# %% ../../nbs/04_train/01_batches.ipynb #e8cc244f
+def _next_labels(batch):
+    "The label of the token that follows each token, and whether it is scored."
+    labels = F.pad(batch['labels'], (0, 1), value=IGNORE)[:, 1:]
+    return labels, labels != IGNORE
 
+def _next_weights(batch, keep):
+    "How much each scored token counts."
+    return F.pad(batch['weights'], (0, 1))[:, 1:][keep]
+
+# %% ../../nbs/04_train/01_batches.ipynb #a8a3c20c
 def batch_loss(
     model,      # a LlavaForConditionalGeneration
     batch:dict, # from a `Collator`
 )->tuple:       # (loss summed over scored tokens, number of scored tokens)
     "Cross-entropy of the scored tokens, summed; divide to get the mean."
-    labels = F.pad(batch['labels'], (0, 1), value=IGNORE)[:, 1:]
-    keep = labels != IGNORE
-    with _last_layer_on(model, keep): hidden, target = _hidden(model, batch)[keep], labels[keep]
-    n, more = len(target), -len(target) % 64   # few shapes, as in `Collator`
+    labels, keep = _next_labels(batch)
+    with last_layer_at(model, keep): hidden = _hidden(model, batch)[keep]
+    target, n = labels[keep], int(keep.sum())
+    more = -n % 64   # few shapes, as in `Collator`
     logits = head(model)(F.pad(hidden, (0, 0, 0, more))).float()
-    target, kind = F.pad(target, (0, more), value=IGNORE), 'none' if 'weights' in batch else 'sum'
+    target = F.pad(target, (0, more), value=IGNORE)
+    kind = 'none' if 'weights' in batch else 'sum'
     total = F.cross_entropy(logits, target, reduction=kind, ignore_index=IGNORE)
     if kind == 'sum': return total, n
-    weights = F.pad(batch['weights'], (0, 1))[:, 1:][keep]   # a token counts as much as its weight, in the sum and in the number
+    # a token counts as much as its weight, in the sum and in the number
+    weights = _next_weights(batch, keep)
     return (total[:n]*weights).sum(), weights.sum().item()
 
+# %% ../../nbs/04_train/01_batches.ipynb #5beb1dca
 def scored_logits(
     model,      # a LlavaForConditionalGeneration
     batch:dict, # from a `Collator` or `PackedCollator`
-)->tuple:       # (logits (n, vocabulary) in float32, right tokens (n,), what each counts (n,)); n scored tokens
+)->tuple:       # of n scored tokens: logits (n, vocabulary), right ones (n,), their weights (n,)
     "What the model says at each scored token; for losses that need more than a sum."
-    labels = F.pad(batch['labels'], (0, 1), value=IGNORE)[:, 1:]
-    keep = labels != IGNORE
+    labels, keep = _next_labels(batch)
     logits = head(model)(_hidden(model, batch)[keep]).float()
-    counts = F.pad(batch['weights'],
-                   (0, 1))[:, 1:][keep] if 'weights' in batch else torch.ones(len(logits),
-                                                                              device=logits.device)
+    if 'weights' in batch: counts = _next_weights(batch, keep)
+    else: counts = torch.ones(len(logits), device=logits.device)
     return logits, labels[keep], counts
 
+# %% ../../nbs/04_train/01_batches.ipynb #a0552bf5
 def scored_hits(
     model,      # a LlavaForConditionalGeneration
     batch:dict, # from a `Collator`
@@ -265,60 +302,26 @@ def scored_hits(
     return (guess == labels) | (labels == IGNORE)
 
 # %% ../../nbs/04_train/01_batches.ipynb #2122eea0
-def record_samples(
-    records:list,        # LLaVA-Med records: conversations; image (a name, or a list); source
-    tokenizer,           # a fast one with a chat template, or a processor that has both
-    image_tokens:int=64, # patches of a picture
-    max_len:int=2048,    # the end of a longer conversation is cut off, and said so
-    skip:bool=False,     # leave out a conversation that max_len leaves no answer of, and say so
-    split:bool=True,     # where a template asks for it, each answer becomes a sample; False refuses
-)->tuple:                # (encoded samples with the numbers of their pictures; picture names by number)
-    "Encode conversation records; a record that cannot be used is named in the ValueError."
-    names, samples, cut, mark, several, long = {}, [], 0, image_mark(tokenizer), 0, []
-    for at in range(0, len(records), 512):               # so many are cut into tokens together
-        some = records[at:at + 512]
-        talks = [_named(r, exchanges, tokenizer, to_messages(r)) for r in some]
-        for r, parts in zip(some, sample_ids(tokenizer_of(tokenizer), talks)):
-            try: encoded = _record_parts(r, parts, mark, image_tokens, max_len, split)
-            except ValueError as err:
-                long.append(r.get('id'))
-                alone = not skip or len(long) == len(records)
-                if alone or not _only_long(r, parts, mark, image_tokens, None, split):
-                    raise ValueError(f"Record '{r.get('id')}': {err}") from None
-                continue
-            numbers = [names.setdefault(n, len(names)) for n in images_of(r)]
-            for e in encoded:
-                shown = numbers[:e['input_ids'].count(mark)//image_tokens]
-                image = shown if len(shown) > 1 else next(iter(shown), None)
-                samples.append(dict(e, image=image, **_source(r)))
-            cut += len(encoded) < len(parts) or len(encoded[-1]['input_ids']) == max_len
-            several += len(parts) > 1
-    if cut: print(f'{cut} of {len(records)} conversations were cut at {max_len} tokens (max_len).')
-    if several: print(f'{several} of {len(records)} conversations became a sample for each answer: '
-                      'their chat template writes earlier turns otherwise than it asked for them.')
-    if long:
-        print(f'{len(long)} of {len(records)} conversations were left out, since no answer begins '
-              f'within '
-                   f'{max_len} tokens (max_len): '
-                   f'{", ".join(map(repr, long[:3]))}{" …" if len(long) > 3 else ""}.')
-    return samples, list(names)
-
-def _only_long(*args):
-    "Whether a record can be used without a limit of tokens."
-    try: return bool(_record_parts(*args))
-    except ValueError: return False
-
 def _named(record, f, *args):
     "What a function makes of a record; its ValueError names the record."
     try: return f(*args)
     except ValueError as err: raise ValueError(f"Record '{record.get('id')}': {err}") from None
 
+def _record_tokens(records, tokenizer, together=512):
+    "(record, token ids of its samples); so many records are cut into tokens together."
+    for at in range(0, len(records), together):
+        some = records[at:at + together]
+        talks = [_named(r, exchanges, tokenizer, to_messages(r)) for r in some]
+        yield from zip(some, sample_ids(tokenizer_of(tokenizer), talks))
+
+# %% ../../nbs/04_train/01_batches.ipynb #710b6b11
+_SEVERAL = ('its chat template writes earlier turns otherwise than it asked for them, so it would '
+            'be several samples, and this objective compares whole conversations; give it one '
+            'question, or another template.')
+
 def _record_parts(record, parts, mark, image_tokens, max_len, split):
     "The encoded samples of a record; those whose answer lies beyond `max_len` are left out."
-    if len(parts) > 1 and not split: raise ValueError(
-        'its chat template writes earlier turns otherwise than it asked for them, so it would be '
-        'several samples, and this objective compares whole conversations; give it one question, '
-        'or another template.')
+    if len(parts) > 1 and not split: raise ValueError(_SEVERAL)
     whole = [slotted(p, mark, image_tokens, max_len) for p in parts]
     scored = [p for p in whole if any(p[1])]
     if not scored: raise ValueError(_UNSCORED + str(to_messages(record))[:120])
@@ -329,4 +332,57 @@ def _record_parts(record, parts, mark, image_tokens, max_len, split):
 def _same_number(marks, images):
     if marks != images:
         raise ValueError(f'its text has {marks} <image> marks and it names {images} images; '
-                                         'each image needs one mark, in the same order.')
+                         'each image needs one mark, in the same order.')
+
+# %% ../../nbs/04_train/01_batches.ipynb #1b875deb
+def _with_images(encoded, numbers, mark, image_tokens, record):
+    "Samples with the numbers of the images that they show, and with their source."
+    out = []
+    for e in encoded:
+        shown = numbers[:e['input_ids'].count(mark)//image_tokens]
+        image = shown if len(shown) > 1 else next(iter(shown), None)
+        out.append(dict(e, image=image, **_source(record)))
+    return out
+
+def _say_changes(n, cut, several, long, max_len):
+    "Print how many of `n` conversations are not used as they stand."
+    if cut: print(f'{cut} of {n} conversations were cut at {max_len} tokens (max_len).')
+    if several:
+        print(f'{several} of {n} conversations became a sample for each answer: '
+              'their chat template writes earlier turns otherwise than it asked for them.')
+    if long:
+        some = ', '.join(map(repr, long[:3])) + (' …' if len(long) > 3 else '')
+        print(f'{len(long)} of {n} conversations were left out, since no answer begins within '
+              f'{max_len} tokens (max_len): {some}.')
+
+def _only_long(*args):
+    "Whether a record can be used without a limit of tokens."
+    try: return bool(_record_parts(*args))
+    except ValueError: return False
+
+# %% ../../nbs/04_train/01_batches.ipynb #720b0a3f
+def record_samples(
+    records:list,        # LLaVA-Med records: conversations; image (a name, or a list); source
+    tokenizer,           # a fast one with a chat template, or a processor that has both
+    image_tokens:int=64, # patches of a picture
+    max_len:int=2048,    # the end of a longer conversation is cut off, and said so
+    skip:bool=False,     # leave out a conversation that max_len leaves no answer of, and say so
+    split:bool=True,     # where a template asks for it, each answer becomes a sample; False refuses
+)->tuple:                # encoded samples with numbers of images; names of images by number
+    "Encode conversation records; a record that cannot be used is named in the ValueError."
+    names, samples, mark = {}, [], image_mark(tokenizer)
+    cut, several, long = 0, 0, []   # records that were cut, divided, or left out
+    for r, parts in _record_tokens(records, tokenizer):
+        try: encoded = _record_parts(r, parts, mark, image_tokens, max_len, split)
+        except ValueError as err:
+            long.append(r.get('id'))
+            alone = not skip or len(long) == len(records)
+            if alone or not _only_long(r, parts, mark, image_tokens, None, split):
+                raise ValueError(f"Record '{r.get('id')}': {err}") from None
+            continue
+        numbers = [names.setdefault(n, len(names)) for n in images_of(r)]
+        samples += _with_images(encoded, numbers, mark, image_tokens, r)
+        cut += len(encoded) < len(parts) or len(encoded[-1]['input_ids']) == max_len
+        several += len(parts) > 1
+    _say_changes(len(records), cut, several, long, max_len)
+    return samples, list(names)

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     get_state_dict, set_state_dict)
 from ..models.adapters import attach
 from .memory import Heap, token_groups
 
@@ -27,8 +28,9 @@ from ..models.anatomy import connector, decoder_layers, put_part, tower
 from ..models.connectors import own_connector
 from ..core.runs import writing
 
-# %% ../../nbs/04_train/08_distributed.ipynb #3846f518
-LOSS_SUM, COUNT_SUM = '\0loss', '\0count'   # what the sums of a step are called, beside an objective's own
+# %% ../../nbs/04_train/08_distributed.ipynb #41f0abfe
+# what the sums of a step are called, beside an objective's own
+LOSS_SUM, COUNT_SUM = '\0loss', '\0count'
 
 def step_sums(
     total:torch.Tensor, # summed loss of a micro-batch
@@ -36,8 +38,9 @@ def step_sums(
     logs:dict={},       # further sums
 )->Counter:             # name → number
     "The sums of a micro-batch; those of a step are their sum."
-    return Counter({LOSS_SUM: total.item(), COUNT_SUM: n}
-                   | {k: v.item() if hasattr(v, 'item') else v for k, v in logs.items()})
+    sums = Counter({LOSS_SUM: total.item(), COUNT_SUM: n})
+    for k, v in logs.items(): sums[k] = v.item() if hasattr(v, 'item') else v
+    return sums
 
 class TrainingError(RuntimeError): "The loss is no longer a number, or a helper is gone."
 
@@ -47,36 +50,23 @@ def trainable_parameters(
     "The parameters that learn."
     return [p for p in module.parameters() if p.requires_grad]
 
+# %% ../../nbs/04_train/08_distributed.ipynb #3846f518
 def _lay_out(flat, params):
     "Views of one flat tensor in the shapes of the parameters."
-    return [f.view_as(p) for f, p in zip(flat.split([p.numel() for p in params]), params)]
+    sizes = list(map(torch.numel, params))
+    return [f.view_as(p) for f, p in zip(flat.split(sizes), params)]
 
 def _rebuild(kind, config, adapter, weights, learn, own):
     "The model on weights that another process owns."
     model = kind(config)
     if own is not None: put_part(model, 'projector', own)
     if adapter: model = attach(model, adapter).get_base_model()
-    for n, p in model.named_parameters(): p.data = weights[n]; p.requires_grad_(n in learn)
+    for n, p in model.named_parameters():
+        p.data = weights[n]
+        p.requires_grad_(n in learn)
     return model
 
-def _help(conn, shape, flat):
-    "A helper's life: take sample numbers, leave the gradient of their summed loss in `flat`, answer with loss and count."
-    torch.set_num_threads(1)
-    try: samples, collate, loss, around, divide, bf16 = pickle.loads(conn.recv_bytes())
-    except Exception as e: conn.send(e); return   # such as a loss that only a notebook knows
-    model = _rebuild(*shape)
-    params = trainable_parameters(model)
-    for p, g in zip(params, _lay_out(flat, params)): p.grad = g   # backward adds to it in place
-    model.train()
-    heap = Heap()
-    with contextlib.suppress(EOFError, KeyboardInterrupt), around(model):
-        while (asked := conn.recv()) is not None:
-            flat.zero_()
-            groups = [[samples[j] for j in g] for g in divide(asked[0])]
-            try: conn.send(_share(model, loss, collate, groups, asked[1], bf16))
-            except Exception as e: conn.send(e)
-            heap.give_back()
-
+# %% ../../nbs/04_train/08_distributed.ipynb #7f742375
 def _share(model, loss, collate, groups, seed, bf16):
     "Gradients of a share of a step; its sums."
     torch.manual_seed(seed)
@@ -89,30 +79,75 @@ def _share(model, loss, collate, groups, seed, bf16):
         sums.update(step_sums(total, n, *logs))
     return sums
 
+def _help(conn, shape, flat):
+    "A helper's life: take sample numbers, leave their gradient in `flat`, answer with sums."
+    torch.set_num_threads(1)
+    try: samples, collate, loss, around, divide, bf16 = pickle.loads(conn.recv_bytes())
+    except Exception as e:   # such as a loss that only a notebook knows
+        conn.send(e)
+        return
+    model = _rebuild(*shape)
+    params = trainable_parameters(model)
+    for p, g in zip(params, _lay_out(flat, params)): p.grad = g   # backward adds to it in place
+    model.train()
+    heap = Heap()
+    with contextlib.suppress(EOFError, KeyboardInterrupt), around(model):
+        while (asked := conn.recv()) is not None:
+            flat.zero_()
+            groups = []
+            for numbers in divide(asked[0]): groups.append([samples[j] for j in numbers])
+            try: conn.send(_share(model, loss, collate, groups, asked[1], bf16))
+            except Exception as e: conn.send(e)
+            heap.give_back()
+
+# %% ../../nbs/04_train/08_distributed.ipynb #27911ecb
 _GONE = 'A helper process ended by itself, perhaps for want of memory; run again with threads=1.'
 
-class Helpers:
-    "Processes beside this one; use it in a `with` block."
+def _start_helpers(n, model, adapter, params, job):
+    "Start processes; for each (process, connection, views of its gradients)."
+    ctx, job = torch.multiprocessing.get_context('spawn'), pickle.dumps(job)   # by value
+    weights = {n: p.detach() for n, p in model.share_memory().named_parameters()}
+    learn = {n for n, p in model.named_parameters() if p.requires_grad}
+    shape = type(model), model.config, adapter, weights, learn, own_connector(model)
+    size, helpers = sum(map(torch.numel, params)), []
+    for _ in range(n):
+        here, there = ctx.Pipe()
+        flat = torch.zeros(size).share_memory_()
+        p = ctx.Process(target=_help, args=(there, shape, flat), daemon=True)
+        p.start()
+        there.close()
+        helpers.append((p, here, _lay_out(flat, params)))
+        with contextlib.suppress(ConnectionError): here.send_bytes(job)
+    return helpers
+
+# %% ../../nbs/04_train/08_distributed.ipynb #a873ea22
+class _Started:
+    "Processes that are ended with the block."
     def __init__(
         self,
         n:int,     # helpers
         model,     # its weights are shared
         adapter,   # its `peft` configuration; None: no adapter
-        *job,      # samples, collate, loss, context manager around a model, function that divides a share into groups, bf16
+        *job,      # samples, collate, loss, context around a model, division into groups, bf16
     ):
-        self.params, self.helpers = trainable_parameters(model), []
-        if not n: return
-        ctx, job = torch.multiprocessing.get_context('spawn'), pickle.dumps(job)   # by value; only weights and gradients are shared
-        weights = {n: p.detach() for n, p in model.share_memory().named_parameters()}
-        learn = {n for n, p in model.named_parameters() if p.requires_grad}
-        shape = type(model), model.config, adapter, weights, learn, own_connector(model)
-        for _ in range(n):
-            (here, there), flat = ctx.Pipe(), torch.zeros(sum(p.numel() for p in self.params)).share_memory_()
-            p = ctx.Process(target=_help, args=(there, shape, flat), daemon=True)
-            p.start(); there.close()
-            self.helpers.append((p, here, _lay_out(flat, self.params)))
-            with contextlib.suppress(ConnectionError): here.send_bytes(job)
+        self.params = trainable_parameters(model)
+        self.helpers = _start_helpers(n, model, adapter, self.params, job) if n else []
 
+    def __enter__(self):
+        self.threads = torch.get_num_threads()
+        if self.helpers: torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, *_):
+        torch.set_num_threads(self.threads)
+        for p, conn, _ in self.helpers:
+            conn.close()
+            p.terminate()
+            p.join()
+
+# %% ../../nbs/04_train/08_distributed.ipynb #b510a696
+class Helpers(_Started):
+    "Processes beside this one; use it in a `with` block."
     def ask(
         self,
         shares:list, # sample numbers for each helper
@@ -121,8 +156,9 @@ class Helpers:
         "Give each helper its sample numbers; those without any rest."
         self.asked = [h for h, s in zip(self.helpers, shares) if len(s)]
         for k, ((_, conn, _), s) in enumerate(zip(self.helpers, shares), 1):
-            if len(s):
-                with contextlib.suppress(ConnectionError): conn.send((s, seed + k))   # why one is gone is read in `add`
+            if not len(s): continue
+            with contextlib.suppress(ConnectionError):   # `add` says why one is gone
+                conn.send((s, seed + k))
 
     def add(
         self,
@@ -133,25 +169,17 @@ class Helpers:
             try: got = conn.recv()
             except (EOFError, ConnectionError): raise TrainingError(_GONE) from None
             if isinstance(got, Exception): raise got
-            for w, g in zip(self.params, grads): w.grad = g.clone() if w.grad is None else w.grad.add_(g)
+            for w, g in zip(self.params, grads):
+                w.grad = g.clone() if w.grad is None else w.grad.add_(g)
             sums.update(got)
         return sums
 
-    def __enter__(self):
-        self.threads = torch.get_num_threads()
-        if self.helpers: torch.set_num_threads(1)
-        return self
-
-    def __exit__(self, *_):
-        torch.set_num_threads(self.threads)
-        for p, conn, _ in self.helpers: conn.close(); p.terminate(); p.join()
-
-# %% ../../nbs/04_train/08_distributed.ipynb #1924d978
+# %% ../../nbs/04_train/08_distributed.ipynb #00749f5d
 def _tokens(numbers, lengths, padded):
     "What samples cost when they pass at once."
-    if not len(numbers): return 0
-    return max(lengths[j] for j in numbers)*len(numbers) if padded else sum(lengths[j]
-                                                                            for j in numbers)
+    sizes = [lengths[j] for j in numbers]
+    if padded: return max(sizes, default=0)*len(sizes)
+    return sum(sizes)
 
 def _by_key(numbers, keys):
     "Numbers of the samples that belong together."
@@ -159,6 +187,7 @@ def _by_key(numbers, keys):
     for j in numbers: found.setdefault(keys[j], []).append(j)
     return list(found.values())
 
+# %% ../../nbs/04_train/08_distributed.ipynb #337f4611
 def micro_batches(
     numbers,      # sample numbers of a share
     lengths,      # tokens of each sample, by number
@@ -178,11 +207,13 @@ def micro_batches(
         f'A {unit} of this objective has {largest:,} tokens and may not be divided, '
         f'but only {tokens:,} fit in memory at once: lower batch_size or max_len.')
     out = []
-    for u in sorted(units, key=lambda u: max(lengths[j] for j in u), reverse=True):
+    units.sort(key=lambda u: max(lengths[j] for j in u), reverse=True)
+    for u in units:
         if out and _tokens(out[-1] + u, lengths, padded) <= tokens: out[-1] += u
         else: out.append(u)
     return out
 
+# %% ../../nbs/04_train/08_distributed.ipynb #788435a8
 def step_shares(
     numbers,      # sample numbers of a step
     n:int,        # processes
@@ -190,16 +221,20 @@ def step_shares(
     keys=None,    # by sample number, for the unit `group`
     gathers:bool=False, # of a `batch` objective: whether it collects rows of all processes
 )->list:          # sample numbers of each process
-    "Divide a step among processes; ValueError where a gathering objective has fewer rows than that."
+    "Divide a step among processes; ValueError where a gathering objective has too few rows."
+    shares = [[] for _ in range(n)]
     if unit == 'group':
-        groups = _by_key(numbers, keys)
-        return [[j for g in groups[k::n] for j in g] for k in range(n)]
-    if unit == 'batch' and not gathers: return [list(numbers)] + [[] for _ in range(n - 1)]
+        for k, group in enumerate(_by_key(numbers, keys)): shares[k % n] += group
+        return shares
+    if unit == 'batch' and not gathers:
+        shares[0] = list(numbers)
+        return shares
     if unit == 'batch' and len(numbers) < n: raise ValueError(
         f'A batch of {len(numbers)} samples cannot be shared by {n} processes; leave out '
         'incomplete batches (drop_last=True), or raise batch_size.')
     return [numbers[k::n] for k in range(n)]
 
+# %% ../../nbs/04_train/08_distributed.ipynb #1924d978
 def rank_micro_batches(
     numbers,      # sample numbers of a step
     lengths,      # tokens of each sample, by number
@@ -213,11 +248,13 @@ def rank_micro_batches(
     "Divide a step among processes and micro-batches; all processes get equally many."
     shares = step_shares(numbers, world, unit, keys, gathers)
     groups = [micro_batches(s, lengths, tokens, padded, unit, keys) for s in shares]
-    most = max(map(len, groups))
-    turns = [[(g, True) for g in own] for own in groups]
-    return [t + [((g or groups[0])[0], False)]*(most - len(t)) for t, g in zip(turns, groups)]
+    most, turns = max(map(len, groups)), []
+    for own in groups:
+        idle = (own or groups[0])[0], False
+        turns.append([(g, True) for g in own] + [idle]*(most - len(own)))
+    return turns
 
-# %% ../../nbs/04_train/08_distributed.ipynb #b9dd73f9
+# %% ../../nbs/04_train/08_distributed.ipynb #a66fb847
 class Job(nn.Module):
     "Model and loss as one module."
     def __init__(
@@ -244,15 +281,17 @@ class Job(nn.Module):
         total = total + sum(0*p.sum() for p in unused)
         return (total, n, logs) if counts else (total*0, 0, dict.fromkeys(logs, 0.))
 
+# %% ../../nbs/04_train/08_distributed.ipynb #1d3e7152
 SHARDINGS = ('none', 'fsdp')
 
 def prepare_job(
     job:Job,            # on its device
     acc,                # an accelerate Accelerator
-    sharding:str='none', # none: each process holds all weights; fsdp: weights, gradients and moments are shared out
+    sharding:str='none', # none: each process holds all weights; fsdp: weights are shared out
 ):                      # the module to call
     "Prepare a job for the processes that there are."
-    if sharding not in SHARDINGS: raise ValueError(f"sharding is '{sharding}'; known: {', '.join(SHARDINGS)}.")
+    if sharding not in SHARDINGS:
+        raise ValueError(f"sharding is '{sharding}'; known: {', '.join(SHARDINGS)}.")
     if acc.num_processes == 1: return job
     if sharding == 'none': return acc.prepare(job)
     from torch.distributed.device_mesh import init_device_mesh
@@ -261,6 +300,7 @@ def prepare_job(
     for layer in decoder_layers(job.model): fully_shard(layer, mesh=mesh)
     return fully_shard(job, mesh=mesh)
 
+# %% ../../nbs/04_train/08_distributed.ipynb #b9dd73f9
 @contextlib.contextmanager
 def last_micro_batch(
     job,       # from `prepare_job`
@@ -268,9 +308,10 @@ def last_micro_batch(
 ):
     "Processes exchange gradients once a step, after its last turn."
     if hasattr(job, 'set_requires_gradient_sync'): job.set_requires_gradient_sync(last)
-    with job.no_sync() if not last and hasattr(job, 'no_sync') else contextlib.nullcontext(): yield
+    wait = not last and hasattr(job, 'no_sync')
+    with job.no_sync() if wait else contextlib.nullcontext(): yield
 
-# %% ../../nbs/04_train/08_distributed.ipynb #037f0fa7
+# %% ../../nbs/04_train/08_distributed.ipynb #7736bb05
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 def _with_process(acc): return dict(no_dist=acc.num_processes == 1)
@@ -288,25 +329,32 @@ def save_state(
     try:
         with writing(path), warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            if acc.is_main_process: shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
+            if acc.is_main_process:
+                shutil.rmtree(tmp, ignore_errors=True)
+                tmp.mkdir(parents=True)
             acc.wait_for_everyone()
-            dcp.save(dict(model=model_state, opt=opt_state, more=more), checkpoint_id=tmp, **_with_process(acc))
+            dcp.save(dict(model=model_state, opt=opt_state, more=more), checkpoint_id=tmp,
+                     **_with_process(acc))
             if acc.is_main_process:
                 (tmp/'progress.json').write_text(json.dumps(progress))
-                if path.exists(): shutil.rmtree(old, ignore_errors=True); os.replace(path, old)
+                if path.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                    os.replace(path, old)
                 os.replace(tmp, path)
     finally:
         if acc.is_main_process: shutil.rmtree(tmp, ignore_errors=True)
     if acc.is_main_process: shutil.rmtree(old, ignore_errors=True)
     acc.wait_for_everyone()
 
+# %% ../../nbs/04_train/08_distributed.ipynb #07d667ad
 def read_progress(
     path:Path,        # the folder
     fingerprint:str,  # of what is about to be trained
     facts:dict={},    # names of its objective and sampler
-)->tuple:             # the folder that holds the state, its progress; (None, None) where none belongs to it
-    "What a checkpoint knows, if it belongs to this very stage and data; says so where it has another objective or sampler."
-    if not (path/'progress.json').exists(): path = path.with_name(f'.{path.name}.old')   # stopped between two renames
+)->tuple:             # folder of the state, its progress; (None, None) where none belongs to it
+    "What a checkpoint knows, if it belongs to this stage and data; else a line may say why not."
+    # stopped between two renames
+    if not (path/'progress.json').exists(): path = path.with_name(f'.{path.name}.old')
     if not (path/'progress.json').exists(): return None, None
     p = json.loads((path/'progress.json').read_text())
     if p['fingerprint'] == fingerprint: return path, p
@@ -316,6 +364,7 @@ def read_progress(
               f'the beginning.')
     return None, None
 
+# %% ../../nbs/04_train/08_distributed.ipynb #0541ce45
 def load_state(
     job, opt,      # module and optimizer; changed in place
     acc,           # an accelerate Accelerator
@@ -328,11 +377,14 @@ def load_state(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         dcp.load(state, checkpoint_id=path, **_with_process(acc))
-        set_state_dict(job, opt, model_state_dict=state['model'], optim_state_dict=state['opt'], options=_OPTIONS)
+        set_state_dict(job, opt, model_state_dict=state['model'], optim_state_dict=state['opt'],
+                       options=_OPTIONS)
 
+# %% ../../nbs/04_train/08_distributed.ipynb #037f0fa7
 def whole_weights(
     job, # module, maybe shared out
 )->dict: # name in the model -> tensor on the CPU; empty but in the first process
     "What has learned, gathered from all processes."
-    state = get_model_state_dict(job, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True))
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state = get_model_state_dict(job, options=whole)
     return {k.removeprefix('model.'): v for k, v in state.items() if k.startswith('model.')}

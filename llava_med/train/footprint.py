@@ -13,17 +13,18 @@ from ..models.anatomy import decoder, part_table, set_trainable
 from .loop import STEP_STAGES, has_bf16, stage_record
 from .memory import INTERPRETER
 
-# %% ../../nbs/04_train/14_footprint.ipynb #350551d1
+# %% ../../nbs/04_train/14_footprint.ipynb #b6b14cad
 def trained_parts(
     notebook:str,     # its stem
-    values:dict|None=None, # parameters of the step; a `stage` among them may say what is `trainable`
+    values:dict|None=None, # parameters of the step; its `stage` may say what is `trainable`
 )->tuple:             # parts, or patterns over names of weights; empty where nothing is known
     "What a step trains, from the stage of its notebook and the changes of its parameters."
     stage = (values or {}).get('stage')
-    said = {k: v for k, v in (stage or {}).items() if k in ('trainable', 'parts')}
+    said = {k: stage[k] for k in ('trainable', 'parts') if stage and k in stage}
     if notebook not in STEP_STAGES and not said: return ()
     return stage_record(STEP_STAGES.get(notebook, 'stage2'), **said).trainable
 
+# %% ../../nbs/04_train/14_footprint.ipynb #350551d1
 def trainable_counts(
     model:LlavaForConditionalGeneration, # on any device; its frozen parts are set
     step:str,     # the stem of its notebook
@@ -50,7 +51,8 @@ def kept_bytes(
     "What a layer's forward pass keeps for the backward pass."
     d, f, a = text.hidden_size, text.intermediate_size, 2 if bf16 else 4
     kv = text.num_key_value_heads*(getattr(text, 'head_dim', None) or d//text.num_attention_heads)
-    n = a*(3*f + 2*d + 2*kv) + 2*4*d                       # gate, up and their product; q, k, v, o; two norms in 32 bits
+    # gate, up and their product; q, k, v, o; two norms in 32 bits
+    n = a*(3*f + 2*d + 2*kv) + 2*4*d
     if kind != 'frozen': n += a*(2*d + f)                  # inputs of the linear layers
     if kind == 'full': n += a*2*d                          # and of the norms
     return n + (7*rank*a if kind == 'adapter' else 0)
@@ -63,13 +65,41 @@ def autocast_bytes(
     kind:str,   # frozen, adapter or full: what learns in a layer
     rank:int=0, # of the adapter
 )->int:         # bytes of a token and a layer
-    "What a layer of packed rows keeps under autocast: `kept_bytes` and the copies that are made on the way."
+    "What a layer of packed rows keeps under autocast: `kept_bytes` and copies made on the way."
     d, heads = text.hidden_size, text.num_attention_heads
     one = getattr(text, 'head_dim', None) or d//heads
-    n = kept_bytes(text, kind, True, rank) + 2*(4*heads*one - 2*d - 2*text.num_key_value_heads*one)   # k, v for each query
+    n = kept_bytes(text, kind, True, rank)
+    n += 2*(4*heads*one - 2*d - 2*text.num_key_value_heads*one)   # k, v for each query
     if kind != 'frozen': n += 2*(3*d + heads*one)   # each linear layer has an input of its own
     return n + (4*d if kind == 'full' else 0)       # those of norms are in 32 bits
 
+# %% ../../nbs/04_train/14_footprint.ipynb #06ffb915
+def _kind(learn):
+    "What learns in a layer of the language model."
+    if 'adapter' in learn: return 'adapter'
+    return 'full' if 'language_model' in learn else 'frozen'
+
+# %% ../../nbs/04_train/14_footprint.ipynb #7c537157
+def _state_gib(model, learn, values, bf16):
+    "GiB of each GPU that are there all the time: weights, gradients, moments."
+    n, total = sum(learn.values()), sum(p.numel() for p in model.parameters())
+    frozen = total - n + learn.get('adapter', 0)
+    shards = values.get('nproc', 1) if values.get('sharding') == 'fsdp' else 1
+    weights = (4*n + frozen*(2 if bf16 else 4))/shards
+    if bf16: weights += 2*n   # copies of what learns, in each process
+    if shards > 1: weights += 2*2*total/model.config.text_config.num_hidden_layers   # two layers
+    return dict(weights=weights/GIB, gradients=4*n/shards/GIB, moments=8*n/shards/GIB)
+
+# %% ../../nbs/04_train/14_footprint.ipynb #4e7bfe95
+def _kept_each(text, kind, bf16, rank, row, scored):
+    "Bytes that a token keeps in all layers, without gradient checkpointing and with it."
+    layers = text.num_hidden_layers
+    layer = autocast_bytes(text, kind, rank) if bf16 else kept_bytes(text, kind, bf16, rank)
+    head = scored/row*text.vocab_size*10   # scores in two formats, and their gradient
+    inputs = layers*text.hidden_size*(2 if bf16 and kind != 'full' else 4)
+    return {'off': layers*layer + head, 'on': inputs + layer + head}
+
+# %% ../../nbs/04_train/14_footprint.ipynb #e6e3eeea
 def stage_memory(
     model,           # from `meta_model`
     step:str,        # the stem of its notebook
@@ -77,34 +107,34 @@ def stage_memory(
     hardware:dict,   # of the preset: gpus, memory_gb
     row:int,         # tokens of a mean row, picture included
     scored:int,      # those of them that are scored
-)->dict:             # GiB of each GPU: weights, gradients, moments, kept; tokens at once, gradient_checkpointing, fits
+)->dict:             # GiB of each GPU: weights, gradients, moments, kept; tokens, most, fits …
     "What a stage needs on each GPU."
-    text, rank, bf16 = model.config.text_config, values.get('lora_rank', 0), values.get('bf16', True) and hardware.get('gpus', 0) > 0
+    rank = values.get('lora_rank', 0)
+    bf16 = values.get('bf16', True) and hardware.get('gpus', 0) > 0
     learn = trainable_counts(model, step, rank, values)
-    n, total = sum(learn.values()), sum(p.numel() for p in model.parameters())
-    frozen = total - sum(v for k, v in learn.items() if k != 'adapter')
-    shards = values.get('nproc', 1) if values.get('sharding') == 'fsdp' else 1
-    out = dict(weights=(4*n + frozen*(2 if bf16 else 4))/shards/GIB, gradients=4*n/shards/GIB, moments=8*n/shards/GIB)
-    if bf16: out['weights'] += 2*n/GIB   # copies of what learns, in each process
-    if shards > 1: out['weights'] += 2*2*total/text.num_hidden_layers/GIB     # two layers that are gathered
-    kind = 'adapter' if 'adapter' in learn else 'full' if 'language_model' in learn else 'frozen'
-    layer = autocast_bytes(text, kind, rank) if bf16 else kept_bytes(text, kind, bf16, rank)
-    head = scored/row*text.vocab_size*10   # scores in two formats, and their gradient
-    each = {'off': text.num_hidden_layers*layer + head, 'on': text.num_hidden_layers*text.hidden_size*(2 if bf16 and kind != 'full' else 4) + layer + head}
+    out = _state_gib(model, learn, values, bf16)
+    each = _kept_each(model.config.text_config, _kind(learn), bf16, rank, row, scored)
     room = (hardware.get('memory_gb') or 0)*ROOM*GIB - sum(out.values())*GIB
-    longest, said = values.get('max_len', row), values.get('gradient_checkpointing', 'auto')
-    mode = said if said in each else 'off' if not room or room >= each['off']*longest else 'on'
+    longest, mode = values.get('max_len', row), values.get('gradient_checkpointing', 'auto')
+    if mode not in each: mode = 'off' if not room or room >= each['off']*longest else 'on'
     most = int(room/each[mode])
-    tokens = values.get('max_tokens_per_microbatch', 0) or max(longest, min(most, row*values.get('batch_size', 1)//max(1, values.get('nproc', 1))))
-    return {**out, 'kept': tokens*each[mode]/GIB, 'tokens': tokens, 'most': max(0, most), 'gradient_checkpointing': mode, 'fits': tokens <= most, 'learn': learn}
+    tokens = values.get('max_tokens_per_microbatch', 0)
+    if not tokens:
+        whole = row*values.get('batch_size', 1)//max(1, values.get('nproc', 1))
+        tokens = max(longest, min(most, whole))
+    return {**out, 'kept': tokens*each[mode]/GIB, 'tokens': tokens, 'most': max(0, most),
+            'gradient_checkpointing': mode, 'fits': tokens <= most, 'learn': learn}
 
-# %% ../../nbs/04_train/14_footprint.ipynb #e12bfcec
-# bytes, from trials on Linux: the command with the process that runs a notebook; and what a kernel has more than a helper
+# %% ../../nbs/04_train/14_footprint.ipynb #84edbf03
+# bytes, from trials on Linux: the command with the process that runs a notebook; and what a kernel
+# has more than a helper
 SHELL, KERNEL = 160*2**20, 150*2**20
-HEAP = 2**31        # bytes that a process may grow by before its heap is given back, as `Heap` allows
+# bytes that a process may grow by before its heap is given back, as `Heap` allows
+HEAP = 2**31
 HEAVY = 1.25        # tokens of a heavy step over those of the mean step
 HOLES = 1.5         # what stays in a heap of steps of many sizes, over what a heavy step keeps
 
+# %% ../../nbs/04_train/14_footprint.ipynb #4fec8c66
 def _token_bytes(text, kind, values, bf16, row, scored, rank):
     "What a token keeps on a processor, in all layers, and what its scores take."
     layer = kept_bytes(text, kind, bf16, rank)
@@ -114,6 +144,7 @@ def _token_bytes(text, kind, values, bf16, row, scored, rank):
         return layer + head + text.num_hidden_layers*text.hidden_size*4
     return text.num_hidden_layers*layer + head
 
+# %% ../../nbs/04_train/14_footprint.ipynb #e12bfcec
 def machine_memory(
     model,           # on the meta device or any other
     step:str,        # the stem of its notebook
@@ -121,20 +152,22 @@ def machine_memory(
     row:int,         # tokens of a mean row, image included
     scored:int,      # those of them that are scored
     bf16:bool|None=None, # whether products are in bfloat16; None: where this processor can
-)->dict:             # GiB: programs, weights, gradients, moments, kept, heap and their total; processes
+)->dict:             # GiB: programs, weights, gradients, moments, kept, heap, total; processes
     "What a stage takes on a processor in all processes together."
     text, rank = model.config.text_config, values.get('lora_rank', 0)
     if bf16 is None: bf16 = bool(values.get('bf16', False) and has_bf16('cpu'))
     learn = trainable_counts(model, step, rank, values)
-    n, total = sum(learn.values()), sum(p.numel() for p in model.parameters()) + learn.get('adapter', 0)
+    n, total = sum(learn.values()), sum(p.numel() for p in model.parameters())
+    total += learn.get('adapter', 0)
     size, launched = values.get('batch_size', 1), max(1, values.get('nproc', 1))
     sharing = launched if launched > 1 else max(1, min(values.get('threads', 1), size))
-    kind = 'adapter' if 'adapter' in learn else 'full' if 'language_model' in learn else 'frozen'
     tokens = max(row, HEAVY*row*size/sharing)
-    if values.get('max_tokens_per_microbatch'): tokens = min(tokens, max(row, values['max_tokens_per_microbatch']))
-    kept = tokens*_token_bytes(text, kind, values, bf16, row, scored, rank)
+    if values.get('max_tokens_per_microbatch'):
+        tokens = min(tokens, max(row, values['max_tokens_per_microbatch']))
+    kept = tokens*_token_bytes(text, _kind(learn), values, bf16, row, scored, rank)
     best = 4*n*bool(values.get('patience', 0))
     out = dict(programs=SHELL + KERNEL + sharing*INTERPRETER, weights=4*total*launched,
                gradients=4*n*sharing, moments=(8*n + best)*launched, kept=sharing*kept,
                heap=sharing*min(HEAP, HOLES*kept))
-    return {k: v/GIB for k, v in (out | dict(total=sum(out.values()))).items()} | dict(processes=sharing)
+    out['total'] = sum(out.values())
+    return {k: v/GIB for k, v in out.items()} | dict(processes=sharing)

@@ -32,13 +32,13 @@ from .samplers import group_keys
 from ..models.anatomy import put_part, set_trainable
 from ..models.connectors import own_connector
 from .objectives import as_objective, learned_modules, load_modules, save_modules
-from .distributed import (
-    SHARDINGS, Job, TrainingError, trainable_parameters, whole_weights)
+from .distributed import (SHARDINGS, Job, TrainingError, trainable_parameters,
+                                         whole_weights)
 from ..core.runs import read_json, replacing, write_json, writing
 from .loop import fit
 from .monitor import TensorBoard, watch
 
-# %% ../../nbs/04_train/11_launch.ipynb #ec6e4c3c
+# %% ../../nbs/04_train/11_launch.ipynb #d4ccf59c
 def write_job(
     folder:Path,   # made anew
     model,         # a LlavaForConditionalGeneration, maybe with an adapter
@@ -49,12 +49,15 @@ def write_job(
     inner = model.get_base_model() if adapter else model
     folder = Path(folder)
     with writing(folder):
-        shutil.rmtree(folder, ignore_errors=True); folder.mkdir(parents=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in inner.named_parameters()}, folder/'start.safetensors')
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        start = {k: v.detach().cpu().contiguous() for k, v in inner.named_parameters()}
+        save_file(start, folder/'start.safetensors')
         with open(folder/'job.pickle', 'wb') as f:
             pickle.dump((type(inner), inner.config, adapter, own_connector(inner), arguments), f)
     return folder
 
+# %% ../../nbs/04_train/11_launch.ipynb #ec6e4c3c
 def read_job(
     folder:Path, # from `write_job`
 )->tuple:        # model, arguments of `fit`
@@ -68,45 +71,59 @@ def read_job(
     inner = model.get_base_model() if adapter else model
     inner.load_state_dict(load_file(Path(folder)/'start.safetensors'), strict=False, assign=True)
     inner.tie_weights()
-    if missing := [n for n, p in inner.named_parameters() if p.is_meta]: raise ValueError(f'{folder}: the job has no {missing[0]}.')
+    if missing := [n for n, p in inner.named_parameters() if p.is_meta]:
+        raise ValueError(f'{folder}: the job has no {missing[0]}.')
     return model, arguments
 
-# %% ../../nbs/04_train/11_launch.ipynb #d2a156f2
+# %% ../../nbs/04_train/11_launch.ipynb #709e47fd
 ROW_MARK = '\x1e'   # stands before a row of losses in the output
 
+def _tell(row):
+    "Print a row of losses for the process that launched this one."
+    print(ROW_MARK + json.dumps(row), flush=True)
+
+def _inner(model):
+    "The model without its adapter."
+    return model.get_base_model() if hasattr(model, 'peft_config') else model
+
+# %% ../../nbs/04_train/11_launch.ipynb #d2a156f2
 def work(
     folder:Path, # of a job
 )->None:
-    "One process of a launched training; `torchrun -m llava_med.train.launch FOLDER` starts it on every device."
+    "One process of a launched training: `torchrun -m llava_med.train.launch FOLDER`."
     folder = Path(folder)
     try:
         model, arguments = read_job(folder)
-        tell = lambda r: print(ROW_MARK + json.dumps(r), flush=True)
         objective = as_objective(arguments.pop('objective', None) or arguments['stage'].objective)
-        rows = fit(model, report=tell, objective=objective, **arguments)
+        rows = fit(model, report=_tell, objective=objective, **arguments)
         acc = Accelerator(cpu=arguments.get('cpu', True))
-        learned = whole_weights(Job(model.get_base_model() if hasattr(model, 'peft_config') else model, None))
+        learned = whole_weights(Job(_inner(model), None))
         if acc.is_main_process:
-            with replacing(folder/'learned.safetensors') as part: save_file({k: v.contiguous().clone() for k, v in learned.items()}, part)
+            with replacing(folder/'learned.safetensors') as part:
+                save_file({k: v.contiguous().clone() for k, v in learned.items()}, part)
             save_modules(objective, folder/'modules.safetensors')
             write_json(folder/'rows.json', rows)
         acc.wait_for_everyone()
         acc.end_training()
     except Exception as e:
-        with open(folder/'error.txt', 'a', encoding='utf-8') as f: f.write(f'{type(e).__name__}: {e}\n')
+        with open(folder/'error.txt', 'a', encoding='utf-8') as f:
+            f.write(f'{type(e).__name__}: {e}\n')
         raise
 
-if __name__ == '__main__' and '__file__' in globals(): work(sys.argv[1])   # in a notebook there is no __file__
+# in a notebook there is no __file__
+if __name__ == '__main__' and '__file__' in globals(): work(sys.argv[1])
 
-# %% ../../nbs/04_train/11_launch.ipynb #284045ab
+# %% ../../nbs/04_train/11_launch.ipynb #ce864b95
 @old_names(ARGUMENTS_RENAMED)
 def launch_command(
     folder:Path,   # of a job
     nproc:int,     # on this machine
 )->list:           # words
     "What starts the processes of a job."
-    return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(nproc), '-m', 'llava_med.train.launch', str(folder)]
+    return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node',
+            str(nproc), '-m', 'llava_med.train.launch', str(folder)]
 
+# %% ../../nbs/04_train/11_launch.ipynb #284045ab
 def _end(p):
     "Stop a launcher and all that it started."
     with contextlib.suppress(psutil.Error):
@@ -117,13 +134,88 @@ def _end(p):
 
 @contextlib.contextmanager
 def _aside(model):
-    "For a while the model lies in the machine's memory: the first process needs the GPU that it was on."
+    "For a while the model lies in the machine's memory, so that its GPU is free."
     device = next(model.parameters()).device
     model.to('cpu')
     torch.cuda.empty_cache()
     try: yield
     finally: model.to(device)
 
+# %% ../../nbs/04_train/11_launch.ipynb #16880af8
+def _why(folder, nproc):
+    "One sentence about a training that failed."
+    errors = []
+    if (folder/'error.txt').exists():
+        errors = (folder/'error.txt').read_text(encoding='utf-8').splitlines()
+    for e in errors:   # an error of the network means that another process ended
+        if re.search('gloo|NCCL|Connection (reset|closed)|distributed', e): continue
+        return e.removeprefix('TrainingError: ').removeprefix('ValueError: ')
+    output = (folder/'output.txt').read_text(encoding='utf-8', errors='replace')
+    killed = re.search(r'exitcode\s*:\s*-(\d+)', output)
+    signal = f' (signal {killed[1]})' if killed else ''
+    return (f'One of {nproc} processes ended by itself{signal}, perhaps for want of memory; '
+            f'what they printed is in {folder/"output.txt"}. Started again, training goes on from '
+            f'its last checkpoint.')
+
+# %% ../../nbs/04_train/11_launch.ipynb #9be254a0
+def _check_launch(nproc, model, arguments):
+    "Raise ValueError for a training that several processes cannot do."
+    if arguments.get('sharding', 'none') not in SHARDINGS:
+        raise ValueError(f"sharding is '{arguments['sharding']}'; known: {', '.join(SHARDINGS)}.")
+    if nproc < 1: raise ValueError(f'nproc is {nproc}; it must be at least 1.')
+    there = torch.cuda.device_count()
+    if not arguments.get('cpu', True) and nproc > there:
+        raise ValueError(f'nproc is {nproc}, but there are {there} GPUs here; each process needs '
+                         'one.')
+    if getattr(model, 'is_loaded_in_4bit', False):
+        raise ValueError('A model in 4 bits cannot be handed to other processes: set nproc to 1.')
+
+# %% ../../nbs/04_train/11_launch.ipynb #9810ee44
+def _environment(threads, cpu):
+    "Environment variables of the processes."
+    path = [str(Path(llava_med.__file__).parents[1]), os.environ.get('PYTHONPATH')]
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, path)),
+           'OMP_NUM_THREADS': str(threads), 'TOKENIZERS_PARALLELISM': 'false'}
+    if cpu: env |= {'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''}
+    return env
+
+# %% ../../nbs/04_train/11_launch.ipynb #811d8931
+def _relay(p, report):
+    "Hand every row of a launched training on, and print what it says by itself."
+    reports = (report,) if report else ()
+    if isinstance(report, tuple): reports = report
+    with contextlib.ExitStack() as stack:
+        for r in reports:
+            if hasattr(r, '__enter__'): stack.enter_context(r)
+        for line in p.stdout:
+            if not line.startswith(ROW_MARK): continue
+            for tell in reports: tell(json.loads(line[1:]))
+        p.wait()
+
+def _run_job(folder, nproc, model, report, env):
+    "Run a job to its end; TrainingError where it has none."
+    output = open(folder/'output.txt', 'w+', encoding='utf-8')
+    with _aside(model), writing(folder), output:
+        p = subprocess.Popen(launch_command(folder, nproc), stdout=subprocess.PIPE, stderr=output,
+                             text=True, encoding='utf-8', env=env)
+        try: _relay(p, report)
+        finally: _end(p)
+        # written last; what happens after it does no harm
+        if not (folder/'rows.json').exists(): raise TrainingError(_why(folder, nproc))
+
+# %% ../../nbs/04_train/11_launch.ipynb #bcc65863
+def _take_learned(folder, model, objective):
+    "Put what a job has learned into a model and the modules of an objective."
+    inner, learned = _inner(model), load_file(folder/'learned.safetensors')
+    with torch.no_grad():
+        for n, w in inner.named_parameters():
+            if n in learned: w.data = learned[n].to(w.device)
+    model.eval()
+    if not (folder/'modules.safetensors').exists(): return
+    if not learned_modules(objective): objective.start(inner)   # which makes them
+    load_modules(objective, folder/'modules.safetensors')
+
+# %% ../../nbs/04_train/11_launch.ipynb #0e7544a1
 @old_names(ARGUMENTS_RENAMED)
 def launch(
     nproc:int,        # as many as GPUs; on a CPU, cores
@@ -133,82 +225,45 @@ def launch(
     threads:int=1,    # of each process on a CPU
     **arguments,      # further ones of `fit`
 )->list:              # rows, as from `fit`
-    "Train one stage in several processes; raises TrainingError with the sentence of the process that failed."
-    if arguments.get('sharding', 'none') not in SHARDINGS: raise ValueError(f"sharding is '{arguments['sharding']}'; known: {', '.join(SHARDINGS)}.")
-    if nproc < 1: raise ValueError(f'nproc is {nproc}; it must be at least 1.')
-    if not arguments.get('cpu', True) and nproc > torch.cuda.device_count():
-        raise ValueError(f'nproc is {nproc}, but there are {torch.cuda.device_count()} GPUs here; each process needs one.')
-    if getattr(model, 'is_loaded_in_4bit', False):
-        raise ValueError('A model in 4 bits cannot be handed to other processes: set nproc to 1.')
-    arguments['objective'] = as_objective(arguments.get('objective') or stage.objective)
-    folder = write_job(folder, model, samples=samples, collate=collate, stage=stage, seed=seed, **arguments)
-    path = os.pathsep.join(filter(None, [str(Path(llava_med.__file__).parents[1]), os.environ.get('PYTHONPATH')]))
-    env = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': str(threads), 'TOKENIZERS_PARALLELISM': 'false',
-           **({'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''} if arguments.get('cpu', True) else {})}
-    with _aside(model), writing(folder), open(folder/'output.txt', 'w+', encoding='utf-8') as errors:
-        p = subprocess.Popen(launch_command(folder, nproc), stdout=subprocess.PIPE, stderr=errors, text=True, encoding='utf-8', env=env)
-        try: _relay(p, report)
-        finally: _end(p)
-        if not (folder/'rows.json').exists(): raise TrainingError(_why(folder, nproc))   # written last; what happens after it does no harm
-    inner = model.get_base_model() if hasattr(model, 'peft_config') else model
-    learned = load_file(folder/'learned.safetensors')
-    with torch.no_grad():
-        for n, w in inner.named_parameters():
-            if n in learned: w.data = learned[n].to(w.device)
-    model.eval()
-    if (folder/'modules.safetensors').exists():
-        if not learned_modules(arguments['objective']):
-            arguments['objective'].start(inner)   # which makes them
-        load_modules(arguments['objective'], folder/'modules.safetensors')
+    "Train one stage in several processes; a TrainingError has the sentence of the failed one."
+    _check_launch(nproc, model, arguments)
+    objective = as_objective(arguments.get('objective') or stage.objective)
+    arguments['objective'] = objective
+    folder = write_job(folder, model, samples=samples, collate=collate, stage=stage, seed=seed,
+                       **arguments)
+    env = _environment(threads, arguments.get('cpu', True))
+    _run_job(folder, nproc, model, report, env)
+    _take_learned(folder, model, objective)
     rows = read_json(folder/'rows.json')
     shutil.rmtree(folder, ignore_errors=True)
     return rows
 
-def _relay(p, report):
-    "Hand every row of a launched training on, and print what it says by itself."
-    reports = report if isinstance(report, tuple) else (report,) if report else ()
-    with contextlib.ExitStack() as stack:
-        for r in reports:
-            if hasattr(r, '__enter__'): stack.enter_context(r)
-        for line in p.stdout:
-            if not line.startswith(ROW_MARK): continue
-            for tell in reports: tell(json.loads(line[1:]))
-        p.wait()
-
-def _why(folder, nproc):
-    "One sentence about a training that failed."
-    errors = (folder/'error.txt').read_text(encoding='utf-8').splitlines() if (folder/'error.txt').exists() else []
-    own = [e for e in errors if not re.search('gloo|NCCL|Connection (reset|closed)|distributed', e)]   # the others lost a companion
-    if own: return own[0].removeprefix('TrainingError: ').removeprefix('ValueError: ')
-    killed = re.findall(r'exitcode\s*:\s*(-\d+)', (folder/'output.txt').read_text(encoding='utf-8', errors='replace'))
-    return (f'One of {nproc} processes ended by itself{f" (signal {killed[0][1:]})" if killed else ""}, perhaps for want of memory; '
-            f'what they printed is in {folder/"output.txt"}. Started again, training goes on from its last checkpoint.')
-
-# %% ../../nbs/04_train/11_launch.ipynb #db1f6979
+# %% ../../nbs/04_train/11_launch.ipynb #cf69958e
 def _least(objective, samples, stage, padded):
     "Tokens of the largest piece of a step that the objective does not let the loop divide."
     lengths = [objective.length(s) for s in samples]
-    cost = lambda numbers: max(lengths[j]
-                               for j in numbers)*len(numbers) if padded else sum(lengths[j]
-                                                                                 for j in numbers)
+    def cost(sizes): return max(sizes)*len(sizes) if padded else sum(sizes)
     if objective.unit == 'batch':
-        return cost(sorted(range(len(lengths)), key=lambda j: -lengths[j])[:stage.batch_size])
+        return cost(sorted(lengths, reverse=True)[:stage.batch_size])
     if objective.unit != 'group': return 0
     groups = {}
-    for j, k in enumerate(group_keys(samples)): groups.setdefault(k, []).append(j)
+    for n, k in zip(lengths, group_keys(samples)): groups.setdefault(k, []).append(n)
     return max(map(cost, groups.values()))
 
+# %% ../../nbs/04_train/11_launch.ipynb #c84e8430
 def _planned(model, samples, collate, stage, objective, gradient_checkpointing, tokens, nproc,
              threads, more):
     "What fits into memory, with all processes and modules that take some."
     probe = copy.deepcopy(objective)
     probe.start(model)
     cpu = next(model.parameters()).device.type == 'cpu'
-    lone = objective.unit == 'group'   # a lone row has no such loss; that of its tokens stands for it
-    loss, make = (batch_loss, collate) if lone else (probe.loss,
-                                                     partial(probe.collate, collate=collate))
-    if make is not collate: make.attention = getattr(collate, 'attention', None)
-    alone = probe.modules() or any(p.dtype != torch.float32 for p in model.parameters())   # then `fit` takes no helpers
+    if objective.unit == 'group':   # a lone row has no such loss; that of its tokens stands for it
+        loss, make = batch_loss, collate
+    else:
+        loss, make = probe.loss, partial(probe.collate, collate=collate)
+        make.attention = getattr(collate, 'attention', None)
+    half = any(p.dtype != torch.float32 for p in model.parameters())
+    alone = probe.modules() or half   # then `fit` takes no helpers
     shares = 1 if alone else min(threads, stage.batch_size)
     return plan_memory(
         model, samples, make, gradient_checkpointing, tokens, more.get('bf16', False), loss=loss,
@@ -218,6 +273,19 @@ def _planned(model, samples, collate, stage, objective, gradient_checkpointing, 
         least=_least(objective, samples, stage, getattr(collate, 'padded', True)),
         best=bool(getattr(more.get('validation'), 'patience', 0)))
 
+# %% ../../nbs/04_train/11_launch.ipynb #7257fb6a
+def _with_what_learns(model, stage, lora_rank, lora_alpha, seed):
+    "The model with an adapter or unfrozen parts; and the model without its adapter."
+    if lora_rank:
+        model = add_lora(model, lora_rank, lora_alpha or None,
+                         projector='projector' in stage.trainable, seed=seed)
+    else: set_trainable(model, stage.trainable)
+    inner = model.get_base_model() if lora_rank else model
+    # as it will train, so that the plan measures that
+    for p in trainable_parameters(inner): p.data = p.data.float()
+    return model, inner
+
+# %% ../../nbs/04_train/11_launch.ipynb #db1f6979
 @old_names(ARGUMENTS_RENAMED)
 def train(
     model, samples, collate, stage, # as in `fit`; the model is changed in place
@@ -230,7 +298,7 @@ def train(
     gradient_checkpointing:str='auto', # compute layers twice: auto, on, off
     nproc:int=1,       # GPUs; on a CPU, processes with a copy each
     threads:int=1,     # on a CPU, processes that share each batch within one memory
-    **more,            # further arguments of `fit`: bf16, validation, save_s, sharding, num_workers …
+    **more,            # further arguments of `fit`: bf16, validation, save_s, sharding …
 )->tuple:              # model (with the adapter, if any), rows of losses
     "Train a stage as the machine allows, after measuring what fits."
     folder, device = Path(folder), next(model.parameters()).device
@@ -238,18 +306,17 @@ def train(
     if threads > 1 and nproc == 1 and objective.unit == 'batch':
         print('This objective is a loss of the whole batch, so one process takes it.')
         threads = 1
-    if nproc < 1: raise ValueError(f'nproc is {nproc}; it must be at least 1.')
-    if (kind := more.get('sharding', 'none')) not in SHARDINGS: raise ValueError(f"sharding is '{kind}'; known: {', '.join(SHARDINGS)}.")
-    if lora_rank: model = add_lora(model, lora_rank, lora_alpha or None, projector='projector' in stage.trainable, seed=seed)
-    else: set_trainable(model, stage.trainable)
-    inner = model.get_base_model() if lora_rank else model
-    for p in trainable_parameters(inner): p.data = p.data.float()   # as it will train, so that the plan measures that
+    _check_launch(nproc, None, dict(more, cpu=True))
+    model, inner = _with_what_learns(model, stage, lora_rank, lora_alpha, seed)
     collate = exact_collate(model, samples, collate)
     memory = _planned(inner, samples, collate, stage, objective, gradient_checkpointing,
                       max_tokens_per_microbatch, nproc, threads, more)
     print(f'Memory: {memory}.')
     report = report or (watch(), TensorBoard(folder/'logs'))
-    arguments = dict(checkpoint=folder/'.checkpoint', memory=memory, cpu=device.type == 'cpu', **more)
-    if nproc > 1: rows = launch(nproc, folder/'.job', model, samples, collate, stage, seed, report, threads, **arguments)
-    else: rows = fit(model, samples, collate, stage, seed, report=report, grad_workers=threads, **arguments)
-    return model, rows
+    arguments = dict(checkpoint=folder/'.checkpoint', memory=memory, cpu=device.type == 'cpu',
+                     **more)
+    if nproc == 1:
+        return model, fit(model, samples, collate, stage, seed, report=report,
+                          grad_workers=threads, **arguments)
+    return model, launch(nproc, folder/'.job', model, samples, collate, stage, seed, report,
+                         threads, **arguments)

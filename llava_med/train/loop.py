@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'RECIPES', 'STEP_STAGES', 'lr_factor', 'linear', 'constant', 'adamw', 'sgd', 'Stage',
-           'stage_record', 'has_bf16', 'attention_for', 'Validation', 'fit']
+           'stage_record', 'has_bf16', 'Validation', 'fit']
 
 # %% ../../nbs/04_train/09_loop.ipynb #8fb76095
 import contextlib
@@ -25,19 +25,21 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from ..core.registry import Registry
 from ..core.renames import ARGUMENTS_RENAMED, STAGE_RENAMED, old_names
-from ..models.anatomy import PARTS, check_patterns, decoder_layers, set_trainable, trainable_names
+from ..models.anatomy import (PARTS, check_patterns, decoder_layers, set_trainable,
+                                      trainable_names)
 from ..models.connectors import CONNECTORS
 from ..models.llava import weights_hash
 from .gates import exact_collate
-from .memory import Heap, MemoryPlan, checkpointed
+from .memory import Heap, MemoryPlan, attention_for
 from .objectives import CrossEntropy, as_objective, objective_name
 from .samplers import SAMPLERS, group_keys
-from llava_med.train.distributed import (COUNT_SUM, LOSS_SUM, Helpers, Job, TrainingError,
-                                         last_micro_batch, load_state,
-    micro_batches, prepare_job, rank_micro_batches, read_progress, save_state, step_shares, step_sums,
-    trainable_parameters)
+from .distributed import (COUNT_SUM, LOSS_SUM, Helpers, Job, TrainingError,
+                                         last_micro_batch, load_state, micro_batches,
+                                         prepare_job, rank_micro_batches, read_progress,
+                                         save_state, step_shares, step_sums,
+                                         trainable_parameters)
 
-# %% ../../nbs/04_train/09_loop.ipynb #baef6bb1
+# %% ../../nbs/04_train/09_loop.ipynb #cd776fb4
 OPTIMIZERS, SCHEDULES = Registry('optimizer'), Registry('schedule')
 
 def _risen(step, total, warmup):
@@ -45,8 +47,11 @@ def _risen(step, total, warmup):
     rise = max(1, round(total*warmup))
     return None if step < rise else min(1., (step - rise)/max(1, total - rise))
 
-def _rise(step, total, warmup): return (step + 1)/max(1, round(total*warmup))
+def _rise(step, total, warmup):
+    "Part of the peak learning rate during the warm-up."
+    return (step + 1)/max(1, round(total*warmup))
 
+# %% ../../nbs/04_train/09_loop.ipynb #5299f1f6
 @SCHEDULES.register('cosine')
 def lr_factor(
     step:int,    # finished steps
@@ -57,6 +62,7 @@ def lr_factor(
     over = _risen(step, total, warmup)
     return _rise(step, total, warmup) if over is None else .5*(1 + math.cos(math.pi*over))
 
+# %% ../../nbs/04_train/09_loop.ipynb #c325a283
 @SCHEDULES.register()
 def linear(
     step:int, total:int, warmup:float, # as in `lr_factor`
@@ -72,6 +78,7 @@ def constant(
     "Linear warm-up, then no change."
     return _rise(step, total, warmup) if _risen(step, total, warmup) is None else 1.
 
+# %% ../../nbs/04_train/09_loop.ipynb #baef6bb1
 @OPTIMIZERS.register()
 def adamw(
     groups:list,        # dicts with params and lr
@@ -88,6 +95,19 @@ def sgd(
     "Gradient descent with a momentum of 0.9."
     return torch.optim.SGD(groups, momentum=.9, weight_decay=weight_decay)
 
+# %% ../../nbs/04_train/09_loop.ipynb #c7d810d0
+def _check_stage(stage):
+    "Raise ValueError for numbers and names that fit no stage."
+    check_patterns(stage.trainable, stage.name)
+    if min(stage.epochs, stage.batch_size) < 1:
+        raise ValueError(f'{stage.name}: epochs is {stage.epochs} and batch_size '
+                         f'{stage.batch_size}; each must be at least 1.')
+    if strange := sorted(set(stage.learning_rates or ()) - set(stage.trainable)):
+        raise ValueError(f'{stage.name}: a rate for {strange}, which does not learn; what learns: '
+                         f'{list(stage.trainable)}.')
+    for kind in (SAMPLERS, OPTIMIZERS, SCHEDULES):
+        kind.named(getattr(stage, kind.kind), stage.name)
+
 # %% ../../nbs/04_train/09_loop.ipynb #8465c7ab
 @old_names(STAGE_RENAMED)
 @dataclass
@@ -102,8 +122,8 @@ class Stage:
     weight_decay:float=0.  # of the optimizer
     max_grad_norm:float=1. # largest norm of the gradient
     learning_rates:dict=None # peak learning rate of single parts or patterns, where it is not `lr`
-    mix:dict=None          # source of samples -> how often each is seen in an epoch, where it is not once; .3 is a random part
-    weights:dict=None      # source of samples -> how much their tokens count in the loss, where it is not 1
+    mix:dict=None          # source -> how often an epoch sees it if not once; .3 is a random part
+    weights:dict=None      # source -> how much its tokens count in the loss, if not 1
     objective:str|dict='cross_entropy' # a name of `OBJECTIVES`, or {name: …} with its settings
     sampler:str='length_grouped'    # a name of `SAMPLERS`
     optimizer:str='adamw'           # a name of `OPTIMIZERS`
@@ -115,13 +135,7 @@ class Stage:
         self.trainable = (self.trainable,) if one else tuple(self.trainable)
         if not self.trainable:
             raise ValueError(f'{self.name}: nothing learns; name parts among {list(PARTS)}.')
-        check_patterns(self.trainable, self.name)
-        if min(self.epochs, self.batch_size) < 1:
-            raise ValueError(f'{self.name}: epochs is {self.epochs} and batch_size {self.batch_size}; each must be at least 1.')
-        if strange := sorted(set(self.learning_rates or ()) - set(self.trainable)):
-            raise ValueError(f'{self.name}: a rate for {strange}, which does not learn; what learns: {list(self.trainable)}.')
-        for kind in (SAMPLERS, OPTIMIZERS, SCHEDULES):
-            kind.named(getattr(self, kind.kind), self.name)
+        _check_stage(self)
 
 # %% ../../nbs/04_train/09_loop.ipynb #1cafd107
 _BOTH = ('projector', 'language_model')
@@ -129,7 +143,8 @@ RECIPES = {
     'llava_med_v1': (Stage('stage1', ('projector',), 2e-3, 1, 128),
                      Stage('stage2', _BOTH, 2e-5, 3, 64),
                      Stage('vqa', _BOTH, 2e-5, 9, 64)),
-    'llava_15': (Stage('stage1', ('projector',), 1e-3, 1, 256), Stage('stage2', _BOTH, 2e-5, 1, 128)),
+    'llava_15': (Stage('stage1', ('projector',), 1e-3, 1, 256),
+                 Stage('stage2', _BOTH, 2e-5, 1, 128)),
     'llava_15_lora': (Stage('stage1', ('projector',), 1e-3, 1, 256),
                       Stage('stage2', _BOTH, 2e-4, 1, 128, learning_rates={'projector': 2e-5}))}
 STEP_STAGES = {'2_stage1_alignment': 'stage1', '3_stage2_tuning': 'stage2', '3b_vqa_tuning': 'vqa'}
@@ -142,7 +157,7 @@ def stage_record(
 )->Stage:
     "A stage of a recipe with some fields changed; ValueError for a field that does not exist."
     found = {s.name: s for s in RECIPES[recipe]}
-    known = [f for f in Stage.__dataclass_fields__]
+    known = list(Stage.__dataclass_fields__)
     if strange := sorted(set(changes) - set(known)): raise ValueError(
         f"{name}: a stage has no field '{strange[0]}'; known: {', '.join(known)}.")
     as_objective(changes.get('objective') or found[name].objective)
@@ -156,30 +171,19 @@ def _weighed(samples, stage):
     known = {s.get('source') for s in samples}
     if strange := sorted(set(stage.weights) - known): raise ValueError(
         f'{stage.name}: a weight for {strange[0]!r}, but sources are {sorted(map(str, known))}.')
-    weight = lambda s: float(stage.weights[s['source']])
-    return [dict(s, weights=[weight(s)]*len(s['labels'])) if s.get('source') in stage.weights else s
-            for s in samples]
+    out = []
+    for s in samples:
+        weight = stage.weights.get(s.get('source'))
+        out.append(s if weight is None else dict(s, weights=[float(weight)]*len(s['labels'])))
+    return out
 
-def _exact(x):
-    "A value of a sample as text, whole."
-    if isinstance(x, (np.ndarray, torch.Tensor)):
-        return f'{x.dtype}{tuple(x.shape)}{hashlib.sha256(np.asarray(x).tobytes()).hexdigest()}'
-    return repr(x)
-
-def _fingerprint(model, samples, features, *what):
-    "What a checkpoint belongs to: stage, seed, the weights at the start, every sample and its images."
-    h = hashlib.sha256(json.dumps([weights_hash(model), *what], default=str).encode())
-    for s in samples: h.update('\0'.join(f'{k}={_exact(s[k])}' for k in sorted(s)).encode())
-    if features is None: return h.hexdigest()
-    own = getattr(features, 'fingerprint', None)
-    if own is None: own = features.sum(dtype=torch.float64).item()
-    h.update(repr(own).encode())
-    return h.hexdigest()
-
+# %% ../../nbs/04_train/09_loop.ipynb #b3f50aa0
 def _rates(model, stage):
-    "Peak learning rates of parameters by their names in a job, where they differ from the stage's."
-    return {f'model.{n}': rate for pattern, rate in (stage.learning_rates or {}).items()
-            for n in trainable_names(model, [pattern])}
+    "Peak learning rates of parameters by their names in a job, where they are not the stage's."
+    rates = {}
+    for pattern, rate in (stage.learning_rates or {}).items():
+        for n in trainable_names(model, [pattern]): rates[f'model.{n}'] = rate
+    return rates
 
 def _parameter_groups(job, stage, learning_rates):
     "Parameters that learn, by their peak learning rate."
@@ -189,49 +193,57 @@ def _parameter_groups(job, stage, learning_rates):
         if p.requires_grad: groups.setdefault(rate, []).append(p)
     return [dict(params=ps, lr=r, peak=r) for r, ps in groups.items()]
 
+# %% ../../nbs/04_train/09_loop.ipynb #568a057f
+def _exact(x):
+    "A value of a sample as text, whole."
+    if isinstance(x, (np.ndarray, torch.Tensor)):
+        return f'{x.dtype}{tuple(x.shape)}{hashlib.sha256(np.asarray(x).tobytes()).hexdigest()}'
+    return repr(x)
+
+def _fingerprint(model, samples, features, *what):
+    "What a checkpoint belongs to: stage, seed, the weights at the start, samples and images."
+    h = hashlib.sha256(json.dumps([weights_hash(model), *what], default=str).encode())
+    for s in samples:
+        fields = [f'{k}={_exact(s[k])}' for k in sorted(s)]
+        h.update('\0'.join(fields).encode())
+    if features is None: return h.hexdigest()
+    own = getattr(features, 'fingerprint', None)
+    if own is None: own = features.sum(dtype=torch.float64).item()
+    h.update(repr(own).encode())
+    return h.hexdigest()
+
 # %% ../../nbs/04_train/09_loop.ipynb #9d792c45
 def has_bf16(
     device:torch.device, # where the model computes
 )->bool:                 # False where bfloat16 would only be imitated
     "Whether the processor multiplies in bfloat16 by itself."
-    if torch.device(device).type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     known = getattr(torch.cpu, 'get_capabilities', dict)()
     return bool(known.get('avx512_bf16') or known.get('amx_bf16'))
 
-@old_names(ARGUMENTS_RENAMED)
-@contextlib.contextmanager
-def attention_for(
-    model,         # a LlavaForConditionalGeneration
-    kind:str=None, # what the batches are made for, such as `segmented`; None: what the model has
-    cpu_bf16:bool=False, # on a CPU in bfloat16, where the backward pass of sdpa is slow, take `plain_attention`
-    gradient_checkpointing:bool=False, # compute layers again in the backward pass
-):
-    "For a while, the attention that fits the batches."
-    was = model.config.text_config._attn_implementation
-    # eager attention may have sinks or soft caps
-    fast = 'plain' if cpu_bf16 and was == 'sdpa' else was
-    model.set_attn_implementation({'text_config': kind or fast})
-    try:
-        with checkpointed(model, gradient_checkpointing): yield
-    finally: model.set_attn_implementation({'text_config': was})
-
-# %% ../../nbs/04_train/09_loop.ipynb #fd7ab300
+# %% ../../nbs/04_train/09_loop.ipynb #9b0b9c63
 _LOST = ('A process that opens pictures ended by itself, perhaps for want of memory; '
          'run again with fewer of them (num_workers).')
 
 def _batches(samples, micro, collate, num_workers, pin):
     "Batches of the micro-batches in their order, made ahead by `num_workers` processes."
-    if not num_workers: yield from (collate([samples[j] for j in g]) for g in micro); return
+    if not num_workers:
+        for numbers in micro: yield collate([samples[j] for j in numbers])
+        return
     ahead = iter(DataLoader(samples, batch_sampler=micro, collate_fn=collate,
                             num_workers=num_workers, pin_memory=pin))
     for _ in micro:
         try: yield next(ahead)
         except StopIteration: return
-        except (ConnectionError, EOFError) as e: raise TrainingError(_LOST) from e   # its pipe is gone
+        except (ConnectionError, EOFError) as e:   # its pipe is gone
+            raise TrainingError(_LOST) from e
         except Exception as e:
             if 'DataLoader worker (pid' in str(e): raise
-            raise TrainingError(f'A batch could not be made: {str(e).strip().splitlines()[-1]}') from e
+            last = str(e).strip().splitlines()[-1]
+            raise TrainingError(f'A batch could not be made: {last}') from e
 
+# %% ../../nbs/04_train/09_loop.ipynb #fd7ab300
 @contextlib.contextmanager
 def _loaders_live():
     "A loader that dies is noticed at any moment; say what to do."
@@ -240,63 +252,7 @@ def _loaders_live():
         if 'DataLoader worker (pid' not in str(e): raise
         raise TrainingError(_LOST) from e
 
-# %% ../../nbs/04_train/09_loop.ipynb #80719478
-@dataclass
-class Validation:
-    "Samples that are not trained on, and how often they are looked at."
-    samples:list     # encoded like the others
-    every:float=1.   # epochs between two looks
-    patience:int=0   # looks without a better one before training stops with the best weights; 0: it goes on to its end
-
-def _val_loss(run):
-    "Mean loss of the held samples."
-    samples, size = run.how.validation.samples, run.stage.batch_size
-    lengths, keys = [run.objective.length(s) for s in samples], group_keys(samples)
-    numbers, unit = list(range(len(samples))), run.objective.unit
-    parts = [numbers[i:i + size]
-             for i in range(0, len(numbers), size)] if unit == 'batch' else [numbers]
-    tokens = run.tokens or (0 if unit == 'batch' else 16*max(lengths))
-    sums = Counter()
-    run.job.eval()
-    with torch.no_grad():
-        for part in parts:
-            micro = run.rank_micro_batches(part, lengths, keys, tokens)
-            batches = _batches(samples, [g for g, _ in micro], run.collate, 0, False)
-            for (_, counts), batch in zip(micro, batches):
-                sums.update(_micro(run, batch, counts)[1])
-    run.job.train()
-    sums = _reduced(sums, run.acc)
-    return sums[LOSS_SUM]/sums[COUNT_SUM]
-
-class _Best:
-    "The best look so far, and the weights of that moment."
-    def __init__(self, params, patience):
-        self.params, self.patience, self.loss, self.worse = params, patience, math.inf, 0
-        self.kept = {str(i): p.detach().clone() for i, p in enumerate(params)} if patience else {}
-
-    def is_over(self, loss):
-        "Take note of a look; whether patience is at its end."
-        if loss < self.loss:
-            self.loss, self.worse = loss, 0
-            for p, k in zip(self.params, self.kept.values()): k.copy_(p.detach())
-        else: self.worse += 1
-        return bool(self.patience and self.worse >= self.patience)
-
-    @torch.no_grad()
-    def restore(self):
-        "Put the best weights back."
-        for p, k in zip(self.params, self.kept.values()): p.copy_(k)
-
-# %% ../../nbs/04_train/09_loop.ipynb #0baed07e
-def _check(stage, i, value, norm, recent, worst, checkpoint):
-    "Raise TrainingError where nothing good can follow."
-    safe = ' The last checkpoint is intact.' if checkpoint and Path(checkpoint).exists() else ''
-    remedy = f'lower lr (now {stage.lr}) or look at the samples of this batch.{safe}'
-    if not math.isfinite(value): raise TrainingError(f'{stage.name}: the loss of step {i} is {value}; {remedy}')
-    if norm is not None and not math.isfinite(norm): raise TrainingError(f'{stage.name}: the gradient of step {i} has the norm {norm}; {remedy}')
-    if worst and len(recent) == 20 and min(recent) > worst:
-        raise TrainingError(f'{stage.name}: twenty steps up to {i} had a loss above {worst:.1f}, worse than guessing; {remedy}')
-
+# %% ../../nbs/04_train/09_loop.ipynb #bf798e33
 def _micro(run, batch, counts):
     "Loss and sums of a micro-batch."
     batch = send_to_device(batch, run.acc.device, non_blocking=True)
@@ -312,6 +268,7 @@ def _reduced(sums, acc):
     values = torch.tensor([sums[k] for k in names], dtype=torch.float64, device=acc.device)
     return Counter(dict(zip(names, acc.reduce(values, 'sum').tolist())))
 
+# %% ../../nbs/04_train/09_loop.ipynb #205a4c80
 def _take(run, batches, micro):
     "Gradients of one step; its sums over all processes."
     sums = Counter()
@@ -324,51 +281,86 @@ def _take(run, batches, micro):
     if run.acc.device.type == 'cpu': run.heap.give_back()
     return _reduced(run.helpers.add(sums), run.acc)
 
+# %% ../../nbs/04_train/09_loop.ipynb #ea79614a
+@dataclass
+class Validation:
+    "Samples that are not trained on, and how often their loss is computed."
+    samples:list     # encoded like the others
+    every:float=1.   # epochs between two validation checks
+    patience:int=0   # checks without improvement before early stopping; 0: no early stopping
+
+# %% ../../nbs/04_train/09_loop.ipynb #20de181c
+def _val_loss(run):
+    "Mean loss of the validation set."
+    samples, unit = run.how.validation.samples, run.objective.unit
+    lengths, keys = list(map(run.objective.length, samples)), group_keys(samples)
+    numbers, size = list(range(len(samples))), len(samples)
+    if unit == 'batch': size = run.stage.batch_size   # such a loss depends on the batch
+    tokens = run.tokens or (0 if unit == 'batch' else 16*max(lengths))
+    sums = Counter()
+    run.job.eval()
+    with torch.no_grad():
+        for first in range(0, len(numbers), size):
+            part = numbers[first:first + size]
+            micro = run.rank_micro_batches(part, lengths, keys, tokens)
+            batches = _batches(samples, [g for g, _ in micro], run.collate, 0, False)
+            for (_, counts), batch in zip(micro, batches):
+                sums.update(_micro(run, batch, counts)[1])
+    run.job.train()
+    sums = _reduced(sums, run.acc)
+    return sums[LOSS_SUM]/sums[COUNT_SUM]
+
+# %% ../../nbs/04_train/09_loop.ipynb #80719478
+class _Best:
+    "The best validation loss so far, and the weights of that moment."
+    def __init__(self, params, patience):
+        self.params, self.patience, self.loss, self.worse = params, patience, math.inf, 0
+        self.kept = {}
+        if patience: self.kept = {str(i): p.detach().clone() for i, p in enumerate(params)}
+
+    def is_over(self, loss):
+        "Take note of a validation loss; whether to stop early."
+        if loss < self.loss:
+            self.loss, self.worse = loss, 0
+            for p, k in zip(self.params, self.kept.values()): k.copy_(p.detach())
+        else: self.worse += 1
+        return bool(self.patience and self.worse >= self.patience)
+
+    @torch.no_grad()
+    def restore(self):
+        "Put the best weights back."
+        for p, k in zip(self.params, self.kept.values()): p.copy_(k)
+
+# %% ../../nbs/04_train/09_loop.ipynb #888e2340
+def _check(stage, i, value, norm, recent, worst, checkpoint):
+    "Raise TrainingError where nothing good can follow."
+    safe = ' The last checkpoint is intact.' if checkpoint and Path(checkpoint).exists() else ''
+    remedy = f'lower lr (now {stage.lr}) or look at the samples of this batch.{safe}'
+    if not math.isfinite(value):
+        raise TrainingError(f'{stage.name}: the loss of step {i} is {value}; {remedy}')
+    if norm is not None and not math.isfinite(norm):
+        raise TrainingError(f'{stage.name}: the gradient of step {i} has the norm {norm}; {remedy}')
+    if worst and len(recent) == 20 and min(recent) > worst:
+        raise TrainingError(f'{stage.name}: twenty steps up to {i} had a loss above {worst:.1f}, '
+                            f'worse than guessing; {remedy}')
+
+# %% ../../nbs/04_train/09_loop.ipynb #0baed07e
 def _move(opt, params, stage, n, factor, check):
-    "Divide the gradient by the tokens of the step (of each process, since their gradients are averaged), clip it, and go; returns its norm."
+    "Divide the gradient by the tokens of the step, clip it, and move; returns its norm."
     for p in params:
         if p.grad is not None: p.grad.div_(n)
     norm = torch.nn.utils.clip_grad_norm_(params, stage.max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm)
     check(norm)
     for g in opt.param_groups: g['lr'] = g['peak']*factor
-    opt.step(); opt.zero_grad()
+    opt.step()
+    opt.zero_grad()
     return norm
 
-# %% ../../nbs/04_train/09_loop.ipynb #5e3a802a
-def _learning(model, stage):
-    "The model without its adapter, the adapter's configuration, and what learns in 32 bits."
-    adapter = getattr(model, 'peft_config', {}).get('default')
-    inner = model.get_base_model() if adapter else model
-    if not adapter: set_trainable(inner, stage.trainable)
-    for p in trainable_parameters(inner): p.data = p.data.float()
-    return inner, adapter
-
-class _Run:
-    "A stage at work: its plan, its state, and how a step is divided."
-    def __init__(self, model, samples, collate, stage, seed, objective, how):
-        self.stage, self.seed, self.how = stage, seed, how
-        self.objective = as_objective(objective or stage.objective)
-        self.sampler = SAMPLERS.named(stage.sampler, stage.name)
-        self.rolls = getattr(self.sampler, 'rolls', False)
-        self.model, self.adapter = _learning(model, stage)
-        self.acc, self.samples = Accelerator(cpu=how.cpu), _weighed(samples, stage)
-        collate = exact_collate(model, self.samples, collate, self.acc.num_processes == 1)
-        self.given, self.collate = collate, partial(self.objective.collate, collate=collate)
-        self.padded = getattr(collate, 'padded', True)
-        self.lengths, self.keys = [self.objective.length(s)
-                                   for s in self.samples], group_keys(self.samples)
-        self.plan, self.done, self.rows, self.over = self._steps(), 0, [], False
-        self._refuse()
-        self.heap = Heap()
-        self.objective.start(self.model)
-        self._read_past()
-        self._build()
-        self._divide()
-        self.validations = self._when_to_validate()
-        self.seen, self.saved = sum(len(b) for _, b in self.plan[:self.done]), time.monotonic()
-
-    def _steps(self):
+# %% ../../nbs/04_train/09_loop.ipynb #c7eb9935
+class _Planned:
+    "All steps of a stage, and when the validation loss is computed."
+    def _all_steps(self):
         "All steps in order: (epoch, sample numbers)."
         out, size = [], self.stage.batch_size
         for e in range(self.stage.epochs):
@@ -377,19 +369,31 @@ class _Run:
             out += [(e, b) for b in batches if not self.how.drop_last or len(b) == size]
         return out
 
+    def _when_to_validate(self):
+        "Numbers of finished steps after which the validation loss is computed."
+        validation, epochs = self.how.validation, self.stage.epochs
+        if not validation: return set()
+        checks = range(1, 1 + math.ceil(epochs/validation.every))
+        return {max(1, round(k*validation.every*len(self.plan)/epochs)) for k in checks}
+
     def _refuse(self):
         "What cannot be trained as asked."
         name, o = objective_name(self.objective), self.objective
         lone = not o.modules() and not self.how.extra
         if self.how.grad_workers > 1 and o.unit == 'batch' and lone:
-            raise ValueError(
-            f"{self.stage.name}: the objective '{name}' is a loss of the whole batch, which helper processes "
-            'cannot share; use grad_workers=1 (threads=1).')
-        if self.rolls and self.acc.num_processes > 1: raise ValueError(
-            f'{self.stage.name}: the sampler {self.stage.sampler} works in one process; set nproc to 1.')
-        if self.rolls and self.how.validation: raise ValueError(
-            f'{self.stage.name}: with the sampler {self.stage.sampler} there is no loss of held samples; hold none back.')
+            raise ValueError(f"{self.stage.name}: the objective '{name}' is a loss of the whole "
+                             'batch, which helper processes cannot share; use grad_workers=1 '
+                             '(threads=1).')
+        name, sampler = self.stage.name, f'the sampler {self.stage.sampler}'
+        if self.rolls and self.acc.num_processes > 1:
+            raise ValueError(f'{name}: {sampler} works in one process; set nproc to 1.')
+        if self.rolls and self.how.validation:
+            raise ValueError(f'{name}: with {sampler} there is no loss of held samples; '
+                             'hold none back.')
 
+# %% ../../nbs/04_train/09_loop.ipynb #87abb719
+class _Saved:
+    "The checkpoint of a stage."
     def _read_past(self):
         "Where a checkpoint of this very stage stands, if there is one."
         o, memory = self.how, self.how.memory
@@ -397,29 +401,16 @@ class _Run:
         what = [asdict(self.stage), self.facts, self.objective.settings(), self.seed, o.bf16]
         features = getattr(self.given, 'features', None)
         self.fingerprint = _fingerprint(self.model, self.samples, features, *what)
-        self.where, self.past = read_progress(Path(o.checkpoint), self.fingerprint,
-                                              self.facts) if o.checkpoint else (None, None)
+        self.where, self.past = None, None
+        if o.checkpoint:
+            found = read_progress(Path(o.checkpoint), self.fingerprint, self.facts)
+            self.where, self.past = found
         if self.past:
             self.tokens = self.past['tokens']
             self.gradient_checkpointing = self.past['gradient_checkpointing']
         else:
             self.tokens = memory.tokens if memory else 0
             self.gradient_checkpointing = bool(memory and memory.gradient_checkpointing)
-
-    def _build(self):
-        "Job and optimizer, in the state of the checkpoint."
-        o, stage = self.how, self.stage
-        rates = _rates(self.model, stage)
-        modules = (*o.extra, *self.objective.modules().values())
-        self.job = prepare_job(Job(self.model, self.objective.loss, modules).to(self.acc.device),
-                               self.acc, o.sharding)
-        groups = _parameter_groups(self.job, stage, rates)
-        self.opt = OPTIMIZERS.named(stage.optimizer)(groups, stage.weight_decay)
-        self.params = trainable_parameters(self.job)
-        self.best = _Best(self.params, o.validation.patience if o.validation else 0)
-        if self.where: self._restore()
-        if o.compile and self.acc.device.type == 'cuda':
-            for layer in decoder_layers(self.model): layer.compile()
 
     def _more(self):
         "Tensors that a checkpoint keeps beside what learns."
@@ -430,124 +421,14 @@ class _Run:
         "Take the state of the checkpoint."
         past, more = self.past, self._more()
         load_state(self.job, self.opt, self.acc, self.where, more)
-        own = {k.removeprefix('objective.'): v for k, v in more.items()
-               if k.startswith('objective.')}
-        self.objective.load_state_dict(own)
+        own = [k for k in more if k.startswith('objective.')]
+        self.objective.load_state_dict({k.removeprefix('objective.'): more[k] for k in own})
         self.done, self.rows, self.over = past['done'], past['rows'], bool(past.get('over'))
         self.best.loss, self.best.worse = past.get('best') or math.inf, past.get('worse', 0)
 
-    def rank_micro_batches(self, numbers, lengths, keys, tokens):
-        "What this process takes of a step, in turn."
-        o, acc = self.objective, self.acc
-        micro = rank_micro_batches(numbers, lengths, tokens, acc.num_processes, self.padded,
-                                   o.unit, keys, o.gathers)
-        return micro[acc.process_index]
-
-    def _divide(self):
-        "Shares of the helpers, micro-batches of this process, and its batches, for all steps to come."
-        acc, model, o = self.acc, self.model, self.how
-        simple = not o.extra and not self.objective.modules() and not self.rolls
-        alone = acc.num_processes == 1 and acc.device.type == 'cpu' and simple
-        alone = alone and all(p.dtype == torch.float32 for p in model.parameters())
-        self.grad_workers = max(1, min(o.grad_workers, self.stage.batch_size)) if alone else 1
-        steps = [] if self.rolls else [list(b) for _, b in self.plan[self.done:]]
-        unit = self.objective.unit
-        self.shares = [step_shares(b, self.grad_workers, unit, self.keys) for b in steps]
-        self.micro = [self.rank_micro_batches(s[0], self.lengths, self.keys, self.tokens)
-                      for s in self.shares]
-        groups = [g for micro in self.micro for g, _ in micro]
-        self.batches = _batches(self.samples, groups, self.collate, o.num_workers,
-                                acc.device.type == 'cuda')
-
-    def _when_to_validate(self):
-        "Numbers of finished steps after which the held samples are looked at."
-        validation, epochs = self.how.validation, self.stage.epochs
-        if not validation: return set()
-        checks = range(1, 1 + math.ceil(epochs/validation.every))
-        return {max(1, round(k*validation.every*len(self.plan)/epochs)) for k in checks}
-
-    @contextlib.contextmanager
-    def at_work(self):
-        "Helpers, loaders and the attention that fits the batches, for as long as steps are taken."
-        o, cpu = self.how, self.acc.device.type == 'cpu'
-        self.around = partial(attention_for, kind=getattr(self.given, 'attention', None),
-                              cpu_bf16=o.bf16 and cpu,
-                              gradient_checkpointing=self.gradient_checkpointing)
-        divide = partial(micro_batches, lengths=self.lengths, tokens=self.tokens,
-                         padded=self.padded,
-                         unit=self.objective.unit, keys=self.keys)
-        job = self.samples, self.collate, self.objective.loss, self.around, divide, o.bf16
-        self.job.train()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_loaders_live())
-            self.helpers = stack.enter_context(Helpers(self.grad_workers - 1, self.model,
-                                                       self.adapter, *job))
-            for r in _reports(o.report):
-                if hasattr(r, '__enter__'): stack.enter_context(r)
-            if not self.rolls: stack.enter_context(self.around(self.model))
-            yield
-
-    def backward(self, i):
-        "Gradients of step i; its sums over all processes."
-        self.began = time.monotonic()
-        number = np.random.SeedSequence((self.seed, i, self.acc.process_index)).generate_state(1)[0]
-        torch.manual_seed(int(number))
-        if self.rolls: return self._rolled(i, int(number))
-        k = i - self.done
-        self.helpers.ask(self.shares[k][1:], int(number))
-        self.step_tokens = sum(self.lengths[j] for j in self.plan[i][1])
-        return _take(self, self.batches, self.micro[k])
-
-    def _rolled(self, i, number):
-        "The same for samples that the model makes itself."
-        self.job.eval()
-        made = self.objective.rollout(self.model,
-                                      [self.samples[j] for j in self.plan[i][1]], number)
-        self.job.train()
-        lengths = [self.objective.length(s) for s in made]
-        micro = self.rank_micro_batches(list(range(len(made))), lengths, group_keys(made),
-                                        self.tokens)
-        self.helpers.ask([])
-        self.step_tokens = sum(lengths)
-        batches = _batches(made, [g for g, _ in micro], self.collate, 0, False)
-        with self.around(self.model): return _take(self, batches, micro)
-
-    def move(self, i, sums):
-        "Take the step of the optimizer; the norm of the gradient."
-        stage, n = self.stage, sums[COUNT_SUM]
-        if not n: raise TrainingError(f'{stage.name}: step {i} has nothing that its loss counts.')
-        value = sums[LOSS_SUM]/n
-        self.factor = SCHEDULES[stage.schedule](i, len(self.plan), stage.warmup)
-        limit = isinstance(self.objective, CrossEntropy)
-        worst = 1.5*math.log(self.model.config.text_config.vocab_size) if limit else None
-        recent = [r['loss'] for r in self.rows[-19:]] + [value]
-        check = partial(_check, stage, i, value, recent=recent, worst=worst,
-                        checkpoint=self.how.checkpoint)
-        check(None)
-        norm = _move(self.opt, self.params, stage, n/self.acc.num_processes, self.factor, check)
-        self.objective.after_step(self.model, i)
-        return norm
-
-    def note(self, i, sums, norm):
-        "Write down step i, look at the held samples, tell who wants to know, and save."
-        epoch, numbers = self.plan[i]
-        self.seen += len(numbers)
-        n, lr = sums[COUNT_SUM], float(f'{self.stage.lr*self.factor:.4g}')
-        row = dict(step=i, epoch=epoch, samples=self.seen, loss=round(sums[LOSS_SUM]/n, 5), lr=lr)
-        row |= {k: round(v/n, 5) for k, v in sums.items() if k not in (LOSS_SUM, COUNT_SUM)}
-        if self.how.validation: row['val_loss'] = ''
-        self.rows.append(row)
-        if i + 1 in self.validations:
-            row['val_loss'] = found = round(_val_loss(self), 5)
-            self.over = self.best.is_over(found)
-        if self.acc.is_main_process:
-            facts = dict(row, steps=len(self.plan), grad_norm=norm, scored=n,
-                         tokens=self.step_tokens,
-                         seconds=time.monotonic() - self.began)
-            for tell in _reports(self.how.report): tell(facts)
-        if self.how.checkpoint and (self.over or time.monotonic() - self.saved > self.how.save_s):
-            self.save(i + 1)
-
+# %% ../../nbs/04_train/09_loop.ipynb #4a9a9100
+class _Saving(_Saved):
+    "Writing checkpoints, and what stands at the end."
     def save(self, done):
         "Write a checkpoint."
         best = self.best.loss if math.isfinite(self.best.loss) else None
@@ -565,37 +446,208 @@ class _Run:
         self.model.eval()
         return self.rows
 
-def _reports(report): return report if isinstance(report, tuple) else (report,) if report else ()
+# %% ../../nbs/04_train/09_loop.ipynb #98244ae4
+class _Divided:
+    "How each step is divided over processes and micro-batches."
+    def rank_micro_batches(self, numbers, lengths, keys, tokens):
+        "What this process takes of a step, in turn."
+        o, acc = self.objective, self.acc
+        micro = rank_micro_batches(numbers, lengths, tokens, acc.num_processes, self.padded,
+                                   o.unit, keys, o.gathers)
+        return micro[acc.process_index]
+
+    def _divide(self):
+        "Shares of the helpers, micro-batches of this process and its batches, for steps to come."
+        acc, model, o = self.acc, self.model, self.how
+        simple = not o.extra and not self.objective.modules() and not self.rolls
+        alone = acc.num_processes == 1 and acc.device.type == 'cpu' and simple
+        alone = alone and all(p.dtype == torch.float32 for p in model.parameters())
+        self.grad_workers = max(1, min(o.grad_workers, self.stage.batch_size)) if alone else 1
+        steps = [] if self.rolls else [list(b) for _, b in self.plan[self.done:]]
+        unit = self.objective.unit
+        self.shares = [step_shares(b, self.grad_workers, unit, self.keys) for b in steps]
+        self.micro, groups = [], []
+        for shares in self.shares:
+            micro = self.rank_micro_batches(shares[0], self.lengths, self.keys, self.tokens)
+            self.micro.append(micro)
+            groups += [g for g, _ in micro]
+        self.batches = _batches(self.samples, groups, self.collate, o.num_workers,
+                                acc.device.type == 'cuda')
+
+# %% ../../nbs/04_train/09_loop.ipynb #b8503c29
+class _Backward:
+    "The gradients of a step."
+    def backward(self, i):
+        "Gradients of step i; its sums over all processes."
+        self.began = time.monotonic()
+        number = np.random.SeedSequence((self.seed, i, self.acc.process_index)).generate_state(1)[0]
+        torch.manual_seed(int(number))
+        if self.rolls: return self._rolled(i, int(number))
+        k = i - self.done
+        self.helpers.ask(self.shares[k][1:], int(number))
+        self.step_tokens = sum(self.lengths[j] for j in self.plan[i][1])
+        return _take(self, self.batches, self.micro[k])
+
+    def _rolled(self, i, number):
+        "The same for samples that the model makes itself."
+        self.job.eval()
+        prompts = [self.samples[j] for j in self.plan[i][1]]
+        made = self.objective.rollout(self.model, prompts, number)
+        self.job.train()
+        lengths = list(map(self.objective.length, made))
+        micro = self.rank_micro_batches(list(range(len(made))), lengths, group_keys(made),
+                                        self.tokens)
+        self.helpers.ask([])
+        self.step_tokens = sum(lengths)
+        batches = _batches(made, [g for g, _ in micro], self.collate, 0, False)
+        with self.around(self.model): return _take(self, batches, micro)
+
+# %% ../../nbs/04_train/09_loop.ipynb #e74499b2
+def _reports(report):
+    "What wants to know of each step, as a tuple."
+    if isinstance(report, tuple): return report
+    return (report,) if report else ()
+
+# %% ../../nbs/04_train/09_loop.ipynb #8d59d3bd
+class _Step(_Backward):
+    "What follows on the gradients."
+    def move(self, i, sums):
+        "Take the step of the optimizer; the norm of the gradient."
+        stage, n = self.stage, sums[COUNT_SUM]
+        if not n: raise TrainingError(f'{stage.name}: step {i} has nothing that its loss counts.')
+        value = sums[LOSS_SUM]/n
+        self.factor = SCHEDULES[stage.schedule](i, len(self.plan), stage.warmup)
+        limit = isinstance(self.objective, CrossEntropy)
+        worst = 1.5*math.log(self.model.config.text_config.vocab_size) if limit else None
+        recent = [r['loss'] for r in self.rows[-19:]] + [value]
+        check = partial(_check, stage, i, value, recent=recent, worst=worst,
+                        checkpoint=self.how.checkpoint)
+        check(None)
+        norm = _move(self.opt, self.params, stage, n/self.acc.num_processes, self.factor, check)
+        self.objective.after_step(self.model, i)
+        return norm
+
+    def note(self, i, sums, norm):
+        "Write down step i, compute the validation loss if it is time, report, and save."
+        epoch, numbers = self.plan[i]
+        self.seen += len(numbers)
+        n, lr = sums[COUNT_SUM], float(f'{self.stage.lr*self.factor:.4g}')
+        row = dict(step=i, epoch=epoch, samples=self.seen, loss=round(sums[LOSS_SUM]/n, 5), lr=lr)
+        for k, v in sums.items():
+            if k not in (LOSS_SUM, COUNT_SUM): row[k] = round(v/n, 5)
+        if self.how.validation: row['val_loss'] = ''
+        self.rows.append(row)
+        if i + 1 in self.validations:
+            row['val_loss'] = found = round(_val_loss(self), 5)
+            self.over = self.best.is_over(found)
+        if self.acc.is_main_process:
+            facts = dict(row, steps=len(self.plan), grad_norm=norm, scored=n,
+                         tokens=self.step_tokens, seconds=time.monotonic() - self.began)
+            for tell in _reports(self.how.report): tell(facts)
+        if self.how.checkpoint and (self.over or time.monotonic() - self.saved > self.how.save_s):
+            self.save(i + 1)
+
+# %% ../../nbs/04_train/09_loop.ipynb #033daa50
+def _learning(model, stage):
+    "The model without its adapter, the adapter's configuration, and what learns in 32 bits."
+    adapter = getattr(model, 'peft_config', {}).get('default')
+    inner = model.get_base_model() if adapter else model
+    if not adapter: set_trainable(inner, stage.trainable)
+    for p in trainable_parameters(inner): p.data = p.data.float()
+    return inner, adapter
+
+# %% ../../nbs/04_train/09_loop.ipynb #9b03430c
+class _Built:
+    "Model, loss and optimizer, and what is there while steps are taken."
+    def _build(self):
+        "Job and optimizer, in the state of the checkpoint."
+        o, stage = self.how, self.stage
+        rates = _rates(self.model, stage)
+        modules = (*o.extra, *self.objective.modules().values())
+        job = Job(self.model, self.objective.loss, modules).to(self.acc.device)
+        self.job = prepare_job(job, self.acc, o.sharding)
+        groups = _parameter_groups(self.job, stage, rates)
+        self.opt = OPTIMIZERS.named(stage.optimizer)(groups, stage.weight_decay)
+        self.params = trainable_parameters(self.job)
+        self.best = _Best(self.params, o.validation.patience if o.validation else 0)
+        if self.where: self._restore()
+        if o.compile and self.acc.device.type == 'cuda':
+            for layer in decoder_layers(self.model): layer.compile()
+
+    @contextlib.contextmanager
+    def at_work(self):
+        "Helpers, loaders and the attention that fits the batches, for as long as steps are taken."
+        o, cpu = self.how, self.acc.device.type == 'cpu'
+        self.around = partial(attention_for, kind=getattr(self.given, 'attention', None),
+                              cpu_bf16=o.bf16 and cpu,
+                              gradient_checkpointing=self.gradient_checkpointing)
+        divide = partial(micro_batches, lengths=self.lengths, tokens=self.tokens,
+                         padded=self.padded, unit=self.objective.unit, keys=self.keys)
+        job = self.samples, self.collate, self.objective.loss, self.around, divide, o.bf16
+        self.job.train()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_loaders_live())
+            helpers = Helpers(self.grad_workers - 1, self.model, self.adapter, *job)
+            self.helpers = stack.enter_context(helpers)
+            for r in _reports(o.report):
+                if hasattr(r, '__enter__'): stack.enter_context(r)
+            if not self.rolls: stack.enter_context(self.around(self.model))
+            yield
+
+# %% ../../nbs/04_train/09_loop.ipynb #3413b3a6
+class _Run(_Planned, _Saving, _Divided, _Built, _Step):
+    "A stage at work: its plan, its state, and how a step is divided."
+    def __init__(self, model, samples, collate, stage, seed, objective, how):
+        self.stage, self.seed, self.how = stage, seed, how
+        self.objective = as_objective(objective or stage.objective)
+        self.sampler = SAMPLERS.named(stage.sampler, stage.name)
+        self.rolls = getattr(self.sampler, 'rolls', False)
+        self.model, self.adapter = _learning(model, stage)
+        self.acc, self.samples = Accelerator(cpu=how.cpu), _weighed(samples, stage)
+        collate = exact_collate(model, self.samples, collate, self.acc.num_processes == 1)
+        self.given, self.collate = collate, partial(self.objective.collate, collate=collate)
+        self.padded = getattr(collate, 'padded', True)
+        self.lengths = list(map(self.objective.length, self.samples))
+        self.keys = group_keys(self.samples)
+        self.plan, self.done, self.rows, self.over = self._all_steps(), 0, [], False
+        self._refuse()
+        self.heap = Heap()
+        self.objective.start(self.model)
+        self._read_past()
+        self._build()
+        self._divide()
+        self.validations = self._when_to_validate()
+        self.seen = sum(len(b) for _, b in self.plan[:self.done])
+        self.saved = time.monotonic()
 
 # %% ../../nbs/04_train/09_loop.ipynb #09c33bbc
 @old_names(ARGUMENTS_RENAMED)
 def fit(
-    model,               # changed in place, ends in evaluation mode; with an adapter (`add_lora`), what the adapter says learns
+    model,               # changed in place; where it has an adapter (`add_lora`), that learns
     samples:list,        # encoded samples, see `llava_med.train.batches`
     collate:Callable,    # list of samples -> batch of tensors
     stage:Stage,         # what to train and how
     seed:int=0,          # decides the order of samples
-    checkpoint:Path=None, # folder that holds the state, to be removed when the model is saved; None keeps none
+    checkpoint:Path=None, # folder of the state; remove it when the model is saved; None keeps none
     save_s:float=60.,    # seconds between checkpoints
-    objective=None,      # an Objective, its name, or a function (model, batch) -> (sum, count); None: the stage's
-    report:Callable=None, # called with each row of losses and further facts of the step; may be a tuple of them
+    objective=None,      # an Objective, its name or a function (model, batch); None: the stage's
+    report:Callable=None, # called with each row of losses and further facts; may be a tuple of them
     cpu:bool=True,       # stay on the CPU even where there is a GPU
     extra:tuple=(),      # further modules that learn, such as a head that is thrown away
     bf16:bool=False,     # multiply in bfloat16; what learns, and sums, stay in float32
     drop_last:bool=False, # leave out an incomplete last batch, so that all have one shape
-    grad_workers:int=1,  # processes that share each batch on a CPU, one thread each; 1 is this process alone
+    grad_workers:int=1,  # processes that share each batch on a CPU, one thread each; 1: this alone
     memory:MemoryPlan=None, # from `plan_memory`; None: a step passes at once
-    validation:Validation=None, # samples to look at now and then
-    num_workers:int=0,   # processes that make batches ahead
-    sharding:str='none', # of several processes: none, each holds all weights; fsdp, they are shared out
+    validation:Validation=None, # samples whose loss is computed from time to time
+    num_workers:int=0,   # processes of the data loader that make batches ahead
+    sharding:str='none', # of several processes: none, each holds all weights; fsdp, they share them
     compile:bool=False,  # compile each layer of the language model on a GPU
-)->list:                 # rows step, epoch, samples, loss, lr, what the objective logs, and val_loss where samples are held
-    "Train one stage; raises TrainingError when the loss is not finite or a helper is gone, ValueError for what cannot be trained so."
+)->list:                 # rows step, epoch, samples, loss, lr, logs of the objective, val_loss
+    "Train one stage; TrainingError when the loss is not finite, ValueError for impossible wishes."
     how = SimpleNamespace(checkpoint=checkpoint, save_s=save_s, report=report, cpu=cpu,
-                          extra=extra, bf16=bf16, drop_last=drop_last,
-                          grad_workers=grad_workers, memory=memory, validation=validation,
-                          num_workers=num_workers,
-                          sharding=sharding, compile=compile)
+                          extra=extra, bf16=bf16, drop_last=drop_last, memory=memory,
+                          grad_workers=grad_workers, validation=validation,
+                          num_workers=num_workers, sharding=sharding, compile=compile)
     run = _Run(model, samples, collate, stage, seed, objective, how)
     with run.at_work():
         for i in range(run.done, len(run.plan)):

@@ -16,25 +16,40 @@ import numpy as np
 from ..core.runs import clock, figure_style, shows_bars, write_csv
 
 # %% ../../nbs/04_train/10_monitor.ipynb #61d1f120
+def _checks(rows):
+    "Numbers of the steps after which the validation loss was computed, and their rows."
+    at, checks = [], []
+    for i, r in enumerate(rows):
+        if r.get('val_loss') in (None, ''): continue
+        at.append(i)
+        checks.append(r)
+    return at, checks
+
+def _values(rows, name):
+    "One column of rows as numbers."
+    return np.array([r[name] for r in rows], float)
+
 def loss_words(
     rows:list,   # from `fit`
     last:int=20, # steps that are averaged, at most half of all
 )->str:          # such as: the loss falls from 3.12 to 1.20
     "What a loss did, in words; with the validation loss where it ends above its best."
-    loss = np.array([r['loss'] for r in rows], float)
+    loss = _values(rows, 'loss')
     if not np.isfinite(loss).all(): return 'the loss is not finite'
-    if len(loss) < 2: return f'{len(loss)} steps' if len(loss) != 1 else f'one step: {loss[0]:.2f}'
+    if not len(loss): return '0 steps'
+    if len(loss) == 1: return f'one step: {loss[0]:.2f}'
     n = max(1, min(last, len(loss)//2))
     first, end = loss[:n], loss[-n:]
     noise = 2*np.sqrt((first.var(ddof=1) + end.var(ddof=1))/n) if n > 1 else 0.
     change = end.mean() - first.mean()
-    word = 'falls' if change < -noise else 'rises' if change > noise else 'does not clearly fall'
-    said = f'the loss {word}' + (':' if ' ' in word
-                                 else ' from') + f' {first.mean():.2f} to {end.mean():.2f}'
-    val = [r['val_loss'] for r in rows if r.get('val_loss') not in (None, '')]
-    worse = val and f'{val[-1]:.2f}' > f'{min(val):.2f}'
-    return said + (f', validation loss from {min(val):.2f} at best to {val[-1]:.2f}'
-                   if worse else '')
+    word = 'does not clearly fall:'
+    if change < -noise: word = 'falls from'
+    if change > noise: word = 'rises from'
+    said = f'the loss {word} {first.mean():.2f} to {end.mean():.2f}'
+    val = _values(_checks(rows)[1], 'val_loss')
+    worse = len(val) and f'{val[-1]:.2f}' > f'{min(val):.2f}'
+    if not worse: return said
+    return f'{said}, validation loss from {min(val):.2f} at best to {val[-1]:.2f}'
 
 # %% ../../nbs/04_train/10_monitor.ipynb #753551ec
 def order_words(
@@ -42,9 +57,11 @@ def order_words(
     level:float=.9, # that counts as learned
 )->str:             # such as: side first at 90%, count last
     "Which kinds of question are learned first, and which last or not at all."
-    first = {k: next((i for i, v in enumerate(c) if v >= level), None) for k, c in curves.items()}
-    done, late = {k: i for k, i in first.items() if i is not None}, [k for k, i in first.items()
-                                                                     if i is None]
+    done, late = {}, []   # kind → its first check at that level; kinds without one
+    for kind, curve in curves.items():
+        reached = np.flatnonzero(np.asarray(curve) >= level)
+        if len(reached): done[kind] = reached[0]
+        else: late.append(kind)
     if not done: return f'no kind of question reaches {level:.0%}'
     start = [k for k, i in done.items() if i == min(done.values())]
     last = late or [k for k, i in done.items() if i == max(done.values())]
@@ -53,8 +70,19 @@ def order_words(
     return f"{names(start)} first at {level:.0%}, {names(last)} {'not yet' if late else 'last'}"
 
 # %% ../../nbs/04_train/10_monitor.ipynb #f2cd3f9e
-class ProgressLines:
-    "A `report` for `fit`: a line when so many seconds have passed, also inside a long step."
+def _progress_line(r, passed, each, waited):
+    "How far training is at a row, and how long it will take."
+    if r is None: return f'step 0: under way for {clock(passed)}'
+    val = ''
+    if r.get('val_loss') not in (None, ''): val = f", held samples {r['val_loss']:.3f}"
+    done, all_ = r['step'] + 1, r['steps']
+    left = max(0., each*(all_ - done) - waited)
+    return (f"step {r['step']} of {all_} ({done/all_:.0%}): loss {r['loss']:.3f}{val}, "
+            f"lr {r['lr']:.1e}, {clock(left)} left")
+
+# %% ../../nbs/04_train/10_monitor.ipynb #fecd986b
+class _Lines:
+    "Takes rows, and says how far training is."
     def __init__(self,
         seconds:float=15., # the most between two lines
     ):
@@ -65,7 +93,7 @@ class ProgressLines:
     def __call__(self,
         r:dict, # a row of losses with its further facts
     )->None:
-        "Take a row; print it if it is time, if samples were looked at, or if it is the last."
+        "Take a row; print it if it is time, after a validation check, or if it is the last."
         if self.first is None: self.first, self.began = r['step'], time.monotonic() - r['seconds']
         self.row, self.at = r, time.monotonic()
         looked = r.get('val_loss') not in (None, '')
@@ -73,20 +101,18 @@ class ProgressLines:
 
     def line(self)->str:
         "How far training is, and how long it will take."
-        r = self.row
-        if r is None: return f'step 0: under way for {clock(time.monotonic() - self.began)}'
-        val = f", held samples {r['val_loss']:.3f}" if r.get('val_loss') not in (None, '') else ''
-        done, all_ = r['step'] + 1, r['steps']
-        each = (self.at - self.began)/(done - self.first)
-        left = max(0., each*(all_ - done) - (time.monotonic() - self.at))
-        return (f"step {r['step']} of {all_} ({done/all_:.0%}): loss {r['loss']:.3f}{val}, "
-                f"lr {r['lr']:.1e}, {clock(left)} left")
+        if self.row is None: return _progress_line(None, time.monotonic() - self.began, 0, 0)
+        each = (self.at - self.began)/(self.row['step'] + 1 - self.first)
+        return _progress_line(self.row, 0, each, time.monotonic() - self.at)
 
     def say(self)->None:
         "Print the line."
         self.said = time.monotonic()
         print(self.line(), flush=True)
 
+# %% ../../nbs/04_train/10_monitor.ipynb #97426e40
+class ProgressLines(_Lines):
+    "A `report` for `fit`: a line when so many seconds have passed, also inside a long step."
     def _beat(self):
         while not self.stop.wait(self.tick):
             if time.monotonic() - max(self.said, self.began) > self.seconds: self.say()
@@ -100,41 +126,51 @@ class ProgressLines:
         return self
 
     def __exit__(self, *error):
-        self.stop.set(); self.thread.join()
+        self.stop.set()
+        self.thread.join()
 
+# %% ../../nbs/04_train/10_monitor.ipynb #14af3f92
+def _columns(rows, names):
+    "Some columns of rows."
+    out = []
+    for r in rows: out.append({k: r.get(k, '') for k in names})
+    return out
+
+# %% ../../nbs/04_train/10_monitor.ipynb #77a399f9
 def write_losses(
     folder:Path, # of the step
     rows:list,   # from `fit`
 ):
-    "Write `losses.csv` (step, epoch, samples, loss, lr), `val_losses.csv` where samples were held back, and `logs.csv` where the objective says more."
-    named = ('step', 'epoch', 'samples', 'loss', 'lr')
-    write_csv(Path(folder)/'losses.csv', [{k: r[k] for k in named} for r in rows])
+    "Write `losses.csv`; where there are some, `val_losses.csv` and the objective's `logs.csv`."
+    folder, named = Path(folder), ('step', 'epoch', 'samples', 'loss', 'lr')
+    write_csv(folder/'losses.csv', _columns(rows, named))
     more = [k for k in (rows[-1] if rows else ()) if k not in (*named, 'val_loss')]
-    if more:
-        write_csv(Path(folder)/'logs.csv',
-                  [{k: r.get(k, '') for k in ('step', *more)} for r in rows])
-    checks = [{k: r[k] for k in ('step', 'epoch', 'samples', 'val_loss')} for r in rows if r.get('val_loss') not in (None, '')]
-    if checks: write_csv(Path(folder)/'val_losses.csv', checks)
+    if more: write_csv(folder/'logs.csv', _columns(rows, ('step', *more)))
+    checks = _checks(rows)[1]
+    names = ('step', 'epoch', 'samples', 'val_loss')
+    if checks: write_csv(folder/'val_losses.csv', _columns(checks, names))
 
+# %% ../../nbs/04_train/10_monitor.ipynb #786b664c
 def loss_figure(
     rows:list, # from `fit`
     title:str, # what the curve says
     last:int=20, # steps that are averaged
 )->tuple:      # figure, mean loss of the first steps, mean loss of the last ones
-    "Loss of each step, its running mean, and the loss of held samples where there are some."
+    "Loss of each step, its running mean, and the validation loss where there is one."
     import matplotlib.pyplot as plt
-    loss = np.array([r['loss'] for r in rows])
-    val = [(i, r['val_loss']) for i, r in enumerate(rows) if r.get('val_loss') not in (None, '')]
+    loss, (at, checks) = _values(rows, 'loss'), _checks(rows)
     with figure_style():
         fig, ax = plt.subplots(figsize=(6.5, 2.8))
         ax.plot(loss, alpha=.3)
         smooth = np.convolve(loss, np.ones(last)/last, 'valid') if len(loss) >= last else loss
         ax.plot(range(len(loss) - len(smooth), len(loss)), smooth, label='trained on')
-        if val: ax.plot(*zip(*val), 'o', label='held back'); ax.legend()
+        if checks:
+            ax.plot(at, _values(checks, 'val_loss'), 'o', label='held back')
+            ax.legend()
         ax.set(xlabel='step', ylabel='loss per scored token', title=textwrap.fill(title, 60))
     return fig, float(loss[:last].mean()), float(loss[-last:].mean())
 
-# %% ../../nbs/04_train/10_monitor.ipynb #e3194af3
+# %% ../../nbs/04_train/10_monitor.ipynb #c51cce19
 def watch(
     lines_s:float=15., # seconds between two lines where nobody can see a curve
     seconds:float=3.,  # between two drawings where somebody can
@@ -147,13 +183,16 @@ def watch(
     def report(r):
         rows.append(r)
         if time.monotonic() - shown['at'] < seconds and len(rows) < r['steps']: return
-        speed = sum(x['tokens'] for x in rows[-20:])/max(1e-9, sum(x['seconds'] for x in rows[-20:]))
+        last = rows[-20:]
+        speed = _values(last, 'tokens').sum()/max(1e-9, _values(last, 'seconds').sum())
         fig = loss_figure(rows, f"step {r['step'] + 1} of {r['steps']}, {speed:,.0f} tokens/s")[0]
         if shown['handle']: shown['handle'].update(fig)
         else: shown['handle'] = display(fig, display_id=True)
-        plt.close(fig); shown['at'] = time.monotonic()
+        plt.close(fig)
+        shown['at'] = time.monotonic()
     return report
 
+# %% ../../nbs/04_train/10_monitor.ipynb #e3194af3
 class TensorBoard:
     "A `report` for `fit` that writes what TensorBoard shows."
     def __init__(
@@ -169,7 +208,8 @@ class TensorBoard:
         if self.writer is None:
             from tensorboardX import SummaryWriter
             self.writer = SummaryWriter(str(self.folder), purge_step=r['step'], flush_secs=10)
-        facts = {'loss': r['loss'], 'lr': r['lr'], 'gradient norm': r['grad_norm'], 'tokens a second': r['tokens']/max(r['seconds'], 1e-9), 'epoch': r['epoch']}
+        facts = {'loss': r['loss'], 'lr': r['lr'], 'gradient norm': r['grad_norm'],
+                 'tokens a second': r['tokens']/max(r['seconds'], 1e-9), 'epoch': r['epoch']}
         if r.get('val_loss') not in (None, ''): facts['held loss'] = r['val_loss']
         for name, v in facts.items(): self.writer.add_scalar(name, v, r['step'])
         if r['step'] + 1 == r['steps']: self.writer.close()
@@ -180,7 +220,8 @@ def train_flops(
     tokens:int, # that pass through the language model
 )->int:         # floating-point operations; attention scores are left out
     "Operations of training the language model and the projector on `tokens`."
-    lm = [p for n, p in model.named_parameters() if 'language_model' in n and 'embed' not in n]
-    frozen = sum(p.numel() for p in lm if not p.requires_grad)
-    moving = sum(p.numel() for p in lm if p.requires_grad)
-    return int(tokens*(4*frozen + 6*moving))
+    each = 0   # operations of a token
+    for name, p in model.named_parameters():
+        if 'language_model' not in name or 'embed' in name: continue
+        each += p.numel()*(6 if p.requires_grad else 4)
+    return int(tokens*each)

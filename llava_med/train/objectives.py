@@ -16,10 +16,50 @@ from ..core.runs import replacing
 from .batches import batch_loss
 
 # %% ../../nbs/04_train/03_objectives.ipynb #bf25de70
+class _Around:
+    "What an objective may do around the steps; by default nothing."
+    def start(self,
+        model, # with its weights of the start
+    )->None:
+        "Called once before training, such as to copy a reference model."
+
+    def modules(self)->dict: # name → nn.Module
+        "Further modules: what learns in them is trained and saved, the rest is kept in memory."
+        return {}
+
+    def rollout(self,
+        model,        # as it is now
+        samples:list, # the prompts of a step
+        seed:int,     # of the step
+    )->list:          # samples to train on, with their `group`
+        "Samples that the model makes itself; used with the sampler `rollout`."
+        raise NotImplementedError(f"{type(self).__name__} makes no samples, as 'rollout' asks.")
+
+    def settings(self)->dict: # JSON
+        "What distinguishes this objective from others of its class; a checkpoint belongs to it."
+        plain = (str, int, float, bool)
+        return {k: v for k, v in vars(self).items() if isinstance(v, plain)}
+
+    def state_dict(self)->dict: # name → tensor
+        "Numbers that a checkpoint keeps beside the weights, such as a running baseline."
+        return {}
+
+    def load_state_dict(self,
+        state:dict, # from `state_dict`
+    )->None:
+        "Take them back."
+
+    def after_step(self,
+        model,    # as it is now
+        step:int, # that has just ended
+    )->None:
+        "Called after each step of the optimizer."
+
+# %% ../../nbs/04_train/03_objectives.ipynb #54a1e89b
 UNITS = ('token', 'row', 'group', 'batch')   # from the smallest piece to the largest
 OBJECTIVES = Registry('objective')
 
-class Objective:
+class Objective(_Around):
     "What a step minimises, and how far the loop may divide a batch for it."
     unit = 'batch'     # one of `UNITS`; the loss is a sum over such pieces
     gathers = False    # of a `batch` objective: whether it collects rows of all processes itself
@@ -51,42 +91,6 @@ class Objective:
         "What a sample costs."
         return len(sample['input_ids'])
 
-    def start(self,
-        model, # with its weights of the start
-    )->None:
-        "Called once before training, such as to copy a reference model."
-
-    def modules(self)->dict: # name → nn.Module
-        "Further modules: what learns in them is trained and saved, the rest is kept in memory."
-        return {}
-
-    def rollout(self,
-        model,        # as it is now
-        samples:list, # the prompts of a step
-        seed:int,     # of the step
-    )->list:          # samples to train on, with their `group`
-        "Samples that the model makes itself; used with the sampler `rollout`."
-        raise NotImplementedError(f"{type(self).__name__} makes no samples, as 'rollout' asks.")
-
-    def settings(self)->dict: # JSON
-        "What distinguishes this objective from others of its class; a checkpoint belongs to it."
-        return {k: v for k, v in vars(self).items() if isinstance(v, (str, int, float, bool))}
-
-    def state_dict(self)->dict: # name → tensor
-        "Numbers that a checkpoint keeps beside the weights, such as a running baseline."
-        return {}
-
-    def load_state_dict(self,
-        state:dict, # from `state_dict`
-    )->None:
-        "Take them back."
-
-    def after_step(self,
-        model,    # as it is now
-        step:int, # that has just ended
-    )->None:
-        "Called after each step of the optimizer."
-
 # %% ../../nbs/04_train/03_objectives.ipynb #932a9164
 @OBJECTIVES.register('cross_entropy')
 class CrossEntropy(Objective):
@@ -101,6 +105,12 @@ class CrossEntropy(Objective):
         return *batch_loss(model, batch), {}
 
 # %% ../../nbs/04_train/03_objectives.ipynb #a7608f5c
+def _name(f):
+    "Module and name of a function, or of the class of an object."
+    f = f if hasattr(f, '__qualname__') else type(f)
+    return f'{f.__module__}.{f.__qualname__}'
+
+# %% ../../nbs/04_train/03_objectives.ipynb #5b0742ea
 class FunctionObjective(Objective):
     "A function (model, batch) → (sum, count) or (sum, count, logs), with its `unit` if it has one."
     def __init__(self,
@@ -122,39 +132,38 @@ class FunctionObjective(Objective):
         "The function, by its name."
         return dict(function=_name(self.function))
 
-def _name(f):
-    "Module and name of a function, or of the class of an object."
-    f = f if hasattr(f, '__qualname__') else type(f)
-    return f'{f.__module__}.{f.__qualname__}'
-
+# %% ../../nbs/04_train/03_objectives.ipynb #cd94e924
 def _made(kind, name, settings):
     "An objective of a class with settings; ValueError where they do not fit."
     try: return kind(**settings)
     except TypeError as e:
-        why = str(e).split('__init__() ')[-1]
-        raise ValueError(f"The objective '{name}' cannot be made with {settings or 'no settings'}: {why}.") from e
+        why, given = str(e).split('__init__() ')[-1], settings or 'no settings'
+        raise ValueError(f"The objective '{name}' cannot be made with {given}: {why}.") from e
 
 def as_objective(
-    loss,        # an Objective, its class, its name, a dict with its name and settings, or a function of model and batch
+    loss,        # an Objective, its class or name, a dict with name and settings, or a function
 )->Objective:
-    "The objective that is meant; UnknownName for a name that does not exist, ValueError for settings that do not fit."
+    "The objective that is meant; UnknownName for an unknown name, ValueError for wrong settings."
     if isinstance(loss, str): loss = dict(name=loss)
     if isinstance(loss, dict):
-        name = loss.get('name', '')
-        return _made(OBJECTIVES.named(name), name, {k: v for k, v in loss.items() if k != 'name'})
+        settings = dict(loss)
+        name = settings.pop('name', '')
+        return _made(OBJECTIVES.named(name), name, settings)
     if isinstance(loss, type) and issubclass(loss, Objective): return loss()
     if isinstance(loss, Objective): return loss
     return CrossEntropy() if loss is batch_loss else FunctionObjective(loss)
 
+# %% ../../nbs/04_train/03_objectives.ipynb #fbe3686a
 def objective_name(
     objective:Objective, # of any class
 )->str:
     "Its registered name, or that of its function or class."
-    known = [k for k, v in OBJECTIVES.items() if v is type(objective)]
     if isinstance(objective, FunctionObjective): return _name(objective.function)
-    return known[0] if known else _name(objective)
+    for name, kind in OBJECTIVES.items():
+        if kind is type(objective): return name
+    return _name(objective)
 
-# %% ../../nbs/04_train/03_objectives.ipynb #86782c23
+# %% ../../nbs/04_train/03_objectives.ipynb #484838b8
 def learned_modules(
     objective:Objective, # with modules or without
 )->dict:                 # name → tensor on the CPU, of the modules in which something learns
@@ -162,9 +171,10 @@ def learned_modules(
     out = {}
     for name, m in objective.modules().items():
         if not any(p.requires_grad for p in m.parameters()): continue
-        out |= {f'{name}.{k}': v.detach().cpu().contiguous() for k, v in m.state_dict().items()}
+        for k, v in m.state_dict().items(): out[f'{name}.{k}'] = v.detach().cpu().contiguous()
     return out
 
+# %% ../../nbs/04_train/03_objectives.ipynb #a89ab3ae
 def save_modules(
     objective:Objective, # after training
     file:Path,           # a safetensors file; nothing is written where nothing has learned
@@ -175,34 +185,34 @@ def save_modules(
     with replacing(file) as part: save_file(weights, part)
     return Path(file)
 
+# %% ../../nbs/04_train/03_objectives.ipynb #86782c23
 def load_modules(
     objective:Objective, # with modules of the same shapes; changed in place
     file:Path,           # from `save_modules`
 )->None:
     "Read them back; ValueError where they do not fit."
     weights, known = load_file(file), learned_modules(objective)
-    odd = sorted(set(weights) ^ set(known)) or [k for k in known
-                                                if weights[k].shape != known[k].shape]
+    odd = sorted(set(weights) ^ set(known))
+    odd = odd or [k for k in known if weights[k].shape != known[k].shape]
     if odd:
         raise ValueError(f"{file} does not fit {type(objective).__name__}: '{odd[0]}' is missing "
-                             'on one side or has another shape.')
+                         'on one side or has another shape.')
     for name, m in objective.modules().items():
         own = {k.removeprefix(f'{name}.'): v for k, v in weights.items()
                if k.startswith(f'{name}.')}
         if own: m.load_state_dict(own)
 
-# %% ../../nbs/04_train/03_objectives.ipynb #2c148288
+# %% ../../nbs/04_train/03_objectives.ipynb #e1d97b60
 class _Gather(torch.autograd.Function):
     "Rows of all processes, one below the other, and back."
     @staticmethod
     def forward(ctx, x, counts):
         ctx.counts = counts
-        parts = [x.new_empty(n, *x.shape[1:]) for n in counts]
         most = max(counts)
         padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
         got = [torch.empty_like(padded) for _ in counts]
         torch.distributed.all_gather(got, padded.contiguous())
-        return torch.cat([g[:len(p)] for g, p in zip(got, parts)])
+        return torch.cat([g[:n] for g, n in zip(got, counts)])
 
     @staticmethod
     def backward(ctx, grad):
@@ -211,6 +221,7 @@ class _Gather(torch.autograd.Function):
         rank = torch.distributed.get_rank()
         return grad.split(ctx.counts)[rank], None
 
+# %% ../../nbs/04_train/03_objectives.ipynb #2c148288
 def gather_rows(
     x:torch.Tensor, # (rows of this process, …)
 )->tuple:           # (rows of all processes, …), number of the first row of this one

@@ -13,6 +13,10 @@ from .batches import length_batches
 # %% ../../nbs/04_train/04_samplers.ipynb #a5eb45fa
 SAMPLERS = Registry('sampler')
 
+def _sources(samples):
+    "Where each sample comes from; empty where it does not say."
+    return np.array([s.get('source') or '' for s in samples])
+
 def seen_samples(
     samples:list,  # encoded; `source` says where one comes from
     stage,         # a Stage; its `mix` says how often each source is seen, where it is not once
@@ -20,13 +24,15 @@ def seen_samples(
 )->np.ndarray:     # sample numbers
     "Numbers of the samples that an epoch sees; ValueError for a source that no sample has."
     if not stage.mix: return np.arange(len(samples))
-    sources = np.array([s.get('source') or '' for s in samples])
+    sources = _sources(samples)
     if strange := sorted(set(stage.mix) - set(sources)): raise ValueError(
         f'{stage.name}: no sample comes from {strange[0]!r}; sources are {sorted(set(sources))}.')
     out = []
     for name in sorted(set(sources)):
-        own, (times, part) = np.flatnonzero(sources == name), divmod(stage.mix.get(name, 1), 1)
-        out += [*np.tile(own, int(times)), *rng.choice(own, round(part*len(own)), replace=False)]
+        own = np.flatnonzero(sources == name)
+        times, part = divmod(stage.mix.get(name, 1), 1)
+        out += [*np.tile(own, int(times))]
+        out += [*rng.choice(own, round(part*len(own)), replace=False)]
     return np.array(out, int)
 
 # %% ../../nbs/04_train/04_samplers.ipynb #c65d2d3e
@@ -41,7 +47,7 @@ def length_grouped(
     seen = seen_samples(samples, stage, rng)
     return [seen[b] for b in length_batches(np.asarray(lengths)[seen], stage.batch_size, rng)]
 
-# %% ../../nbs/04_train/04_samplers.ipynb #330f423f
+# %% ../../nbs/04_train/04_samplers.ipynb #4c37ab03
 def _dealt(seen, sources, rng):
     "Numbers in an order in which each source is spread evenly."
     place = np.empty(len(seen))
@@ -49,6 +55,11 @@ def _dealt(seen, sources, rng):
         own = np.flatnonzero(sources == name)
         place[rng.permutation(own)] = (np.arange(len(own)) + rng.random())/len(own)
     return seen[np.argsort(place, kind='stable')]
+
+# %% ../../nbs/04_train/04_samplers.ipynb #330f423f
+def _cut(order, n):
+    "Sample numbers in batches of at most `n`."
+    return [order[i:i + n] for i in range(0, len(order), n)]
 
 @SAMPLERS.register()
 def mixture(
@@ -59,18 +70,19 @@ def mixture(
 )->list:           # arrays of sample numbers, one for each step
     "Batches that hold each source in the proportion of the epoch."
     seen = seen_samples(samples, stage, rng)
-    order = _dealt(seen, np.array([samples[j].get('source') or '' for j in seen]), rng)
-    n = stage.batch_size
-    out = [order[i:i + n] for i in range(0, len(order), n)]
+    order = _dealt(seen, _sources(samples)[seen], rng)
+    out = _cut(order, stage.batch_size)
     return [out[i] for i in rng.permutation(len(out))]
 
-# %% ../../nbs/04_train/04_samplers.ipynb #f5885ebc
+# %% ../../nbs/04_train/04_samplers.ipynb #880496bc
 def group_keys(
     samples:list, # encoded; `group` says which belong together
 )->list:          # one key a sample; a sample without a group is its own
     "What belongs together."
-    return [('g', s['group']) if s.get('group') is not None else ('s', i)
-            for i, s in enumerate(samples)]
+    keys = []
+    for i, s in enumerate(samples):
+        keys.append(('s', i) if s.get('group') is None else ('g', s['group']))
+    return keys
 
 def _groups(seen, keys):
     "Numbers of the samples of each group."
@@ -78,6 +90,7 @@ def _groups(seen, keys):
     for j in seen: found.setdefault(keys[j], []).append(int(j))
     return list(found.values())
 
+# %% ../../nbs/04_train/04_samplers.ipynb #f5885ebc
 @SAMPLERS.register('pairs')
 def in_pairs(
     samples:list,  # encoded, with `group`
@@ -91,10 +104,14 @@ def in_pairs(
     groups = [groups[k] for k in seen_samples(first, stage, rng)]
     size = max(map(len, groups))
     if size > stage.batch_size: raise ValueError(
-        f'{stage.name}: a group has {size} samples and a batch {stage.batch_size}; raise batch_size.')
-    longest = [max(lengths[j] for j in g) for g in groups]
+        f'{stage.name}: a group has {size} samples and a batch {stage.batch_size}; raise '
+        f'batch_size.')
+    lengths = np.asarray(lengths)
+    longest = [lengths[g].max() for g in groups]
     batches = length_batches(longest, max(1, stage.batch_size//size), rng)
-    return [np.array([j for k in b for j in groups[k]]) for b in batches]
+    out = []
+    for b in batches: out.append(np.concatenate([groups[k] for k in b]))
+    return out
 
 # %% ../../nbs/04_train/04_samplers.ipynb #4399bddc
 @SAMPLERS.register()
@@ -105,7 +122,6 @@ def rollout(
     rng:np.random.Generator, # of the epoch
 )->list:           # arrays of sample numbers, one for each step
     "Prompts in random order, for which the model makes the samples of the step itself."
-    seen, n = rng.permutation(seen_samples(samples, stage, rng)), stage.batch_size
-    return [seen[i:i + n] for i in range(0, len(seen), n)]
+    return _cut(rng.permutation(seen_samples(samples, stage, rng)), stage.batch_size)
 
 rollout.rolls = True   # the loop asks the objective for the samples of each step

@@ -36,7 +36,7 @@ from .loop import Validation, Stage, has_bf16
 from .monitor import loss_figure, loss_words, train_flops, write_losses
 from .launch import train
 
-# %% ../../nbs/04_train/13_stages.ipynb #7867d5c2
+# %% ../../nbs/04_train/13_stages.ipynb #b6ed383f
 @old_names(ARGUMENTS_RENAMED)
 @dataclass
 class Settings:
@@ -58,6 +58,7 @@ class Settings:
         if self.patience and not self.n_val:
             raise ValueError(f'patience is {self.patience}, but nothing is held back: set n_val.')
 
+# %% ../../nbs/04_train/13_stages.ipynb #7867d5c2
 def recorded(
     stage:Stage,       # what is trained
     settings:Settings, # and how
@@ -65,9 +66,10 @@ def recorded(
     "What a step records of its stage: all that decides the result, so not `save_s`."
     names = ('epochs', 'lr', 'batch_size', 'warmup', 'weight_decay')
     values = {k: getattr(stage, k) for k in names} | asdict(settings)
-    return {k: v for k, v in values.items() if k != 'save_s'}
+    values.pop('save_s')
+    return values
 
-# %% ../../nbs/04_train/13_stages.ipynb #43b01783
+# %% ../../nbs/04_train/13_stages.ipynb #181350d8
 @dataclass
 class StageRun:
     "A stage at work in one step of a run."
@@ -84,13 +86,16 @@ class StageRun:
     @property
     def bf16(self): return self.settings.bf16 and has_bf16(self.step.device)
 
+# %% ../../nbs/04_train/13_stages.ipynb #9054c6a4
 def _put_connector(model, processor, stage, seed):
     "Put in the connector that a stage names, unless the model has it."
-    plain = {act: name for name, act in ACTIVATIONS.items()}.get(model.config.projector_hidden_act)
+    names = {act: name for name, act in ACTIVATIONS.items()}
+    plain = names.get(model.config.projector_hidden_act)
     has = connector_record(model).get('name', plain)
     if stage.connector and stage.connector != has:
         put_connector(model, processor, stage.connector, seed)
 
+# %% ../../nbs/04_train/13_stages.ipynb #43b01783
 def begin_stage(
     step:Step,         # of the notebook
     stage:Stage,       # what is trained
@@ -106,7 +111,7 @@ def begin_stage(
     return StageRun(step, stage, settings, Path(start), model, processor, precision,
                     as_objective(stage.objective))
 
-# %% ../../nbs/04_train/13_stages.ipynb #fe940a4c
+# %% ../../nbs/04_train/13_stages.ipynb #924ea335
 def stage_records(
     step:Step,              # of the notebook
     name:str,               # file of the run's own records, in `1_data_prep`
@@ -121,6 +126,7 @@ def stage_records(
     print(said)
     return records, images
 
+# %% ../../nbs/04_train/13_stages.ipynb #fe940a4c
 def stage_questions(
     step:Step,          # of the notebook
     vqa:str='',         # folder or file of a VQA set; empty: the run's own
@@ -132,10 +138,12 @@ def stage_questions(
         source = step.uses(name, root()/vqa)
         beside = source if source.is_dir() else source.parent
         return read_vqa(source, part=True, say=print), root()/images if images else beside
-    files = [step.input('1_data_prep', f'vqa/{s}.json') for s in ('train', 'val')]
-    return [i for f in files for i in read_items(f)], step.input('1_data_prep', 'images')
+    items = []
+    for split in ('train', 'val'):
+        items += read_items(step.input('1_data_prep', f'vqa/{split}.json'))
+    return items, step.input('1_data_prep', 'images')
 
-# %% ../../nbs/04_train/13_stages.ipynb #61ffad8e
+# %% ../../nbs/04_train/13_stages.ipynb #bf113f26
 @dataclass
 class Questions:
     "Questions of a VQA set that can be trained on."
@@ -146,9 +154,19 @@ class Questions:
 
 IMAGE_ENDS = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff')
 
+# %% ../../nbs/04_train/13_stages.ipynb #a084292b
+def _files_below(folder):
+    "All files at any depth, also behind a link to a folder elsewhere; each folder once."
+    seen = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(where)) in seen: folders.clear()
+        else:
+            for n in names: yield Path(where)/n
+        seen.add(real)
+
+# %% ../../nbs/04_train/13_stages.ipynb #29e54e99
 def _image_files(names, folder):
-    """The file of each image: the one of that very name, else the only one whose path ends so. The last part
-    of a name alone is enough only where no other image of the set is called so. False: several fit."""
+    "The file of each image: that of its name, else the only one that ends so; False: several."
     by_name = defaultdict(list)
     for p in sorted(_files_below(folder)):
         if p.suffix.lower() in IMAGE_ENDS: by_name[p.name].append(p)
@@ -158,9 +176,11 @@ def _image_files(names, folder):
         ends = [p for p in by_name[parts[-1]] if p.parts[-len(parts):] == parts]
         fits = ends or (by_name[parts[-1]] if called[parts[-1]] == 1 else [])
         if (folder/n).is_file(): fits = [folder/n]
-        out[n] = None if not fits else fits[0] if len(fits) == 1 else False
+        out[n] = fits[0] if fits else None
+        if len(fits) > 1: out[n] = False
     return out
 
+# %% ../../nbs/04_train/13_stages.ipynb #00c3f541
 def _unusable(item, file):
     "Why an item cannot be learned from; empty where it can."
     if item['split'] == 'test': return 'test split'
@@ -170,37 +190,34 @@ def _unusable(item, file):
     if file is False: return 'several picture files of that name'
     return '' if item['split'] in ('train', 'val') else 'another split'
 
-def _files_below(folder):
-    "All files at any depth, also behind a link to a folder elsewhere; each folder once."
-    seen = set()
-    for where, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(where)) in seen: folders.clear()
-        else: yield from (Path(where)/n for n in names)
-        seen.add(real)
-
+# %% ../../nbs/04_train/13_stages.ipynb #6a11a387
 def trainable_questions(
     items:list,   # VQA items of any split
     folder:Path,  # of their images, at any depth
 )->Questions:     # with disjoint images in training and validation set
     "The questions that a stage can learn from; ValueError where there are none."
-    known = _image_files({n for i in items for n in i['images']}, folder)
-    files = [known[i['images'][0]] if len(i['images']) == 1 else None for i in items]
-    reasons = [_unusable(i, f) for i, f in zip(items, files)]
-    left_out = dict(Counter(r for r in reasons if r))
-    usable = {i['images'][0]: f for i, f, r in zip(items, files, reasons) if not r}
+    named = set().union(*(i['images'] for i in items))
+    known, usable, kept, left_out = _image_files(named, folder), {}, [], Counter()
+    for item in items:
+        file = known[item['images'][0]] if len(item['images']) == 1 else None
+        if why := _unusable(item, file): left_out[why] += 1
+        else:
+            usable[item['images'][0]] = file
+            kept.append(item)
     if not usable:
-        raise ValueError(f'{folder}: none of {len(items)} questions can be trained on ({left_out}); '
-                         'name the folder of the pictures with images.')
-    items = [i for i, r in zip(items, reasons) if not r]
+        raise ValueError(f'{folder}: none of {len(items)} questions can be trained on '
+                         f'({dict(left_out)}); name the folder of the pictures with images.')
+    items = kept
     patients = sorted({item_cluster(i) for i in items})   # an image each, where no patient is named
     held = {item_cluster(i) for i in items if i['split'] == 'val'} or set(patients[9::10])
-    train = [i for i in items if item_cluster(i) not in held]
-    val = [i for i in items if item_cluster(i) in held]
+    train, val = [], []
+    for i in items: (val if item_cluster(i) in held else train).append(i)
     if not train:
         raise ValueError(f'{folder}: {len(items)} questions, but all of them are for validation; '
                          'the set needs a training split.')
-    return Questions(train, val, usable, left_out)
+    return Questions(train, val, usable, dict(left_out))
 
+# %% ../../nbs/04_train/13_stages.ipynb #9b599d8d
 def joined_questions(
     sets:dict,    # name of a VQA set → its Questions
 )->Questions:     # an image is called by its set and its own name
@@ -210,8 +227,8 @@ def joined_questions(
         own = lambda i: i | {'images': [f'{name}/{n}' for n in i['images']]}
         joined.train += map(own, found.train)
         joined.val += map(own, found.val)
-        joined.files |= {f'{name}/{n}': f for n, f in found.files.items()}
-        joined.left_out |= {f'{name}: {why}': n for why, n in found.left_out.items()}
+        for n, f in found.files.items(): joined.files[f'{name}/{n}'] = f
+        for why, n in found.left_out.items(): joined.left_out[f'{name}: {why}'] = n
     return joined
 
 # %% ../../nbs/04_train/13_stages.ipynb #3cfe3cbe
@@ -236,7 +253,8 @@ class TrainingSet:
         shared:bool=True, # of the rows; False: of separate samples
     )->int:
         "Tokens of one epoch, padding left out."
-        return sum(len(s['input_ids']) for s in (self.rows if shared else self.samples))
+        rows = self.rows if shared else self.samples
+        return sum(len(s['input_ids']) for s in rows)
 
     def describe(self,
         noun:str='samples', # what the samples are
@@ -246,15 +264,14 @@ class TrainingSet:
         return (f'{len(self.samples):,} {noun} in {len(self.rows):,} rows: {n:,} tokens '
                 f'instead of {alone:,} ({alone/n:.1f} times as many)')
 
-def _renumbered(sample, new):
-    "A sample whose images have new numbers."
-    image = sample.get('image')
-    if image is None: return sample
-    return dict(sample,
-                image=[new[i] for i in image] if isinstance(image, (list, tuple)) else new[image])
+# %% ../../nbs/04_train/13_stages.ipynb #f5fe77a3
+def _gate(work, pack_by_image, packed, longest):
+    "Whether a kind of row may be taken."
+    if pack_by_image: return prefix_gate(work.model, work.processor, packed, longest=longest)
+    return path_gate(work.model, False, packed, longest=longest,
+                     pad_id=work.processor.tokenizer.pad_token_id or 0)
 
-def _rows(samples, model, max_len): return pack_shared_prefixes(samples, image_token(model), max_len)
-
+# %% ../../nbs/04_train/13_stages.ipynb #cac06162
 def _row_kind(work, pack_by_image, samples):
     "Whether samples share images, and rows are packed: as wanted, where the gates pass."
     model, packed = work.model, work.settings.packed
@@ -263,20 +280,49 @@ def _row_kind(work, pack_by_image, samples):
         print(f"Without sharing of images: the objective '{name}' compares whole samples.")
         pack_by_image = False
     longest = max((len(s.get('input_ids', ())) for s in samples), default=0)
-    ways = [w for w in ((pack_by_image, packed), (pack_by_image, False), (False, packed)) if any(w)]
-    said = {}
-    for way in dict.fromkeys(ways):
-        gate = (prefix_gate(model, work.processor, way[1], longest=longest) if way[0] else
-                path_gate(model, *way, longest=longest,
-                          pad_id=work.processor.tokenizer.pad_token_id or 0))
-        if gate.passed: break
-        said[way] = gate.why
-    else: way = False, False
-    names = [n for n, wanted, got in (('sharing of images', pack_by_image, way[0]),
-                                      ('packed rows', packed, way[1])) if wanted and not got]
-    if names: print(f"Without {' and '.join(names)}: {next(iter(said.values()))}.")
+    wanted = (pack_by_image, packed)
+    said, way = [], (False, False)
+    for kind in dict.fromkeys((wanted, (pack_by_image, False), (False, packed))):
+        if not any(kind): continue
+        gate = _gate(work, *kind, longest)
+        if gate.passed:
+            way = kind
+            break
+        said.append(gate.why)
+    names = ('sharing of images', 'packed rows')
+    lost = [n for n, asked, got in zip(names, wanted, way) if asked and not got]
+    if lost: print(f"Without {' and '.join(lost)}: {said[0]}.")
     return way
 
+# %% ../../nbs/04_train/13_stages.ipynb #a74be7e8
+def _rows(samples, model, max_len):
+    "Samples that share their images."
+    return pack_shared_prefixes(samples, image_token(model), max_len)
+
+# %% ../../nbs/04_train/13_stages.ipynb #8d2b1a7a
+def _renumbered(sample, new):
+    "A sample whose images have new numbers."
+    image = sample.get('image')
+    if image is None: return sample
+    if isinstance(image, (list, tuple)): return dict(sample, image=[new[i] for i in image])
+    return dict(sample, image=new[image])
+
+# %% ../../nbs/04_train/13_stages.ipynb #b728ee29
+def _encoded(work, records, val):
+    "Samples to learn from, the validation samples, and the names of all images by number."
+    own = type(work.objective).encode is not Objective.encode
+    encode = partial(record_samples, tokenizer=work.processor,
+                     image_tokens=image_tokens(work.model), max_len=work.settings.max_len,
+                     skip=not own,   # an objective may count on every record
+                     split=not own and work.objective.unit == 'token')
+    samples, names = work.objective.encode(list(records), encode)
+    val_rows, others = work.objective.encode(list(val), encode) if val else ([], [])
+    names = list(dict.fromkeys([*names, *others]))
+    number = {n: i for i, n in enumerate(names)}
+    new = [number[n] for n in others]
+    return samples, [_renumbered(s, new) for s in val_rows], names
+
+# %% ../../nbs/04_train/13_stages.ipynb #50878983
 @old_names(ARGUMENTS_RENAMED)
 def prepare(
     work:StageRun,     # from `begin_stage`
@@ -287,25 +333,21 @@ def prepare(
 )->TrainingSet:        # with the features of all images
     "Encode records and compute image features; ValueError names an unusable record or model."
     model, processor, s = work.model, work.processor, work.settings
-    tok, own = processor.tokenizer, type(work.objective).encode is not Objective.encode
-    check_step(model, work.start, s.lora_rank, tok.pad_token_id or 0)
-    encode = partial(record_samples, tokenizer=processor, image_tokens=image_tokens(model),
-                     max_len=s.max_len, skip=not own,   # an objective may count on every record
-                     split=not own and work.objective.unit == 'token')
-    samples, names = work.objective.encode(list(records), encode)
-    val_rows, others = work.objective.encode(list(val), encode) if val else ([], [])
-    names = list(dict.fromkeys([*names, *others]))
-    number = {n: i for i, n in enumerate(names)}
-    val_rows = [_renumbered(h, [number[n] for n in others]) for h in val_rows]
+    pad_id = processor.tokenizer.pad_token_id
+    check_step(model, work.start, s.lora_rank, pad_id or 0)
+    samples, val_rows, names = _encoded(work, records, val)
     pack_by_image, packed = _row_kind(work, pack_by_image, samples)
-    rows, val_rows = (_rows(x, model, s.max_len) if pack_by_image else x for x in (samples, val_rows))
+    rows = samples
+    if pack_by_image:
+        rows = _rows(samples, model, s.max_len)
+        val_rows = _rows(val_rows, model, s.max_len)
     files = [images[n] if isinstance(images, dict) else images/n for n in names]
     features = cached_features(model, processor, files, outputs_dir()/'.features',
                                threads=work.step.params['threads'], bf16=work.bf16)
-    collate = (PackedCollator if packed else Collator)(tok.pad_token_id, features)
+    collate = (PackedCollator if packed else Collator)(pad_id, features)
     return TrainingSet(samples, rows, val_rows, files, collate)
 
-# %% ../../nbs/04_train/13_stages.ipynb #5507795a
+# %% ../../nbs/04_train/13_stages.ipynb #f202adb8
 def token_table(
     tokenizer,   # of the model
     sample:dict, # encoded
@@ -315,6 +357,7 @@ def token_table(
     return dict(token=tokenizer.convert_ids_to_tokens(sample['input_ids']), label=labels,
                 scored=[l != IGNORE for l in labels])
 
+# %% ../../nbs/04_train/13_stages.ipynb #266ae0d5
 def first_batch(
     work:StageRun,         # from `begin_stage`
     train_set:TrainingSet, # from `prepare`
@@ -324,6 +367,7 @@ def first_batch(
     collate = Collator(train_set.collate.pad_id, train_set.collate.features)
     return send_to_device(collate(train_set.samples[:n]), work.model.device)
 
+# %% ../../nbs/04_train/13_stages.ipynb #5507795a
 @torch.no_grad()
 def token_losses(
     model,      # a LlavaForConditionalGeneration
@@ -336,7 +380,7 @@ def token_losses(
     logp = F.log_softmax(logits, -1).gather(-1, target.clamp(min=0)[..., None])
     return -logp[..., 0], target
 
-# %% ../../nbs/04_train/13_stages.ipynb #3020083d
+# %% ../../nbs/04_train/13_stages.ipynb #0665bb7d
 def _count(work, train_set):
     "Write down what training cost, in place of what an earlier call wrote."
     step, passes = work.step, work.losses[-1]['samples']/len(train_set.rows)
@@ -344,8 +388,10 @@ def _count(work, train_set):
     done = dict(samples=round(passes*len(train_set.samples)), tokens=tokens,
                 flops=train_flops(work.model, tokens))
     learning = sum(p.numel() for p in work.model.parameters() if p.requires_grad)
-    step.count(**{k: v - step.counts[k] for k, v in done.items()}, trainable=learning)
+    more = {k: v - step.counts[k] for k, v in done.items()}
+    step.count(**more, trainable=learning)
 
+# %% ../../nbs/04_train/13_stages.ipynb #3020083d
 def run_stage(
     work:StageRun,         # from `begin_stage`; its model and losses are replaced
     train_set:TrainingSet, # from `prepare`
@@ -353,14 +399,14 @@ def run_stage(
     "Train a stage, and write its losses and its costs; raises what `train` raises."
     step, s, val = work.step, work.settings, train_set.val
     if step.by_hand:
-        work.model, work.objective = load(work.start, step.device,
-                                          work.precision)[0], as_objective(work.stage.objective)
+        work.model, _ = load(work.start, step.device, work.precision)
+        work.objective = as_objective(work.stage.objective)
         _put_connector(work.model, work.processor, work.stage, step.seed)
     with step.timed():
         work.model, work.losses = train(
             work.model, train_set.rows, train_set.collate, work.stage, step.dir, step.seed,
-            objective=work.objective,
-            lora_rank=s.lora_rank, lora_alpha=s.lora_alpha, max_tokens_per_microbatch=s.max_tokens_per_microbatch,
+            objective=work.objective, lora_rank=s.lora_rank, lora_alpha=s.lora_alpha,
+            max_tokens_per_microbatch=s.max_tokens_per_microbatch,
             gradient_checkpointing=s.gradient_checkpointing, nproc=s.nproc, sharding=s.sharding,
             threads=step.params['threads'], bf16=work.bf16, save_s=s.save_s,
             validation=Validation(val, patience=s.patience) if val else None)
@@ -371,12 +417,13 @@ def run_stage(
     write_losses(step.dir, work.losses)
     return work.losses
 
-# %% ../../nbs/04_train/13_stages.ipynb #efb4586a
+# %% ../../nbs/04_train/13_stages.ipynb #b5be9bb1
 def _loss_ends(losses, n=20):
     "Mean loss of the first steps and of the last ones."
     values = np.array([r['loss'] for r in losses])
     return float(values[:n].mean()), float(values[-n:].mean())
 
+# %% ../../nbs/04_train/13_stages.ipynb #efb4586a
 def show_losses(
     work:StageRun, # after `run_stage`
     title:str='',  # what was trained; what the loss did stands behind it
@@ -385,10 +432,11 @@ def show_losses(
     words = loss_words(work.losses)
     fig, first, last = loss_figure(work.losses,
                                    f'{title}: {words}' if title else words.capitalize())
-    val = [r for r in work.losses if r.get('val_loss') not in (None, '')]
-    said = [f" Held back, after {r['epoch'] + 1} epochs: {r['val_loss']:.2f}." for r in val]
     text = f'Mean loss of the first 20 steps {first:.2f}, of the last 20 {last:.2f}.'
-    work.step.figure(fig, 'losses', text + ''.join(said))
+    for r in work.losses:
+        if r.get('val_loss') in (None, ''): continue
+        text += f" Held back, after {r['epoch'] + 1} epochs: {r['val_loss']:.2f}."
+    work.step.figure(fig, 'losses', text)
 
 # %% ../../nbs/04_train/13_stages.ipynb #b57822a3
 def finish_stage(
