@@ -97,10 +97,12 @@ def slice_keys(
         n = len({item_tag(o, k) for o in items})
         if n > MAX_SLICES:
             raise ScoreError(f'slices: the tag {k!r} has {n} values on {len(items)} items; '
-                                            f'put them in at most {MAX_SLICES} groups, as a tag of its own.')
+                                            f'put them in at most {MAX_SLICES} groups, as a tag of '
+                                            f'its own.')
     return SLICE_KEYS + new
 
-_NO_TAGS = {'id', 'question', 'answer', 'twin_of', 'rephrase', 'frame'}   # fields that are not about a group of items
+# fields that are not about a group of items
+_NO_TAGS = {'id', 'question', 'answer', 'twin_of', 'rephrase', 'frame'}
 
 def _index(items):
     by = {}
@@ -145,7 +147,8 @@ def _check(by_id, group, who, expected):
 def marks(
     items:list,           # VQA items
     predictions:list,     # log lines
-    asked:dict=None,      # model, or (model, condition) -> ids of the items it was asked, where that is not all
+    # model, or (model, condition) -> ids of the items it was asked, where that is not all
+    asked:dict=None,
     errors:str='refuse',  # see `latest`
     keys:Iterable=SLICE_KEYS, # tags to keep, from `slice_keys`
 )->pd.DataFrame:          # one row an answer: HEAD, item, image, cluster, num, den, tags
@@ -153,7 +156,8 @@ def marks(
     by_id, groups, keys = _index(items), defaultdict(list), list(keys)
     for p in latest(predictions, errors): groups[tuple(p[h] for h in HEAD)].append(p)
     for h, group in groups.items():
-        _check(by_id, group, f'Model {h[0]} under {h[3]}', (asked or {}).get((h[0], h[3]), (asked or {}).get(h[0], by_id)))
+        _check(by_id, group, f'Model {h[0]} under {h[3]}',
+               (asked or {}).get((h[0], h[3]), (asked or {}).get(h[0], by_id)))
     rows = [dict(zip(HEAD, h), **_mark(by_id[p['item']], p, keys)) for h, group in groups.items()
             for p in group]
     return pd.DataFrame(rows, columns=HEAD + ['item', 'image', 'cluster', 'num', 'den'] + keys)
@@ -269,7 +273,8 @@ def cluster_codes(
     both = d[['image', 'cluster']].drop_duplicates()
     twice = both[both['image'].duplicated(keep=False)]
     if len(twice): raise ScoreError(
-        f'The image {twice["image"].iloc[0]!r} is of {" and ".join(map(repr, sorted(twice["cluster"])[:2]))}; '
+        f'The image {twice["image"].iloc[0]!r} is of '
+        f'{" and ".join(map(repr, sorted(twice["cluster"])[:2]))}; '
         'give all questions about an image one patient or cluster.')
     first = pd.Series(codes).groupby(d['cluster'].to_numpy()).min().sort_values(kind='stable')
     return pd.Index(first.index).get_indexer(d['cluster'])
@@ -278,7 +283,8 @@ def cluster_codes(
 SCORE_COLUMNS = HEAD + ['slice', 'metric', 'value', 'low', 'high', 'n_items', 'n_images',
                         'n_clusters']
 CONTRASTS = ('blank', 'shuffled', 'noise')
-MODEL_PAIRS = (('stage2', 'base'), ('stage1', 'base'), ('stage2', 'stage1'), ('tuned', 'stage2'), ('tuned', 'base'))
+MODEL_PAIRS = (('stage2', 'base'), ('stage1', 'base'), ('stage2', 'stage1'), ('tuned', 'stage2'),
+               ('tuned', 'base'))
 
 def _slices(d, keys):
     "Names of the slices and a mask for each."
@@ -314,7 +320,8 @@ def _rows(d, head, metric, keys, sides, n_draws, seed, transform, digits, bounds
 def _contrasts(groups, model_pairs):
     "Pairs of groups to subtract, with the head of the difference."
     known = (*CONTRASTS, 'image', 'none')
-    own = [c for c in dict.fromkeys(g[-1] for g in groups) if c not in known]   # conditions of recipes
+    # conditions of recipes
+    own = [c for c in dict.fromkeys(g[-1] for g in groups) if c not in known]
     for (m, *rest, c) in groups:
         for other in (*CONTRASTS, *own):
             if c == 'image' and (m, *rest, other) in groups:
@@ -361,7 +368,8 @@ def no_interval(
 def score_table(
     items:list,          # VQA items
     predictions:list,    # log lines
-    asked:dict=None,     # model, or (model, condition) -> ids of the items it was asked, where that is not all
+    # model, or (model, condition) -> ids of the items it was asked, where that is not all
+    asked:dict=None,
     errors:str='refuse', # see `latest`
     n_draws:int=2000,    # bootstrap draws
     seed:int=0,          # of the draws
@@ -397,7 +405,8 @@ def scores_by(
     metric:str='strict',  # as in the row
 )->dict:                  # value of the tag → the row
     "The rows of one model and condition, by the value of a tag."
-    fit = [r for r in rows if (r['model'], r['condition'], r['metric']) == (model, condition, metric)]
+    fit = [r for r in rows if (r['model'], r['condition'], r['metric'])
+           == (model, condition, metric)]
     parts = [(r['slice'].partition('='), r) for r in fit]
     return {value: r for (name, _, value), r in parts if name == key and value}
 
@@ -428,7 +437,8 @@ def prior_predictions(
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #da8dd760
 def control_predictions(
-    train:list,             # VQA items whose answers are counted; may be empty, then there are no priors
+    # VQA items whose answers are counted; may be empty, then there are no priors
+    train:list,
     items:list,             # VQA items to answer
     dataset:str='phantoms', # name in the rows
     split:str='test',       # name in the rows
@@ -436,8 +446,10 @@ def control_predictions(
     "Answers of everybody who never looks: a constant, an echo, and three priors."
     head = dict(dataset=dataset, split=split, condition='blank')
     out = [dict(model=m, **head, item=o['id'], prompt=o['question'], error=None, text=say(o))
-           for m, say in (('always_yes_no', lambda o: 'yes no'), ('echo', lambda o: o['question'])) for o in items]
-    for by in ('majority', 'question_type', 'question') if train else ():   # no item has a tag `majority`
+           for m, say in (('always_yes_no', lambda o: 'yes no'), ('echo', lambda o: o['question']))
+           for o in items]
+    # no item has a tag `majority`
+    for by in ('majority', 'question_type', 'question') if train else ():
         out += prior_predictions(train, items, by, dataset, split)
     return out
 

@@ -152,7 +152,8 @@ class LocalModel:
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #52921842
 KEY = ('model', 'dataset', 'split', 'condition', 'item', 'model_hash', 'processor_hash',
-       'item_hash', 'prompt_hash', 'settings_hash')   # lines with one key are answers to one question
+       # lines with one key are answers to one question
+       'item_hash', 'prompt_hash', 'settings_hash')
 
 def _key_of(row): return tuple(row.get(k) for k in KEY)
 
@@ -427,7 +428,8 @@ def choose_prompt(
     each = budget//len(candidates)
     if not 0 < each <= len(items): raise ValueError(
         f'A budget of {budget} questions for {len(candidates)} ways to ask is {each} for each, '
-        f'and there are {len(items)} validation items; choose a budget that fits, the same for every model.')
+        f'and there are {len(items)} validation items; choose a budget that fits, the same for '
+        f'every model.')
     order = np.random.default_rng(seed).permutation(len(items))[:each]
     drawn, rows = [items[i] for i in sorted(order)], []
     if any(o.get('split') == 'test' for o in drawn): raise ValueError(
