@@ -9,8 +9,10 @@ from PIL import Image
 
 from llava_med.data.vqa_readers import open_vqa
 from llava_med.data.browse import guess_title
-from llava_med.evaluate.reports import (NOTES, PUBLISHED, WARNINGS, drawn_examples, evaluation_report, in_words, looking_title, page, published_rows,
-                               row_table, score_figure, side_by_side, table, text, value_with_interval, write_page)
+from llava_med.evaluate.report_page import page, table, text, write_page
+from llava_med.evaluate.reports import (NOTES, PUBLISHED, WARNINGS, drawn_examples, evaluation_report,
+                                        in_words, looking_title, published_rows, row_table,
+                                        score_figure, side_by_side, value_with_interval)
 from llava_med.train.monitor import loss_words, order_words
 from llava_med.core.runs import OutputError, test_data as data_folder
 from llava_med.evaluate.pairing import CASES

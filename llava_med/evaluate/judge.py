@@ -9,39 +9,49 @@ __all__ = ['CHAT_TYPES', 'ORDERS', 'JUDGE_CASES', 'check_chat', 'read_chat', 're
            'phantom_chat', 'judge_files', 'judge_command']
 
 # %% ../../nbs/06_evaluate/10_judge.ipynb #ac14c4f7
-import hashlib
-import json
-import re
+import hashlib, json, re
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
 import pandas as pd
-
-from ..data.conversations import DOMAINS
-from ..data.llava_files import domain_of
-from ..data.llm_api import EndpointGenerator
-from ..data.generators import REFUSAL, LocalGenerator, _read_words
+from ..core.runs import write_csv, write_jsonl
 from ..core.vocabulary import claims_dict
 from ..data.claims import read_claims
-from ..core.runs import write_csv, write_jsonl
+from ..data.conversations import DOMAINS
+from ..data.generators import REFUSAL, LocalGenerator, _read_words
+from ..data.llava_files import domain_of
+from ..data.llm_api import EndpointGenerator
 from .answer_files import read_answers, read_rows
-from .pairing import CASES, align, remedy
 from .answer_text import answer_text, spoken
+from .exact import (HEAD, SCORE_COLUMNS, SLICE_KEYS, ScoreError, finding_kinds,
+                                      strict_normalise, summarise)
+from .pairing import CASES, align, remedy
 from .score_rows import _size, head_numbers
 from .scorers import word_scores
-from .exact import (SCORE_COLUMNS, HEAD, SLICE_KEYS, ScoreError, finding_kinds,
-    strict_normalise, summarise)
 
 # %% ../../nbs/06_evaluate/10_judge.ipynb #b4865913
 CHAT_TYPES = ('conversation', 'detailed_description')
 
 def _mentions(x): # of a question: a list of sentences, of records with tokens, a string, or nothing
-    x = [x] if isinstance(x, (str, dict)) else x or []
-    said = [' '.join(str(m.get('tokens') or m.get('text') or '') .split()) if isinstance(m, dict)
-            else str(m) for m in x]
+    said = []
+    for m in [x] if isinstance(x, (str, dict)) else x or []:
+        if isinstance(m, dict): m = ' '.join(str(m.get('tokens') or m.get('text') or '').split())
+        said.append(str(m))
     return tuple(m for m in said if m and m != 'None')
 
+def _check_question(where, r, seen):
+    "Refuse a record that is no chat question, or whose id was seen before."
+    form = 'a question has question_id, text, gpt4_answer and type.'
+    if not isinstance(r, dict): raise ScoreError(f'{where}: is no record; {form}')
+    for k in ('question_id', 'text', 'gpt4_answer', 'type'):
+        if r.get(k) is None or not str(r[k]).strip():
+            raise ScoreError(f'{where}: has no "{k}"; {form}')
+    if str(r['question_id']) in seen: raise ScoreError(
+        f'{where}: the question_id {r["question_id"]!r} occurs twice; give each question its own.')
+    if r['type'] not in CHAT_TYPES: raise ScoreError(
+        f'{where}: the type {r["type"]!r} is none of {", ".join(CHAT_TYPES)}; correct it.')
+
+# %% ../../nbs/06_evaluate/10_judge.ipynb #d7d0dfcd
 def check_chat(
     rows:list,       # records
     name:str='The questions', # of the file, for messages
@@ -49,34 +59,25 @@ def check_chat(
     "Refuse what is no set of chat questions, and say which record."
     seen, out = set(), []
     for i, r in enumerate(rows, 1):
-        where = f'{name}, record {i}'
-        if not isinstance(r, dict):
-            raise ScoreError(f'{where}: is no record; a question has question_id, text, '
-                             f'gpt4_answer and type.')
-        for k in ('question_id', 'text', 'gpt4_answer', 'type'):
-            if r.get(k) is None or not str(r[k]).strip():
-                raise ScoreError(f'{where}: has no "{k}"; a question has question_id, text, '
-                                 f'gpt4_answer and type.')
-        if str(r['question_id']) in seen:
-            raise ScoreError(f'{where}: the question_id {r["question_id"]!r} occurs twice; give '
-                             f'each question its own.')
-        if r['type'] not in CHAT_TYPES:
-            raise ScoreError(f'{where}: the type {r["type"]!r} is none of {", ".join(CHAT_TYPES)}; '
-                             f'correct it.')
+        _check_question(f'{name}, record {i}', r, seen)
         seen.add(str(r['question_id']))
         out.append(dict(r, image=str(r.get('image') or r['question_id']),
                         question=re.sub(r'\s*<image>\s*', ' ', str(r['text'])).strip()))
     if not out: raise ScoreError(f'{name}: holds no questions.')
     return out
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #0e37ee36
 def read_chat(
     path:str|Path, # JSON or JSON Lines, whatever the ending
 )->list:           # questions
-    "Read chat questions in LLaVA-Med's layout, or the captions with claims of a run's `1_data_prep/captions_test.jsonl`."
+    "Read chat questions in LLaVA-Med's layout, or a run's `captions_test.jsonl` with claims."
     rows = read_rows(path)
-    if rows and all(isinstance(r, dict) and {'image', 'caption', 'claims'} <= set(r) for r in rows):
+    caption = {'image', 'caption', 'claims'}
+    if rows and all(isinstance(r, dict) and caption <= set(r) for r in rows):
         return report_questions(rows, name=str(path))
     return check_chat(rows, str(path))
+
+def _domains(modality): return {k: k == modality for k in DOMAINS}
 
 def report_questions(
     truths:list,       # records of captions_test.jsonl: image, modality, caption, claims
@@ -84,20 +85,26 @@ def report_questions(
     name:str='The captions', # for messages
 )->list:               # chat questions
     "Captions or reports with known claims as chat questions."
-    rows = [dict(question_id=f'caption:{t["image"]}', image=t['image'], text=question,
-                 gpt4_answer=t['caption'], fig_caption=t['caption'],
-                 type='detailed_description', domain={k: k == t.get('modality') for k in DOMAINS},
-                 truth=t['claims']) for t in truths]
+    rows = []
+    for t in truths:
+        rows.append(dict(question_id=f'caption:{t["image"]}', image=t['image'], text=question,
+                         gpt4_answer=t['caption'], fig_caption=t['caption'],
+                         type='detailed_description', domain=_domains(t.get('modality')),
+                         truth=t['claims']))
     return check_chat(rows, name)
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #ac638c73
 def chat_items(
     questions:list, # from `read_chat`
 )->list:            # VQA items
     "The questions as items that chapter 5.2 lets a model answer."
-    return [dict(id=str(q['question_id']), images=[q['image']], question=q['question'],
-                 answer=q['gpt4_answer'], answer_type='OPEN',
-                 options=[], regions=[], twin_of=None, split='test', source='chat',
-                 tags=dict(question_type=q['type'], modality=domain_of(q))) for q in questions]
+    out = []
+    for q in questions:
+        out.append(dict(id=str(q['question_id']), images=[q['image']], question=q['question'],
+                        answer=q['gpt4_answer'], answer_type='OPEN', options=[], regions=[],
+                        twin_of=None, split='test', source='chat',
+                        tags=dict(question_type=q['type'], modality=domain_of(q))))
+    return out
 
 def chat_counts(
     questions:list, # questions or judgements
@@ -117,6 +124,7 @@ class Pair:
     reference:str=''   # which of the two is the reference; no language model is told
     truth:str=''       # claims as JSON, for the rule that judges phantoms
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #b0f595b1
 @dataclass(frozen=True)
 class JudgePrompt:
     "What a language model is told before it marks two answers."
@@ -128,25 +136,30 @@ class JudgePrompt:
     @property
     def version(self)->str:
         "The number of the file, and a hash of its words."
-        return f'{self.number}-{hashlib.sha256(json.dumps([self.system, self.message]).encode()).hexdigest()[:8]}'
+        words = json.dumps([self.system, self.message]).encode()
+        return f'{self.number}-{hashlib.sha256(words).hexdigest()[:8]}'
+
     def messages(self,
         pair:Pair, # what is judged
     )->list:       # chat messages
         "Rules and a pair as chat messages; braces in an answer stay as they are."
-        said = asdict(pair) | dict(caption=pair.caption or '(none)',
-                                   mentions='\n'.join(f'- {m}' for m in pair.mentions) or '(none)')
-        said = {k: v if str(v).strip() else '(The assistant gave no answer.)'
-                for k, v in said.items()}
+        said = asdict(pair)
+        said['caption'] = pair.caption or '(none)'
+        said['mentions'] = '\n'.join(f'- {m}' for m in pair.mentions) or '(none)'
+        for k, v in said.items():
+            if not str(v).strip(): said[k] = '(The assistant gave no answer.)'
         text = re.sub(r'\{(caption|mentions|question|first|second)\}', lambda m: said[m[1]],
                       self.message)
         return [dict(role='system', content=self.system), dict(role='user', content=text)]
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #f7a0b9ca
 def read_judge_prompt(
     path:str|Path='', # a file like llava_med/evaluate/judge.yaml; default: that one
 )->JudgePrompt:       # what it says
     "Read the words for a judge and check them."
+    needed = [('message', k) for k in ('question', 'first', 'second')]
     d, _ = _read_words(path, 'evaluate/judge.yaml', dict(version=int, system=str, message=str),
-                       [('message', k) for k in ('question', 'first', 'second')], ScoreError)
+                       needed, ScoreError)
     return JudgePrompt(d['version'], d['system'].strip(), d['message'].rstrip())
 
 # %% ../../nbs/06_evaluate/10_judge.ipynb #caff5aef
@@ -164,21 +177,23 @@ def orders_of(
     raise ScoreError(f'The order {how!r} is unknown; choose both, alternate, reference_first or '
                      f'model_first.')
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #df65d432
 def pair_of(
     question:dict, # a question
     answer:str,    # the model's
     order:str,     # one of ORDERS
 )->Pair:           # what a judge reads
     "A question's two answers in one order."
-    a, b = str(question['gpt4_answer']), answer
-    first, second = (a, b) if order == 'reference_first' else (b, a)
-    label, truth = str(question.get('fig_label') or '').strip(), question.get('truth')
+    reference, truth = str(question['gpt4_answer']), question.get('truth')
+    first, second = reference, answer
+    if order != 'reference_first': first, second = answer, reference
     if truth is None and question['type'] == 'detailed_description':
-        truth = claims_dict(read_claims(a))
+        truth = claims_dict(read_claims(reference))
+    label = str(question.get('fig_label') or '').strip()
     caption = ' '.join(f'{label}: {question.get("fig_caption") or ""}'.strip(': ').split())
     return Pair(question['question'], first, second, caption,
-                _mentions(question.get('in_text_mention')),
-                a, json.dumps(truth) if truth else '')
+                _mentions(question.get('in_text_mention')), reference,
+                json.dumps(truth) if truth else '')
 
 # %% ../../nbs/06_evaluate/10_judge.ipynb #f8cf0096
 class _Judging: # what a judge does otherwise than a generator of conversations
@@ -186,16 +201,20 @@ class _Judging: # what a judge does otherwise than a generator of conversations
         super().__init__(*args, settings=dict(max_tokens=600) | (settings or {}), **how)
         self.prompts = read_judge_prompt(prompt)
         self.version = self.prompts.version
+
     def messages(self, pair): return self.prompts.messages(pair)
+
     def key(self, pair):
         said = [self.version, self.model, self.settings, pair.question, pair.first, pair.second,
                 pair.caption, pair.mentions]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
     def prepare(self, pairs):
         jobs = {self.key(p): (p,) for p in pairs}
         self.failed = {}
         if any(k not in self.answers for k in jobs):
             with self.answers.adding(): self.ask(jobs)
+
     def reply(self, pair):
         key = self.key(pair)
         r = self.answers.get(key)
@@ -204,79 +223,103 @@ class _Judging: # what a judge does otherwise than a generator of conversations
         return dict(result=None, key=key, error=why,
                     case='not_asked' if why.startswith('It was not asked') else 'no_answer')
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #048c43de
 class EndpointJudge(_Judging, EndpointGenerator):
-    "A judge behind an OpenAI-compatible service: url, model, the file of its answers, then as `EndpointGenerator`; prompt names another judge.yaml."
+    "A judge behind an OpenAI-compatible service: url, model, the file of its answers, …"
     name = 'endpoint'
 
 class LocalJudge(_Judging, LocalGenerator):
-    "A chat model of `transformers` on this machine as a judge: model, the file of its answers, then as `LocalGenerator`; prompt names another judge.yaml."
+    "A chat model of `transformers` on this machine as a judge: model, the file of its answers, …"
     name = 'local'
 
 # %% ../../nbs/06_evaluate/10_judge.ipynb #bf6791bd
 def _and(kinds): return ', '.join(sorted(kinds)) or 'nothing'
 
+def _marks_by_findings(true, texts):
+    "Marks for two texts by the findings that they name, the reasons, and the findings."
+    marks, why, said = [], [], []
+    for i, text in enumerate(texts, 1):
+        claims = read_claims(text)
+        named = finding_kinds(claims)
+        said.append(named)
+        mark = float(claims.normal or bool(claims.absent))       # nothing to find, and said so
+        if named or true: mark = 2*len(named & true)/(len(named) + len(true))
+        marks.append(10*mark)
+        why.append(f'Assistant {i} names {_and(named)}; made up: {_and(named - true)}; left out: '
+                   f'{_and(true - named)}.')
+    found = dict(true=sorted(true), first=sorted(said[0]), second=sorted(said[1]))
+    return marks, why, dict(findings=found)
+
+def _marks_by_words(reference, texts):
+    "Marks for two texts by the words that they share with the reference, and the reason."
+    gold = strict_normalise(reference)
+    marks = [10*word_scores(strict_normalise(t), gold, clipped=True)['f1'] for t in texts]
+    return marks, ['Compared by words, since there is no finding to compare.'], {}
+
+# %% ../../nbs/06_evaluate/10_judge.ipynb #5656868f
 class FindingJudge:
     "Marks answers by the findings that they name; where there is nothing to find, by their words."
     name, model, version = 'findings', 'findings', '1'
+
     def prepare(self,
         pairs:list, # of no effect: a rule needs no preparation
     )->None:
         "Nothing."
+
     def reply(self,
         pair:Pair, # what is judged
-    # result, finish, key, and findings {true, first, second} where they were compared
-    )->dict:
+    )->dict: # result, finish, key, and findings {true, first, second} where they were compared
         "A judgement in the form that language models are asked for."
-        claims = json.loads(pair.truth or '{}')
-        true, texts = finding_kinds(claims) if claims else set(), (pair.first, pair.second)
+        claims, texts = json.loads(pair.truth or '{}'), (pair.first, pair.second)
+        true = finding_kinds(claims) if claims else set()
         if true or claims.get('absent') or claims.get('normal'):
-            read = [read_claims(t) for t in texts]
-            said = [finding_kinds(c) for c in read]
-            marks = [10*(2*len(s & true)/(len(s) + len(true)) if s
-                         or true else float(c.normal or bool(c.absent)))
-                     for s, c in zip(said, read)]
-            why = [f'Assistant {i} names {_and(s)}; made up: {_and(s - true)}; left out: '
-                   f'{_and(true - s)}.' for i, s in enumerate(said, 1)]
-            more = dict(findings=dict(true=sorted(true), first=sorted(said[0]),
-                                      second=sorted(said[1])))
-        else:
-            gold = strict_normalise(pair.reference)
-            marks = [10*word_scores(strict_normalise(t), gold, clipped=True)['f1'] for t in texts]
-            why, more = ['Compared by words, since there is no finding to compare.'], {}
+            marks, why, more = _marks_by_findings(true, texts)
+        else: marks, why, more = _marks_by_words(pair.reference, texts)
         return dict(result=f'{marks[0]:.2f} {marks[1]:.2f}\n' + '\n'.join(why), finish='stop',
                     key=hashlib.sha256(repr(pair).encode()).hexdigest(), **more)
 
 # %% ../../nbs/06_evaluate/10_judge.ipynb #06c70012
 def _align(questions, answers):
     "As `align`; a caption belongs to its image, however the model was asked for it."
-    asked = {str(q['question_id']): q['question'] for q in questions}
-    def plain(r):
+    asked, rows = {str(q['question_id']): q['question'] for q in questions}, []
+    for r in answers:
         k = str(r.get('item') or r.get('question_id') or '')
-        return {**r, 'item': None, 'question_id': k,
-                'prompt': asked[k]} if k.startswith('caption:') and k in asked else r
-    return align(chat_items(questions), [plain(r) for r in answers])
+        if k.startswith('caption:') and k in asked:
+            r = {**r, 'item': None, 'question_id': k, 'prompt': asked[k]}
+        rows.append(r)
+    return align(chat_items(questions), rows)
 
+def _jobs(questions, texts, orders):
+    "(question, order, pair) for all that is judged; no pair where there is no answer."
+    out = []
+    for q in questions:
+        k = str(q['question_id'])
+        for order in orders_of(q['question_id'], orders):
+            out.append((q, order, pair_of(q, texts[k], order) if k in texts else None))
+    return out
+
+# %% ../../nbs/06_evaluate/10_judge.ipynb #c7510451
 def judge_answers(
     questions:list,      # from `read_chat`
     answers:list,        # of one model: LLaVA-Med's records, or lines of a prediction log
     judge,               # EndpointJudge, LocalJudge, FindingJudge, or the like
     orders:str='both',   # as in `orders_of`
-)->tuple:                # judgements; how answers were paired; counts of answer_files.CASES
+)->tuple:                # judgements; how answers were paired; counts of pairing.CASES
     "Judgements of a model's answers, one for each question and order."
     found, rule, n = _align(questions, answers)
-    lost = sum(n[k] for k in ('extra', 'ambiguous', 'no_prompt', 'conflict'))
+    lost = n['extra'] + n['ambiguous'] + n['no_prompt'] + n['conflict']
     if not found or 2*lost > len(answers): raise ScoreError(
         f'{lost} of the {len(answers)} answers cannot be paired with the {len(questions)} '
         f'questions; {remedy(n)}.')
     texts = {k: spoken(answer_text(r, n)) for k, r in found.items()}   # a judge sees no thoughts
-    jobs = [(q, o, pair_of(q, texts[i], o) if (i := str(q['question_id'])) in texts else None)
-            for q in questions for o in orders_of(q['question_id'], orders)]
+    jobs = _jobs(questions, texts, orders)
     judge.prepare([p for *_, p in jobs if p])
-    def record(q, o, p):
+    rows = []
+    for q, order, p in jobs:
         said = judge.reply(p) if p else dict(result=None, case='missing')
-        return dict(q, ans1=p and p.first, ans2=p and p.second, order=o, judge=judge.model,
-                    prompt_version=judge.version, **said)
-    return [record(*job) for job in jobs], rule, n
+        rows.append(dict(q, ans1=p and p.first, ans2=p and p.second, order=order,
+                         judge=judge.model, prompt_version=judge.version, **said))
+    return rows, rule, n
 
 # %% ../../nbs/06_evaluate/10_judge.ipynb #e5325f06
 JUDGE_CASES = dict(missing='questions that the model did not answer',
@@ -288,10 +331,10 @@ JUDGE_CASES = dict(missing='questions that the model did not answer',
                    out_of_range='marks outside 0 to 10, or 0 for the reference',
                    one_order='questions judged in one order only, so not scored')
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #36542502
 def read_judgement(
     record:dict, # with result; order and finish where they are known
-# (mark of the reference, mark of the model), or None; and the case, '' if there are marks
-)->tuple:
+)->tuple: # (mark of the reference, mark of the model), or None; and the case, '' if there are marks
     "The two marks of a judgement, or why there are none."
     text, finish = record.get('result'), record.get('finish')
     if text is None or text != text: return None, record.get('case') or 'no_answer'
@@ -299,8 +342,8 @@ def read_judgement(
     found = head_numbers(text)
     if len(found) == 2:
         first, second = found if record.get('order') != 'model_first' else found[::-1]
-        return ((first, second), '') if 0 < first <= 10 and 0 <= second <= 10 else (None,
-                                                                                    'out_of_range')
+        if 0 < first <= 10 and 0 <= second <= 10: return (first, second), ''
+        return None, 'out_of_range'
     if finish == 'content_filter' or not found and REFUSAL.search(text[:600]):
         return None, 'refused'
     if finish == 'length' and len(found) < 2: return None, 'cut_off'
@@ -315,31 +358,36 @@ def _judged(judgements):
         marks, case = read_judgement(o)
         n[case] += 1
         if not marks: continue
+        reference, mark = marks
         order = o.get('order') or 'reference_first'
-        texts = [o.get('ans1'), o.get('ans2')][::1 if order == 'reference_first' else -1]
+        texts, lead = [o.get('ans1'), o.get('ans2')], reference - mark
+        if order != 'reference_first': texts, lead = texts[::-1], -lead
+        words = [len(str(t or '').split()) for t in texts]
         rows.append(dict(item=str(o.get('question_id', i)), image=str(o.get('image', i)),
-                         reference=marks[0], mark=marks[1], ratio=marks[1]/marks[0],
-                         order=order, lead=(marks[0] - marks[1])*(1 if order == 'reference_first'
-                         else -1), words=len(str(texts[1] or '').split()),
-                         reference_words=len(str(texts[0] or '').split()),
+                         reference=reference, mark=mark, ratio=mark/reference, order=order,
+                         lead=lead, words=words[1], reference_words=words[0],
                          question_type=str(o.get('type') or ''), modality=domain_of(o)))
     return pd.DataFrame(rows), n
 
 def _by_question(d):
     "Means over the orders of each question."
-    how = {k: 'first' if k in ('image', 'question_type', 'modality') else 'mean'
-           for k in d if k not in ('item', 'order')}
+    how = dict.fromkeys(d.columns.drop(['item', 'order']), 'mean')
+    how |= dict.fromkeys(['image', 'question_type', 'modality'], 'first')
     return d.groupby('item', sort=False, as_index=False).agg(how).assign(one=1.)
+
+# %% ../../nbs/06_evaluate/10_judge.ipynb #11e6c6c0
+def _with_head(d, head, num, den):
+    empty = dict.fromkeys([k for k in SLICE_KEYS if k not in d], '')
+    return d.assign(num=d[num], den=d[den], **dict(zip(HEAD, head)), **empty)
 
 def _position(d, head, kw):
     "What the first place is worth, and how often the order decides."
     flips = d.pivot_table(index='item', columns='order', values='mark', aggfunc='size')
     if d.order.nunique() < 2: return []
     if flips.isna().any(axis=None):   # one order a question
-        means = d.groupby('order').lead.mean()
-        return [dict(zip(SCORE_COLUMNS,
-                         [*head, 'all', 'judge.first_place_points', round(float(means.mean()), 4),
-                          '', '', *_size(d)]))]
+        points = round(float(d.groupby('order').lead.mean().mean()), 4)
+        row = [*head, 'all', 'judge.first_place_points', points, '', '', *_size(d)]
+        return [dict(zip(SCORE_COLUMNS, row))]
     better = (d.mark - d.reference).apply(lambda x: (x > 0) - (x < 0))
     same = better.groupby(d['item']).nunique().eq(1)
     by = _by_question(d)
@@ -348,10 +396,32 @@ def _position(d, head, kw):
     return (summarise(_with_head(by, head, 'lead', 'one'), 'judge.first_place_points', **kw)
             + summarise(_with_head(by, head, 'flip', 'one'), 'judge.order_decides', **share))
 
-def _with_head(d, head, num, den):
-    return d.assign(num=d[num], den=d[den], **dict(zip(HEAD, head)),
-                    **{k: '' for k in SLICE_KEYS if k not in d})
+# %% ../../nbs/06_evaluate/10_judge.ipynb #0a452938
+def _asked_in_all_orders(judgements, d, n):
+    "Readable judgements of questions that were read in all orders; and how many were asked."
+    asked = defaultdict(set)
+    for i, o in enumerate(judgements):
+        asked[str(o.get('question_id', i))].add(o.get('order') or 'reference_first')
+    read = d.groupby('item').order.agg(set) if len(d) else {}
+    half = [k for k in asked if k in read and read[k] != asked[k]]
+    n['one_order'] = len(half)
+    return d[~d['item'].isin(half)] if len(d) else d, len(asked)
 
+def _mean_rows(d, by, head, kw):
+    "Both means and the lengths by type and domain; the means under each order alone, too."
+    out, slices = [], kw | dict(keys=['question_type', 'modality'])
+    for name, num, den in (('mean_of_ratios', 'ratio', 'one'),
+                           ('ratio_of_means', 'mark', 'reference'),
+                           ('answer_words', 'words', 'one'),
+                           ('reference_words', 'reference_words', 'one')):
+        out += summarise(_with_head(by, head, num, den), f'judge.{name}', **slices)
+        if d.order.nunique() < 2 or 'words' in name: continue
+        for o in ORDERS:
+            part = _with_head(_by_question(d[d.order == o]), head, num, den)
+            for r in summarise(part, f'judge.{name}', **kw): out.append(dict(r, slice=f'order={o}'))
+    return out
+
+# %% ../../nbs/06_evaluate/10_judge.ipynb #c818ea5b
 def chat_rows(
     judgements:list,    # from `judge_answers`, or LLaVA-Med's file of judgements
     model:str='model',  # name in the rows
@@ -360,37 +430,21 @@ def chat_rows(
     seed:int=0,         # of the draws
     condition:str='image', # what the model was shown
 )->list:                # rows of scores.csv
-    "Relative scores of a model against the reference, by type and domain, with counts of all that could not be read."
-    asked = defaultdict(set)
-    for i, o in enumerate(judgements):
-        asked[str(o.get('question_id', i))].add(o.get('order') or 'reference_first')
+    "Relative scores of a model against the reference, and counts of all that could not be read."
     d, n = _judged(judgements)
-    read = d.groupby('item').order.agg(set) if len(d) else {}
-    half = [k for k in asked if k in read and read[k] != asked[k]]
-    n['one_order'] = len(half)
-    if len(d): d = d[~d['item'].isin(half)]
+    d, n_asked = _asked_in_all_orders(judgements, d, n)
     if not len(d):
         raise ScoreError(f'None of the {len(judgements)} judgements can be scored '
                          f'({said_cases(n)}); look at what the judge wrote.')
     by = _by_question(d)
-    head = (model, dataset, 'test' if len(by) == len(asked)
-            else f'test ({len(by)} of {len(asked)})', condition)
+    split = 'test' if len(by) == n_asked else f'test ({len(by)} of {n_asked})'
+    head = model, dataset, split, condition
     kw = dict(n_draws=n_draws, seed=seed, keys=[], model_pairs=(), bounds=None)   # marks: no share
-    out = []
-    for name, num, den in (('judge.mean_of_ratios', 'ratio', 'one'),
-                           ('judge.ratio_of_means', 'mark', 'reference'),
-                           ('judge.answer_words', 'words', 'one'),
-                           ('judge.reference_words', 'reference_words', 'one')):
-        out += summarise(_with_head(by, head, num, den), name,
-                         **{**kw, 'keys': ['question_type', 'modality']})
-        for o in ORDERS if d.order.nunique() > 1 and 'words' not in name else ():
-            part = _by_question(d[d.order == o])
-            out += [dict(r, slice=f'order={o}')
-                    for r in summarise(_with_head(part, head, num, den), name, **kw)]
-    out += _position(d, head, kw)
-    return out + [dict(zip(SCORE_COLUMNS,
-                           [*head, 'all', f'judge.{k}', n[k], '', '', len(judgements),
-                            *_size(by)[1:]])) for k in JUDGE_CASES]
+    out = _mean_rows(d, by, head, kw) + _position(d, head, kw)
+    size = len(judgements), *_size(by)[1:]
+    for k in JUDGE_CASES:
+        out.append(dict(zip(SCORE_COLUMNS, [*head, 'all', f'judge.{k}', n[k], '', '', *size])))
+    return out
 
 def said_cases(
     n:Counter, # counts of JUDGE_CASES
@@ -403,15 +457,22 @@ def chat_table(
     rows:list, # rows of `chat_rows`, of one model or several
 )->pd.DataFrame: # one row a model and mean; percent
     "The paper's table: by type, by domain, overall."
-    names = [f'question_type={t}' for t in CHAT_TYPES] + [f'modality={d}'
-                                                          for d in DOMAINS] + ['all']
-    d = pd.DataFrame([r for r in rows if r['metric'] in ('judge.mean_of_ratios',
-                                                         'judge.ratio_of_means')])
-    t = d.assign(value=100*d.value.astype(float)).pivot_table(index=['model', 'metric'],
-        columns='slice', values='value', sort=False)
-    return t.reindex(columns=names).rename(columns=lambda c: c.split('=')[-1]).round(1)
+    d = pd.DataFrame(rows)
+    d = d[d['metric'].isin(['judge.mean_of_ratios', 'judge.ratio_of_means'])]
+    d = d.assign(value=100*d.value.astype(float), slice=d['slice'].str.split('=').str[-1])
+    t = d.pivot_table(index=['model', 'metric'], columns='slice', values='value', sort=False)
+    return t.reindex(columns=[*CHAT_TYPES, *DOMAINS, 'all']).round(1)
 
 # %% ../../nbs/06_evaluate/10_judge.ipynb #25b53990
+def _finding_row(o, head, k, said):
+    "What one text of a judgement names, against what is true."
+    true = set(o['findings']['true'])
+    hits = len(said & true)
+    empty = dict.fromkeys(SLICE_KEYS, '')
+    return dict(zip(HEAD, head), item=k, image=str(o.get('image', k)), hits=float(hits),
+                true=float(len(true)), said=float(len(said)), wrong=float(len(said) > hits),
+                one=1.) | empty | dict(question_type=str(o.get('type') or ''), modality=domain_of(o))
+
 def finding_rows(
     judgements:list,    # of `FindingJudge`
     model:str='model',  # name in the rows
@@ -421,42 +482,36 @@ def finding_rows(
     condition:str='image', # what the model was shown
 )->list:                # rows of scores.csv, for the model and for `reference`
     "Finding recall, precision and hallucination rate."
-    rows, seen = [], set()
+    rows, seen, out = [], set(), []
     for i, o in enumerate(judgements):
         k, f = str(o.get('question_id', i)), o.get('findings')
         if not f or k in seen: continue
         seen.add(k)
-        names = ('reference', model) if (o.get('order') or ORDERS[0]) == ORDERS[0] else (model,
-            'reference')
-        for who, said in zip(names, (set(f['first']), set(f['second']))):
-            hits = len(said & set(f['true']))
-            rows.append(dict(zip(HEAD, (who, dataset, 'test', condition)), item=k,
-                             image=str(o.get('image', k)), hits=float(hits),
-                             true=float(len(f['true'])),
-                             said=float(len(said)), wrong=float(len(said) > hits), one=1.,
-                             **{c: '' for c in SLICE_KEYS},
-                             ) | dict(question_type=str(o.get('type') or ''),
-                                      modality=domain_of(o)))
+        names = ['reference', model]
+        if (o.get('order') or ORDERS[0]) != ORDERS[0]: names.reverse()
+        for who, said in zip(names, (f['first'], f['second'])):
+            rows.append(_finding_row(o, (who, dataset, 'test', condition), k, set(said)))
+    if not rows: return []
     d = pd.DataFrame(rows)
-    return [r for name, num, den in (('finding_recall', 'hits', 'true'),
-        ('finding_precision', 'hits', 'said'), ('finding_hallucination', 'wrong', 'one'))
-            for r in summarise(d.assign(num=d[num], den=d[den]), name, n_draws, seed,
-                               ['question_type', 'modality'], ())] if len(d) else []
+    for name, num, den in (('recall', 'hits', 'true'), ('precision', 'hits', 'said'),
+                           ('hallucination', 'wrong', 'one')):
+        out += summarise(d.assign(num=d[num], den=d[den]), f'finding_{name}', n_draws, seed,
+                         ['question_type', 'modality'], ())
+    return out
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #6bb43616
 def phantom_chat(
     truths:list, # records of captions_test.jsonl: image, modality, caption, claims
     items:list,  # VQA items about the same images
 )->list:         # chat questions: a description for each image, and its items as conversation
     "A chat set of phantoms in LLaVA-Med's layout."
-    known = {t['image']: t for t in truths}
-    rows = report_questions(truths)
+    known, rows = {t['image']: t for t in truths}, report_questions(truths)
     for o in items:
         t = known.get(o['images'][0])
-        if t:
-            rows.append(dict(question_id=o['id'], image=t['image'], text=o['question'],
-                             gpt4_answer=str(o['answer']), fig_caption=t['caption'],
-                               type='conversation',
-                             domain={k: k == t['modality'] for k in DOMAINS}))
+        if not t: continue
+        rows.append(dict(question_id=o['id'], image=t['image'], text=o['question'],
+                         gpt4_answer=str(o['answer']), fig_caption=t['caption'],
+                         type='conversation', domain=_domains(t['modality'])))
     return check_chat(rows, 'The phantoms')
 
 # %% ../../nbs/06_evaluate/10_judge.ipynb #7dc3c07c
@@ -476,49 +531,62 @@ def judge_files(
         if p and not Path(p).is_file(): raise FileNotFoundError(f'{p}: there is no such file.')
     for p in (out, judgements):
         if p and Path(p).is_dir(): raise ScoreError(f'{p} is a folder: name a file.')
-    model = model or Path(answers or questions).stem
+    model, scores = model or Path(answers or questions).stem, []
     if answers is None: rows = _known_judgements(questions)
     else:
         judgements = Path(judgements or Path(answers).with_suffix('.judgements.jsonl'))
         who = judge(judgements.with_suffix('.asked.jsonl')) if judge else FindingJudge()
-        asked, said, rows = read_chat(questions), read_answers(answers), []
+        asked, said = read_chat(questions), read_answers(answers)
         if not send: return _only_say(asked, said, who, orders)
-        for (m, c), part in _by_model(said).items():
-            done, rule, n = judge_answers(asked, part, who, orders)
-            counts = {k: n[k] for k in CASES}
-            rows += [dict(o, model=m or model, condition=c or 'image', counts=counts) for o in done]
-            print(f'{m or model}: {len(part)} answers paired {rule}: '
-                  + ('; '.join(f'{n[k]} {what}' for k, what in CASES.items() if n[k])
-                     or 'nothing odd'))
-        write_jsonl(judgements, rows); print(f'{len(rows)} judgements -> {judgements}')
-    scores = []
+        rows = _judge_models(asked, said, who, orders, model)
+        write_jsonl(judgements, rows)
+        print(f'{len(rows)} judgements -> {judgements}')
     for (m, c), part in _by_model(rows).items():
-        how = kw | dict(model=m or model, condition=c or 'image')
-        new = chat_rows(part, **how)
-        known = dict(zip(SCORE_COLUMNS, [new[0][h] for h in HEAD]))
-        new += finding_rows(part, **how)
-        size = dict(n_items=len(part), **{k: new[0][k] for k in ('n_images', 'n_clusters')})
-        new += [known | dict(slice='all', metric=f'answers.{k}', value=v, low='', high='', **size)
-                for k, v in (part[0].get('counts') or {}).items()]
+        new = _all_rows(part, **(kw | dict(model=m or model, condition=c or 'image')))
         _show(new)
         scores += new
-    if out: write_csv(out, scores, SCORE_COLUMNS); print(f'\n{len(scores)} rows -> {out}')
+    if out:
+        write_csv(out, scores, SCORE_COLUMNS)
+        print(f'\n{len(scores)} rows -> {out}')
     return 0
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #9ddbe4d9
 def _by_model(rows):
     "Answers or judgements by model and condition."
     groups = defaultdict(list)
-    for r in rows: groups[tuple(str(r.get(k) or '') for k in ('model', 'condition'))].append(r)
+    for r in rows: groups[str(r.get('model') or ''), str(r.get('condition') or '')].append(r)
     return groups
 
+def _judge_models(questions, answers, judge, orders, model):
+    "Judgements of all models and conditions of a file; says how answers were paired."
+    rows = []
+    for (m, c), part in _by_model(answers).items():
+        done, rule, n = judge_answers(questions, part, judge, orders)
+        counts = {k: n[k] for k in CASES}
+        for o in done: rows.append(dict(o, model=m or model, condition=c or 'image', counts=counts))
+        odd = [f'{n[k]} {what}' for k, what in CASES.items() if n[k]]
+        print(f'{m or model}: {len(part)} answers paired {rule}: {"; ".join(odd) or "nothing odd"}')
+    return rows
+
+def _all_rows(judgements, **how):
+    "Relative scores, findings, and counts of the pairing."
+    out = chat_rows(judgements, **how)
+    first = out[0]
+    head = [first[h] for h in HEAD]
+    size = len(judgements), first['n_images'], first['n_clusters']
+    out += finding_rows(judgements, **how)
+    for k, v in (judgements[0].get('counts') or {}).items():
+        out.append(dict(zip(SCORE_COLUMNS, [*head, 'all', f'answers.{k}', v, '', '', *size])))
+    return out
+
+# %% ../../nbs/06_evaluate/10_judge.ipynb #273e9694
 def _known_judgements(path):
     "Judgements of a file, ours or LLaVA-Med's."
     rows = read_rows(path)
-    bad = next((i for i, r in enumerate(rows, 1) if not isinstance(r, dict) or 'result' not in r),
-               None)
-    if bad:
-        raise ScoreError(f'{path}, record {bad}: has no "result"; give a file of judgements, or '
-                         f'name the ANSWERS that are to be judged.')
+    for i, r in enumerate(rows, 1):
+        if not isinstance(r, dict) or 'result' not in r: raise ScoreError(
+            f'{path}, record {i}: has no "result"; give a file of judgements, or name the ANSWERS '
+            'that are to be judged.')
     return rows
 
 def _only_say(questions, answers, judge, orders):
@@ -526,30 +594,30 @@ def _only_say(questions, answers, judge, orders):
     pairs = []
     for part in _by_model(answers).values():
         found, _, n = _align(questions, part)
-        pairs += [pair_of(q, spoken(answer_text(found[i], n)), o) for q in questions
-                  if (i := str(q['question_id'])) in found
-                  for o in orders_of(q['question_id'], orders)]
+        texts = {k: spoken(answer_text(r, n)) for k, r in found.items()}
+        pairs += [p for *_, p in _jobs(questions, texts, orders) if p]
     about = judge.estimate((p,) for p in pairs)
     where = f' to {judge.url}' if hasattr(judge, 'url') else ''
     print(f'{len(pairs)} pairs of answers; {about["questions"]} are not judged yet: about '
-          f'{about["prompt_tokens"]} tokens in '
-          f'and {about["completion_tokens"]} out, cost about {about["cost"]}, at most '
-          f'{about["at_most"]}.\n'
+          f'{about["prompt_tokens"]} tokens in and {about["completion_tokens"]} out, cost about '
+          f'{about["cost"]}, at most {about["at_most"]}.\n'
           f'Nothing was sent. With --send, captions, questions and answers go{where}: never send '
           f'credentialed data.')
     return 0
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #563db3ec
 def _show(rows):
     "Print relative scores, findings, and what could not be read."
     print('\n' + (chat_table(rows).T.to_string() if len(rows) else ''))
+    told = ('judge.first_place_points', 'judge.order_decides', 'judge.answer_words')
+    n = Counter()
     for r in rows:
-        shown = r['slice'] == 'all' and (r['metric'].startswith('finding')
-            or r['metric'] in ('judge.first_place_points', 'judge.order_decides',
-                               'judge.answer_words'))
+        case = r['metric'].removeprefix('judge.')
+        if case in JUDGE_CASES: n[case] = r['value']
+        if r['slice'] != 'all' or not (r['metric'].startswith('finding') or r['metric'] in told):
+            continue
         interval = f'  ({r["low"]} to {r["high"]})' if r['low'] != '' else ''
-        if shown:
-            print(f'{r["model"]:20} {r["metric"]:26} {r["value"]}{interval}  n={r["n_items"]}')
-    n = Counter({k: r['value'] for r in rows for k in JUDGE_CASES if r['metric'] == f'judge.{k}'})
+        print(f'{r["model"]:20} {r["metric"]:26} {r["value"]}{interval}  n={r["n_items"]}')
     print(f'{rows[0]["split"]}: {said_cases(n)}')
 
 # %% ../../nbs/06_evaluate/10_judge.ipynb #5e6b424a

@@ -15,10 +15,10 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, norm
-from .exact import (SCORE_COLUMNS, HEAD, MODEL_PAIRS, ScoreError,
-    _contrasts, _tidy, edge_limits, right_answer)
-from .score_rows import metric_columns
 from ..data.vqa import item_cluster
+from .exact import (HEAD, MODEL_PAIRS, SCORE_COLUMNS, ScoreError, _contrasts,
+                                      _tidy, edge_limits, right_answer)
+from .score_rows import metric_columns
 
 # %% ../../nbs/06_evaluate/09_statistics.ipynb #41b8f3fd
 def share_interval(
@@ -43,7 +43,7 @@ def mcnemar(
     a:np.ndarray, # credits of the first model, 0 or 1
     b:np.ndarray, # credits of the second, on the same items
 )->float:         # two-sided p
-    "Exact test of McNemar: are wins as frequent as losses? It takes every question for independent."
+    "McNemar's exact test: are wins as frequent as losses? It takes questions for independent."
     if not np.isin([a, b], (0, 1)).all(): raise ScoreError(
         'McNemar needs credits of 0 or 1; use the bootstrap for shares such as a recall.')
     win, _, loss = win_tie_loss(a, b)
@@ -51,17 +51,6 @@ def mcnemar(
 
 # %% ../../nbs/06_evaluate/09_statistics.ipynb #033b0c66
 EXACT_CLUSTERS = 16   # as many clusters at most have all their subsets gone through
-
-def _sums(d, images):
-    "Sum of differences and number of items of each image, (images, 1) each."
-    codes, names = pd.factorize(np.asarray(images))
-    sums = np.bincount(codes, d, len(names)), np.bincount(codes, minlength=len(names)).astype(float)
-    return sums[0][:, None], sums[1][:, None]
-
-def _p(draws):
-    "Two-sided p of each column of draws, from the share on either side of zero."
-    n = len(draws)
-    return np.minimum(1, 2*(1 + np.minimum((draws <= 0).sum(0), (draws >= 0).sum(0)))/(n + 1))
 
 @lru_cache(4)
 def subsets(
@@ -74,6 +63,7 @@ def subsets(
         return ((np.arange(1, 2**n)[:, None] >> np.arange(n)) & 1).astype(bool)
     return np.random.default_rng(seed).random((n_draws, n), np.float32) < .5
 
+# %% ../../nbs/06_evaluate/09_statistics.ipynb #18ac9e60
 def subset_means(
     num:np.ndarray, # (clusters, columns) sums of differences
     den:np.ndarray, # (clusters, columns) numbers of items
@@ -88,15 +78,22 @@ def subset_means(
         out[i:i+512] = (t @ num)/np.maximum(t @ den, 1e-12)   # an empty one is a draw of 0
     return out
 
+# %% ../../nbs/06_evaluate/09_statistics.ipynb #223599ee
+def _p(draws):
+    "Two-sided p of each column of draws, from the share on either side of zero."
+    n = len(draws)
+    return np.minimum(1, 2*(1 + np.minimum((draws <= 0).sum(0), (draws >= 0).sum(0)))/(n + 1))
+
 def draw_limits(
     draws:np.ndarray, # (draws,) of a difference
     bound:float=1.,   # that the difference cannot leave; the limits where there are too few draws
 )->tuple:             # lower and upper limit of the 95 % interval
-    "Limits that are draws: they exclude zero exactly where the p-value of these draws is below 0.05."
+    "Limits that are draws: they exclude zero exactly where these draws have a p below 0.05."
     n, x = len(draws), np.sort(draws)
     beyond = math.ceil(.025*(n + 1)) - 1
     return (float(x[beyond-1]), float(x[n-beyond])) if beyond else (-bound, bound)
 
+# %% ../../nbs/06_evaluate/09_statistics.ipynb #985f3ab3
 def alike_difference(
     value:float,    # what every cluster shows
     n:int,          # clusters
@@ -107,6 +104,13 @@ def alike_difference(
     if abs(value) < 1e-9 or n < 2: return *edge_limits(value, n, bounds), 1.
     p = 2*(1 + abs(value)/bound)**-n if bounds else 2*.5**n
     return *edge_limits(value, n, bounds, .025), min(1., p)
+
+# %% ../../nbs/06_evaluate/09_statistics.ipynb #3f8a2b01
+def _sums(d, images):
+    "Sum of differences and number of items of each image, (images, 1) each."
+    codes, names = pd.factorize(np.asarray(images))
+    sums = np.bincount(codes, d, len(names)), np.bincount(codes, minlength=len(names)).astype(float)
+    return sums[0][:, None], sums[1][:, None]
 
 def paired_difference(
     a:np.ndarray,       # credits of the first model, fractions
@@ -169,105 +173,112 @@ def minimum_detectable_effect(
     return float((norm.ppf(1 - alpha/2) + norm.ppf(power))*np.sqrt(discordant*design/n))
 
 # %% ../../nbs/06_evaluate/09_statistics.ipynb #78dea134
+_COMPARED = ('model', 'metric', 'difference', 'low', 'high', 'p', 'p_holm', 'p_mcnemar', 'win',
+             'tie', 'loss', 'mde', 'n_items', 'n_images', 'n_clusters')
+
 def compare(
-    tables:dict,        # model → table of `scorers.credits`
+    tables:dict,        # model → table of `score_rows.credits`
     pairs:Iterable,     # (model, model) to subtract
     metrics:Iterable|None=None, # columns to compare; all that both have if None
     n_draws:int=10_000, # random subsets of the images, where there are too many for all
     seed:int=0,         # of the draws
 )->pd.DataFrame:        # one row a pair and metric
-    "Paired comparisons with intervals, corrected p-values, wins and losses, and what could have been found."
+    "Paired comparisons: intervals, corrected p-values, wins, losses, and what could be found."
     rows = []
     for x, y in pairs:
-        unknown = [m for m in (x, y) if m not in tables]
-        if unknown:
-            raise ScoreError(f'No answers of {unknown[0]!r}; there are '
-                             f'{", ".join(map(repr, tables))}.')
+        for m in (x, y):
+            if m not in tables: raise ScoreError(
+                f'No answers of {m!r}; there are {", ".join(map(repr, tables))}.')
         own = [m for m in metric_columns(tables[x]) if m in tables[y]]
         both = tables[x].merge(tables[y], on='item', suffixes=('', ' of b'), validate='1:1')
         if not len(both):
             raise ScoreError(f'{x} and {y} answered no item in common; compare them on one set.')
+        unit = 'cluster' if 'cluster' in both else 'image'
         for m in own if metrics is None else metrics:
-            d = both[[m, f'{m} of b', 'image',
-                      *(['cluster'] if 'cluster' in both else [])]].dropna()
-            if len(d):
-                rows.append(dict(model=f'{x}-{y}', metric=m, **_comparison(d, m, n_draws, seed)))
-    out = pd.DataFrame(rows, columns=['model', 'metric', 'difference', 'low', 'high', 'p', 'p_holm',
-                                      'p_mcnemar', 'win', 'tie',
-                                      'loss', 'mde', 'n_items', 'n_images', 'n_clusters'])
+            d = both[list(dict.fromkeys([m, f'{m} of b', 'image', unit]))].dropna()
+            if not len(d): continue
+            rows.append(dict(model=f'{x}-{y}', metric=m, **_comparison(d, m, unit, n_draws, seed)))
+    out = pd.DataFrame(rows, columns=_COMPARED)
     return out.assign(p_holm=holm(out['p']))
 
+# %% ../../nbs/06_evaluate/09_statistics.ipynb #ed754491
 def _mde(r):
     "What a comparison could have found; where nothing varies, half its exact interval."
     if r['se'] > 1e-12: return (norm.ppf(.975) + norm.ppf(.8))*r['se']
     return (r['high'] - r['low'])/2
 
-def _comparison(d, m, n_draws, seed):
+def _comparison(d, m, unit, n_draws, seed):
     "One metric of two models on the items of a table."
-    a, b, clusters = d[m].to_numpy(float), d[f'{m} of b'].to_numpy(float), d['cluster'
-                                                                             if 'cluster' in d
-                                                                             else 'image']
+    a, b, clusters = d[m].to_numpy(float), d[f'{m} of b'].to_numpy(float), d[unit]
     r = paired_difference(a, b, clusters.to_numpy(), n_draws, seed)
     win, tie, loss = win_tie_loss(a, b)
     p_mcnemar = mcnemar(a, b) if np.isin([a, b], (0, 1)).all() else np.nan
-    return dict({k: r[k] for k in ('difference', 'low', 'high', 'p')}, p_mcnemar=p_mcnemar,
-                win=win, tie=tie, loss=loss,
-                mde=_mde(r), n_items=len(d),
-                n_images=d['image'].nunique(),
-                n_clusters=clusters.nunique())
+    return dict(difference=r['difference'], low=r['low'], high=r['high'], p=r['p'],
+                p_mcnemar=p_mcnemar, win=win, tie=tie, loss=loss, mde=_mde(r), n_items=len(d),
+                n_images=d['image'].nunique(), n_clusters=clusters.nunique())
 
 # %% ../../nbs/06_evaluate/09_statistics.ipynb #fff7e7c1
 def paired_tests(
-    tables:dict,        # HEAD → table of credits, from `scorers.log_credits`
+    tables:dict,        # HEAD → table of credits, from `score_rows.log_credits`
     # chosen before the answers are seen
     metrics:Iterable=('strict', 'strict.closed', 'strict.open_f1'),
     model_pairs:Iterable=MODEL_PAIRS, # differences of models
     n_draws:int=10_000, # random subsets of the images, where there are too many for all
     seed:int=0,         # of the draws
 )->pd.DataFrame:        # one row a difference and metric: HEAD and the columns of `compare`
-    "All paired comparisons of an evaluation: models under the same condition, and each image against its control."
+    "All paired comparisons: models under one condition, and each image against its control."
     parts = []
     for a, b, head in _contrasts(tables, model_pairs):
-        own = [m for m in metrics if m in tables[a] and m in tables[b]]
-        if set(tables[a]['item']) & set(tables[b]['item']):
-            parts.append(compare(dict(a=tables[a], b=tables[b]), [('a', 'b')], own, n_draws,
-                                 seed).assign(**dict(zip(HEAD, head))))
-    out = pd.concat(parts or [compare({}, ())],
-                    ignore_index=True).assign(p_holm=lambda d: holm(d['p']))
+        both = dict(a=tables[a], b=tables[b])
+        own = [m for m in metrics if m in both['a'] and m in both['b']]
+        if set(both['a']['item']).isdisjoint(both['b']['item']): continue
+        found = compare(both, [('a', 'b')], own, n_draws, seed)
+        parts.append(found.assign(**dict(zip(HEAD, head))))
+    out = pd.concat(parts or [compare({}, ())], ignore_index=True)
+    out = out.assign(p_holm=holm(out['p']))
     return out.reindex(columns=HEAD + [c for c in out if c not in HEAD])
 
-def test_rows(
-    tests:pd.DataFrame, # from `paired_tests`
-# rows of scores.csv: p-values, the smallest difference, and shares of items won, tied and lost
-)->list:
-    "Paired tests as rows, whose metric is `paired.<metric>.<what>`."
-    return [dict(zip(SCORE_COLUMNS,
-                     [*(t[h] for h in HEAD), 'all', f"paired.{t['metric']}.{k}", v, '', '',
-                      *(t[c] for c in _SIZES)]))
-            for t in tests.to_dict('records') for k, v in _test_values(t).items()]
-
+# %% ../../nbs/06_evaluate/09_statistics.ipynb #b8604de4
 _SIZES = ('n_items', 'n_images', 'n_clusters')
+
+def _row(t, slice, metric, value):
+    "One row of scores.csv about a test or a calibration."
+    head, sizes = map(t.get, HEAD), map(t.get, _SIZES)
+    return dict(zip(SCORE_COLUMNS, [*head, slice, metric, value, '', '', *sizes]))
 
 def _test_values(t):
     "What is told of one test. Rounding takes no p-value over 0.05, and none to zero."
-    values = {k: t[k] for k in ('p', 'p_holm', 'p_mcnemar', 'mde')} | {k: t[k]/t['n_items']
-                                                                            for k in ('win', 'tie',
-                                                                                      'loss')}
-    def tidy(k, v):
-        if not k.startswith('p'): return round(float(v), 4)
-        return round(float(v), 6) or float(f'{v:.2g}')
-    return {k: tidy(k, v) for k, v in values.items() if np.isfinite(v)}
+    out = {}
+    for k in ('p', 'p_holm', 'p_mcnemar', 'mde', 'win', 'tie', 'loss'):
+        v = t[k]/t['n_items'] if k in ('win', 'tie', 'loss') else t[k]
+        if not np.isfinite(v): continue
+        out[k] = round(float(v), 4)
+        if k.startswith('p'): out[k] = round(float(v), 6) or float(f'{v:.2g}')
+    return out
 
+def test_rows(
+    tests:pd.DataFrame, # from `paired_tests`
+)->list: # rows of scores.csv: p-values, the smallest difference, shares of items won, tied and lost
+    "Paired tests as rows, whose metric is `paired.<metric>.<what>`."
+    out = []
+    for t in tests.to_dict('records'):
+        for k, v in _test_values(t).items():
+            out.append(_row(t, 'all', f"paired.{t['metric']}.{k}", v))
+    return out
+
+# %% ../../nbs/06_evaluate/09_statistics.ipynb #9648c23f
 def with_tests(
     rows:list,          # rows of scores.csv
     tests:pd.DataFrame, # from `paired_tests`
 )->list:                # the same rows; a difference that was tested has the interval of its test
     "Give every tested difference the interval that comes from the same draws as its p-value."
-    found = {(*(t[h] for h in HEAD), 'all', t['metric']): t for t in tests.to_dict('records')}
-    def limits_of(r):
-        t = found.get(tuple(r[k] for k in (*HEAD, 'slice', 'metric')))
-        return {k: _tidy(t[k], 4) for k in ('low', 'high')} if t else {}
-    return [r | limits_of(r) for r in rows]
+    found = {(*map(t.get, HEAD), 'all', t['metric']): t for t in tests.to_dict('records')}
+    out = []
+    for r in rows:
+        t = found.get((*map(r.get, HEAD), r['slice'], r['metric']))
+        new = dict(low=_tidy(t['low'], 4), high=_tidy(t['high'], 4)) if t else {}
+        out.append(r | new)
+    return out
 
 # %% ../../nbs/06_evaluate/09_statistics.ipynb #cb3b7ce2
 def null_rate(
@@ -297,31 +308,30 @@ def reliability(
     p, r = np.asarray(confidence, float), np.asarray(right, float)
     if len(p) != len(r) or not len(p) or not ((p >= 0) & (p <= 1)).all(): raise ScoreError(
         f'{len(p)} confidences for {len(r)} answers; give one between 0 and 1 for each answer.')
-    at = np.clip(np.ceil(p*bins).astype(int) - 1, 0, bins - 1)
-    d = pd.DataFrame(dict(bin=at, confidence=p, accuracy=r)).groupby('bin').agg(
+    d = pd.DataFrame(dict(bin=_bin(p, bins), confidence=p, accuracy=r)).groupby('bin').agg(
         n=('accuracy', 'size'), confidence=('confidence', 'mean'),
         accuracy=('accuracy', 'mean')).reset_index()
-    return pd.DataFrame(dict(low=d['bin']/bins,
-                             high=(d['bin'] + 1)/bins)).join(d.drop(columns='bin'))
+    limits = pd.DataFrame(dict(low=d['bin']/bins, high=(d['bin'] + 1)/bins))
+    return limits.join(d.drop(columns='bin'))
 
+def _bin(p, bins): return np.clip(np.ceil(p*bins).astype(int) - 1, 0, bins - 1)
+
+# %% ../../nbs/06_evaluate/09_statistics.ipynb #a01d65e1
 def calibration_error(
     confidence:np.ndarray, # probability of each given answer, 0 to 1
     right:np.ndarray,      # credit of each answer, 0 to 1
     bins:int=10,           # of equal width
     n_draws:int=500,       # simulated perfect models
     seed:int=0,            # of the simulation
-# ece; chance and chance_high: mean and 95 % limit of a perfectly calibrated model; n
-)->dict:
+)->dict: # ece; chance and chance_high: mean and 95 % limit of a perfectly calibrated model; n
     "Expected calibration error, and what it would be by chance."
-    def ece(r):
-        t = reliability(confidence, r, bins)
-        return float((t['n']*(t['confidence'] - t['accuracy']).abs()).sum()/t['n'].sum())
+    t = reliability(confidence, right, bins)
+    ece = float((t['n']*(t['confidence'] - t['accuracy']).abs()).sum()/t['n'].sum())
     rng, p = np.random.default_rng(seed), np.asarray(confidence, float)
-    value = ece(right)
-    at = np.clip(np.ceil(p*bins).astype(int) - 1, 0, bins - 1)
+    at = _bin(p, bins)
     gaps = np.stack([np.bincount(at, p - (rng.random(len(p)) < p), bins) for _ in range(n_draws)])
     null = np.abs(gaps).sum(1)/len(p)
-    return dict(ece=value, chance=float(null.mean()), chance_high=float(np.quantile(null, .95)),
+    return dict(ece=ece, chance=float(null.mean()), chance_high=float(np.quantile(null, .95)),
                 n=len(p))
 
 # %% ../../nbs/06_evaluate/09_statistics.ipynb #1f987af7
@@ -332,36 +342,38 @@ def confidence_of(
     x = np.array([o['logprob'] for o in line['options']], float)
     return float(1/np.exp(x - x.max()).sum())
 
+def _calibration(h, lines, by_id, bins, seed):
+    "How far one model knows what it knows; failed answers are left out and counted."
+    good = [p for p in lines if not p.get('error')]
+    if not good: return None
+    asked = [by_id[p['item']] for p in good]
+    p = np.array(list(map(confidence_of, good)))
+    right = np.array([right_answer(o, q['text']) for o, q in zip(asked, good)], float)
+    found = calibration_error(p, right, bins, seed=seed)
+    return dict(zip(HEAD, h), accuracy=right.mean(), confidence=p.mean(), ece=found['ece'],
+                chance=found['chance'], chance_high=found['chance_high'], n_items=len(good),
+                n_images=len({o['images'][0] for o in asked}),
+                n_clusters=len(set(map(item_cluster, asked))), failed=len(lines) - len(good))
+
+# %% ../../nbs/06_evaluate/09_statistics.ipynb #91c3933f
 def calibration_table(
     items:list,   # VQA items that were to be answered with one of some options
     lines:list,   # log lines of a `LogLikelihoodModel`; failed ones are left out and counted
     bins:int=10,  # of equal width
     seed:int=0,   # of the simulation
-)->pd.DataFrame:  # one row a model: HEAD, accuracy, confidence, ece, chance, chance_high, n_items, n_images, n_clusters, failed
+)->pd.DataFrame:  # one row a model: HEAD, what `calibration_error` finds, and numbers of answers
     "How far each model knows what it knows."
-    by_id, groups, rows = {o['id']: o for o in items}, {}, []
-    for p in lines: groups.setdefault(tuple(p[h] for h in HEAD), []).append(p)
-    for h, group in groups.items():
-        good = [p for p in group if not p.get('error')]
-        if not good: continue
-        p, right = np.array([confidence_of(o)
-                             for o in good]), np.array([right_answer(by_id[o['item']], o['text'])
-                                                        for o in good], float)
-        found = calibration_error(p, right, bins, seed=seed)
-        rows.append(dict(zip(HEAD, h), accuracy=right.mean(), confidence=p.mean(),
-                         **{k: found[k] for k in ('ece', 'chance', 'chance_high')},
-                         n_items=len(good),
-                         n_images=len({by_id[o['item']]['images'][0] for o in good}),
-                         n_clusters=len({item_cluster(by_id[o['item']]) for o in good}),
-                         failed=len(group) - len(good)))
-    return pd.DataFrame(rows)
+    by_id, groups = {o['id']: o for o in items}, {}
+    for p in lines: groups.setdefault(tuple(map(p.get, HEAD)), []).append(p)
+    rows = [_calibration(h, group, by_id, bins, seed) for h, group in groups.items()]
+    return pd.DataFrame(list(filter(None, rows)))
 
 def calibration_rows(
     table:pd.DataFrame, # from `calibration_table`
 )->list:                # rows of scores.csv with metrics `calibration.<what>`
     "Calibration as rows."
-    return [dict(zip(SCORE_COLUMNS,
-                     [*(t[h] for h in HEAD), 'answer_type=closed', f'calibration.{k}',
-                      round(float(t[k]), 4), '', '', *(t[c] for c in _SIZES)]))
-            for t in table.to_dict('records')
-            for k in ('accuracy', 'confidence', 'ece', 'chance', 'chance_high')]
+    out = []
+    for t in table.to_dict('records'):
+        for k in ('accuracy', 'confidence', 'ece', 'chance', 'chance_high'):
+            out.append(_row(t, 'answer_type=closed', f'calibration.{k}', round(float(t[k]), 4)))
+    return out
