@@ -29,6 +29,8 @@ ANSWER_KEYS = dict(
 # %% ../../nbs/06_evaluate/05_answer_files.ipynb #59421064
 def _name(k): return re.sub(r'[\W_]+', '_', str(k).strip().lower()).strip('_')
 
+def _named(r): return {_name(k): v for k, v in r.items()}
+
 def _given(v): return v is not None and v == v and v not in ('', [], {})
 
 def _first_given(record, keys):
@@ -56,6 +58,7 @@ def _differing(texts):
         flat += map(json.dumps, t if isinstance(t, (list, tuple)) else [t])
     return dict(samples=len(flat)) if len(set(flat)) > 1 else {}
 
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #d5fc29c1
 def _content(v):
     "The text of a message, which may come in parts."
     if not isinstance(v, list): return v
@@ -73,6 +76,7 @@ def _names_once(path, names):
             f'{path}: has two columns {name!r}; keep the one that counts, or give each its own '
             'name.')
 
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #8cfd6f0a
 def _table_rows(f, path):
     "Rows of an open text file whose cells are parted by commas, semicolons or tabs."
     sep = max(',;\t', key=f.readline().count)
@@ -128,6 +132,7 @@ def _unpacked(found):
     if not found or not _are(dict, values): return [found]
     return [o if _record_id(o) is not None else {'id': k, **o} for k, o in found.items()]
 
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #89f8000c
 def _json_rows(text, path):
     "Records of JSON or JSON Lines; damage is named with its line."
     start = text.lstrip()[:1]
@@ -171,6 +176,7 @@ def _choice_texts(body): # of an answer in OpenAI's form
         out.append((choice.get('message') or {}).get('content', choice.get('text')))
     return out
 
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #60f429c2
 def _of_batch(r):
     "A line of OpenAI's, vLLM's or Anthropic's batch output."
     answer = r.get('response') or r.get('result') or {}
@@ -179,8 +185,9 @@ def _of_batch(r):
     text = _content(texts[0] if texts else None)
     if 'content' in body: text = _content(body['content'])
     if isinstance(body.get('output'), list):                        # OpenAI's /v1/responses
-        messages = [o for o in body['output'] if o.get('type') == 'message']
-        text = ''.join(_content(o.get('content') or []) for o in messages)
+        text = ''
+        for o in body['output']:
+            if o.get('type') == 'message': text += _content(o.get('content') or [])
     failed = r.get('error') or answer.get('error') or body.get('error')
     if not failed and text is None and not body.get('choices'):
         failed = f'status {answer.get("status_code", answer.get("type"))}'
@@ -191,9 +198,10 @@ def _of_batch(r):
 def _lmms_asked(r):
     "What a logged sample asked, as the tool writes it: the input, then the arguments."
     arguments = r.get('arguments')
-    if isinstance(arguments, dict): return [list(a.values()) for a in arguments.values()]
+    if isinstance(arguments, dict): return list(map(list, map(dict.values, arguments.values())))
     return [r.get('input'), *(arguments or [])]
 
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #c0d29626
 def _of_lmms(r):
     "A line of lmms-eval's or lm-eval's logged samples."
     source, text = None, None
@@ -207,7 +215,8 @@ def _of_lmms(r):
     said = dict(text=text, key=r.get('target'), row=r.get('doc_id'),
                 model=r.get('model') or r.get('filter'))
     whole = _first_text(_lmms_asked(r))
-    return dict(prompt=whole, asked=whole) | _picked(doc, ('prompt', 'id', 'image')) | said | several
+    parts = _picked(doc, ('prompt', 'id', 'image'))
+    return dict(prompt=whole, asked=whole) | parts | said | several
 
 # %% ../../nbs/06_evaluate/05_answer_files.ipynb #3bbc3eda
 def _of_swift(r):
@@ -220,10 +229,10 @@ TOOLS = dict(batch=('custom_id', _of_batch), lmms=('filtered_resps', _of_lmms),
              lm_eval=('resps', _of_lmms), ms_swift=('messages', _of_swift))
 # name → the key by which its records are known, and what reads one
 
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #df2f1430
 def _picked(r, parts):
     "The parts of a record that are there, by the table of keys."
-    named = {_name(k): v for k, v in r.items()}
-    found = {}
+    named, found = _named(r), {}
     for part in parts:
         value = _first_given(named, ANSWER_KEYS[part])
         if value is not None: found[part] = value
@@ -239,12 +248,11 @@ def _answer_key(path, i, r):
     found = [k for k in ANSWER_KEYS['text'] if k in named]
     asked = not named.keys().isdisjoint(ANSWER_KEYS['prompt'])
     if 'text' in found[:1] and len(found) > 1 and not asked: found.pop(0)   # it is the question
-    filled = [k for k in found if _given(r[named[k]])]
-    said = {str(r[named[k]]) for k in filled}
-    if len(said) > 1: raise ScoreError(
+    said = {k: str(r[named[k]]) for k in found if _given(r[named[k]])}
+    if len(set(said.values())) > 1: raise ScoreError(
         f'{path}, record {i}: {" and ".join(map(repr, found))} may both hold the answer; '
         'name the one that counts "text" and remove the other.')
-    if found: return [*filled, *found][0]
+    if found: return [*said, *found][0]
     if r.get('error'): return None
     hint = 'an answer is a record with "prompt" and "text"'
     if 'answer' in named:
@@ -253,6 +261,7 @@ def _answer_key(path, i, r):
     raise ScoreError(f'{path}, record {i}: has no "text", nor {others} …, only '
                      f'{", ".join(map(str, r))}; {hint}.')
 
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #8b304f25
 def _plain_record(path, i, r):
     "A record of a flat file: its own fields, and its parts under our names."
     k = _answer_key(path, i, r)
@@ -277,6 +286,7 @@ def _reader(r):
     if reader is _of_batch: return None if flat else reader
     return reader
 
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #f30a8a93
 def _answer(path, i, r):
     "One answer under our names: item or id, row, prompt, image, text, key, error, model."
     if not isinstance(r, dict): raise ScoreError(
@@ -305,6 +315,7 @@ def _failed_of(path, rows):
         f'holds {len(names)} ({", ".join(sorted(names)[:3])}); give one file for each model.')
     for r in failed: r['model'] = next(iter(names), None)
 
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #6a405518
 def _name_models(rows):
     "Give each answer the short name of its model; None where all are of one."
     names = {str(r.get('model') or '') for r in rows}
@@ -314,6 +325,7 @@ def _name_models(rows):
 
 def _known_names(r): return set(map(_name, r)) & set(chain(*ANSWER_KEYS.values()))
 
+# %% ../../nbs/06_evaluate/05_answer_files.ipynb #c728b249
 def read_answers(
     path:str|Path, # a file that `read_rows` reads, of any tool in the table
 )->list:           # one dictionary an answer, under our names

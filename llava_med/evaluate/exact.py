@@ -95,6 +95,7 @@ def _known_tags(items):
         own |= {k for k, v in o.items() if k not in _NO_TAGS and isinstance(v, (str, int, float))}
     return [k for k in own if any(map(partial(item_tag, key=k), items))]
 
+# %% ../../nbs/06_evaluate/04_exact.ipynb #b2129372
 def slice_keys(
     items:list,        # VQA items
     more:Iterable=(),  # tags of your own, such as sex or site
@@ -121,6 +122,9 @@ def _index(items):
         by[o['id']] = o
     return by
 
+def _head(p): return tuple(map(p.__getitem__, HEAD))   # of a log line or a row
+
+# %% ../../nbs/06_evaluate/04_exact.ipynb #c9f7409c
 def latest(
     predictions:Iterable, # log lines
     errors:str='refuse',  # `refuse`, or `wrong` to count failed answers as wrong
@@ -128,7 +132,7 @@ def latest(
     "Predictions without the failed attempts that were repeated later."
     found = {}
     for p in predictions:
-        k = (*map(p.__getitem__, HEAD), p['item'])
+        k = (*_head(p), p['item'])
         if k in found and not found[k].get('error'): raise ScoreError(
             f'Model {p["model"]} answered item {p["item"]!r} twice under {p["condition"]}; '
             'keep one of the two lines.')
@@ -143,7 +147,7 @@ def latest(
 # %% ../../nbs/06_evaluate/04_exact.ipynb #dfd878d1
 def _check(by_id, group, who, expected):
     "Refuse answers to other items, and silence on items that were asked."
-    answered = [p['item'] for p in group]
+    answered = dict.fromkeys(p['item'] for p in group)
     extra = [k for k in answered if k not in by_id]
     if extra: raise ScoreError(
         f'{who} answered {len(extra)} items that are not among the {len(by_id)} given (first: '
@@ -154,6 +158,7 @@ def _check(by_id, group, who, expected):
         f'(first: {missing[0]!r}); '
         'predict them, or name the items it was asked in `asked`.')
 
+# %% ../../nbs/06_evaluate/04_exact.ipynb #f54649e9
 def _mark(o, p, keys):
     "The strict mark of one answer, and what it belongs to."
     right = float(not p.get('error') and right_answer(o, p['text']))
@@ -172,7 +177,7 @@ def marks(
     "Strict marks of all answers, after the log was checked against the items."
     by_id, groups, keys, rows = _index(items), defaultdict(list), list(keys), []
     asked = asked or {}
-    for p in latest(predictions, errors): groups[tuple(map(p.__getitem__, HEAD))].append(p)
+    for p in latest(predictions, errors): groups[_head(p)].append(p)
     for h, group in groups.items():
         model, condition = h[0], h[3]
         expected = asked.get((model, condition), asked.get(model, by_id))
@@ -193,6 +198,7 @@ def _twin_pairs(items):
         pair[o['id']] = pair[t] = min(o['id'], t) + '+' + max(o['id'], t)
     return pair
 
+# %% ../../nbs/06_evaluate/04_exact.ipynb #c5ff6347
 def pair_marks(
     items:list,         # VQA items; twins name each other, or one the other, in `twin_of`
     marks:pd.DataFrame, # from `marks`
@@ -326,13 +332,15 @@ def _side_draws(d, masks, codes, sides, kw):
     "Values, draws and numbers of clusters; of two sides, those of their difference."
     n, parts, clusters = codes.max(initial=-1) + 1, [], []
     for s in sides:
-        num, den = (_sums(d[c + s].to_numpy(), masks, codes, n) for c in ('num', 'den'))
+        num = _sums(d[f'num{s}'].to_numpy(), masks, codes, n)
+        den = _sums(d[f'den{s}'].to_numpy(), masks, codes, n)
         parts.append(bootstrap(num, den, **kw))
         clusters.append((den > 0).sum(0))      # clusters in which something could be earned
     value, draws = parts[0]
     if len(parts) == 2: value, draws = value - parts[1][0], draws - parts[1][1]
     return value, draws, np.min(clusters, 0)
 
+# %% ../../nbs/06_evaluate/04_exact.ipynb #d63d139f
 def _rows(d, head, metric, keys, sides, digits, bounds, **kw):
     "Rows for one model and condition, or for one difference when there are two `sides`."
     codes, images, masks, out = cluster_codes(d), d['image'].to_numpy(), _slices(d, keys), []
@@ -412,6 +420,10 @@ def score_table(
     return summarise(m, 'strict', **kw) + summarise(pair_marks(items, m), 'strict_pairs', **kw)
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #99c754b1
+def _where(rows, **want):
+    "The rows that have these values."
+    return [r for r in rows if want.items() <= r.items()]
+
 def score_of(
     rows:list,            # rows of scores.csv
     model:str,            # as in the row
@@ -421,7 +433,7 @@ def score_of(
 )->dict:                  # the row
     "The one row of a table that fits."
     want = dict(model=model, condition=condition, slice=slice, metric=metric)
-    fit = [r for r in rows if want.items() <= r.items()]
+    fit = _where(rows, **want)
     if len(fit) != 1: raise ScoreError(
         f'{len(fit)} rows fit {want}; name a model, condition, slice and metric that occur once.')
     return fit[0]
@@ -435,10 +447,10 @@ def scores_by(
     metric:str='strict',  # as in the row
 )->dict:                  # value of the tag → the row
     "The rows of one model and condition, by the value of a tag."
-    want, out = dict(model=model, condition=condition, metric=metric), {}
-    for r in rows:
+    out = {}
+    for r in _where(rows, model=model, condition=condition, metric=metric):
         name, _, value = r['slice'].partition('=')
-        if name == key and value and want.items() <= r.items(): out[value] = r
+        if name == key and value: out[value] = r
     return out
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #a914bb95
@@ -511,7 +523,7 @@ def finding_marks(
             f'The caption of {image!r} has no truth to be held against; give truth for each image.')
         said, true = finding_kinds(read(p['text'])), finding_kinds(truth[image])
         own = (tags or {}).get(image, {})
-        row = dict({h: p[h] for h in HEAD}, item=p['item'], image=image,
+        row = dict(zip(HEAD, _head(p)), item=p['item'], image=image,
                    cluster=named_cluster(own) or image, num=float(len(said & true)),
                    true=float(len(true)), said=float(len(said)))
         for k in SLICE_KEYS: row[k] = str(own.get(k, ''))

@@ -23,10 +23,10 @@ from ..data.llava_files import domain_of
 from ..data.llm_api import EndpointGenerator
 from .answer_files import read_answers, read_rows
 from .answer_text import answer_text, spoken
-from .exact import (HEAD, SCORE_COLUMNS, SLICE_KEYS, ScoreError, finding_kinds,
-                                      strict_normalise, summarise)
+from .exact import (HEAD, SCORE_COLUMNS, SLICE_KEYS, ScoreError, _head,
+                                      finding_kinds, strict_normalise, summarise)
 from .pairing import CASES, align, remedy
-from .score_rows import _size, head_numbers
+from .score_rows import _said, _size, head_numbers
 from .scorers import word_scores
 
 # %% ../../nbs/06_evaluate/10_judge.ipynb #b4865913
@@ -39,6 +39,7 @@ def _mentions(x): # of a question: a list of sentences, of records with tokens, 
         said.append(str(m))
     return tuple(m for m in said if m and m != 'None')
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #ba3462ca
 def _check_question(where, r, seen):
     "Refuse a record that is no chat question, or whose id was seen before."
     form = 'a question has question_id, text, gpt4_answer and type.'
@@ -79,6 +80,7 @@ def read_chat(
 
 def _domains(modality): return {k: k == modality for k in DOMAINS}
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #6ae227bb
 def report_questions(
     truths:list,       # records of captions_test.jsonl: image, modality, caption, claims
     question:str='Describe this image in detail.', # what stands for the model's prompt
@@ -106,6 +108,7 @@ def chat_items(
                         tags=dict(question_type=q['type'], modality=domain_of(q))))
     return out
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #2ed9c413
 def chat_counts(
     questions:list, # questions or judgements
 )->dict:            # type or domain → number
@@ -157,7 +160,7 @@ def read_judge_prompt(
     path:str|Path='', # a file like llava_med/evaluate/judge.yaml; default: that one
 )->JudgePrompt:       # what it says
     "Read the words for a judge and check them."
-    needed = [('message', k) for k in ('question', 'first', 'second')]
+    needed = [('message', 'question'), ('message', 'first'), ('message', 'second')]
     d, _ = _read_words(path, 'evaluate/judge.yaml', dict(version=int, system=str, message=str),
                        needed, ScoreError)
     return JudgePrompt(d['version'], d['system'].strip(), d['message'].rstrip())
@@ -250,6 +253,7 @@ def _marks_by_findings(true, texts):
     found = dict(true=sorted(true), first=sorted(said[0]), second=sorted(said[1]))
     return marks, why, dict(findings=found)
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #168e27f6
 def _marks_by_words(reference, texts):
     "Marks for two texts by the words that they share with the reference, and the reason."
     gold = strict_normalise(reference)
@@ -289,9 +293,11 @@ def _align(questions, answers):
         rows.append(r)
     return align(chat_items(questions), rows)
 
-def _jobs(questions, texts, orders):
+# %% ../../nbs/06_evaluate/10_judge.ipynb #23c0527f
+def _jobs(questions, found, orders, n):
     "(question, order, pair) for all that is judged; no pair where there is no answer."
-    out = []
+    texts, out = {}, []
+    for k, r in found.items(): texts[k] = spoken(answer_text(r, n))   # a judge sees no thoughts
     for q in questions:
         k = str(q['question_id'])
         for order in orders_of(q['question_id'], orders):
@@ -311,8 +317,7 @@ def judge_answers(
     if not found or 2*lost > len(answers): raise ScoreError(
         f'{lost} of the {len(answers)} answers cannot be paired with the {len(questions)} '
         f'questions; {remedy(n)}.')
-    texts = {k: spoken(answer_text(r, n)) for k, r in found.items()}   # a judge sees no thoughts
-    jobs = _jobs(questions, texts, orders)
+    jobs = _jobs(questions, found, orders, n)
     judge.prepare([p for *_, p in jobs if p])
     rows = []
     for q, order, p in jobs:
@@ -369,6 +374,7 @@ def _judged(judgements):
                          question_type=str(o.get('type') or ''), modality=domain_of(o)))
     return pd.DataFrame(rows), n
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #8d77f4bd
 def _by_question(d):
     "Means over the orders of each question."
     how = dict.fromkeys(d.columns.drop(['item', 'order']), 'mean')
@@ -407,6 +413,7 @@ def _asked_in_all_orders(judgements, d, n):
     n['one_order'] = len(half)
     return d[~d['item'].isin(half)] if len(d) else d, len(asked)
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #c7d2a9d9
 def _mean_rows(d, by, head, kw):
     "Both means and the lengths by type and domain; the means under each order alone, too."
     out, slices = [], kw | dict(keys=['question_type', 'modality'])
@@ -446,6 +453,7 @@ def chat_rows(
         out.append(dict(zip(SCORE_COLUMNS, [*head, 'all', f'judge.{k}', n[k], '', '', *size])))
     return out
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #25d5cea7
 def said_cases(
     n:Counter, # counts of JUDGE_CASES
 )->str:
@@ -468,11 +476,12 @@ def _finding_row(o, head, k, said):
     "What one text of a judgement names, against what is true."
     true = set(o['findings']['true'])
     hits = len(said & true)
-    empty = dict.fromkeys(SLICE_KEYS, '')
-    return dict(zip(HEAD, head), item=k, image=str(o.get('image', k)), hits=float(hits),
-                true=float(len(true)), said=float(len(said)), wrong=float(len(said) > hits),
-                one=1.) | empty | dict(question_type=str(o.get('type') or ''), modality=domain_of(o))
+    row = dict(zip(HEAD, head), item=k, image=str(o.get('image', k)), hits=float(hits),
+               true=float(len(true)), said=float(len(said)), wrong=float(len(said) > hits),
+               one=1., **dict.fromkeys(SLICE_KEYS, ''))
+    return row | dict(question_type=str(o.get('type') or ''), modality=domain_of(o))
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #d1d1c7f2
 def finding_rows(
     judgements:list,    # of `FindingJudge`
     model:str='model',  # name in the rows
@@ -564,16 +573,14 @@ def _judge_models(questions, answers, judge, orders, model):
         done, rule, n = judge_answers(questions, part, judge, orders)
         counts = {k: n[k] for k in CASES}
         for o in done: rows.append(dict(o, model=m or model, condition=c or 'image', counts=counts))
-        odd = [f'{n[k]} {what}' for k, what in CASES.items() if n[k]]
-        print(f'{m or model}: {len(part)} answers paired {rule}: {"; ".join(odd) or "nothing odd"}')
+        print(f'{m or model}: {len(part)} answers paired {rule}: {_said(n) or "nothing odd"}')
     return rows
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #8d75e924
 def _all_rows(judgements, **how):
     "Relative scores, findings, and counts of the pairing."
     out = chat_rows(judgements, **how)
-    first = out[0]
-    head = [first[h] for h in HEAD]
-    size = len(judgements), first['n_images'], first['n_clusters']
+    head, size = _head(out[0]), (len(judgements), out[0]['n_images'], out[0]['n_clusters'])
     out += finding_rows(judgements, **how)
     for k, v in (judgements[0].get('counts') or {}).items():
         out.append(dict(zip(SCORE_COLUMNS, [*head, 'all', f'answers.{k}', v, '', '', *size])))
@@ -589,13 +596,13 @@ def _known_judgements(path):
             'that are to be judged.')
     return rows
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #d949df62
 def _only_say(questions, answers, judge, orders):
     "Say what a judge would be sent, and what it would cost."
     pairs = []
     for part in _by_model(answers).values():
         found, _, n = _align(questions, part)
-        texts = {k: spoken(answer_text(r, n)) for k, r in found.items()}
-        pairs += [p for *_, p in _jobs(questions, texts, orders) if p]
+        pairs += [p for *_, p in _jobs(questions, found, orders, n) if p]
     about = judge.estimate((p,) for p in pairs)
     where = f' to {judge.url}' if hasattr(judge, 'url') else ''
     print(f'{len(pairs)} pairs of answers; {about["questions"]} are not judged yet: about '
@@ -627,6 +634,7 @@ def _judge_of(a):   # function of a file that makes the judge which was asked fo
         return lambda f: EndpointJudge(a.judge, a.model, f, prices, a.cap, prompt=a.prompt)
     return (lambda f: LocalJudge(a.local, f, prompt=a.prompt)) if a.local else None
 
+# %% ../../nbs/06_evaluate/10_judge.ipynb #c2dc9c84
 def judge_command(
     args, # what was typed: questions, answers, offline, judge, local, … and refuse
 )->int:   # exit code

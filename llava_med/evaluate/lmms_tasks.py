@@ -7,14 +7,12 @@ __all__ = ['SETS', 'FIELDS', 'METRICS', 'image_path', 'lmms_docs', 'doc_visual',
            'mean_score', 'write_lmms', 'lmms_command']
 
 # %% ../../nbs/06_evaluate/13_lmms_tasks.ipynb #687fa21c
-import json
-import shutil
+import json, shutil
 from importlib import resources
 from pathlib import Path
-
+from ..core.runs import replacing, writing
 from ..data.vqa import item_question
 from ..data.vqa_readers import read_vqa
-from ..core.runs import replacing, writing
 from .scorers import SCORERS
 
 # %% ../../nbs/06_evaluate/13_lmms_tasks.ipynb #5f8d1bff
@@ -26,9 +24,31 @@ def image_path(
     images_dir:str|Path, # folder of pictures
 )->Path|None:            # None where there is none
     "Where a picture lies: under the item's name, or the last part of it."
-    return next((p for p in (Path(images_dir)/name, Path(images_dir)/Path(name).name)
-                 if p.is_file()), None)
+    for p in (Path(images_dir)/name, Path(images_dir)/Path(name).name):
+        if p.is_file(): return p
 
+# %% ../../nbs/06_evaluate/13_lmms_tasks.ipynb #f4e4fd6d
+def _doc_rows(items, images_dir, part):
+    "Questions with the paths of their pictures; refused where a picture is missing."
+    names = dict.fromkeys(o['images'][0] for o in items if o['images'])
+    at = {n: image_path(n, images_dir) for n in names}
+    gone = [n for n, p in at.items() if p is None]
+    if gone and not part: raise FileNotFoundError(
+        f'{images_dir}: {len(gone)} of {len(at)} pictures are missing (first: {gone[0]}); '
+        'name their folder with --images, or say --part to leave their questions out.')
+    rows = []
+    for o in items:
+        name = o['images'][0]
+        if not at[name]: continue
+        row = {k: o[k] for k in FIELDS}
+        rows.append(row | dict(answer=str(o['answer']), options=list(o.get('options') or []),
+                               image_name=name, image=str(at[name])))
+    if not rows: raise FileNotFoundError(
+        f'{images_dir}: holds no picture of these {len(items)} questions; name their folder with '
+        '--images.')
+    return rows
+
+# %% ../../nbs/06_evaluate/13_lmms_tasks.ipynb #25c80c9d
 def lmms_docs(
     items:list,          # VQA items
     images_dir:str|Path, # folder that holds their pictures
@@ -36,24 +56,10 @@ def lmms_docs(
 ):                       # datasets.Dataset: FIELDS, image_name, image
     "Items as rows of a data set, each with its picture."
     import datasets
-    at = {n: image_path(n, images_dir) for o in items for n in o['images'][:1]}
-    gone = [n for n, p in at.items() if p is None]
-    if gone and not part:
-        raise FileNotFoundError(f'{images_dir}: {len(gone)} of {len(at)} pictures are missing '
-                                f'(first: {gone[0]}); '
-                                                  'name their folder with --images, or say --part '
-                                                  'to leave their questions out.')
-    rows = [{k: o[k] for k in FIELDS} | dict(answer=str(o['answer']),
-        options=list(o.get('options') or []), image_name=o['images'][0],
-                                             image=str(at[o['images'][0]]))
-            for o in items if at[o['images'][0]]]
-    if not rows:
-        raise FileNotFoundError(f'{images_dir}: holds no picture of these {len(items)} questions; '
-                                f'name their folder with --images.')
-    kinds = {k: datasets.Value('string')
-             for k in (*FIELDS,
-                       'image_name')} | dict(options=datasets.List(datasets.Value('string')),
-                                             image=datasets.Image())
+    rows = _doc_rows(items, images_dir, part)
+    text = datasets.Value('string')
+    kinds = dict.fromkeys((*FIELDS, 'image_name'), text)
+    kinds |= dict(options=datasets.List(text), image=datasets.Image())
     return datasets.Dataset.from_list(rows, features=datasets.Features(kinds))
 
 # %% ../../nbs/06_evaluate/13_lmms_tasks.ipynb #a8960200
@@ -71,6 +77,7 @@ def doc_text(
     around = lmms_eval_specific_kwargs or {}
     return around.get('pre_prompt', '') + item_question(doc) + around.get('post_prompt', '')
 
+# %% ../../nbs/06_evaluate/13_lmms_tasks.ipynb #2c655866
 def doc_messages(
     doc:dict, # a row
     lmms_eval_specific_kwargs:dict|None=None, # pre_prompt and post_prompt
@@ -80,27 +87,31 @@ def doc_messages(
             dict(type='text', text=doc_text(doc, lmms_eval_specific_kwargs))]
     return [dict(role='user', content=said)]
 
+# %% ../../nbs/06_evaluate/13_lmms_tasks.ipynb #e06f5463
+METRICS = ('strict', 'strict.closed', 'strict.yes_no', 'strict.open_exact', 'strict.open_f1',
+           'strict.open_recall', 'strict.open_words', 'llavamed_v1.open_recall',
+           'llavamed_v1.open_f1', 'llavamed_v1.open_words', 'llavamed_v1.closed_substring',
+           'llavamed_v1.closed_gated', 'lmms_slake.accuracy')
+
 def doc_results(
     doc:dict,     # a row
     results:list, # the answer
 )->dict:          # metric → {score, image, id, answer}
     "What an answer earns under the rules that apply to its question."
     said = str(results[0] if results and results[0] is not None else '')
-    scores = {f'{s}.{m}'.rstrip('.'): v for s in ('strict', 'llavamed_v1', 'lmms_slake')
-              for m, v in SCORERS[s](doc, said).items()}
-    return {m: dict(score=float(v), image=doc['image_name'], id=doc['id'], answer=said)
-            for m, v in scores.items() if m in METRICS}
+    about, out = dict(image=doc['image_name'], id=doc['id'], answer=said), {}
+    for s in ('strict', 'llavamed_v1', 'lmms_slake'):
+        for m, v in SCORERS[s](doc, said).items():
+            metric = f'{s}.{m}'.rstrip('.')
+            if metric in METRICS: out[metric] = dict(about, score=float(v))
+    return out
 
+# %% ../../nbs/06_evaluate/13_lmms_tasks.ipynb #469c3d3d
 def mean_score(
     results:list, # what `doc_results` gave for one metric
 )->float:
     "The mean of the scores."
     return sum(r['score'] for r in results)/len(results) if results else float('nan')
-
-METRICS = ('strict', 'strict.closed', 'strict.yes_no', 'strict.open_exact', 'strict.open_f1',
-           'strict.open_recall', 'strict.open_words', 'llavamed_v1.open_recall',
-           'llavamed_v1.open_f1', 'llavamed_v1.open_words', 'llavamed_v1.closed_substring',
-           'llavamed_v1.closed_gated', 'lmms_slake.accuracy')
 
 # %% ../../nbs/06_evaluate/13_lmms_tasks.ipynb #ff1555be
 def write_lmms(
@@ -115,17 +126,16 @@ def write_lmms(
     "Write a task of lmms-eval: one parquet file, and the YAML files that name it."
     known = read_vqa(items, split, lang, part=part, say=say)
     sources = {o['source'] for o in known}
-    if not sources <= set(SETS) or len(sources) > 1:
-        raise ValueError(f'{items}: holds {", ".join(sorted(sources))}; there are tasks for '
-                         f'{", ".join(SETS)}.')
+    if not sources <= set(SETS) or len(sources) > 1: raise ValueError(
+        f'{items}: holds {", ".join(sorted(sources))}; there are tasks for {", ".join(SETS)}.')
     name, out = sources.pop(), Path(out)
     docs = lmms_docs(known, images_dir, part)
     with writing(out): out.mkdir(parents=True, exist_ok=True)
     with replacing(out/f'{name}.parquet') as part_fn: _embedded(docs).to_parquet(part_fn)
     here = resources.files('llava_med.evaluate')/'lmms_eval'
     for f in ('llava_med_common', f'llava_med_{name}.yaml'):
-        with replacing(out/f) as part_fn:
-            part_fn.write_text((here/f).read_text(encoding='utf-8'), encoding='utf-8')
+        text = (here/f).read_text(encoding='utf-8')
+        with replacing(out/f) as part_fn: part_fn.write_text(text, encoding='utf-8')
     say(f'{len(docs)} of {len(known)} questions -> {out/name}.parquet\n'
         f'lmms-eval --model llava_hf --model_args pretrained=CHECKPOINT --include_path {out} '
         f'--tasks llava_med_{name} --batch_size 1')
@@ -133,9 +143,10 @@ def write_lmms(
 
 def _embedded(docs): # the pictures' bytes instead of their paths
     from datasets.table import embed_table_storage
-    return docs.with_format('arrow').map(embed_table_storage, batched=True,
-                                         batch_size=100).with_format(None)
+    arrow = docs.with_format('arrow')
+    return arrow.map(embed_table_storage, batched=True, batch_size=100).with_format(None)
 
+# %% ../../nbs/06_evaluate/13_lmms_tasks.ipynb #6021b9b2
 def lmms_command(
     args, # what was typed: items, images, out, split, lang, part
 )->int:   # exit code

@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from ..data.options import (LETTERS, OptionError, clean, option_columns, option_list,
                                     same_option, split_options)
 from ..data.vqa import same_question
-from .answer_files import _given, _name, _record_id
+from .answer_files import _given, _named, _record_id
 from .answer_text import ODD_TEXT, plain
 from .exact import _index, strict_normalise
 
@@ -80,6 +80,7 @@ def _image_index(items):
     last = Counter(name[0] for name in names)
     return index, {k for k, n in last.items() if n == 1}
 
+# %% ../../nbs/06_evaluate/06_pairing.ipynb #00cf25b4
 def _showing_one(index, alone, name):
     "The items that show an image, by the longest part of its path that is known."
     if index.get(name): return index[name]
@@ -107,6 +108,7 @@ def _id_number(v):
     t = _id_text(v)
     return str(int(t.split('.')[0])) if t and re.fullmatch(r'\d+(?:\.0+)?', t) else t
 
+# %% ../../nbs/06_evaluate/06_pairing.ipynb #8871c353
 def _said_ids(rows, kind, write):
     "The ids that rows name, as text; row numbers where a tool writes them apart."
     out = []
@@ -136,6 +138,7 @@ def _key_forms(v):
         out.add(_normal(re.sub(r'^\s*\(?[A-Za-z][.:)]\s+', '', str(o))))
     return out - {''}
 
+# %% ../../nbs/06_evaluate/06_pairing.ipynb #3c8c6aaa
 def _item_forms(o):
     "How a file may write the key of an item: its text, and the letter and number of its option."
     answer, options = _key_forms(o['answer']), list(o.get('options') or ())
@@ -163,6 +166,7 @@ def _asking(asked, r):
             if q in asked: return asked[q]
     return frozenset()
 
+# %% ../../nbs/06_evaluate/06_pairing.ipynb #ef8769c4
 def _fits(items, rows):
     "For each row the items that its question and its images allow, and what it names of the two."
     asked, (index, alone) = _asked_index(items), _image_index(items)
@@ -211,6 +215,7 @@ def _believed(items, rows, fits, told, kind, known, said):
     shifted = '0' in known and '0' not in said                   # they may count from 1
     return {} if shifted or len(at) < len(rows) else at
 
+# %% ../../nbs/06_evaluate/06_pairing.ipynb #400e5d95
 def _keys_prove(rows, fits, keyed):
     "Whether keys that all agree would hardly do so in a random order."
     symbols = [(fits[j], frozenset(_key_forms(rows[j]['key']))) for j in keyed]
@@ -219,7 +224,7 @@ def _keys_prove(rows, fits, keyed):
 def _believed_rows(at, fits, sure, agree, whole):
     "Row numbers that are believed: up to the last row that is known otherwise."
     if agree: return at
-    ordered = _log_chance([fits[j] for j in at]) < log(CHANCE)
+    ordered = _log_chance(map(fits.__getitem__, at)) < log(CHANCE)
     last = max(sure, default=-1) if ordered else -1
     if whole and sure and last >= 0: return at
     return {j: i for j, i in at.items() if i <= last}
@@ -255,9 +260,10 @@ def _with_keys(items, rows, fits):
         if group and count > len(group): return fits
     return out
 
+# %% ../../nbs/06_evaluate/06_pairing.ipynb #6012acda
 def _by_order(fits, rows):
     "Rows whose place among all rows proves which of several items they answer, as row → item."
-    groups = Counter(fits[j] for j in rows)
+    groups = Counter(map(fits.__getitem__, rows))
     whole = {g for g, c in groups.items() if c == len(g)}
     group_of = {}
     for g in whole:
@@ -265,9 +271,9 @@ def _by_order(fits, rows):
         group_of |= dict.fromkeys(g, g)
     here = [j for j in rows if fits[j] in whole]
     there = sorted(group_of)
-    symbols = [fits[j] for j in here]
-    if symbols != [group_of[i] for i in there] or _log_chance(symbols) >= log(CHANCE): return {}
-    return dict(zip(here, there))
+    symbols = list(map(fits.__getitem__, here))
+    if symbols != list(map(group_of.__getitem__, there)): return {}
+    return dict(zip(here, there)) if _log_chance(symbols) < log(CHANCE) else {}
 
 # %% ../../nbs/06_evaluate/06_pairing.ipynb #139b2fbe
 def _without_repeats(rows, n, who:Callable):
@@ -286,17 +292,17 @@ def _without_repeats(rows, n, who:Callable):
         kept += first.values()
     return [rows[i] for i in sorted(kept)]
 
+# %% ../../nbs/06_evaluate/06_pairing.ipynb #a6140fb2
 def one_answer_each(
     pairs:list, # (item id, row)
     n:Counter,  # counts of CASES; added to
 )->dict:        # item id → row
     "The answers of items that have one; those that differ count for nothing."
     kept = _without_repeats([dict(r, _of=k) for k, r in pairs], n, lambda r: r['_of'])
-    often = Counter(r['_of'] for r in kept)
-    out = {}
-    for r in kept:
-        k = r.pop('_of')
-        if often[k] == 1: out[k] = r
+    groups, out = defaultdict(list), {}
+    for r in kept: groups[r.pop('_of')].append(r)
+    for k, rows in groups.items():
+        if len(rows) == 1: out[k] = rows[0]
     n['conflict'] += len(kept) - len(out)
     return out
 
@@ -308,6 +314,7 @@ def _way(told, fit, narrowed):
     alone = {('question',): 'question text', ('image',): 'image'}
     return alone.get(tuple(told), 'image and question')
 
+# %% ../../nbs/06_evaluate/06_pairing.ipynb #deba45da
 def _rule(ways, told, keyed):
     "How answers and items were paired, in words."
     if set(ways) == {'id'}:
@@ -334,6 +341,7 @@ def align(
     keyed = _count_odd(items, found, n)
     return found, _rule(ways, told, keyed), n
 
+# %% ../../nbs/06_evaluate/06_pairing.ipynb #34b3a3c3
 def _asked_once(r):
     "What two rows share that answer the same question; None where nobody can tell."
     if _record_id(r) is None: return None
@@ -367,7 +375,7 @@ def _asks(o, text): return same_question(str(text)) == same_question(str(o['ques
 
 def _count_odd(items, found, n):
     "Count what is odd about the answers that were paired; whether any of them has a key."
-    keyed, by = False, {o['id']: o for o in items}
+    keyed, by = False, _index(items)
     for k in ('other_key', 'several', 'echo'): n[k] = 0
     for k, r in found.items():
         if _given(r.get('key')):
@@ -387,6 +395,7 @@ def _listed_beside(row):
     try: return option_list(row.get('options') or row.get('choices'))[0]
     except OptionError: return asked                                 # something else has that name
 
+# %% ../../nbs/06_evaluate/06_pairing.ipynb #ca86fd07
 def asked_in_order(
     item:dict, # VQA item
     row:dict,  # its answer
@@ -394,8 +403,7 @@ def asked_in_order(
     "The options beside an answer or in its prompt, where they stand in another order."
     own = list(map(same_option, item.get('options') or ()))
     if len(own) < 2: return []
-    low = {_name(k): v for k, v in row.items()}
-    asked = _listed_beside(low)
+    asked = _listed_beside(_named(row))
     if not asked:
         inside = split_options(row.get('asked') or row.get('prompt') or '')
         if inside: asked = inside.options

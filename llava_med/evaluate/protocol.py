@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 import numpy as np
 from ..core.renames import old_names
-from .exact import item_tag, strict
+from .exact import _index, item_tag, strict
 from ..data.vqa import item_cluster
 from .subjects import predict
 
@@ -26,7 +26,7 @@ def run_set(
     names = list(dict.fromkeys(o['images'][0] for o in parts['test']))
     kept = set(names[:n_test_images])
     test = [o for o in parts['test'] if o['images'][0] in kept]
-    shared = {item_cluster(o) for o in parts['train']} & {item_cluster(o) for o in test}
+    shared = set(map(item_cluster, parts['train'])) & set(map(item_cluster, test))
     if shared: raise ValueError(
         f'vqa/test.json and vqa/train.json of 1_data_prep share {len(shared)} patients '
         f'(such as {min(map(str, shared))}), so the scores would be of pictures seen in training; '
@@ -86,6 +86,7 @@ def refusals(
     "What counts as declining to answer."
     return {o['answer'] for o in items if item_tag(o, 'question_type') == 'unanswerable'}
 
+# %% ../../nbs/06_evaluate/14_protocol.ipynb #7a1821d8
 def decline_rates(
     items:list,            # VQA items
     log:list,              # lines of a prediction log
@@ -93,7 +94,7 @@ def decline_rates(
     condition:str='image', # as in the log
 )->dict:                   # where it should, where it should not → (share, answers)
     "How often a model declines, where it should and where it should not."
-    by_id, keys = {o['id']: o for o in items}, refusals(items)
+    by_id, keys = _index(items), refusals(items)
     said = {True: [], False: []}
     for p in log:
         if (p['model'], p['condition']) != (model, condition): continue

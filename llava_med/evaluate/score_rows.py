@@ -24,7 +24,7 @@ from ..data.vqa_readers import read_vqa
 from .answer_files import read_answers
 from .answer_text import ODD_TEXT, answer_text, spoken
 from .exact import (HEAD, MODEL_PAIRS, SCORE_COLUMNS, SLICE_KEYS, ScoreError,
-    _contrasts, _index, _slices, _tidy, cluster_codes, draw_counts, intervals, item_tag,
+    _contrasts, _head, _index, _slices, _tidy, cluster_codes, draw_counts, intervals, item_tag,
     no_interval, slice_keys, strict_normalise, summarise)
 from .pairing import CASES, CHANCE, align, asked_in_order, one_answer_each, remedy
 from .scorers import AS_WRITTEN, SCORERS
@@ -37,15 +37,18 @@ def credits(
     keys:Iterable=SLICE_KEYS, # tags to keep
 )->pd.DataFrame: # item, image, cluster, tags, a column for each metric; NaN where it is not of use
     "What each answer earns under each rule; UnknownName for a scorer that there is not."
-    rules, keys = {s: SCORERS.named(s) for s in scorers}, list(keys)
+    scorers, keys = list(scorers), list(keys)
+    rules = dict(zip(scorers, map(SCORERS.named, scorers)))
     d = pd.DataFrame([_credit(o, texts[o['id']], rules, keys) for o in items if o['id'] in texts])
     for name in ('strict', 'strict.yes_no'):
         if name in d and any(o.get('twin_of') for o in items):
             d[f'{name}_pairs'] = _pairs(items, d[name].to_numpy(), d['item'])
-    place = {s: i for i, s in enumerate(rules)}
-    def order(column): return place.get(column.split('.')[0].removesuffix('_pairs'), -1)
+    def order(column):
+        name = column.split('.')[0].removesuffix('_pairs')
+        return scorers.index(name) if name in scorers else -1
     return d[sorted(d, key=order)]
 
+# %% ../../nbs/06_evaluate/08_score_rows.ipynb #2b4c00ca
 def _credit(o, text, rules, keys):
     "One row of credits, and what the item belongs to."
     image = o['images'][0] if o.get('images') else o['id']
@@ -69,7 +72,7 @@ def _size(d): return len(d), d['image'].nunique(), cluster_codes(d).max(initial=
 
 def _pairs(items, right, ids):
     "Credit of twins at the first of the two: 1 if both are right; NaN elsewhere."
-    at, out = {k: i for i, k in enumerate(ids)}, np.full(len(ids), np.nan)
+    at, out = dict(zip(ids, range(len(ids)))), np.full(len(ids), np.nan)
     for o in items:
         i, j = at.get(o['id']), at.get(o.get('twin_of'))
         if i is not None and j is not None: out[min(i, j)] = np.minimum(right[i], right[j])
@@ -88,6 +91,7 @@ def _columns(d, metrics, masks, codes, n):
             den.append(np.bincount(codes[m], counted[m], n))
     return np.stack(num, 1), np.stack(den, 1)
 
+# %% ../../nbs/06_evaluate/08_score_rows.ipynb #39806f69
 def _draws(num, den, n_draws, seed):
     "Bootstrap of ratios; equal columns of counts are multiplied once."
     columns, known = [*num.T.astype(float), *den.T.astype(float)], {}
@@ -123,7 +127,7 @@ def credit_rows(
 # %% ../../nbs/06_evaluate/08_score_rows.ipynb #b946709a
 def _side_draws(sides, metrics, slices, codes, n_draws, seed):
     "Values and draws, a column for each metric and slice; of two sides, their differences."
-    masks, n = [m for _, m in slices], codes.max(initial=-1) + 1
+    (_, masks), n = zip(*slices), codes.max(initial=-1) + 1
     parts = [_draws(*_columns(s, metrics, masks, codes, n), n_draws, seed) for s in sides]
     if len(parts) == 1: return parts[0]
     (value, draws), (other, other_draws) = parts
@@ -134,12 +138,15 @@ def _metric_bounds(m, sides):
     known = pd.concat([side[m] for side in sides]).dropna()
     return (0., 1.) if not m.endswith('_words') and known.between(0, 1).all() else None
 
+# %% ../../nbs/06_evaluate/08_score_rows.ipynb #e3c6e971
 def _metric_rows(head, m, sides, slices, codes, value, draws, digits):
     "The rows of one metric, one for each slice in which it applies."
     d, out = sides[0], []
     counted, images = d[m].notna().to_numpy(), d['image'].to_numpy()
-    at = [counted & mask for _, mask in slices]
-    n_clusters = [len(set(codes[a])) for a in at]
+    at, n_clusters = [], []
+    for _, mask in slices:
+        at.append(counted & mask)
+        n_clusters.append(len(set(codes[at[-1]])))
     low, high = intervals(value, draws, n_clusters, _metric_bounds(m, sides), len(sides) == 2)
     for j, (name, _) in enumerate(slices):
         if not np.isfinite(value[j]): continue
@@ -154,17 +161,20 @@ def _common(items, key):
     values = {str(o.get(key) or 'all') for o in items}
     return values.pop() if len(values) == 1 else 'all'
 
+def _ids(items): return tuple(o['id'] for o in items)
+
 def _content(items):
     return Counter((o['question'], str(o['answer']), *(o.get('images') or ())) for o in items)
 
+# %% ../../nbs/06_evaluate/08_score_rows.ipynb #af2714c4
 def _proven(tried, t, n_rows):
     "Whether answers belong to this part of the items, beyond what chance explains."
     (items, whole, _, n), (part, found, *_) = tried[0], t
     if t[3]['extra'] > n['extra']: return False            # it must hold what the whole set holds
     if found.keys() <= whole.keys(): return True
-    ids, others = {o['id'] for o in part}, False
+    ids, others = set(_ids(part)), False
     for other, _, _, counts in tried[1:]:
-        if counts['extra'] > n['extra'] or not ids.isdisjoint(o['id'] for o in other): continue
+        if counts['extra'] > n['extra'] or not ids.isdisjoint(_ids(other)): continue
         others = True
         if _content(other) != _content(part): return False
     if others: return True
@@ -175,12 +185,12 @@ def _proven(tried, t, n_rows):
 # %% ../../nbs/06_evaluate/08_score_rows.ipynb #f8e85f4b
 def _align_split(items, rows):
     "The split and language of the items that the answers fit best, or all; and how they align."
-    parts = {tuple(o['id'] for o in items): items}
+    parts = {_ids(items): items}
     for keys in (['split'], ['q_lang'], ['split', 'q_lang']):
         groups = defaultdict(list)
         for o in items: groups[tuple(str(o.get(k)) for k in keys)].append(o)
         for g in sorted(groups):                           # test before train and val
-            parts[tuple(o['id'] for o in groups[g])] = groups[g]
+            parts[_ids(groups[g])] = groups[g]
     tried = [(part, *align(part, rows)) for part in parts.values()]
     lost = ('missing', 'extra', 'ambiguous', 'no_prompt', 'conflict')
     fit = [t for t in tried if _proven(tried, t, len(rows))]
@@ -201,6 +211,7 @@ def _refuse_unpaired(name, items, found, n, of):
         f'{name}: {lost} of its {of} answers cannot be paired with the {len(items)} '
         f'questions ({_said(n)}); {remedy(n)}.')
 
+# %% ../../nbs/06_evaluate/08_score_rows.ipynb #4d6f7cb2
 def _same_letters(model, items, found, texts):
     "Refuse answers to options in another order, if that changes what an answer says."
     for o in items:
@@ -218,7 +229,7 @@ def _same_letters(model, items, found, texts):
 # %% ../../nbs/06_evaluate/08_score_rows.ipynb #315f5845
 def _as_written(n, scorers):
     "What must be added where something was left out and a published rule reads it."
-    rules = [s for s in scorers if s in AS_WRITTEN]
+    rules = list(filter(AS_WRITTEN.__contains__, scorers))
     left_out = any(n[k] for k in ODD_TEXT if k != 'html')
     return f' ({" and ".join(rules)} read these texts as written)' if rules and left_out else ''
 
@@ -231,6 +242,7 @@ def _count_rows(head, n, size):
     return [dict(zip(SCORE_COLUMNS, [*head, 'all', f'answers.{k}', n[k], '', '', *size]))
             for k in CASES]
 
+# %% ../../nbs/06_evaluate/08_score_rows.ipynb #bff6ff13
 def _shared(tables, a, b):
     "Two tables of credits, on the items that both have."
     both = []
@@ -260,9 +272,8 @@ def score_answers(
             notes.append(f'{name}, {h[3]}: {_said(n)}; not scored')
             continue
         _refuse_unpaired(name, items, found, n, len(group) - n['caption'])
-        texts = {k: answer_text(r, n) for k, r in found.items()}
+        texts = _texts(found, asked, n)
         _same_letters(name, asked, found, texts)
-        n['empty_key'] = sum(not str(o['answer']).strip() for o in asked)
         usual = model, _common(asked, 'source'), _split_of(asked), 'image'
         h = tuple(a or b for a, b in zip(h, usual))
         tables[h] = d = credits(asked, texts, scorers, keys)
@@ -274,12 +285,18 @@ def score_answers(
     return rows + _difference_rows(tables, model_pairs, n_draws, seed, keys), notes
 
 # %% ../../nbs/06_evaluate/08_score_rows.ipynb #bc8dfd62
+def _texts(found, items, n):
+    "What the answers say; counts what is odd about them, and the keys that are empty."
+    n['empty_key'] = sum(not str(o['answer']).strip() for o in items)
+    return {k: answer_text(r, n) for k, r in found.items()}
+
 def _by_head(predictions):
     "Answers by model, set, split and condition, as far as they name them."
     groups = defaultdict(list)
     for p in predictions: groups[tuple(str(p.get(h) or '') for h in HEAD)].append(p)
     return groups
 
+# %% ../../nbs/06_evaluate/08_score_rows.ipynb #773583d5
 def _difference_rows(tables, model_pairs, n_draws, seed, keys):
     "Differences of models and of conditions, on the items that both were asked."
     rows = []
@@ -300,7 +317,7 @@ def log_credits(
     "What each answer of a log earns, and what is odd about the answers, by model and condition."
     by_id, groups, tables, odd = _index(items), defaultdict(list), {}, {}
     scorers, asked = tuple(SCORERS if scorers is None else scorers), asked or {}
-    for p in log: groups[tuple(p[h] for h in HEAD)].append(p)
+    for p in log: groups[_head(p)].append(p)
     for h, group in groups.items():
         n, want = Counter(), set(asked.get((h[0], h[3]), asked.get(h[0], by_id)))
         wanted = [(p['item'], p) for p in group if p['item'] in want]
@@ -309,8 +326,7 @@ def log_credits(
         if not found: raise ScoreError(
             f'{h[0]} under {h[3]} answered none of the {len(want)} items; give those that it was '
             'asked.')
-        texts = {k: answer_text(p, n) for k, p in found.items()}
-        n['empty_key'] = sum(not str(by_id[k]['answer']).strip() for k in found)
+        texts = _texts(found, map(by_id.get, found), n)
         head = _part(h, len(found), len(want))
         tables[head], odd[head] = credits(items, texts, scorers), n
     return tables, odd
@@ -365,7 +381,7 @@ def _show(rows):
     last = None
     for r in rows:
         if r['slice'] != 'all' or r['metric'].startswith('answers.'): continue
-        head = [r[h] for h in HEAD]
+        head = _head(r)
         k, unit = (1, ' ') if r['metric'].endswith('_words') else (100, '%')
         if head != last: print(f'\n{", ".join(head):44}   value    95 % interval  answers  images')
         interval = f'{no_interval(r):>16}'
@@ -384,6 +400,7 @@ _NAMED = re.compile(
     r'(?:10|ten)|points?)?\s*(?:[,;.|)"}]|and\b|assistant|answer|response|$))')
 _BESIDE = rf"(?i)\b(?:assistants?|answers?|responses?|ai)(?:'s)?\s*#?\s*[12]\b|{_FILLER}"
 
+# %% ../../nbs/06_evaluate/08_score_rows.ipynb #d84e8a1e
 def head_numbers(
     text:str, # what a judge wrote
 )->list:      # numbers, in the order of the assistants if it names them; none if it begins in prose
@@ -391,8 +408,8 @@ def head_numbers(
     text = re.sub(r'(?m)^\s*```.*$', '', THOUGHT.sub('', str(text or '')))
     text = re.sub(r'[*`#]|^\s*json\s*$', '', text).replace('_', ' ')
     lines = [l.strip() for l in text.splitlines() if re.search(r'\w', l)][:4]
-    named = list(chain(*map(_NAMED.findall, lines)))[:2]
-    if sorted(k for k, _ in named) == ['1', '2']: return [float(x) for _, x in sorted(named)]
+    named = dict(list(chain(*map(_NAMED.findall, lines)))[:2])
+    if len(named) == 2: return [float(named['1']), float(named['2'])]
     line = next((l for l in lines[:3] if re.search(r'\d', l)), '')
     rest = re.sub(_BESIDE, ' ', line)
     if re.search(r'[^\W\d]|\d%|[-−]\d|\d\s*/', rest): return []
@@ -424,7 +441,9 @@ def judge_rows(
 )->list:                # rows of scores.csv
     "Relative scores of a model against the reference, by type and domain; and unread judgements."
     head = dict(zip(HEAD, (model, dataset, 'test', 'image')))
-    rows = list(filter(None, (_judged(head, i, o) for i, o in enumerate(judgements))))
+    rows = []
+    for i, o in enumerate(judgements):
+        if row := _judged(head, i, o): rows.append(row)
     if not rows: raise ScoreError(
         f'None of the {len(judgements)} judgements begins with two marks; look at what the judge '
         'wrote.')

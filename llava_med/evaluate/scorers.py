@@ -18,8 +18,8 @@ from .exact import right_answer, strict, strict_normalise
 
 # %% ../../nbs/06_evaluate/07_scorers.ipynb #02a436fb
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-DIGITS = {w: str(i) for i, w in enumerate(
-    'zero one two three four five six seven eight nine ten'.split())} | {'none': '0'}
+_COUNTED = 'zero one two three four five six seven eight nine ten'.split()
+DIGITS = dict(zip(_COUNTED, map(str, range(11)))) | {'none': '0'}
 _ENDINGS = {"n't": 'ai are ca could did does do had has have is might must need ought sha should '
                    'was were wo would',
             "'ve": 'could might must should they we what where who would you',
@@ -107,7 +107,7 @@ def llavamed_v1(
     g, t = vqa_normalise(item['answer']), vqa_normalise(text)
     hit = float(g in t)
     if is_closed(item):
-        gate = any(w in t for w in YES_NO)
+        gate = 'yes' in t or 'no' in t
         out = dict(closed_substring=hit, closed_gated=hit*gate)
         return out if gate and not hit else out | dict(closed_gated_dropped=out['closed_gated'])
     s = word_scores(vqa_normalise(t), vqa_normalise(g))
@@ -210,7 +210,7 @@ def rivals(
     for before, word, after in zip(words, words[1:], words[2:]):
         if word == 'or': beside |= {before, after}
     if not any(_holds(gold, w) for w in beside): beside = set()
-    choices = {strict_normalise(str(o)) for o in item.get('options') or ()} | beside
+    choices = beside.union(map(strict_normalise, map(str, item.get('options') or ())))
     return {c for c in choices if c and not _holds(gold, c)}
 
 # %% ../../nbs/06_evaluate/07_scorers.ipynb #4fc96178

@@ -17,7 +17,7 @@ import pandas as pd
 from scipy.stats import binomtest, norm
 from ..data.vqa import item_cluster
 from .exact import (HEAD, MODEL_PAIRS, SCORE_COLUMNS, ScoreError, _contrasts,
-                                      _tidy, edge_limits, right_answer)
+                                      _head, _index, _tidy, edge_limits, right_answer)
 from .score_rows import metric_columns
 
 # %% ../../nbs/06_evaluate/09_statistics.ipynb #41b8f3fd
@@ -39,6 +39,7 @@ def win_tie_loss(
     d = np.asarray(a, float) - np.asarray(b, float)
     return int((d > 0).sum()), int((d == 0).sum()), int((d < 0).sum())
 
+# %% ../../nbs/06_evaluate/09_statistics.ipynb #2da87a95
 def mcnemar(
     a:np.ndarray, # credits of the first model, 0 or 1
     b:np.ndarray, # credits of the second, on the same items
@@ -112,6 +113,7 @@ def _sums(d, images):
     sums = np.bincount(codes, d, len(names)), np.bincount(codes, minlength=len(names)).astype(float)
     return sums[0][:, None], sums[1][:, None]
 
+# %% ../../nbs/06_evaluate/09_statistics.ipynb #a8f96760
 def paired_difference(
     a:np.ndarray,       # credits of the first model, fractions
     b:np.ndarray,       # credits of the second, on the same items
@@ -256,6 +258,7 @@ def _test_values(t):
         if k.startswith('p'): out[k] = round(float(v), 6) or float(f'{v:.2g}')
     return out
 
+# %% ../../nbs/06_evaluate/09_statistics.ipynb #1f42b67e
 def test_rows(
     tests:pd.DataFrame, # from `paired_tests`
 )->list: # rows of scores.csv: p-values, the smallest difference, shares of items won, tied and lost
@@ -342,13 +345,14 @@ def confidence_of(
     x = np.array([o['logprob'] for o in line['options']], float)
     return float(1/np.exp(x - x.max()).sum())
 
+# %% ../../nbs/06_evaluate/09_statistics.ipynb #8a5bcedd
 def _calibration(h, lines, by_id, bins, seed):
     "How far one model knows what it knows; failed answers are left out and counted."
     good = [p for p in lines if not p.get('error')]
     if not good: return None
     asked = [by_id[p['item']] for p in good]
-    p = np.array(list(map(confidence_of, good)))
-    right = np.array([right_answer(o, q['text']) for o, q in zip(asked, good)], float)
+    p, texts = np.array(list(map(confidence_of, good))), [o['text'] for o in good]
+    right = np.array(list(map(right_answer, asked, texts)), float)
     found = calibration_error(p, right, bins, seed=seed)
     return dict(zip(HEAD, h), accuracy=right.mean(), confidence=p.mean(), ece=found['ece'],
                 chance=found['chance'], chance_high=found['chance_high'], n_items=len(good),
@@ -363,11 +367,13 @@ def calibration_table(
     seed:int=0,   # of the simulation
 )->pd.DataFrame:  # one row a model: HEAD, what `calibration_error` finds, and numbers of answers
     "How far each model knows what it knows."
-    by_id, groups = {o['id']: o for o in items}, {}
-    for p in lines: groups.setdefault(tuple(map(p.get, HEAD)), []).append(p)
-    rows = [_calibration(h, group, by_id, bins, seed) for h, group in groups.items()]
-    return pd.DataFrame(list(filter(None, rows)))
+    by_id, groups, rows = _index(items), {}, []
+    for p in lines: groups.setdefault(_head(p), []).append(p)
+    for h, group in groups.items():
+        if row := _calibration(h, group, by_id, bins, seed): rows.append(row)
+    return pd.DataFrame(rows)
 
+# %% ../../nbs/06_evaluate/09_statistics.ipynb #ea06f04b
 def calibration_rows(
     table:pd.DataFrame, # from `calibration_table`
 )->list:                # rows of scores.csv with metrics `calibration.<what>`

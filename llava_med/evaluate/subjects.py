@@ -11,7 +11,7 @@ __all__ = ['KEY', 'DESCRIBE', 'USUAL_STEPS', 'prompt_hash', 'processor_hash', 'i
 import hashlib, json, os, re, time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from itertools import chain
+from itertools import chain, islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Protocol
@@ -38,6 +38,7 @@ def prompt_hash(
     "Hash of a prompt."
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #cd643294
 def processor_hash(
     processor, # with a tokenizer and an image processor
 )->str:        # first 16 hex digits of SHA-256
@@ -89,6 +90,8 @@ class Subject(Protocol):
         "How probable given replies are; ValueError where it cannot tell."
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #d299abc9
+def _at(values, places): return [values[i] for i in places]
+
 def _try(ask, places):
     "Pairs of place and result; a question that fails gives its error."
     try: return list(zip(places, ask(places)))
@@ -148,8 +151,8 @@ class LocalModel(_Weights):
         "Answers in words, or what went wrong."
         model = self.loaded()
         def ask(places):
-            shown, asked = [images[i] for i in places], [prompts[i] for i in places]
-            said = answer(model, self.processor, shown, asked, max_new_tokens, batch_size)
+            said = answer(model, self.processor, _at(images, places), _at(prompts, places),
+                          max_new_tokens, batch_size)
             return [dict(text=t) for t in said]
         yield _try(ask, range(len(prompts)))
 
@@ -175,6 +178,7 @@ def _read_log(out_fn):
     if raw and not raw.endswith(b'\n'): os.truncate(out_fn, raw.rfind(b'\n') + 1)
     return read_jsonl(out_fn)
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #d0c2e1aa
 def _append(out_fn, rows):
     with writing(out_fn), open(out_fn, 'a', encoding='utf-8') as f:
         for r in rows: f.write(json.dumps(r, ensure_ascii=False) + '\n')
@@ -206,16 +210,19 @@ def _parts_of_me(out_fn, state):
         if m and int(m[1]) % state.num_processes == state.process_index: out.append(p)
     return out
 
+def _answered(rows): return [_key_of(r) for r in rows if not r['error']]
+
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #c9dd5ef1
 def _merge(out_fn, state):
     "Put the parts of all processes into the log; every process gets the keys of its answers."
     mine, done = _parts_of_me(out_fn, state), []
     rows = _gather(state, list(chain(*map(_read_log, mine))))
     if state.is_main_process:
-        done = [_key_of(r) for r in _read_log(out_fn) if not r['error']]
+        done = _answered(_read_log(out_fn))
         known = set(done)
         new = [r for r in rows if _key_of(r) not in known]
         if new: _append(out_fn, new)
-        done += [_key_of(r) for r in new if not r['error']]
+        done += _answered(new)
     done = _gather(state, done)   # only the main process has some, so all wait until it has written
     for p in mine: p.unlink(missing_ok=True)
     return set(done)
@@ -260,6 +267,7 @@ def _shown(items, condition, pool):
         out[o['id']] = shots + condition_images(o, condition, pool, known)
     return out
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #aefd12c0
 def _answer_block(who, block, by_id, shown, log_fn, **kw):
     "Ask a block of items and log every answer when it is there; the number of errors."
     t0, bad, ask = time.perf_counter(), [], []
@@ -273,9 +281,11 @@ def _answer_block(who, block, by_id, shown, log_fn, **kw):
     asked, images, prompts = map(list, zip(*ask))
     for ready in who.generate(asked, images, prompts, **kw):
         each, t0 = round((time.perf_counter()-t0)/max(len(ready), 1), 6), time.perf_counter()
-        rows = [by_id[asked[i]['id']] | dict(seconds=each) | fields for i, fields in ready]
+        rows = []
+        for i, fields in ready:
+            rows.append(by_id[asked[i]['id']] | dict(seconds=each) | fields)
+            errors += bool(fields.get('error'))
         _append(log_fn, rows)
-        errors += sum(bool(fields.get('error')) for _, fields in ready)
     return errors
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #36c92323
@@ -306,13 +316,16 @@ def predict(
     settings = dict(way=who.settings, max_new_tokens=max_new_tokens)
     rows = _records(who, items, shown, head, prompt_of, settings)
     done = _merge(out_fn, state)
-    todo = [o for o, r in zip(items, rows) if _key_of(r) not in done]
-    by_id = {r['item']: r for r in rows}
+    by_id, todo = {}, []
+    for o, r in zip(items, rows):
+        by_id[o['id']] = r
+        if _key_of(r) not in done: todo.append(o)
     kw = dict(max_new_tokens=max_new_tokens, batch_size=batch_size)
     errors = _answer_all(who, todo, by_id, shown, out_fn, state, f'{model_name}, {condition}', **kw)
     return dict(head, asked=len(todo), before=len(items)-len(todo), errors=errors,
                 seconds=round(time.perf_counter()-t0, 2), keys=list(map(_key_of, rows)))
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #b97497c9
 def _refuse_twice(items):
     for i, n in Counter(o['id'] for o in items).items():
         if n > 1: raise ValueError(
@@ -345,7 +358,7 @@ def settled(
     if missing: raise ValueError(
         f'{out_fn} lacks {len(missing)} of {len(want)} answers '
         f'(first: item {missing[0][4]!r} of {missing[0][0]}); predict them again.')
-    return [found[k] for k in want]
+    return _at(found, want)
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #23be9a04
 _WRITINGS = dict(any=('{text}', '{letter}', '{letter}. {text}'), letter=('{letter}',),
@@ -357,6 +370,7 @@ def _last_text(prompt):
     said = prompt[-1]['content']
     return said if isinstance(said, str) else '\n'.join(c.get('text', '') for c in said)
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #03ab63b9
 def _replies(item, options, prompt, by='any'):
     "For each option the replies that say it, and no other option."
     listed = item_options(item) if item.get('options') else ''
@@ -366,22 +380,24 @@ def _replies(item, options, prompt, by='any'):
         forms = dict.fromkeys(w.format(letter=letter, text=option) for w in _WRITINGS[by])
         count.update(forms.keys())
         written.append(forms)
-    out = [[r for r in forms if count[r] == 1] for forms in written]
-    if not all(out): raise ValueError(
-        f'Item {item["id"]!r} has options that are letters of others; score it with by="any".')
+    out = []
+    for forms in written:
+        out.append([r for r in forms if count[r] == 1])
+        if not out[-1]: raise ValueError(
+            f'Item {item["id"]!r} has options that are letters of others; score it with by="any".')
     return out
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #d9355cd0
 def _summed(replies, scores):
     "For each option the log-probability of all its replies, and its likeliest one's tokens."
-    out = []
+    scores, out = iter(scores), []
     for each in replies:
-        got = [next(scores) for _ in each]
-        total = got[0][0]
-        if len(got) > 1: total = float(np.logaddexp.reduce([v for v, _ in got]))
-        out.append((total, max(got, key=lambda g: g[0])[1]))
+        logprobs, tokens = zip(*islice(scores, len(each)))
+        total = float(np.logaddexp.reduce(logprobs)) if len(each) > 1 else logprobs[0]
+        out.append((total, tokens[int(np.argmax(logprobs))]))
     return out
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #fac90a9b
 def _chosen(options, scores, per_token=False):
     "Fields of the log line: the chosen option, that of both rules, and all log-probabilities."
     told, sums, means = [], [], []
@@ -432,18 +448,14 @@ class LogLikelihoodModel(LocalModel):
         batch_size:int=64,    # questions read together
     ):                        # lists of (place, fields of the log line)
         "The chosen option, the choice of the other rule, and the log-probabilities of all."
-        def ask(places): return self._choose(items, images, prompts, places, batch_size)
+        def ask(places):
+            asked = _at(prompts, places)
+            options = list(map(self.choices, _at(items, places)))
+            replies = list(map(_replies, _at(items, places), options, asked, repeat(self.by)))
+            flat = [list(chain(*r)) for r in replies]
+            got = self.loglikelihood(_at(images, places), asked, flat, batch_size)
+            return list(map(_chosen, options, map(_summed, replies, got), repeat(self.per_token)))
         yield _try(ask, range(len(prompts)))
-
-    def _choose(self, items, images, prompts, places, batch_size):
-        options = [self.choices(items[i]) for i in places]
-        replies = [_replies(items[i], o, prompts[i], self.by) for i, o in zip(places, options)]
-        got = self.loglikelihood([images[i] for i in places], [prompts[i] for i in places],
-                                 [list(chain(*r)) for r in replies], batch_size)
-        out = []
-        for o, r, scores in zip(options, replies, got):
-            out.append(_chosen(o, _summed(r, iter(scores)), self.per_token))
-        return out
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #d89457f2
 DESCRIBE = DETAILED_PROMPTS[0]
@@ -472,7 +484,7 @@ def _drawn(candidates, items, budget, seed):
         f'and there are {len(items)} validation items; choose a budget that fits, the same for '
         'every model.')
     order = np.random.default_rng(seed).permutation(len(items))[:each]
-    drawn = [items[i] for i in sorted(order)]
+    drawn = _at(items, sorted(order))
     if any(o.get('split') == 'test' for o in drawn): raise ValueError(
         'Items of the split test are among those that the prompt would be chosen on; '
         'choose on validation.')
@@ -528,6 +540,7 @@ def find_models(
     for pair in pairs: _check_pair(pair, found)
     return found
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #083cef99
 def _usual_models(runs, base):
     "The base and what the steps of a run made of it; the tuned model only where there is one."
     steps = {k: ('step', v) for k, v in USUAL_STEPS.items()}
@@ -563,7 +576,7 @@ def _find_model(name, what, runs):
     for r in runs:
         if re.fullmatch(r'\w[\w.-]*', what) and (run_dir(r)/what/'model/config.json').exists():
             return 'step', what
-        steps |= {p.parents[1].name for p in run_dir(r).glob('*/model/config.json')}
+        for p in run_dir(r).glob('*/model/config.json'): steps.add(p.parents[1].name)
     folder = from_root(what)
     if what and (folder/'config.json').exists(): return 'folder', folder
     raise ModelError(
