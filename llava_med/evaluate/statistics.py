@@ -222,8 +222,7 @@ def _comparison(d, m, unit, n_draws, seed):
 # %% ../../nbs/06_evaluate/09_statistics.ipynb #fff7e7c1
 def paired_tests(
     tables:dict,        # HEAD → table of credits, from `score_rows.log_credits`
-    # chosen before the answers are seen
-    metrics:Iterable=('strict', 'strict.closed', 'strict.open_f1'),
+    metrics:Iterable=('strict', 'strict.closed', 'strict.open_f1'), # chosen before answers are seen
     model_pairs:Iterable=MODEL_PAIRS, # differences of models
     n_draws:int=10_000, # random subsets of the images, where there are too many for all
     seed:int=0,         # of the draws
