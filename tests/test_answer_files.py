@@ -9,9 +9,10 @@ import pytest
 
 from llava_med.core.runs import write_json, write_jsonl
 from llava_med.data.vqa_readers import read_vqa
-from llava_med.evaluate.answer_files import CASES, align, one_answer_each, questions_in, read_answers, read_rows, remedy
+from llava_med.evaluate.answer_files import read_answers, read_rows
+from llava_med.evaluate.pairing import CASES, align, one_answer_each, questions_in, remedy
 from llava_med.evaluate.exact import ScoreError
-from llava_med.evaluate.scorers import score_answers, score_files
+from llava_med.evaluate.score_rows import score_answers, score_files
 
 
 def item(i, question, answer='yes', **kw):

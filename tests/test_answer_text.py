@@ -6,7 +6,8 @@ import pytest
 from llava_med.core.runs import write_jsonl
 from llava_med.evaluate.answer_text import ODD_TEXT, answer_text, framed, plain, split_thoughts, spoken
 from llava_med.evaluate.exact import score_table, strict, strict_normalise
-from llava_med.evaluate.scorers import SCORERS, log_credits, score_answers
+from llava_med.evaluate.score_rows import log_credits, score_answers
+from llava_med.evaluate.scorers import SCORERS
 
 THOUGHTS = ['<think>Yes or no?</think>\n\nNo', 'Yes or no?</think> No', '<thinking>yes</thinking>No', '<THINK>yes</THINK>No', '[THINK]yes[/THINK]No',
             '<|begin_of_thought|>yes<|end_of_thought|>\n<|begin_of_solution|>No<|end_of_solution|>', '◁think▷yes◁/think▷No',

@@ -16,7 +16,7 @@ from llava_med.core.runs import read_jsonl, write_csv
 from llava_med.evaluate.exact import (SCORE_COLUMNS, HEAD, SLICE_KEYS, ScoreError, cluster_codes, edge_limits, finding_table, marks,
     no_interval, perplexity_table, score_of, score_table, strict, summarise)
 from llava_med.evaluate.protocol import run_set
-from llava_med.evaluate.scorers import credit_rows, log_credits
+from llava_med.evaluate.score_rows import credit_rows, log_credits
 from llava_med.evaluate.statistics import compare, paired_tests, with_tests
 
 

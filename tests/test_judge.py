@@ -19,7 +19,9 @@ from llava_med.lab.commands import main
 from llava_med.data.generators import Answers, AnswersError
 from llava_med.core.runs import read_jsonl, test_data as data_folder, write_jsonl
 from llava_med.data.conversations import DOMAINS
-from llava_med.evaluate.scorers import align, judge_rows, read_answers
+from llava_med.evaluate.answer_files import read_answers
+from llava_med.evaluate.pairing import align
+from llava_med.evaluate.score_rows import judge_rows
 from llava_med.evaluate.exact import SCORE_COLUMNS, ScoreError
 
 DATA = data_folder()

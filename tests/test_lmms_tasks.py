@@ -11,7 +11,7 @@ from llava_med.lab.commands import main
 from llava_med.evaluate.lmms_tasks import METRICS, SETS, doc_messages, doc_results, doc_text, doc_visual, lmms_docs, mean_score, write_lmms
 from llava_med.data.vqa_readers import read_vqa
 from llava_med.core.runs import test_data as data_folder
-from llava_med.evaluate.scorers import score_answers
+from llava_med.evaluate.score_rows import score_answers
 
 DATA = data_folder()
 real = pytest.mark.skipif(DATA is None or not (DATA/'vqa_rad').is_dir(), reason='no LLAVA_MED_TESTDATA')

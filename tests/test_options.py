@@ -14,7 +14,8 @@ from llava_med.data.said_options import said_option
 from llava_med.evaluate.answer_text import spoken
 from llava_med.evaluate.exact import right_answer
 from llava_med.evaluate.lmms_tasks import doc_text
-from llava_med.evaluate.scorers import SCORERS, score_answers, strict_scores
+from llava_med.evaluate.score_rows import score_answers
+from llava_med.evaluate.scorers import SCORERS, strict_scores
 from llava_med.evaluate.subjects import LogLikelihoodModel
 from llava_med.generate.prompts import Prompting
 

@@ -9,11 +9,14 @@ from PIL import Image
 
 from llava_med.data.vqa_readers import open_vqa
 from llava_med.data.browse import guess_title
-from llava_med.evaluate.reports import (NOTES, PUBLISHED, WARNINGS, drawn_examples, evaluation_report, in_words, looking_title, page, published_rows,
-                               row_table, score_figure, side_by_side, table, text, value_with_interval, write_page)
+from llava_med.evaluate.report_page import page, table, text, write_page
+from llava_med.evaluate.reports import (NOTES, PUBLISHED, WARNINGS, drawn_examples, evaluation_report,
+                                        in_words, looking_title, published_rows, row_table,
+                                        score_figure, side_by_side, value_with_interval)
 from llava_med.train.monitor import loss_words, order_words
 from llava_med.core.runs import OutputError, test_data as data_folder
-from llava_med.evaluate.scorers import CASES, log_credits, log_rows
+from llava_med.evaluate.pairing import CASES
+from llava_med.evaluate.score_rows import log_credits, log_rows
 from llava_med.evaluate.exact import ScoreError, control_predictions, score_table
 from llava_med.evaluate.statistics import calibration_rows, calibration_table, paired_tests, test_rows as rows_of_tests
 

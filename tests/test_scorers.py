@@ -9,7 +9,11 @@ import pytest
 from llava_med.core.registry import UnknownName
 from llava_med.lab.commands import main
 from llava_med.core.runs import read_jsonl, test_data as data_folder, write_jsonl
-from llava_med.evaluate.scorers import SCORERS, ScoreError, align, judge_rows, read_answers, score_answers, score_files, strict_scores
+from llava_med.evaluate.answer_files import read_answers
+from llava_med.evaluate.exact import ScoreError
+from llava_med.evaluate.pairing import align
+from llava_med.evaluate.score_rows import judge_rows, score_answers, score_files
+from llava_med.evaluate.scorers import SCORERS, strict_scores
 from llava_med.evaluate.exact import SCORE_COLUMNS, score_table
 from llava_med.data.vqa_readers import read_vqa
 from llava_med.data.vqa import same_question

@@ -6,7 +6,10 @@ import pytest
 from scipy.stats import false_discovery_control, norm
 
 from llava_med.core.runs import test_data as data_folder
-from llava_med.evaluate.scorers import align, answer_text, credits, read_answers
+from llava_med.evaluate.answer_files import read_answers
+from llava_med.evaluate.answer_text import answer_text
+from llava_med.evaluate.pairing import align
+from llava_med.evaluate.score_rows import credits
 from llava_med.evaluate.exact import ScoreError
 from llava_med.evaluate.statistics import (_p, calibration_error, compare, design_effect, holm, mcnemar, null_rate, paired_difference,
                                   share_interval, minimum_detectable_effect, subset_means)

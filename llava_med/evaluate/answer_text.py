@@ -32,19 +32,30 @@ _CHANNEL = re.compile(r'<\|channel\|>\s*(\w*)[^<]*<\|message\|>(.*?)'
                       r'(?=<\|(?:channel|end|return|call|start)\|>|\Z)', re.S)
 _FLAT = re.compile(r'\A\s*analysis(?=\S).*?assistant\s*final(?=\S)(.*)\Z', re.S)
 
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #1a6a9056
+def _of_channels(found):
+    "Thoughts and answer of a text whose parts are named."
+    thoughts, said = [], None
+    for name, t in found:
+        if name == 'final': said = t
+        else: thoughts.append(t)
+    return ' '.join(thoughts), said
+
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #077cf2d3
 def split_thoughts(
     text:str, # what a model wrote
 )->tuple:     # its thoughts, what it says after them; None if it never came to that
     "Thoughts apart from the answer, whether their opening or their end is in the text or not."
     if found := _CHANNEL.findall(text):                       # gpt-oss: only `final` is said
-        said = [t for name, t in found if name == 'final']
-        return ' '.join(t for name, t in found if name != 'final'), said[-1] if said else None
+        return _of_channels(found)
     if flat := _FLAT.match(text): return text[:flat.start(1)], flat[1]
-    marks = sorted([(m.start(), m.end(), 1) for m in _OPEN.finditer(text)]
-                   + [(m.start(), m.end(), -1) for m in _CLOSE.finditer(text)])
-    thoughts, said, depth, at = [], [], 0, 0
-    for start, end, step in marks:
-        if depth == 0 and step < 0: thoughts += said + [text[at:start]]; said = []
+    marks, thoughts, said, depth, at = [], [], [], 0, 0
+    for pattern, step in ((_OPEN, 1), (_CLOSE, -1)):
+        for m in pattern.finditer(text): marks.append((*m.span(), step))
+    for start, end, step in sorted(marks):
+        if depth == 0 and step < 0:                          # all that was said is a thought
+            thoughts += said + [text[at:start]]
+            said = []
         else: (thoughts if depth else said).append(text[at:start])
         depth, at = int(step > 0), end
     (thoughts if depth else said).append(text[at:])
@@ -59,6 +70,7 @@ _BOX = re.compile(r'\\f?box(?:ed)?\s*\{|\x08oxed\s*\{')
 _LABEL = re.compile(r'(?i)[*_#\s]*(?:the\s+)?(?:final\s+answer|answer|response|assistant)(?:\s+is)?'
                     r'[*_]*\s*(?:[:：][*_]*\s*|$)|[*_#\s]*(?:最终)?答案(?:是)?\s*[:：]\s*')
 
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #4830cf52
 def _boxes(text):
     "What stands in boxes, whose braces are balanced; a box that is cut off goes to the end."
     out = []
@@ -70,6 +82,7 @@ def _boxes(text):
         out.append(text[m.end():end - (depth == 0)])
     return out
 
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #5524255e
 def _after_label(text):
     "What follows the one label, if it opens the text or its last line; else None."
     lines = [l for l in text.split('\n') if l.strip()]
@@ -79,6 +92,7 @@ def _after_label(text):
     if rest and (first.strip() or len(rest) > 1) and at[0]: return None
     return '\n'.join([first, *rest]).strip() or None
 
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #83c69329
 def framed(
     text:str, # what a model says after its thoughts
 )->str|None:  # None where nothing is set apart
@@ -108,6 +122,7 @@ _CONTROL = re.compile(
     r'|<(?:/?[be]os|pad|unk|sep|mask|eod|eot|end|image|img'
     r'|(?:start|end)_of_(?:turn|utterance|image)|im_(?:start|end|patch)|unused\d+|extra_id_\d+)>')
 
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #84b3a3b2
 def _without_control(text):
     "What stands before the first end token, without the other ones."
     start = _HEADER.sub('', text)
@@ -152,16 +167,21 @@ def _once(text, odd):
     if thoughts.strip() or not over: odd.add('thoughts' if over else 'unfinished')
     elif said != text: odd.add('control')
     if not over: return ''
-    if (own := _own_turn(said)) != said: odd.add('turn'); said = own
+    if (own := _own_turn(said)) != said:
+        odd.add('turn')
+        said = own
     apart = framed(said)
     for kind, new in (('framed', apart), ('control', None), ('html', None), ('markdown', None)):
         if kind == 'control':
             new = _without_control(said) if _CONTROL.search(said) or _END.search(said) else said
         if kind == 'html': new = plain(said)
         if kind == 'markdown': new = _without_markdown(said)
-        if new is not None and new != said: odd.add(kind); said = new
+        if new is None or new == said: continue
+        odd.add(kind)
+        said = new
     return said
 
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #3d4eee78
 def spoken(
     text:str,           # what a model wrote
     n:Counter|None=None, # counts of ODD_TEXT; added to
@@ -183,13 +203,15 @@ def answer_text(
     n:Counter, # counts of kinds of odd answers; added to
 )->str:        # the text as the model wrote it
     "The text of an answer, whatever it is; each oddity is counted."
-    t = row.get('text')
-    if row.get('error'): n['error'] += 1; return ''
-    if t is None or t != t: n['null'] += 1; return ''         # NaN is not equal to itself
-    if isinstance(t, (int, float)) and not isinstance(t, bool):
-        n['number'] += 1
-        return str(int(t) if float(t).is_integer() else t)
-    if not isinstance(t, str): n['not_text'] += 1; return ''
+    t, case = row.get('text'), None
+    number = isinstance(t, (int, float)) and not isinstance(t, bool)
+    if row.get('error'): case = 'error'
+    elif t is None or t != t: case = 'null'                   # NaN is not equal to itself
+    elif number: case = 'number'
+    elif not isinstance(t, str): case = 'not_text'
+    if case: n[case] += 1
+    if case == 'number': return str(int(t) if float(t).is_integer() else t)
+    if case: return ''
     odd = Counter()
     empty = not spoken(t, odd).strip() and not odd['unfinished']
     for k, c in [*odd.items(), ('empty', int(empty))]: n[k] = n.get(k, 0) + c
@@ -228,6 +250,7 @@ def _after_word(m):
     shared = re.match(r'\s*(?:/|,|and\b|or\b|to\b)\s*(?:(?:and|or)\s+)?\w+-\w', then)
     return word + (' ' if shared else MINUS + ' ')
 
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #96f3b46b
 def _signed(t):
     "Text in which the signs that belong to a word or a number are private characters."
     if re.fullmatch(r'\s*[(\[]?\s*(\++|-)\s*[)\]]?\s*', t):
@@ -250,6 +273,7 @@ def _compared(t):
 
 _SIGNED = re.compile(rf'[-+<>^=*{COMPARED}]|(?<!\d)\.\d|[^\x00-\x7f]')
 
+# %% ../../nbs/06_evaluate/03_answer_text.ipynb #4e29f4af
 def with_signs(
     text:str, # answer or key
 )->str:       # in lower case; PLUS, MINUS, COMPARED and ^ are what is left of signs

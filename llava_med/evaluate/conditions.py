@@ -21,7 +21,8 @@ def partners(
     seed:int=0, # order of the patients
 )->dict:        # image name → name of another patient's image, each used once
     "For each image, the image of another patient; ValueError where one has more than half of them."
-    patient = {n: item_cluster(o) for o in items for n in o['images']}
+    patient = {}
+    for o in items: patient |= dict.fromkeys(o['images'], item_cluster(o))
     who = sorted(set(patient.values()))
     rank = dict(zip(who, np.random.default_rng(seed).permutation(len(who)).tolist()))
     names = sorted(patient, key=lambda n: (rank[patient[n]], n))
@@ -29,9 +30,29 @@ def partners(
     if 2*step > len(names): raise ValueError(
         f'One patient has {step} of {len(names)} images, so not every image can be swapped for '
         'another patient\'s; add images of other patients.')
-    return {n: names[(i+step) % len(names)] for i, n in enumerate(names)}
+    return dict(zip(names, names[step:] + names[:step]))
 
 # %% ../../nbs/06_evaluate/01_conditions.ipynb #c0a12f27
+def _kinds(items):
+    "Image name → (patient, modality, organ): what is known of each image."
+    out = {}
+    for o in reversed(items):
+        tags = o.get('tags') or {}
+        kind = item_cluster(o), tags.get('modality'), tags.get('organ')
+        out |= dict.fromkeys(o['images'], kind)
+    return out
+
+# %% ../../nbs/06_evaluate/01_conditions.ipynb #e57692fb
+def _similar(kinds, name, n):
+    "Other patients' images that share the first n tags of an image, or as many as another has."
+    who, *own = kinds[name]
+    others = {other: tags for other, (patient, *tags) in kinds.items() if patient != who}
+    if not others: raise ValueError(
+        f'All images are of the patient of {name!r}, so there is no other one to show.')
+    for k in range(n, -1, -1):
+        if found := sorted(o for o, tags in others.items() if tags[:k] == own[:k]): return found
+
+# %% ../../nbs/06_evaluate/01_conditions.ipynb #083cb7d4
 class Pool(list):
     "The items of a set, among which a condition finds other images."
     def __init__(self,
@@ -43,38 +64,25 @@ class Pool(list):
         self.images_dir, self.seed = Path(images_dir), seed
 
     @cached_property
-    def partners(self)->dict: # image name → name of another patient's image
-        "Who is whose partner."
-        return partners(self, self.seed)
+    def partners(self)->dict: return partners(self, self.seed) # who is whose partner
+
+    @cached_property
+    def kinds(self)->dict: return _kinds(self) # image name → (patient, modality, organ)
 
     def partner(self,
         name:str, # of an image
     )->Path:      # of another patient's image
         "The image that stands in for an image; ValueError where it is not of the pool."
-        if name not in self.partners: raise ValueError(
-            f'The image {name!r} belongs to no item of the pool, so it has no partner; '
-            'give the pool all items that are asked.')
-        return self.images_dir/self.partners[name]
-
-    @cached_property
-    def kinds(self)->dict: # image name → (patient, modality, organ)
-        "What is known of each image."
-        tags = lambda o: [o['tags'].get(k)
-                          for k in ('modality', 'organ')] if o.get('tags') else [None]*2
-        return {n: (item_cluster(o), *tags(o)) for o in reversed(self) for n in o['images']}
+        if name in self.partners: return self.images_dir/self.partners[name]
+        raise ValueError(f'The image {name!r} belongs to no item of the pool, so it has no '
+                         'partner; give the pool all items that are asked.')
 
     def similar(self,
         name:str, # of an image
         n:int=2,  # 1: of the same modality; 2: of the same organ or region, too
     )->list:      # names of images, never none
-        """Other patients' images that share what is known of an image; where no other has all of it,
-        less is asked for, the organ first. ValueError where all are one patient's."""
-        who, *own = self.kinds[name]
-        others = {other: tags for other, (patient, *tags) in self.kinds.items() if patient != who}
-        if not others: raise ValueError(
-            f'All images are of the patient of {name!r}, so there is no other one to show.')
-        for k in range(n, -1, -1):
-            if found := sorted(o for o, tags in others.items() if tags[:k] == own[:k]): return found
+        "Other patients' images that share what is known of an image, the organ given up first."
+        return _similar(self.kinds, name, n)
 
     def others(self,
         item:dict, # VQA item
@@ -86,8 +94,7 @@ class Pool(list):
         item:dict, # VQA item
     )->np.random.Generator:
         "A generator for the images of an item: all questions about them see the same."
-        names = '\n'.join(item['images']).encode()
-        return np.random.default_rng([self.seed, zlib.crc32(names)])
+        return np.random.default_rng([self.seed, zlib.crc32('\n'.join(item['images']).encode())])
 
 # %% ../../nbs/06_evaluate/01_conditions.ipynb #fc79768d
 CONDITIONS = Registry('condition')   # name → f(images, item, pool, rng), which returns images
@@ -105,25 +112,29 @@ def _blank(images, item, pool, rng):
     "A mid-grey image instead of each."
     return [_grey()]*len(images)
 
-@CONDITIONS.register('shuffled')
-def _shuffled(images, item, pool, rng):
-    "The image of another patient instead of each."
-    return [pool.partner(n) for n in item['images']]
-
-@CONDITIONS.register('same_modality')
-def _same_modality(images, item, pool, rng):
-    "Another patient's image of the same modality instead of each; of any, where there is no other."
-    return [pool.images_dir/str(rng.choice(pool.similar(n, 1))) for n in item['images']]
-
-@CONDITIONS.register('same_region')
-def _same_region(images, item, pool, rng):
-    "Another patient's image of the same modality and organ or region, as far as there is one."
-    return [pool.images_dir/str(rng.choice(pool.similar(n, 2))) for n in item['images']]
-
 @CONDITIONS.register('noise')
 def _noise(images, item, pool, rng):
     "Random dots instead of each image."
     return [Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)) for _ in images]
+
+# %% ../../nbs/06_evaluate/01_conditions.ipynb #81c1f625
+@CONDITIONS.register('shuffled')
+def _shuffled(images, item, pool, rng):
+    "The image of another patient instead of each."
+    return list(map(pool.partner, item['images']))
+
+def _one_similar(item, pool, rng, n):
+    return [pool.images_dir/str(rng.choice(pool.similar(name, n))) for name in item['images']]
+
+@CONDITIONS.register('same_modality')
+def _same_modality(images, item, pool, rng):
+    "Another patient's image of the same modality instead of each; of any, where there is no other."
+    return _one_similar(item, pool, rng, 1)
+
+@CONDITIONS.register('same_region')
+def _same_region(images, item, pool, rng):
+    "Another patient's image of the same modality and organ or region, as far as there is one."
+    return _one_similar(item, pool, rng, 2)
 
 # %% ../../nbs/06_evaluate/01_conditions.ipynb #07a97212
 def condition_images(

@@ -13,7 +13,7 @@ __all__ = ['NUMBER_WORDS', 'ARTICLES', 'HEAD', 'SLICE_KEYS', 'MAX_SLICES', 'SCOR
 import math, re, unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 import numpy as np
 import pandas as pd
 from ..core.registry import Registry
@@ -24,8 +24,8 @@ from ..data.vqa import item_cluster, named_cluster
 from .answer_text import COMPARED, MINUS, PLUS, plain, spoken, with_signs
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #f110f36e
-NUMBER_WORDS = {w: str(i) for i, w in enumerate(
-    'zero one two three four five six seven eight nine ten eleven twelve'.split())}
+_COUNTED = 'zero one two three four five six seven eight nine ten eleven twelve'.split()
+NUMBER_WORDS = dict(zip(_COUNTED, map(str, range(len(_COUNTED)))))
 ARTICLES = {'a', 'an', 'the'}
 
 def strict_normalise(
@@ -47,6 +47,7 @@ def strict_normalise(
 
 _DROPPED = re.compile(rf'[^\w\s.^{COMPARED}{PLUS}{MINUS}]|_|(?<!\d)\.|\.(?!\d)')
 
+# %% ../../nbs/06_evaluate/04_exact.ipynb #56575906
 def strict(
     text:str, # what the model said
     gold:str, # the key
@@ -63,12 +64,13 @@ def right_answer(
     "Strict exact match; of options, the letter, the text or both count alike."
     options, gold = list(map(str, item.get('options') or ())), str(item['answer'])
     place = key_place(options, gold)
-    return strict(text, gold) if place is None else said_option(options, text,
-                                                                strict_normalise) == place
+    if place is None: return strict(text, gold)
+    return said_option(options, text, strict_normalise) == place
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #cc6d36b7
 HEAD = ['model', 'dataset', 'split', 'condition']
 SLICE_KEYS = ['question_type', 'modality', 'organ', 'answer_type', 'combination']
+MAX_SLICES = 60   # values of one tag
 
 class ScoreError(ValueError):
     "Items and predictions that do not belong together."
@@ -78,31 +80,41 @@ def item_tag(
     key:str,   # a tag, such as modality
 )->str:        # value in lower case, empty if the item has none
     "Tag of an item, from its own field or from `tags`."
-    found = (item.get(key), (item.get('tags') or {}).get(key))
-    return next((str(v).lower() for v in found if v not in (None, '', [])), '')
+    for v in (item.get(key), (item.get('tags') or {}).get(key)):
+        if v not in (None, '', []): return str(v).lower()
+    return ''
 
-MAX_SLICES = 60   # values of one tag
+# %% ../../nbs/06_evaluate/04_exact.ipynb #a3f9cbb1
+# fields that are not about a group of items
+_NO_TAGS = {'id', 'question', 'answer', 'twin_of', 'rephrase', 'frame'}
 
+def _known_tags(items):
+    "The names of all tags that an item has."
+    own = set(SLICE_KEYS)
+    for o in items:
+        own |= set(o.get('tags') or {})
+        own |= {k for k, v in o.items() if k not in _NO_TAGS and isinstance(v, (str, int, float))}
+    return [k for k in own if any(map(partial(item_tag, key=k), items))]
+
+# %% ../../nbs/06_evaluate/04_exact.ipynb #b2129372
 def slice_keys(
     items:list,        # VQA items
     more:Iterable=(),  # tags of your own, such as sex or site
 )->list:               # the lab's own tags, then these
-    "The tags that scores are sliced by; UnknownName where no item has one, ScoreError for too many values."
-    own = {k for o in items for k in o.get('tags') or {}} | set(SLICE_KEYS)
-    own |= {k for o in items for k, v in o.items() if k not in _NO_TAGS
-            and isinstance(v, (str, int, float))}
-    known = Registry('tag')
-    known.update({k: k for k in own if any(item_tag(o, k) for o in items)})
-    new = [known.named(k, 'slices') for k in dict.fromkeys(more) if k not in SLICE_KEYS]
-    for k in new:
+    "The tags that scores are sliced by; UnknownName where no item has one."
+    known, new = Registry('tag'), []
+    known.update(dict.fromkeys(_known_tags(items)))
+    for k in dict.fromkeys(more):
+        if k in SLICE_KEYS: continue
+        known.named(k, 'slices')
         n = len({item_tag(o, k) for o in items})
-        if n > MAX_SLICES:
-            raise ScoreError(f'slices: the tag {k!r} has {n} values on {len(items)} items; '
-                                            f'put them in at most {MAX_SLICES} groups, as a tag of its own.')
+        if n > MAX_SLICES: raise ScoreError(
+            f'slices: the tag {k!r} has {n} values on {len(items)} items; '
+            f'put them in at most {MAX_SLICES} groups, as a tag of its own.')
+        new.append(k)
     return SLICE_KEYS + new
 
-_NO_TAGS = {'id', 'question', 'answer', 'twin_of', 'rephrase', 'frame'}   # fields that are not about a group of items
-
+# %% ../../nbs/06_evaluate/04_exact.ipynb #f9a5e6f3
 def _index(items):
     by = {}
     for o in items:
@@ -111,6 +123,9 @@ def _index(items):
         by[o['id']] = o
     return by
 
+def _head(p): return tuple(map(p.__getitem__, HEAD))   # of a log line or a row
+
+# %% ../../nbs/06_evaluate/04_exact.ipynb #c9f7409c
 def latest(
     predictions:Iterable, # log lines
     errors:str='refuse',  # `refuse`, or `wrong` to count failed answers as wrong
@@ -118,7 +133,7 @@ def latest(
     "Predictions without the failed attempts that were repeated later."
     found = {}
     for p in predictions:
-        k = tuple(p[h] for h in HEAD) + (p['item'],)
+        k = (*_head(p), p['item'])
         if k in found and not found[k].get('error'): raise ScoreError(
             f'Model {p["model"]} answered item {p["item"]!r} twice under {p["condition"]}; '
             'keep one of the two lines.')
@@ -133,44 +148,47 @@ def latest(
 # %% ../../nbs/06_evaluate/04_exact.ipynb #dfd878d1
 def _check(by_id, group, who, expected):
     "Refuse answers to other items, and silence on items that were asked."
-    extra = [p['item'] for p in group if p['item'] not in by_id]
+    answered = dict.fromkeys(p['item'] for p in group)
+    extra = [k for k in answered if k not in by_id]
     if extra: raise ScoreError(
         f'{who} answered {len(extra)} items that are not among the {len(by_id)} given (first: '
         f'{extra[0]!r}); score it with the items it was asked.')
-    missing = sorted(set(expected) - {p['item'] for p in group})
+    missing = sorted(set(expected).difference(answered))
     if missing: raise ScoreError(
         f'{who} lacks an answer to {len(missing)} of {len(expected)} items '
         f'(first: {missing[0]!r}); '
         'predict them, or name the items it was asked in `asked`.')
 
+# %% ../../nbs/06_evaluate/04_exact.ipynb #f54649e9
+def _mark(o, p, keys):
+    "The strict mark of one answer, and what it belongs to."
+    right = float(not p.get('error') and right_answer(o, p['text']))
+    row = dict(item=o['id'], image=o['images'][0], cluster=item_cluster(o), num=right, den=1.)
+    for k in keys: row[k] = item_tag(o, k)
+    return row
+
+# %% ../../nbs/06_evaluate/04_exact.ipynb #bd9714da
 def marks(
     items:list,           # VQA items
     predictions:list,     # log lines
-    asked:dict=None,      # model, or (model, condition) -> ids of the items it was asked, where that is not all
+    asked:dict=None,      # model, or (model, condition) -> ids of the items asked, if not all
     errors:str='refuse',  # see `latest`
     keys:Iterable=SLICE_KEYS, # tags to keep, from `slice_keys`
 )->pd.DataFrame:          # one row an answer: HEAD, item, image, cluster, num, den, tags
     "Strict marks of all answers, after the log was checked against the items."
-    by_id, groups, keys = _index(items), defaultdict(list), list(keys)
-    for p in latest(predictions, errors): groups[tuple(p[h] for h in HEAD)].append(p)
+    by_id, groups, keys, rows = _index(items), defaultdict(list), list(keys), []
+    asked = asked or {}
+    for p in latest(predictions, errors): groups[_head(p)].append(p)
     for h, group in groups.items():
-        _check(by_id, group, f'Model {h[0]} under {h[3]}', (asked or {}).get((h[0], h[3]), (asked or {}).get(h[0], by_id)))
-    rows = [dict(zip(HEAD, h), **_mark(by_id[p['item']], p, keys)) for h, group in groups.items()
-            for p in group]
+        model, condition = h[0], h[3]
+        expected = asked.get((model, condition), asked.get(model, by_id))
+        _check(by_id, group, f'Model {model} under {condition}', expected)
+        for p in group: rows.append(dict(zip(HEAD, h), **_mark(by_id[p['item']], p, keys)))
     return pd.DataFrame(rows, columns=HEAD + ['item', 'image', 'cluster', 'num', 'den'] + keys)
 
-def _mark(o, p, keys):
-    "The strict mark of one answer, and what it belongs to."
-    right = float(not p.get('error') and right_answer(o, p['text']))
-    return dict(item=o['id'], image=o['images'][0], cluster=item_cluster(o), num=right, den=1.,
-                **{k: item_tag(o, k) for k in keys})
-
 # %% ../../nbs/06_evaluate/04_exact.ipynb #ed7a599e
-def pair_marks(
-    items:list,         # VQA items; twins name each other, or one the other, in `twin_of`
-    marks:pd.DataFrame, # from `marks`
-)->pd.DataFrame:        # one row a pair, right only if both are
-    "Marks of yes/no twins: the unit is the pair."
+def _twin_pairs(items):
+    "Item id → id of its pair, for all items that have a twin."
     by_id, pair = _index(items), {}
     for o in items:
         t = o.get('twin_of')
@@ -179,8 +197,17 @@ def pair_marks(
             f'Item {o["id"]!r} names the twin {t!r}, which is not among the items; '
             'add it or drop both.')
         pair[o['id']] = pair[t] = min(o['id'], t) + '+' + max(o['id'], t)
+    return pair
+
+# %% ../../nbs/06_evaluate/04_exact.ipynb #c5ff6347
+def pair_marks(
+    items:list,         # VQA items; twins name each other, or one the other, in `twin_of`
+    marks:pd.DataFrame, # from `marks`
+)->pd.DataFrame:        # one row a pair, right only if both are
+    "Marks of yes/no twins: the unit is the pair."
+    pair = _twin_pairs(items)
     d = marks[marks['item'].isin(pair)].assign(item=lambda d: d['item'].map(pair))
-    how = {k: 'first' for k in d if k not in (*HEAD, 'item')} | {'num': 'min', 'den': 'size'}
+    how = dict.fromkeys(d.columns.drop([*HEAD, 'item']), 'first') | {'num': 'min', 'den': 'size'}
     d = d.groupby(HEAD + ['item'], sort=False, as_index=False).agg(how)
     if len(d) and (d.den != 2).any(): raise ScoreError(
         f'{(d.den != 2).sum()} twin pairs are not complete '
@@ -220,6 +247,7 @@ def bootstrap(
             draws[i:i+step] = f((w @ num)/(w @ den))
         return f(num.sum(0)/den.sum(0)), draws
 
+# %% ../../nbs/06_evaluate/04_exact.ipynb #baa27859
 def limits(
     draws:np.ndarray, # (draws, columns)
     level:float=.95,  # coverage
@@ -243,6 +271,7 @@ def edge_limits(
     others = 1 - alpha**(1/n)
     return value - others*(value - bounds[0]), value + others*(bounds[1] - value)
 
+# %% ../../nbs/06_evaluate/04_exact.ipynb #245f78ba
 def intervals(
     value:np.ndarray,  # (columns,)
     draws:np.ndarray,  # (draws, columns), from `bootstrap`
@@ -270,7 +299,8 @@ def cluster_codes(
     both = d[['image', 'cluster']].drop_duplicates()
     twice = both[both['image'].duplicated(keep=False)]
     if len(twice): raise ScoreError(
-        f'The image {twice["image"].iloc[0]!r} is of {" and ".join(map(repr, sorted(twice["cluster"])[:2]))}; '
+        f'The image {twice["image"].iloc[0]!r} is of '
+        f'{" and ".join(map(repr, sorted(twice["cluster"])[:2]))}; '
         'give all questions about an image one patient or cluster.')
     first = pd.Series(codes).groupby(d['cluster'].to_numpy()).min().sort_values(kind='stable')
     return pd.Index(first.index).get_indexer(d['cluster'])
@@ -279,52 +309,67 @@ def cluster_codes(
 SCORE_COLUMNS = HEAD + ['slice', 'metric', 'value', 'low', 'high', 'n_items', 'n_images',
                         'n_clusters']
 CONTRASTS = ('blank', 'shuffled', 'noise')
-MODEL_PAIRS = (('stage2', 'base'), ('stage1', 'base'), ('stage2', 'stage1'), ('tuned', 'stage2'), ('tuned', 'base'))
+MODEL_PAIRS = (('stage2', 'base'), ('stage1', 'base'), ('stage2', 'stage1'), ('tuned', 'stage2'),
+               ('tuned', 'base'))
 
 def _slices(d, keys):
     "Names of the slices and a mask for each."
     out = [('all', np.ones(len(d), bool))]
     for k in keys:
-        out += [(f'{k}={v}', (d[k] == v).to_numpy()) for v in sorted(set(d[k])) if v]
+        for v in sorted(set(d[k])):
+            if v: out.append((f'{k}={v}', (d[k] == v).to_numpy()))
     return out
-
-def _sums(d, masks, num, den, codes, n):
-    "Sums over the items of each cluster, one column a slice."
-    def one(c, mask): return np.bincount(codes[mask], d[c].to_numpy()[mask], n)
-    return tuple(np.stack([one(c, m) for _, m in masks], 1) for c in (num, den))
 
 def _tidy(x, digits):
     "A rounded number without minus zero; empty where there is none."
     return round(float(x), digits) + 0. if np.isfinite(x) else ''
 
-def _rows(d, head, metric, keys, sides, n_draws, seed, transform, digits, bounds):
+# %% ../../nbs/06_evaluate/04_exact.ipynb #59ce8bf7
+def _sums(values, masks, codes, n):
+    "Sums over the items of each cluster, one column a slice."
+    return np.stack([np.bincount(codes[m], values[m], n) for _, m in masks], 1)
+
+def _side_draws(d, masks, codes, sides, kw):
+    "Values, draws and numbers of clusters; of two sides, those of their difference."
+    n, parts, clusters = codes.max(initial=-1) + 1, [], []
+    for s in sides:
+        num = _sums(d[f'num{s}'].to_numpy(), masks, codes, n)
+        den = _sums(d[f'den{s}'].to_numpy(), masks, codes, n)
+        parts.append(bootstrap(num, den, **kw))
+        clusters.append((den > 0).sum(0))      # clusters in which something could be earned
+    value, draws = parts[0]
+    if len(parts) == 2: value, draws = value - parts[1][0], draws - parts[1][1]
+    return value, draws, np.min(clusters, 0)
+
+# %% ../../nbs/06_evaluate/04_exact.ipynb #d63d139f
+def _rows(d, head, metric, keys, sides, digits, bounds, **kw):
     "Rows for one model and condition, or for one difference when there are two `sides`."
-    codes, images, masks = cluster_codes(d), d['image'].to_numpy(), _slices(d, keys)
-    sums = [_sums(d, masks, f'num{s}', f'den{s}', codes, codes.max(initial=-1) + 1) for s in sides]
-    parts = [bootstrap(*s, n_draws, seed, transform) for s in sums]
-    value, draws = (parts[0][i] - parts[1][i] if len(parts) == 2 else parts[0][i] for i in (0, 1))
-    # clusters in which something could be earned
-    n = np.min([(den > 0).sum(0) for _, den in sums], 0)
-    low, high = intervals(value, draws, n, bounds, len(parts) == 2)
-    return [dict(zip(SCORE_COLUMNS,
-                     [*head, name, metric, *(_tidy(x[j], digits) for x in (value, low, high)),
-                               int(m.sum()), len(set(images[m])), len(set(codes[m]))]))
-            for j, (name, m) in enumerate(masks) if np.isfinite(value[j])]
+    codes, images, masks, out = cluster_codes(d), d['image'].to_numpy(), _slices(d, keys), []
+    value, draws, n = _side_draws(d, masks, codes, sides, kw)
+    low, high = intervals(value, draws, n, bounds, len(sides) == 2)
+    for j, (name, m) in enumerate(masks):
+        if not np.isfinite(value[j]): continue
+        numbers = [_tidy(x[j], digits) for x in (value, low, high)]
+        size = int(m.sum()), len(set(images[m])), len(set(codes[m]))
+        out.append(dict(zip(SCORE_COLUMNS, [*head, name, metric, *numbers, *size])))
+    return out
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #1233cdf2
 def _contrasts(groups, model_pairs):
     "Pairs of groups to subtract, with the head of the difference."
-    known = (*CONTRASTS, 'image', 'none')
-    own = [c for c in dict.fromkeys(g[-1] for g in groups) if c not in known]   # conditions of recipes
+    conditions = dict.fromkeys(CONTRASTS)
+    conditions |= dict.fromkeys(g[-1] for g in groups)             # conditions of recipes
     for (m, *rest, c) in groups:
-        for other in (*CONTRASTS, *own):
-            if c == 'image' and (m, *rest, other) in groups:
-                yield (m, *rest, c), (m, *rest, other), (m, *rest, f'image-{other}')
+        if c != 'image': continue
+        for other in conditions:
+            if other in ('image', 'none') or (m, *rest, other) not in groups: continue
+            yield (m, *rest, c), (m, *rest, other), (m, *rest, f'image-{other}')
     for a, b in model_pairs:
         for (m, *rest) in groups:
             if m == a and rest[-1] in ('image', 'none') and (b, *rest) in groups:
                 yield (a, *rest), (b, *rest), (f'{a}-{b}', *rest)
 
+# %% ../../nbs/06_evaluate/04_exact.ipynb #a6f7efa0
 def summarise(
     marks:pd.DataFrame,   # from `marks`, `pair_marks`, `finding_marks`, …
     metric:str,           # name of the metric
@@ -337,10 +382,10 @@ def summarise(
     bounds:tuple|None=(0., 1.), # least and most that an item can earn; None if that is not known
 )->list:                  # rows of scores.csv; low and high are empty where there is no interval
     "Values with intervals, by slice, and paired differences."
-    groups = {h: d for h, d in marks.groupby(HEAD, sort=False)}
+    groups, rows = dict(list(marks.groupby(HEAD, sort=False))), []
     kw = dict(metric=metric, keys=list(keys), n_draws=n_draws, seed=seed, transform=transform,
               digits=digits, bounds=None if transform else bounds)
-    rows = [r for h, d in groups.items() for r in _rows(d, h, sides=[''], **kw)]
+    for h, d in groups.items(): rows += _rows(d, h, sides=[''], **kw)
     for a, b, head in _contrasts(groups, model_pairs):
         both = groups[a].merge(groups[b][['item', 'num', 'den']], on='item', suffixes=('_a', '_b'))
         if len(both): rows += _rows(both, head, sides=['_a', '_b'], **kw)
@@ -362,7 +407,7 @@ def no_interval(
 def score_table(
     items:list,          # VQA items
     predictions:list,    # log lines
-    asked:dict=None,     # model, or (model, condition) -> ids of the items it was asked, where that is not all
+    asked:dict=None,     # model, or (model, condition) -> ids of the items asked, if not all
     errors:str='refuse', # see `latest`
     n_draws:int=2000,    # bootstrap draws
     seed:int=0,          # of the draws
@@ -375,6 +420,11 @@ def score_table(
     kw = dict(n_draws=n_draws, seed=seed, model_pairs=list(model_pairs), keys=keys)
     return summarise(m, 'strict', **kw) + summarise(pair_marks(items, m), 'strict_pairs', **kw)
 
+# %% ../../nbs/06_evaluate/04_exact.ipynb #99c754b1
+def _where(rows, **want):
+    "The rows that have these values."
+    return [r for r in rows if want.items() <= r.items()]
+
 def score_of(
     rows:list,            # rows of scores.csv
     model:str,            # as in the row
@@ -384,7 +434,7 @@ def score_of(
 )->dict:                  # the row
     "The one row of a table that fits."
     want = dict(model=model, condition=condition, slice=slice, metric=metric)
-    fit = [r for r in rows if all(r[k] == v for k, v in want.items())]
+    fit = _where(rows, **want)
     if len(fit) != 1: raise ScoreError(
         f'{len(fit)} rows fit {want}; name a model, condition, slice and metric that occur once.')
     return fit[0]
@@ -398,9 +448,11 @@ def scores_by(
     metric:str='strict',  # as in the row
 )->dict:                  # value of the tag → the row
     "The rows of one model and condition, by the value of a tag."
-    fit = [r for r in rows if (r['model'], r['condition'], r['metric']) == (model, condition, metric)]
-    parts = [(r['slice'].partition('='), r) for r in fit]
-    return {value: r for (name, _, value), r in parts if name == key and value}
+    out = {}
+    for r in _where(rows, model=model, condition=condition, metric=metric):
+        name, _, value = r['slice'].partition('=')
+        if name == key and value: out[value] = r
+    return out
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #a914bb95
 def _commonest(answers):
@@ -414,31 +466,37 @@ def prior_predictions(
     split:str='test',       # name in the rows
 )->list:                    # predictions of a model named `prior_<by>` under `blank`
     "The most frequent training answer, without a look at any image."
-    def key(o): return o['question'] if by == 'question' else item_tag(o, by)
-    answers, types = defaultdict(list), defaultdict(list)
+    def places(o):     # what an answer is counted under, the most particular first
+        key = o['question'] if by == 'question' else item_tag(o, by)
+        return ('key', key), ('type', item_tag(o, 'question_type')), 'all'
+    answers, out = defaultdict(list), []
     for o in train:
-        answers[key(o)].append(o['answer'])
-        types[item_tag(o, 'question_type')].append(o['answer'])
+        for place in places(o): answers[place].append(o['answer'])
     if not answers: raise ScoreError(
         'The prior guesser got no training items; give it some to count.')
-    most = _commonest([o['answer'] for o in train])
-    best, by_type = ({k: _commonest(v) for k, v in d.items()} for d in (answers, types))
-    def guess(o): return best.get(key(o), by_type.get(item_tag(o, 'question_type'), most))
-    return [dict(model=f'prior_{by}', dataset=dataset, split=split, condition='blank', item=o['id'],
-                 prompt=o['question'], error=None, text=guess(o)) for o in items]
+    best = {place: _commonest(found) for place, found in answers.items()}
+    for o in items:
+        guess = next(best[place] for place in places(o) if place in best)
+        out.append(dict(model=f'prior_{by}', dataset=dataset, split=split, condition='blank',
+                        item=o['id'], prompt=o['question'], error=None, text=guess))
+    return out
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #da8dd760
 def control_predictions(
-    train:list,             # VQA items whose answers are counted; may be empty, then there are no priors
+    train:list,             # VQA items whose answers are counted; no priors if it is empty
     items:list,             # VQA items to answer
     dataset:str='phantoms', # name in the rows
     split:str='test',       # name in the rows
-)->list:                    # predictions under `blank` of `always_yes_no`, `echo`, `prior_majority`, `prior_question_type`, `prior_question`
-    "Answers of everybody who never looks: a constant, an echo, and three priors."
-    head = dict(dataset=dataset, split=split, condition='blank')
-    out = [dict(model=m, **head, item=o['id'], prompt=o['question'], error=None, text=say(o))
-           for m, say in (('always_yes_no', lambda o: 'yes no'), ('echo', lambda o: o['question'])) for o in items]
-    for by in ('majority', 'question_type', 'question') if train else ():   # no item has a tag `majority`
+)->list:                    # predictions under `blank`
+    "Answers of `always_yes_no`, `echo`, and of the priors `majority`, `question_type`, `question`."
+    head, out = dict(dataset=dataset, split=split, condition='blank'), []
+    for model in ('always_yes_no', 'echo'):
+        for o in items:
+            text = o['question'] if model == 'echo' else 'yes no'
+            out.append(dict(model=model, **head, item=o['id'], prompt=o['question'], error=None,
+                            text=text))
+    if not train: return out
+    for by in ('majority', 'question_type', 'question'):    # no item has a tag `majority`
         out += prior_predictions(train, items, by, dataset, split)
     return out
 
@@ -451,6 +509,7 @@ def finding_kinds(
     found = getattr(claims, 'findings', claims) or []
     return {f['kind'] if isinstance(f, dict) else getattr(f, 'kind', f) for f in found}
 
+# %% ../../nbs/06_evaluate/04_exact.ipynb #3a7fcac2
 def finding_marks(
     truth:dict,        # image -> claims that are true of it
     predictions:list,  # captions; `item` is `caption:<image>`
@@ -465,10 +524,11 @@ def finding_marks(
             f'The caption of {image!r} has no truth to be held against; give truth for each image.')
         said, true = finding_kinds(read(p['text'])), finding_kinds(truth[image])
         own = (tags or {}).get(image, {})
-        t = {k: str(own.get(k, '')) for k in SLICE_KEYS} | dict(cluster=named_cluster(own) or image)
-        rows.append(dict({h: p[h] for h in HEAD}, item=p['item'], image=image,
-                         num=float(len(said & true)), true=float(len(true)),
-                         said=float(len(said)), **t))
+        row = dict(zip(HEAD, _head(p)), item=p['item'], image=image,
+                   cluster=named_cluster(own) or image, num=float(len(said & true)),
+                   true=float(len(true)), said=float(len(said)))
+        for k in SLICE_KEYS: row[k] = str(own.get(k, ''))
+        rows.append(row)
     d = pd.DataFrame(rows, columns=HEAD + ['item', 'image', 'cluster', 'num', 'true', 'said']
                      + SLICE_KEYS)
     return d.rename(columns={'true': 'den'}), d.rename(columns={'said': 'den'})
@@ -482,9 +542,10 @@ def finding_table(
     **kw,              # further arguments of `summarise`
 )->list:               # rows of scores.csv
     "Finding recall and precision of captions."
-    marks = finding_marks(truth, predictions, read, tags)
-    return [r for m, name in zip(marks, ('finding_recall', 'finding_precision'))
-            for r in summarise(m, name, **{'keys': ['modality'], **kw})]
+    recall, precision = finding_marks(truth, predictions, read, tags)
+    kw = dict(keys=['modality']) | kw
+    return (summarise(recall, 'finding_recall', **kw)
+            + summarise(precision, 'finding_precision', **kw))
 
 # %% ../../nbs/06_evaluate/04_exact.ipynb #26221640
 def perplexity_table(
@@ -496,8 +557,10 @@ def perplexity_table(
     model_pairs:Iterable=MODEL_PAIRS, # differences of models
 )->list:                # rows of scores.csv
     "Perplexity of models on sentences, and paired differences."
-    rows = [dict(model=m, dataset=dataset, split=split, condition='none', item=str(i),
-                 image=str(i), num=float(nll), den=float(n))
-            for m, ls in losses.items() for i, (nll, n) in enumerate(ls)]
+    rows = []
+    for m, sentences in losses.items():
+        for i, (nll, n) in enumerate(sentences):
+            rows.append(dict(model=m, dataset=dataset, split=split, condition='none', item=str(i),
+                             image=str(i), num=float(nll), den=float(n)))
     out = summarise(pd.DataFrame(rows), 'perplexity', n_draws, seed, [], model_pairs, np.exp, 3)
     return [r | dict(n_images=0) for r in out]

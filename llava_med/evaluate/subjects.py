@@ -11,6 +11,7 @@ __all__ = ['KEY', 'DESCRIBE', 'USUAL_STEPS', 'prompt_hash', 'processor_hash', 'i
 import hashlib, json, os, re, time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from itertools import chain, islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Protocol
@@ -19,9 +20,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, get_int_from_env
 from PIL import Image
-from ..core.runs import (file_hash, folder_hash, from_root, progress, read_jsonl,
-                                 root, run_dir,
-                                 write_csv, writing)
+from ..core.runs import (file_hash, folder_hash, from_root, progress, read_jsonl, root,
+                                 run_dir, write_csv, writing)
 from ..data.conversations import DETAILED_PROMPTS
 from ..data.options import LETTERS
 from ..data.vqa import item_options, item_question
@@ -38,6 +38,7 @@ def prompt_hash(
     "Hash of a prompt."
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #cd643294
 def processor_hash(
     processor, # with a tokenizer and an image processor
 )->str:        # first 16 hex digits of SHA-256
@@ -46,10 +47,12 @@ def processor_hash(
     is_fast = getattr(tok, 'is_fast', False)
     fast = json.loads(tok.backend_tokenizer.to_str()) if is_fast else tok.get_vocab()
     for k in ('padding', 'truncation'): fast.pop(k, None)   # what the last call left behind
-    images = {k: v for k, v in processor.image_processor.to_dict().items() if k != '_name_or_path'}
+    images = dict(processor.image_processor.to_dict())
+    images.pop('_name_or_path', None)
     settings = json.dumps([fast, images], sort_keys=True, default=str)
     return short_hash(settings, processor.chat_template)
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #4cb50b10
 def item_hash(
     item:dict,      # VQA item
     images:list,    # what is shown: paths or PIL images
@@ -86,6 +89,9 @@ class Subject(Protocol):
     )->list:               # of each question a list of (log-probability in nats, tokens)
         "How probable given replies are; ValueError where it cannot tell."
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #d299abc9
+def _at(values, places): return [values[i] for i in places]
+
 def _try(ask, places):
     "Pairs of place and result; a question that fails gives its error."
     try: return list(zip(places, ask(places)))
@@ -95,9 +101,7 @@ def _try(ask, places):
     return _try(ask, places[:half]) + _try(ask, places[half:])
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #57b95269
-class LocalModel:
-    "A model on this machine as a model under test; a folder is loaded at the first question."
-    settings = 'greedy'
+class _Weights: # a model in memory or in a folder, with its processor
     def __init__(self,
         model,               # a model, or the folder that holds one
         processor=None,      # its processor; read from the folder if None
@@ -113,6 +117,7 @@ class LocalModel:
                 f"No model in '{self.folder}': it holds no config.json. "
                 'Name a folder that `save_pretrained` wrote.')
             self.processor = read_processor(self.folder, say=lambda line: None)   # `load` says it
+
     def fingerprint(self)->dict: # model_hash, processor_hash
         "Hashes of the model and of its processor."
         if not self.model_hash:
@@ -120,16 +125,24 @@ class LocalModel:
             else: of = weights_hash(self.model), self.model.dtype
             self.model_hash = short_hash(*of)
         return dict(model_hash=self.model_hash, processor_hash=processor_hash(self.processor))
+
+    def loaded(self): # the model
+        "The model, loaded if it is not yet."
+        if isinstance(self.model, (str, Path)): self.model, _ = load(self.model, *self.place)
+        return self.model
+
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #4bb5b6e0
+class LocalModel(_Weights):
+    "A model on this machine as a model under test; a folder is loaded at the first question."
+    settings = 'greedy'
+
     def render(self,
         prompt:str|list, # question, or turns
         n_images:int,    # images before the question
     )->str:
         "The text that is read."
         return chat(self.processor, prompt, n_images)
-    def loaded(self): # the model
-        "The model, loaded if it is not yet."
-        if isinstance(self.model, (str, Path)): self.model, _ = load(self.model, *self.place)
-        return self.model
+
     def generate(self,
         items:list, images:list, prompts:list, # of each question the item, what is shown and asked
         max_new_tokens:int=24, # longest answer
@@ -138,10 +151,11 @@ class LocalModel:
         "Answers in words, or what went wrong."
         model = self.loaded()
         def ask(places):
-            shown, asked = [images[i] for i in places], [prompts[i] for i in places]
-            said = answer(model, self.processor, shown, asked, max_new_tokens, batch_size)
+            said = answer(model, self.processor, _at(images, places), _at(prompts, places),
+                          max_new_tokens, batch_size)
             return [dict(text=t) for t in said]
         yield _try(ask, range(len(prompts)))
+
     def loglikelihood(self,
         images:list, prompts:list, # of each question what is shown, what is asked
         options:list,      # of each question a list of replies
@@ -151,10 +165,11 @@ class LocalModel:
         return option_logprobs(self.loaded(), self.processor, images, prompts, options, batch_size)
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #52921842
+# lines with one key are answers to one question
 KEY = ('model', 'dataset', 'split', 'condition', 'item', 'model_hash', 'processor_hash',
-       'item_hash', 'prompt_hash', 'settings_hash')   # lines with one key are answers to one question
+       'item_hash', 'prompt_hash', 'settings_hash')
 
-def _key_of(row): return tuple(row.get(k) for k in KEY)
+def _key_of(row): return tuple(map(row.get, KEY))
 
 def _read_log(out_fn):
     "Lines of a log; one that was cut by a crash is cut off."
@@ -163,12 +178,14 @@ def _read_log(out_fn):
     if raw and not raw.endswith(b'\n'): os.truncate(out_fn, raw.rfind(b'\n') + 1)
     return read_jsonl(out_fn)
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #d0c2e1aa
 def _append(out_fn, rows):
     with writing(out_fn), open(out_fn, 'a', encoding='utf-8') as f:
-        f.write(''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows))
+        for r in rows: f.write(json.dumps(r, ensure_ascii=False) + '\n')
         f.flush()
         os.fsync(f.fileno())
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #3345138b
 def _part(out_fn, rank): return out_fn.with_name(f'{out_fn.stem}.part{rank}.jsonl')
 
 def _processes():
@@ -184,18 +201,28 @@ def _share(state, blocks):
     if state.num_processes == 1: return blocks
     with state.split_between_processes(blocks) as mine: return mine
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #7fb8378f
+def _parts_of_me(out_fn, state):
+    "The parts of a log that this process puts together, in the order of their names."
+    out = []
+    for p in sorted(out_fn.parent.glob(f'{out_fn.stem}.part*.jsonl')):
+        m = re.search(r'\.part(\d+)\.jsonl$', p.name)
+        if m and int(m[1]) % state.num_processes == state.process_index: out.append(p)
+    return out
+
+def _answered(rows): return [_key_of(r) for r in rows if not r['error']]
+
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #c9dd5ef1
 def _merge(out_fn, state):
     "Put the parts of all processes into the log; every process gets the keys of its answers."
-    parts = out_fn.parent.glob(f'{out_fn.stem}.part*.jsonl')
-    found = {p: int(m[1]) for p in parts if (m := re.search(r'\.part(\d+)\.jsonl$', p.name))}
-    of_me = lambda rank: rank % state.num_processes == state.process_index
-    mine = [p for p, rank in sorted(found.items()) if of_me(rank)]
-    rows, done = _gather(state, [r for p in mine for r in _read_log(p)]), []
+    mine, done = _parts_of_me(out_fn, state), []
+    rows = _gather(state, list(chain(*map(_read_log, mine))))
     if state.is_main_process:
-        done = [_key_of(r) for r in _read_log(out_fn) if not r['error']]
-        new = [r for r in rows if _key_of(r) not in set(done)]
+        done = _answered(_read_log(out_fn))
+        known = set(done)
+        new = [r for r in rows if _key_of(r) not in known]
         if new: _append(out_fn, new)
-        done += [_key_of(r) for r in new if not r['error']]
+        done += _answered(new)
     done = _gather(state, done)   # only the main process has some, so all wait until it has written
     for p in mine: p.unlink(missing_ok=True)
     return set(done)
@@ -218,6 +245,7 @@ def _records(who, items, shown, head, prompt_of, settings):
         except Exception as e: row['error'] = f'{type(e).__name__}: {e}'
     return rows
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #549caca0
 def _blocks(items, size):
     "Items in blocks of about `size` that hold the first image's items together."
     by = defaultdict(list)
@@ -229,6 +257,36 @@ def _blocks(items, size):
             yield block
             block = []
     if block: yield block
+
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #f9f5ca5c
+def _shown(items, condition, pool):
+    "What is shown with each item: the images of its shots, then what the condition shows."
+    known, out = {}, {}
+    for o in items:
+        shots = [pool.images_dir/n for n in o.get('shot_images', ())]
+        out[o['id']] = shots + condition_images(o, condition, pool, known)
+    return out
+
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #aefd12c0
+def _answer_block(who, block, by_id, shown, log_fn, **kw):
+    "Ask a block of items and log every answer when it is there; the number of errors."
+    t0, bad, ask = time.perf_counter(), [], []
+    for o in block:
+        row = by_id[o['id']]
+        if row['error']: bad.append(row)
+        else: ask.append((o, shown[o['id']], row['prompt']))
+    if bad: _append(log_fn, bad)
+    errors = len(bad)
+    if not ask: return errors
+    asked, images, prompts = map(list, zip(*ask))
+    for ready in who.generate(asked, images, prompts, **kw):
+        each, t0 = round((time.perf_counter()-t0)/max(len(ready), 1), 6), time.perf_counter()
+        rows = []
+        for i, fields in ready:
+            rows.append(by_id[asked[i]['id']] | dict(seconds=each) | fields)
+            errors += bool(fields.get('error'))
+        _append(log_fn, rows)
+    return errors
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #36c92323
 def predict(
@@ -252,45 +310,38 @@ def predict(
     is_subject = hasattr(model, 'fingerprint')
     who = model if is_subject else LocalModel(model, processor, model_hash=model_hash)
     out_fn, t0, state = Path(out_fn), time.perf_counter(), _processes()
-    twice = [i for i, n in Counter(o['id'] for o in items).items() if n > 1]
-    if twice: raise ValueError(
-        f'Item {twice[0]!r} occurs twice among those to be asked; give each item its own id.')
+    _refuse_twice(items)
     shown = _shown(items, condition, Pool(pool or items, images_dir, seed))
     head = dict(model=model_name, dataset=dataset, split=split, condition=condition)
     settings = dict(way=who.settings, max_new_tokens=max_new_tokens)
-    by_id = {r['item']: r for r in _records(who, items, shown, head, prompt_of, settings)}
+    rows = _records(who, items, shown, head, prompt_of, settings)
     done = _merge(out_fn, state)
-    todo = [o for o in items if _key_of(by_id[o['id']]) not in done]
+    by_id, todo = {}, []
+    for o, r in zip(items, rows):
+        by_id[o['id']] = r
+        if _key_of(r) not in done: todo.append(o)
+    kw = dict(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    errors = _answer_all(who, todo, by_id, shown, out_fn, state, f'{model_name}, {condition}', **kw)
+    return dict(head, asked=len(todo), before=len(items)-len(todo), errors=errors,
+                seconds=round(time.perf_counter()-t0, 2), keys=list(map(_key_of, rows)))
+
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #b97497c9
+def _refuse_twice(items):
+    for i, n in Counter(o['id'] for o in items).items():
+        if n > 1: raise ValueError(
+            f'Item {i!r} occurs twice among those to be asked; give each item its own id.')
+
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #2ffdf1c6
+def _answer_all(who, todo, by_id, shown, out_fn, state, name, batch_size, **kw):
+    "Ask what is to do, each process its share, and put the parts together; the number of errors."
     log_fn = out_fn if state.num_processes == 1 else _part(out_fn, state.process_index)
-    mine = _share(state, list(_blocks(todo, min(8*batch_size, -(-len(todo)//state.num_processes)))))
-    errors, kw = 0, dict(max_new_tokens=max_new_tokens, batch_size=batch_size)
-    if mine and state.is_main_process:
-        mine = progress(mine, f'{model_name}, {condition}', unit='blocks')
-    for block in mine: errors += _answer_block(who, block, by_id, shown, log_fn, **kw)
+    size = min(8*batch_size, -(-len(todo)//state.num_processes))
+    mine, errors = _share(state, list(_blocks(todo, size))), 0
+    if mine and state.is_main_process: mine = progress(mine, name, unit='blocks')
+    for block in mine:
+        errors += _answer_block(who, block, by_id, shown, log_fn, batch_size=batch_size, **kw)
     if state.num_processes > 1: _merge(out_fn, state)
-    seconds, errors = round(time.perf_counter()-t0, 2), sum(_gather(state, [errors]))
-    return dict(head, asked=len(todo), before=len(items)-len(todo), errors=errors, seconds=seconds,
-                keys=[_key_of(r) for r in by_id.values()])
-
-def _shown(items, condition, pool):
-    "What is shown with each item: the images of its shots, then what the condition shows."
-    known = {}
-    shots = {o['id']: [pool.images_dir/n for n in o.get('shot_images', ())] for o in items}
-    return {o['id']: shots[o['id']] + condition_images(o, condition, pool, known) for o in items}
-
-def _answer_block(who, block, by_id, shown, log_fn, **kw):
-    "Ask a block of items and log every answer when it is there; the number of errors."
-    rows, t0 = [by_id[o['id']] for o in block], time.perf_counter()
-    bad = [r for r in rows if r['error']]
-    if bad: _append(log_fn, bad)
-    ask, errors = [(o, r) for o, r in zip(block, rows) if not r['error']], len(bad)
-    if not ask: return errors
-    asked, images, prompts = zip(*((o, shown[o['id']], r['prompt']) for o, r in ask))
-    for ready in who.generate(list(asked), list(images), list(prompts), **kw):
-        each, t0 = round((time.perf_counter()-t0)/max(len(ready), 1), 6), time.perf_counter()
-        _append(log_fn, [ask[i][1] | dict(seconds=each) | fields for i, fields in ready])
-        errors += sum(bool(fields.get('error')) for _, fields in ready)
-    return errors
+    return sum(_gather(state, [errors]))
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #20063197
 def settled(
@@ -298,16 +349,16 @@ def settled(
     done:list,   # what `predict` returned, one for each call
 )->list:         # the final line of everything that was asked, in the order of asking
     "The lines of a log that belong to some calls of `predict`."
-    found = {}
+    found, want = {}, {}
     for r in _read_log(Path(out_fn)):
         k = _key_of(r)
         if k not in found or found[k]['error'] or not r['error']: found[k] = r
-    want = dict.fromkeys(tuple(k) for d in done for k in d['keys'])
+    for d in done: want |= dict.fromkeys(map(tuple, d['keys']))
     missing = [k for k in want if k not in found]
     if missing: raise ValueError(
         f'{out_fn} lacks {len(missing)} of {len(want)} answers '
         f'(first: item {missing[0][4]!r} of {missing[0][0]}); predict them again.')
-    return [found[k] for k in want]
+    return _at(found, want)
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #23be9a04
 _WRITINGS = dict(any=('{text}', '{letter}', '{letter}. {text}'), letter=('{letter}',),
@@ -319,15 +370,53 @@ def _last_text(prompt):
     said = prompt[-1]['content']
     return said if isinstance(said, str) else '\n'.join(c.get('text', '') for c in said)
 
-def _summed(replies, scores):
-    "For each option the log-probability of all its replies, and its likeliest one's tokens."
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #03ab63b9
+def _replies(item, options, prompt, by='any'):
+    "For each option the replies that say it, and no other option."
+    listed = item_options(item) if item.get('options') else ''
+    if not listed or listed not in _last_text(prompt): return [[o] for o in options]
+    written, count = [], Counter()
+    for letter, option in zip(LETTERS, options):
+        forms = dict.fromkeys(w.format(letter=letter, text=option) for w in _WRITINGS[by])
+        count.update(forms.keys())
+        written.append(forms)
     out = []
-    for each in replies:
-        got = [next(scores) for _ in each]
-        total = float(np.logaddexp.reduce([v for v, _ in got])) if len(got) > 1 else got[0][0]
-        out.append((total, max(got, key=lambda g: g[0])[1]))
+    for forms in written:
+        out.append([r for r in forms if count[r] == 1])
+        if not out[-1]: raise ValueError(
+            f'Item {item["id"]!r} has options that are letters of others; score it with by="any".')
     return out
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #d9355cd0
+def _summed(replies, scores):
+    "For each option the log-probability of all its replies, and its likeliest one's tokens."
+    scores, out = iter(scores), []
+    for each in replies:
+        logprobs, tokens = zip(*islice(scores, len(each)))
+        total = float(np.logaddexp.reduce(logprobs)) if len(each) > 1 else logprobs[0]
+        out.append((total, tokens[int(np.argmax(logprobs))]))
+    return out
+
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #fac90a9b
+def _chosen(options, scores, per_token=False):
+    "Fields of the log line: the chosen option, that of both rules, and all log-probabilities."
+    told, sums, means = [], [], []
+    for o, (v, n) in zip(options, scores):
+        told.append(dict(option=o, logprob=round(v, 5), tokens=n))
+        sums.append(v)
+        means.append(v/n)
+    if not np.isfinite(sums).all():
+        return dict(options=told, error='ValueError: an option has no '
+                    'probability (NaN or infinite); look at the weights and their precision.')
+    values = means if per_token else sums
+    first, *others = sorted(range(len(options)), key=lambda i: -values[i])
+    if others and values[first] - values[others[0]] < 1e-6: return dict(
+        options=told, error=f'ValueError: the options {options[first]!r} and '
+                            f'{options[others[0]]!r} are equally probable.')
+    return dict(text=options[first], by_sum=options[int(np.argmax(sums))],
+                by_mean=options[int(np.argmax(means))], options=told)
+
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #f0521b06
 class LogLikelihoodModel(LocalModel):
     "A model that answers with the most probable of an item's options."
     def __init__(self,
@@ -341,9 +430,10 @@ class LogLikelihoodModel(LocalModel):
         super().__init__(model, processor, **kw)
         if by not in _WRITINGS: raise ValueError(f'by={by!r}: known are {", ".join(_WRITINGS)}.')
         self.per_token, self.options, self.by = per_token, list(options), by
-        self.settings = ('most probable option' + (' per token' if per_token else '')
-                         + ('' if by == 'text' else f', letters: {by}')
-                         + (f' of {", ".join(options)}' if options else ''))
+        self.settings = 'most probable option' + ' per token'*bool(per_token)
+        if by != 'text': self.settings += f', letters: {by}'
+        if options: self.settings += f' of {", ".join(options)}'
+
     def choices(self,
         item:dict, # VQA item
     )->list:       # replies to choose from
@@ -351,6 +441,7 @@ class LogLikelihoodModel(LocalModel):
         found = list(item.get('options') or self.options)
         if not found: raise ValueError(f'Item {item["id"]!r} has no options; ask it in words.')
         return found
+
     def generate(self,
         items:list, images:list, prompts:list, # of each question the item, what is shown and asked
         max_new_tokens:int=0, # of no effect
@@ -358,40 +449,13 @@ class LogLikelihoodModel(LocalModel):
     ):                        # lists of (place, fields of the log line)
         "The chosen option, the choice of the other rule, and the log-probabilities of all."
         def ask(places):
-            options = [self.choices(items[i]) for i in places]
-            replies = [self._replies(items[i], o, prompts[i]) for i, o in zip(places, options)]
-            shown, asked = [images[i] for i in places], [prompts[i] for i in places]
-            got = self.loglikelihood(shown, asked,
-                                     [[r for rs in each for r in rs] for each in replies],
-                                     batch_size)
-            return [self._fields(o, _summed(r, iter(scores)))
-                    for o, r, scores in zip(options, replies, got)]
+            asked = _at(prompts, places)
+            options = list(map(self.choices, _at(items, places)))
+            replies = list(map(_replies, _at(items, places), options, asked, repeat(self.by)))
+            flat = [list(chain(*r)) for r in replies]
+            got = self.loglikelihood(_at(images, places), asked, flat, batch_size)
+            return list(map(_chosen, options, map(_summed, replies, got), repeat(self.per_token)))
         yield _try(ask, range(len(prompts)))
-    def _replies(self, item, options, prompt):
-        "For each option the replies that say it."
-        listed = item_options(item) if item.get('options') else ''
-        if not listed or listed not in _last_text(prompt): return [[o] for o in options]
-        written = [[w.format(letter=l, text=o) for w in _WRITINGS[self.by]]
-                   for l, o in zip(LETTERS, options)]
-        count = Counter(r for rs in written for r in set(rs))
-        out = [[r for r in dict.fromkeys(rs) if count[r] == 1] for rs in written]
-        if not all(out): raise ValueError(
-            f'Item {item["id"]!r} has options that are letters of others; score it with by="any".')
-        return out
-    def _fields(self, options, scores):
-        told = [dict(option=o, logprob=round(v, 5), tokens=n) for o, (v, n) in zip(options, scores)]
-        marks = dict(sum=[v for v, _ in scores], mean=[v/n for v, n in scores])
-        best = {k: sorted(range(len(options)), key=lambda i: -v[i]) for k, v in marks.items()}
-        said, own = {k: options[i[0]] for k, i in best.items()}, 'mean' if self.per_token else 'sum'
-        if not np.isfinite(marks['sum']).all():
-            return dict(options=told, error='ValueError: an option has no '
-            'probability (NaN or infinite); look at the weights and their precision.')
-        first, second = (*best[own], None)[:2]
-        if second is not None and marks[own][first] - marks[own][second] < 1e-6: return dict(
-            options=told,
-            error=f'ValueError: the options {options[first]!r} and {options[second]!r} are '
-                  f'equally probable.')
-        return dict(text=said[own], by_sum=said['sum'], by_mean=said['mean'], options=told)
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #d89457f2
 DESCRIBE = DETAILED_PROMPTS[0]
@@ -402,11 +466,31 @@ def caption_items(
     tags:Iterable=None,      # tags of each image, such as its modality
 )->list:                     # items with ids `caption:<image>`
     "One item for each image that asks for a description."
-    names = list(names)
-    return [dict(id=f'caption:{n}', images=[n], question=question, answer='', answer_type='OPEN',
-                 tags=dict(t)) for n, t in zip(names, tags or [{}]*len(names))]
+    names, out = list(names), []
+    for n, t in zip(names, tags or [{}]*len(names)):
+        out.append(dict(id=f'caption:{n}', images=[n], question=question, answer='',
+                        answer_type='OPEN', tags=dict(t)))
+    return out
 
 # %% ../../nbs/06_evaluate/02_subjects.ipynb #39a61428
+def _drawn(candidates, items, budget, seed):
+    "The questions that each way to ask is tried on; ValueError for a budget that does not fit."
+    names = [c.name for c in candidates]
+    if not names or len(set(names)) < len(names): raise ValueError(
+        f'{len(names)} ways to ask with the names {names}: give one or more, each its own name.')
+    each = budget//len(candidates)
+    if not 0 < each <= len(items): raise ValueError(
+        f'A budget of {budget} questions for {len(candidates)} ways to ask is {each} for each, '
+        f'and there are {len(items)} validation items; choose a budget that fits, the same for '
+        'every model.')
+    order = np.random.default_rng(seed).permutation(len(items))[:each]
+    drawn = _at(items, sorted(order))
+    if any(o.get('split') == 'test' for o in drawn): raise ValueError(
+        'Items of the split test are among those that the prompt would be chosen on; '
+        'choose on validation.')
+    return drawn
+
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #e932cca1
 def choose_prompt(
     model, processor,    # as in `predict`
     candidates:list,     # `Prompting`s, the simplest first
@@ -421,26 +505,16 @@ def choose_prompt(
     **kw,                # further arguments of `predict`
 )->tuple:                # (the chosen `Prompting`, table: one row for each candidate)
     "The best way to put questions to a model, on validation, with a fixed number of questions."
-    names = [c.name for c in candidates]
-    if not names or len(set(names)) < len(names): raise ValueError(
-        f'{len(names)} ways to ask with the names {names}: give one or more, each its own name.')
-    each = budget//len(candidates)
-    if not 0 < each <= len(items): raise ValueError(
-        f'A budget of {budget} questions for {len(candidates)} ways to ask is {each} for each, '
-        f'and there are {len(items)} validation items; choose a budget that fits, the same for every model.')
-    order = np.random.default_rng(seed).permutation(len(items))[:each]
-    drawn, rows = [items[i] for i in sorted(order)], []
-    if any(o.get('split') == 'test' for o in drawn): raise ValueError(
-        'Items of the split test are among those that the prompt would be chosen on; '
-        'choose on validation.')
+    drawn, rows = _drawn(candidates, items, budget, seed), []
     for c in candidates:
         done = predict(model, processor, c.items(drawn), images_dir, out_fn, model_name,
                        dataset=f'prompt {c.name}', split='val', prompt_of=c.prompt_of, **kw)
-        lines = settled(out_fn, [done])
-        errors = sum(p['error'] is not None for p in lines)
-        credit = [0. if p['error'] else float(right(p['text'], o)) for p, o in zip(lines, drawn)]
-        rows.append(dict(model=model_name, prompt=c.name, shots=len(c.shots), questions=each,
-                         right=round(float(np.mean(credit)), 4), errors=errors, chosen=False))
+        credit, errors = 0., 0
+        for p, o in zip(settled(out_fn, [done]), drawn):
+            if p['error'] is None: credit += float(right(p['text'], o))
+            else: errors += 1
+        rows.append(dict(model=model_name, prompt=c.name, shots=len(c.shots), questions=len(drawn),
+                         right=round(credit/len(drawn), 4), errors=errors, chosen=False))
     best = max(range(len(rows)), key=lambda i: rows[i]['right'])   # the first of the best
     rows[best]['chosen'] = True
     if table_fn: write_csv(table_fn, rows)
@@ -466,12 +540,14 @@ def find_models(
     for pair in pairs: _check_pair(pair, found)
     return found
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #083cef99
 def _usual_models(runs, base):
     "The base and what the steps of a run made of it; the tuned model only where there is one."
-    tuned = any((run_dir(r)/USUAL_STEPS['tuned']/'model').exists() for r in runs)
-    steps = {k: ('step', v) for k, v in USUAL_STEPS.items() if k != 'tuned' or tuned}
+    steps = {k: ('step', v) for k, v in USUAL_STEPS.items()}
+    if not any((run_dir(r)/USUAL_STEPS['tuned']/'model').exists() for r in runs): del steps['tuned']
     return dict(base=('folder', root()/base)) | steps
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #5312bd6a
 def _check_model_name(name):
     if not re.fullmatch(r'[A-Za-z]\w*(\.\w+)*', name): raise ModelError(
         f'models: {name!r} is no name for a table; use letters, digits, points and underscores.')
@@ -482,11 +558,12 @@ def _check_pair(pair, models):
     pair = list(pair) if isinstance(pair, (list, tuple)) else [pair]
     if len(pair) != 2 or pair[0] == pair[1]: raise ModelError(
         f'pairs: {pair} does not name two models; write [[a, b]] for the difference a-b.')
-    unknown = [n for n in pair if n not in models]
-    if unknown: raise ModelError(
-        f'pairs: there is no model named {unknown[0]!r} among those asked. '
-        f'Known: {", ".join(models)}.')
+    for n in pair:
+        if n not in models: raise ModelError(
+            f'pairs: there is no model named {n!r} among those asked. '
+            f'Known: {", ".join(models)}.')
 
+# %% ../../nbs/06_evaluate/02_subjects.ipynb #b36aae37
 def _find_model(name, what, runs):
     "What the words behind a name stand for."
     if re.match(r'https?://', what):
@@ -495,11 +572,13 @@ def _find_model(name, what, runs):
             f'models: {name} is the address {url} alone; '
             'write the name of the model behind it, with a space between.')
         return 'endpoint', url, model.strip()
-    made = [run_dir(r)/what/'model/config.json' for r in runs if re.fullmatch(r'\w[\w.-]*', what)]
-    if any(p.exists() for p in made): return 'step', what
+    steps = set()
+    for r in runs:
+        if re.fullmatch(r'\w[\w.-]*', what) and (run_dir(r)/what/'model/config.json').exists():
+            return 'step', what
+        for p in run_dir(r).glob('*/model/config.json'): steps.add(p.parents[1].name)
     folder = from_root(what)
     if what and (folder/'config.json').exists(): return 'folder', folder
-    steps = {p.parents[1].name for r in runs for p in run_dir(r).glob('*/model/config.json')}
     raise ModelError(
         f'models: {name} is to be {what!r}, and there is neither such a step with a model in '
         f'{" or ".join(dict.fromkeys(runs))} nor such a folder with a config.json. '

@@ -19,7 +19,8 @@ from .attention import encode_sample, generate
 from ..models.templates import answer_ids
 from .faithfulness import best_method
 from .maps import METHOD_FACTS, METHODS
-from ..evaluate.reports import REPORT_USE, image_uri, write_page
+from ..evaluate.report_page import image_uri, write_page
+from ..evaluate.reports import REPORT_USE
 
 # %% ../../nbs/07_explain/04_explorer.ipynb #aff5f500
 def pack_maps(

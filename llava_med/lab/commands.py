@@ -281,7 +281,7 @@ def score_command(
     args:argparse.Namespace, # what was typed after `llava-med score`
 )->int:                      # exit code
     "Score an answer file."
-    from llava_med.evaluate.scorers import score_files
+    from llava_med.evaluate.score_rows import score_files
     return score_files(args.items, args.predictions, args.scorer, args.out, part=args.part)
 
 SCORER_NAMES = ('llavamed_v1', 'medevalkit', 'lmms_slake', 'strict')   # of evaluate.scorers
