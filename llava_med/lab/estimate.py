@@ -49,16 +49,23 @@ def architectures()->dict: # towers, language_models, checkpoints, each name →
 def _numbers(kind, said, file):
     "The entry of a tower or a language model: a name, or numbers that the preset gives."
     if isinstance(said, dict):
-        if 'model_type' not in said: raise UsageError(f'{file}: a {kind[:-1].replace("_", " ")} given by its numbers needs model_type among them.')
-        return {'name': said['model_type'], 'extra': 0 if 'siglip' in said['model_type'] else 1, 'files': 'unknown', 'config': said}
+        if 'model_type' not in said:
+            raise UsageError(f'{file}: a {kind[:-1].replace("_", " ")} given by its numbers needs '
+                             'model_type among them.')
+        return {'name': said['model_type'], 'extra': 0 if 'siglip' in said['model_type'] else 1,
+                'files': 'unknown', 'config': said}
     known = architectures()[kind]
-    return {'name': said, **known[known_name(str(said), known, f"architecture among the {kind.replace('_', ' ')} ({file}, model)")]}
+    return {'name': said,
+            **known[known_name(str(said), known,
+                               f"architecture among the {kind.replace('_', ' ')} ({file}, model)")]}
 
 def _config_of(entry, file, **change):
     "A configuration from numbers; one sentence where `transformers` does not know them."
     numbers = {**entry['config'], **change}
     try: return AutoConfig.for_model(numbers.pop('model_type'), **numbers)
-    except Exception as e: raise UsageError(f"{file}: {entry['name']} is no configuration that transformers reads: {str(e).splitlines()[0]}") from None
+    except Exception as e:
+        raise UsageError(f"{file}: {entry['name']} is no configuration that transformers reads: "
+                         f"{str(e).splitlines()[0]}") from None
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #b03c28ee
 def model_parts(
@@ -66,22 +73,30 @@ def model_parts(
 )->dict:         # name, tower, language_model (entries of architectures), connector, layers, rows, image_size, template, folder
     "What model a preset is for; raises UsageError that names the file and the value where it does not say, or cannot be."
     said, file = preset['model'], preset['file']
-    if not said: raise UsageError(f'{file} has no block `model:`, so nothing can be planned or rehearsed; add a checkpoint, or a tower and a language_model.')
-    if ('checkpoint' in said) == ('tower' in said or 'language_model' in said) or ('tower' in said) != ('language_model' in said):
-        raise UsageError(f'{file}: `model:` must name either a checkpoint, or a tower and a language_model.')
+    if not said:
+        raise UsageError(f'{file} has no block `model:`, so nothing can be planned or rehearsed; '
+                         'add a checkpoint, or a tower and a language_model.')
+    if (('checkpoint' in said) == ('tower' in said or 'language_model' in said)
+        or ('tower' in said) != ('language_model' in said)):
+        raise UsageError(f'{file}: `model:` must name either a checkpoint, or a tower and a '
+                         'language_model.')
     out = dict(connector='mlp', layers=-2, rows=None, folder=None, name=said.get('checkpoint', ''))
     if '/' in str(out['name']): out.update(folder=root()/Path(out['name']).expanduser())
     elif out['name']:
         known = architectures()['checkpoints']
-        out.update(known[known_name(out['name'], known, f'architecture among the checkpoints ({file}, model)')])
+        out.update(known[known_name(out['name'], known,
+                                    f'architecture among the checkpoints ({file}, model)')])
     for k in ('connector', 'layers'):
-        if said.get(k, out[k]) != out[k] and out['name']: raise UsageError(f"{file}: {k} {said[k]!r} is not that of {out['name']}, which has {out[k]!r}.")
+        if said.get(k, out[k]) != out[k] and out['name']:
+            raise UsageError(f"{file}: {k} {said[k]!r} is not that of {out['name']}, which has "
+                             f"{out[k]!r}.")
         out[k] = said.get(k, out[k])
     if out['connector'] not in ACTIVATIONS:
         known_name(str(out['connector']), ACTIVATIONS, f'connector ({file})')
     parts = {k: out.get(k) or said.get(k) for k in ('tower', 'language_model')}
     if not out['folder']: out.update({k: _numbers(k + 's', v, file) for k, v in parts.items()})
-    return {**out, 'image_size': said.get('image_size'), 'template': said.get('template'), 'ends': bool(said.get('image_ends'))}
+    return {**out, 'image_size': said.get('image_size'), 'template': said.get('template'),
+            'ends': bool(said.get('image_ends'))}
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #c623763c
 def real_config(
@@ -90,20 +105,29 @@ def real_config(
     "The configuration of a preset's model, without any of its weights."
     parts, file = model_parts(preset), preset['file']
     if parts['folder']:
-        if not (parts['folder']/'config.json').exists(): raise UsageError(f"{file}: there is no model in {parts['name']}.")
+        if not (parts['folder']/'config.json').exists():
+            raise UsageError(f"{file}: there is no model in {parts['name']}.")
         config = AutoConfig.from_pretrained(parts['folder'], trust_remote_code=False)
-        if config.model_type != 'llava': raise UsageError(f"{file}: {parts['name']} holds a {config.model_type}, not a llava.")
+        if config.model_type != 'llava':
+            raise UsageError(f"{file}: {parts['name']} holds a {config.model_type}, not a llava.")
         return config
     native = parts['tower']['config'].get('image_size')
     size, patch = parts['image_size'] or native, parts['tower']['config'].get('patch_size')
-    if not isinstance(size, int) or not isinstance(patch, int) or size < patch: raise UsageError(f'{file}: image_size {size!r} makes no patches of {patch!r} px.')
-    if parts['name'] and size != native: raise UsageError(f"{file}: image_size {size} is not that of {parts['name']}, which sees {native} px.")
+    if not isinstance(size, int) or not isinstance(patch, int) or size < patch:
+        raise UsageError(f'{file}: image_size {size!r} makes no patches of {patch!r} px.')
+    if parts['name'] and size != native:
+        raise UsageError(f"{file}: image_size {size} is not that of {parts['name']}, which sees "
+                         f"{native} px.")
     n_words = parts['language_model']['config']['vocab_size']
     vision = _config_of(parts['tower'], file, image_size=size)
-    text = _config_of(parts['language_model'], file, vocab_size=parts['rows'] or rows_for(n_words + 2, n_words))   # <image> and <pad> are new
+    # <image> and <pad> are new
+    text = _config_of(parts['language_model'], file,
+                      vocab_size=parts['rows'] or rows_for(n_words + 2, n_words))
     full = not parts['tower']['extra']
-    return LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=parts['layers'], image_seq_length=(size//patch)**2,
-                       vision_feature_select_strategy='full' if full else 'default', tie_word_embeddings=text.tie_word_embeddings,
+    return LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=parts['layers'],
+                       image_seq_length=(size//patch)**2,
+                       vision_feature_select_strategy='full' if full else 'default',
+                       tie_word_embeddings=text.tie_word_embeddings,
                        projector_hidden_act=ACTIVATIONS[parts['connector']])
 
 def meta_model(
@@ -133,11 +157,15 @@ def row_flops(
     "The work of training on one row: a picture with its text."
     c, v, t = model.config, model.config.vision_config, model.config.image_seq_length + text_tokens
     lm, d = c.text_config, c.text_config.hidden_size
-    first = c.vision_feature_layer if isinstance(c.vision_feature_layer, int) else max(c.vision_feature_layer)
-    n, seen = c.image_seq_length + (c.vision_feature_select_strategy == 'default'), v.num_hidden_layers + 1 + first if first < 0 else first
-    tower = seen*(2*n*(4*v.hidden_size**2 + 2*v.hidden_size*v.intermediate_size) + 4*n*n*v.hidden_size)
+    first = c.vision_feature_layer if isinstance(c.vision_feature_layer,
+                                                 int) else max(c.vision_feature_layer)
+    n, seen = (c.image_seq_length + (c.vision_feature_select_strategy == 'default'),
+               v.num_hidden_layers + 1 + first if first < 0 else first)
+    tower = seen*(2*n*(4*v.hidden_size**2 + 2*v.hidden_size*v.intermediate_size)
+                  + 4*n*n*v.hidden_size)
     project = 2*c.image_seq_length*sum(p.numel() for p in connector(model).parameters())
-    linear, attend, head = 2*_matrix(model)*t, 2*lm.num_hidden_layers*d*t*t, 2*lm.vocab_size*d*scored
+    linear, attend, head = (2*_matrix(model)*t, 2*lm.num_hidden_layers*d*t*t,
+                            2*lm.vocab_size*d*scored)
     learn = trainable_counts(model, step, rank, values)
     full = 'language_model' in learn
     work = 3*(linear + attend + head) if full else 2*linear + 3*attend + 2*head
@@ -153,8 +181,11 @@ def measured_hours(
     "What a step took when the preset was last run here with the same parameters, or in the shipped example."
     for folder, when in ((run_dir(name), name), (root()/'outputs/example', 'tiny')):
         ledger = folder/step/'ledger.json'
-        if when != name or not ledger.exists() or folder == run_dir(name) and _changed(name, step, values): continue
-        return read_json(ledger)['wall_s']/3600, f'measured: outputs/{folder.name}/{step}/ledger.json'
+        if when != name or not ledger.exists() or folder == run_dir(name) and _changed(name, step,
+                                                                                       values):
+            continue
+        return (read_json(ledger)['wall_s']/3600,
+                f'measured: outputs/{folder.name}/{step}/ledger.json')
     return None, ''
 
 def _changed(name, step, values):
@@ -169,11 +200,14 @@ def measured_mfu(
 )->tuple:     # share of the peak and where it comes from; (None, '') where nothing was measured
     "The share of a GPU's peak that a committed benchmark reached."
     word = 'stage1' if step.startswith('2') else 'stage2'
-    for path in sorted((root()/'nbs/benchmarks/results').glob(f"*{gpu.split('-')[0].lower()}*.json")) if gpu else []:
+    for path in sorted((root()/'nbs/benchmarks/results').glob(
+        f"*{gpu.split('-')[0].lower()}*.json")) if gpu else []:
         for r in read_json(path).get('rows', []):
             work = str(r.get('work', '')).lower()
-            if r.get('metric') == 'mfu' and word in work and ('lora' in work) == lora and r.get('system', 'ours') in ('ours', 'llava_med'):
-                return (r['value']/100 if r['value'] > 1 else r['value']), f'measured: nbs/benchmarks/results/{path.name}'
+            if (r.get('metric') == 'mfu' and word in work and ('lora' in work) == lora
+                and r.get('system', 'ours') in ('ours', 'llava_med')):
+                return (r['value']/100 if r['value'] > 1
+                        else r['value']), f'measured: nbs/benchmarks/results/{path.name}'
     return None, ''
 
 def rows_of(
@@ -212,10 +246,12 @@ def stage_hours(
     d, h = rows_of(preset, step), preset['hardware']
     if hours is None and d and d.get('minutes') and h.get('gflops'):
         return processor_hours(d, h, values)
-    if hours is not None or not d or not h.get('tflops'): return hours, source or 'unknown: the preset says nothing of rows and tflops'
+    if hours is not None or not d or not h.get('tflops'):
+        return hours, source or 'unknown: the preset says nothing of rows and tflops'
     rank = values.get('lora_rank', 0)
     mfu, source = measured_mfu(h.get('gpu', ''), stem, rank > 0)
-    mfu, source = (mfu, source) if mfu else (h.get('mfu', 0.4), f"computed: {h.get('mfu', 0.4):.0%} of {h['tflops']} TFLOP/s assumed")
+    mfu, source = (mfu, source) if mfu else (
+        h.get('mfu', 0.4), f"computed: {h.get('mfu', 0.4):.0%} of {h['tflops']} TFLOP/s assumed")
     work = d['rows']*values['epochs']*row_flops(model, stem, d['text_tokens'], d['scored_tokens'],
                                                 rank, gradient_checkpointing, values)
     return work/(h['tflops']*1e12*mfu*min(h['gpus'], values.get('nproc', 1)))/3600, source
@@ -243,13 +279,17 @@ def disk_use(
 )->dict:          # what → GB
     "What a run of the preset takes on disk."
     total, d = sum(p.numel() for p in model.parameters()), preset['data']
-    sizes, names = {e.name: gigabytes(e.size) for e in CATALOGUE}, re.findall(r'llava-med get ([\w.-]+)', ' '.join(preset['needs'].values()))
-    made = sum(not c.startswith('llava-med get') and re.search(r'--join|--base', c) is not None for c in preset['needs'].values())
+    sizes, names = ({e.name: gigabytes(e.size) for e in CATALOGUE},
+                    re.findall(r'llava-med get ([\w.-]+)', ' '.join(preset['needs'].values())))
+    made = sum(not c.startswith('llava-med get') and re.search(r'--join|--base', c) is not None
+               for c in preset['needs'].values())
     learn = {s: trainable_counts(model, stem_of(s, preset), v.get('lora_rank', 0), v)
              for s, v in plan.items() if is_trained(s, v, preset)}
     v, pictures = model.config.vision_config, max(((rows_of(preset, s) or {}).get('rows', 0)
                                                    for s in [*learn, *STEP_STAGES]), default=0)
-    return {'downloads': sum(sizes.get(n, 0) for n in names), 'the base that is made of them': 2*total*made/1e9, 'articles and images': float(d.get('disk_gb', 0)),
+    return {'downloads': sum(sizes.get(n, 0) for n in names),
+            'the base that is made of them': 2*total*made/1e9,
+            'articles and images': float(d.get('disk_gb', 0)),
             'models of the stages': sum(2*total + 2*sum(n.values()) for n in learn.values())/1e9,
             'state to go on from': max((12*sum(n.values()) for n in learn.values()), default=0)/1e9,
             'patch vectors': pictures*model.config.image_seq_length*v.hidden_size*2/1e9}
@@ -259,13 +299,17 @@ def remote_code(
 )->list:         # what is suspicious, in words
     "What in a downloaded folder would run code or unpickle when loaded carelessly."
     config = read_json(folder/'config.json') if (folder/'config.json').exists() else {}
-    found = [f"{p.name} is Python code; it is never run here, delete it" for p in sorted(folder.glob('*.py'))]
-    if 'auto_map' in config: found.append('config.json asks for code of the hub (auto_map); it is not loaded')
-    if any(folder.glob('*.bin')) and not any(folder.glob('*.safetensors')): found.append('only .bin files, which are read as tensors alone')
+    found = [f"{p.name} is Python code; it is never run here, delete it"
+             for p in sorted(folder.glob('*.py'))]
+    if 'auto_map' in config:
+        found.append('config.json asks for code of the hub (auto_map); it is not loaded')
+    if any(folder.glob('*.bin')) and not any(folder.glob('*.safetensors')):
+        found.append('only .bin files, which are read as tensors alone')
     return found
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #8e2ce65e
-WORK = .2, 1.   # GiB, about: what a step that trains nothing works with beside its models, at least and at most
+# GiB, about: what a step that trains nothing works with beside its models, at least and at most
+WORK = .2, 1.
 
 def memory_needs(
     model,        # from `meta_model`
@@ -284,7 +328,8 @@ def memory_needs(
                                        d['scored_tokens'], bf16)
         elif 'models' in values or 'main' in values:
             held = len(values.get('models') or ()) or n_models
-            parts = dict(programs=(SHELL + KERNEL + INTERPRETER)/GIB, weights=held*size, work=min(WORK[1], WORK[0] + 2*size))
+            parts = dict(programs=(SHELL + KERNEL + INTERPRETER)/GIB, weights=held*size,
+                         work=min(WORK[1], WORK[0] + 2*size))
             out[step] = dict(parts, total=sum(parts.values()), processes=1)
     return out
 
@@ -297,16 +342,20 @@ def memory_shortage(
     free = psutil.virtual_memory().available/GIB if free is None else free
     model = meta_model(real_config(preset))
     def most(**change):
-        needs = memory_needs(model, preset, {s: v | {k: x for k, x in change.items() if k in v} for s, v in plan.items()})
+        needs = memory_needs(model, preset, {s: v | {k: x for k, x in change.items() if k in v}
+                                             for s, v in plan.items()})
         return max(((m['total'], s) for s, m in needs.items()), default=(0, ''))
     need, step = most()
     if need <= free: return ''
     ways = [('threads=1', 'all.threads=1', dict(threads=1)),
-            ('and gradient_checkpointing=on', 'all.threads=1 all.gradient_checkpointing=on', dict(threads=1, gradient_checkpointing='on'))]
+            ('and gradient_checkpointing=on', 'all.threads=1 all.gradient_checkpointing=on',
+             dict(threads=1, gradient_checkpointing='on'))]
     fits = next(((words, most(**how)[0]) for _, words, how in ways if most(**how)[0] <= free), None)
-    way = f'take `--set {fits[0]}` (about {fits[1]:.1f} GiB, but slower)' if fits else 'take a smaller preset'
+    way = (f'take `--set {fits[0]}` (about {fits[1]:.1f} GiB, but slower)' if fits
+           else 'take a smaller preset')
     return (f"{preset['name']} needs about {need:.1f} GiB of memory for {step}, all processes "
-            f'together, and {free:.1f} are free: close other programs, {way}, or go on with --anyway.')
+            f'together, and {free:.1f} are free: close other programs, {way}, or go on with '
+            '--anyway.')
 
 def shortage_of(
     name:str,     # of a preset, or its path
@@ -327,9 +376,11 @@ def make_plan(
     preset:dict, # from read_preset
 )->dict:         # parts, image_tokens, stages, memory (of all processes, on a processor), free, others (of a list of steps, without numbers), disk, missing, warnings
     "Everything that can be said about a preset before it runs."
-    parts, model, plan = model_parts(preset), meta_model(real_config(preset)), plan_run(preset, preset['name'])
+    parts, model, plan = (model_parts(preset), meta_model(real_config(preset)),
+                          plan_run(preset, preset['name']))
     for k, v in preset['hardware'].items():
-        if k != 'gpu' and (isinstance(v, bool) or not isinstance(v, (int, float)) or v < 0): raise UsageError(f"{preset['file']}: hardware.{k} is {v!r}, and must be a number.")
+        if k != 'gpu' and (isinstance(v, bool) or not isinstance(v, (int, float)) or v < 0):
+            raise UsageError(f"{preset['file']}: hardware.{k} is {v!r}, and must be a number.")
     template_of(preset)
     stages = {}
     for step in (s for s, v in plan.items() if is_trained(s, v, preset)):
@@ -337,9 +388,12 @@ def make_plan(
         row = model.config.image_seq_length + d['text_tokens']
         m = stage_memory(model, stem_of(step, preset), plan[step], preset['hardware'], row,
                          d['scored_tokens'])
-        hours, source = stage_hours(model, step, plan[step], preset, m['gradient_checkpointing'] == 'on')
-        stages[step] = {**m, 'hours': hours, 'source': source, 'processes': plan[step].get('nproc', 1)}
-    here = [root()/p for p in dict.fromkeys(v.get('base_model') for v in plan.values()) if p and (root()/p).is_dir()]
+        hours, source = stage_hours(model, step, plan[step], preset,
+                                    m['gradient_checkpointing'] == 'on')
+        stages[step] = {**m, 'hours': hours, 'source': source,
+                        'processes': plan[step].get('nproc', 1)}
+    here = [root()/p for p in dict.fromkeys(v.get('base_model') for v in plan.values())
+            if p and (root()/p).is_dir()]
     others = [s for s in plan if preset['notebooks'] and s not in stages]
     rest = {s: stage_hours(model, s, v, preset) for s, v in plan.items()
             if s not in stages and (rows_of(preset, s) or {}).get('minutes')}
@@ -357,8 +411,11 @@ def make_plan(
 
 def _sources(parts):
     "Which parts are stored how."
-    bins = [p['name'] for p in (parts, parts.get('tower'), parts.get('language_model')) if isinstance(p, dict) and p.get('files') == 'bin']
-    return 'safetensors, no remote code' + (f"; of {', '.join(bins)} the source is .bin, read as tensors alone, and the base made of it safetensors" if bins else '')
+    bins = [p['name'] for p in (parts, parts.get('tower'), parts.get('language_model'))
+            if isinstance(p, dict) and p.get('files') == 'bin']
+    return 'safetensors, no remote code' + (f"; of {', '.join(bins)} the source is .bin, read as "
+                                            "tensors alone, and the base made of it safetensors"
+                                            if bins else '')
 
 def _size(gb): return f'{gb:.1f} GB' if gb >= 1 else f'{1000*gb:.0f} MB'
 
@@ -366,52 +423,70 @@ def _gpu_line(s, hardware):
     "Memory of a stage on each GPU."
     used = sum(s[k] for k in ('weights', 'gradients', 'moments', 'kept'))
     short = not s['fits'] and hardware.get('memory_gb')
-    return (f"    {used:.1f} GiB" + (' a GPU' if hardware.get('gpus') else '')
-            + f" = weights {s['weights']:.1f}, gradients {s['gradients']:.1f}, moments {s['moments']:.1f}, "
-            f"kept {s['kept']:.1f} for {s['tokens']:,} tokens at once (gradient checkpointing {s['gradient_checkpointing']})"
-            + (f"; THAT DOES NOT FIT in {hardware['memory_gb']} GB: {s['most']:,} tokens would" if short else ''))
+    return (f"    {used:.1f} GiB" + (' a GPU' if hardware.get('gpus') else '') + " = weights "
+            f"{s['weights']:.1f}, gradients {s['gradients']:.1f}, moments {s['moments']:.1f}, "
+            f"kept {s['kept']:.1f} for {s['tokens']:,} tokens at once (gradient checkpointing "
+            f"{s['gradient_checkpointing']})" + (f"; THAT DOES NOT FIT in {hardware['memory_gb']} "
+                                                 f"GB: {s['most']:,} tokens would" if short
+                                                 else ''))
 
 def _memory_line(m):
     "Memory of a step in all processes together."
-    parts = ', '.join(f'{k} {v:.1f}' for k, v in m.items() if k not in ('total', 'processes') and v >= .05)
-    return f"    {m['total']:.1f} GiB in all processes together = {parts}" + (f" ({m['processes']} share each step)" if m['processes'] > 1 else '')
+    parts = ', '.join(f'{k} {v:.1f}' for k, v in m.items()
+                      if k not in ('total', 'processes') and v >= .05)
+    return (f"    {m['total']:.1f} GiB in all processes together = {parts}"
+            + (f" ({m['processes']} share each step)" if m['processes'] > 1 else ''))
 
 def _most_lines(plan):
     "The largest memory of a run, and what is free."
     if not plan['memory']: return []
     most, step = max((m['total'], s) for s, m in plan['memory'].items())
-    line = f"  at most {most:.1f} GiB in all processes together ({step}); {plan['free']:.1f} GiB are free here"
-    return [line + ('' if most <= plan['free'] else ': TOO LITTLE, `llava-med run` will say what to change')]
+    line = (f"  at most {most:.1f} GiB in all processes together ({step}); {plan['free']:.1f} GiB "
+            "are free here")
+    return [line + ('' if most <= plan['free']
+                    else ': TOO LITTLE, `llava-med run` will say what to change')]
 
 def plan_text(
     preset:dict, # from read_preset
     plan:dict,   # from make_plan
 )->str:          # lines
     "A plan as a person reads it."
-    c, h, lines = plan['config'], preset['hardware'], [f"{preset['name']}: {preset['description']}", '']
-    lines += [f"model      {sum(plan['parts'].values()):,} parameters: " + ', '.join(f"{k.replace('_', ' ')} {v:,}" for k, v in plan['parts'].items()),
-              f"pictures   {c.vision_config.image_size} px, {c.image_seq_length} tokens each", f"files      {_sources(plan['names'])}"]
-    lines += [f"           {k}: licence {v}" + (f", revision {r}" if (r := (preset['model'].get('revision') or {}).get(k)) else '')
+    c, h, lines = plan['config'], preset['hardware'], [f"{preset['name']}: {preset['description']}",
+                                                       '']
+    lines += [f"model      {sum(plan['parts'].values()):,} parameters: "
+              + ', '.join(f"{k.replace('_', ' ')} {v:,}" for k, v in plan['parts'].items()),
+              f"pictures   {c.vision_config.image_size} px, {c.image_seq_length} tokens each",
+              f"files      {_sources(plan['names'])}"]
+    lines += [f"           {k}: licence {v}"
+              + (f", revision {r}" if (r := (preset['model'].get('revision') or {}).get(k)) else '')
               for k, v in (preset['model'].get('licence') or {}).items()]
-    where = f"{h.get('gpus')} × {h.get('gpu', 'GPU')}, {h.get('memory_gb')} GB each" if h.get('gpus') else 'the processor'
+    where = (f"{h.get('gpus')} × {h.get('gpu', 'GPU')}, {h.get('memory_gb')} GB each"
+             if h.get('gpus') else 'the processor')
     lines += ['', f'on {where}:']
     for step, s in plan['stages'].items():
-        lines += [f"  {step}: trains " + ', '.join(f"{k.replace('_', ' ')} {v:,}" for k, v in s['learn'].items()),
+        lines += [f"  {step}: trains " + ', '.join(f"{k.replace('_', ' ')} {v:,}"
+                                                   for k, v in s['learn'].items()),
                   _memory_line(plan['memory'][step]) if step in plan['memory'] else _gpu_line(s, h),
-                  '    ' + (f"{s['hours']:.1f} h" if s['hours'] and s['hours'] >= 1 else f"{(s['hours'] or 0)*60:.1f} min" if s['hours'] is not None else 'time') + f" ({s['source']})"]
+                  '    ' + (f"{s['hours']:.1f} h" if s['hours'] and s['hours'] >= 1
+                            else f"{(s['hours'] or 0)*60:.1f} min" if s['hours'] is not None
+                            else 'time') + f" ({s['source']})"]
     for step in [x for x in {**plan['rest'], **plan['memory']} if x not in plan['stages']]:
         lines.append(f'  {step}:')
         if step in plan['memory']: lines.append(_memory_line(plan['memory'][step]))
-        if step in plan['rest']: lines.append(f"    {plan['rest'][step][0]*60:.1f} min ({plan['rest'][step][1]})")
+        if step in plan['rest']:
+            lines.append(f"    {plan['rest'][step][0]*60:.1f} min ({plan['rest'][step][1]})")
     known = [s['hours'] for s in plan['stages'].values()] + [h for h, _ in plan['rest'].values()]
     if plan['rest'] and None not in known: lines.append(f'  in all {sum(known)*60:.0f} min')
     lines += _most_lines(plan)
     if plan['others']:
         lines.append('  not counted, since a plan does not know what they train: '
                      + ', '.join(plan['others']))
-    lines += ['', f"disk       {_size(sum(plan['disk'].values()))}: " + ', '.join(f'{k} {_size(v)}' for k, v in plan['disk'].items() if v)]
-    lines += ['evidence   ' + '; '.join(f'{k}: {v}' for k, v in preset['evidence'].items() if v)] if preset['evidence'] else []
-    lines += ['', 'missing, in this order:'] + [f'  {p:32} {cmd}' for p, cmd in plan['missing'].items()] if plan['missing'] else ['', 'Nothing is missing.']
+    lines += ['', f"disk       {_size(sum(plan['disk'].values()))}: "
+              + ', '.join(f'{k} {_size(v)}' for k, v in plan['disk'].items() if v)]
+    lines += (['evidence   ' + '; '.join(f'{k}: {v}' for k, v in preset['evidence'].items() if v)]
+              if preset['evidence'] else [])
+    lines += ['', 'missing, in this order:'] + [f'  {p:32} {cmd}' for p, cmd in plan[
+        'missing'].items()] if plan['missing'] else ['', 'Nothing is missing.']
     return '\n'.join(lines + [f'! {w}' for w in plan['warnings']])
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #62f6d606
@@ -432,8 +507,10 @@ def template_of(
     "The chat template of a preset; raises UsageError for a name that does not exist."
     said = preset['model'].get('template')
     if said is None: return None
-    if not isinstance(said, str) or '{' not in said: said = TEMPLATES[known_name(str(said), TEMPLATES, f"template ({preset['file']}, model)")]
-    return said.replace("'<image>\n'", "'<im_start><image><im_end>\n'") if preset['model'].get('image_ends') else said
+    if not isinstance(said, str) or '{' not in said:
+        said = TEMPLATES[known_name(str(said), TEMPLATES, f"template ({preset['file']}, model)")]
+    return (said.replace("'<image>\n'", "'<im_start><image><im_end>\n'")
+            if preset['model'].get('image_ends') else said)
 
 def real_template(
     preset:dict, # from read_preset
@@ -492,7 +569,8 @@ def thin_tokenizer(
 def _join(preset, folders, dst, dtype, say=lambda line: None):
     "The base of a preset from folders of its two parts."
     m = preset['model']
-    model, processor = join(str(folders['tower']), str(folders['language_model']), m.get('connector', 'mlp'), m.get('layers', -2), m.get('image_size'),
+    model, processor = join(str(folders['tower']), str(folders['language_model']),
+                            m.get('connector', 'mlp'), m.get('layers', -2), m.get('image_size'),
                             template=template_of(preset), dtype=dtype, say=say)
     check_training(preset, model, processor, folders['language_model'])
     return save(model, processor, dst)
@@ -510,7 +588,8 @@ def check_training(
     pad = processor.tokenizer.pad_token_id or 0
     for rank in sorted({v.get('lora_rank', 0) for v in steps} | {0}):
         check_step(model, where, rank, pad)
-    ways = {(bool(v.get('pack_by_image')), bool(v.get('packed')), v.get('max_len', 0)) for v in steps}
+    ways = {(bool(v.get('pack_by_image')), bool(v.get('packed')), v.get('max_len', 0))
+            for v in steps}
     for pack_by_image, packed, longest in sorted(ways):
         if not (pack_by_image or packed): continue
         gate = path_gate(model, pack_by_image, packed, longest=longest, pad_id=pad)
@@ -522,7 +601,8 @@ def _thin_parts(config, preset, folder):
     "A thin tower and a thin language model with its tokenizer, each in a folder."
     tok, depth = thin_tokenizer(preset), thin_depth(config)
     text = thin_config(config.text_config); text.vocab_size = len(tok)
-    for name, part in (('tower', AutoModel.from_config(thin_config(config.vision_config, depth))), ('language_model', AutoModelForCausalLM.from_config(text))):
+    for name, part in (('tower', AutoModel.from_config(thin_config(config.vision_config, depth))),
+                       ('language_model', AutoModelForCausalLM.from_config(text))):
         with _no_bars(): part.save_pretrained(folder/name)
     tok.save_pretrained(folder/'language_model')
     return {k: folder/k for k in ('tower', 'language_model')}
@@ -542,26 +622,39 @@ def thin_base(
     config, parts = real_config(preset), model_parts(preset)
     said = {'rehearses': json.loads(json.dumps({**preset['model'],
                                                 'chat_template': real_template(preset)}))}
-    if (folder/'provenance.json').exists() and read_json(folder/'provenance.json').get('rehearses') == said['rehearses']: return folder
+    if ((folder/'provenance.json').exists()
+        and read_json(folder/'provenance.json').get('rehearses') == said['rehearses']):
+        return folder
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as tmp:
         torch.manual_seed(0)
-        if 'tower' in preset['model']: _join(preset, _thin_parts(config, preset, Path(tmp)), folder, 'float32')
+        if 'tower' in preset['model']:
+            _join(preset, _thin_parts(config, preset, Path(tmp)), folder, 'float32')
         else:
-            tok, vision, text = thin_tokenizer(preset), thin_config(config.vision_config, thin_depth(config)), thin_config(config.text_config)
+            tok, vision, text = thin_tokenizer(preset), thin_config(
+                config.vision_config, thin_depth(config)), thin_config(config.text_config)
             text.vocab_size = rows_for(len(tok), 64)
-            processor = _processor(tok, vision.image_size, vision.patch_size, int(config.vision_feature_select_strategy == 'default'), {})
+            processor = _processor(tok, vision.image_size, vision.patch_size,
+                                   int(config.vision_feature_select_strategy == 'default'), {})
             connector = next(k for k, v in ACTIVATIONS.items() if v == config.projector_hidden_act)
-            save(assemble(vision, text, processor, connector, 0, config.vision_feature_layer), processor, folder)
+            save(assemble(vision, text, processor, connector, 0, config.vision_feature_layer),
+                 processor, folder)
     old = read_json(folder/'provenance.json') if (folder/'provenance.json').exists() else {}
     write_json(folder/'provenance.json', {**old, **said})
     return folder
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #bb46833c
-REHEARSAL_SIZES = {'1_data_prep': {'n_figures': 24, 'n_vqa_images': 4, 'n_val_images': 2, 'n_test_images': 6, 'n_singles': 2},
-         '4_evaluation': {'n_test_images': 3, 'n_small_questions': 8, 'n_noise': 4, 'n_choices': 4, 'n_prompt_questions': 8, 'n_captions': 2, 'n_text': 2, 'n_draws': 50},
-         '5_attention': {'n_questions': 4, 'n_show': 1, 'n_faithful': 1, 'n_sanity': 1, 'n_explore': 1}}   # of a rehearsal's data, smaller than the smoke test's
-EMPTY = ('articles', 'evaluation_sets', 'vqa', 'vqa_images', 'images', 'clip', 'prompts', 'answers', 'generator_model', 'endpoint', 'data', 'data_images')   # name files and services
-HERE_ONLY = {'generator': 'template', 'epochs': 1, 'threads': 1, 'n_val': 8, 'n_show': 1}   # parameters that a rehearsal sets, where a notebook has them
+# of a rehearsal's data, smaller than the smoke test's
+REHEARSAL_SIZES = {
+    '1_data_prep': {'n_figures': 24, 'n_vqa_images': 4, 'n_val_images': 2, 'n_test_images': 6,
+                    'n_singles': 2},
+    '4_evaluation': {'n_test_images': 3, 'n_small_questions': 8, 'n_noise': 4, 'n_choices': 4,
+                     'n_prompt_questions': 8, 'n_captions': 2, 'n_text': 2, 'n_draws': 50},
+    '5_attention': {'n_questions': 4, 'n_show': 1, 'n_faithful': 1, 'n_sanity': 1, 'n_explore': 1}}
+# name files and services
+EMPTY = ('articles', 'evaluation_sets', 'vqa', 'vqa_images', 'images', 'clip', 'prompts', 'answers',
+         'generator_model', 'endpoint', 'data', 'data_images')
+# parameters that a rehearsal sets, where a notebook has them
+HERE_ONLY = {'generator': 'template', 'epochs': 1, 'threads': 1, 'n_val': 8, 'n_show': 1}
 
 def rehearsal_values(
     preset:dict, # from read_preset
@@ -603,13 +696,17 @@ def rehearse(
     preset = read_preset(name)
     run = run or f"{preset['name']}-rehearsal"
     folder = run_dir(run)
-    plan_run(preset, run, only, sets)                  # what is misspelt is refused before anything is written
+    # what is misspelt is refused before anything is written
+    plan_run(preset, run, only, sets)
     real_config(preset), template_of(preset)
-    say(f"A rehearsal of {preset['name']}: two thin random layers, phantom pictures. Its numbers mean nothing.")
+    say(f"A rehearsal of {preset['name']}: two thin random layers, phantom pictures. Its numbers "
+        "mean nothing.")
     base = thin_base(preset, folder/'base')
     said = {'description': f"Rehearsal of {preset['name']}: its numbers mean nothing.",
             'parameters': rehearsal_values(preset, base), **steps_text(preset)}
-    with replacing(folder/'preset.yaml') as part: part.write_text(json.dumps(said, indent=1), encoding='utf-8')   # JSON is YAML
+    # JSON is YAML
+    with replacing(folder/'preset.yaml') as part:
+        part.write_text(json.dumps(said, indent=1), encoding='utf-8')
     return run_pipeline(str(folder/'preset.yaml'), run, only, sets, say, verbose)
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #6cfb7c6c
@@ -630,10 +727,13 @@ def join_base(
     "Make the base model of a preset from its tower and its language model."
     m = preset['model']
     if not isinstance(m.get('tower'), str) or not isinstance(m.get('language_model'), str):
-        raise UsageError(f"{preset['file']}: only a preset that names a tower and a language_model has a base to be joined.")
+        raise UsageError(f"{preset['file']}: only a preset that names a tower and a language_model "
+                         "has a base to be joined.")
     folders = {k: root()/'data'/m[k] for k in ('tower', 'language_model')}
     for k, f in folders.items():
-        if not f.is_dir(): raise UsageError(f"{f.relative_to(root())} is not there: `{preset['needs'].get(f'data/{m[k]}', f'llava-med get {m[k]}')}`.")
+        if not f.is_dir():
+            raise UsageError(f"{f.relative_to(root())} is not there: "
+                             f"`{preset['needs'].get(f'data/{m[k]}', f'llava-med get {m[k]}')}`.")
     plan = plan_run(preset, preset['name'])
     return _join(preset, folders,
                  root()/next(v['base_model'] for v in plan.values() if v.get('base_model')),

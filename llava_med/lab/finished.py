@@ -23,7 +23,8 @@ from .runner import named_paths, read_scores
 from .steps import UsageError, mapped, notebook_of, read_parameters, stem_of
 
 # %% ../../nbs/09_lab/04_finished.ipynb #d17a3476
-ASIDE = ('device', 'threads', 'save_s', 'gradient_checkpointing', 'max_tokens_per_microbatch')   # they change no result
+# they change no result
+ASIDE = ('device', 'threads', 'save_s', 'gradient_checkpointing', 'max_tokens_per_microbatch')
 
 @functools.cache
 def content_fingerprint(
@@ -70,7 +71,8 @@ def changed_setting(
 
 # %% ../../nbs/09_lab/04_finished.ipynb #c45ba196
 ROW = ('arm', 'seed', 'key', 'metric', 'value')
-SCORES = ('strict', 'strict.open', 'strict.closed', 'llavamed_v1.open_recall', 'llavamed_v1.closed_substring')
+SCORES = ('strict', 'strict.open', 'strict.closed', 'llavamed_v1.open_recall',
+          'llavamed_v1.closed_substring')
 COSTS = ('wall_s', 'samples', 'tokens', 'peak_memory_mib', 'trainable_params')
 
 def right_digits(
@@ -131,11 +133,14 @@ def read_finished(
     found = {}
     for n, r in enumerate(rows, 2):
         if tuple(r) != ROW or None in r.values() or not r['seed'].isdigit():
-            raise UsageError(f'{path}, line {n}: not a row of {", ".join(ROW)}; restore the file, or delete it and the batch begins anew.')
+            raise UsageError(f'{path}, line {n}: not a row of {", ".join(ROW)}; restore the file, '
+                             'or delete it and the batch begins anew.')
         own = found.setdefault((r['arm'], int(r['seed'])), {'key': r['key']})
         if r['metric'] in own or r['key'] != own['key']:
-            raise UsageError(f"{path}, line {n}: {r['metric']} of {r['arm']}, seed {r['seed']}, stands twice or under two keys; delete the rows of that arm.")
-        own[r['metric'].replace('/held_loss/', '/val_loss/')] = r['value']   # as it was called before
+            raise UsageError(f"{path}, line {n}: {r['metric']} of {r['arm']}, seed {r['seed']}, "
+                             "stands twice or under two keys; delete the rows of that arm.")
+        # as it was called before
+        own[r['metric'].replace('/held_loss/', '/val_loss/')] = r['value']
     return found
 
 def keep_finished(
@@ -149,8 +154,8 @@ def keep_finished(
     values = {k: str(v) for k, v in measured}
     settings_text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
     found[arm, seed] = {'key': settings_key(settings), 'settings': settings_text} | values
-    rows = [dict(zip(ROW, (a, s, own['key'], metric, v)))
-            for (a, s), own in sorted(found.items()) for metric, v in own.items() if metric != 'key']
+    rows = [dict(zip(ROW, (a, s, own['key'], metric, v))) for (a, s), own in sorted(found.items())
+            for metric, v in own.items() if metric != 'key']
     path.parent.mkdir(parents=True, exist_ok=True)
     write_csv(path, rows, ROW)
 
@@ -184,7 +189,8 @@ def unanswered(
         if own and not why: continue
         if own: say(f'{run.name}: its rows in {path.name} are stale ({why}); it runs again.')
         left.append(run)
-    if done := len(runs) - len(left): say(f'{done} of {len(runs)} runs are finished: their rows stand in {path.name}.')
+    if done := len(runs) - len(left):
+        say(f'{done} of {len(runs)} runs are finished: their rows stand in {path.name}.')
     return left
 
 def keep_run(

@@ -46,20 +46,25 @@ def same_value(
     "Whether two answers are the same answer, whatever their container."
     a, b = _plain(a), _plain(b)
     if isinstance(a, bool) or isinstance(b, bool):
-        if any(isinstance(x, str) and x == '' or x is None for x in (a, b)): return not a and not b   # `licence and …` says no by an empty text
+        # `licence and …` says no by an empty text
+        if any(isinstance(x, str) and x == '' or x is None for x in (a, b)): return not a and not b
         return isinstance(a, int | float) and isinstance(b, int | float) and float(a) == float(b)
-    if isinstance(a, str) or isinstance(b, str) or a is None or b is None: return isinstance(a, type(b)) and a == b
+    if isinstance(a, str) or isinstance(b, str) or a is None or b is None:
+        return isinstance(a, type(b)) and a == b
     if isinstance(a, dict) or isinstance(b, dict):
-        return isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys() and all(same_value(a[k], b[k]) for k in a)
+        return (isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys()
+                and all(same_value(a[k], b[k]) for k in a))
     if isinstance(a, set | frozenset) or isinstance(b, set | frozenset):
-        return all(isinstance(x, set | frozenset | list | tuple | np.ndarray) for x in (a, b)) and len(a) == len(b) and all(x in b for x in a)
+        return all(isinstance(x, set | frozenset | list | tuple | np.ndarray)
+                   for x in (a, b)) and len(a) == len(b) and all(x in b for x in a)
     if all(isinstance(x, list | tuple | np.ndarray) for x in (a, b)):
         return len(a) == len(b) and all(same_value(x, y) for x, y in zip(a, b))
     try: return math.isclose(float(a), float(b), rel_tol=1e-6, abs_tol=1e-9)
     except (TypeError, ValueError): return False
 
 # %% ../../nbs/09_lab/09_grading.ipynb #192f8675
-def _copied(case): return tuple(x.copy() if hasattr(x, 'copy') else x for x in case) # so that no answer changes the inputs of the next
+# so that no answer changes the inputs of the next
+def _copied(case): return tuple(x.copy() if hasattr(x, 'copy') else x for x in case)
 
 def outputs_of(
     value,      # an answer: a value, or a function
@@ -73,20 +78,27 @@ def hint_for(
     value,             # the answer
 )->str:                # empty where the answer is right
     "The sentence that helps with a wrong answer."
-    if value is None or value is ...: return 'Nothing here yet: put your answer in the place of the three dots.'
-    if exercise.cases and not callable(value): return 'This exercise asks for a function; hand over its name, without brackets.'
-    if not exercise.cases and callable(value): return 'This exercise asks for a value; call the function and hand over what it returns.'
+    if value is None or value is ...:
+        return 'Nothing here yet: put your answer in the place of the three dots.'
+    if exercise.cases and not callable(value):
+        return 'This exercise asks for a function; hand over its name, without brackets.'
+    if not exercise.cases and callable(value):
+        return 'This exercise asks for a value; call the function and hand over what it returns.'
     got = []
     for case in exercise.cases or ((),):
         try: got += outputs_of(value, (case,) if exercise.cases else ())
-        except Exception as e: return f'For the input {short_repr(case)} the function raised {type(e).__name__}: {str(e)[:120]}'
-    if all(g is None or g is ... for g in got): return 'The function returns nothing yet: put your answer in the place of the three dots.'
+        except Exception as e:
+            return (f'For the input {short_repr(case)} the function raised {type(e).__name__}: '
+                    f'{str(e)[:120]}')
+    if all(g is None or g is ... for g in got):
+        return 'The function returns nothing yet: put your answer in the place of the three dots.'
     truth = outputs_of(exercise.truth, exercise.cases)
     if same_value(got, truth): return ''
     for rival, hint in exercise.rivals:
         if same_value(got, outputs_of(rival, exercise.cases)): return hint
     k = next(i for i, (g, t) in enumerate(zip(got, truth)) if not same_value(g, t))
-    where = f' For {short_repr(exercise.cases[k])} it gave {short_repr(got[k])}.' if exercise.cases else ''
+    where = (f' For {short_repr(exercise.cases[k])} it gave {short_repr(got[k])}.' if exercise.cases
+             else '')
     return f'Not yet.{where} Read again what is asked: {exercise.ask}'
 
 def short_repr(
@@ -94,7 +106,8 @@ def short_repr(
     n:int=70,   # most characters
 )->str:
     "A value in so many characters."
-    text = re.sub(r'\s+', ' ', repr(value[0] if isinstance(value, tuple) and len(value) == 1 else value))
+    text = re.sub(r'\s+', ' ',
+                  repr(value[0] if isinstance(value, tuple) and len(value) == 1 else value))
     return text if len(text) <= n else text[:n - 1] + '…'
 
 # %% ../../nbs/09_lab/09_grading.ipynb #a5fe54cb
@@ -111,39 +124,65 @@ def ask(
     EXERCISES[name] = Exercise(text, truth, rivals, tuple(cases))
 
 def _record(f, human='human', gpt='gpt', mark='<image>\n'):
-    return dict(id=f['id'], image=f['image'], conversations=[{'from': human, 'value': mark + 'Describe this image.'}, {'from': gpt, 'value': f['caption']}])
+    return dict(id=f['id'], image=f['image'],
+                conversations=[{'from': human, 'value': mark + 'Describe this image.'},
+                               {'from': gpt, 'value': f['caption']}])
 
 def _found(text): return set(read_claims(text).findings)
 
 _FIG = dict(id='PMC1_f1', image='a.jpg', caption='A small nodule.', licence='CC BY')
 ask('1.1', "'brief' for a caption of fewer than 30 words, else 'detailed'",
     lambda c: 'brief' if len(c.split()) < 30 else 'detailed',
-    (lambda c: 'brief' if len(c) < 30 else 'detailed', 'You count characters; a caption is measured in words: split() it first.'),
-    (lambda c: 'brief' if len(c.split()) <= 30 else 'detailed', 'Look at a caption of exactly 30 words: fewer than 30 does not include it.'),
-    (lambda c: 'detailed' if len(c.split()) < 30 else 'brief', 'The two words are exchanged: the short caption is the brief one.'),
-    cases=[('a chest radiograph with a small nodule',), (' '.join(['word']*29),), (' '.join(['word']*30),), (' '.join(['word']*31),), ('CT.',)])
-ask('1.2', 'a record with id, image and two turns; the first is <image>, a line break and "Describe this image."', _record,
-    (lambda f: _record(f, mark=''), 'The first turn does not say where the picture goes: begin it with <image> and a line break.'),
-    (lambda f: _record(f, 'user', 'assistant'), "LLaVA's files call the two speakers 'human' and 'gpt', not user and assistant."),
-    (lambda f: _record(dict(f, caption='Describe this image.')) | dict(conversations=_record(f)['conversations'][::-1]),
-     'The turns are the wrong way round: the instruction is asked first, the caption is the answer.'),
+    (lambda c: 'brief' if len(c) < 30 else 'detailed',
+     'You count characters; a caption is measured in words: split() it first.'),
+    (lambda c: 'brief' if len(c.split()) <= 30 else 'detailed',
+     'Look at a caption of exactly 30 words: fewer than 30 does not include it.'),
+    (lambda c: 'detailed' if len(c.split()) < 30 else 'brief',
+     'The two words are exchanged: the short caption is the brief one.'),
+    cases=[('a chest radiograph with a small nodule',), (' '.join(['word']*29),),
+           (' '.join(['word']*30),), (' '.join(['word']*31),), ('CT.',)])
+ask('1.2',
+    'a record with id, image and two turns; the first is <image>, a line break and "Describe this '
+    'image."', _record,
+    (lambda f: _record(f, mark=''),
+     'The first turn does not say where the picture goes: begin it with <image> and a line break.'),
+    (lambda f: _record(f, 'user', 'assistant'),
+     "LLaVA's files call the two speakers 'human' and 'gpt', not user and assistant."),
+    (lambda f: _record(dict(f, caption='Describe this image.'))
+     | dict(conversations=_record(f)['conversations'][::-1]),
+     'The turns are the wrong way round: the instruction is asked first, the caption is the '
+     'answer.'),
     cases=[(_FIG,), (dict(_FIG, id='PMC2_f3', image='b.jpg', caption='No effusion.'),)])
-ask('1.3', 'the findings that the mention states and the caption does not, as a set', lambda c, m: _found(m) - _found(c),
-    (lambda c, m: _found(m), 'These are all findings of the mention; take away those that the caption states already.'),
-    (lambda c, m: _found(m) ^ _found(c), 'That counts what only the caption states, too: use a difference, not a symmetric one.'),
-    (lambda c, m: _found(c) - _found(m), 'The difference is the wrong way round: what does the mention have that the caption lacks?'),
-    cases=[('A chest radiograph with a nodule.', 'Figure 1 shows a nodule and a pleural effusion.'), ('A nodule and a pneumothorax.', 'A nodule is seen, no effusion.'),
+ask('1.3', 'the findings that the mention states and the caption does not, as a set',
+    lambda c, m: _found(m) - _found(c),
+    (lambda c, m: _found(m),
+     'These are all findings of the mention; take away those that the caption states already.'),
+    (lambda c, m: _found(m) ^ _found(c),
+     'That counts what only the caption states, too: use a difference, not a symmetric one.'),
+    (lambda c, m: _found(c) - _found(m),
+     'The difference is the wrong way round: what does the mention have that the caption lacks?'),
+    cases=[('A chest radiograph with a nodule.', 'Figure 1 shows a nodule and a pleural effusion.'),
+           ('A nodule and a pneumothorax.', 'A nodule is seen, no effusion.'),
            ('Chest radiograph.', 'There is a pneumothorax.')])
-ask('1.4', 'for each filter the share it drops of those that reached it, a list', lambda d, n: [x/(n - sum(d[:i])) for i, x in enumerate(d)],
-    (lambda d, n: [x/n for x in d], 'You divide by all figures; a filter sees only those that the filters before it have left.'),
-    (lambda d, n: [1 - x/(n - sum(d[:i])) for i, x in enumerate(d)], 'That is the share that stays; asked is the share that is dropped.'),
-    (lambda d, n: [x/(n - sum(d[:i + 1])) for i, x in enumerate(d)], 'You divide by what the filter leaves; divide by what reaches it.'),
+ask('1.4', 'for each filter the share it drops of those that reached it, a list',
+    lambda d, n: [x/(n - sum(d[:i])) for i, x in enumerate(d)],
+    (lambda d, n: [x/n for x in d],
+     'You divide by all figures; a filter sees only those that the filters before it have left.'),
+    (lambda d, n: [1 - x/(n - sum(d[:i])) for i, x in enumerate(d)],
+     'That is the share that stays; asked is the share that is dropped.'),
+    (lambda d, n: [x/(n - sum(d[:i + 1])) for i, x in enumerate(d)],
+     'You divide by what the filter leaves; divide by what reaches it.'),
     cases=[([10, 9, 27], 100), ([0, 50], 200)])
-ask('1.5', 'the patients that occur in both lists of items, as a set', lambda a, b: {o['patient'] for o in a} & {o['patient'] for o in b},
-    (lambda a, b: {o['images'][0] for o in a} & {o['images'][0] for o in b}, 'You compare pictures: one patient may have two. Compare the patients.'),
-    (lambda a, b: len({o['patient'] for o in a} & {o['patient'] for o in b}), 'That is how many there are; hand over the set itself, so that somebody can look them up.'),
-    (lambda a, b: {o['patient'] for o in a} | {o['patient'] for o in b}, 'A union holds everybody; a patient who leaks is in both, so intersect.'),
-    cases=[([dict(patient='p1', images=['a']), dict(patient='p2', images=['b'])], [dict(patient='p2', images=['c']), dict(patient='p3', images=['a'])]),
+ask('1.5', 'the patients that occur in both lists of items, as a set',
+    lambda a, b: {o['patient'] for o in a} & {o['patient'] for o in b},
+    (lambda a, b: {o['images'][0] for o in a} & {o['images'][0] for o in b},
+     'You compare pictures: one patient may have two. Compare the patients.'),
+    (lambda a, b: len({o['patient'] for o in a} & {o['patient'] for o in b}),
+     'That is how many there are; hand over the set itself, so that somebody can look them up.'),
+    (lambda a, b: {o['patient'] for o in a} | {o['patient'] for o in b},
+     'A union holds everybody; a patient who leaks is in both, so intersect.'),
+    cases=[([dict(patient='p1', images=['a']), dict(patient='p2', images=['b'])],
+            [dict(patient='p2', images=['c']), dict(patient='p3', images=['a'])]),
            ([dict(patient='p1', images=['a'])], [dict(patient='p4', images=['d'])])])
 
 # %% ../../nbs/09_lab/09_grading.ipynb #84dcec10
@@ -165,28 +204,42 @@ def _next_fit(lengths, room):
 def _replaced(ids, mark, n): return [x for i in ids for x in ([mark]*n if i == mark else [i])]
 
 _W, _B = np.array([[1., 2.], [0., 3.]]), np.array([.5, -1.])
-ask('2.1', 'how many word vectors a square picture becomes, from its side and the side of a patch', lambda s, p: (s//p)**2,
+ask('2.1', 'how many word vectors a square picture becomes, from its side and the side of a patch',
+    lambda s, p: (s//p)**2,
     (lambda s, p: s//p, 'That is one row of patches; a picture has as many rows as columns.'),
-    (lambda s, p: (s//p)**2 + 1, "The tower's class vector is dropped before the projector: only patches become words."),
-    (lambda s, p: s*s//p, 'You divided the area by the side of a patch; divide it by the area of a patch.'),
+    (lambda s, p: (s//p)**2 + 1,
+     "The tower's class vector is dropped before the projector: only patches become words."),
+    (lambda s, p: s*s//p,
+     'You divided the area by the side of a patch; divide it by the area of a patch.'),
     cases=[(336, 14), (96, 12), (224, 16)])
-ask('2.2', 'patch vectors through a linear layer whose weight has one row for each output', lambda x, w, b: x @ w.T + b,
-    (lambda x, w, b: x @ w + b, 'PyTorch keeps a weight as (outputs, inputs): transpose it, or rows and columns are exchanged.'),
+ask('2.2', 'patch vectors through a linear layer whose weight has one row for each output',
+    lambda x, w, b: x @ w.T + b, (lambda x, w, b: x @ w + b,
+                                  'PyTorch keeps a weight as (outputs, inputs): transpose it, or '
+                                  'rows and columns are exchanged.'),
     (lambda x, w, b: x @ w.T, 'The bias is missing: it is added to every patch.'),
-    (lambda x, w, b: (x + b) @ w.T, 'You add the bias before the product; it is added to the outputs.'),
+    (lambda x, w, b: (x + b) @ w.T,
+     'You add the bias before the product; it is added to the outputs.'),
     cases=[(np.array([[1., 0.], [2., 1.], [-1., 1.]]), _W, _B), (np.array([[.5, .5]]), _W, _B)])
 ask('2.3', 'token ids in which each image mark is repeated n times in its place', _replaced,
-    (lambda i, m, n: _replaced(i, m, n + 1), 'There is one mark too many: the mark itself is one of the n.'),
-    (lambda i, m, n: [[m]*n if x == m else x for x in i], 'The n marks lie in a list inside the list; join them in with extend or +, not with append.'),
-    (lambda i, m, n: _replaced(i[:i.index(m) + 1], m, n) + i[i.index(m) + 1:], 'Only the first mark became n tokens; a text may hold several pictures.'),
+    (lambda i, m, n: _replaced(i, m, n + 1),
+     'There is one mark too many: the mark itself is one of the n.'),
+    (lambda i, m, n: [[m]*n if x == m else x for x in i],
+     'The n marks lie in a list inside the list; join them in with extend or +, not with append.'),
+    (lambda i, m, n: _replaced(i[:i.index(m) + 1], m, n) + i[i.index(m) + 1:],
+     'Only the first mark became n tokens; a text may hold several pictures.'),
     cases=[([1, 9, 5, 6], 9, 4), ([7, 8, 9], 9, 3), ([9, 1, 9], 9, 2)])
-ask('2.4', 'the parts that learn in a stage (1 or 2), as a set', lambda s: {'projector'} if s == 1 else {'projector', 'language_model'},
-    (lambda s: {'projector', 'language_model'}, 'In stage 1 the language model is frozen: only the projector learns to speak its language.'),
-    (lambda s: {'projector'} if s == 1 else {'language_model'}, 'The projector goes on learning in stage 2.'),
-    (lambda s: {'projector'} if s == 1 else {'vision_tower', 'projector', 'language_model'}, 'The vision tower stays frozen in both stages of LLaVA-Med.'),
-    cases=[(1,), (2,)])
-ask('2.5', 'perplexity of a text from the summed losses and the numbers of tokens of its sentences', lambda s, n: math.exp(sum(s)/sum(n)),
-    (lambda s, n: math.exp(np.mean(np.array(s)/np.array(n))), 'You average over sentences, so that a short one counts as much as a long one: add first, then divide.'),
+ask('2.4', 'the parts that learn in a stage (1 or 2), as a set',
+    lambda s: {'projector'} if s == 1 else {'projector', 'language_model'},
+    (lambda s: {'projector', 'language_model'},
+     'In stage 1 the language model is frozen: only the projector learns to speak its language.'),
+    (lambda s: {'projector'} if s == 1 else {'language_model'},
+     'The projector goes on learning in stage 2.'),
+    (lambda s: {'projector'} if s == 1 else {'vision_tower', 'projector', 'language_model'},
+     'The vision tower stays frozen in both stages of LLaVA-Med.'), cases=[(1,), (2,)])
+ask('2.5', 'perplexity of a text from the summed losses and the numbers of tokens of its sentences',
+    lambda s, n: math.exp(sum(s)/sum(n)), (lambda s, n: math.exp(np.mean(np.array(s)/np.array(n))),
+                                           'You average over sentences, so that a short one counts '
+                                           'as much as a long one: add first, then divide.'),
     (lambda s, n: sum(s)/sum(n), 'That is the mean loss, in nats; perplexity is its exponential.'),
     (lambda s, n: 2**(sum(s)/sum(n)), 'The loss is in nats, not in bits: the base is e.'),
     cases=[([4., 9.], [2, 9]), ([1.], [1])])
@@ -196,30 +249,49 @@ def _mask(ids, n): return [-100]*n + list(ids[n:])
 def _may_see(q, k, sq, sk): return k <= q and sk in (0, sq)
 
 ask('3.1', 'labels of a conversation whose first n tokens are the question', _mask,
-    (lambda i, n: [0]*n + list(i[n:]), 'A label of 0 is a token to be learned; the label that the loss skips is -100.'),
-    (lambda i, n: list(i[:n]) + [-100]*(len(i) - n), 'You hide the answer and score the question; it is the other way round.'),
-    (lambda i, n: (_mask(i, n) + [-100])[1:], 'Do not shift the labels: the loss does that, and shifting twice teaches the token after the next.'),
-    cases=[([5, 6, 7, 8], 2), ([3, 4, 9], 1)])
+    (lambda i, n: [0]*n + list(i[n:]),
+     'A label of 0 is a token to be learned; the label that the loss skips is -100.'),
+    (lambda i, n: list(i[:n]) + [-100]*(len(i) - n),
+     'You hide the answer and score the question; it is the other way round.'),
+    (lambda i, n: (_mask(i, n) + [-100])[1:],
+     'Do not shift the labels: the loss does that, and shifting twice teaches the token after the '
+     'next.'), cases=[([5, 6, 7, 8], 2), ([3, 4, 9], 1)])
 ask('3.2', 'the share of a padded batch that is padding', lambda x: 1 - sum(x)/(len(x)*max(x)),
     (lambda x: sum(x)/(len(x)*max(x)), 'That is the share of real tokens; padding is the rest.'),
-    (lambda x: (len(x)*max(x) - sum(x))/sum(x), 'You divide by the real tokens; divide by all places of the batch.'),
-    (lambda x: 1 - min(x)/max(x), 'Every row is padded to the longest one; count all rows, not the shortest alone.'),
+    (lambda x: (len(x)*max(x) - sum(x))/sum(x),
+     'You divide by the real tokens; divide by all places of the batch.'),
+    (lambda x: 1 - min(x)/max(x),
+     'Every row is padded to the longest one; count all rows, not the shortest alone.'),
     cases=[([10, 5, 5],), ([100, 20, 30, 50],)])
 ask('3.3', 'how many rows of a given room first fit needs, the samples taken in order', _first_fit,
-    (_next_fit, 'You close a row for good when a sample does not fit; first fit goes back to any row that still has room.'),
-    (lambda x, r: math.ceil(sum(x)/r), 'That is the least that any packing could need; samples cannot be cut.'),
-    (lambda x, r: _first_fit(sorted(x, reverse=True), r), 'You sort the samples first; here they are taken in the order in which they come.'),
+    (_next_fit,
+     'You close a row for good when a sample does not fit; first fit goes back to any row that '
+     'still has room.'), (lambda x, r: math.ceil(sum(x)/r),
+                          'That is the least that any packing could need; samples cannot be cut.'),
+    (lambda x, r: _first_fit(sorted(x, reverse=True), r),
+     'You sort the samples first; here they are taken in the order in which they come.'),
     cases=[([6, 5, 4, 5, 7], 10), ([7, 7, 3, 3], 10), ([6, 6, 6, 2], 10), ([3, 3, 7, 7], 10)])
-ask('3.4', 'how many times as many tokens k questions of q tokens need alone as behind one shared picture of p tokens', lambda p, q, k: k*(p + q)/(p + k*q),
+ask('3.4',
+    'how many times as many tokens k questions of q tokens need alone as behind one shared picture '
+    'of p tokens', lambda p, q, k: k*(p + q)/(p + k*q),
     (lambda p, q, k: k, 'Only the picture is shared; every question still has its own words.'),
-    (lambda p, q, k: (p + k*q)/(k*(p + q)), 'That is the share that remains; asked is how many times as many they need alone.'),
-    (lambda p, q, k: k*(p + q)/(k*q), 'The shared row still reads the picture once: add its p tokens.'),
+    (lambda p, q, k: (p + k*q)/(k*(p + q)),
+     'That is the share that remains; asked is how many times as many they need alone.'),
+    (lambda p, q, k: k*(p + q)/(k*q),
+     'The shared row still reads the picture once: add its p tokens.'),
     cases=[(576, 20, 5), (64, 12, 8), (64, 12, 1)])
-ask('3.5', 'whether the token at place q, segment sq, may see the token at place k, segment sk; segment 0 is the picture, which is read from left to right like all else', _may_see,
-    (lambda q, k, sq, sk: k <= q, 'That is plain causal attention: a later question would read the answers of the earlier ones.'),
-    (lambda q, k, sq, sk: k <= q and sk == sq, 'The questions cannot see the picture like this: segment 0 is visible to all.'),
-    (lambda q, k, sq, sk: sk in (0, sq), 'A token would see the words that come after it: keep k at or before q.'),
-    cases=[(5, 1, 1, 0), (5, 4, 1, 1), (7, 5, 2, 1), (5, 6, 1, 1), (3, 3, 1, 1), (0, 1, 0, 0), (1, 0, 0, 0)])
+ask('3.5',
+    'whether the token at place q, segment sq, may see the token at place k, segment sk; segment 0 '
+    'is the picture, which is read from left to right like all else',
+    _may_see, (lambda q, k, sq, sk: k <= q,
+               'That is plain causal attention: a later question would read the answers of the '
+               'earlier ones.'),
+    (lambda q, k, sq, sk: k <= q and sk == sq,
+     'The questions cannot see the picture like this: segment 0 is visible to all.'),
+    (lambda q, k, sq, sk: sk in (0, sq),
+     'A token would see the words that come after it: keep k at or before q.'),
+    cases=[(5, 1, 1, 0), (5, 4, 1, 1), (7, 5, 2, 1), (5, 6, 1, 1), (3, 3, 1, 1), (0, 1, 0, 0),
+           (1, 0, 0, 0)])
 
 # %% ../../nbs/09_lab/09_grading.ipynb #58fb7fd9
 def _commonest(pairs, key=lambda q: q):
@@ -228,37 +300,62 @@ def _commonest(pairs, key=lambda q: q):
     return groups
 
 def _blind(pairs): return sum(max(map(a.count, a)) for a in _commonest(pairs).values())/len(pairs)
-def _blind_mean(pairs): return float(np.mean([max(map(a.count, a))/len(a) for a in _commonest(pairs).values()]))
+def _blind_mean(pairs):
+    return float(np.mean([max(map(a.count, a))/len(a) for a in _commonest(pairs).values()]))
 def _recall(text, gold):
     t, g = strict_normalise(text).split(), strict_normalise(gold).split()
     return sum(w in t for w in g)/len(g)
 def _precision(text, gold): return _recall(gold, text)
 
 _PAIRS = [('side?', 'left')]*3 + [('side?', 'right')] + [('nodule?', 'yes')] + [('nodule?', 'no')]
-ask('4.1', 'the share of twin pairs of which both questions are answered rightly', lambda p: sum(a and b for a, b in p)/len(p),
-    (lambda p: float(np.mean(p)), 'That is the share of right questions; somebody who always says yes gets half of them.'),
-    (lambda p: sum(a or b for a, b in p)/len(p), 'A pair counts when both are right, not when one of them is.'),
-    (lambda p: sum(a == b for a, b in p)/len(p), 'Two wrong answers are equal, too: both have to be right.'),
-    cases=[([(True, True), (True, False), (False, False), (False, True)],), ([(True, False)]*3 + [(True, True)],), ([(False, False), (True, True), (True, True)],)])
+ask('4.1', 'the share of twin pairs of which both questions are answered rightly',
+    lambda p: sum(a and b for a, b in p)/len(p),
+    (lambda p: float(np.mean(p)),
+     'That is the share of right questions; somebody who always says yes gets half of them.'),
+    (lambda p: sum(a or b for a, b in p)/len(p),
+     'A pair counts when both are right, not when one of them is.'),
+    (lambda p: sum(a == b for a, b in p)/len(p),
+     'Two wrong answers are equal, too: both have to be right.'),
+    cases=[([(True, True), (True, False), (False, False), (False, True)],),
+           ([(True, False)]*3 + [(True, True)],), ([(False, False), (True, True), (True, True)],)])
 ask('4.2', "the share of the key's words that occur in the answer, after strict_normalise", _recall,
-    (_precision, "You divide by the words of the answer: that is precision. Recall asks for the key's words."),
-    (lambda t, g: float(strict(t, g)), 'That is the exact match; recall gives part of the mark for part of the words.'),
-    (lambda t, g: sum(w in strict_normalise(t) for w in strict_normalise(g).split())/len(g.split()), 'You look for letters: "ct" is in "section". Split the answer into words.'),
-    cases=[('it is in the left lung', 'left lung'), ('lungs', 'left lung'), ('right lung', 'left lung'), ('a stained section', 'CT')])
-ask('4.3', 'the best share that a guess from the wording of the question alone can reach, from (question, answer) pairs', _blind,
-    (lambda p: max(map([a for _, a in p].count, [a for _, a in p]))/len(p), 'You guess one answer for everything; a blind guesser may read the question.'),
+    (_precision,
+     "You divide by the words of the answer: that is precision. Recall asks for the key's words."),
+    (lambda t, g: float(strict(t, g)),
+     'That is the exact match; recall gives part of the mark for part of the words.'),
+    (lambda t, g: sum(w in strict_normalise(t) for w in strict_normalise(g).split())/len(g.split()),
+     'You look for letters: "ct" is in "section". Split the answer into words.'),
+    cases=[('it is in the left lung', 'left lung'), ('lungs', 'left lung'),
+           ('right lung', 'left lung'), ('a stained section', 'CT')])
+ask('4.3',
+    'the best share that a guess from the wording of the question alone can reach, from (question, '
+    'answer) pairs',
+    _blind, (lambda p: max(map([a for _, a in p].count, [a for _, a in p]))/len(p),
+             'You guess one answer for everything; a blind guesser may read the question.'),
     (_blind_mean, 'You average over wordings; a wording that is asked more often counts more.'),
-    (lambda p: float(np.mean([1/len(set(a)) for _, a in ((q, [b for r, b in p if r == q]) for q, _ in p)])), 'That is guessing evenly among the answers; the best guess takes the most frequent one.'),
+    (lambda p:
+     float(np.mean([1/len(set(a)) for _, a in ((q, [b for r, b in p if r == q]) for q, _ in p)])),
+     'That is guessing evenly among the answers; the best guess takes the most frequent one.'),
     cases=[(_PAIRS,), ([('count?', '1')]*4 + [('count?', '2')]*2 + [('organ?', 'lung')]*2,)])
-ask('4.4', 'how many independent questions n questions are worth, m to an image, with correlation r within images', lambda n, m, r: n/(1 + (m - 1)*r),
-    (lambda n, m, r: n, 'Questions on one image succeed and fail together, so they are worth fewer than n.'),
-    (lambda n, m, r: n/m, 'That is the number of images, right only if the questions on an image always agree (r of 1).'),
-    (lambda n, m, r: n/(1 + m*r), 'A question is no companion of itself: m - 1 others share its image.'),
+ask('4.4',
+    'how many independent questions n questions are worth, m to an image, with correlation r '
+    'within images', lambda n, m, r: n/(1 + (m - 1)*r),
+    (lambda n, m, r: n,
+     'Questions on one image succeed and fail together, so they are worth fewer than n.'),
+    (lambda n, m, r: n/m,
+     'That is the number of images, right only if the questions on an image always agree (r of '
+     '1).'), (lambda n, m, r: n/(1 + m*r),
+              'A question is no companion of itself: m - 1 others share its image.'),
     cases=[(1000, 10, .3), (451, 4, .1)])
-ask('4.5', 'mean difference between the marks with the picture and with a blank one, on the same questions', lambda a, b: float(np.mean(np.array(a, float) - np.array(b, float))),
-    (lambda a, b: float(np.mean(np.abs(np.array(a, float) - np.array(b, float)))), 'Questions that the picture makes worse count against it: do not take absolute values.'),
-    (lambda a, b: float(np.mean(b) - np.mean(a)), 'The sign is exchanged: a picture that helps has a positive gain.'),
-    (lambda a, b: float(np.mean(a)), 'That is the score with the picture; subtract what is reached without it.'),
+ask('4.5',
+    'mean difference between the marks with the picture and with a blank one, on the same '
+    'questions', lambda a, b: float(np.mean(np.array(a, float) - np.array(b, float))),
+    (lambda a, b: float(np.mean(np.abs(np.array(a, float) - np.array(b, float)))),
+     'Questions that the picture makes worse count against it: do not take absolute values.'),
+    (lambda a, b: float(np.mean(b) - np.mean(a)),
+     'The sign is exchanged: a picture that helps has a positive gain.'),
+    (lambda a, b: float(np.mean(a)),
+     'That is the score with the picture; subtract what is reached without it.'),
     cases=[([1, 1, 0, 1], [0, 1, 1, 0]), ([1, 0, 1], [1, 0, 0])])
 
 # %% ../../nbs/09_lab/09_grading.ipynb #d695a876
@@ -269,33 +366,58 @@ def _points(m, box, mid=.5):
     return x <= (c + mid)/w <= x + bw and y <= (r + mid)/h <= y + bh
 def _mass(m, box):
     h, w = m.shape
-    inside = np.array([[box[0] <= (c + .5)/w <= box[0] + box[2] and box[1] <= (r + .5)/h <= box[1] + box[3] for c in range(w)] for r in range(h)])
+    inside = np.array([[box[0] <= (c + .5)/w <= box[0] + box[2] and box[1] <= (r + .5)/h <= box[1]
+                        + box[3] for c in range(w)] for r in range(h)])
     return float(m[inside].sum()/m.sum()), float(inside.mean())
 
-_ROW, _MAP = np.array([9, 1, 2, 3, 4, 7.]), np.array([[0, 0, 4, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 2, 0.]])
-ask('5.1', 'the n x n patches of an attention row, the first of them at place `first`, scaled to a sum of 1', _grid,
-    (_patches, 'The shares are still those of the whole row; divide by their sum so that maps can be compared.'),
-    (lambda r, f, n: _grid(r, f, n).T, 'The grid lies on its side: patches are read row by row, from the left.'),
+_ROW, _MAP = (np.array([9, 1, 2, 3, 4, 7.]),
+              np.array([[0, 0, 4, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 2, 0.]]))
+ask('5.1',
+    'the n x n patches of an attention row, the first of them at place `first`, scaled to a sum of '
+    '1', _grid, (_patches,
+                 'The shares are still those of the whole row; divide by their sum so that maps '
+                 'can be compared.'),
+    (lambda r, f, n: _grid(r, f, n).T,
+     'The grid lies on its side: patches are read row by row, from the left.'),
     (lambda r, f, n: _grid(r, 0, n), 'The row begins with words; the patches begin at `first`.'),
     cases=[(_ROW, 1, 2), (np.arange(12.), 2, 3)])
-ask('5.2', 'whether the centre of the highest cell lies in a box (x, y, width, height), in fractions', _points,
-    (lambda m, b: _points(m.T, b), 'Row and column are exchanged: the first index counts downwards, and that is y.'),
-    (lambda m, b: _points(m, (b[0], b[1], b[2] - b[0], b[3] - b[1])), 'The last two numbers are width and height, not the other corner.'),
-    (lambda m, b: _points(m, b, 0), 'You test the corner of the cell; its centre lies half a cell further down and to the right: add .5 before you divide.'),
-    cases=[(_MAP, (.5, 0, .25, .25)), (_MAP, (0, .5, .25, .25)), (_MAP, (.5, .1, .4, .2)), (_MAP, (0, 0, .5, 1)), (_MAP, (.4, 0, .5, .2)), (_MAP, (0, 0, .75, .4)), (_MAP + np.eye(4), (0, .25, 1, .75))])
-ask('5.3', 'the expected pointing rate of a map that knows nothing, from boxes (x, y, width, height), one a question', lambda b: float(np.mean([w*h for _, _, w, h in b])),
-    (lambda b: float(sum(w*h for _, _, w, h in b)), 'That is the sum of the areas; a rate is their mean over the questions.'),
-    (lambda b: float(np.mean([(w - x)*(h - y) for x, y, w, h in b])), 'The last two numbers are width and height already.'),
-    (lambda b: float(np.mean([w for *_, w, _ in b])*np.mean([h for *_, h in b])), 'Multiply first, then average: the mean of areas is not the area of the mean box.'),
+ask('5.2',
+    'whether the centre of the highest cell lies in a box (x, y, width, height), in fractions',
+    _points, (lambda m, b: _points(m.T, b),
+              'Row and column are exchanged: the first index counts downwards, and that is y.'),
+    (lambda m, b: _points(m, (b[0], b[1], b[2] - b[0], b[3] - b[1])),
+     'The last two numbers are width and height, not the other corner.'),
+    (lambda m, b: _points(m, b, 0),
+     'You test the corner of the cell; its centre lies half a cell further down and to the right: '
+     'add .5 before you divide.'),
+    cases=[(_MAP, (.5, 0, .25, .25)), (_MAP, (0, .5, .25, .25)), (_MAP, (.5, .1, .4, .2)),
+           (_MAP, (0, 0, .5, 1)), (_MAP, (.4, 0, .5, .2)), (_MAP, (0, 0, .75, .4)),
+           (_MAP + np.eye(4), (0, .25, 1, .75))])
+ask('5.3',
+    'the expected pointing rate of a map that knows nothing, from boxes (x, y, width, height), one '
+    'a question', lambda b: float(np.mean([w*h for _, _, w, h in b])),
+    (lambda b: float(sum(w*h for _, _, w, h in b)),
+     'That is the sum of the areas; a rate is their mean over the questions.'),
+    (lambda b: float(np.mean([(w - x)*(h - y) for x, y, w, h in b])),
+     'The last two numbers are width and height already.'),
+    (lambda b: float(np.mean([w for *_, w, _ in b])*np.mean([h for *_, h in b])),
+     'Multiply first, then average: the mean of areas is not the area of the mean box.'),
     cases=[([(0, 0, .5, .5), (.1, .2, .2, .8)],), ([(.5, .5, .25, .1)],)])
-ask('5.4', "the share of a map's mass in a box, over the box's share of the cells", lambda m, b: _mass(m, b)[0]/_mass(m, b)[1],
-    (lambda m, b: _mass(m, b)[0], 'A large box holds much of any map; divide by the share of the cells that it covers.'),
-    (lambda m, b: _mass(m, b)[1]/_mass(m, b)[0], 'The fraction is upside down: more mass inside should give a larger number.'),
-    (lambda m, b: _mass(m, b)[0] - _mass(m, b)[1], 'Asked is how many times as much, a ratio; an even map then gives 1.'),
+ask('5.4', "the share of a map's mass in a box, over the box's share of the cells",
+    lambda m, b: _mass(m, b)[0]/_mass(m, b)[1],
+    (lambda m, b: _mass(m, b)[0],
+     'A large box holds much of any map; divide by the share of the cells that it covers.'),
+    (lambda m, b: _mass(m, b)[1]/_mass(m, b)[0],
+     'The fraction is upside down: more mass inside should give a larger number.'),
+    (lambda m, b: _mass(m, b)[0] - _mass(m, b)[1],
+     'Asked is how many times as much, a ratio; an even map then gives 1.'),
     cases=[(_MAP, (.5, 0, .5, .5)), (_MAP, (0, 0, .5, 1)), (_MAP, (.4, 0, .5, .3))])
-ask('5.5', 'area under a deletion curve whose points are evenly spaced from 0 to 1, by trapezoids', lambda c: (sum(c) - (c[0] + c[-1])/2)/(len(c) - 1),
-    (lambda c: sum(c)/len(c), 'That is the mean of the points; in the trapezoid rule the two ends count half.'),
-    (lambda c: sum(c) - (c[0] + c[-1])/2, 'The steps are 1/(number of points - 1) wide; multiply by that width.'),
+ask('5.5', 'area under a deletion curve whose points are evenly spaced from 0 to 1, by trapezoids',
+    lambda c: (sum(c) - (c[0] + c[-1])/2)/(len(c) - 1),
+    (lambda c: sum(c)/len(c),
+     'That is the mean of the points; in the trapezoid rule the two ends count half.'),
+    (lambda c: sum(c) - (c[0] + c[-1])/2,
+     'The steps are 1/(number of points - 1) wide; multiply by that width.'),
     (lambda c: 1 - (sum(c) - (c[0] + c[-1])/2)/(len(c) - 1), 'That is the area above the curve.'),
     cases=[([1., .4, .1],), ([1., .9, .7, .1, 0.],)])
 
@@ -305,33 +427,58 @@ def _unique(rows):
     return sum(seen.count(s) == 1 for s in seen)
 def _classes(rows): return len({(r['age'], r['sex'], r['organ']) for r in rows})
 _KEEP = {'Modality', 'Rows', 'Columns', 'BodyPartExamined'}
-_HEADER = dict(PatientName='Doe^Jane', PatientBirthDate='19500101', Modality='CT', Rows=512, Columns=512, InstitutionName='St. Elsewhere', BodyPartExamined='CHEST')
-_ROWS = [dict(age=a, sex=s, organ=o) for a, s, o in [(40, 'f', 'lung'), (40, 'f', 'lung'), (40, 'm', 'lung'), (93, 'f', 'brain'), (40, 'm', 'lung'), (21, 'm', 'liver'), (41, 'f', 'lung')]]
+_HEADER = dict(PatientName='Doe^Jane', PatientBirthDate='19500101', Modality='CT', Rows=512,
+               Columns=512, InstitutionName='St. Elsewhere', BodyPartExamined='CHEST')
+_ROWS = [dict(age=a, sex=s, organ=o) for a, s, o in [(40, 'f', 'lung'), (40, 'f', 'lung'), (
+    40, 'm', 'lung'), (93, 'f', 'brain'), (40, 'm', 'lung'), (21, 'm', 'liver'), (41, 'f', 'lung')]]
 _EARNED = {'ct': [1, 1, 0, 1], 'mri': [1, 0], 'histology': [0, 0, 0, 1]}
-ask('6.1', 'the share of claimed findings that the picture does not have; 0 where nothing is claimed', lambda c, t: len(c - t)/len(c) if c else 0.,
-    (lambda c, t: len(t - c)/len(t) if t else 0., 'That is what the text misses; a hallucination is what it adds.'),
-    (lambda c, t: len(c - t)/len(t) if t else 0., 'You divide by what is there; divide by what is claimed.'),
-    (lambda c, t: len(c ^ t)/len(c | t) if c | t else 0., 'That mixes what is added with what is missed; asked is only what is added.'),
-    cases=[({'nodule', 'cyst'}, {'nodule'}), (set(), {'mass', 'cyst'}), ({'tumor'}, {'cyst', 'mass'}), ({'cyst'}, set())])
-ask('6.2', 'the largest difference in accuracy between two groups, from group -> marks', lambda g: max(map(np.mean, g.values())) - min(map(np.mean, g.values())),
-    (lambda g: max(map(np.mean, g.values())) - float(np.mean(sum(g.values(), []))), 'You compare with everybody together; the best-served group hides the worst in that mean.'),
-    (lambda g: min(map(np.mean, g.values()))/max(map(np.mean, g.values())), 'That is a ratio; asked is the difference.'),
-    (lambda g: (max(map(sum, g.values())) - min(map(sum, g.values())))/max(map(len, g.values())), 'Groups differ in size: compare shares, not counts.'),
+ask('6.1',
+    'the share of claimed findings that the picture does not have; 0 where nothing is claimed',
+    lambda c, t: len(c - t)/len(c) if c else 0.,
+    (lambda c, t: len(t - c)/len(t) if t else 0.,
+     'That is what the text misses; a hallucination is what it adds.'),
+    (lambda c, t: len(c - t)/len(t) if t else 0.,
+     'You divide by what is there; divide by what is claimed.'),
+    (lambda c, t: len(c ^ t)/len(c | t) if c | t else 0.,
+     'That mixes what is added with what is missed; asked is only what is added.'),
+    cases=[({'nodule', 'cyst'}, {'nodule'}), (set(), {'mass', 'cyst'}),
+           ({'tumor'}, {'cyst', 'mass'}), ({'cyst'}, set())])
+ask('6.2', 'the largest difference in accuracy between two groups, from group -> marks',
+    lambda g: max(map(np.mean, g.values())) - min(map(np.mean, g.values())),
+    (lambda g: max(map(np.mean, g.values())) - float(np.mean(sum(g.values(), []))),
+     'You compare with everybody together; the best-served group hides the worst in that mean.'),
+    (lambda g: min(map(np.mean, g.values()))/max(map(np.mean, g.values())),
+     'That is a ratio; asked is the difference.'),
+    (lambda g: (max(map(sum, g.values())) - min(map(sum, g.values())))/max(map(len, g.values())),
+     'Groups differ in size: compare shares, not counts.'),
     cases=[(_EARNED,), ({'left': [1, 1, 1], 'right': [1, 0, 0, 0, 1]},)])
-ask('6.3', 'whether a licence, as written in a record, allows commercial use; an unknown one does not', lambda s: bool(s) and s.startswith('CC') and 'NC' not in s,
-    (lambda s: bool(s) and s.startswith('CC'), 'NC means non-commercial: CC BY-NC does not allow it.'),
-    (lambda s: 'NC' not in (s or ''), 'No licence is no permission: an article without one, or with another, must be asked for.'),
-    (lambda s: s == 'CC0', 'CC0 is not the only one: CC BY allows commercial use when the source is named.'),
-    cases=[('CC BY',), ('CC0',), ('CC BY-NC',), ('CC BY-NC-ND',), ('CC BY-SA',), ('',), (None,), ('publisher-specific',)])
+ask('6.3',
+    'whether a licence, as written in a record, allows commercial use; an unknown one does not',
+    lambda s: bool(s) and s.startswith('CC') and 'NC' not in s,
+    (lambda s: bool(s) and s.startswith('CC'),
+     'NC means non-commercial: CC BY-NC does not allow it.'),
+    (lambda s: 'NC' not in (s or ''),
+     'No licence is no permission: an article without one, or with another, must be asked for.'),
+    (lambda s: s == 'CC0',
+     'CC0 is not the only one: CC BY allows commercial use when the source is named.'),
+    cases=[('CC BY',), ('CC0',), ('CC BY-NC',), ('CC BY-NC-ND',), ('CC BY-SA',), ('',), (None,),
+           ('publisher-specific',)])
 ask('6.4', 'how many rows are the only ones with their age, sex and organ', _unique,
     (_classes, 'That is the number of combinations; count the rows whose combination occurs once.'),
-    (lambda r: len(r) - _unique(r), 'These are the rows that hide in a crowd; asked are those that stand alone.'),
-    (lambda r: _unique([dict(x, age=0) for x in r]), 'The age is not looked at: a person of 93 is rare whatever the organ.'),
+    (lambda r: len(r) - _unique(r),
+     'These are the rows that hide in a crowd; asked are those that stand alone.'),
+    (lambda r: _unique([dict(x, age=0) for x in r]),
+     'The age is not looked at: a person of 93 is rare whatever the organ.'),
     cases=[(_ROWS,), (_ROWS[:3],)])
-ask('6.5', 'a header with nothing but the fields that are known to be harmless, {Modality, Rows, Columns, BodyPartExamined}', lambda h: {k: v for k, v in h.items() if k in _KEEP},
-    (lambda h: {k: v for k, v in h.items() if k != 'PatientName'}, 'A birth date and a hospital point at a person, too: list what may stay, not what must go.'),
-    (lambda h: {k: v for k, v in h.items() if not k.startswith('Patient')}, 'The institution is still there: a list of what to remove is never complete.'),
-    (lambda h: {k: v if k in _KEEP else '' for k, v in h.items()}, 'The values are gone, the fields are still there: leave them out.'),
+ask('6.5',
+    'a header with nothing but the fields that are known to be harmless, {Modality, Rows, Columns, '
+    'BodyPartExamined}', lambda h: {k: v for k, v in h.items() if k in _KEEP},
+    (lambda h: {k: v for k, v in h.items() if k != 'PatientName'},
+     'A birth date and a hospital point at a person, too: list what may stay, not what must go.'),
+    (lambda h: {k: v for k, v in h.items() if not k.startswith('Patient')},
+     'The institution is still there: a list of what to remove is never complete.'),
+    (lambda h: {k: v if k in _KEEP else '' for k, v in h.items()},
+     'The values are gone, the fields are still there: leave them out.'),
     cases=[(_HEADER,), (dict(Modality='MR', StudyID='7', PatientAge='093Y'),)])
 
 # %% ../../nbs/09_lab/09_grading.ipynb #c2329f68
@@ -346,7 +493,8 @@ def check(
         say(f"There is no exercise {name!r}; the course has {', '.join(EXERCISES)}.")
         return False
     try: hint = hint_for(exercise, value)
-    except Exception as e: hint = f'The answer could not be read ({type(e).__name__}: {str(e)[:100]}).'
+    except Exception as e:
+        hint = f'The answer could not be read ({type(e).__name__}: {str(e)[:100]}).'
     say(f'{name}: right.' if not hint else f'{name}: {hint}')
     return not hint
 
@@ -355,8 +503,9 @@ def points_of(
     session:int=None, # only the exercises of this session
 )->list:          # rows exercise, asked, points, of
     "Points for answers, one row an exercise; what is not answered gets none."
-    return [dict(exercise=k, asked=x.ask, points=x.points*check(k, answers.get(k), lambda s: None), of=x.points)
-            for k, x in EXERCISES.items() if session is None or k.startswith(f'{session}.')]
+    return [dict(exercise=k, asked=x.ask, points=x.points*check(k, answers.get(k), lambda s: None),
+                 of=x.points) for k, x in EXERCISES.items()
+            if session is None or k.startswith(f'{session}.')]
 
 # %% ../../nbs/09_lab/09_grading.ipynb #2ba71649
 BEGIN, END = '### BEGIN SOLUTION', '### END SOLUTION'
@@ -383,13 +532,18 @@ def unsolved(
     "The exercises that belong to a notebook of solutions."
     nb = type(nb)(nb | dict(cells=[type(c)(c) for c in nb.cells]))
     for c in nb.cells:
-        if c.cell_type == 'code': c.source, c['outputs'], c['execution_count'] = without_solution(c.source), [], None
-        else: c.source = c.source.replace(': solutions', ': exercises', 1).replace('](../', '](').replace('](../../', '](../')
+        if c.cell_type == 'code':
+            c.source, c['outputs'], c['execution_count'] = without_solution(c.source), [], None
+        else:
+            c.source = c.source.replace(': solutions', ': exercises',
+                                        1).replace('](../', '](').replace('](../../', '](../')
     return nb
 
 # %% ../../nbs/09_lab/09_grading.ipynb #17acd505
-GRADED_STEPS = dict(data='1_data_prep', stage1='2_stage1_alignment', stage2='3_stage2_tuning', scores='4_evaluation')
-GRADE_PARTS = {'files': 2, 'losses': 3, 'answers': 3, 'scores': 4, 'weights': 4, 'picture': 2, 'curriculum': 2}
+GRADED_STEPS = dict(data='1_data_prep', stage1='2_stage1_alignment', stage2='3_stage2_tuning',
+                    scores='4_evaluation')
+GRADE_PARTS = {'files': 2, 'losses': 3, 'answers': 3, 'scores': 4, 'weights': 4, 'picture': 2,
+               'curriculum': 2}
 GRADED = ('strict', 'strict_pairs')
 
 def _csv(path):
@@ -400,12 +554,17 @@ def judge_losses(
 )->str:        # what is wrong, or ''
     "Whether a column of losses is one of a training that worked."
     try: n, losses = [int(r['step']) for r in rows], np.array([float(r['loss']) for r in rows])
-    except (KeyError, ValueError, TypeError): return 'needs the columns step and loss, filled with numbers'
+    except (KeyError, ValueError, TypeError):
+        return 'needs the columns step and loss, filled with numbers'
     if len(n) < 4: return f'has {len(n)} steps; at least 4 are needed'
-    if not np.isfinite(losses).all(): return f'has a loss of {losses[~np.isfinite(losses)][0]} at step {n[int(np.argmax(~np.isfinite(losses)))]}'
-    if any(b <= a for a, b in zip(n, n[1:])): return 'has steps that do not rise: two runs in one file?'
+    if not np.isfinite(losses).all():
+        return (f'has a loss of {losses[~np.isfinite(losses)][0]} at step '
+                f'{n[int(np.argmax(~np.isfinite(losses)))]}')
+    if any(b <= a for a, b in zip(n, n[1:])):
+        return 'has steps that do not rise: two runs in one file?'
     k = max(1, len(n)//5)
-    return '' if losses[-k:].mean() < losses[:k].mean() else f'does not fall: {losses[:k].mean():.2f} at the beginning, {losses[-k:].mean():.2f} at the end'
+    return ('' if losses[-k:].mean() < losses[:k].mean() else 'does not fall: '
+            f'{losses[:k].mean():.2f} at the beginning, {losses[-k:].mean():.2f} at the end')
 
 def asked_of(
     predictions:list, # log lines
@@ -423,16 +582,20 @@ def check_log(
     "Whether the log is one of whole images, asked alike under each condition."
     asked, image = asked_of(predictions), {o['id']: o['images'][0] for o in items}
     strangers = [p['item'] for p in predictions if p['item'] not in image]
-    if strangers: return f'{len(strangers)} answers are to questions that the key does not have (first: {strangers[0]!r})'
+    if strangers:
+        return (f'{len(strangers)} answers are to questions that the key does not have (first: '
+                f'{strangers[0]!r})')
     whole = defaultdict(set)
     for i, n in image.items(): whole[n].add(i)
     for (m, c), ids in asked.items():
         names = {image[i] for i in ids}
         if len(set(ids)) < len(ids): return f'{m} answered a question twice under {c}'
-        if set(ids) != set().union(*(whole[n] for n in names)): return f'{m} under {c} left out questions of images that it was asked about'
+        if set(ids) != set().union(*(whole[n] for n in names)):
+            return f'{m} under {c} left out questions of images that it was asked about'
     for c in ('image', 'blank'):
         if ('stage2', c) not in asked: return f'stage2 was not asked under {c}'
-    if set(asked['stage2', 'image']) != set(asked['stage2', 'blank']): return 'stage2 was asked other questions under blank than under image'
+    if set(asked['stage2', 'image']) != set(asked['stage2', 'blank']):
+        return 'stage2 was asked other questions under blank than under image'
     n = len({image[i] for i in asked['stage2', 'image']})
     return '' if n >= least else f'stage2 was asked about {n} images; at least {least} are needed'
 
@@ -467,14 +630,18 @@ def judge_scores(
         t, where = true[key], ' '.join(map(str, key)); seen.add(key)
         try: v, ends, n, m = float(r['value']), _ends(r), int(r['n_items']), int(r['n_images'])
         except (KeyError, ValueError): return f'{where}: a number is missing or is none'
-        if abs(v - t['value']) > 1.1e-4: return f"{where}: the table says {v:.4f}, the answers give {t['value']:.4f}"
-        if (n, m) != (t['n_items'], t['n_images']): return f"{where}: the table says {n} questions on {m} images, the answers are {t['n_items']} on {t['n_images']}"
+        if abs(v - t['value']) > 1.1e-4:
+            return f"{where}: the table says {v:.4f}, the answers give {t['value']:.4f}"
+        if (n, m) != (t['n_items'], t['n_images']):
+            return (f"{where}: the table says {n} questions on {m} images, the answers are "
+                    f"{t['n_items']} on {t['n_images']}")
         if '-' in r['model'] + r['condition']:
             continue   # a tested difference has the interval of its test
         found = _ends(t)
         if any((a is None) != (b is None) or a is not None and abs(a - b) > slack
                for a, b in zip(ends, found)):
-            return f"{where}: the table's interval is {_said_ends(ends)}, the answers give {_said_ends(found)}"
+            return (f"{where}: the table's interval is {_said_ends(ends)}, the answers give "
+                    f"{_said_ends(found)}")
     absent = [k for k in true if k[4] == 'all' and k not in seen]
     return f"{' '.join(absent[0])}: this row is missing" if absent else ''
 
@@ -488,11 +655,15 @@ def ask_again(
     "Ask some questions again with the weights that a run left."
     model, processor = load(folder)
     by_id = {o['id']: o for o in items}
-    lines = [p for p in predictions if p['model'] == 'stage2' and p['condition'] == 'image' and not p.get('error')]
+    lines = [p for p in predictions
+             if p['model'] == 'stage2' and p['condition'] == 'image' and not p.get('error')]
     lines = [lines[i] for i in np.random.default_rng(0).permutation(len(lines))[:n]]
-    texts = answer(model, processor, [Path(images_dir)/by_id[p['item']]['images'][0] for p in lines], [p['prompt'] for p in lines])
+    texts = answer(model, processor,
+                   [Path(images_dir)/by_id[p['item']]['images'][0] for p in lines],
+                   [p['prompt'] for p in lines])
     mark = LocalModel(model, processor).fingerprint()['model_hash']
-    return sum(a == p['text'] for a, p in zip(texts, lines)), len(lines), all(p.get('model_hash') == mark for p in lines)
+    return (sum(a == p['text'] for a, p in zip(texts, lines)), len(lines),
+            all(p.get('model_hash') == mark for p in lines))
 
 # %% ../../nbs/09_lab/09_grading.ipynb #ed8951fa
 def grade(
@@ -504,18 +675,29 @@ def grade(
 )->list:                # rows part, points, of, why
     "Points for a run, from its files, after its scores were computed again; never raises for what a student can do."
     folder, rows = Path(folder), []
-    def mark(part, fault='', good=''): rows.append(dict(part=part, points=0 if fault else GRADE_PARTS[part], of=GRADE_PARTS[part], why=fault or good))
+    def mark(part, fault='', good=''):
+        rows.append(dict(part=part, points=0 if fault else GRADE_PARTS[part], of=GRADE_PARTS[part],
+                         why=fault or good))
     def said_of(e): return str(e).replace(f'{folder}/', '')[:150]
     place = {k: folder/v for k, v in GRADED_STEPS.items()}
-    key, images_dir = Path(key or place['data']/'vqa/test.json'), Path(images_dir or place['data']/'images')
-    need = [place['stage1']/'losses.csv', place['stage2']/'losses.csv', place['scores']/'predictions.jsonl', place['scores']/'scores.csv', key]
-    lacking = [p.relative_to(folder).as_posix() if p.is_relative_to(folder) else p.name for p in need if not p.is_file()]
-    mark('files', f"missing: {', '.join(lacking)}; run the steps that write them" if lacking else '', 'all there')
-    if lacking: return rows + [dict(part=p, points=0, of=n, why='not looked at') for p, n in GRADE_PARTS.items() if p != 'files']
+    key, images_dir = (Path(key or place['data']/'vqa/test.json'),
+                       Path(images_dir or place['data']/'images'))
+    need = [place['stage1']/'losses.csv', place['stage2']/'losses.csv',
+            place['scores']/'predictions.jsonl', place['scores']/'scores.csv', key]
+    lacking = [p.relative_to(folder).as_posix() if p.is_relative_to(folder) else p.name
+               for p in need if not p.is_file()]
+    mark('files',
+         f"missing: {', '.join(lacking)}; run the steps that write them" if lacking else '',
+         'all there')
+    if lacking:
+        return rows + [dict(part=p, points=0, of=n, why='not looked at')
+                       for p, n in GRADE_PARTS.items() if p != 'files']
     try:
         faults = {s: judge_losses(_csv(place[s]/'losses.csv')) for s in ('stage1', 'stage2')}
-        items, log, said = read_json(key), read_jsonl(place['scores']/'predictions.jsonl'), _csv(place['scores']/'scores.csv')
-        mark('losses', '; '.join(f'{s}/losses.csv {f}' for s, f in faults.items() if f), 'both fall')
+        items, log, said = (read_json(key), read_jsonl(place['scores']/'predictions.jsonl'),
+                            _csv(place['scores']/'scores.csv'))
+        mark('losses', '; '.join(f'{s}/losses.csv {f}' for s, f in faults.items() if f),
+             'both fall')
         fault = check_log(items, log, least)
         mark('answers', fault, f"{len(asked_of(log))} times asked, whole images")
         true = {} if fault else recomputed(items, log)
@@ -523,19 +705,28 @@ def grade(
         mark('scores', wrong, f'{len(true)} rows follow from the answers')
     except (ScoreError, ValueError, KeyError, TypeError, OSError) as e:
         done = {r['part'] for r in rows}
-        return rows + [dict(part=p, points=0, of=n, why=f'cannot be read: {said_of(e)}' if p == 'scores' else 'not looked at') for p, n in GRADE_PARTS.items() if p not in done]
+        return rows + [dict(part=p, points=0, of=n, why=f'cannot be read: {said_of(e)}'
+                            if p == 'scores' else 'not looked at') for p, n in GRADE_PARTS.items()
+                       if p not in done]
     forged = wrong if true else ''
     try: same, n, named = ask_again(place['stage2']/'model', items, log, images_dir, n_again)
-    except (OSError, ValueError, KeyError) as e: mark('weights', f'could not be asked again: {said_of(e)}')
+    except (OSError, ValueError, KeyError) as e:
+        mark('weights', f'could not be asked again: {said_of(e)}')
     else:
-        odd = f'{same} of {n} answers come out again' + ('' if named else ', and the log names other weights')
+        odd = f'{same} of {n} answers come out again' + ('' if named
+                                                         else ', and the log names other weights')
         mark('weights', odd if same < .9*n or not named else '', odd)
         if same < .9*n: forged = forged or odd
-    for part, model, condition in (('picture', 'stage2', 'image-blank'), ('curriculum', 'stage2-base', 'image')):
-        r = next((r for k, r in true.items() if k[0] == model and k[3:] == (condition, 'all', 'strict')), None)
-        text = f"{model}, {condition}: {r['value']:+.3f} ({_said_ends(_ends(r))})" if r else f'there is no row {model}, {condition}'
+    for part, model, condition in (('picture', 'stage2', 'image-blank'),
+                                   ('curriculum', 'stage2-base', 'image')):
+        r = next((r for k, r in true.items()
+                  if k[0] == model and k[3:] == (condition, 'all', 'strict')), None)
+        text = (f"{model}, {condition}: {r['value']:+.3f} ({_said_ends(_ends(r))})" if r
+                else f'there is no row {model}, {condition}')
         mark(part, text if not r or not (_ends(r)[0] or 0) > 0 else '', text)
-    if forged: rows = [dict(r, points=0, why=r['why'] if r['part'] in ('scores', 'weights') else f'refused: {forged}') for r in rows]
+    if forged:
+        rows = [dict(r, points=0, why=r['why'] if r['part'] in ('scores', 'weights')
+                     else f'refused: {forged}') for r in rows]
     return rows
 
 def total(
@@ -559,12 +750,17 @@ def made_run(
                                 tags=dict(modality='mri', organ='brain', question_type='presence'), split='test', regions=[], twin_of=f'q{i}{1 - k}', source='phantoms') \
         if (w := ('cyst', 'normal brain')[k]) else None
     items = [item(i, k) for i in range(n_images) for k in (0, 1)]
-    log = [dict(model=m, dataset='phantoms', split='test', condition=c, item=o['id'], prompt=o['question'], error=None,
+    log = [dict(model=m, dataset='phantoms', split='test', condition=c, item=o['id'],
+                prompt=o['question'], error=None,
                 text=o['answer'] if rng.random() < p else {'yes': 'no', 'no': 'yes'}[o['answer']])
-           for m, c, p in (('base', 'image', .3), ('stage2', 'image', .75), ('stage2', 'blank', .33)) for o in items]
+           for m, c, p in (('base', 'image', .3), ('stage2', 'image', .75),
+                           ('stage2', 'blank', .33)) for o in items]
     write_json(folder/GRADED_STEPS['data']/'vqa/test.json', items)
     write_jsonl(folder/GRADED_STEPS['scores']/'predictions.jsonl', log)
-    write_csv(folder/GRADED_STEPS['scores']/'scores.csv', score_table(items, log, asked_of(log), 'wrong', 500))
+    write_csv(folder/GRADED_STEPS['scores']/'scores.csv',
+              score_table(items, log, asked_of(log), 'wrong', 500))
     for s in ('stage1', 'stage2'):
-        write_csv(folder/GRADED_STEPS[s]/'losses.csv', [dict(step=i + 1, epoch=0, samples=8*i, loss=3/(1 + .2*i), lr=1e-3) for i in range(20)])
+        write_csv(folder/GRADED_STEPS[s]/'losses.csv',
+                  [dict(step=i + 1, epoch=0, samples=8*i, loss=3/(1 + .2*i), lr=1e-3)
+                   for i in range(20)])
     return folder

@@ -37,8 +37,8 @@ from ..core.renames import new_name, recorded_values, renamed
 from ..core.runs import clock, git_state, now, outputs_dir, read_json, root, run_dir
 
 # %% ../../nbs/09_lab/02_grids.ipynb #a261b651
-GRID_KEYS = ('name', 'description', 'preset', 'seeds', 'seed_steps', 'sizes', 'parameters', 'grid', 'cases', 'only', 'threads', 'gpus',
-        'retries', 'memory_gb', 'timeout_min', 'finished')
+GRID_KEYS = ('name', 'description', 'preset', 'seeds', 'seed_steps', 'sizes', 'parameters', 'grid',
+             'cases', 'only', 'threads', 'gpus', 'retries', 'memory_gb', 'timeout_min', 'finished')
 CASE_KEYS = ('name', 'description', 'preset', 'parameters', 'grid', 'only')
 
 def range_values(
@@ -47,19 +47,27 @@ def range_values(
     where:str,  # for the message
 )->list:
     "The values of a range."
-    for k in given: known_name(str(k), ('from', 'to', 'step', 'n', 'log'), f'key of a range ({where})')
+    for k in given:
+        known_name(str(k), ('from', 'to', 'step', 'n', 'log'), f'key of a range ({where})')
     a, b, step, n, log = (given.get(k) for k in ('from', 'to', 'step', 'n', 'log'))
-    def wrong(why): raise UsageError(f'{where}: {why}. Write a range as {{from: 1, to: 9, step: 2}} or {{from: 1e-4, to: 1e-3, n: 4, log: true}}.')
+    def wrong(why):
+        raise UsageError(f'{where}: {why}. Write a range as {{from: 1, to: 9, step: 2}} or {{from: '
+                         f'1e-4, to: 1e-3, n: 4, log: true}}.')
     number = lambda x: type(x) in (int, float) and (x == 0 or 1e-150 < abs(x) < 1e150)
-    if a is None or b is None: wrong(f'the range has no {"beginning (`from`)" if a is None else "end (`to`)"}')
-    if not all(number(x) for x in (a, b, step, n) if x is not None): wrong('the parts of a range are numbers')
+    if a is None or b is None:
+        wrong(f'the range has no {"beginning (`from`)" if a is None else "end (`to`)"}')
+    if not all(number(x) for x in (a, b, step, n) if x is not None):
+        wrong('the parts of a range are numbers')
     if (step is None) == (n is None): wrong('a range needs either `step` or `n`')
     if n is not None and (n != int(n) or n < 2): wrong('`n` is a whole number of at least 2')
     if log is not None and type(log) is not bool: wrong('`log` is true or false')
-    if whole and any(x != int(x) for x in (a, b, step or 0)): wrong('its ends and its step must be whole numbers here')
+    if whole and any(x != int(x) for x in (a, b, step or 0)):
+        wrong('its ends and its step must be whole numbers here')
     if log and (n is None or min(a, b) <= 0): wrong('`log` needs `n`, and two ends above 0')
-    if step is not None and (not step or (b - a)/step < 0): wrong(f'steps of {step} never lead from {a} to {b}')
-    if (count := n if n is not None else (b - a)/step + 1 + 1e-9) >= 1001: wrong('more than 1000 values are too many')
+    if step is not None and (not step or (b - a)/step < 0):
+        wrong(f'steps of {step} never lead from {a} to {b}')
+    if (count := n if n is not None else (b - a)/step + 1 + 1e-9) >= 1001:
+        wrong('more than 1000 values are too many')
     count = int(count)
     if log: values = [a*(b/a)**(i/(n - 1)) for i in range(count)]
     else: values = [a + i*(step if n is None else (b - a)/(n - 1)) for i in range(count)]
@@ -73,7 +81,9 @@ def listed(
     "All values of one parameter, of the right type, none of them twice."
     whole = 'float' not in p.kind
     values = range_values(given, whole, where) if isinstance(given, dict) else given
-    if not isinstance(values, list): raise UsageError(f'{where}: write a list such as [{given}], or a range; a single value belongs under `parameters:`.')
+    if not isinstance(values, list):
+        raise UsageError(f'{where}: write a list such as [{given}], or a range; a single value '
+                         'belongs under `parameters:`.')
     if not values: raise UsageError(f'{where}: the list is empty, so there would be no run.')
     values = [check_value(v, p, where.rpartition('.')[0]) for v in values]
     twice = next((v for i, v in enumerate(values) if v in values[:i]), None)
@@ -87,15 +97,19 @@ def dotted(
 )->dict:       # {(step, name): value}
     "Parameters by step and name."
     found = {}
-    if not isinstance({} if values is None else values, dict): raise UsageError(f'{where} must hold lines such as `2_stage1_alignment.epochs: …`.')
+    if not isinstance({} if values is None else values, dict):
+        raise UsageError(f'{where} must hold lines such as `2_stage1_alignment.epochs: …`.')
     for k, v in (values or {}).items():
         if m := re.fullmatch(r'([\w-]+)\.(\w+)', str(k)): new = {(m[1], new_name(m[2])): v}
         elif isinstance(v, dict):
             own = {str(name): x for name, x in v.items()}
             own = renamed(own, where=f'{where}: {k}.', error=UsageError)
             new = {(str(k), name): x for name, x in own.items()}
-        else: raise UsageError(f'{where}: {k} is no parameter; write it as STEP.NAME, such as 2_stage1_alignment.epochs.')
-        if both := new.keys() & found.keys(): raise UsageError(f'{where}: {".".join(*both)} stands twice.')
+        else:
+            raise UsageError(f'{where}: {k} is no parameter; write it as STEP.NAME, such as '
+                             '2_stage1_alignment.epochs.')
+        if both := new.keys() & found.keys():
+            raise UsageError(f'{where}: {".".join(*both)} stands twice.')
         found |= new
     return found
 
@@ -107,21 +121,31 @@ def _number(got, key, kinds, least, most, path): # a number of the grid file, or
     value = got.get(key)
     if value is None: return least
     if type(value) not in kinds or not least <= value <= most:
-        raise UsageError(f'{path.name}: {key} is {value!r:.60}, and must be a {"" if float in kinds else "whole "}number from {least} to {most}.')
+        raise UsageError(f'{path.name}: {key} is {value!r:.60}, and must be a '
+                         f'{"" if float in kinds else "whole "}number from {least} to {most}.')
     return value
 
 def _label(value, what, where): # what may name a folder
-    if (isinstance(value, str) or type(value) is int) and re.fullmatch(r'[A-Za-z0-9][\w.+-]{0,99}', str(value), re.ASCII): return str(value)
-    why = '' if isinstance(value, str) else f', and is read as {type(value).__name__}: put it between quotes' if not isinstance(value, (list, dict, type(None))) else ''
-    said = f'{str(value)[:60]!r} cannot name a batch' if what == 'batch' else f'a {what} is named {str(value)[:60]!r}'
-    raise UsageError(f'{where}: {said}{why}; use at most 100 letters, digits, dots, dashes and underscores under `name:`.')
+    if (isinstance(value, str) or type(value) is int) and re.fullmatch(r'[A-Za-z0-9][\w.+-]{0,99}',
+                                                                       str(value), re.ASCII):
+        return str(value)
+    why = ('' if isinstance(value, str) else f', and is read as {type(value).__name__}: put it '
+           'between quotes' if not isinstance(value, (list, dict, type(None))) else '')
+    said = (f'{str(value)[:60]!r} cannot name a batch' if what == 'batch'
+            else f'a {what} is named {str(value)[:60]!r}')
+    raise UsageError(f'{where}: {said}{why}; use at most 100 letters, digits, dots, dashes and '
+                     'underscores under `name:`.')
 
 def _file(grid): # where a grid file is
     path = Path(given := os.path.expanduser(grid))
     if path.suffix.lower() in ('.yaml', '.yml') and os.path.isfile(path): return path
-    if os.path.isdir(given) and grid not in grids(): raise UsageError(f'{grid} is a folder, not a grid file.')
-    if os.path.isfile(given) and grid not in grids(): raise UsageError(f'{grid} is no grid file: its name must end in .yaml.')
-    if path.suffix.lower() in ('.yaml', '.yml'): raise UsageError(f'The grid file {grid[:200]} does not exist. Known: {", ".join(grids()) or "none"}.')
+    if os.path.isdir(given) and grid not in grids():
+        raise UsageError(f'{grid} is a folder, not a grid file.')
+    if os.path.isfile(given) and grid not in grids():
+        raise UsageError(f'{grid} is no grid file: its name must end in .yaml.')
+    if path.suffix.lower() in ('.yaml', '.yml'):
+        raise UsageError(f'The grid file {grid[:200]} does not exist. Known: '
+                         f'{", ".join(grids()) or "none"}.')
     return grids()[known_name(grid, grids(), 'grid')]
 
 def read_grid(
@@ -131,57 +155,85 @@ def read_grid(
     "Read a grid file and check its shape."
     path, other = _file(grid), ''
     try: got = read_yaml(path.read_text(encoding='utf-8')) or {}
-    except yaml.YAMLError as e: raise UsageError(f'{path} is not valid YAML: {" ".join(str(e).split())}.') from None
-    except UnicodeDecodeError: raise UsageError(f'{path} is not UTF-8 text: save it as UTF-8.') from None
-    if not isinstance(got, dict): raise UsageError(f'{path} must hold `preset:`, `seeds:` and `grid:`.')
+    except yaml.YAMLError as e:
+        raise UsageError(f'{path} is not valid YAML: {" ".join(str(e).split())}.') from None
+    except UnicodeDecodeError:
+        raise UsageError(f'{path} is not UTF-8 text: save it as UTF-8.') from None
+    if not isinstance(got, dict):
+        raise UsageError(f'{path} must hold `preset:`, `seeds:` and `grid:`.')
     for k in got: known_name(str(k), GRID_KEYS, f'key of a grid ({path.name})')
-    if not isinstance(got.get('preset'), str): raise UsageError(f'{path.name} names no preset: add a line such as `preset: tiny`.')
-    if not isinstance(about := got.get('description') or '', str): raise UsageError(f'{path.name}: the description must be a text, not {about!r}.')
+    if not isinstance(got.get('preset'), str):
+        raise UsageError(f'{path.name} names no preset: add a line such as `preset: tiny`.')
+    if not isinstance(about := got.get('description') or '', str):
+        raise UsageError(f'{path.name}: the description must be a text, not {about!r}.')
     whole, name = path.resolve(), _label(got.get('name', path.stem), 'batch', path.name)
-    if not isinstance(rows := got.get('finished') or '', str) or (rows and not rows.endswith('.csv')):
-        raise UsageError(f'{path.name}: finished must name a CSV file below the repository, not {rows!r}.')
+    if not isinstance(rows := got.get('finished') or '',
+                      str) or (rows and not rows.endswith('.csv')):
+        raise UsageError(f'{path.name}: finished must name a CSV file below the repository, not '
+                         f'{rows!r}.')
     if preset and preset != got['preset']:
         cases = got['cases'] if isinstance(got.get('cases'), list) else []
         if own := [c.get('name') for c in cases if isinstance(c, dict) and c.get('preset')]:
-            raise UsageError(f'{path.name}: the case {own[0]} names a preset of its own, so --preset cannot be given.')
+            raise UsageError(f'{path.name}: the case {own[0]} names a preset of its own, so '
+                             '--preset cannot be given.')
         recipe = read_preset(preset)
-        name, other = f"{name}-{recipe['name']}", '' if recipe['owner'] == recipe['name'] else f" with the preset {recipe['owner']}"
-        got = {k: v for k, v in got.items() if k not in ('sizes', 'memory_gb', 'timeout_min', 'gpus')} | dict(
-            preset=preset, gpus=(recipe['hardware'] or {}).get('gpus', 0))
-    read = dict(name=_label(name, 'batch', path.name), description=' '.join(about.split()), preset=got['preset'], path=path, finished='' if preset else rows,
-                owner='grid ' + (whole.relative_to(root()).as_posix() if whole.is_relative_to(root()) else str(whole)) + other)
-    for key, kinds, least, most in (('threads', (int,), 1, 1024), ('gpus', (int,), 0, 1024), ('retries', (int,), 0, 100),
-                                    ('memory_gb', (int, float), 0, 100_000), ('timeout_min', (int, float), 0, 1_000_000)):
+        name, other = (f"{name}-{recipe['name']}", '' if recipe['owner'] == recipe['name'] else " "
+                       f"with the preset {recipe['owner']}")
+        got = {k: v for k, v in got.items()
+               if k not in ('sizes', 'memory_gb', 'timeout_min', 'gpus')} | dict(
+                   preset=preset, gpus=(recipe['hardware'] or {}).get('gpus', 0))
+    read = dict(name=_label(name, 'batch', path.name), description=' '.join(about.split()),
+                preset=got['preset'], path=path, finished='' if preset else rows,
+                owner='grid ' + (whole.relative_to(root()).as_posix()
+                                 if whole.is_relative_to(root()) else str(whole)) + other)
+    for key, kinds, least, most in (('threads', (int,), 1, 1024), ('gpus', (int,), 0, 1024),
+                                    ('retries', (int,), 0, 100),
+                                    ('memory_gb', (int, float), 0, 100_000),
+                                    ('timeout_min', (int, float), 0, 1_000_000)):
         read[key] = _number(got, key, kinds, least, most, path)
-    return read | dict(seeds=_seeds(got.get('seeds', [0]), path.name), seed_steps=_names(got.get('seed_steps'), 'seed_steps', path.name),
+    return read | dict(seeds=_seeds(got.get('seeds', [0]), path.name),
+                       seed_steps=_names(got.get('seed_steps'), 'seed_steps', path.name),
                        cases=_cases(got, path.name))
 
 def _seeds(given, name):
     if isinstance(given, dict): given = range_values(given, True, f'{name}: seeds')
-    if not isinstance(given, list) or not given: raise UsageError(f'{name}: seeds must be a list that is not empty, such as [0, 1, 2].')
-    if wrong := [s for s in given if type(s) is not int or not 0 <= s < 2**32]: raise UsageError(f'{name}: the seed {wrong[0]!r} is no whole number from 0 to {2**32 - 1}.')
+    if not isinstance(given, list) or not given:
+        raise UsageError(f'{name}: seeds must be a list that is not empty, such as [0, 1, 2].')
+    if wrong := [s for s in given if type(s) is not int or not 0 <= s < 2**32]:
+        raise UsageError(f'{name}: the seed {wrong[0]!r} is no whole number from 0 to {2**32 - 1}.')
     if len(set(given)) < len(given): raise UsageError(f'{name}: a seed stands twice in {given}.')
     return given
 
 def _names(given, key, name):
-    if given is not None and (not isinstance(given, list) or not given): raise UsageError(f'{name}: {key} must be a list of steps that is not empty.')
+    if given is not None and (not isinstance(given, list) or not given):
+        raise UsageError(f'{name}: {key} must be a list of steps that is not empty.')
     return [str(s) for s in given or []]
 
 def _cases(got, name): # every case with what the file says for all of them
     cases, seen = got.get('cases', [{}]), set()
     if not isinstance(cases, list) or not cases or not all(isinstance(c, dict) for c in cases):
-        raise UsageError(f'{name}: cases must be a list that is not empty, of lines such as `- {{name: base, parameters: {{}}}}`.')
+        raise UsageError(f'{name}: cases must be a list that is not empty, of lines such as `- '
+                         f'{{name: base, parameters: {{}}}}`.')
     for c in cases:
         for k in c: known_name(str(k), CASE_KEYS, f'key of a case ({name})')
         label = _label(c.get('name', ''), 'case', name) if 'cases' in got else ''
-        if not isinstance(c.get('preset', ''), str): raise UsageError(f'{name}: the case {label} names no preset: add one, or leave the line away.')
+        if not isinstance(c.get('preset', ''), str):
+            raise UsageError(f'{name}: the case {label} names no preset: add one, or leave the '
+                             'line away.')
         if label in seen: raise UsageError(f"{name}: two cases are named '{label}'.")
         seen.add(label)
-    sizes, all_parameters, all_grid = (dotted(got.get(k), f'{name}: {k}') for k in ('sizes', 'parameters', 'grid'))
-    read = [dict(name=str(c.get('name', '')), preset=c.get('preset', got['preset']), only=_names(got.get('only') if c.get('only') is None else c['only'], 'only', name),
-                 parameters=[sizes, all_parameters, dotted(c.get('parameters'), f'{name}: parameters')], grid=all_grid | dotted(c.get('grid'), f'{name}: grid')) for c in cases]
-    for given, grid in [(all_parameters, all_grid), *((c['parameters'][2], c['grid']) for c in read)]:
-        if both := given.keys() & grid.keys(): raise UsageError(f'{name}: {".".join(min(both))} has one value under `parameters` and varies under `grid`: leave one away.')
+    sizes, all_parameters, all_grid = (dotted(got.get(k), f'{name}: {k}')
+                                       for k in ('sizes', 'parameters', 'grid'))
+    read = [dict(name=str(c.get('name', '')), preset=c.get('preset', got['preset']),
+                 only=_names(got.get('only') if c.get('only') is None else c['only'], 'only', name),
+                 parameters=[sizes, all_parameters,
+                             dotted(c.get('parameters'), f'{name}: parameters')],
+                 grid=all_grid | dotted(c.get('grid'), f'{name}: grid')) for c in cases]
+    for given, grid in [(all_parameters, all_grid),
+                        *((c['parameters'][2], c['grid']) for c in read)]:
+        if both := given.keys() & grid.keys():
+            raise UsageError(f'{name}: {".".join(min(both))} has one value under `parameters` and '
+                             'varies under `grid`: leave one away.')
     return read
 
 # %% ../../nbs/09_lab/02_grids.ipynb #2a0300a6
@@ -196,11 +248,14 @@ class Run:
     keys:dict = field(default_factory=dict) # step → its key
     preset:str = '' # where it starts from
     inputs:dict = field(default_factory=dict) # step → what its key is made of
-    origin:dict = field(default_factory=dict) # its notebooks and recipes, where the preset lists them
+    # its notebooks and recipes, where the preset lists them
+    origin:dict = field(default_factory=dict)
 
 def _word(value): # for the name of a folder
-    text = f'{value:g}' if isinstance(value, float) else '+'.join(map(str, value)) if isinstance(value, list) else str(value)
-    return re.sub(r'[^\w.+-]+', '_', text.rstrip('/').split('/')[-1], flags=re.ASCII)[-24:] or 'none'
+    text = (f'{value:g}' if isinstance(value, float) else '+'.join(map(str, value))
+            if isinstance(value, list) else str(value))
+    return re.sub(r'[^\w.+-]+', '_', text.rstrip('/').split('/')[-1],
+                  flags=re.ASCII)[-24:] or 'none'
 
 def run_name(
     case:str,    # name of the case, or nothing
@@ -209,37 +264,48 @@ def run_name(
 )->str:
     "What a run's folder is called."
     names = Counter(k.split('.')[1] for k in varied)
-    short = lambda k: k.split('.')[1] if names[k.split('.')[1]] == 1 else re.split('[_.]', k)[0] + '.' + k.split('.')[1]
-    parts = [short(k) + ('' if type(v) in (int, float) else '-') + _word(v) for k, v in varied.items()]
+    short = (lambda k: k.split('.')[1] if names[k.split('.')[1]] == 1
+             else re.split('[_.]', k)[0] + '.' + k.split('.')[1])
+    parts = [short(k) + ('' if type(v) in (int, float) else '-') + _word(v)
+             for k, v in varied.items()]
     return '-'.join(filter(None, [case, *parts, f's{seed}']))
 
 def _fill(plan, values, known, must=''): # put (step, name) → value into a plan; `all` first
     full = [(targets(step, name, known)[0], name) for step, name in values if step != 'all']
-    if twice := next((x for x in full if full.count(x) > 1), None): raise UsageError(f'{".".join(twice)} stands twice.')
+    if twice := next((x for x in full if full.count(x) > 1), None):
+        raise UsageError(f'{".".join(twice)} stands twice.')
     for (step, name), v in sorted(values.items(), key=lambda kv: kv[0][0] != 'all'):
         hit = [t for t in targets(step, name, known) if t in plan]
         checked = {t: given_value(t, name, v, known) for t in targets(step, name, known)}
-        if must and not hit: raise UsageError(f'{step}.{name} {must}, but {step} is not among the steps of the run ({", ".join(plan)}).')
+        if must and not hit:
+            raise UsageError(f'{step}.{name} {must}, but {step} is not among the steps of the run '
+                             f'({", ".join(plan)}).')
         for t in hit: plan[t][name] = checked[t]
 
 MAX_RUNS = 2000   # runs of a batch
 
 def _check_seeds(case, seeded, known): # a seed under `parameters` would be lost without a word
     for step, name in (k for level in case['parameters'] for k in level if k[1] == 'seed'):
-        if set(targets(step, name, known)) <= set(seeded): raise UsageError(f'{step}.{name}: seeds belong under `seeds:`, or leave {step} out of `seed_steps:`.')
+        if set(targets(step, name, known)) <= set(seeded):
+            raise UsageError(f'{step}.{name}: seeds belong under `seeds:`, or leave {step} out of '
+                             '`seed_steps:`.')
 
 def _check_own(plan): # what a value calls `{run}/…` must be made before
     for i, (s, values) in enumerate(plan.items()):
         for k, v in ((k, v) for k, value in values.items() for v in plain_values(value)):
-            if isinstance(v, str) and v.startswith('{run}/') and (made := v.split('/')[1]) not in list(plan)[:i]:
-                raise UsageError(f'{s}.{k} is {v}, and {made!r} is none of the steps of the run that come before {s} ({", ".join(plan)}).')
+            if (isinstance(v, str) and v.startswith('{run}/')
+                and (made := v.split('/')[1]) not in list(plan)[:i]):
+                raise UsageError(f'{s}.{k} is {v}, and {made!r} is none of the steps of the run '
+                                 f'that come before {s} ({", ".join(plan)}).')
 
 def plan_grid(
     grid:dict, # from read_grid
 )->list:       # of Run, without keys
     "All runs of a grid, every name and value checked."
     try: return _runs(grid)
-    except UsageError as e: raise UsageError(str(e) if grid['path'].name in str(e) else f"{grid['path'].name}: {e}") from None
+    except UsageError as e:
+        raise UsageError(str(e) if grid['path'].name in str(e)
+                         else f"{grid['path'].name}: {e}") from None
 
 def _runs(grid):
     runs, known_by = [], {}
@@ -247,12 +313,15 @@ def _runs(grid):
         recipe = read_preset(case['preset'])
         known = known_by[case['name']] = {s: read_parameters(p)
                                           for s, p in books_of(recipe).items()}
-        seeded = [known_name(s, known, 'step', prefix=True) for s in grid['seed_steps']] or list(known)
+        seeded = [known_name(s, known, 'step', prefix=True)
+                  for s in grid['seed_steps']] or list(known)
         _check_seeds(case, seeded, known)
         axes, found = _axes(case, known), stand_ins(recipe)
         n = len(runs) + math.prod(map(len, axes.values()))*len(grid['seeds'])
-        if n > MAX_RUNS: raise UsageError(f'{n} runs are too many for one batch: it may have {MAX_RUNS}.')
-        for combination, seed in itertools.product(itertools.product(*axes.values()), grid['seeds']):
+        if n > MAX_RUNS:
+            raise UsageError(f'{n} runs are too many for one batch: it may have {MAX_RUNS}.')
+        for combination, seed in itertools.product(itertools.product(*axes.values()),
+                                                   grid['seeds']):
             varied = dict(zip(axes, combination))
             plan = _plan(grid, case, recipe, varied, seed, seeded, known)
             name, base = run_name(case['name'], varied, seed), plan_base(plan)
@@ -263,7 +332,9 @@ def _runs(grid):
     hit = lambda k: any(t in r.plan for r in runs for t in targets(*k, known_by[r.case]))
     lost = next((k for level in grid['cases'][0]['parameters'][:2] for k in level
                  if not hit(k)), None)
-    if lost: raise UsageError(f'{".".join(lost)} has a value, but no run has that step; name it under `only:`, or leave the value away.')
+    if lost:
+        raise UsageError(f'{".".join(lost)} has a value, but no run has that step; name it under '
+                         '`only:`, or leave the value away.')
     return _distinct(runs, grid)
 
 def _axes(case, known): # 'step.name' → the values that it takes
@@ -277,15 +348,19 @@ def _axes(case, known): # 'step.name' → the values that it takes
     return axes
 
 def _plan(grid, case, recipe, varied, seed, seeded, known): # step → parameters; later levels win
-    levels = [dotted(recipe['parameters'], recipe['name']), *case['parameters'], dotted(varied, 'grid')]
+    levels = [dotted(recipe['parameters'], recipe['name']), *case['parameters'],
+              dotted(varied, 'grid')]
     for s in recipe['parameters']:
         if s != 'all': known_name(s, known, f"step (named by the preset {recipe['name']})")
-    named = set(recipe['parameters']) | {targets(*k, known)[0] for level in levels[1:] for k in level if k[0] != 'all'}
+    named = set(recipe['parameters']) | {targets(*k, known)[0] for level in levels[1:]
+                                         for k in level if k[0] != 'all'}
     plan = {s: {k: p.default for k, p in known[s].items()}
             for s in choose_steps(case['only'], named, recipe['notebooks'])}
     for s in plan:
         if 'threads' in known[s]: plan[s]['threads'] = grid['threads']
-    for level, must in zip(levels, ('', '', '', f"has a value in the case {case['name']}" if case['name'] else '', 'varies')): _fill(plan, level, known, must)
+    for level, must in zip(levels, (
+        '', '', '', f"has a value in the case {case['name']}" if case['name'] else '', 'varies')):
+        _fill(plan, level, known, must)
     for s in plan:
         if 'seed' in plan[s] and s in seeded: plan[s]['seed'] = seed
     check_stages(plan, recipe)
@@ -295,10 +370,14 @@ def _plan(grid, case, recipe, varied, seed, seeded, known): # step → parameter
 def _distinct(runs, grid): # names are unique, and every run knows its folder
     for name, n in Counter(r.name.lower() for r in runs).items():
         same = [r for r in runs if r.name.lower() == name] if n > 1 else []
-        if same: raise UsageError(f"{grid['path'].name}: two runs would be named '{same[0].name}'; tell them apart by the names of their cases.")
+        if same:
+            raise UsageError(f"{grid['path'].name}: two runs would be named '{same[0].name}'; tell "
+                             "them apart by the names of their cases.")
     for r in runs:
         for s, values in r.plan.items():
-            if len(r.name) > 180: raise UsageError(f"{grid['path'].name}: the name '{r.name}' is too long for a folder; use cases with short names.")
+            if len(r.name) > 180:
+                raise UsageError(f"{grid['path'].name}: the name '{r.name}' is too long for a "
+                                 "folder; use cases with short names.")
             values.update({k: f"{grid['name']}/{r.name}" for k in GIVEN if k in values})
     return runs
 
@@ -340,8 +419,11 @@ def _record(run): # of a run that may not have begun; a damaged one is named
     if not p.exists(): return {'steps': {}}
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         record = read_json(p)
-        if all(isinstance(x, dict) for x in (record, record['steps'], record['hashes'], *record['steps'].values())): return record
-    raise ValueError(f'{p} is damaged: delete {p.parent}, and the same command does only that run anew.')
+        if all(isinstance(x, dict)
+               for x in (record, record['steps'], record['hashes'], *record['steps'].values())):
+            return record
+    raise ValueError(f'{p} is damaged: delete {p.parent}, and the same command does only that run '
+                     'anew.')
 
 def tasks_of(
     runs:list, # of Run, with keys
@@ -354,17 +436,22 @@ def tasks_of(
         for step, key in r.keys.items():
             u = tasks.setdefault(key, Task(key, step, [], list(r.inputs[step]['before'].values())))
             u.runs.append(r)
-            if not u.done and is_done(f'{batch}/{r.name}', step, key, record): u.done = f'{batch}/{r.name}'
+            if not u.done and is_done(f'{batch}/{r.name}', step, key, record):
+                u.done = f'{batch}/{r.name}'
     return tasks
 
 # %% ../../nbs/09_lab/02_grids.ipynb #b00051a1
 def gpus_here()->list: # names for CUDA_VISIBLE_DEVICES
     "The GPUs of this machine."
     given = os.environ.get('CUDA_VISIBLE_DEVICES')
-    if given is not None: return list(itertools.takewhile(lambda x: x != '-1', (x for x in given.split(',') if x.strip())))   # -1 hides what follows
+    # -1 hides what follows
+    if given is not None:
+        return list(itertools.takewhile(lambda x: x != '-1',
+                                        (x for x in given.split(',') if x.strip())))
     try: listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired): return []
-    return [str(i) for i, x in enumerate(x for x in listed.stdout.splitlines() if x.startswith('GPU'))]
+    return [str(i)
+            for i, x in enumerate(x for x in listed.stdout.splitlines() if x.startswith('GPU'))]
 
 def default_workers(
     threads:int,     # of a notebook
@@ -385,14 +472,18 @@ def slurm_script(
     hours:float=12, # of a job
 )->str:          # for sbatch
     "A SLURM job array of Dask workers that fit a grid."
-    lines = ['#!/usr/bin/env bash', f"#SBATCH --job-name=llava-med-{grid['name']}", f'#SBATCH --array=1-{jobs}', f"#SBATCH --cpus-per-task={grid['threads']}",
-             f"#SBATCH --mem={math.ceil(grid['memory_gb'] or 8)}G", f'#SBATCH --time={int(hours)}:{round(hours % 1*60):02d}:00']
+    lines = ['#!/usr/bin/env bash', f"#SBATCH --job-name=llava-med-{grid['name']}",
+             f'#SBATCH --array=1-{jobs}', f"#SBATCH --cpus-per-task={grid['threads']}",
+             f"#SBATCH --mem={math.ceil(grid['memory_gb'] or 8)}G",
+             f'#SBATCH --time={int(hours)}:{round(hours % 1*60):02d}:00']
     if grid['gpus']: lines.append(f"#SBATCH --gres=gpu:{grid['gpus']}")
     own = f" --resources \"GPU={grid['gpus']}\"" if grid['gpus'] else ''
-    return '\n'.join(lines + [f'dask worker {address} --nthreads 1 --no-nanny --death-timeout 300 --local-directory "${{TMPDIR:-/tmp}}"{own}']) + '\n'
+    return '\n'.join(lines + [f'dask worker {address} --nthreads 1 --no-nanny --death-timeout 300 '
+                              f'--local-directory "${{TMPDIR:-/tmp}}"{own}']) + '\n'
 
 # %% ../../nbs/09_lab/02_grids.ipynb #90f42b72
-SIZE_PARAMETERS = ('epochs', 'figures', 'n_images', 'n_figures', 'n_test_images', 'n_questions')  # a step takes as many times longer
+# a step takes as many times longer
+SIZE_PARAMETERS = ('epochs', 'figures', 'n_images', 'n_figures', 'n_test_images', 'n_questions')
 
 def sized(
     step:str,  # a step
@@ -410,14 +501,17 @@ def sized(
 def past_steps()->dict: # notebook → list of (parameters, seconds)
     "What finished steps of all runs on this machine took, and those of the committed demo; the newest first."
     found = {}
-    paths = [*outputs_dir().glob('*/run.json'), *outputs_dir().glob('*/*/run.json'), root()/'outputs/example/run.json']
+    paths = [*outputs_dir().glob('*/run.json'), *outputs_dir().glob('*/*/run.json'),
+             root()/'outputs/example/run.json']
     for p in sorted({p.resolve() for p in paths if p.exists()}, key=lambda p: -p.stat().st_mtime):
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):   # a damaged record tells nothing
+        # a damaged record tells nothing
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
             record = read_json(p)
             steps = record.get('steps', {})
             told = {s: recorded_values(r.get('parameters', {})) for s, r in steps.items()}
             for s, r in steps.items():
-                if r.get('wall_s') and r.get('state', 'done') == 'done' and not r.get('shared_from'):
+                if r.get('wall_s') and r.get('state',
+                                             'done') == 'done' and not r.get('shared_from'):
                     found.setdefault(stem_of(s, record),
                                      []).append((sized(s, told, record), float(r['wall_s'])))
     return found
@@ -427,12 +521,16 @@ def estimate(
     past:dict,             # from past_steps
 )->float|None:             # seconds, or None where no earlier run knows
     "About how long a step will take: as the most similar one with the same base did, in proportion to epochs, figures, questions and threads."
-    rows = [r for r in past.get(step, []) if not {'model'} <= values.keys() & r[0].keys() or r[0]['model'] == values['model']]
+    rows = [r for r in past.get(step, [])
+            if not {'model'} <= values.keys() & r[0].keys() or r[0]['model'] == values['model']]
     if not rows: return None
-    used, took = min(rows, key=lambda r: sum(values.get(k) != v for k, v in r[0].items() if k != 'seed'))
+    used, took = min(rows,
+                     key=lambda r: sum(values.get(k) != v for k, v in r[0].items() if k != 'seed'))
     for k in SIZE_PARAMETERS:
-        if all(type(x.get(k)) in (int, float) and x[k] > 0 for x in (values, used)): took *= values[k]/used[k]
-    threads = [x.get('threads') if isinstance(x.get('threads'), int) and x['threads'] > 0 else 1 for x in (used, values)]
+        if all(type(x.get(k)) in (int, float) and x[k] > 0 for x in (values, used)):
+            took *= values[k]/used[k]
+    threads = [x.get('threads') if isinstance(x.get('threads'), int) and x['threads'] > 0 else 1
+               for x in (used, values)]
     return took*threads[0]/threads[1]
 
 def total_time(
@@ -441,9 +539,11 @@ def total_time(
 )->float:        # seconds
     "About how long all that is left will take: tasks are given out as they become ready."
     free, ends = [0.0]*max(workers, 1), {}
-    for u in sorted((u for u in tasks.values() if not u.done), key=lambda u: len(u.before)):   # all steps before it count
+    # all steps before it count
+    for u in sorted((u for u in tasks.values() if not u.done), key=lambda u: len(u.before)):
         i = min(range(len(free)), key=lambda i: free[i])
-        ends[u.key] = free[i] = max([free[i], *(ends.get(k, 0.0) for k in u.before)]) + (u.estimate or 0)
+        ends[u.key] = free[i] = max([free[i], *(ends.get(k, 0.0) for k in u.before)]) + (u.estimate
+                                                                                         or 0)
     return max(ends.values(), default=0.0)
 
 # %% ../../nbs/09_lab/02_grids.ipynb #3a593b51
@@ -451,8 +551,10 @@ def headline(
     rows:list, # of table.csv
 )->list:       # those of one score: of the last model, with the image, strict where there is such a metric
     "The score that a reader looks for first."
-    rows = [r for r in rows if r.get('value') not in (None, '') and '-' not in r['model'] + r['condition'] and not r['model'].startswith('prior')]
-    for k, wanted in (('condition', ('image',)), ('metric', ('strict',)), ('model', ('tuned', 'stage2', 'stage1'))):
+    rows = [r for r in rows if r.get('value') not in (None, '')
+            and '-' not in r['model'] + r['condition'] and not r['model'].startswith('prior')]
+    for k, wanted in (('condition', ('image',)), ('metric', ('strict',)),
+                      ('model', ('tuned', 'stage2', 'stage1'))):
         names = list(dict.fromkeys(r[k] for r in rows))
         best = next((w for w in wanted if w in names), names[-1] if names else None)
         rows = [r for r in rows if r[k] == best]
@@ -473,8 +575,10 @@ def over_seeds(
     out = []
     for same, x in groups.values():
         m, n = sum(x)/len(x), len(x)
-        half = stats.t.ppf(.975, n - 1)*(sum((v - m)**2 for v in x)/(n - 1)/n)**.5 if n > 1 else None
-        out.append(same | dict(mean=m, low=None if half is None else m - half, high=None if half is None else m + half, n_seeds=n))
+        half = stats.t.ppf(.975,
+                           n - 1)*(sum((v - m)**2 for v in x)/(n - 1)/n)**.5 if n > 1 else None
+        out.append(same | dict(mean=m, low=None if half is None else m - half,
+                               high=None if half is None else m + half, n_seeds=n))
     return out
 
 # %% ../../nbs/09_lab/02_grids.ipynb #c0000002
@@ -492,7 +596,9 @@ def main_scores(
 )->list:       # those of the first metric, of the models that were trained and their base, with and without the image
     "The few scores of a table that say how a run went."
     best = headline(rows)
-    found = [r for r in rows if best and r.get('value') not in (None, '') and r['metric'] == best[0]['metric'] and r['condition'] in TABLE_CONDITIONS and '-' not in r['model']]
+    found = [r for r in rows
+             if best and r.get('value') not in (None, '') and r['metric'] == best[0]['metric']
+             and r['condition'] in TABLE_CONDITIONS and '-' not in r['model']]
     trained = [r for r in found if r['model'] in ('base', 'stage1', 'stage2', 'tuned')]
     return trained or found
 
@@ -501,7 +607,8 @@ def summary_rows(
 )->tuple:      # rows, columns
     "One row a run: what it was, and its main scores side by side, each in a column such as `strict stage2 image`."
     models = list(dict.fromkeys(r.get('model') for r in rows))
-    main = sorted(main_scores(rows), key=lambda r: (models.index(r['model']), TABLE_CONDITIONS.index(r['condition'])))
+    main = sorted(main_scores(rows),
+                  key=lambda r: (models.index(r['model']), TABLE_CONDITIONS.index(r['condition'])))
     head = list(rows[0])[:list(rows[0]).index('state') + 1] if rows else []
     sets = {r['dataset'] for r in main}
     found = {r['run']: {k: r[k] for k in head} for r in rows}
@@ -518,10 +625,13 @@ def batch_rows(
 )->list:                   # of dicts of text; `setting` is the run's name without its seed
     "A table of a batch; raises FileNotFoundError where there is none, and ValueError where runs are missing."
     folder = Path(folder)
-    if not (folder/file).exists(): raise FileNotFoundError(f'{folder/file} is not there: run `llava-med batch {folder.name}` first.')
+    if not (folder/file).exists():
+        raise FileNotFoundError(f'{folder/file} is not there: run `llava-med batch {folder.name}` '
+                                'first.')
     with open(folder/file, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
     if left := sorted({r['run'] for r in rows if r.get('state', 'done') != 'done'}):
-        raise ValueError(f'{folder}: {len(left)} runs are not complete, such as {left[0]}; the same `llava-med batch {folder.name}` goes on with them.')
+        raise ValueError(f'{folder}: {len(left)} runs are not complete, such as {left[0]}; the '
+                         f'same `llava-med batch {folder.name}` goes on with them.')
     return [r | dict(setting=r['run'].removesuffix(f"-s{r['seed']}")) for r in rows]
 
 # %% ../../nbs/09_lab/02_grids.ipynb #964e1272
@@ -532,12 +642,16 @@ def seed_differences(
 )->dict:         # mean, low, high, n_seeds of first − second, and values by seed
     "The difference between two scores, seed by seed, with the 95 % interval of Student's t; raises ValueError where a seed has none or two."
     def by_seed(wanted):
-        hit = [r for r in rows if r.get('value') not in (None, '') and all(str(r.get(k, '')) == str(v) for k, v in wanted.items())]
+        hit = [r for r in rows if r.get('value') not in (None, '')
+               and all(str(r.get(k, '')) == str(v) for k, v in wanted.items())]
         found = {str(r['seed']): float(r['value']) for r in hit}
-        if not hit or len(found) < len(hit): raise ValueError(f'{len(hit)} scores of {len(found)} seeds fit {wanted}; one of each seed is needed.')
+        if not hit or len(found) < len(hit):
+            raise ValueError(f'{len(hit)} scores of {len(found)} seeds fit {wanted}; one of each '
+                             'seed is needed.')
         return found
     a, b = by_seed(first), by_seed(second)
-    if set(a) != set(b): raise ValueError(f'{first} has the seeds {", ".join(a)}, but {second} has {", ".join(b)}.')
+    if set(a) != set(b):
+        raise ValueError(f'{first} has the seeds {", ".join(a)}, but {second} has {", ".join(b)}.')
     values = {s: a[s] - b[s] for s in a}
     return over_seeds([dict(value=v) for v in values.values()])[0] | dict(values=values)
 
@@ -561,14 +675,16 @@ def lacking(
 )->dict:                              # path → the command that puts it there
     "What the presets of a grid need for the steps that are left, and what is not there."
     left = [(r.case, {s: v for s, v in r.plan.items() if not tasks[r.keys[s]].done}) for r in runs]
-    return {p: c for case in grid['cases'] for recipe in [read_preset(case['preset'])] if recipe['needs']
-            for name, plan in left if name == case['name'] for p, c in missing_files(recipe, plan).items()}
+    return {p: c for case in grid['cases'] for recipe in [read_preset(case['preset'])]
+            if recipe['needs'] for name, plan in left if name == case['name']
+            for p, c in missing_files(recipe, plan).items()}
 
 def most_threads(
     grid:dict, runs:list, # from read_grid and plan_grid
 )->int:
     "The largest number of threads that a step asks for."
-    return max([grid['threads'], *(v['threads'] for r in runs for v in r.plan.values() if isinstance(v.get('threads'), int))])
+    return max([grid['threads'], *(v['threads'] for r in runs for v in r.plan.values()
+                                   if isinstance(v.get('threads'), int))])
 
 def plan_lines(
     grid:dict, runs:list, tasks:dict, # from read_grid and lay_out
@@ -578,20 +694,28 @@ def plan_lines(
     "The plan in words."
     todo = [u for u in tasks.values() if not u.done]
     n, kept = sum(len(r.plan) for r in runs), sum(len(u.runs) for u in tasks.values() if u.done)
-    yield f"{grid['name']}: {len(runs)} runs{', ' + grid['description'].rstrip('.') if grid['description'] else ''}. Seeds {', '.join(map(str, grid['seeds'][:12]))}{' …' if len(grid['seeds']) > 12 else ''}."
-    yield f'{n} steps: {len(todo)} to run, {n - len(todo) - kept} shared with one of these, {kept} finished before.'
+    yield (f"{grid['name']}: {len(runs)} "
+           f"runs{', ' + grid['description'].rstrip('.') if grid['description'] else ''}. Seeds "
+           f"{', '.join(map(str, grid['seeds'][:12]))}{' …' if len(grid['seeds']) > 12 else ''}.")
+    yield (f'{n} steps: {len(todo)} to run, {n - len(todo) - kept} shared with one of these, '
+           f'{kept} finished before.')
     for r in runs[:most]:
-        say = [f'{s} (as {u.runs[0].name})' if u.runs[0] is not r and not u.done else f'{s} (done)' if u.done else s
-               for s, k in r.keys.items() for u in [tasks[k]]]
+        say = [f'{s} (as {u.runs[0].name})' if u.runs[0] is not r and not u.done else f'{s} (done)'
+               if u.done else s for s, k in r.keys.items() for u in [tasks[k]]]
         yield f'  {r.name}: {", ".join(say)}'
     if len(runs) > most: yield f'  … and {len(runs) - most} more; plan.json names all.'
     unknown = sorted({u.step for u in todo if u.estimate is None})
-    known = f'about {clock(total_time(tasks, workers))}' if len(unknown) < len({u.step for u in todo}) else 'a time that no earlier run tells'
+    known = (f'about {clock(total_time(tasks, workers))}'
+             if len(unknown) < len({u.step for u in todo}) else 'a time that no earlier run tells')
     if todo:
-        yield f"This takes {known}, {workers} at a time" + (f', and the time of {", ".join(unknown)}, which no earlier run tells.' if unknown and 'about' in known else '.')
-    limits = [f"{grid['memory_gb']:g} GB for a notebook" if grid['memory_gb'] else '', f"{grid['timeout_min']:g} min for a run" if grid['timeout_min'] else '']
+        yield f"This takes {known}, {workers} at a time" + (
+            f', and the time of {", ".join(unknown)}, which no earlier run tells.'
+            if unknown and 'about' in known else '.')
+    limits = [f"{grid['memory_gb']:g} GB for a notebook" if grid['memory_gb'] else '',
+              f"{grid['timeout_min']:g} min for a run" if grid['timeout_min'] else '']
     if any(limits): yield f'Limits: {", ".join(filter(None, limits))}.'
-    for path, how in lacking(grid, runs, tasks).items(): yield f'{path} is needed and not there: `{how}`.'
+    for path, how in lacking(grid, runs, tasks).items():
+        yield f'{path} is needed and not there: `{how}`.'
 
 def plan_record(
     grid:dict, runs:list, tasks:dict, workers:int, # as for plan_lines
@@ -599,11 +723,16 @@ def plan_record(
     "The plan as data."
     def part(r, s):
         u = tasks[r.keys[s]]
-        return dict(key=u.key, action='kept' if u.done else 'run' if u.runs[0] is r else 'shared', run_in=u.done or f"{grid['name']}/{u.runs[0].name}",
-                    estimate_s=u.estimate, parameters={k: v for k, v in r.plan[s].items() if k not in GIVEN})
-    settings = {k: grid[k] for k in ('name', 'owner', 'description', 'seeds', 'retries', 'memory_gb', 'timeout_min', 'threads', 'gpus')}
-    return settings | dict(planned=now(), workers=workers, estimate_s=round(total_time(tasks, workers)), git=git_state(), runs=[
-        dict(run=r.name, case=r.case, seed=r.seed, preset=r.preset, varied=r.varied, steps={s: part(r, s) for s in r.plan}) for r in runs])
+        return dict(key=u.key, action='kept' if u.done else 'run' if u.runs[0] is r else 'shared',
+                    run_in=u.done or f"{grid['name']}/{u.runs[0].name}", estimate_s=u.estimate,
+                    parameters={k: v for k, v in r.plan[s].items() if k not in GIVEN})
+    settings = {k: grid[k] for k in ('name', 'owner', 'description', 'seeds', 'retries',
+                                     'memory_gb', 'timeout_min', 'threads', 'gpus')}
+    return settings | dict(planned=now(), workers=workers,
+                           estimate_s=round(total_time(tasks, workers)), git=git_state(),
+                           runs=[dict(run=r.name, case=r.case, seed=r.seed, preset=r.preset,
+                                      varied=r.varied, steps={s: part(r, s) for s in r.plan})
+                                 for r in runs])
 
 # %% ../../nbs/09_lab/02_grids.ipynb #e9b7164a
 def tree_bytes(
@@ -618,7 +747,8 @@ def tree_bytes(
             with contextlib.suppress(psutil.Error): total += q.memory_info().rss
         if total <= most: return total
         for q in family:
-            with contextlib.suppress(psutil.Error, AttributeError): exact += q.memory_full_info().pss
+            with contextlib.suppress(psutil.Error, AttributeError):
+                exact += q.memory_full_info().pss
     return exact or total
 
 class Guard:
@@ -632,7 +762,8 @@ class Guard:
         mark:str='',       # how that file begins as long as it is the same batch; '' does not look
         note=None,         # called with the memory in bytes, twice a second
     ):
-        self.memory, self.seconds, self.limit, self.alive, self.patience, self.mark, self.note = memory_gb*1e9, seconds, limit, alive, patience, mark, note
+        self.memory, self.seconds, self.limit, self.alive, self.patience, self.mark, self.note = (
+            memory_gb*1e9, seconds, limit, alive, patience, mark, note)
         self.why, self.peak, self.stopped = None, 0, False
     def watch(self,
         p:subprocess.Popen, # the process that runs the notebook
@@ -650,13 +781,19 @@ class Guard:
                 said = _said(self.alive)
                 if said != seen: seen, since = said, time.monotonic()
                 if self.memory and size > self.memory:
-                    self.why = f'It was ended at {size/1e9:.2f} GB of memory, over the limit of {self.memory/1e9:g} GB (memory_gb).'
+                    self.why = (f'It was ended at {size/1e9:.2f} GB of memory, over the limit of '
+                                f'{self.memory/1e9:g} GB (memory_gb).')
                 elif self.seconds and time.monotonic() - start > self.seconds:
-                    self.why = f'It was ended when its run had taken longer than the limit of {self.limit} (timeout_min).'
-                elif self.alive and said.startswith('stop'): self.why, self.stopped = 'It was ended because its batch was stopped.', True
-                elif self.mark and ' ' in said and not said.startswith(f'{self.mark} '): self.why, self.stopped = 'It was ended because its batch was called again.', True
+                    self.why = ('It was ended when its run had taken longer than the limit of '
+                                f'{self.limit} (timeout_min).')
+                elif self.alive and said.startswith('stop'):
+                    self.why, self.stopped = 'It was ended because its batch was stopped.', True
+                elif self.mark and ' ' in said and not said.startswith(f'{self.mark} '):
+                    self.why, self.stopped = ('It was ended because its batch was called again.',
+                                              True)
                 elif self.alive and time.monotonic() - since > self.patience:
-                    self.why, self.stopped = f'It was ended because its batch gave no sign of life for {self.patience:g} s.', True
+                    self.why, self.stopped = ('It was ended because its batch gave no sign of life '
+                                              f'for {self.patience:g} s.', True)
                 if self.why: return end_tree(tree)
                 time.sleep(0.5)
 

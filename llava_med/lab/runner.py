@@ -65,14 +65,19 @@ def read_yaml(
 ):            # what it says
     "Read YAML the way a person means it; raises YAMLError, also for a date or a number that cannot be."
     try: return yaml.load(text, PresetLoader)
-    except (ValueError, RecursionError) as e: raise yaml.YAMLError(f'a value cannot be read ({str(e).splitlines()[0]})') from None
+    except (ValueError, RecursionError) as e:
+        raise yaml.YAMLError(f'a value cannot be read ({str(e).splitlines()[0]})') from None
 
 # %% ../../nbs/09_lab/01_runner.ipynb #736d2621
-def _unfit(value): # what no notebook can be given, such as a date, and a number that is none; nothing where all is well
-    if isinstance(value, float) and not math.isfinite(value): return f'{value} is no number to work with'
+# what no notebook can be given, such as a date, and a number that is none; nothing where all is
+# well
+def _unfit(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'{value} is no number to work with'
     if isinstance(value, dict): value = [*value, *value.values()]
     if isinstance(value, list): return next(filter(None, map(_unfit, value)), None)
-    return None if type(value) in PARAMETER_TYPES.values() else f'{value} is a {type(value).__name__}: put it between quotes'
+    return (None if type(value) in PARAMETER_TYPES.values()
+            else f'{value} is a {type(value).__name__}: put it between quotes')
 
 def check_value(
     value,        # what was given
@@ -82,11 +87,14 @@ def check_value(
     "A value of the right type, or one sentence that says which is."
     kinds = allowed(p.kind)
     if type(value) is int and float in kinds and int not in kinds: value = float(value)
-    if type(value) in kinds and (odd := _unfit(value)): raise UsageError(f'{step}.{p.name} ({p.help or "no description"}): {odd}.')
+    if type(value) in kinds and (odd := _unfit(value)):
+        raise UsageError(f'{step}.{p.name} ({p.help or "no description"}): {odd}.')
     if type(value) in kinds: return value
-    number = isinstance(value, str) and re.fullmatch(r'[-+]?[\d.]+(e[-+]?\d+)?', value.lower()) and kinds & {int, float}
-    hint = (' Write a list as [first, second].' if kinds & {list} else ' Write the number without quotes.' if number else
-            ' Put it between quotes.' if str in kinds and not isinstance(value, (list, dict, type(None))) else '')
+    number = isinstance(value, str) and re.fullmatch(r'[-+]?[\d.]+(e[-+]?\d+)?',
+                                                     value.lower()) and kinds & {int, float}
+    hint = (' Write a list as [first, second].' if kinds & {list}
+            else ' Write the number without quotes.' if number else ' Put it between quotes.'
+            if str in kinds and not isinstance(value, (list, dict, type(None))) else '')
     raise UsageError(f'{step}.{p.name} ({p.help or "no description"}) must be of type {p.kind}, '
                      f'and {value!r} is {type(value).__name__}.{hint}')
 
@@ -108,8 +116,10 @@ def from_here(
 ):         # the same; a relative path that exists here and not in the repository is made absolute
     "Let paths on the command line mean what they mean to the shell."
     if isinstance(value, list): return [from_here(v) for v in value]
-    if not isinstance(value, str) or not value or len(value) > 1000 or os.path.exists(root()/value): return value
-    return str(Path(value).resolve()) if ('/' in value or '.' in value) and os.path.exists(value) else value
+    if not isinstance(value, str) or not value or len(value) > 1000 or os.path.exists(root()/value):
+        return value
+    return str(Path(value).resolve()) if ('/' in value
+                                          or '.' in value) and os.path.exists(value) else value
 
 # %% ../../nbs/09_lab/01_runner.ipynb #243763db
 def presets()->dict: # name → file; one in a folder is named with it, such as recipes/dpo
@@ -127,7 +137,8 @@ def preset_file(
         if not path.is_file(): raise UsageError(f'The preset file {preset} does not exist.')
         return path
     same = [n for n in there if n.split('/')[-1] == preset and preset not in there]
-    if len(same) > 1: raise UsageError(f"There are several presets named '{preset}': write {' or '.join(same)}.")
+    if len(same) > 1:
+        raise UsageError(f"There are several presets named '{preset}': write {' or '.join(same)}.")
     return there[same[0] if same else known_name(preset, there, 'preset')]
 
 BLOCKS = {   # what a preset may say beside `description` and `parameters`, for `llava-med plan` and the tables; None: any key
@@ -144,9 +155,12 @@ BLOCKS = {   # what a preset may say beside `description` and `parameters`, for 
 
 def _blocks(got, path):
     "The further blocks of a preset, their keys checked."
-    if isinstance(word := got.get('evidence'), str): got['evidence'] = {known_name(word, BLOCKS['evidence'], f'evidence ({path.name})'): 'everything'}
+    if isinstance(word := got.get('evidence'), str):
+        got['evidence'] = {known_name(word, BLOCKS['evidence'],
+                                      f'evidence ({path.name})'): 'everything'}
     for k, keys in BLOCKS.items():
-        if not isinstance(got.get(k) or {}, dict): raise UsageError(f'{path}: `{k}:` must hold `name: value` lines, and it is {got[k]!r}.')
+        if not isinstance(got.get(k) or {}, dict):
+            raise UsageError(f'{path}: `{k}:` must hold `name: value` lines, and it is {got[k]!r}.')
         for x in got.get(k) or {}: known_name(str(x), keys or [str(x)], f'key of {k} ({path.name})')
     return {k: {str(x): v for x, v in (got.get(k) or {}).items()} for k in BLOCKS}
 
@@ -157,10 +171,14 @@ def preset_text(
 )->dict:       # its keys, all of them known
     "What a preset's file says."
     try: got = read_yaml(path.read_text(encoding='utf-8'))
-    except yaml.YAMLError as e: raise UsageError(f'{path} is not valid YAML: {" ".join(str(e).split())}.') from None
-    except UnicodeDecodeError: raise UsageError(f'{path} is not UTF-8 text: save it as UTF-8.') from None
-    if got is None: raise UsageError(f'{path} is empty: write `description:` and `parameters:`, or delete it.')
-    if not isinstance(got, dict): raise UsageError(f'{path} must hold `description:` and `parameters:`.')
+    except yaml.YAMLError as e:
+        raise UsageError(f'{path} is not valid YAML: {" ".join(str(e).split())}.') from None
+    except UnicodeDecodeError:
+        raise UsageError(f'{path} is not UTF-8 text: save it as UTF-8.') from None
+    if got is None:
+        raise UsageError(f'{path} is empty: write `description:` and `parameters:`, or delete it.')
+    if not isinstance(got, dict):
+        raise UsageError(f'{path} must hold `description:` and `parameters:`.')
     for k in got: known_name(str(k), PRESET_KEYS, f'key of a preset ({path.name})')
     return got
 
@@ -170,16 +188,22 @@ def preset_parameters(
     path:Path, # the file, for the message
 )->dict:       # step → parameters
     "The parameters of a preset, from both places; one that stands in both is refused."
-    if not isinstance(given or {}, dict): raise UsageError(f'{path}: `parameters:` must hold one line per step, such as `all: {{seed: 1}}`.')
-    parts = {str(step): values for step, values in (given or {}).items()}   # YAML reads 4: as a number
+    if not isinstance(given or {}, dict):
+        raise UsageError(f'{path}: `parameters:` must hold one line per step, such as `all: '
+                         f'{{seed: 1}}`.')
+    # YAML reads 4: as a number
+    parts = {str(step): values for step, values in (given or {}).items()}
     for step, values in parts.items():
-        if not isinstance(values or {}, dict): raise UsageError(f'{path}: {step} must hold `name: value` lines.')
+        if not isinstance(values or {}, dict):
+            raise UsageError(f'{path}: {step} must hold `name: value` lines.')
     for step, values in parts.items():
         values = {str(k): v for k, v in (values or {}).items()}
         parts[step] = renamed(values, where=f'{path}: {step}.', error=UsageError)
     for step, values in own.items():
         both = values.keys() & parts.get(step, {}).keys()
-        if both: raise UsageError(f'{path}: {step}.{min(both)} stands under `steps:` and under `parameters:`.')
+        if both:
+            raise UsageError(f'{path}: {step}.{min(both)} stands under `steps:` and under '
+                             '`parameters:`.')
         if values: parts[step] = parts.get(step, {}) | values
     return parts
 
@@ -191,7 +215,8 @@ def read_preset(
     shipped = next((n for n, p in presets().items() if p.resolve() == path.resolve()), None)
     got = preset_text(path)
     books, own = read_steps(got.get('steps'), path.name)
-    return {'name': path.stem, 'owner': shipped or str(path.resolve()), 'file': str(path), 'description': got.get('description', ''),
+    return {'name': path.stem, 'owner': shipped or str(path.resolve()), 'file': str(path),
+            'description': got.get('description', ''),
             'parameters': preset_parameters(got.get('parameters'), own, path), 'notebooks': books,
             'recipes': read_recipes(got.get('recipes'), path.name), **_blocks(got, path)}
 
@@ -213,7 +238,9 @@ def split_set(
 )->tuple:     # the three parts
     "Take a --set apart."
     m = re.fullmatch(r'([\w-]+)\.(\w+)=(.*)', text, flags=re.S)
-    if not m: raise UsageError(f"--set {text}: write it as STEP.PARAM=VALUE, such as 2_stage1_alignment.epochs=1.")
+    if not m:
+        raise UsageError(f"--set {text}: write it as STEP.PARAM=VALUE, such as "
+                         "2_stage1_alignment.epochs=1.")
     return m[1], new_name(m[2]), m[3]
 
 def targets(
@@ -221,12 +248,15 @@ def targets(
     known:dict,         # step → its parameters
 )->list:                # the steps that are meant
     "The steps that a value is for; unknown names are refused."
-    if name in GIVEN: raise UsageError(f'{step}.{name} is set by the runner, from --name or the name of the grid: leave it away.')
+    if name in GIVEN:
+        raise UsageError(f'{step}.{name} is set by the runner, from --name or the name of the '
+                         'grid: leave it away.')
     if step != 'all':
         step = known_name(step, known, 'step', prefix=True)
         known_name(name, [p for p in known[step] if p not in GIVEN], f'parameter of {step}')
         return [step]
-    known_name(name, dict.fromkeys(p for ps in known.values() for p in ps if p not in GIVEN), 'parameter of any step')
+    known_name(name, dict.fromkeys(p for ps in known.values() for p in ps if p not in GIVEN),
+               'parameter of any step')
     return [s for s in known if name in known[s]]
 
 # %% ../../nbs/09_lab/01_runner.ipynb #ca47a726
@@ -237,7 +267,8 @@ def check_stage(
 )->None:
     "Refuse a stage that training would refuse; raises UsageError with its sentence."
     if not values: return
-    from llava_med.train.loop import STEP_STAGES, stage_record   # here, since it brings PyTorch along
+    # here, since it brings PyTorch along
+    from llava_med.train.loop import STEP_STAGES, stage_record
     import_recipes(recipes)
     try: stage_record(STEP_STAGES.get(notebook, 'stage2'), **values)
     except (ValueError, TypeError) as e: raise UsageError(f'{step}.stage: {e}') from None
@@ -249,7 +280,8 @@ def check_stages(
     "Check every stage that a plan describes."
     books = books_of(preset)
     for s, values in plan.items():
-        if isinstance(values.get('stage'), dict): check_stage(s, books[s].stem, values['stage'], preset.get('recipes') or ())
+        if isinstance(values.get('stage'), dict):
+            check_stage(s, books[s].stem, values['stage'], preset.get('recipes') or ())
 
 def given_value(
     step:str, name:str, # a step, and one of its parameters
@@ -273,7 +305,8 @@ def plan_run(
     known = {s: read_parameters(p) for s, p in books.items()}
     for s in preset['parameters']:
         if s != 'all': known_name(s, known, f"step (named by the preset {preset['name']})")
-    plan = {s: {k: p.default for k, p in known[s].items()} for s in choose_steps(only, preset['parameters'], preset.get('notebooks'))}
+    plan = {s: {k: p.default for k, p in known[s].items()}
+            for s in choose_steps(only, preset['parameters'], preset.get('notebooks'))}
     for s, values in sorted(preset['parameters'].items(), key=lambda kv: kv[0] != 'all'):
         for k, v in values.items():
             for t in targets(s, k, known):
@@ -282,12 +315,15 @@ def plan_run(
     check_names(sets := list(sets))
     for s, k, text in map(split_set, sets):
         hit = [t for t in targets(s, k, known) if t in plan]
-        if not hit: raise UsageError(f'--set {s}.{k}: {s} is not among the steps to run ({", ".join(plan)}).')
+        if not hit:
+            raise UsageError(f'--set {s}.{k}: {s} is not among the steps to run '
+                             f'({", ".join(plan)}).')
         for t in hit: plan[t][k] = given_value(t, k, parse_value(text, known[t][k], t), known)
     check_stages(plan, preset)
     base, found = plan_base(plan), stand_ins(preset)
     plan = {s: with_stand_ins(v, found) for s, v in plan.items()}
-    return {s: in_run(v, run, base) | {k: run for k in GIVEN if k in known[s]} for s, v in plan.items()}
+    return {s: in_run(v, run, base) | {k: run for k in GIVEN if k in known[s]}
+            for s, v in plan.items()}
 
 def plan_base(
     plan:dict, # step → parameters
@@ -302,7 +338,8 @@ def in_run(
     base:str='', # folder of its base model
 )->dict:         # the same, with the run's folder for a leading `{run}/` and the base for `{base}`
     "Let a value name what an earlier step of its own run makes, `{run}/0_base_model/model`, or the base of any preset, `{base}`."
-    if '{base}' in plain_values(values) and base in ('', '{base}'): raise UsageError(f'A parameter of {run} is {{base}}, but no step of it names a base_model.')
+    if '{base}' in plain_values(values) and base in ('', '{base}'):
+        raise UsageError(f'A parameter of {run} is {{base}}, but no step of it names a base_model.')
     def put(v):
         if v == '{base}': v = base
         return f'{run_dir(run)}{v[5:]}' if isinstance(v, str) and v.startswith('{run}/') else v
@@ -314,7 +351,8 @@ def as_planned(
 )->dict:         # the same, with `{run}/` for the run's folder
     "Parameters without the name of their run."
     home = f'{run_dir(run)}/'
-    return mapped(values, lambda v: '{run}/' + v[len(home):] if isinstance(v, str) and v.startswith(home) else v)
+    return mapped(values, lambda v: '{run}/' + v[len(home):]
+                  if isinstance(v, str) and v.startswith(home) else v)
 
 # %% ../../nbs/09_lab/01_runner.ipynb #568b1755
 def path_fingerprint(
@@ -324,7 +362,8 @@ def path_fingerprint(
     "A fingerprint of data; that of large data does not read them."
     if path.is_file() and path.stat().st_size < large: return file_hash(path)
     files = sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
-    marks = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    marks = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns)
+             for p in files]
     if path.is_dir() and sum(m[1] for m in marks) < large: return folder_hash(path)
     return hashlib.sha256(repr(marks).encode()).hexdigest()
 
@@ -333,8 +372,10 @@ def named_paths(
 )->dict:         # text → path, for those that exist
     "The files and folders that parameters name, relative to the repository or absolute."
     texts = plain_values({k: v for k, v in values.items() if k not in GIVEN})
-    paths = {t: root()/os.path.expanduser(t) for t in texts if isinstance(t, str) and t and len(t) < 1000}
-    return {t: p for t, p in paths.items() if os.path.exists(p)}   # False, too, for a text that is too long for a path
+    paths = {t: root()/os.path.expanduser(t) for t in texts
+             if isinstance(t, str) and t and len(t) < 1000}
+    # False, too, for a text that is too long for a path
+    return {t: p for t, p in paths.items() if os.path.exists(p)}
 
 def notebook_fingerprint(
     nb_path:Path, # a notebook
@@ -359,13 +400,18 @@ def step_inputs(
     record:dict, # the run's record
 )->dict:         # what the key is made of
     "Everything that a step's result depends on."
-    said = {k: v for k, v in (as_planned(values, record['run']) if record.get('run') else values).items() if k not in GIVEN}
-    own = {v.split('/')[1] for v in plain_values(said) if isinstance(v, str) and v.startswith('{run}/')}
-    book, data = notebook_of(step, record), {t: path_fingerprint(p) for t, p in named_paths(said).items()}
+    said = {k: v for k, v in (as_planned(values, record['run']) if record.get('run')
+                              else values).items() if k not in GIVEN}
+    own = {v.split('/')[1] for v in plain_values(said)
+           if isinstance(v, str) and v.startswith('{run}/')}
+    book, data = notebook_of(step,
+                             record), {t: path_fingerprint(p) for t, p in named_paths(said).items()}
     base = root()/'data/base_tiny'
-    if base.is_dir() and not book.stem.startswith('0_'): data.setdefault('data/base_tiny', path_fingerprint(base))
-    return {'notebook': notebook_fingerprint(book), 'library': library_fingerprint(book), 'data': data, 'parameters': said,
-            'before': keys_before(step, record, own), **own_name(step, record)}
+    if base.is_dir() and not book.stem.startswith('0_'):
+        data.setdefault('data/base_tiny', path_fingerprint(base))
+    return {'notebook': notebook_fingerprint(book), 'library': library_fingerprint(book),
+            'data': data, 'parameters': said, 'before': keys_before(step, record, own),
+            **own_name(step, record)}
 
 def keys_before(
     step:str,    # name of the step
@@ -373,7 +419,8 @@ def keys_before(
     own=(),      # the steps that its parameters name
 )->dict:         # step → key
     "The keys of the steps before a step; that of a base model only where it is named, since the base counts as data."
-    before = {s: r.get('key') or r.get('ended') for s, r in sorted(record['steps'].items()) if comes_before(s, step, record)}
+    before = {s: r.get('key') or r.get('ended') for s, r in sorted(record['steps'].items())
+              if comes_before(s, step, record)}
     return {s: k for s, k in before.items() if s in own or not stem_of(s, record).startswith('0_')}
 
 def own_name(
@@ -382,7 +429,8 @@ def own_name(
 )->dict:         # name, and recipes; each only where there is one
     "What a key holds beside, for a step that is not called like its notebook, and for a run with recipes."
     name = {} if step == stem_of(step, record) else {'name': step}
-    return name | ({'recipes': recipes_fingerprint(record['recipes'])} if record.get('recipes') else {})
+    return name | ({'recipes': recipes_fingerprint(record['recipes'])} if record.get('recipes')
+                   else {})
 
 def step_key(
     inputs:dict, # from step_inputs
@@ -396,7 +444,8 @@ def files_fingerprint(
 )->str:          # a hash over names and sizes of its files
     "A fingerprint of what a step left behind."
     hidden = lambda p: any(x.startswith('.') for x in p.relative_to(folder).parts)
-    files = [p for p in folder.rglob('*') if p.is_file() and not hidden(p) and '.partial-' not in p.name]
+    files = [p for p in folder.rglob('*')
+             if p.is_file() and not hidden(p) and '.partial-' not in p.name]
     text = json.dumps(sorted((p.relative_to(folder).as_posix(), p.stat().st_size) for p in files))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -407,7 +456,8 @@ def is_done(
 )->bool:               # True: keep it
     "Whether a step's finished result may be kept."
     r = record['steps'].get(step, {})
-    return r.get('state') == 'done' and r.get('key') == key and r.get('files') == files_fingerprint(run_dir(run)/step)
+    return (r.get('state') == 'done' and r.get('key') == key
+            and r.get('files') == files_fingerprint(run_dir(run)/step))
 
 # %% ../../nbs/09_lab/01_runner.ipynb #8b767343
 def die_with_parent()->None:
@@ -429,10 +479,12 @@ def error_sentence(
     "What went wrong in a notebook, in one sentence."
     if hasattr(error, 'ename'):
         lines = str(error.evalue).strip().splitlines() or ['']
-        plain = error.ename in ('StepInputError', 'OutputError', 'RunLocked', 'UsageError', 'UnknownName')
+        plain = error.ename in ('StepInputError', 'OutputError', 'RunLocked', 'UsageError',
+                                'UnknownName')
         return lines[-1] if plain else f'{error.ename}: {lines[-1]}'
     if type(error).__name__ == 'DeadKernelError':
-        how = f'was ended by signal {-code} ({signal.Signals(-code).name})' if code and code < 0 else 'died without a word'
+        how = (f'was ended by signal {-code} ({signal.Signals(-code).name})' if code and code < 0
+               else 'died without a word')
         return (f'The kernel {how}. The usual cause is memory: close other programs, or choose '
                 'smaller batches, fewer images or a smaller preset.')
     if isinstance(error, OSError) and error.errno in FULL:
@@ -440,7 +492,8 @@ def error_sentence(
                 'LLAVA_MED_OUTPUTS to a folder that can be written.')
     return f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[-1]}'
 
-def kernel_codes()->list: # gets the exit code of the kernel that this process started, once it has ended
+# gets the exit code of the kernel that this process started, once it has ended
+def kernel_codes()->list:
     "Note how a kernel ends; papermill only says that it died."
     from jupyter_client.provisioning import LocalProvisioner
     codes, poll = [], LocalProvisioner.poll
@@ -519,11 +572,14 @@ def run_notebook(
 )->dict:             # ok, error
     "Run one notebook in its own process and wait for it."
     code = 'from llava_med.lab.runner import child; child()'
-    job = {'notebook': str(notebook), 'partial': str(partial), 'parameters': values, 'recipes': list(recipes)}
-    outcome = {'ok': False, 'error': 'Its process was killed. The usual cause is memory: choose a smaller preset.'}
+    job = {'notebook': str(notebook), 'partial': str(partial), 'parameters': values,
+           'recipes': list(recipes)}
+    outcome = {'ok': False, 'error': 'Its process was killed. The usual cause is memory: choose a '
+               'smaller preset.'}
     with tempfile.TemporaryFile() as errors:
-        p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=errors, text=True, encoding='utf-8', env=child_env(run) | (env or {}), start_new_session=True)
+        p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, stderr=errors, text=True, encoding='utf-8',
+                             env=child_env(run) | (env or {}), start_new_session=True)
         if guard: guard.watch(p)
         try:
             p.stdin.write(json.dumps(job) + '\n'); p.stdin.flush()
@@ -534,7 +590,8 @@ def run_notebook(
         finally: stop(p)
         if p.returncode == 1 and not outcome['ok']:
             errors.seek(0)
-            outcome['error'] = (errors.read().decode(errors='replace').strip().splitlines() or [outcome['error']])[-1]
+            outcome['error'] = (errors.read().decode(errors='replace').strip().splitlines()
+                                or [outcome['error']])[-1]
     if guard and guard.why and not outcome['ok']: outcome['error'] = guard.why
     return outcome
 
@@ -548,7 +605,8 @@ def stop(
     p.stdout.close()
 
 # %% ../../nbs/09_lab/01_runner.ipynb #e8b3fa8d
-class StepFailed(RuntimeError): "A notebook did not finish; the message says which, why, and where to look."
+class StepFailed(RuntimeError):
+    "A notebook did not finish; the message says which, why, and where to look."
 
 def start_step(
     run:str, step:str, # which
@@ -557,8 +615,9 @@ def start_step(
 )->Path:               # where papermill writes while it runs
     "Note that a step begins, and make room for it."
     folder = run_dir(run)/step
-    update_run(run, step, state='running', key=None, files=None, error=None, partial=None, ended=None,
-               parameters={k: v for k, v in values.items() if k not in GIVEN}, inputs=inputs, started=now())
+    update_run(run, step, state='running', key=None, files=None, error=None, partial=None,
+               ended=None, parameters={k: v for k, v in values.items() if k not in GIVEN},
+               inputs=inputs, started=now())
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for p in folder.iterdir():
@@ -574,21 +633,27 @@ def run_step(
     "Run one step; its notebook takes its final name only after success."
     start, record = time.monotonic(), read_run(run)
     inputs, recipes = step_inputs(step, values, record), record.get('recipes') or []
-    env = (how.pop('env', None) or {}) | {'LLAVA_MED_STEP': step, 'LLAVA_MED_RECIPES': ' '.join(recipes)}
+    env = (how.pop('env', None) or {}) | {'LLAVA_MED_STEP': step,
+                                          'LLAVA_MED_RECIPES': ' '.join(recipes)}
     partial, state, error = start_step(run, step, values, inputs), 'failed', None
     try:
-        outcome = run_notebook(notebook_of(step, record), partial, values, run, say, env=env, recipes=recipes, **how)
+        outcome = run_notebook(notebook_of(step, record), partial, values, run, say, env=env,
+                               recipes=recipes, **how)
         error = outcome.get('error')
-        if outcome['ok'] and not (partial.parent/'ledger.json').exists(): error = 'It ended without step.finish().'
+        if outcome['ok'] and not (partial.parent/'ledger.json').exists():
+            error = 'It ended without step.finish().'
         if not error:
             os.replace(partial, partial.with_name(f'{step}.ipynb'))
             state = 'done'
     except KeyboardInterrupt: state, error = 'interrupted', 'Interrupted.'; raise
     finally:
         took = time.monotonic() - start
-        done = {'key': step_key(inputs), 'files': files_fingerprint(partial.parent)} if state == 'done' else {'partial': partial.name}
-        update_run(run, step, state=state, error=error, ended=now(), wall_s=round(took, 1), hashes=inputs['data'], **done)
-    if error: raise StepFailed(f'{step} failed: {error} Its cells up to there are in {shown(partial)}.')
+        done = ({'key': step_key(inputs), 'files': files_fingerprint(partial.parent)}
+                if state == 'done' else {'partial': partial.name})
+        update_run(run, step, state=state, error=error, ended=now(), wall_s=round(took, 1),
+                   hashes=inputs['data'], **done)
+    if error:
+        raise StepFailed(f'{step} failed: {error} Its cells up to there are in {shown(partial)}.')
     return took
 
 def shown(
@@ -619,13 +684,16 @@ def run_pipeline(
     plan = plan_run(recipe, run, only, sets)
     if lost := missing_files(recipe, plan):
         path, how = next(iter(lost.items()))
-        raise UsageError(f'{recipe["name"]} needs {path}, which is not there: `{how}`. `llava-med plan {preset}` lists all that is missing.')
+        raise UsageError(f'{recipe["name"]} needs {path}, which is not there: `{how}`. `llava-med '
+                         f'plan {preset}` lists all that is missing.')
     check_sets(plan, recipe['name'])
     for p, at in stand_ins(recipe).items():
-        if any(isinstance(t, str) and t.startswith(at) for t in plain_values(plan)): say(f'{p} is not there: {at} of the test data is taken.')
+        if any(isinstance(t, str) and t.startswith(at) for t in plain_values(plan)):
+            say(f'{p} is not there: {at} of the test data is taken.')
     with RunLock(run, recipe['owner']):
         seeds = {v['seed'] for v in plan.values() if 'seed' in v}
-        update_run(run, **changed_origin(read_run(run), origin(recipe)), preset=recipe['owner'], description=recipe['description'], git=git_state(), versions=versions(),
+        update_run(run, **changed_origin(read_run(run), origin(recipe)), preset=recipe['owner'],
+                   description=recipe['description'], git=git_state(), versions=versions(),
                    machine=machine(), seed=seeds.pop() if len(seeds) == 1 else sorted(seeds))
         for i, (step, values) in enumerate(plan.items(), 1):
             record = read_run(run)
@@ -645,14 +713,16 @@ def read_scores(
 )->list:       # rows with numbers in value, low, high
     "The rows of a score table."
     with open(path, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
-    return [{**r, **{k: float(r[k]) if r[k] else None for k in ('value', 'low', 'high')}} for r in rows]
+    return [{**r, **{k: float(r[k]) if r[k] else None for k in ('value', 'low', 'high')}}
+            for r in rows]
 
 def cell(
     r:dict|None, # a row
 )->str:          # such as 0.918 (0.90-0.93)
     "A value with its interval."
     if not r or r['value'] is None: return '-'
-    return f"{r['value']:.3f}" + (f" ({r['low']:.2f}-{r['high']:.2f})" if r['low'] is not None else '')
+    return f"{r['value']:.3f}" + (f" ({r['low']:.2f}-{r['high']:.2f})" if r['low'] is not None
+                                  else '')
 
 def results_table(
     rows:list, # from read_scores
@@ -660,13 +730,18 @@ def results_table(
     "Strict accuracy by model and condition, and the last model's by question type."
     strict = [r for r in rows if r['metric'] == 'strict']
     by = {(r['model'], r['condition'], r['slice']): r for r in reversed(strict)}
-    plain = [r for r in strict if r['slice'] == 'all' and r['condition'] in ('image', 'blank', 'shuffled', 'noise')]
-    models, conditions = (list(dict.fromkeys(r[k] for r in plain if '-' not in r[k])) for k in ('model', 'condition'))
+    plain = [r for r in strict
+             if r['slice'] == 'all' and r['condition'] in ('image', 'blank', 'shuffled', 'noise')]
+    models, conditions = (list(dict.fromkeys(r[k] for r in plain if '-' not in r[k]))
+                          for k in ('model', 'condition'))
     if not models: return 'No strict accuracy in scores.csv.'
-    grid = [['strict accuracy', *conditions]] + [[m, *(cell(by.get((m, c, 'all'))) for c in conditions)] for m in models]
+    grid = ([['strict accuracy', *conditions]]
+            + [[m, *(cell(by.get((m, c, 'all'))) for c in conditions)] for m in models])
     last = 'stage2' if 'stage2' in models else models[-1]
-    kinds = [r for r in strict if r['model'] == last and r['condition'] == 'image' and r['slice'].startswith('question_type=')]
+    kinds = [r for r in strict if r['model'] == last and r['condition'] == 'image'
+             and r['slice'].startswith('question_type=')]
     grid += [[]] + [[f'{last}, with image', 'strict accuracy']] if kinds else []
     grid += [['  ' + r['slice'].split('=')[1], cell(r)] for r in kinds]
     width = max(len(g[0]) for g in grid if g) + 2
-    return '\n'.join(''.join(x.ljust(width if i == 0 else 21) for i, x in enumerate(g)).rstrip() for g in grid)
+    return '\n'.join(''.join(x.ljust(width if i == 0 else 21) for i, x in enumerate(g)).rstrip()
+                     for g in grid)

@@ -40,7 +40,9 @@ def order(
 def pipeline()->dict: # step name → its notebook, in order
     "The notebooks of the pipeline."
     found = sorted((root()/'nbs/pipeline').glob('[0-9]*_*.ipynb'), key=lambda p: order(p.stem))
-    if not found: raise FileNotFoundError(f"No notebooks in {root()/'nbs/pipeline'}: is this the right repository?")
+    if not found:
+        raise FileNotFoundError(f"No notebooks in {root()/'nbs/pipeline'}: is this the right "
+                                "repository?")
     return {p.stem: p for p in found}
 
 def is_optional(
@@ -58,14 +60,17 @@ def known_name(
     "The name that is meant, or one sentence that lists the known ones."
     if name in (names := list(names)): return name
     starts = [n for n in names if prefix and name and n.startswith(name)]
-    if len(starts) > 1: starts = [n for n in starts if n.startswith(f'{name}_')]   # 3 is 3_stage2_tuning, and 3b is another step
+    # 3 is 3_stage2_tuning, and 3b is another step
+    if len(starts) > 1: starts = [n for n in starts if n.startswith(f'{name}_')]
     if len(starts) == 1: return starts[0]
     near = difflib.get_close_matches(name, names, 1, 0.5)
     hint = f' Did you mean {near[0]}?' if near else ''
-    raise UsageError(f"There is no {what} named '{name}'.{hint} Known: {', '.join(names) or 'none'}.")
+    raise UsageError(f"There is no {what} named '{name}'.{hint} Known: "
+                     f"{', '.join(names) or 'none'}.")
 
 # %% ../../nbs/09_lab/00_steps.ipynb #fbdb53bc
-PARAMETER_TYPES = {'int': int, 'float': float, 'str': str, 'bool': bool, 'list': list, 'dict': dict, 'None': type(None)}
+PARAMETER_TYPES = {'int': int, 'float': float, 'str': str, 'bool': bool, 'list': list, 'dict': dict,
+                   'None': type(None)}
 GIVEN = ('run', 'inputs_from')  # the runner sets these
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ def tagged_cell(
     cells = nbformat.read(nb_path, 4).cells
     found = [c.source for c in cells if 'parameters' in c.metadata.get('tags', [])]
     if len(found) == 1: return found[0]
-    raise UsageError(f'{Path(nb_path).name} has {len(found)} cells tagged `parameters`, and needs exactly one: '
+    raise UsageError(f'{Path(nb_path).name} has {len(found)} cells tagged `parameters`, and needs '
+                     'exactly one: '
                      'without it papermill would put the values where the defaults overwrite them.')
 
 # %% ../../nbs/09_lab/00_steps.ipynb #5370c425
@@ -107,19 +113,22 @@ def read_parameters(
     source, found = tagged_cell(nb_path), {}
     notes = comments(source)
     for node in ast.parse(source).body:
-        target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, 'targets', [None])[0]
+        target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, 'targets',
+                                                                             [None])[0]
         try:
             value = ast.literal_eval(node.value)
-            kind = ast.unparse(node.annotation).replace(' ', '') if isinstance(node, ast.AnnAssign) else type(value).__name__
+            kind = (ast.unparse(node.annotation).replace(' ', '') if isinstance(node, ast.AnnAssign)
+                    else type(value).__name__)
             allowed(kind)
             found[target.id] = Parameter(target.id, kind, value, notes.get(node.end_lineno, ''))
         except (ValueError, AttributeError, KeyError, TypeError):
-            raise UsageError(f'{Path(nb_path).name}: line {node.lineno} of the parameters cell must be '
-                             '`name: type = literal  # comment`.') from None
+            raise UsageError(f'{Path(nb_path).name}: line {node.lineno} of the parameters cell '
+                             'must be ' '`name: type = literal  # comment`.') from None
     return found
 
 # %% ../../nbs/09_lab/00_steps.ipynb #435f1fc8
-STEP_NAME = r'[A-Za-z0-9][A-Za-z0-9_-]{0,99}'   # what may name a step: it is a folder, and stands before a dot in --set
+# what may name a step: it is a folder, and stands before a dot in --set
+STEP_NAME = r'[A-Za-z0-9][A-Za-z0-9_-]{0,99}'
 
 def find_notebook(
     name:str,    # such as 3_stage2_tuning, pipeline/3_stage2_tuning or recipes/preference/dpo.ipynb
@@ -143,13 +152,16 @@ def read_entry(
     keys = dict(entry) if isinstance(entry, dict) else {'notebook': entry}
     name, book = keys.pop('name', None), keys.pop('notebook', None)
     if name is None and book is None:
-        raise UsageError(f'{file}: the step {str(entry)[:80]} says neither `name:` nor `notebook:`.')
+        raise UsageError(f'{file}: the step {str(entry)[:80]} says neither `name:` nor '
+                         '`notebook:`.')
     book = find_notebook(str(name if book is None else book), file)
     name = Path(book).name if name is None else str(name)
     if not re.fullmatch(STEP_NAME, name) or name == 'all':
-        raise UsageError(f'{file}: {name[:80]!r} cannot name a step; use letters, digits, dashes and underscores.')
+        raise UsageError(f'{file}: {name[:80]!r} cannot name a step; use letters, digits, dashes '
+                         'and underscores.')
     if name in pipeline() and book != f'pipeline/{name}':
-        raise UsageError(f'{file}: the step {name} runs {book}, and has the name of another notebook: call it otherwise.')
+        raise UsageError(f'{file}: the step {name} runs {book}, and has the name of another '
+                         'notebook: call it otherwise.')
     values = {str(k): v for k, v in keys.items()}
     return name, book, renamed(values, where=f'{file}: {name}.', error=UsageError)
 
@@ -160,7 +172,8 @@ def read_steps(
     "The steps that a preset lists; raises UsageError for an unknown notebook and for two steps of one name."
     if given is None: return {}, {}
     if not isinstance(given, list) or not given:
-        raise UsageError(f'{file}: `steps:` must be a list that is not empty, such as [1_data_prep, {{name: more, notebook: 3_stage2_tuning}}].')
+        raise UsageError(f'{file}: `steps:` must be a list that is not empty, such as '
+                         f'[1_data_prep, {{name: more, notebook: 3_stage2_tuning}}].')
     books, values = {}, {}
     for name, book, own in (read_entry(e, file) for e in given):
         if name.lower() in map(str.lower, books):
@@ -175,13 +188,15 @@ def check_names(
 )->None:
     "Refuse, with a UsageError, one parameter of a step under both its old and its present name."
     given = {}
-    for step, name in re.findall(r'(?m)^([\w-]+)\.(\w+)=', '\n'.join(t.split('\n')[0] for t in sets)):
+    for step, name in re.findall(r'(?m)^([\w-]+)\.(\w+)=',
+                                 '\n'.join(t.split('\n')[0] for t in sets)):
         given.setdefault(step, {})[name] = None
     for step, names in given.items():
         renamed(names, where=f'--set {step}.', error=UsageError, quiet=True)
 
 # %% ../../nbs/09_lab/00_steps.ipynb #31b64338
-MODEL_PARAMETERS = ('start_from', 'base_model', 'models')   # they name models, as do all that end in _model; the value may be a step
+# they name models, as do all that end in _model; the value may be a step
+MODEL_PARAMETERS = ('start_from', 'base_model', 'models')
 
 def mapped(
     value,    # of a parameter: a list or a dictionary may hold others
@@ -206,7 +221,8 @@ def with_models(
         made = own[1] if own else v if is_model else None
         if made in steps and made not in earlier:
             what = 'the step itself' if made == step else 'a later step'
-            raise UsageError(f"{step}.{name} is {v}, which is {what}: name one that comes before ({', '.join(earlier) or 'there is none'}).")
+            raise UsageError(f"{step}.{name} is {v}, which is {what}: name one that comes before "
+                             f"({', '.join(earlier) or 'there is none'}).")
         if made == v and v in earlier: return f'{{run}}/{v}/model'
         unknown = name in MODEL_PARAMETERS and re.fullmatch(STEP_NAME,
                                                             v) and not (root()/v).exists()
@@ -237,7 +253,8 @@ def missing_files(
     "What a preset needs and what is not there."
     values = {s: {k: v for k, v in vs.items() if k not in GIVEN} for s, vs in plan.items()}
     named = [t for t in plain_values(values) if isinstance(t, str)]
-    return {p: c for p, c in preset['needs'].items() if not is_there(p) and any(t == p or t.startswith(p + '/') for t in named)}
+    return {p: c for p, c in preset['needs'].items()
+            if not is_there(p) and any(t == p or t.startswith(p + '/') for t in named)}
 
 def stand_ins(
     preset:dict, # from read_preset
@@ -268,7 +285,8 @@ def incomplete_sets(
     for values in plan.values():
         several = [*(values.get('labels') or ()), *(values.get('also') or ())]
         named = [v for v in (values.get('vqa'), *several) if v and isinstance(v, str)]
-        if values.get('vqa_part') or values.get('images') or values.get('vqa_images'): parts |= set(named)
+        if values.get('vqa_part') or values.get('images') or values.get('vqa_images'):
+            parts |= set(named)
         else: whole |= {v: from_root(v) for v in named}
     lacks = {v: slake_lacks(p) for v, p in whole.items() if v not in parts and p.is_dir()}
     return {v: ', '.join(l) for v, l in lacks.items() if l}

@@ -29,12 +29,14 @@ import nbformat
 
 from .steps import UsageError, changed_origin, comes_before, notebook_of, pipeline
 from .runner import StepFailed, files_fingerprint, is_done, is_progress, run_step, shown, step_inputs, step_key
-from .grids import (Guard, Run, Task, default_workers, gpus_here, headline, lacking, lay_out, main_scores, most_threads, needed_columns, over_seeds, plan_lines, plan_record, read_grid, summary_rows,
-                             total_time)
+from .grids import (Guard, Run, Task, default_workers, gpus_here, headline, lacking,
+                                 lay_out, main_scores, most_threads, needed_columns, over_seeds,
+                                 plan_lines, plan_record, read_grid, summary_rows, total_time)
 from .finished import keep_run, unanswered
 from ..core.runs import (RunLock, RunLocked, check_name, clock, figure_bytes, figure_style,
-                                 git_state, hold, link_tree, machine, now, outputs_dir, read_json, read_run, replacing, root, run_dir, update_run, versions,
-                            write_csv, write_json, writing)
+                                 git_state, hold, link_tree, machine, now, outputs_dir, read_json,
+                                 read_run, replacing, root, run_dir, update_run, versions,
+                                 write_csv, write_json, writing)
 from ..data.shards import ClusterError, cluster
 
 # %% ../../nbs/09_lab/05_sweeps.ipynb #7891e004
@@ -50,11 +52,13 @@ def share_step(
         record = update_run(target, **changed_origin(read_run(target), fields) | fields)
         update_run(target, step, state='running', key=None)
         link_tree(run_dir(source)/step, run_dir(target)/step)
-        if files_fingerprint(run_dir(target)/step) != part['files']: raise OSError(f'{run_dir(source)/step} changed while it was linked into {target}: call the batch again.')
+        if files_fingerprint(run_dir(target)/step) != part['files']:
+            raise OSError(f'{run_dir(source)/step} changed while it was linked into {target}: call '
+                          'the batch again.')
         update_run(target, step, **(part | dict(shared_from=part.get('shared_from') or source)))
         steps = record.get('notebooks') or pipeline()
-        update_run(target, hashes={k: v for k, v in read_run(source)['hashes'].items()
-                                   if (made := k.split('/')[0]) not in steps or comes_before(made, step, record)})
+        update_run(target, hashes={k: v for k, v in read_run(source)['hashes'].items() if (
+            made := k.split('/')[0]) not in steps or comes_before(made, step, record)})
 
 @contextlib.contextmanager
 def patient_lock(
@@ -92,13 +96,17 @@ def stopped_at(
 )->str:            # such as: cell 5, `model = load(…)`
     "The cell in which a notebook ended; nothing when it cannot be told."
     try:
-        cells = [c for c in nbformat.read(partial, 4).cells if c.cell_type == 'code' and c.metadata.get('papermill', {}).get('start_time')]
+        cells = [c for c in nbformat.read(partial, 4).cells
+                 if c.cell_type == 'code' and c.metadata.get('papermill', {}).get('start_time')]
         numbers = {c.id: i for i, c in enumerate(nbformat.read(source, 4).cells, 1)}
     except (OSError, ValueError): return ''
-    last = next((c for c in cells if c.metadata['papermill'].get('exception')), cells[-1] if cells else None)
+    last = next((c for c in cells if c.metadata['papermill'].get('exception')),
+                cells[-1] if cells else None)
     if last is None: return ''
-    lines = [x.strip() for x in last.source.splitlines() if x.strip() and not x.startswith('#')] or ['']
-    failed = [re.sub(r'\x1b\[[\d;]*m', '', t) for o in last.get('outputs', []) if o.output_type == 'error' for t in o.get('traceback', [])]
+    lines = [x.strip() for x in last.source.splitlines()
+             if x.strip() and not x.startswith('#')] or ['']
+    failed = [re.sub(r'\x1b\[[\d;]*m', '', t) for o in last.get('outputs', [])
+              if o.output_type == 'error' for t in o.get('traceback', [])]
     at = re.search(r'^-+> ?\d+ +(.+)$', '\n'.join(failed), re.M)
     text = at[1].strip() if at else lines[0]
     return f'cell {numbers.get(last.id, "?")}, `{text[:80]}{"…" if len(text) > 80 else ""}`'
@@ -108,13 +116,18 @@ def run_task(
 )->dict:      # run, step, state, error, cell, partial, wall_s, attempts, peak_mib, host
     "Run one step of one run, here or on a worker of a cluster; what goes wrong is in the answer."
     os.environ |= {'LLAVA_MED_ROOT': job['root'], 'LLAVA_MED_OUTPUTS': job['outputs']}
-    out = dict(run=job['run'], step=job['step'], state='failed', error=None, cell='', partial='', wall_s=0.0, attempts=0, peak_mib=0, host=socket.gethostname())
-    if not Path(job['alive']).exists(): return out | dict(error=f"{out['host']} does not see {Path(job['alive']).parent}: the workers of a cluster need the folders of the batch under the same names.")
+    out = dict(run=job['run'], step=job['step'], state='failed', error=None, cell='', partial='',
+               wall_s=0.0, attempts=0, peak_mib=0, host=socket.gethostname())
+    if not Path(job['alive']).exists():
+        return out | dict(error=f"{out['host']} does not see {Path(job['alive']).parent}: the "
+                          "workers of a cluster need the folders of the batch under the same "
+                          "names.")
     try:
         with patient_lock(job['run'], job['owner']):
             forget_steps(job['run'], job['steps'])
             return _attempts(job, out)
-    except Exception as e: return out | dict(error=_sentence(e))   # whatever it is, it is the matter of this run alone
+    # whatever it is, it is the matter of this run alone
+    except Exception as e: return out | dict(error=_sentence(e))
 
 def _sentence(e): # what an exception says
     plain, text = isinstance(e, (RunLocked, OSError, ValueError)), (str(e).splitlines() or [''])[-1]
@@ -127,32 +140,44 @@ def _attempts(job, out):
     inputs = step_inputs(step, job['values'], record)
     if step_key(inputs) != job['key']:
         return out | dict(error=_changed(inputs, job))
-    update_run(run, **changed_origin(record, job['fields']) | job['fields'], git=git_state(), versions=versions(), machine=machine())
-    spent = sum(r.get('wall_s') or 0 for s, r in record['steps'].items() if comes_before(s, step, record))
+    update_run(run, **changed_origin(record, job['fields']) | job['fields'], git=git_state(),
+               versions=versions(), machine=machine())
+    spent = sum(r.get('wall_s') or 0 for s, r in record['steps'].items()
+                if comes_before(s, step, record))
     left = job['timeout_min']*60 - spent
     for out['attempts'] in range(1, job['retries'] + 2):
         tell = ProgressFile(run, step, out['attempts'])
         limit = max(left, 0.1) if job['timeout_min'] else 0
-        guard = Guard(job['memory_gb'], limit, f"{job['timeout_min']:g} min", Path(job['alive']), job.get('patience', 120), job['mark'], tell.memory)
+        guard = Guard(job['memory_gb'], limit, f"{job['timeout_min']:g} min", Path(job['alive']),
+                      job.get('patience', 120), job['mark'], tell.memory)
         update_run(run, step, shared_from=None)
         try: out['wall_s'] = run_step(run, step, job['values'], tell, guard=guard, env=job['env'])
         except StepFailed:
             part = read_run(run)['steps'][step]
             partial = run_dir(run)/step/part['partial']
-            out |= dict(error=part['error'], partial=str(partial), cell=stopped_at(partial, notebook_of(step, record)), peak_mib=round(guard.peak/2**20), wall_s=part['wall_s'])
-            if guard.stopped: update_run(run, step, state='interrupted'); return out | dict(state='interrupted')
+            out |= dict(error=part['error'], partial=str(partial),
+                        cell=stopped_at(partial, notebook_of(step, record)),
+                        peak_mib=round(guard.peak/2**20), wall_s=part['wall_s'])
+            if guard.stopped:
+                update_run(run, step, state='interrupted')
+                return out | dict(state='interrupted')
             left -= out['wall_s']  # the limit is for all attempts together
-            if guard.why or job['timeout_min'] and left <= 0: break    # what met its limit once would meet it again
-        else: return out | dict(state='done', error=None, cell='', partial='', peak_mib=round(guard.peak/2**20))
+            # what met its limit once would meet it again
+            if guard.why or job['timeout_min'] and left <= 0: break
+        else:
+            return out | dict(state='done', error=None, cell='', partial='',
+                              peak_mib=round(guard.peak/2**20))
         finally: tell.end()
     return out
 
 def _changed(inputs, job): # why a key is another than was planned
     planned = job['inputs']
-    what = {'notebook': 'the notebook', 'library': f'the library ({inputs["library"][:8]} here, {planned["library"][:8]} in the plan)', 'data': 'its data',
-            'parameters': 'its parameters', 'before': 'an earlier step'}
+    what = {'notebook': 'the notebook', 'library': f'the library ({inputs["library"][:8]} here, '
+            f'{planned["library"][:8]} in the plan)',
+            'data': 'its data', 'parameters': 'its parameters', 'before': 'an earlier step'}
     differ = [text for k, text in what.items() if inputs.get(k) != planned.get(k)] or ['something']
-    return f"{' and '.join(differ)} changed since the batch was planned, or is another on {socket.gethostname()}: call the batch again."
+    return (f"{' and '.join(differ)} changed since the batch was planned, or is another on "
+            f"{socket.gethostname()}: call the batch again.")
 
 class ProgressFile:
     "Keeps a small file in the run's folder that says how far its notebook is."
@@ -160,7 +185,8 @@ class ProgressFile:
         run:str, step:str, attempt:int, # which
     ):
         self.path, self.said, self.written = run_dir(run)/'.now.json', '', 0.0
-        self.state = dict(step=step, attempt=attempt, since=now(), host=socket.gethostname(), pid=os.getpid(), line='', memory_mib=0)
+        self.state = dict(step=step, attempt=attempt, since=now(), host=socket.gethostname(),
+                          pid=os.getpid(), line='', memory_mib=0)
     def __call__(self,
         line:str, # what the notebook printed
     )->None:
@@ -218,13 +244,16 @@ class DaskExecutor:
         say=print,  # gets a line when no worker is left
         patience:float=600, # seconds to wait without any worker
     ):
-        self.client, self.say, self.patience, self.alone, self.looked = client, say, patience, None, 0.0
+        self.client, self.say, self.patience, self.alone, self.looked = (client, say, patience,
+                                                                         None, 0.0)
         self.resources = {'GPU': gpus} if gpus else None
         self.workers = sum(client.nthreads().values())
         if gpus:
             offers = [w.get('resources', {}).get('GPU', 0) for w in _workers(client)]
-            if max(offers, default=0) < gpus: raise UsageError(f'No worker at {client.scheduler.address} offers {gpus} GPU for a notebook: '
-                                                                f'start workers with `dask worker ADDRESS --nthreads 1 --resources "GPU={gpus}"`.')
+            if max(offers, default=0) < gpus:
+                raise UsageError(f'No worker at {client.scheduler.address} offers {gpus} GPU for a '
+                                 'notebook: ' 'start workers with `dask worker ADDRESS --nthreads '
+                                 f'1 --resources "GPU={gpus}"`.')
             self.workers = sum(int(n//gpus) for n in offers)
     def room(self)->bool:
         "The scheduler keeps the queue."
@@ -233,17 +262,24 @@ class DaskExecutor:
         job:dict, # for run_task
     ):            # a future
         "Hand a unit to the scheduler."
-        return self.client.submit(run_task, job, key=f"{job['run']}-{job['step']}-{uuid.uuid4().hex[:6]}", pure=False, resources=self.resources)
+        return self.client.submit(run_task, job,
+                                  key=f"{job['run']}-{job['step']}-{uuid.uuid4().hex[:6]}",
+                                  pure=False, resources=self.resources)
     def ended(self,
         future, # that is done
     )->dict:    # what run_task said
         "The answer of a unit; raises ClusterError when the scheduler is gone."
         from distributed import KilledWorker
         try: return future.result(timeout=60)
-        except KilledWorker: return dict(state='failed', error='The worker processes that ran it died again and again, probably for want of memory.', cell='', partial='')
-        except (CancelledError, asyncio.CancelledError, asyncio.TimeoutError, TimeoutError, OSError) as e:
-            raise ClusterError(f'The scheduler is gone ({type(e).__name__}); the same command goes on where it stopped.') from None
-        except Exception as e: return dict(state='failed', error=f'{type(e).__name__}: {e}', cell='', partial='')
+        except KilledWorker:
+            return dict(state='failed', error='The worker processes that ran it died again and '
+                        'again, probably for want of memory.', cell='', partial='')
+        except (CancelledError, asyncio.CancelledError, asyncio.TimeoutError, TimeoutError,
+                OSError) as e:
+            raise ClusterError(f'The scheduler is gone ({type(e).__name__}); the same command goes '
+                               'on where it stopped.') from None
+        except Exception as e:
+            return dict(state='failed', error=f'{type(e).__name__}: {e}', cell='', partial='')
         finally: future.release()
     def check(self)->None:
         "Wait for workers for a while, then give up."
@@ -252,8 +288,12 @@ class DaskExecutor:
         try: n = len(self.client.nthreads())
         except (OSError, ValueError, asyncio.TimeoutError, TimeoutError): n = 0
         if n: self.alone = None; return
-        if self.alone is None: self.alone = time.monotonic(); self.say('No worker is left; waiting for one.')
-        if time.monotonic() - self.alone > self.patience: raise ClusterError(f'No worker came for {clock(self.patience)}; the same command goes on where it stopped.')
+        if self.alone is None:
+            self.alone = time.monotonic()
+            self.say('No worker is left; waiting for one.')
+        if time.monotonic() - self.alone > self.patience:
+            raise ClusterError(f'No worker came for {clock(self.patience)}; the same command goes '
+                               'on where it stopped.')
 
 def _workers(client): # what the scheduler says about all workers
     try: found = client.scheduler_info(n_workers=-1)
@@ -268,7 +308,8 @@ class Batch:
         executor,                            # LocalExecutor or DaskExecutor
         say=print,                        # gets each line
     ):
-        self.grid, self.runs, self.tasks, self.executor, self.tell = grid, runs, tasks, executor, say
+        self.grid, self.runs, self.tasks, self.executor, self.tell = (grid, runs, tasks, executor,
+                                                                      say)
         self.folder, self.started = outputs_dir()/grid['name'], time.monotonic()
         self.running, self.failed, self.ran, self.begun = {}, {}, {}, now()
         self.undelivered, self.waiting, self.last, self.kept = {}, [], time.monotonic(), set()
@@ -285,20 +326,26 @@ class Batch:
         "Tell a line, and write it into the log."
         self.last = time.monotonic()
         self.tell(line)
-        with open(self.folder/'batch.log', 'a', encoding='utf-8') as f: f.write(f'{datetime.now().isoformat(" ", "seconds")}  {line}\n')
+        with open(self.folder/'batch.log', 'a', encoding='utf-8') as f:
+            f.write(f'{datetime.now().isoformat(" ", "seconds")}  {line}\n')
     def fields(self,
         r:Run, # a run
     )->dict:   # for its record
         "What the record of a run says about where it comes from."
         about = f"{self.grid['description']} {r.name}".strip()
-        return dict(preset=self.grid['owner'], description=about, seed=r.seed, batch=self.grid['name'], case=r.case, varied=r.varied, base_preset=r.preset, **r.origin)
+        return dict(preset=self.grid['owner'], description=about, seed=r.seed,
+                    batch=self.grid['name'], case=r.case, varied=r.varied, base_preset=r.preset,
+                    **r.origin)
     def job(self,
         u:Task, # to run
     )->dict:    # for run_task
         "A unit in words that any process understands."
         r, g = u.runs[0], self.grid
-        return dict(run=self.full(r), step=u.step, steps=list(r.plan), values=r.plan[u.step], key=u.key, inputs=r.inputs[u.step], fields=self.fields(r), owner=g['owner'], retries=g['retries'],
-                    memory_gb=g['memory_gb'], timeout_min=g['timeout_min'], alive=str(self.folder/'.alive'), mark=self.mark, root=str(root()), outputs=str(outputs_dir()),
+        return dict(run=self.full(r), step=u.step, steps=list(r.plan), values=r.plan[u.step],
+                    key=u.key, inputs=r.inputs[u.step], fields=self.fields(r), owner=g['owner'],
+                    retries=g['retries'], memory_gb=g['memory_gb'], timeout_min=g['timeout_min'],
+                    alive=str(self.folder/'.alive'), mark=self.mark, root=str(root()),
+                    outputs=str(outputs_dir()),
                     env={'OMP_NUM_THREADS': str(r.plan[u.step].get('threads', g['threads']))})
     def deliver(self,
         u:Task, # that is done
@@ -310,22 +357,30 @@ class Batch:
                 if run == u.done or is_done(run, u.step, u.key, read_run(run)): continue
                 if r.name in self._busy(): self.waiting.append(u); continue
                 share_step(u.done, run, u.step, self.fields(r), self.grid['owner'])
-            except Exception as e: self.undelivered[r.name] = dict(step=u.step, error=_sentence(e), cell='', partial='')
-    def _busy(self): return {self.tasks[k].runs[0].name for k in self.running}   # one step at a time in the folder of a run
+            except Exception as e:
+                self.undelivered[r.name] = dict(step=u.step, error=_sentence(e), cell='',
+                                                partial='')
+    # one step at a time in the folder of a run
+    def _busy(self): return {self.tasks[k].runs[0].name for k in self.running}
     def ready(self)->list: # of Task
         "What can start now, what most runs wait for first; a unit after a failed one fails with it."
         found, busy = [], self._busy()
         for u in self.tasks.values():
             if u.done or u.key in self.failed or u.key in self.running: continue
-            if bad := next((k for k in u.before if k in self.failed), None): self.failed[u.key] = self.failed[bad]; continue
-            if all(self.tasks[k].done for k in u.before) and u.runs[0].name not in busy: found.append(u)
+            if bad := next((k for k in u.before if k in self.failed), None):
+                self.failed[u.key] = self.failed[bad]
+                continue
+            if all(self.tasks[k].done for k in u.before) and u.runs[0].name not in busy:
+                found.append(u)
         first = {}
-        for u in sorted(found, key=lambda u: self.weight[u.key]): first.setdefault(u.runs[0].name, u)
+        for u in sorted(found, key=lambda u: self.weight[u.key]):
+            first.setdefault(u.runs[0].name, u)
         return list(first.values())
     def turn(self)->bool: # False: nothing is left to do
         "Take what ended, start what is ready."
         for key, (future, began) in list(self.running.items()):
-            if future.done(): self.end(self.tasks[key], self.executor.ended(self.running.pop(key)[0]))
+            if future.done():
+                self.end(self.tasks[key], self.executor.ended(self.running.pop(key)[0]))
         for u in self.ready():
             if not self.executor.room(): break
             self.running[u.key] = (self.executor.start(self.job(u)), time.monotonic())
@@ -347,7 +402,8 @@ class Batch:
         self.keep_complete()
         n = sum(bool(v.done) or v.key in self.failed for v in self.tasks.values())
         more = f' (for {len(u.runs)} runs)' if len(u.runs) > 1 else ''
-        text = f"done in {clock(got['wall_s'])}" if u.done else f"{got['state']}: {got['cell'] + ': ' if got['cell'] else ''}{got['error']}"
+        text = (f"done in {clock(got['wall_s'])}" if u.done
+                else f"{got['state']}: {got['cell'] + ': ' if got['cell'] else ''}{got['error']}")
         self.say(f'[{n}/{len(self.tasks)}] {u.runs[0].name} {u.step}{more}: {text}')
     def keep_complete(self)->None:
         "Put what complete runs measured into the grid's file of finished runs, where it names one."
@@ -356,12 +412,14 @@ class Batch:
             self.kept.add(r.name)
             try: keep_run(r, self.grid['name'], root()/self.grid['finished'])
             except Exception as e: self.say(f'{r.name}: its rows could not be kept. {_sentence(e)}')
-    def _complete(self, r): return r.name not in self.undelivered and all(self.tasks[k].done for k in r.keys.values())
+    def _complete(self, r):
+        return r.name not in self.undelivered and all(self.tasks[k].done for k in r.keys.values())
     def problem(self,
         r:Run, # a run
     )->dict|None: # step, error, cell, partial, run
         "Why a run is not complete."
-        return next((self.failed[k] for k in r.keys.values() if k in self.failed), self.undelivered.get(r.name))
+        return next((self.failed[k] for k in r.keys.values() if k in self.failed),
+                    self.undelivered.get(r.name))
     def progress(self,
         state:str='running', # or done, interrupted, failed
     )->dict:
@@ -369,13 +427,21 @@ class Batch:
         now_running = []
         for key, (_, began) in self.running.items():
             u, told = self.tasks[key], {}
-            with contextlib.suppress(OSError, ValueError): told = read_json(run_dir(self.full(u.runs[0]))/'.now.json')
-            now_running.append(dict(run=u.runs[0].name, step=u.step, seconds=round(time.monotonic() - began), **{k: told.get(k) for k in ('line', 'memory_mib', 'host', 'attempt')}))
+            with contextlib.suppress(OSError, ValueError):
+                told = read_json(run_dir(self.full(u.runs[0]))/'.now.json')
+            now_running.append(
+                dict(run=u.runs[0].name, step=u.step, seconds=round(time.monotonic() - began),
+                     **{k: told.get(k) for k in ('line', 'memory_mib', 'host', 'attempt')}))
         complete = sum(map(self._complete, self.runs))
-        said = dict(batch=self.grid['name'], state=state, started=self.begun, updated=now(), host=socket.gethostname(), pid=os.getpid(),
-                    runs=dict(total=len(self.runs), done=complete, failed=sum(self.problem(r) is not None for r in self.runs)),
-                    steps=dict(total=len(self.tasks), done=sum(bool(u.done) for u in self.tasks.values()), failed=len(self.failed), running=len(self.running)),
-                    left_s=round(total_time(self.tasks, self.executor.workers)), running=now_running, failures=self.failures())
+        said = dict(batch=self.grid['name'], state=state, started=self.begun, updated=now(),
+                    host=socket.gethostname(), pid=os.getpid(),
+                    runs=dict(total=len(self.runs), done=complete,
+                              failed=sum(self.problem(r) is not None for r in self.runs)),
+                    steps=dict(total=len(self.tasks),
+                               done=sum(bool(u.done) for u in self.tasks.values()),
+                               failed=len(self.failed), running=len(self.running)),
+                    left_s=round(total_time(self.tasks, self.executor.workers)),
+                    running=now_running, failures=self.failures())
         write_json(self.folder/'progress.json', said)
         self.pulse()
         return said
@@ -398,7 +464,8 @@ class Batch:
         threading.Thread(target=go, daemon=True).start()
     def failures(self)->list: # of dictionaries
         "The runs that are not complete, each with its cause."
-        return [dict(run=r.name, **{k: p.get(k) for k in ('step', 'cell', 'error', 'partial')}) for r in self.runs if (p := self.problem(r))]
+        return [dict(run=r.name, **{k: p.get(k) for k in ('step', 'cell', 'error', 'partial')})
+                for r in self.runs if (p := self.problem(r))]
     def work(self,
         every:float=60, # seconds after which a line says how far it is, when nothing else happened
     )->None:
@@ -411,10 +478,14 @@ class Batch:
             if time.monotonic() - written > 2:
                 written, said = time.monotonic(), self.progress()
                 if time.monotonic() - self.last > every:
-                    what = '; '.join(f"{x['run']} {x['step']} ({clock(x['seconds'])}{', ' + x['line'] if x['line'] else ''})" for x in said['running'][:4])
+                    what = '; '.join(
+                        f"{x['run']} {x['step']} "
+                        f"({clock(x['seconds'])}{', ' + x['line'] if x['line'] else ''})"
+                        for x in said['running'][:4])
                     tasks = [u for u in self.tasks.values() if not u.done]
                     some = 'At least' if any(u.estimate is None for u in tasks) else 'About'
-                    self.say(f"{len(said['running'])} running: {what}. {some} {clock(said['left_s'])} left.")
+                    self.say(f"{len(said['running'])} running: {what}. {some} "
+                             f"{clock(said['left_s'])} left.")
             time.sleep(0.1)
     def stop(self,
         patience:float=20, # seconds for the notebooks to end
@@ -422,7 +493,9 @@ class Batch:
         "End all notebooks of the batch."
         self.pulse('stop')
         end = time.monotonic() + patience
-        while self.running and time.monotonic() < end and not all(f.done() for f, _ in self.running.values()): time.sleep(0.1)
+        while (self.running and time.monotonic() < end
+               and not all(f.done() for f, _ in self.running.values())):
+            time.sleep(0.1)
 
 # %% ../../nbs/09_lab/05_sweeps.ipynb #71a91091
 def check_folder(
@@ -430,11 +503,22 @@ def check_folder(
 )->None:
     "Refuse a folder that belongs to something else."
     folder = outputs_dir()/check_name(grid['name'])
-    if (folder/'run.json').exists(): raise UsageError(f"{shown(folder)} is the folder of a run, not of a batch: give the grid another `name`.")
-    if folder.exists() and not folder.is_dir(): raise UsageError(f'{shown(folder)} is a file: give the grid another `name`, or move the file away.')
-    try: owner = read_json(folder/'plan.json')['owner'] if (folder/'plan.json').exists() else grid['owner']
-    except (ValueError, TypeError, KeyError): raise UsageError(f"{shown(folder/'plan.json')} is damaged: if the folder is that of {grid['path'].name}, delete this file, and the batch writes it anew.") from None
-    if owner != grid['owner']: raise UsageError(f"{shown(folder)} was made by the {owner}, not by the {grid['owner']}: give the grid another `name`, or delete the folder.")
+    if (folder/'run.json').exists():
+        raise UsageError(f"{shown(folder)} is the folder of a run, not of a batch: give the grid "
+                         "another `name`.")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f'{shown(folder)} is a file: give the grid another `name`, or move the '
+                         'file away.')
+    try:
+        owner = (read_json(folder/'plan.json')['owner'] if (folder/'plan.json').exists()
+                 else grid['owner'])
+    except (ValueError, TypeError, KeyError):
+        raise UsageError(
+            f"{shown(folder/'plan.json')} is damaged: if the folder is that of "
+            f"{grid['path'].name}, delete this file, and the batch writes it anew.") from None
+    if owner != grid['owner']:
+        raise UsageError(f"{shown(folder)} was made by the {owner}, not by the {grid['owner']}: "
+                         "give the grid another `name`, or delete the folder.")
 
 @contextlib.contextmanager
 def batch_lock(
@@ -461,10 +545,16 @@ def executor_for(
     if scheduler:
         with cluster(scheduler, wait=wait) as client: yield DaskExecutor(client, grid['gpus'], say)
         return
-    if grid['gpus'] and len(gpus_here()) < grid['gpus']: raise UsageError(f"{grid['path'].name} asks for {grid['gpus']} GPU for each notebook, and this machine shows "
+    if grid['gpus'] and len(gpus_here()) < grid['gpus']:
+        raise UsageError(f"{grid['path'].name} asks for {grid['gpus']} GPU for each notebook, and "
+                         "this machine shows "
                          f'{len(gpus_here())}: set `gpus: 0`, or name a cluster with --scheduler.')
-    executor = LocalExecutor(workers or default_workers(most_threads(grid, runs), grid['memory_gb'], grid['gpus']), grid['gpus'])
-    if grid['gpus'] and executor.workers*grid['gpus'] > len(gpus_here()): raise UsageError(f'{executor.workers} notebooks at a time need {executor.workers*grid["gpus"]} GPUs, and this machine shows {len(gpus_here())}.')
+    executor = LocalExecutor(workers or default_workers(most_threads(grid, runs), grid['memory_gb'],
+                                                        grid['gpus']), grid['gpus'])
+    if grid['gpus'] and executor.workers*grid['gpus'] > len(gpus_here()):
+        raise UsageError(f'{executor.workers} notebooks at a time need '
+                         f'{executor.workers*grid["gpus"]} GPUs, and this machine shows '
+                         f'{len(gpus_here())}.')
     try: yield executor
     finally: executor.pool.shutdown(wait=False, cancel_futures=True)
 
@@ -484,16 +574,22 @@ def run_batch(
     if not runs: return dict(done=[], failures=[], ran=0, folder=outputs_dir()/g['name'])
     threads = most_threads(g, runs)
     if plan_only:
-        for line in plan_lines(g, runs, tasks, workers or default_workers(threads, g['memory_gb'], g['gpus'])): say(line)
+        for line in plan_lines(g, runs, tasks,
+                               workers or default_workers(threads, g['memory_gb'], g['gpus'])):
+            say(line)
         return dict(done=[], failures=[], ran=0, folder=outputs_dir()/g['name'])
     if lost := lacking(g, runs, tasks):
         path, how = next(iter(lost.items()))
-        raise UsageError(f"{g['path'].name} needs {path}, which is not there: `{how}`. The same command with --plan lists all that is missing.")
+        raise UsageError(f"{g['path'].name} needs {path}, which is not there: `{how}`. The same "
+                         "command with --plan lists all that is missing.")
     with executor_for(g, runs, scheduler, workers, say) as executor, batch_lock(g):
         batch = Batch(g, runs, tasks, executor, say)
-        with writing(batch.folder): write_json(batch.folder/'plan.json', plan_record(g, runs, tasks, executor.workers))
+        with writing(batch.folder):
+            write_json(batch.folder/'plan.json', plan_record(g, runs, tasks, executor.workers))
         for line in plan_lines(g, runs, tasks, executor.workers): batch.say(line)
-        if not scheduler and executor.workers*threads > (os.cpu_count() or 1): batch.say(f'{executor.workers} notebooks of {threads} threads share {os.cpu_count()} cores, so each will be slower.')
+        if not scheduler and executor.workers*threads > (os.cpu_count() or 1):
+            batch.say(f'{executor.workers} notebooks of {threads} threads share {os.cpu_count()} '
+                      'cores, so each will be slower.')
         state = 'failed'
         try:
             batch.progress()
@@ -514,14 +610,19 @@ def finish(
 )->dict:         # done, failures, ran, folder
     "Say how a batch ended."
     failures = batch.failures()
-    for f in failures: batch.say(f"{f['run']} failed in {f['step']}{', ' + f['cell'] if f['cell'] else ''}: {f['error']}")
+    for f in failures:
+        batch.say(f"{f['run']} failed in {f['step']}{', ' + f['cell'] if f['cell'] else ''}: "
+                  f"{f['error']}")
     done = [r.name for r in batch.runs if batch._complete(r)]
-    batch.say(f"{len(done)} of {len(batch.runs)} runs are complete; {len(batch.ran)} steps were run in {clock(time.monotonic() - batch.started)}. "
-              f"{shown(batch.folder)}/ holds summary.csv, table.csv, costs.csv and report.html." + (' The same command runs only what is missing.' if failures else ''))
+    batch.say(f"{len(done)} of {len(batch.runs)} runs are complete; {len(batch.ran)} steps were "
+              f"run in {clock(time.monotonic() - batch.started)}. "
+              f"{shown(batch.folder)}/ holds summary.csv, table.csv, costs.csv and report.html."
+              + (' The same command runs only what is missing.' if failures else ''))
     return dict(done=done, failures=failures, ran=len(batch.ran), folder=batch.folder)
 
 # %% ../../nbs/09_lab/05_sweeps.ipynb #a242ed33
-SCORE = ('model', 'dataset', 'split', 'condition', 'metric', 'value', 'low', 'high', 'n_items', 'n_images')
+SCORE = ('model', 'dataset', 'split', 'condition', 'metric', 'value', 'low', 'high', 'n_items',
+         'n_images')
 
 def table_rows(
     batch:Batch, # that has ended
@@ -530,15 +631,20 @@ def table_rows(
     axes, rows = list(dict.fromkeys(k for r in batch.runs for k in r.varied)), []
     for r in batch.runs:
         state = 'failed' if batch.problem(r) else 'done' if batch._complete(r) else 'missing'
-        head = dict(run=r.name, case=r.case, **{k: r.plan.get(k.split('.')[0], {}).get(k.split('.')[1], r.varied.get(k, '')) for k in axes}, seed=r.seed, state=state)
+        head = dict(run=r.name, case=r.case,
+                    **{k: r.plan.get(k.split('.')[0], {}).get(k.split('.')[1], r.varied.get(k, ''))
+                       for k in axes}, seed=r.seed, state=state)
         found = []
         for s, key in r.keys.items():
             p = run_dir(batch.full(r))/s/'scores.csv'
             if batch.tasks[key].done and p.exists():
-                with open(p, newline='', encoding='utf-8') as f: found += [x | {'step': s} for x in csv.DictReader(f) if x.get('slice', 'all') == 'all']
+                with open(p, newline='', encoding='utf-8') as f:
+                    found += [x | {'step': s} for x in csv.DictReader(f)
+                              if x.get('slice', 'all') == 'all']
         rows += [head | {k: x.get(k, '') for k in ('step', *SCORE)} for x in found] or [head]
     rows = needed_columns(rows)
-    return rows, ['run', 'case', *axes, 'seed', 'state', *(['step'] if any('step' in r for r in rows) else []), *SCORE]
+    return rows, ['run', 'case', *axes, 'seed', 'state',
+                  *(['step'] if any('step' in r for r in rows) else []), *SCORE]
 
 def cost_rows(
     batch:Batch, # that has ended
@@ -549,9 +655,12 @@ def cost_rows(
         record = read_run(batch.full(r))['steps']
         for s, key in r.keys.items():
             p, part = run_dir(batch.full(r))/s/'ledger.json', record.get(s, {})
-            with contextlib.suppress(ValueError, TypeError):   # a damaged ledger costs the batch its row, not its report
+            # a damaged ledger costs the batch its row, not its report
+            with contextlib.suppress(ValueError, TypeError):
                 if batch.tasks[key].done and p.exists():
-                    rows.append(dict(run=r.name, case=r.case, seed=r.seed, step=s, shared_from=part.get('shared_from') or '', notebook_s=part.get('wall_s', ''), **read_json(p)))
+                    rows.append(dict(run=r.name, case=r.case, seed=r.seed, step=s,
+                                     shared_from=part.get('shared_from') or '',
+                                     notebook_s=part.get('wall_s', ''), **read_json(p)))
     return rows
 
 # %% ../../nbs/09_lab/05_sweeps.ipynb #9a990b29
@@ -565,7 +674,8 @@ def html_table(
     "A table; all texts are escaped."
     def cell(x):
         if isinstance(x, list): return ' '.join(map(cell, x))
-        if isinstance(x, tuple): return f'<a href="{html.escape(x[1], quote=True)}">{html.escape(x[0])}</a>'
+        if isinstance(x, tuple):
+            return f'<a href="{html.escape(x[1], quote=True)}">{html.escape(x[0])}</a>'
         return html.escape('' if x is None else f'{x:.4g}' if isinstance(x, float) else str(x))
     body = ''.join('<tr>' + ''.join(f'<td>{cell(x)}</td>' for x in r) + '</tr>' for r in rows)
     return f'<table><thead><tr>{"".join(f"<th scope=col>{html.escape(h)}</th>" for h in head)}</tr></thead><tbody>{body}</tbody></table>'
@@ -573,18 +683,23 @@ def html_table(
 def _picture(rows, axes): # the headline score by setting, as <figure>; nothing where there is none
     import matplotlib.pyplot as plt
     rows = headline(rows)
-    label = lambda r: ', '.join(filter(None, [r['case'], *(f'{k.split(".")[1]} {r[k]}' for k in axes if r.get(k) not in (None, ''))])) or 'all'
+    label = lambda r: ', '.join(filter(None, [r['case'], *(
+        f'{k.split(".")[1]} {r[k]}' for k in axes if r.get(k) not in (None, ''))])) or 'all'
     groups = {}
     for r in rows: groups.setdefault(label(r), []).append(float(r['value']))
     if not groups or len(groups) > 60: return ''
     what = f"{rows[0]['metric']} of {rows[0]['model']}, {rows[0]['condition']}"
     with figure_style():
         fig, ax = plt.subplots(figsize=(7.5, .35*len(groups) + 1.3))
-        for y, v in enumerate(groups.values()): ax.plot(v, [y]*len(v), 'o', color='C0', alpha=.6); ax.plot(sum(v)/len(v), y, 'k|', ms=14)
-        ax.set(yticks=range(len(groups)), yticklabels=groups, xlabel=f'{what}: each seed, and their mean', ylim=(len(groups) - .5, -.5))
+        for y, v in enumerate(groups.values()):
+            ax.plot(v, [y]*len(v), 'o', color='C0', alpha=.6)
+            ax.plot(sum(v)/len(v), y, 'k|', ms=14)
+        ax.set(yticks=range(len(groups)), yticklabels=groups,
+               xlabel=f'{what}: each seed, and their mean', ylim=(len(groups) - .5, -.5))
     kind, data = figure_bytes(fig, limit=0)
     plt.close(fig)
-    text = f'{what}, means over seeds: ' + '; '.join(f'{k} {sum(v)/len(v):.3f}' for k, v in groups.items()) + '.'
+    text = f'{what}, means over seeds: ' + '; '.join(f'{k} {sum(v)/len(v):.3f}'
+                                                     for k, v in groups.items()) + '.'
     return f'<figure><img alt="{html.escape(text, quote=True)}" src="data:{kind};base64,{base64.b64encode(data).decode()}"><figcaption>{html.escape(text)}</figcaption></figure>'
 
 def batch_report(
@@ -602,23 +717,42 @@ def batch_report(
     scores = over_seeds(main_scores(rows) if many else rows)
     best = {r['run']: r for r in reversed(headline(rows))}
     score = [f"{r['metric']} of {r['model']}, {r['condition']}" for r in list(best.values())[:1]]
-    interval = lambda r: f"{r['mean']:.3f}" + ('' if r['low'] is None else ' (seeds alike)' if r['low'] == r['high'] else f" ({r['low']:.3f} to {r['high']:.3f})")
-    parts = [f"<h1>{html.escape(g['name'])}</h1><p>{html.escape(g['description'])}</p><p>{done} of {len(batch.runs)} runs are complete. "
-             f"Made {now()} by the {html.escape(g['owner'])}; seeds {', '.join(map(str, g['seeds']))}. "
+    interval = lambda r: f"{r['mean']:.3f}" + ('' if r['low'] is None else ' (seeds alike)'
+                                               if r['low'] == r['high']
+                                               else f" ({r['low']:.3f} to {r['high']:.3f})")
+    parts = [f"<h1>{html.escape(g['name'])}</h1><p>{html.escape(g['description'])}</p><p>{done} of "
+             f"{len(batch.runs)} runs are complete. " f"Made {now()} by the "
+             f"{html.escape(g['owner'])}; seeds {', '.join(map(str, g['seeds']))}. "
              'For research and teaching; not for clinical use.</p>']
     if failures:
-        parts += [f'<h2 class=bad>{len(failures)} runs are not complete</h2>', html_table(['run', 'step', 'cell', 'what happened', 'notebook up to there'],
-                  [[f['run'], f['step'], f['cell'], f['error'], (Path(f['partial']).name, link(f['partial'])) if f['partial'] else ''] for f in failures])]
+        parts += [f'<h2 class=bad>{len(failures)} runs are not complete</h2>',
+                  html_table(['run', 'step', 'cell', 'what happened', 'notebook up to there'],
+                             [[f['run'], f['step'], f['cell'], f['error'],
+                               (Path(f['partial']).name,
+                                link(f['partial'])) if f['partial'] else ''] for f in failures])]
     if scores:
-        parts += ['<h2>Scores</h2>', _picture(rows, axes), "<p>Means over seeds; in brackets the 95 % interval of Student's t over seeds. The intervals of single runs, over their images, are in "
-                  '<a href="table.csv">table.csv</a>' + (f', as are all {len(rows)} scores; here are the main ones' if many else '') + ', the main ones of each run side by side in '
-                  '<a href="summary.csv">summary.csv</a>.</p>', html_table(['case', *axes, 'model', 'dataset', 'condition', 'metric', 'mean (interval)', 'seeds'],
-                  [[s['case'], *(s[k] for k in axes), ' '.join(filter(None, [s['model'], s.get('step')])), s['dataset'], s['condition'], s['metric'], interval(s), s['n_seeds']] for s in scores])]
+        parts += [
+            '<h2>Scores</h2>', _picture(rows, axes),
+            "<p>Means over seeds; in brackets the 95 % interval of Student's t over seeds. The "
+            "intervals of single runs, over their images, are in "
+            '<a href="table.csv">table.csv</a>' + (f', as are all {len(rows)} scores; here are the '
+                                                   'main ones' if many else '') + ', the main ones '
+            'of each run side by side in ' '<a href="summary.csv">summary.csv</a>.</p>',
+            html_table(['case', *axes, 'model', 'dataset', 'condition', 'metric', 'mean (interval)',
+                        'seeds'],
+                       [[s['case'], *(s[k] for k in axes),
+                         ' '.join(filter(None, [s['model'], s.get('step')])), s['dataset'],
+                         s['condition'], s['metric'], interval(s), s['n_seeds']] for s in scores])]
     paid = [c for c in costs if not c['shared_from']]
-    parts += ['<h2>Runs</h2>', html_table(['run', *score, 'seconds', 'executed notebooks'],
-              [[r.name, *[float(best[r.name]['value']) if r.name in best else '']*len(score), round(sum(float(c['notebook_s'] or 0) for c in costs if c['run'] == r.name), 1), books(r)] for r in batch.runs]),
-              f"<p>All steps together took {clock(sum(float(c['notebook_s'] or 0) for c in paid))} of notebook time; steps that runs share are counted once here, and in each run above. "
-              'All costs are in <a href="costs.csv">costs.csv</a>, the plan in <a href="plan.json">plan.json</a>, what happened when in <a href="batch.log">batch.log</a>.</p>']
+    parts += ['<h2>Runs</h2>', html_table(['run', *score, 'seconds', 'executed notebooks'], [
+        [r.name, *[float(best[r.name]['value']) if r.name in best else '']*len(score),
+         round(sum(float(c['notebook_s'] or 0) for c in costs if c['run'] == r.name), 1), books(r)]
+        for r in batch.runs]),
+              f"<p>All steps together took {clock(sum(float(c['notebook_s'] or 0) for c in paid))} "
+              "of notebook time; steps that runs share are counted once here, and in each run "
+              "above. " 'All costs are in <a href="costs.csv">costs.csv</a>, the plan in <a '
+              'href="plan.json">plan.json</a>, what happened when in <a '
+              'href="batch.log">batch.log</a>.</p>']
     return f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(g['name'])}</title><style>{REPORT_STYLE}</style><body>{''.join(parts)}</body></html>\n"
 
 def write_results(
@@ -629,16 +763,24 @@ def write_results(
     write_csv(batch.folder/'table.csv', rows, columns)
     write_csv(batch.folder/'summary.csv', *summary_rows(rows))
     write_csv(batch.folder/'costs.csv', costs, list(dict.fromkeys(k for c in costs for k in c)))
-    with replacing(batch.folder/'report.html') as part: part.write_text(batch_report(batch, rows, costs), encoding='utf-8')
+    with replacing(batch.folder/'report.html') as part:
+        part.write_text(batch_report(batch, rows, costs), encoding='utf-8')
 
 # %% ../../nbs/09_lab/05_sweeps.ipynb #65e10009
 def batch_command(
     args, # grid, scheduler, workers, plan
 )->int:   # exit code: 0, or 1 when a run is not complete
     "The command `llava-med batch`."
-    if args.workers is not None and args.workers < 1: raise UsageError('--workers must be at least 1.')
-    if '' in (args.scheduler, args.preset): raise UsageError('--scheduler and --preset cannot be empty: name one, or leave the word away.')
-    if args.workers and args.scheduler: raise UsageError('--workers is for this machine: leave it away when a --scheduler has its own.')
-    try: got = run_batch(args.grid, args.scheduler, args.workers, lambda s: print(s, flush=True), args.plan, args.preset or '')
+    if args.workers is not None and args.workers < 1:
+        raise UsageError('--workers must be at least 1.')
+    if '' in (args.scheduler, args.preset):
+        raise UsageError('--scheduler and --preset cannot be empty: name one, or leave the word '
+                         'away.')
+    if args.workers and args.scheduler:
+        raise UsageError('--workers is for this machine: leave it away when a --scheduler has its '
+                         'own.')
+    try:
+        got = run_batch(args.grid, args.scheduler, args.workers, lambda s: print(s, flush=True),
+                        args.plan, args.preset or '')
     except ClusterError as e: raise ValueError(str(e)) from None
     return 1 if got['failures'] else 0
