@@ -39,11 +39,12 @@ from ..core.registry import import_recipes
 from ..core.runs import (
     FULL, clock, file_hash, folder_hash, git_state, machine, now, outputs_dir, read_run,
     root, run_dir, RunLock, update_run, versions, writing)
-from .steps import (
-    GIVEN, PARAMETER_TYPES, allowed, books_of, changed_origin, check_names, check_sets,
-    comes_before, is_optional, known_name, library_dir, mapped, missing_files, notebook_of,
-    origin, Parameter, pipeline, plain_values, read_parameters, read_recipes, read_steps,
-    recipes_fingerprint, stand_ins, stem_of, UsageError, with_models, with_stand_ins)
+from .steps import (GIVEN, PARAMETER_TYPES, allowed, books_of, changed_origin,
+                                 check_names, check_sets, comes_before, default_values, is_optional,
+                                 known_name, library_dir, mapped, missing_files, notebook_of,
+                                 origin, Parameter, pipeline, plain_values, read_parameters,
+                                 read_recipes, read_steps, recipes_fingerprint, stand_ins, stem_of,
+                                 UsageError, with_models, with_stand_ins, without_given)
 
 # %% ../../nbs/09_lab/01_runner.ipynb #3fa1e6c4
 class PresetLoader(yaml.SafeLoader):
@@ -60,25 +61,36 @@ class PresetLoader(yaml.SafeLoader):
 PresetLoader.add_implicit_resolver('tag:yaml.org,2002:float',
     re.compile(r'^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$'), list('-+.0123456789'))
 
+# %% ../../nbs/09_lab/01_runner.ipynb #729b8ad1
 def read_yaml(
     text:str, # YAML
 ):            # what it says
-    "Read YAML the way a person means it; raises YAMLError, also for a date or a number that cannot be."
+    "Read YAML the way a person means it; YAMLError also for a date or number that cannot be."
     try: return yaml.load(text, PresetLoader)
     except (ValueError, RecursionError) as e:
         raise yaml.YAMLError(f'a value cannot be read ({str(e).splitlines()[0]})') from None
 
 # %% ../../nbs/09_lab/01_runner.ipynb #736d2621
-# what no notebook can be given, such as a date, and a number that is none; nothing where all is
-# well
 def _unfit(value):
+    "Why no notebook can be given a value, such as a date or a NaN; None where one can."
     if isinstance(value, float) and not math.isfinite(value):
         return f'{value} is no number to work with'
     if isinstance(value, dict): value = [*value, *value.values()]
     if isinstance(value, list): return next(filter(None, map(_unfit, value)), None)
-    return (None if type(value) in PARAMETER_TYPES.values()
-            else f'{value} is a {type(value).__name__}: put it between quotes')
+    if type(value) in PARAMETER_TYPES.values(): return None
+    return f'{value} is a {type(value).__name__}: put it between quotes'
 
+def _type_hint(value, kinds):
+    "How a value of the wrong type would be written."
+    if list in kinds: return ' Write a list as [first, second].'
+    text = isinstance(value, str)
+    if text and kinds & {int, float} and re.fullmatch(r'[-+]?[\d.]+(e[-+]?\d+)?', value.lower()):
+        return ' Write the number without quotes.'
+    if str in kinds and not isinstance(value, (list, dict, type(None))):
+        return ' Put it between quotes.'
+    return ''
+
+# %% ../../nbs/09_lab/01_runner.ipynb #27f23276
 def check_value(
     value,        # what was given
     p:Parameter,  # what is wanted
@@ -86,18 +98,15 @@ def check_value(
 ):                # the value, an int made a float where a float is wanted
     "A value of the right type, or one sentence that says which is."
     kinds = allowed(p.kind)
+    said = f'{step}.{p.name} ({p.help or "no description"})'
     if type(value) is int and float in kinds and int not in kinds: value = float(value)
-    if type(value) in kinds and (odd := _unfit(value)):
-        raise UsageError(f'{step}.{p.name} ({p.help or "no description"}): {odd}.')
-    if type(value) in kinds: return value
-    number = isinstance(value, str) and re.fullmatch(r'[-+]?[\d.]+(e[-+]?\d+)?',
-                                                     value.lower()) and kinds & {int, float}
-    hint = (' Write a list as [first, second].' if kinds & {list}
-            else ' Write the number without quotes.' if number else ' Put it between quotes.'
-            if str in kinds and not isinstance(value, (list, dict, type(None))) else '')
-    raise UsageError(f'{step}.{p.name} ({p.help or "no description"}) must be of type {p.kind}, '
-                     f'and {value!r} is {type(value).__name__}.{hint}')
+    if type(value) not in kinds:
+        raise UsageError(f'{said} must be of type {p.kind}, and {value!r} is '
+                         f'{type(value).__name__}.{_type_hint(value, kinds)}')
+    if odd := _unfit(value): raise UsageError(f'{said}: {odd}.')
+    return value
 
+# %% ../../nbs/09_lab/01_runner.ipynb #213a8c04
 def parse_value(
     text:str,    # what stands behind the equals sign
     p:Parameter, # what is wanted
@@ -116,10 +125,10 @@ def from_here(
 ):         # the same; a relative path that exists here and not in the repository is made absolute
     "Let paths on the command line mean what they mean to the shell."
     if isinstance(value, list): return [from_here(v) for v in value]
-    if not isinstance(value, str) or not value or len(value) > 1000 or os.path.exists(root()/value):
-        return value
-    return str(Path(value).resolve()) if ('/' in value
-                                          or '.' in value) and os.path.exists(value) else value
+    if not isinstance(value, str) or not value or len(value) > 1000: return value
+    like_path = '/' in value or '.' in value
+    if os.path.exists(root()/value) or not like_path or not os.path.exists(value): return value
+    return str(Path(value).resolve())
 
 # %% ../../nbs/09_lab/01_runner.ipynb #243763db
 def presets()->dict: # name → file; one in a folder is named with it, such as recipes/dpo
@@ -141,31 +150,44 @@ def preset_file(
         raise UsageError(f"There are several presets named '{preset}': write {' or '.join(same)}.")
     return there[same[0] if same else known_name(preset, there, 'preset')]
 
-BLOCKS = {   # what a preset may say beside `description` and `parameters`, for `llava-med plan` and the tables; None: any key
-    'model': ('checkpoint',     # a whole LLaVA: a name of llava_med/lab/architectures.yaml, or a folder; or
-              'tower', 'language_model', # the two that are joined, each a name or its numbers
-              'template',       # a name of `llava_med.models.exchange.TEMPLATES`, or Jinja; of a checkpoint, what it brings
-              'image_ends',     # true: the picture stands between <im_start> and <im_end>
-              'image_size', 'connector', 'layers', # pixels; mlp or linear; which layer of the tower is read
-              'revision', 'licence'),    # of each part on the hub, `unverified` where not known
-    'data': None,               # step: {rows, text_tokens, scored_tokens} of a pass, a row being a picture with its text; disk_gb, licence
-    'hardware': ('gpus', 'memory_gb', 'gpu', 'tflops', 'mfu', 'gflops', 'gflops_bf16'), # for which the preset is meant; 0 GPUs are a processor
-    'needs': None,              # path in the repository: the command that puts it there
-    'evidence': ('measured', 'rehearsed', 'never run')}        # what each word holds for; or one of the words alone
+# %% ../../nbs/09_lab/01_runner.ipynb #d6a6cd8d
+# what a preset may say beside `description` and `parameters`; None: any key
+BLOCKS = {
+    'model': (
+        'checkpoint',      # a whole LLaVA: a name of architectures.yaml, or a folder; or
+        'tower', 'language_model',  # the two that are joined, each a name or its numbers
+        'template',        # a name of `models.exchange.TEMPLATES`, or Jinja
+        'image_ends',      # true: the image stands between <im_start> and <im_end>
+        'image_size',      # in pixels
+        'connector',       # mlp or linear
+        'layers',          # which layer of the tower is read
+        'revision', 'licence'),     # of each part on the hub, `unverified` where not known
+    # step: {rows, text_tokens, scored_tokens} of a pass, a row being an image with its text;
+    # disk_gb, licence
+    'data': None,
+    # for which the preset is meant; 0 GPUs: a CPU
+    'hardware': ('gpus', 'memory_gb', 'gpu', 'tflops', 'mfu', 'gflops', 'gflops_bf16'),
+    'needs': None,         # path in the repository: the command that puts it there
+    # what each word holds for; or one of the words alone
+    'evidence': ('measured', 'rehearsed', 'never run')}
 
 def _blocks(got, path):
     "The further blocks of a preset, their keys checked."
-    if isinstance(word := got.get('evidence'), str):
-        got['evidence'] = {known_name(word, BLOCKS['evidence'],
-                                      f'evidence ({path.name})'): 'everything'}
+    word, found = got.get('evidence'), {}
+    if isinstance(word, str):
+        kind = known_name(word, BLOCKS['evidence'], f'evidence ({path.name})')
+        got['evidence'] = {kind: 'everything'}
     for k, keys in BLOCKS.items():
-        if not isinstance(got.get(k) or {}, dict):
-            raise UsageError(f'{path}: `{k}:` must hold `name: value` lines, and it is {got[k]!r}.')
-        for x in got.get(k) or {}: known_name(str(x), keys or [str(x)], f'key of {k} ({path.name})')
-    return {k: {str(x): v for x, v in (got.get(k) or {}).items()} for k in BLOCKS}
+        block = got.get(k) or {}
+        if not isinstance(block, dict):
+            raise UsageError(f'{path}: `{k}:` must hold `name: value` lines, and it is {block!r}.')
+        for x in block: known_name(str(x), keys or [str(x)], f'key of {k} ({path.name})')
+        found[k] = {str(x): v for x, v in block.items()}
+    return found
 
 PRESET_KEYS = ('description', 'parameters', 'steps', 'recipes', *BLOCKS)
 
+# %% ../../nbs/09_lab/01_runner.ipynb #a7ab65d1
 def preset_text(
     path:Path, # a YAML file
 )->dict:       # its keys, all of them known
@@ -182,23 +204,27 @@ def preset_text(
     for k in got: known_name(str(k), PRESET_KEYS, f'key of a preset ({path.name})')
     return got
 
+# %% ../../nbs/09_lab/01_runner.ipynb #0d687a8f
+def _parameter_lines(given, path):
+    "What stands under `parameters:`, step by step; YAML reads `4:` as a number."
+    if not isinstance(given or {}, dict):
+        raise UsageError(f'{path}: `parameters:` must hold one line per step, such as '
+                         '`all: {seed: 1}`.')
+    parts = {}
+    for step, values in (given or {}).items():
+        if not isinstance(values or {}, dict):
+            raise UsageError(f'{path}: {step} must hold `name: value` lines.')
+        values = {str(k): v for k, v in (values or {}).items()}
+        parts[str(step)] = renamed(values, where=f'{path}: {step}.', error=UsageError)
+    return parts
+
 def preset_parameters(
     given,     # what stands under `parameters:`
     own:dict,  # step → parameters, of its list of steps
     path:Path, # the file, for the message
 )->dict:       # step → parameters
     "The parameters of a preset, from both places; one that stands in both is refused."
-    if not isinstance(given or {}, dict):
-        raise UsageError(f'{path}: `parameters:` must hold one line per step, such as `all: '
-                         f'{{seed: 1}}`.')
-    # YAML reads 4: as a number
-    parts = {str(step): values for step, values in (given or {}).items()}
-    for step, values in parts.items():
-        if not isinstance(values or {}, dict):
-            raise UsageError(f'{path}: {step} must hold `name: value` lines.')
-    for step, values in parts.items():
-        values = {str(k): v for k, v in (values or {}).items()}
-        parts[step] = renamed(values, where=f'{path}: {step}.', error=UsageError)
+    parts = _parameter_lines(given, path)
     for step, values in own.items():
         both = values.keys() & parts.get(step, {}).keys()
         if both:
@@ -207,18 +233,23 @@ def preset_parameters(
         if values: parts[step] = parts.get(step, {}) | values
     return parts
 
+# %% ../../nbs/09_lab/01_runner.ipynb #adde8691
 def read_preset(
     preset:str, # a name, or the path of a YAML file
-)->dict:        # name, owner (what the run's record calls it), file, description, parameters, notebooks (of its list of steps), recipes, and the `BLOCKS`, empty where not given
+)->dict:        # name, owner (in the run's record), file, description, parameters, … (see below)
     "Read a recipe and check its shape."
     path = preset_file(preset)
-    shipped = next((n for n, p in presets().items() if p.resolve() == path.resolve()), None)
+    shipped = [n for n, p in presets().items() if p.resolve() == path.resolve()]
     got = preset_text(path)
     books, own = read_steps(got.get('steps'), path.name)
-    return {'name': path.stem, 'owner': shipped or str(path.resolve()), 'file': str(path),
+    return {'name': path.stem,
+            'owner': shipped[0] if shipped else str(path.resolve()),
+            'file': str(path),
             'description': got.get('description', ''),
-            'parameters': preset_parameters(got.get('parameters'), own, path), 'notebooks': books,
-            'recipes': read_recipes(got.get('recipes'), path.name), **_blocks(got, path)}
+            'parameters': preset_parameters(got.get('parameters'), own, path),
+            'notebooks': books,
+            'recipes': read_recipes(got.get('recipes'), path.name),
+            **_blocks(got, path)}
 
 # %% ../../nbs/09_lab/01_runner.ipynb #7e6e6bdb
 def choose_steps(
@@ -226,13 +257,14 @@ def choose_steps(
     named=(),    # steps that the preset names
     books:dict|None=None, # step → notebook, of a preset's list; default: the pipeline
 )->list:         # names, in order
-    "The steps that will run: those of a preset's list, or the usual ones of the pipeline and what is named."
+    "The steps that will run: those of a preset's list, or the usual ones and what is named."
     steps = books or pipeline()
     if only: wanted = {known_name(s, steps, 'step', prefix=True) for s in only}
     elif books: wanted = set(steps)
     else: wanted = {s for s in steps if not is_optional(s) or s in named}
     return [s for s in steps if s in wanted]
 
+# %% ../../nbs/09_lab/01_runner.ipynb #b133ff71
 def split_set(
     text:str, # STEP.PARAM=VALUE
 )->tuple:     # the three parts
@@ -253,10 +285,11 @@ def targets(
                          'grid: leave it away.')
     if step != 'all':
         step = known_name(step, known, 'step', prefix=True)
-        known_name(name, [p for p in known[step] if p not in GIVEN], f'parameter of {step}')
+        known_name(name, without_given(known[step]), f'parameter of {step}')
         return [step]
-    known_name(name, dict.fromkeys(p for ps in known.values() for p in ps if p not in GIVEN),
-               'parameter of any step')
+    every = {}
+    for parameters in known.values(): every |= without_given(parameters)
+    known_name(name, every, 'parameter of any step')
     return [s for s in known if name in known[s]]
 
 # %% ../../nbs/09_lab/01_runner.ipynb #ca47a726
@@ -283,6 +316,7 @@ def check_stages(
         if isinstance(values.get('stage'), dict):
             check_stage(s, books[s].stem, values['stage'], preset.get('recipes') or ())
 
+# %% ../../nbs/09_lab/01_runner.ipynb #c0b2642b
 def given_value(
     step:str, name:str, # a step, and one of its parameters
     value,              # what was given
@@ -294,6 +328,26 @@ def given_value(
         value = renamed(value, STAGE_RENAMED, f'{step}.stage.', UsageError)
     return with_models(step, name, value, known)
 
+# %% ../../nbs/09_lab/01_runner.ipynb #bba35116
+def _preset_values(plan, preset, known):
+    "Put the values of a preset into a plan, those of `all` first."
+    given = preset['parameters']
+    for s in sorted(given, key=lambda s: s != 'all'):
+        for k, v in given[s].items():
+            for t in targets(s, k, known):
+                value = given_value(t, k, v, known)
+                if t in plan: plan[t][k] = value
+
+def _set_values(plan, sets, known):
+    "Put the values of --set into a plan."
+    check_names(sets)
+    for s, k, text in map(split_set, sets):
+        hit = [t for t in targets(s, k, known) if t in plan]
+        if not hit:
+            raise UsageError(f'--set {s}.{k}: {s} is not among the steps to run '
+                             f'({", ".join(plan)}).')
+        for t in hit: plan[t][k] = given_value(t, k, parse_value(text, known[t][k], t), known)
+
 def plan_run(
     preset:dict,     # from read_preset
     run:str,         # name of the run
@@ -301,48 +355,44 @@ def plan_run(
     sets:list=(),    # STEP.PARAM=VALUE texts
 )->dict:             # step → all its parameters, in order
     "All steps with all their values, checked before anything runs."
-    books = books_of(preset)
-    known = {s: read_parameters(p) for s, p in books.items()}
+    known = {s: read_parameters(p) for s, p in books_of(preset).items()}
     for s in preset['parameters']:
         if s != 'all': known_name(s, known, f"step (named by the preset {preset['name']})")
-    plan = {s: {k: p.default for k, p in known[s].items()}
-            for s in choose_steps(only, preset['parameters'], preset.get('notebooks'))}
-    for s, values in sorted(preset['parameters'].items(), key=lambda kv: kv[0] != 'all'):
-        for k, v in values.items():
-            for t in targets(s, k, known):
-                value = given_value(t, k, v, known)
-                if t in plan: plan[t][k] = value
-    check_names(sets := list(sets))
-    for s, k, text in map(split_set, sets):
-        hit = [t for t in targets(s, k, known) if t in plan]
-        if not hit:
-            raise UsageError(f'--set {s}.{k}: {s} is not among the steps to run '
-                             f'({", ".join(plan)}).')
-        for t in hit: plan[t][k] = given_value(t, k, parse_value(text, known[t][k], t), known)
+    steps = choose_steps(only, preset['parameters'], preset.get('notebooks'))
+    plan = {s: default_values(known[s]) for s in steps}
+    _preset_values(plan, preset, known)
+    _set_values(plan, list(sets), known)
     check_stages(plan, preset)
     base, found = plan_base(plan), stand_ins(preset)
-    plan = {s: with_stand_ins(v, found) for s, v in plan.items()}
-    return {s: in_run(v, run, base) | {k: run for k in GIVEN if k in known[s]}
-            for s, v in plan.items()}
+    for s, values in plan.items():
+        values = in_run(with_stand_ins(values, found), run, base)
+        for k in GIVEN:
+            if k in known[s]: values[k] = run
+        plan[s] = values
+    return plan
 
+# %% ../../nbs/09_lab/01_runner.ipynb #c0bc48e8
 def plan_base(
     plan:dict, # step → parameters
-)->str:        # the folder that stage 1 starts from, or else the one that the evaluation asks first, or any step; '' where there is none
-    "The base model of a plan."
-    first = [s for s in ('2_stage1_alignment', '4_evaluation') if s in plan]
-    return next((plan[s]['base_model'] for s in [*first, *plan] if plan[s].get('base_model')), '')
+)->str:        # a folder; '' where there is none
+    "The base model of a plan: of stage 1, or else of the evaluation, or of any step."
+    for s in ('2_stage1_alignment', '4_evaluation', *plan):
+        base = plan.get(s, {}).get('base_model')
+        if base: return base
+    return ''
 
 def in_run(
     values:dict, # parameters of a step
     run:str,     # name of the run
     base:str='', # folder of its base model
 )->dict:         # the same, with the run's folder for a leading `{run}/` and the base for `{base}`
-    "Let a value name what an earlier step of its own run makes, `{run}/0_base_model/model`, or the base of any preset, `{base}`."
+    "Let a value name what an earlier step of its own run makes, or the base of any preset."
     if '{base}' in plain_values(values) and base in ('', '{base}'):
         raise UsageError(f'A parameter of {run} is {{base}}, but no step of it names a base_model.')
     def put(v):
         if v == '{base}': v = base
-        return f'{run_dir(run)}{v[5:]}' if isinstance(v, str) and v.startswith('{run}/') else v
+        own = isinstance(v, str) and v.startswith('{run}/')
+        return f'{run_dir(run)}{v[5:]}' if own else v
     return mapped(values, put)
 
 def as_planned(
@@ -351,8 +401,10 @@ def as_planned(
 )->dict:         # the same, with `{run}/` for the run's folder
     "Parameters without the name of their run."
     home = f'{run_dir(run)}/'
-    return mapped(values, lambda v: '{run}/' + v[len(home):]
-                  if isinstance(v, str) and v.startswith(home) else v)
+    def put(v):
+        own = isinstance(v, str) and v.startswith(home)
+        return '{run}/' + v[len(home):] if own else v
+    return mapped(values, put)
 
 # %% ../../nbs/09_lab/01_runner.ipynb #568b1755
 def path_fingerprint(
@@ -361,22 +413,27 @@ def path_fingerprint(
 )->str:         # a hash
     "A fingerprint of data; that of large data does not read them."
     if path.is_file() and path.stat().st_size < large: return file_hash(path)
-    files = sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
-    marks = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns)
-             for p in files]
-    if path.is_dir() and sum(m[1] for m in marks) < large: return folder_hash(path)
+    files, marks, size = [path], [], 0
+    if path.is_dir(): files = sorted(filter(Path.is_file, path.rglob('*')))
+    for p in files:
+        s = p.stat()
+        marks.append((p.relative_to(path).as_posix(), s.st_size, s.st_mtime_ns))
+        size += s.st_size
+    if path.is_dir() and size < large: return folder_hash(path)
     return hashlib.sha256(repr(marks).encode()).hexdigest()
 
 def named_paths(
     values:dict, # parameters of a step
 )->dict:         # text → path, for those that exist
     "The files and folders that parameters name, relative to the repository or absolute."
-    texts = plain_values({k: v for k, v in values.items() if k not in GIVEN})
-    paths = {t: root()/os.path.expanduser(t) for t in texts
-             if isinstance(t, str) and t and len(t) < 1000}
-    # False, too, for a text that is too long for a path
-    return {t: p for t, p in paths.items() if os.path.exists(p)}
+    found = {}
+    for t in plain_values(without_given(values)):
+        if not isinstance(t, str) or not t or len(t) >= 1000: continue
+        path = root()/os.path.expanduser(t)
+        if os.path.exists(path): found[t] = path   # False, too, for a text that is no path
+    return found
 
+# %% ../../nbs/09_lab/01_runner.ipynb #6cdd348c
 def notebook_fingerprint(
     nb_path:Path, # a notebook
 )->str:           # a hash
@@ -390,47 +447,53 @@ def library_fingerprint(
     nb_path:Path, # a notebook
 )->str:           # a hash
     "A fingerprint of the modules that a notebook imports, of those that they import, and so on."
-    code = [c.source for c in nbformat.read(nb_path, 4).cells if c.cell_type == 'code']
-    lines = '\n'.join(code).splitlines()
-    return modules_hash('\n'.join(x for x in lines if not re.match(r'\s*[%!]', x)), library_dir())
+    lines = []
+    for c in nbformat.read(nb_path, 4).cells:
+        if c.cell_type != 'code': continue
+        lines += [x for x in c.source.splitlines() if not re.match(r'\s*[%!]', x)]
+    return modules_hash('\n'.join(lines), library_dir())
 
+# %% ../../nbs/09_lab/01_runner.ipynb #861063db
 def step_inputs(
     step:str,    # name of the step
     values:dict, # its parameters
     record:dict, # the run's record
 )->dict:         # what the key is made of
     "Everything that a step's result depends on."
-    said = {k: v for k, v in (as_planned(values, record['run']) if record.get('run')
-                              else values).items() if k not in GIVEN}
-    own = {v.split('/')[1] for v in plain_values(said)
-           if isinstance(v, str) and v.startswith('{run}/')}
-    book, data = notebook_of(step,
-                             record), {t: path_fingerprint(p) for t, p in named_paths(said).items()}
-    base = root()/'data/base_tiny'
+    if record.get('run'): values = as_planned(values, record['run'])
+    said, own, data = without_given(values), set(), {}
+    for v in plain_values(said):
+        if isinstance(v, str) and v.startswith('{run}/'): own.add(v.split('/')[1])
+    for t, p in named_paths(said).items(): data[t] = path_fingerprint(p)
+    book, base = notebook_of(step, record), root()/'data/base_tiny'
     if base.is_dir() and not book.stem.startswith('0_'):
         data.setdefault('data/base_tiny', path_fingerprint(base))
     return {'notebook': notebook_fingerprint(book), 'library': library_fingerprint(book),
             'data': data, 'parameters': said, 'before': keys_before(step, record, own),
             **own_name(step, record)}
 
+# %% ../../nbs/09_lab/01_runner.ipynb #a22f78fa
 def keys_before(
     step:str,    # name of the step
     record:dict, # the run's record
     own=(),      # the steps that its parameters name
 )->dict:         # step → key
-    "The keys of the steps before a step; that of a base model only where it is named, since the base counts as data."
-    before = {s: r.get('key') or r.get('ended') for s, r in sorted(record['steps'].items())
-              if comes_before(s, step, record)}
-    return {s: k for s, k in before.items() if s in own or not stem_of(s, record).startswith('0_')}
+    "The keys of the steps before a step; of a base model only where it is named, as it is data."
+    found = {}
+    for s, r in sorted(record['steps'].items()):
+        if not comes_before(s, step, record): continue
+        if s in own or not stem_of(s, record).startswith('0_'):
+            found[s] = r.get('key') or r.get('ended')
+    return found
 
 def own_name(
     step:str,    # name of the step
     record:dict, # the run's record
 )->dict:         # name, and recipes; each only where there is one
-    "What a key holds beside, for a step that is not called like its notebook, and for a run with recipes."
-    name = {} if step == stem_of(step, record) else {'name': step}
-    return name | ({'recipes': recipes_fingerprint(record['recipes'])} if record.get('recipes')
-                   else {})
+    "What a key holds, too, of a step not called like its notebook, and of a run with recipes."
+    said = {} if step == stem_of(step, record) else {'name': step}
+    if record.get('recipes'): said['recipes'] = recipes_fingerprint(record['recipes'])
+    return said
 
 def step_key(
     inputs:dict, # from step_inputs
@@ -443,11 +506,13 @@ def files_fingerprint(
     folder:Path, # a step's folder
 )->str:          # a hash over names and sizes of its files
     "A fingerprint of what a step left behind."
-    hidden = lambda p: any(x.startswith('.') for x in p.relative_to(folder).parts)
-    files = [p for p in folder.rglob('*')
-             if p.is_file() and not hidden(p) and '.partial-' not in p.name]
-    text = json.dumps(sorted((p.relative_to(folder).as_posix(), p.stat().st_size) for p in files))
-    return hashlib.sha256(text.encode()).hexdigest()
+    marks = []
+    for p in folder.rglob('*'):
+        inside = p.relative_to(folder)
+        hidden = any(x.startswith('.') for x in inside.parts)
+        if hidden or '.partial-' in p.name or not p.is_file(): continue
+        marks.append((inside.as_posix(), p.stat().st_size))
+    return hashlib.sha256(json.dumps(sorted(marks)).encode()).hexdigest()
 
 def is_done(
     run:str, step:str, # which
@@ -492,8 +557,8 @@ def error_sentence(
                 'LLAVA_MED_OUTPUTS to a folder that can be written.')
     return f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[-1]}'
 
-# gets the exit code of the kernel that this process started, once it has ended
-def kernel_codes()->list:
+# %% ../../nbs/09_lab/01_runner.ipynb #5c4b868b
+def kernel_codes()->list: # gets the exit code of the kernel that this process started, at its end
     "Note how a kernel ends; papermill only says that it died."
     from jupyter_client.provisioning import LocalProvisioner
     codes, poll = [], LocalProvisioner.poll
@@ -508,7 +573,7 @@ def with_recipes(
     notebook:str|Path, # what to run
     modules:list|None, # dotted names of recipes
 ):                     # a path, or a notebook with one more cell
-    "A notebook whose first code cell imports the recipes, so that whoever reads the executed one sees them."
+    "A notebook whose first code cell imports the recipes, where a reader of the copy sees them."
     if not modules: return str(notebook)
     nb = nbformat.read(notebook, 4)
     at = next((i for i, c in enumerate(nb.cells) if c.cell_type == 'code'), 0)
@@ -516,6 +581,7 @@ def with_recipes(
     nb.cells.insert(at, nbformat.v4.new_code_cell(source, id='recipes'))
     return nb
 
+# %% ../../nbs/09_lab/01_runner.ipynb #8c8088ba
 NEVER_STARTED = ('Kernel died before replying', "Kernel didn't respond")  # jupyter_client's words
 
 def started(
@@ -532,8 +598,9 @@ def started(
             except RuntimeError as e:
                 if not left or not any(words in str(e) for words in NEVER_STARTED): raise
 
+# %% ../../nbs/09_lab/01_runner.ipynb #e20764f1
 def child()->None:
-    "Run one notebook under papermill: the job comes as one line on the input, the outcome leaves as one line."
+    "Run one notebook under papermill: the job is a line on the input, the outcome the last line."
     job = json.loads(sys.stdin.buffer.readline())
     die_with_parent()
     import papermill
@@ -555,10 +622,24 @@ def child_env(
 )->dict:     # environment of the child
     "The environment of a notebook that runs without a person."
     path = os.pathsep.join(filter(None, [str(library_dir().parent), os.environ.get('PYTHONPATH')]))
-    return {**os.environ, 'LLAVA_MED_RUNNER': run, 'LLAVA_MED_PLAIN': '1', 'LLAVA_MED_ROOT': str(root()),
-            'LLAVA_MED_OUTPUTS': str(outputs_dir()), 'JUPYTER_PREFER_ENV_PATH': '1', 'PYTHONPATH': path,
-            'OMP_WAIT_POLICY': 'PASSIVE', 'GOMP_SPINCOUNT': '0',   # threads that wait leave the core to others
-            'PYTHONUNBUFFERED': '1', 'PYTHONIOENCODING': 'utf-8', 'PYDEVD_DISABLE_FILE_VALIDATION': '1'}
+    ours = {'LLAVA_MED_RUNNER': run, 'LLAVA_MED_PLAIN': '1',
+            'LLAVA_MED_ROOT': str(root()), 'LLAVA_MED_OUTPUTS': str(outputs_dir())}
+    python = {'PYTHONPATH': path, 'PYTHONUNBUFFERED': '1', 'PYTHONIOENCODING': 'utf-8'}
+    jupyter = {'JUPYTER_PREFER_ENV_PATH': '1', 'PYDEVD_DISABLE_FILE_VALIDATION': '1'}
+    # threads that wait leave the core to others
+    waiting = {'OMP_WAIT_POLICY': 'PASSIVE', 'GOMP_SPINCOUNT': '0'}
+    return os.environ | ours | python | jupyter | waiting
+
+# %% ../../nbs/09_lab/01_runner.ipynb #0b68c11a
+def _listen(p, job, say, outcome):
+    "Hand a child its job and repeat what it prints; the last line is the outcome."
+    p.stdin.write(json.dumps(job) + '\n')
+    p.stdin.flush()
+    for line in p.stdout:
+        if line.startswith(OUTCOME_MARK): outcome = json.loads(line[1:])
+        elif line.strip(): say(line.rstrip())
+    p.wait()
+    return outcome
 
 def run_notebook(
     notebook:Path,   # what to run
@@ -566,7 +647,7 @@ def run_notebook(
     values:dict,     # its parameters
     run:str,         # name of the run
     say=print,       # gets each line that the notebook prints
-    guard=None,      # its `watch` gets the process; what it puts into `why` is the reason that it ended the process
+    guard=None,      # its `watch` gets the process; `why` says why it ended it, if it did
     env:dict|None=None, # added to the environment
     recipes:list=(), # modules that are imported first
 )->dict:             # ok, error
@@ -574,27 +655,24 @@ def run_notebook(
     code = 'from llava_med.lab.runner import child; child()'
     job = {'notebook': str(notebook), 'partial': str(partial), 'parameters': values,
            'recipes': list(recipes)}
-    outcome = {'ok': False, 'error': 'Its process was killed. The usual cause is memory: choose a '
-               'smaller preset.'}
+    outcome = {'ok': False, 'error': 'Its process was killed. The usual cause is memory: '
+                                     'choose a smaller preset.'}
     with tempfile.TemporaryFile() as errors:
-        p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, stderr=errors, text=True, encoding='utf-8',
-                             env=child_env(run) | (env or {}), start_new_session=True)
+        p = subprocess.Popen(
+            [sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=errors, text=True, encoding='utf-8', env=child_env(run) | (env or {}),
+            start_new_session=True)
         if guard: guard.watch(p)
-        try:
-            p.stdin.write(json.dumps(job) + '\n'); p.stdin.flush()
-            for line in p.stdout:
-                if line.startswith(OUTCOME_MARK): outcome = json.loads(line[1:])
-                elif line.strip(): say(line.rstrip())
-            p.wait()
+        try: outcome = _listen(p, job, say, outcome)
         finally: stop(p)
         if p.returncode == 1 and not outcome['ok']:
             errors.seek(0)
-            outcome['error'] = (errors.read().decode(errors='replace').strip().splitlines()
-                                or [outcome['error']])[-1]
+            lines = errors.read().decode(errors='replace').strip().splitlines()
+            outcome['error'] = lines[-1] if lines else outcome['error']
     if guard and guard.why and not outcome['ok']: outcome['error'] = guard.why
     return outcome
 
+# %% ../../nbs/09_lab/01_runner.ipynb #8d875428
 def stop(
     p:subprocess.Popen, # a child
 )->None:
@@ -616,14 +694,15 @@ def start_step(
     "Note that a step begins, and make room for it."
     folder = run_dir(run)/step
     update_run(run, step, state='running', key=None, files=None, error=None, partial=None,
-               ended=None, parameters={k: v for k, v in values.items() if k not in GIVEN},
-               inputs=inputs, started=now())
+               ended=None, parameters=without_given(values), inputs=inputs, started=now())
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for p in folder.iterdir():
-            if '.partial-' in p.name or p.name in (f'{step}.ipynb', 'ledger.json'): p.unlink()
+            old = p.name in (f'{step}.ipynb', 'ledger.json')
+            if old or '.partial-' in p.name: p.unlink()
     return folder/f'{step}.partial-{os.getpid()}-{time.time_ns() % 10**9}.ipynb'
 
+# %% ../../nbs/09_lab/01_runner.ipynb #dc3d1e6a
 def run_step(
     run:str, step:str, # which
     values:dict,       # its parameters
@@ -633,8 +712,8 @@ def run_step(
     "Run one step; its notebook takes its final name only after success."
     start, record = time.monotonic(), read_run(run)
     inputs, recipes = step_inputs(step, values, record), record.get('recipes') or []
-    env = (how.pop('env', None) or {}) | {'LLAVA_MED_STEP': step,
-                                          'LLAVA_MED_RECIPES': ' '.join(recipes)}
+    own_env = {'LLAVA_MED_STEP': step, 'LLAVA_MED_RECIPES': ' '.join(recipes)}
+    env = (how.pop('env', None) or {}) | own_env
     partial, state, error = start_step(run, step, values, inputs), 'failed', None
     try:
         outcome = run_notebook(notebook_of(step, record), partial, values, run, say, env=env,
@@ -645,17 +724,21 @@ def run_step(
         if not error:
             os.replace(partial, partial.with_name(f'{step}.ipynb'))
             state = 'done'
-    except KeyboardInterrupt: state, error = 'interrupted', 'Interrupted.'; raise
+    except KeyboardInterrupt:
+        state, error = 'interrupted', 'Interrupted.'
+        raise
     finally:
         took = time.monotonic() - start
-        done = ({'key': step_key(inputs), 'files': files_fingerprint(partial.parent)}
-                if state == 'done' else {'partial': partial.name})
+        left = {'partial': partial.name}
+        if state == 'done':
+            left = {'key': step_key(inputs), 'files': files_fingerprint(partial.parent)}
         update_run(run, step, state=state, error=error, ended=now(), wall_s=round(took, 1),
-                   hashes=inputs['data'], **done)
+                   hashes=inputs['data'], **left)
     if error:
         raise StepFailed(f'{step} failed: {error} Its cells up to there are in {shown(partial)}.')
     return took
 
+# %% ../../nbs/09_lab/01_runner.ipynb #b1c54e58
 def shown(
     path:Path, # any path
 )->str:        # relative to here where possible
@@ -670,6 +753,31 @@ def is_progress(
     "Whether a line says how far a notebook is."
     return bool(re.search(r'(\(\d+%\), .*|, [\d.]+ (s|min|h))$|^step \d+\b', line.strip()))
 
+# %% ../../nbs/09_lab/01_runner.ipynb #a4f40214
+def _check_inputs(preset, recipe, plan, say):
+    "Refuse a run whose files are missing; say which sets of the test data stand in."
+    if lost := missing_files(recipe, plan):
+        path, how = next(iter(lost.items()))
+        raise UsageError(f'{recipe["name"]} needs {path}, which is not there: `{how}`. '
+                         f'`llava-med plan {preset}` lists all that is missing.')
+    check_sets(plan, recipe['name'])
+    texts = [t for t in plain_values(plan) if isinstance(t, str)]
+    for p, at in stand_ins(recipe).items():
+        if any(t.startswith(at) for t in texts):
+            say(f'{p} is not there: {at} of the test data is taken.')
+
+def _note_run(
+    run:str,     # name of the run
+    recipe:dict, # from read_preset
+    plan:dict,   # step → parameters
+)->None:
+    "Write into a run's record what it is made with."
+    seeds = sorted({v['seed'] for v in plan.values() if 'seed' in v})
+    update_run(run, **changed_origin(read_run(run), origin(recipe)), preset=recipe['owner'],
+               description=recipe['description'], git=git_state(), versions=versions(),
+               machine=machine(), seed=seeds[0] if len(seeds) == 1 else seeds)
+
+# %% ../../nbs/09_lab/01_runner.ipynb #58ab6c93
 def run_pipeline(
     preset:str,        # name or path of a recipe
     name:str|None=None,# name of the run; default: the preset's
@@ -682,29 +790,19 @@ def run_pipeline(
     recipe = read_preset(preset)
     run, outcome = name or recipe['name'], {}
     plan = plan_run(recipe, run, only, sets)
-    if lost := missing_files(recipe, plan):
-        path, how = next(iter(lost.items()))
-        raise UsageError(f'{recipe["name"]} needs {path}, which is not there: `{how}`. `llava-med '
-                         f'plan {preset}` lists all that is missing.')
-    check_sets(plan, recipe['name'])
-    for p, at in stand_ins(recipe).items():
-        if any(isinstance(t, str) and t.startswith(at) for t in plain_values(plan)):
-            say(f'{p} is not there: {at} of the test data is taken.')
+    _check_inputs(preset, recipe, plan, say)
+    relay = lambda line: say(f'      {line}') if verbose or is_progress(line) else None
     with RunLock(run, recipe['owner']):
-        seeds = {v['seed'] for v in plan.values() if 'seed' in v}
-        update_run(run, **changed_origin(read_run(run), origin(recipe)), preset=recipe['owner'],
-                   description=recipe['description'], git=git_state(), versions=versions(),
-                   machine=machine(), seed=seeds.pop() if len(seeds) == 1 else sorted(seeds))
+        _note_run(run, recipe, plan)
         for i, (step, values) in enumerate(plan.items(), 1):
-            record = read_run(run)
+            record, head = read_run(run), f'[{i}/{len(plan)}] {step}:'
             if is_done(run, step, step_key(step_inputs(step, values, record)), record):
-                say(f'[{i}/{len(plan)}] {step}: unchanged, kept')
+                say(f'{head} unchanged, kept')
                 outcome[step] = 'kept'
                 continue
-            say(f'[{i}/{len(plan)}] {step}: running')
-            relay = lambda line: say(f'      {line}') if verbose or is_progress(line) else None
+            say(f'{head} running')
             outcome[step] = run_step(run, step, values, relay)
-            say(f'[{i}/{len(plan)}] {step}: done in {clock(outcome[step])}')
+            say(f'{head} done in {clock(outcome[step])}')
     return outcome
 
 # %% ../../nbs/09_lab/01_runner.ipynb #2ae2ec20
@@ -713,35 +811,52 @@ def read_scores(
 )->list:       # rows with numbers in value, low, high
     "The rows of a score table."
     with open(path, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
-    return [{**r, **{k: float(r[k]) if r[k] else None for k in ('value', 'low', 'high')}}
-            for r in rows]
+    for r in rows:
+        for k in ('value', 'low', 'high'): r[k] = float(r[k]) if r[k] else None
+    return rows
 
 def cell(
     r:dict|None, # a row
 )->str:          # such as 0.918 (0.90-0.93)
     "A value with its interval."
     if not r or r['value'] is None: return '-'
-    return f"{r['value']:.3f}" + (f" ({r['low']:.2f}-{r['high']:.2f})" if r['low'] is not None
-                                  else '')
+    interval = '' if r['low'] is None else f" ({r['low']:.2f}-{r['high']:.2f})"
+    return f"{r['value']:.3f}{interval}"
 
+# %% ../../nbs/09_lab/01_runner.ipynb #8bdf25ce
+_CONDITIONS = ('image', 'blank', 'shuffled', 'noise')   # of the table after a run
+
+def _by_model(strict): # rows of cells: a model each, a condition in each column
+    models, conditions, by = {}, {}, {}
+    for r in strict:
+        if r['slice'] != 'all' or r['condition'] not in _CONDITIONS: continue
+        by.setdefault((r['model'], r['condition']), r)
+        if '-' not in r['model']: models[r['model']] = None   # no difference of two models
+        conditions[r['condition']] = None
+    grid = [['strict accuracy', *conditions]]
+    for m in models:
+        grid.append([m, *[cell(by.get((m, c))) for c in conditions]])
+    return list(models), grid
+
+def _by_kind(strict, model): # rows of cells: a type of question each
+    grid = []
+    for r in strict:
+        kind = r['slice'].removeprefix('question_type=')
+        if (r['model'], r['condition']) != (model, 'image') or kind == r['slice']: continue
+        grid.append(['  ' + kind, cell(r)])
+    return [[], [f'{model}, with image', 'strict accuracy'], *grid] if grid else []
+
+# %% ../../nbs/09_lab/01_runner.ipynb #9f355ae5
 def results_table(
     rows:list, # from read_scores
 )->str:        # a table of plain text
     "Strict accuracy by model and condition, and the last model's by question type."
     strict = [r for r in rows if r['metric'] == 'strict']
-    by = {(r['model'], r['condition'], r['slice']): r for r in reversed(strict)}
-    plain = [r for r in strict
-             if r['slice'] == 'all' and r['condition'] in ('image', 'blank', 'shuffled', 'noise')]
-    models, conditions = (list(dict.fromkeys(r[k] for r in plain if '-' not in r[k]))
-                          for k in ('model', 'condition'))
+    models, grid = _by_model(strict)
     if not models: return 'No strict accuracy in scores.csv.'
-    grid = ([['strict accuracy', *conditions]]
-            + [[m, *(cell(by.get((m, c, 'all'))) for c in conditions)] for m in models])
-    last = 'stage2' if 'stage2' in models else models[-1]
-    kinds = [r for r in strict if r['model'] == last and r['condition'] == 'image'
-             and r['slice'].startswith('question_type=')]
-    grid += [[]] + [[f'{last}, with image', 'strict accuracy']] if kinds else []
-    grid += [['  ' + r['slice'].split('=')[1], cell(r)] for r in kinds]
-    width = max(len(g[0]) for g in grid if g) + 2
-    return '\n'.join(''.join(x.ljust(width if i == 0 else 21) for i, x in enumerate(g)).rstrip()
-                     for g in grid)
+    grid += _by_kind(strict, 'stage2' if 'stage2' in models else models[-1])
+    width, lines = max(len(g[0]) for g in grid if g) + 2, []
+    for first, *others in (g or [''] for g in grid):
+        line = first.ljust(width) + ''.join(x.ljust(21) for x in others)
+        lines.append(line.rstrip())
+    return '\n'.join(lines)
