@@ -108,6 +108,7 @@ def run_command(
           f'Notebooks and results: {shown(folder)}')
     return 0
 
+# %% ../../nbs/09_lab/08_commands.ipynb #0f1577a2
 def add_run(
     commands, # of the command line
 )->None:
@@ -155,6 +156,7 @@ run llava_med_v15 --rehearse              # and then''')
     o.add_argument('--join', action='store_true',
                    help='make its base model from the tower and the language model in data/')
 
+# %% ../../nbs/09_lab/08_commands.ipynb #a18b0c7b
 def add_batch(
     commands, # of the command line
 )->None:
@@ -189,6 +191,7 @@ def get_names(
         args.names = [known_name(n, known, 'entry in the catalogue') for n in args.names]
     return get_command(args)
 
+# %% ../../nbs/09_lab/08_commands.ipynb #c74f318b
 def add_get(
     commands, # of the command line
 )->None:
@@ -251,6 +254,7 @@ figures data/pmc --out figures.jsonl --workers 2         # a stopped command goe
 # as in models.exchange, which takes seconds to import
 TEMPLATE_NAMES = ('llava_v0', 'llava_v1', 'llava_1_5', 'mistral_instruct', 'plain')
 
+# %% ../../nbs/09_lab/08_commands.ipynb #6e7c82ee
 def add_convert(
     commands, # of the command line
 )->None:

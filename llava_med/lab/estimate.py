@@ -23,9 +23,11 @@ from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaConfig,
     LlavaForConditionalGeneration)
 
-from .steps import (
-    GIVEN, UsageError, incomplete_sets, is_there, known_name, mapped, origin, stand_ins, stem_of)
-from .runner import as_planned, plan_run, presets, read_preset, read_yaml, run_pipeline
+from llava_med.lab.steps import (
+    UsageError, incomplete_sets, is_there, known_name, mapped, origin, stand_ins, stem_of,
+    without_given)
+from .runner import (
+    BLOCKS, as_planned, plan_run, presets, read_preset, read_yaml, run_pipeline)
 from ..data.catalogue import CATALOGUE
 from ..train.gates import check_step, path_gate
 from ..train.loop import STEP_STAGES, has_bf16
@@ -46,19 +48,21 @@ def architectures()->dict: # towers, language_models, checkpoints, each name →
     "The models whose numbers are known without a download."
     return read_yaml(Path(__file__).with_name('architectures.yaml').read_text(encoding='utf-8'))
 
+def _known_numbers(kind, name, file): # of a model of architectures.yaml; UsageError for another
+    known = architectures()[kind]
+    what = f"architecture among the {kind.replace('_', ' ')} ({file}, model)"
+    return known[known_name(str(name), known, what)]
+
 def _numbers(kind, said, file):
     "The entry of a tower or a language model: a name, or numbers that the preset gives."
-    if isinstance(said, dict):
-        if 'model_type' not in said:
-            raise UsageError(f'{file}: a {kind[:-1].replace("_", " ")} given by its numbers needs '
-                             'model_type among them.')
-        return {'name': said['model_type'], 'extra': 0 if 'siglip' in said['model_type'] else 1,
-                'files': 'unknown', 'config': said}
-    known = architectures()[kind]
-    return {'name': said,
-            **known[known_name(str(said), known,
-                               f"architecture among the {kind.replace('_', ' ')} ({file}, model)")]}
+    if not isinstance(said, dict): return {'name': said, **_known_numbers(kind, said, file)}
+    if 'model_type' not in said:
+        raise UsageError(f'{file}: a {kind[:-1].replace("_", " ")} given by its numbers needs '
+                         'model_type among them.')
+    extra = 0 if 'siglip' in said['model_type'] else 1
+    return {'name': said['model_type'], 'extra': extra, 'files': 'unknown', 'config': said}
 
+# %% ../../nbs/09_lab/03_estimate.ipynb #53e3d03b
 def _config_of(entry, file, **change):
     "A configuration from numbers; one sentence where `transformers` does not know them."
     numbers = {**entry['config'], **change}
@@ -68,24 +72,26 @@ def _config_of(entry, file, **change):
                          f"{str(e).splitlines()[0]}") from None
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #b03c28ee
-def model_parts(
-    preset:dict, # from read_preset
-)->dict:         # name, tower, language_model (entries of architectures), connector, layers, rows, image_size, template, folder
-    "What model a preset is for; raises UsageError that names the file and the value where it does not say, or cannot be."
-    said, file = preset['model'], preset['file']
+def _check_model(said, file): # a preset names a checkpoint, or both parts of a model
     if not said:
         raise UsageError(f'{file} has no block `model:`, so nothing can be planned or rehearsed; '
                          'add a checkpoint, or a tower and a language_model.')
-    if (('checkpoint' in said) == ('tower' in said or 'language_model' in said)
-        or ('tower' in said) != ('language_model' in said)):
+    parts = [k in said for k in ('tower', 'language_model')]
+    if ('checkpoint' in said) == any(parts) or parts[0] != parts[1]:
         raise UsageError(f'{file}: `model:` must name either a checkpoint, or a tower and a '
                          'language_model.')
-    out = dict(connector='mlp', layers=-2, rows=None, folder=None, name=said.get('checkpoint', ''))
-    if '/' in str(out['name']): out.update(folder=root()/Path(out['name']).expanduser())
-    elif out['name']:
-        known = architectures()['checkpoints']
-        out.update(known[known_name(out['name'], known,
-                                    f'architecture among the checkpoints ({file}, model)')])
+
+# %% ../../nbs/09_lab/03_estimate.ipynb #95e1bee9
+def model_parts(
+    preset:dict, # from read_preset
+)->dict:         # name, folder, tower, language_model, connector, layers, rows, image_size, …
+    "What model a preset is for; UsageError names the file and the value that cannot be."
+    said, file = preset['model'], preset['file']
+    _check_model(said, file)
+    name = said.get('checkpoint', '')
+    out = dict(connector='mlp', layers=-2, rows=None, folder=None, name=name)
+    if '/' in str(name): out['folder'] = root()/Path(name).expanduser()
+    elif name: out |= _known_numbers('checkpoints', name, file)
     for k in ('connector', 'layers'):
         if said.get(k, out[k]) != out[k] and out['name']:
             raise UsageError(f"{file}: {k} {said[k]!r} is not that of {out['name']}, which has "
@@ -93,24 +99,27 @@ def model_parts(
         out[k] = said.get(k, out[k])
     if out['connector'] not in ACTIVATIONS:
         known_name(str(out['connector']), ACTIVATIONS, f'connector ({file})')
-    parts = {k: out.get(k) or said.get(k) for k in ('tower', 'language_model')}
-    if not out['folder']: out.update({k: _numbers(k + 's', v, file) for k, v in parts.items()})
+    if not out['folder']:
+        for k in ('tower', 'language_model'):
+            out[k] = _numbers(f'{k}s', out.get(k) or said.get(k), file)
     return {**out, 'image_size': said.get('image_size'), 'template': said.get('template'),
             'ends': bool(said.get('image_ends'))}
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #c623763c
+def _folder_config(folder, name, file): # of a checkpoint that is here
+    if not (folder/'config.json').exists():
+        raise UsageError(f"{file}: there is no model in {name}.")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.model_type != 'llava':
+        raise UsageError(f"{file}: {name} holds a {config.model_type}, not a llava.")
+    return config
+
 def real_config(
     preset:dict, # from read_preset
 )->LlavaConfig:  # of the whole model, as it will be trained
     "The configuration of a preset's model, without any of its weights."
     parts, file = model_parts(preset), preset['file']
-    if parts['folder']:
-        if not (parts['folder']/'config.json').exists():
-            raise UsageError(f"{file}: there is no model in {parts['name']}.")
-        config = AutoConfig.from_pretrained(parts['folder'], trust_remote_code=False)
-        if config.model_type != 'llava':
-            raise UsageError(f"{file}: {parts['name']} holds a {config.model_type}, not a llava.")
-        return config
+    if parts['folder']: return _folder_config(parts['folder'], parts['name'], file)
     native = parts['tower']['config'].get('image_size')
     size, patch = parts['image_size'] or native, parts['tower']['config'].get('patch_size')
     if not isinstance(size, int) or not isinstance(patch, int) or size < patch:
@@ -119,17 +128,16 @@ def real_config(
         raise UsageError(f"{file}: image_size {size} is not that of {parts['name']}, which sees "
                          f"{native} px.")
     n_words = parts['language_model']['config']['vocab_size']
+    rows = parts['rows'] or rows_for(n_words + 2, n_words)   # <image> and <pad> are new
     vision = _config_of(parts['tower'], file, image_size=size)
-    # <image> and <pad> are new
-    text = _config_of(parts['language_model'], file,
-                      vocab_size=parts['rows'] or rows_for(n_words + 2, n_words))
-    full = not parts['tower']['extra']
+    text = _config_of(parts['language_model'], file, vocab_size=rows)
+    strategy = 'default' if parts['tower']['extra'] else 'full'
     return LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=parts['layers'],
-                       image_seq_length=(size//patch)**2,
-                       vision_feature_select_strategy='full' if full else 'default',
+                       image_seq_length=(size//patch)**2, vision_feature_select_strategy=strategy,
                        tie_word_embeddings=text.tie_word_embeddings,
                        projector_hidden_act=ACTIVATIONS[parts['connector']])
 
+# %% ../../nbs/09_lab/03_estimate.ipynb #2d20e511
 def meta_model(
     config:LlavaConfig, # of any size
 )->LlavaForConditionalGeneration: # without memory
@@ -142,35 +150,40 @@ def meta_model(
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #e0c037eb
 def _matrix(model): # weights of the language model that every token is multiplied with
-    return sum(p.numel() for n, p in decoder(model).named_parameters() if 'embed' not in n
-               and p.dim() > 1)
+    n = 0
+    for name, p in decoder(model).named_parameters():
+        if 'embed' not in name and p.dim() > 1: n += p.numel()
+    return n
 
+def _tower_flops(config): # of the layers of the vision tower that are used, for one image
+    v, first = config.vision_config, config.vision_feature_layer
+    if not isinstance(first, int): first = max(first)
+    layers = v.num_hidden_layers + 1 + first if first < 0 else first
+    n = config.image_seq_length + (config.vision_feature_select_strategy == 'default')
+    weights = 4*v.hidden_size**2 + 2*v.hidden_size*v.intermediate_size
+    return layers*(2*n*weights + 4*n*n*v.hidden_size)
+
+# %% ../../nbs/09_lab/03_estimate.ipynb #05bf6bfd
 def row_flops(
     model,           # from `meta_model`
     step:str,        # the stem of its notebook
-    text_tokens:int, # of a row, beside its picture
+    text_tokens:int, # of a row, beside its image
     scored:int,      # those that are scored
     rank:int=0,      # of an adapter
     gradient_checkpointing:bool=False, # the forward pass of the language model counts twice
     values:dict|None=None, # parameters of the step, see `trained_parts`
 )->float:            # floating-point operations
-    "The work of training on one row: a picture with its text."
-    c, v, t = model.config, model.config.vision_config, model.config.image_seq_length + text_tokens
-    lm, d = c.text_config, c.text_config.hidden_size
-    first = c.vision_feature_layer if isinstance(c.vision_feature_layer,
-                                                 int) else max(c.vision_feature_layer)
-    n, seen = (c.image_seq_length + (c.vision_feature_select_strategy == 'default'),
-               v.num_hidden_layers + 1 + first if first < 0 else first)
-    tower = seen*(2*n*(4*v.hidden_size**2 + 2*v.hidden_size*v.intermediate_size)
-                  + 4*n*n*v.hidden_size)
+    "The work of training on one row: an image with its text."
+    c, lm = model.config, model.config.text_config
+    t, d = c.image_seq_length + text_tokens, lm.hidden_size
     project = 2*c.image_seq_length*sum(p.numel() for p in connector(model).parameters())
-    linear, attend, head = (2*_matrix(model)*t, 2*lm.num_hidden_layers*d*t*t,
-                            2*lm.vocab_size*d*scored)
+    linear, attend = 2*_matrix(model)*t, 2*lm.num_hidden_layers*d*t*t
+    head = 2*lm.vocab_size*d*scored
     learn = trainable_counts(model, step, rank, values)
-    full = 'language_model' in learn
-    work = 3*(linear + attend + head) if full else 2*linear + 3*attend + 2*head
+    if 'language_model' in learn: work = 3*(linear + attend + head)
+    else: work = 2*linear + 3*attend + 2*head
     if 'adapter' in learn: work += 3*2*t*learn['adapter']
-    return tower + 3*project + work + gradient_checkpointing*(linear + attend)
+    return _tower_flops(c) + 3*project + work + gradient_checkpointing*(linear + attend)
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #a1b7b95e
 def measured_hours(
@@ -178,14 +191,13 @@ def measured_hours(
     step:str, # of its run
     values:dict|None=None, # parameters that it would have now; None: any
 )->tuple:     # hours and where they come from; (None, '') where nothing was measured
-    "What a step took when the preset was last run here with the same parameters, or in the shipped example."
+    "What a step took in the preset's last run with these parameters, or in the shipped example."
     for folder, when in ((run_dir(name), name), (root()/'outputs/example', 'tiny')):
         ledger = folder/step/'ledger.json'
-        if when != name or not ledger.exists() or folder == run_dir(name) and _changed(name, step,
-                                                                                       values):
-            continue
-        return (read_json(ledger)['wall_s']/3600,
-                f'measured: outputs/{folder.name}/{step}/ledger.json')
+        if when != name or not ledger.exists(): continue
+        if folder == run_dir(name) and _changed(name, step, values): continue
+        hours = read_json(ledger)['wall_s']/3600
+        return hours, f'measured: outputs/{folder.name}/{step}/ledger.json'
     return None, ''
 
 def _changed(name, step, values):
@@ -193,23 +205,27 @@ def _changed(name, step, values):
     had = recorded_values(read_run(name)['steps'].get(step, {}).get('parameters') or {})
     return values is not None and any(values.get(k, v) != v for k, v in had.items())
 
+# %% ../../nbs/09_lab/03_estimate.ipynb #3e59a29a
 def measured_mfu(
     gpu:str,  # of the preset, such as H200
     step:str, # the stem of its notebook
     lora:bool,# whether an adapter is trained
 )->tuple:     # share of the peak and where it comes from; (None, '') where nothing was measured
     "The share of a GPU's peak that a committed benchmark reached."
+    if not gpu: return None, ''
     word = 'stage1' if step.startswith('2') else 'stage2'
-    for path in sorted((root()/'nbs/benchmarks/results').glob(
-        f"*{gpu.split('-')[0].lower()}*.json")) if gpu else []:
+    kind, home = gpu.split('-')[0].lower(), root()/'nbs/benchmarks/results'
+    for path in sorted(home.glob(f'*{kind}*.json')):
         for r in read_json(path).get('rows', []):
             work = str(r.get('work', '')).lower()
-            if (r.get('metric') == 'mfu' and word in work and ('lora' in work) == lora
-                and r.get('system', 'ours') in ('ours', 'llava_med')):
-                return (r['value']/100 if r['value'] > 1
-                        else r['value']), f'measured: nbs/benchmarks/results/{path.name}'
+            ours = r.get('system', 'ours') in ('ours', 'llava_med')
+            if r.get('metric') != 'mfu' or not ours: continue
+            if word not in work or ('lora' in work) != lora: continue
+            share = r['value']/100 if r['value'] > 1 else r['value']
+            return share, f'measured: nbs/benchmarks/results/{path.name}'
     return None, ''
 
+# %% ../../nbs/09_lab/03_estimate.ipynb #5be894f4
 def rows_of(
     preset:dict, # from read_preset
     step:str,    # of its run
@@ -234,6 +250,7 @@ def processor_hours(
         f"computed from {said['minutes']:g} min at {there:,.0f} GFLOP/s in {kind}, this processor "
         f"makes {here:,.0f}{missing}{longer}")
 
+# %% ../../nbs/09_lab/03_estimate.ipynb #0e188b17
 def stage_hours(
     model, step:str, # from `meta_model`, and the step's name
     values:dict,     # parameters of the step
@@ -242,19 +259,20 @@ def stage_hours(
 )->tuple:            # hours (None where nothing is known) and where they come from
     "How long a stage takes, measured where it was, else from its work."
     hours, source = measured_hours(preset['name'], step, values)
-    stem = stem_of(step, preset)
-    d, h = rows_of(preset, step), preset['hardware']
+    stem, d, h = stem_of(step, preset), rows_of(preset, step), preset['hardware']
     if hours is None and d and d.get('minutes') and h.get('gflops'):
         return processor_hours(d, h, values)
     if hours is not None or not d or not h.get('tflops'):
         return hours, source or 'unknown: the preset says nothing of rows and tflops'
     rank = values.get('lora_rank', 0)
     mfu, source = measured_mfu(h.get('gpu', ''), stem, rank > 0)
-    mfu, source = (mfu, source) if mfu else (
-        h.get('mfu', 0.4), f"computed: {h.get('mfu', 0.4):.0%} of {h['tflops']} TFLOP/s assumed")
-    work = d['rows']*values['epochs']*row_flops(model, stem, d['text_tokens'], d['scored_tokens'],
-                                                rank, gradient_checkpointing, values)
-    return work/(h['tflops']*1e12*mfu*min(h['gpus'], values.get('nproc', 1)))/3600, source
+    if not mfu:
+        mfu = h.get('mfu', 0.4)
+        source = f"computed: {mfu:.0%} of {h['tflops']} TFLOP/s assumed"
+    row = row_flops(model, stem, d['text_tokens'], d['scored_tokens'], rank,
+                    gradient_checkpointing, values)
+    speed = h['tflops']*1e12*mfu*min(h['gpus'], values.get('nproc', 1))
+    return d['rows']*values['epochs']*row/speed/3600, source
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #44b8f0e9
 def gigabytes(
@@ -272,28 +290,38 @@ def is_trained(
     "Whether a step is known to train something."
     return bool(trained_parts(stem_of(step, preset), values))
 
+# %% ../../nbs/09_lab/03_estimate.ipynb #0c4758b5
 def disk_use(
     preset:dict,  # from read_preset
     model,        # from `meta_model`
     plan:dict,    # from plan_run
 )->dict:          # what → GB
     "What a run of the preset takes on disk."
-    total, d = sum(p.numel() for p in model.parameters()), preset['data']
-    sizes, names = ({e.name: gigabytes(e.size) for e in CATALOGUE},
-                    re.findall(r'llava-med get ([\w.-]+)', ' '.join(preset['needs'].values())))
-    made = sum(not c.startswith('llava-med get') and re.search(r'--join|--base', c) is not None
-               for c in preset['needs'].values())
-    learn = {s: trainable_counts(model, stem_of(s, preset), v.get('lora_rank', 0), v)
-             for s, v in plan.items() if is_trained(s, v, preset)}
-    v, pictures = model.config.vision_config, max(((rows_of(preset, s) or {}).get('rows', 0)
-                                                   for s in [*learn, *STEP_STAGES]), default=0)
-    return {'downloads': sum(sizes.get(n, 0) for n in names),
+    total, config = sum(p.numel() for p in model.parameters()), model.config
+    learn = {}   # step → number of parameters that it trains
+    for s, v in plan.items():
+        if not is_trained(s, v, preset): continue
+        counts = trainable_counts(model, stem_of(s, preset), v.get('lora_rank', 0), v)
+        learn[s] = sum(counts.values())
+    pictures = [(rows_of(preset, s) or {}).get('rows', 0) for s in [*learn, *STEP_STAGES]]
+    features = max(pictures, default=0)*config.image_seq_length*config.vision_config.hidden_size
+    downloads, made = _needed_sizes(preset['needs'].values())
+    return {'downloads': downloads,
             'the base that is made of them': 2*total*made/1e9,
-            'articles and images': float(d.get('disk_gb', 0)),
-            'models of the stages': sum(2*total + 2*sum(n.values()) for n in learn.values())/1e9,
-            'state to go on from': max((12*sum(n.values()) for n in learn.values()), default=0)/1e9,
-            'patch vectors': pictures*model.config.image_seq_length*v.hidden_size*2/1e9}
+            'articles and images': float(preset['data'].get('disk_gb', 0)),
+            'models of the stages': 2*sum(total + n for n in learn.values())/1e9,
+            'state to go on from': 12*max(learn.values(), default=0)/1e9,
+            'patch vectors': features*2/1e9}
 
+def _needed_sizes(commands): # GB of downloads, and how many bases are made
+    sizes = {e.name: gigabytes(e.size) for e in CATALOGUE}
+    downloads, made = 0, 0
+    for c in commands:
+        for name in re.findall(r'llava-med get ([\w.-]+)', c): downloads += sizes.get(name, 0)
+        if not c.startswith('llava-med get') and re.search(r'--join|--base', c): made += 1
+    return downloads, made
+
+# %% ../../nbs/09_lab/03_estimate.ipynb #961d3f57
 def remote_code(
     folder:Path, # of a model
 )->list:         # what is suspicious, in words
@@ -317,15 +345,13 @@ def memory_needs(
     plan:dict,    # step → parameters, from plan_run
     bf16:bool|None=None, # whether products are in bfloat16; None: where this processor can
 )->dict:          # step → as from `machine_memory`
-    "What each step takes on a processor in all processes together: counted for a stage, roughly for the others."
+    "What each step takes on a CPU in all processes: counted for a stage, roughly for others."
     size = 4*sum(p.numel() for p in model.parameters())/GIB
     out, n_models = {}, 1 + sum(is_trained(s, v, preset) for s, v in plan.items())
     for step, values in plan.items():
-        d = {'text_tokens': 100, 'scored_tokens': 70, **(rows_of(preset, step) or {})}
         if is_trained(step, values, preset):
-            out[step] = machine_memory(model, stem_of(step, preset), values,
-                                       model.config.image_seq_length + d['text_tokens'],
-                                       d['scored_tokens'], bf16)
+            row, scored = _row_tokens(model, preset, step)
+            out[step] = machine_memory(model, stem_of(step, preset), values, row, scored, bf16)
         elif 'models' in values or 'main' in values:
             held = len(values.get('models') or ()) or n_models
             parts = dict(programs=(SHELL + KERNEL + INTERPRETER)/GIB, weights=held*size,
@@ -333,30 +359,45 @@ def memory_needs(
             out[step] = dict(parts, total=sum(parts.values()), processes=1)
     return out
 
+def _row_tokens(model, preset, step): # tokens of a row with its image, and those that are scored
+    d = {'text_tokens': 100, 'scored_tokens': 70, **(rows_of(preset, step) or {})}
+    return model.config.image_seq_length + d['text_tokens'], d['scored_tokens']
+
+# %% ../../nbs/09_lab/03_estimate.ipynb #157e42a5
+# what a run can be told to need less memory: words for --set, and the parameters
+_SAVINGS = (
+    ('all.threads=1', dict(threads=1)),
+    ('all.threads=1 all.gradient_checkpointing=on',
+     dict(threads=1, gradient_checkpointing='on')))
+
+def _most_memory(model, preset, plan, change): # GiB and the step, with some parameters changed
+    changed = {}
+    for s, values in plan.items():
+        changed[s] = values | {k: x for k, x in change.items() if k in values}
+    needs = memory_needs(model, preset, changed)
+    return max(((m['total'], s) for s, m in needs.items()), default=(0, ''))
+
 def memory_shortage(
     preset:dict,  # from read_preset
     plan:dict,    # step → parameters, from plan_run, of the steps that are still to run
     free:float|None=None, # GiB; None: what is free here now
 )->str:           # one sentence, or nothing where it fits
-    "Whether the steps of a plan need more memory in all processes together than is free, and what to do then."
+    "Whether steps need more memory in all processes together than is free, and what to do then."
     free = psutil.virtual_memory().available/GIB if free is None else free
     model = meta_model(real_config(preset))
-    def most(**change):
-        needs = memory_needs(model, preset, {s: v | {k: x for k, x in change.items() if k in v}
-                                             for s, v in plan.items()})
-        return max(((m['total'], s) for s, m in needs.items()), default=(0, ''))
-    need, step = most()
+    need, step = _most_memory(model, preset, plan, {})
     if need <= free: return ''
-    ways = [('threads=1', 'all.threads=1', dict(threads=1)),
-            ('and gradient_checkpointing=on', 'all.threads=1 all.gradient_checkpointing=on',
-             dict(threads=1, gradient_checkpointing='on'))]
-    fits = next(((words, most(**how)[0]) for _, words, how in ways if most(**how)[0] <= free), None)
-    way = (f'take `--set {fits[0]}` (about {fits[1]:.1f} GiB, but slower)' if fits
-           else 'take a smaller preset')
+    way = 'take a smaller preset'
+    for words, change in _SAVINGS:
+        less, _ = _most_memory(model, preset, plan, change)
+        if less <= free:
+            way = f'take `--set {words}` (about {less:.1f} GiB, but slower)'
+            break
     return (f"{preset['name']} needs about {need:.1f} GiB of memory for {step}, all processes "
             f'together, and {free:.1f} are free: close other programs, {way}, or go on with '
             '--anyway.')
 
+# %% ../../nbs/09_lab/03_estimate.ipynb #96dfafab
 def shortage_of(
     name:str,     # of a preset, or its path
     run:str,      # name of the run; its finished steps need nothing
@@ -372,70 +413,83 @@ def shortage_of(
     return memory_shortage(preset, {s: v for s, v in plan.items() if s not in done}, free)
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #6bc0c76d
+def _stage_plans(model, preset, plan): # step → memory, hours and source of each training step
+    stages = {}
+    for step, values in plan.items():
+        if not is_trained(step, values, preset): continue
+        row, scored = _row_tokens(model, preset, step)
+        m = stage_memory(model, stem_of(step, preset), values, preset['hardware'], row, scored)
+        again = m['gradient_checkpointing'] == 'on'
+        hours, source = stage_hours(model, step, values, preset, again)
+        stages[step] = {**m, 'hours': hours, 'source': source,
+                        'processes': values.get('nproc', 1)}
+    return stages
+
+def _warnings(plan): # of models that would run code, and of sets that lack files
+    found = []
+    for p in dict.fromkeys(v.get('base_model') for v in plan.values()):
+        if not p or not (root()/p).is_dir(): continue
+        found += [f'{(root()/p).name}: {w}' for w in remote_code(root()/p)]
+    return found + [f'{f} lacks {lacks}' for f, lacks in incomplete_sets(plan).items()]
+
+# %% ../../nbs/09_lab/03_estimate.ipynb #770bb1f5
 def make_plan(
     preset:dict, # from read_preset
-)->dict:         # parts, image_tokens, stages, memory (of all processes, on a processor), free, others (of a list of steps, without numbers), disk, missing, warnings
+)->dict:         # what `plan_text` writes down
     "Everything that can be said about a preset before it runs."
-    parts, model, plan = (model_parts(preset), meta_model(real_config(preset)),
-                          plan_run(preset, preset['name']))
+    parts, model = model_parts(preset), meta_model(real_config(preset))
+    plan = plan_run(preset, preset['name'])
     for k, v in preset['hardware'].items():
         if k != 'gpu' and (isinstance(v, bool) or not isinstance(v, (int, float)) or v < 0):
             raise UsageError(f"{preset['file']}: hardware.{k} is {v!r}, and must be a number.")
     template_of(preset)
-    stages = {}
-    for step in (s for s, v in plan.items() if is_trained(s, v, preset)):
-        d = {'text_tokens': 100, 'scored_tokens': 70, **(rows_of(preset, step) or {})}
-        row = model.config.image_seq_length + d['text_tokens']
-        m = stage_memory(model, stem_of(step, preset), plan[step], preset['hardware'], row,
-                         d['scored_tokens'])
-        hours, source = stage_hours(model, step, plan[step], preset,
-                                    m['gradient_checkpointing'] == 'on')
-        stages[step] = {**m, 'hours': hours, 'source': source,
-                        'processes': plan[step].get('nproc', 1)}
-    here = [root()/p for p in dict.fromkeys(v.get('base_model') for v in plan.values())
-            if p and (root()/p).is_dir()]
-    others = [s for s in plan if preset['notebooks'] and s not in stages]
-    rest = {s: stage_hours(model, s, v, preset) for s, v in plan.items()
-            if s not in stages and (rows_of(preset, s) or {}).get('minutes')}
-    processor = preset['hardware'].get('gpus') == 0
-    return {'others': others, 'rest': rest,
-            'memory': memory_needs(model, preset, plan) if processor else {},
-            'free': psutil.virtual_memory().available/GIB,
+    stages, rest = _stage_plans(model, preset, plan), {}
+    for s, v in plan.items():
+        timed = (rows_of(preset, s) or {}).get('minutes')
+        if s not in stages and timed: rest[s] = stage_hours(model, s, v, preset)
+    found, on_cpu = stand_ins(preset), preset['hardware'].get('gpus') == 0
+    missing = {p: c for p, c in preset['needs'].items() if not is_there(p) and p not in found}
+    return {'config': model.config, 'names': parts, 'stages': stages,
+            'others': [s for s in plan if preset['notebooks'] and s not in stages],
+            'rest': rest,
             'parts': {r['part']: r['parameters'] for r in part_table(model)},
-            'config': model.config, 'names': parts, 'stages': stages,
+            'memory': memory_needs(model, preset, plan) if on_cpu else {},
+            'free': psutil.virtual_memory().available/GIB,
             'disk': disk_use(preset, model, plan),
-            'missing': {p: c for p, c in preset['needs'].items() if not is_there(p)
-                        and p not in stand_ins(preset)},
-            'warnings': [f'{f.name}: {w}' for f in here for w in remote_code(f)] + [
-                f'{f} lacks {lacks}' for f, lacks in incomplete_sets(plan).items()]}
+            'missing': missing, 'warnings': _warnings(plan)}
 
+# %% ../../nbs/09_lab/03_estimate.ipynb #03bb11b0
 def _sources(parts):
     "Which parts are stored how."
-    bins = [p['name'] for p in (parts, parts.get('tower'), parts.get('language_model'))
-            if isinstance(p, dict) and p.get('files') == 'bin']
-    return 'safetensors, no remote code' + (f"; of {', '.join(bins)} the source is .bin, read as "
-                                            "tensors alone, and the base made of it safetensors"
-                                            if bins else '')
+    bins = []
+    for p in (parts, parts.get('tower'), parts.get('language_model')):
+        if isinstance(p, dict) and p.get('files') == 'bin': bins.append(p['name'])
+    if not bins: return 'safetensors, no remote code'
+    return (f"safetensors, no remote code; of {', '.join(bins)} the source is .bin, read as "
+            'tensors alone, and the base made of it safetensors')
 
 def _size(gb): return f'{gb:.1f} GB' if gb >= 1 else f'{1000*gb:.0f} MB'
 
 def _gpu_line(s, hardware):
     "Memory of a stage on each GPU."
     used = sum(s[k] for k in ('weights', 'gradients', 'moments', 'kept'))
-    short = not s['fits'] and hardware.get('memory_gb')
-    return (f"    {used:.1f} GiB" + (' a GPU' if hardware.get('gpus') else '') + " = weights "
+    each = ' a GPU' if hardware.get('gpus') else ''
+    short = ''
+    if not s['fits'] and hardware.get('memory_gb'):
+        short = f"; THAT DOES NOT FIT in {hardware['memory_gb']} GB: {s['most']:,} tokens would"
+    return (f"    {used:.1f} GiB{each} = weights "
             f"{s['weights']:.1f}, gradients {s['gradients']:.1f}, moments {s['moments']:.1f}, "
             f"kept {s['kept']:.1f} for {s['tokens']:,} tokens at once (gradient checkpointing "
-            f"{s['gradient_checkpointing']})" + (f"; THAT DOES NOT FIT in {hardware['memory_gb']} "
-                                                 f"GB: {s['most']:,} tokens would" if short
-                                                 else ''))
+            f"{s['gradient_checkpointing']}){short}")
 
+# %% ../../nbs/09_lab/03_estimate.ipynb #6da31d61
 def _memory_line(m):
     "Memory of a step in all processes together."
-    parts = ', '.join(f'{k} {v:.1f}' for k, v in m.items()
-                      if k not in ('total', 'processes') and v >= .05)
-    return (f"    {m['total']:.1f} GiB in all processes together = {parts}"
-            + (f" ({m['processes']} share each step)" if m['processes'] > 1 else ''))
+    parts = []
+    for k, v in m.items():
+        if k not in ('total', 'processes') and v >= .05: parts.append(f'{k} {v:.1f}')
+    shared = f" ({m['processes']} share each step)" if m['processes'] > 1 else ''
+    return f"    {m['total']:.1f} GiB in all processes together = {', '.join(parts)}{shared}"
 
 def _most_lines(plan):
     "The largest memory of a run, and what is free."
@@ -446,47 +500,62 @@ def _most_lines(plan):
     return [line + ('' if most <= plan['free']
                     else ': TOO LITTLE, `llava-med run` will say what to change')]
 
+# %% ../../nbs/09_lab/03_estimate.ipynb #a6e7d684
+def _counts(numbers): # names with their numbers, in one line
+    return ', '.join(f"{k.replace('_', ' ')} {v:,}" for k, v in numbers.items())
+
+def _hours_text(hours):
+    if hours is None: return 'time'
+    return f'{hours:.1f} h' if hours and hours >= 1 else f'{hours*60:.1f} min'
+
+def _model_lines(preset, plan): # what the model is, and under which licences
+    c, block = plan['config'], preset['model']
+    yield f"model      {sum(plan['parts'].values()):,} parameters: {_counts(plan['parts'])}"
+    yield f"pictures   {c.vision_config.image_size} px, {c.image_seq_length} tokens each"
+    yield f"files      {_sources(plan['names'])}"
+    for k, v in (block.get('licence') or {}).items():
+        revision = (block.get('revision') or {}).get(k)
+        more = f', revision {revision}' if revision else ''
+        yield f'           {k}: licence {v}{more}'
+
+# %% ../../nbs/09_lab/03_estimate.ipynb #364cb6f6
+def _step_lines(preset, plan): # what each step needs, and how long it takes
+    h, memory, rest = preset['hardware'], plan['memory'], plan['rest']
+    where = 'the processor'
+    if h.get('gpus'):
+        where = f"{h.get('gpus')} × {h.get('gpu', 'GPU')}, {h.get('memory_gb')} GB each"
+    yield f'on {where}:'
+    for step, s in plan['stages'].items():
+        yield f"  {step}: trains {_counts(s['learn'])}"
+        yield _memory_line(memory[step]) if step in memory else _gpu_line(s, h)
+        yield f"    {_hours_text(s['hours'])} ({s['source']})"
+    for step in {**rest, **memory}:
+        if step in plan['stages']: continue
+        yield f'  {step}:'
+        if step in memory: yield _memory_line(memory[step])
+        if step in rest: yield f'    {rest[step][0]*60:.1f} min ({rest[step][1]})'
+    known = [s['hours'] for s in plan['stages'].values()] + [h for h, _ in rest.values()]
+    if rest and None not in known: yield f'  in all {sum(known)*60:.0f} min'
+    yield from _most_lines(plan)
+    if plan['others']:
+        yield ('  not counted, since a plan does not know what they train: '
+               + ', '.join(plan['others']))
+
+# %% ../../nbs/09_lab/03_estimate.ipynb #acc0d2aa
 def plan_text(
     preset:dict, # from read_preset
     plan:dict,   # from make_plan
 )->str:          # lines
     "A plan as a person reads it."
-    c, h, lines = plan['config'], preset['hardware'], [f"{preset['name']}: {preset['description']}",
-                                                       '']
-    lines += [f"model      {sum(plan['parts'].values()):,} parameters: "
-              + ', '.join(f"{k.replace('_', ' ')} {v:,}" for k, v in plan['parts'].items()),
-              f"pictures   {c.vision_config.image_size} px, {c.image_seq_length} tokens each",
-              f"files      {_sources(plan['names'])}"]
-    lines += [f"           {k}: licence {v}"
-              + (f", revision {r}" if (r := (preset['model'].get('revision') or {}).get(k)) else '')
-              for k, v in (preset['model'].get('licence') or {}).items()]
-    where = (f"{h.get('gpus')} × {h.get('gpu', 'GPU')}, {h.get('memory_gb')} GB each"
-             if h.get('gpus') else 'the processor')
-    lines += ['', f'on {where}:']
-    for step, s in plan['stages'].items():
-        lines += [f"  {step}: trains " + ', '.join(f"{k.replace('_', ' ')} {v:,}"
-                                                   for k, v in s['learn'].items()),
-                  _memory_line(plan['memory'][step]) if step in plan['memory'] else _gpu_line(s, h),
-                  '    ' + (f"{s['hours']:.1f} h" if s['hours'] and s['hours'] >= 1
-                            else f"{(s['hours'] or 0)*60:.1f} min" if s['hours'] is not None
-                            else 'time') + f" ({s['source']})"]
-    for step in [x for x in {**plan['rest'], **plan['memory']} if x not in plan['stages']]:
-        lines.append(f'  {step}:')
-        if step in plan['memory']: lines.append(_memory_line(plan['memory'][step]))
-        if step in plan['rest']:
-            lines.append(f"    {plan['rest'][step][0]*60:.1f} min ({plan['rest'][step][1]})")
-    known = [s['hours'] for s in plan['stages'].values()] + [h for h, _ in plan['rest'].values()]
-    if plan['rest'] and None not in known: lines.append(f'  in all {sum(known)*60:.0f} min')
-    lines += _most_lines(plan)
-    if plan['others']:
-        lines.append('  not counted, since a plan does not know what they train: '
-                     + ', '.join(plan['others']))
-    lines += ['', f"disk       {_size(sum(plan['disk'].values()))}: "
-              + ', '.join(f'{k} {_size(v)}' for k, v in plan['disk'].items() if v)]
-    lines += (['evidence   ' + '; '.join(f'{k}: {v}' for k, v in preset['evidence'].items() if v)]
-              if preset['evidence'] else [])
-    lines += ['', 'missing, in this order:'] + [f'  {p:32} {cmd}' for p, cmd in plan[
-        'missing'].items()] if plan['missing'] else ['', 'Nothing is missing.']
+    disk = ', '.join(f'{k} {_size(v)}' for k, v in plan['disk'].items() if v)
+    lines = [f"{preset['name']}: {preset['description']}", '', *_model_lines(preset, plan), '',
+             *_step_lines(preset, plan), '',
+             f"disk       {_size(sum(plan['disk'].values()))}: {disk}"]
+    if preset['evidence']:
+        said = '; '.join(f'{k}: {v}' for k, v in preset['evidence'].items() if v)
+        lines.append(f'evidence   {said}')
+    lines += ['', 'missing, in this order:' if plan['missing'] else 'Nothing is missing.']
+    lines += [f'  {p:32} {cmd}' for p, cmd in plan['missing'].items()]
     return '\n'.join(lines + [f'! {w}' for w in plan['warnings']])
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #62f6d606
@@ -497,10 +566,11 @@ def _folder_template(folder):
     kind = AutoConfig.from_pretrained(folder, **safe) if whole else None
     if hasattr(kind, 'vision_config'): reader = AutoProcessor.from_pretrained(folder, **safe)
     else: reader = read_tokenizer(folder, lambda line: None)
-    own = one_template(getattr(reader, 'chat_template', None), folder)
-    return own or one_template(getattr(getattr(reader, 'tokenizer', None), 'chat_template',
-                                       None), folder)
+    for r in (reader, getattr(reader, 'tokenizer', None)):
+        own = one_template(getattr(r, 'chat_template', None), folder)
+        if own: return own
 
+# %% ../../nbs/09_lab/03_estimate.ipynb #0367ed65
 def template_of(
     preset:dict, # from read_preset
 )->str|None:     # Jinja; None: the tokenizer's own
@@ -509,8 +579,8 @@ def template_of(
     if said is None: return None
     if not isinstance(said, str) or '{' not in said:
         said = TEMPLATES[known_name(str(said), TEMPLATES, f"template ({preset['file']}, model)")]
-    return (said.replace("'<image>\n'", "'<im_start><image><im_end>\n'")
-            if preset['model'].get('image_ends') else said)
+    if not preset['model'].get('image_ends'): return said
+    return said.replace("'<image>\n'", "'<im_start><image><im_end>\n'")
 
 def real_template(
     preset:dict, # from read_preset
@@ -550,6 +620,7 @@ def thin_config(
     thin.update(new)
     return thin
 
+# %% ../../nbs/09_lab/03_estimate.ipynb #d3a64492
 # of the templates that presets name
 _MARKS = re.compile(r'<\|[^\s|<>]+\|>|<im_\w+>|<\w+_of_\w+>|</s>')
 
@@ -583,63 +654,68 @@ def check_training(
     say=print,   # gets a line on every fast path that a step asks for and will not take
 )->None:
     "One tiny loss step in every way that the preset trains; ValueError names the folder."
-    steps = [v for s, v in plan_run(preset, preset['name']).items()
-             if stem_of(s, preset) in STEP_STAGES]
-    pad = processor.tokenizer.pad_token_id or 0
-    for rank in sorted({v.get('lora_rank', 0) for v in steps} | {0}):
-        check_step(model, where, rank, pad)
-    ways = {(bool(v.get('pack_by_image')), bool(v.get('packed')), v.get('max_len', 0))
-            for v in steps}
+    pad, ranks, ways = processor.tokenizer.pad_token_id or 0, {0}, set()
+    for s, v in plan_run(preset, preset['name']).items():
+        if stem_of(s, preset) not in STEP_STAGES: continue
+        ranks.add(v.get('lora_rank', 0))
+        ways.add((bool(v.get('pack_by_image')), bool(v.get('packed')), v.get('max_len', 0)))
+    for rank in sorted(ranks): check_step(model, where, rank, pad)
     for pack_by_image, packed, longest in sorted(ways):
-        if not (pack_by_image or packed): continue
+        names = ['sharing of images'] if pack_by_image else []
+        if packed: names.append('packed rows')
+        if not names: continue
         gate = path_gate(model, pack_by_image, packed, longest=longest, pad_id=pad)
-        names = ' and '.join(n for n, on in (('sharing of images', pack_by_image),
-                                             ('packed rows', packed)) if on)
-        if not gate.passed: say(f'Steps with {names} will train on separate samples: {gate.why}.')
+        if not gate.passed:
+            say(f'Steps with {" and ".join(names)} will train on separate samples: {gate.why}.')
 
+# %% ../../nbs/09_lab/03_estimate.ipynb #3c11eecc
 def _thin_parts(config, preset, folder):
     "A thin tower and a thin language model with its tokenizer, each in a folder."
-    tok, depth = thin_tokenizer(preset), thin_depth(config)
-    text = thin_config(config.text_config); text.vocab_size = len(tok)
-    for name, part in (('tower', AutoModel.from_config(thin_config(config.vision_config, depth))),
-                       ('language_model', AutoModelForCausalLM.from_config(text))):
-        with _no_bars(): part.save_pretrained(folder/name)
-    tok.save_pretrained(folder/'language_model')
-    return {k: folder/k for k in ('tower', 'language_model')}
+    tok, text = thin_tokenizer(preset), thin_config(config.text_config)
+    text.vocab_size = len(tok)
+    vision = thin_config(config.vision_config, thin_depth(config))
+    parts = {'tower': folder/'tower', 'language_model': folder/'language_model'}
+    with _no_bars():
+        AutoModel.from_config(vision).save_pretrained(parts['tower'])
+        AutoModelForCausalLM.from_config(text).save_pretrained(parts['language_model'])
+    tok.save_pretrained(parts['language_model'])
+    return parts
 
 def thin_depth(
     config:LlavaConfig, # of the real model
 )->int:                 # layers
     "As few layers as the tower needs for the projector to read the same ones."
     layers = config.vision_feature_layer
-    return max(2, *(abs(i) for i in (layers if isinstance(layers, list) else [layers])))
+    return max(2, *map(abs, layers if isinstance(layers, list) else [layers]))
 
+def _thin_whole(config, preset, folder):
+    "A thin model of a checkpoint's kind, with its processor."
+    tok, text = thin_tokenizer(preset), thin_config(config.text_config)
+    vision = thin_config(config.vision_config, thin_depth(config))
+    text.vocab_size = rows_for(len(tok), 64)
+    with_class = int(config.vision_feature_select_strategy == 'default')
+    processor = _processor(tok, vision.image_size, vision.patch_size, with_class, {})
+    connector = next(k for k, v in ACTIVATIONS.items() if v == config.projector_hidden_act)
+    model = assemble(vision, text, processor, connector, 0, config.vision_feature_layer)
+    save(model, processor, folder)
+
+# %% ../../nbs/09_lab/03_estimate.ipynb #75c697c3
 def thin_base(
     preset:dict, # from read_preset
     folder:Path, # to write; kept when it is there
 )->Path:         # the folder
     "A random model of the preset's kind, two thin layers deep, in a standard folder."
-    config, parts = real_config(preset), model_parts(preset)
-    said = {'rehearses': json.loads(json.dumps({**preset['model'],
-                                                'chat_template': real_template(preset)}))}
-    if ((folder/'provenance.json').exists()
-        and read_json(folder/'provenance.json').get('rehearses') == said['rehearses']):
-        return folder
+    config, note = real_config(preset), folder/'provenance.json'
+    said = {**preset['model'], 'chat_template': real_template(preset)}
+    said = {'rehearses': json.loads(json.dumps(said))}
+    old = read_json(note) if note.exists() else {}
+    if old.get('rehearses') == said['rehearses']: return folder
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as tmp:
         torch.manual_seed(0)
         if 'tower' in preset['model']:
             _join(preset, _thin_parts(config, preset, Path(tmp)), folder, 'float32')
-        else:
-            tok, vision, text = thin_tokenizer(preset), thin_config(
-                config.vision_config, thin_depth(config)), thin_config(config.text_config)
-            text.vocab_size = rows_for(len(tok), 64)
-            processor = _processor(tok, vision.image_size, vision.patch_size,
-                                   int(config.vision_feature_select_strategy == 'default'), {})
-            connector = next(k for k, v in ACTIVATIONS.items() if v == config.projector_hidden_act)
-            save(assemble(vision, text, processor, connector, 0, config.vision_feature_layer),
-                 processor, folder)
-    old = read_json(folder/'provenance.json') if (folder/'provenance.json').exists() else {}
-    write_json(folder/'provenance.json', {**old, **said})
+        else: _thin_whole(config, preset, folder)
+    write_json(note, (read_json(note) if note.exists() else {}) | said)
     return folder
 
 # %% ../../nbs/09_lab/03_estimate.ipynb #bb46833c
@@ -656,25 +732,29 @@ EMPTY = ('articles', 'evaluation_sets', 'vqa', 'vqa_images', 'images', 'clip', '
 # parameters that a rehearsal sets, where a notebook has them
 HERE_ONLY = {'generator': 'template', 'epochs': 1, 'threads': 1, 'n_val': 8, 'n_show': 1}
 
+# %% ../../nbs/09_lab/03_estimate.ipynb #b56fce04
 def rehearsal_values(
     preset:dict, # from read_preset
     base:Path,   # the thin model
 )->dict:         # step → parameters
     "The parameters of a rehearsal: the preset's, with few data."
-    plan = {s: as_planned(v, 'rehearsal') for s, v in plan_run(preset, 'rehearsal').items()}
+    plan = plan_run(preset, 'rehearsal')
+    for step, values in plan.items(): plan[step] = as_planned(values, 'rehearsal')
     bases = {v['base_model'] for v in plan.values() if v.get('base_model')}
-    out = {}
+    thin = lambda v: str(base) if v in bases else v
     for step, values in plan.items():
-        empty = {k: type(values[k])() for k in EMPTY if k in values}
-        new = {k: v for k, v in {**values, **empty, **HERE_ONLY,
-                                 **REHEARSAL_SIZES.get(stem_of(step, preset), {})}.items()
-                                 if k in values and k not in GIVEN}
-        for k in {'base_model', 'start_from', 'models'} & new.keys():
-            new[k] = mapped(new[k], lambda v: str(base) if v in bases else v)
+        new = without_given(values)
+        for k in EMPTY:
+            if k in new: new[k] = type(new[k])()
+        for k, v in (HERE_ONLY | REHEARSAL_SIZES.get(stem_of(step, preset), {})).items():
+            if k in new: new[k] = v
+        for k in ('base_model', 'start_from', 'models'):
+            if k in new: new[k] = mapped(new[k], thin)
         if new.get('nproc', 1) > 2: new['nproc'] = 2
-        out[step] = new
-    return out
+        plan[step] = new
+    return plan
 
+# %% ../../nbs/09_lab/03_estimate.ipynb #e3ebc2e9
 def steps_text(
     preset:dict, # from read_preset
 )->dict:         # steps and recipes, each only where the preset has them
@@ -692,7 +772,7 @@ def rehearse(
     say=print,           # gets each line of the report
     verbose:bool=False,  # everything that the notebooks print
 )->dict:                 # step → 'kept' or seconds
-    "Run a preset's notebooks on a thin random model of its kind; the numbers that come out mean nothing."
+    "Run a preset's notebooks on a thin random model of its kind; its numbers mean nothing."
     preset = read_preset(name)
     run = run or f"{preset['name']}-rehearsal"
     folder = run_dir(run)
@@ -713,31 +793,30 @@ def rehearse(
 def evidence_table()->str: # Markdown
     "For each shipped preset: what is measured, what is rehearsed, what was never run."
     rows = ['| preset | what it is | measured | rehearsed | never run |', '|---|---|---|---|---|']
-    for name in sorted(presets(),
-                       key=lambda n: (not read_preset(n)['evidence'].get('measured'), n)):
-        p = read_preset(name)
-        rows.append(f"| [{name}](pipeline/presets/{name}.yaml) | {p['description']} | "
-                    + ' | '.join(p['evidence'].get(k) or '–'
-                                 for k in ('measured', 'rehearsed', 'never run')) + ' |')
+    read = {name: read_preset(name) for name in presets()}
+    for name in sorted(read, key=lambda n: (not read[n]['evidence'].get('measured'), n)):
+        evidence = [read[name]['evidence'].get(k) or '–' for k in BLOCKS['evidence']]
+        cells = [f'[{name}](pipeline/presets/{name}.yaml)', read[name]['description'], *evidence]
+        rows.append(f"| {' | '.join(cells)} |")
     return '\n'.join(rows)
 
+# %% ../../nbs/09_lab/03_estimate.ipynb #d84e27d2
 def join_base(
     preset:dict, # from read_preset; its two parts are in data/
 )->Path:         # the folder of the joined base
     "Make the base model of a preset from its tower and its language model."
-    m = preset['model']
+    m, folders = preset['model'], {}
     if not isinstance(m.get('tower'), str) or not isinstance(m.get('language_model'), str):
         raise UsageError(f"{preset['file']}: only a preset that names a tower and a language_model "
                          "has a base to be joined.")
-    folders = {k: root()/'data'/m[k] for k in ('tower', 'language_model')}
-    for k, f in folders.items():
-        if not f.is_dir():
-            raise UsageError(f"{f.relative_to(root())} is not there: "
-                             f"`{preset['needs'].get(f'data/{m[k]}', f'llava-med get {m[k]}')}`.")
+    for k in ('tower', 'language_model'):
+        folders[k] = root()/'data'/m[k]
+        if folders[k].is_dir(): continue
+        how = preset['needs'].get(f'data/{m[k]}', f'llava-med get {m[k]}')
+        raise UsageError(f"{folders[k].relative_to(root())} is not there: `{how}`.")
     plan = plan_run(preset, preset['name'])
-    return _join(preset, folders,
-                 root()/next(v['base_model'] for v in plan.values() if v.get('base_model')),
-                 'bfloat16', print)
+    bases = [v['base_model'] for v in plan.values() if v.get('base_model')]
+    return _join(preset, folders, root()/bases[0], 'bfloat16', print)
 
 def plan_command(
     args, # preset, join

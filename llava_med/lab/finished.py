@@ -20,7 +20,8 @@ from ..data.vqa_readers import open_vqa
 from ..evaluate.exact import right_answer
 from .grids import Run
 from .runner import named_paths, read_scores
-from .steps import UsageError, mapped, notebook_of, read_parameters, stem_of
+from .steps import (
+    UsageError, default_values, mapped, notebook_of, read_parameters, stem_of)
 
 # %% ../../nbs/09_lab/04_finished.ipynb #d17a3476
 # they change no result
@@ -30,12 +31,13 @@ ASIDE = ('device', 'threads', 'save_s', 'gradient_checkpointing', 'max_tokens_pe
 def content_fingerprint(
     path:Path, # a file, a model's folder, or a folder of data
 )->str:        # 16 hexadecimal characters
-    "A fingerprint of contents that is the same on every machine; of a model, its weights and configuration."
+    "A fingerprint of contents, the same on every machine; of a model, weights and configuration."
     if path.is_file(): return file_hash(path)[:16]
     if not (path/'config.json').is_file(): return folder_hash(path)[:16]
     parts = sorted([path/'config.json', *path.glob('*.safetensors'), *path.glob('tokenizer*.json')])
     return hashlib.sha256(''.join(map(file_hash, parts)).encode()).hexdigest()[:16]
 
+# %% ../../nbs/09_lab/04_finished.ipynb #e59dc500
 def run_settings(
     run:Run, # of a grid, with its inputs
 )->dict:     # step → parameter → value; a path that exists is replaced by its contents' mark
@@ -43,7 +45,8 @@ def run_settings(
     found = {}
     for step, inputs in run.inputs.items():
         kept = {k: v for k, v in inputs['parameters'].items() if k not in ASIDE}
-        marks = {t: f'contents {content_fingerprint(p)}' for t, p in named_paths(kept).items()}
+        marks = {}
+        for t, p in named_paths(kept).items(): marks[t] = f'contents {content_fingerprint(p)}'
         found[step] = mapped(kept, lambda v: marks.get(v, v) if isinstance(v, str) else v)
     return found
 
@@ -88,6 +91,7 @@ def right_digits(
         marks[place[p['item']]] = str(int(right_answer(items[p['item']], p['text'] or '')))
     return {k: ''.join(v) for k, v in found.items()}
 
+# %% ../../nbs/09_lab/04_finished.ipynb #d7f86d81
 def _scores(folder, step): # of an evaluation: values with their intervals
     for r in read_scores(folder/'scores.csv'):
         if r.get('slice', 'all') != 'all' or r['metric'] not in SCORES: continue
@@ -107,6 +111,7 @@ def _curve(folder, step): # of a training: loss on what was held out
     with open(path, newline='', encoding='utf-8') as f:
         for r in csv.DictReader(f): yield f"{step}/val_loss/{r['epoch']}", r['val_loss']
 
+# %% ../../nbs/09_lab/04_finished.ipynb #4ca8db20
 def measured_rows(
     run:Run,     # of a grid
     folder:Path, # of the finished run
@@ -143,6 +148,7 @@ def read_finished(
         own[r['metric'].replace('/held_loss/', '/val_loss/')] = r['value']
     return found
 
+# %% ../../nbs/09_lab/04_finished.ipynb #f4c13a07
 def keep_finished(
     path:Path,     # of the rows
     arm:str, seed:int, # whose rows are replaced
@@ -150,21 +156,23 @@ def keep_finished(
     measured:list, # (metric, value), from measured_rows
 )->None:
     "Put the rows of a finished run into the file, all or none."
-    found = read_finished(path)
+    found, rows = read_finished(path), []
     values = {k: str(v) for k, v in measured}
     settings_text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
     found[arm, seed] = {'key': settings_key(settings), 'settings': settings_text} | values
-    rows = [dict(zip(ROW, (a, s, own['key'], metric, v))) for (a, s), own in sorted(found.items())
-            for metric, v in own.items() if metric != 'key']
+    for (a, s), own in sorted(found.items()):
+        key = own.pop('key')
+        rows += [dict(zip(ROW, (a, s, key, metric, v))) for metric, v in own.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_csv(path, rows, ROW)
 
 # %% ../../nbs/09_lab/04_finished.ipynb #4de7ebc1
 def _defaults(run): # step → parameter → value
-    record = {'run': run.name, **run.origin}
-    return {s: {k: p.default for k, p in read_parameters(notebook_of(s, record)).items()}
-            for s in run.plan}
+    record, found = {'run': run.name, **run.origin}, {}
+    for s in run.plan: found[s] = default_values(read_parameters(notebook_of(s, record)))
+    return found
 
+# %% ../../nbs/09_lab/04_finished.ipynb #16ea01e8
 def stale_reason(
     run:Run,  # of a grid, with its inputs
     own:dict, # its rows, from read_finished
@@ -193,6 +201,7 @@ def unanswered(
         say(f'{done} of {len(runs)} runs are finished: their rows stand in {path.name}.')
     return left
 
+# %% ../../nbs/09_lab/04_finished.ipynb #e00fbf9e
 def keep_run(
     run:Run,     # that is complete
     batch:str,   # name of its batch

@@ -27,17 +27,19 @@ from pathlib import Path
 import filelock
 import nbformat
 
-from .steps import UsageError, changed_origin, comes_before, notebook_of, pipeline
-from .runner import StepFailed, files_fingerprint, is_done, is_progress, run_step, shown, step_inputs, step_key
-from .grids import (Guard, Run, Task, default_workers, gpus_here, headline, lacking,
-                                 lay_out, main_scores, most_threads, needed_columns, over_seeds,
-                                 plan_lines, plan_record, read_grid, summary_rows, total_time)
-from .finished import keep_run, unanswered
-from ..core.runs import (RunLock, RunLocked, check_name, clock, figure_bytes, figure_style,
-                                 git_state, hold, link_tree, machine, now, outputs_dir, read_json,
-                                 read_run, replacing, root, run_dir, update_run, versions,
-                                 write_csv, write_json, writing)
+from ..core.runs import (
+    RunLock, RunLocked, check_name, clock, figure_bytes, figure_style, git_state, hold, link_tree,
+    machine, now, outputs_dir, read_json, read_run, replacing, root, run_dir, update_run, versions,
+    write_csv, write_json, writing)
 from ..data.shards import ClusterError, cluster
+from .finished import keep_run, unanswered
+from llava_med.lab.grids import (
+    Guard, Run, Task, default_workers, gpus_here, headline, lacking, lay_out, main_scores,
+    most_threads, needed_columns, over_seeds, plan_lines, plan_record, read_grid, summary_rows,
+    total_time)
+from .runner import (
+    StepFailed, files_fingerprint, is_done, is_progress, run_step, shown, step_inputs, step_key)
+from .steps import UsageError, changed_origin, comes_before, notebook_of, pipeline
 
 # %% ../../nbs/09_lab/05_sweeps.ipynb #7891e004
 def share_step(
@@ -47,19 +49,25 @@ def share_step(
     owner:str,              # of both
 )->None:
     "Give a finished step to another run."
-    part = read_run(source)['steps'][step]
+    part, own = read_run(source)['steps'][step], run_dir(target)/step
     with patient_lock(target, owner):
         record = update_run(target, **changed_origin(read_run(target), fields) | fields)
         update_run(target, step, state='running', key=None)
-        link_tree(run_dir(source)/step, run_dir(target)/step)
-        if files_fingerprint(run_dir(target)/step) != part['files']:
+        link_tree(run_dir(source)/step, own)
+        if files_fingerprint(own) != part['files']:
             raise OSError(f'{run_dir(source)/step} changed while it was linked into {target}: call '
                           'the batch again.')
         update_run(target, step, **(part | dict(shared_from=part.get('shared_from') or source)))
-        steps = record.get('notebooks') or pipeline()
-        update_run(target, hashes={k: v for k, v in read_run(source)['hashes'].items() if (
-            made := k.split('/')[0]) not in steps or comes_before(made, step, record)})
+        update_run(target, hashes=_earlier_hashes(read_run(source)['hashes'], step, record))
 
+def _earlier_hashes(hashes, step, record): # those of files that no later step of a run made
+    steps, kept = record.get('notebooks') or pipeline(), {}
+    for path, mark in hashes.items():
+        made = path.split('/')[0]
+        if made not in steps or comes_before(made, step, record): kept[path] = mark
+    return kept
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #222bc881
 @contextlib.contextmanager
 def patient_lock(
     run:str,   # name of the run
@@ -67,15 +75,16 @@ def patient_lock(
     wait:float=180, # seconds
 ):
     "Hold a run; a worker that died a moment ago may still do so."
-    end = time.monotonic() + wait
-    while True:
-        try: lock = RunLock(run, owner).__enter__(); break
+    end, lock = time.monotonic() + wait, None
+    while not lock:
+        try: lock = RunLock(run, owner).__enter__()
         except RunLocked as e:
             if 'in use' not in str(e) or time.monotonic() > end: raise
             time.sleep(0.5)
     try: yield
     finally: lock.release()
 
+# %% ../../nbs/09_lab/05_sweeps.ipynb #6a767f36
 def forget_steps(
     run:str,  # name of the run
     keep,     # the steps that it has now
@@ -90,29 +99,41 @@ def forget_steps(
     for s in gone: shutil.rmtree(run_dir(run)/s, ignore_errors=True)
 
 # %% ../../nbs/09_lab/05_sweeps.ipynb #930eb0f8
+def _last_cell(partial): # the code cell of papermill's notebook in which it stopped
+    last = None
+    for c in nbformat.read(partial, 4).cells:
+        told = c.metadata.get('papermill', {})
+        if c.cell_type != 'code' or not told.get('start_time'): continue
+        last = c
+        if told.get('exception'): break
+    return last
+
+def _failed_line(cell): # the line that its traceback points at, or else its first
+    trace = []
+    for o in cell.get('outputs', []):
+        if o.output_type == 'error': trace += o.get('traceback', [])
+    plain = re.sub(r'\x1b\[[\d;]*m', '', '\n'.join(trace))
+    if at := re.search(r'^-+> ?\d+ +(.+)$', plain, re.M): return at[1].strip()
+    for line in cell.source.splitlines():
+        if line.strip() and not line.startswith('#'): return line.strip()
+    return ''
+
 def stopped_at(
     partial:Path,  # a notebook that papermill did not finish
     source:Path,   # the notebook that was run
 )->str:            # such as: cell 5, `model = load(…)`
     "The cell in which a notebook ended; nothing when it cannot be told."
     try:
-        cells = [c for c in nbformat.read(partial, 4).cells
-                 if c.cell_type == 'code' and c.metadata.get('papermill', {}).get('start_time')]
+        last = _last_cell(partial)
         numbers = {c.id: i for i, c in enumerate(nbformat.read(source, 4).cells, 1)}
     except (OSError, ValueError): return ''
-    last = next((c for c in cells if c.metadata['papermill'].get('exception')),
-                cells[-1] if cells else None)
     if last is None: return ''
-    lines = [x.strip() for x in last.source.splitlines()
-             if x.strip() and not x.startswith('#')] or ['']
-    failed = [re.sub(r'\x1b\[[\d;]*m', '', t) for o in last.get('outputs', [])
-              if o.output_type == 'error' for t in o.get('traceback', [])]
-    at = re.search(r'^-+> ?\d+ +(.+)$', '\n'.join(failed), re.M)
-    text = at[1].strip() if at else lines[0]
+    text = _failed_line(last)
     return f'cell {numbers.get(last.id, "?")}, `{text[:80]}{"…" if len(text) > 80 else ""}`'
 
+# %% ../../nbs/09_lab/05_sweeps.ipynb #ecc9a53e
 def run_task(
-    job:dict, # run, step, steps (of the run), values, key, fields, owner, retries, memory_gb, timeout_min, alive, mark, root, outputs, env
+    job:dict, # what to run, as words that any process understands: see `Batch.job`
 )->dict:      # run, step, state, error, cell, partial, wall_s, attempts, peak_mib, host
     "Run one step of one run, here or on a worker of a cluster; what goes wrong is in the answer."
     os.environ |= {'LLAVA_MED_ROOT': job['root'], 'LLAVA_MED_OUTPUTS': job['outputs']}
@@ -120,8 +141,8 @@ def run_task(
                wall_s=0.0, attempts=0, peak_mib=0, host=socket.gethostname())
     if not Path(job['alive']).exists():
         return out | dict(error=f"{out['host']} does not see {Path(job['alive']).parent}: the "
-                          "workers of a cluster need the folders of the batch under the same "
-                          "names.")
+                                "workers of a cluster need the folders of the batch under the "
+                                "same names.")
     try:
         with patient_lock(job['run'], job['owner']):
             forget_steps(job['run'], job['steps'])
@@ -133,52 +154,59 @@ def _sentence(e): # what an exception says
     plain, text = isinstance(e, (RunLocked, OSError, ValueError)), (str(e).splitlines() or [''])[-1]
     return text if text and plain else f'{type(e).__name__}: {text}'
 
+# %% ../../nbs/09_lab/05_sweeps.ipynb #1ecffad0
 def _attempts(job, out):
     run, step, record = job['run'], job['step'], read_run(job['run'])
     record |= changed_origin(record, job['fields'])
     if is_done(run, step, job['key'], record): return out | dict(state='done')
     inputs = step_inputs(step, job['values'], record)
-    if step_key(inputs) != job['key']:
-        return out | dict(error=_changed(inputs, job))
+    if step_key(inputs) != job['key']: return out | dict(error=_changed(inputs, job))
     update_run(run, **changed_origin(record, job['fields']) | job['fields'], git=git_state(),
                versions=versions(), machine=machine())
-    spent = sum(r.get('wall_s') or 0 for s, r in record['steps'].items()
-                if comes_before(s, step, record))
-    left = job['timeout_min']*60 - spent
+    left = job['timeout_min']*60
+    for s, r in record['steps'].items():
+        if comes_before(s, step, record): left -= r.get('wall_s') or 0
     for out['attempts'] in range(1, job['retries'] + 2):
-        tell = ProgressFile(run, step, out['attempts'])
-        limit = max(left, 0.1) if job['timeout_min'] else 0
-        guard = Guard(job['memory_gb'], limit, f"{job['timeout_min']:g} min", Path(job['alive']),
-                      job.get('patience', 120), job['mark'], tell.memory)
-        update_run(run, step, shared_from=None)
-        try: out['wall_s'] = run_step(run, step, job['values'], tell, guard=guard, env=job['env'])
-        except StepFailed:
-            part = read_run(run)['steps'][step]
-            partial = run_dir(run)/step/part['partial']
-            out |= dict(error=part['error'], partial=str(partial),
-                        cell=stopped_at(partial, notebook_of(step, record)),
-                        peak_mib=round(guard.peak/2**20), wall_s=part['wall_s'])
-            if guard.stopped:
-                update_run(run, step, state='interrupted')
-                return out | dict(state='interrupted')
-            left -= out['wall_s']  # the limit is for all attempts together
-            # what met its limit once would meet it again
-            if guard.why or job['timeout_min'] and left <= 0: break
-        else:
-            return out | dict(state='done', error=None, cell='', partial='',
-                              peak_mib=round(guard.peak/2**20))
-        finally: tell.end()
+        guard = _attempt(job, out, left, record)
+        if out['state'] != 'failed': break
+        left -= out['wall_s']  # the limit is for all attempts together
+        # what met its limit once would meet it again
+        if guard.why or job['timeout_min'] and left <= 0: break
     return out
 
+def _attempt(job, out, left, record): # run a step once, and note in `out` how it ended
+    run, step = job['run'], job['step']
+    tell = ProgressFile(run, step, out['attempts'])
+    limit = max(left, 0.1) if job['timeout_min'] else 0
+    guard = Guard(job['memory_gb'], limit, f"{job['timeout_min']:g} min", Path(job['alive']),
+                  job.get('patience', 120), job['mark'], tell.memory)
+    update_run(run, step, shared_from=None)
+    try:
+        out['wall_s'] = run_step(run, step, job['values'], tell, guard=guard, env=job['env'])
+        out |= dict(state='done', error=None, cell='', partial='')
+    except StepFailed:
+        part = read_run(run)['steps'][step]
+        partial = run_dir(run)/step/part['partial']
+        out |= dict(error=part['error'], partial=str(partial), wall_s=part['wall_s'],
+                    cell=stopped_at(partial, notebook_of(step, record)))
+        if guard.stopped:
+            update_run(run, step, state='interrupted')
+            out['state'] = 'interrupted'
+    finally: tell.end()
+    out['peak_mib'] = round(guard.peak/2**20)
+    return guard
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #faf5d486
 def _changed(inputs, job): # why a key is another than was planned
     planned = job['inputs']
-    what = {'notebook': 'the notebook', 'library': f'the library ({inputs["library"][:8]} here, '
-            f'{planned["library"][:8]} in the plan)',
-            'data': 'its data', 'parameters': 'its parameters', 'before': 'an earlier step'}
-    differ = [text for k, text in what.items() if inputs.get(k) != planned.get(k)] or ['something']
-    return (f"{' and '.join(differ)} changed since the batch was planned, or is another on "
-            f"{socket.gethostname()}: call the batch again.")
+    library = (f'the library ({inputs["library"][:8]} here, {planned["library"][:8]} in the plan)')
+    what = {'notebook': 'the notebook', 'library': library, 'data': 'its data',
+            'parameters': 'its parameters', 'before': 'an earlier step'}
+    differ = [text for k, text in what.items() if inputs.get(k) != planned.get(k)]
+    return (f"{' and '.join(differ or ['something'])} changed since the batch was planned, or is "
+            f"another on {socket.gethostname()}: call the batch again.")
 
+# %% ../../nbs/09_lab/05_sweeps.ipynb #247164f4
 class ProgressFile:
     "Keeps a small file in the run's folder that says how far its notebook is."
     def __init__(self,
@@ -236,6 +264,40 @@ class LocalExecutor:
     def check(self)->None:
         "Nothing can be lost here."
 
+# %% ../../nbs/09_lab/05_sweeps.ipynb #22961d53
+def _workers(client): # what the scheduler says about all workers
+    try: found = client.scheduler_info(n_workers=-1)
+    except TypeError: found = client.scheduler_info()
+    return list(found['workers'].values())
+
+def _has_workers(client): # False, too, when the scheduler does not answer
+    with contextlib.suppress(OSError, ValueError, asyncio.TimeoutError, TimeoutError):
+        return len(client.nthreads()) > 0
+    return False
+
+def _gpu_places(client, gpus): # how many notebooks with GPUs the workers take at once
+    offers = [w.get('resources', {}).get('GPU', 0) for w in _workers(client)]
+    if max(offers, default=0) < gpus:
+        raise UsageError(f'No worker at {client.scheduler.address} offers {gpus} GPU for a '
+                         'notebook: start workers with `dask worker ADDRESS --nthreads 1 '
+                         f'--resources "GPU={gpus}"`.')
+    return sum(int(n//gpus) for n in offers)
+
+def _answer(future): # what a task said, or how it was lost
+    from distributed import KilledWorker
+    lost = dict(state='failed', cell='', partial='')
+    try: return future.result(timeout=60)
+    except KilledWorker:
+        return lost | dict(error='The worker processes that ran it died again and '
+                                 'again, probably for want of memory.')
+    except (CancelledError, asyncio.CancelledError, asyncio.TimeoutError, TimeoutError,
+            OSError) as e:
+        raise ClusterError(f'The scheduler is gone ({type(e).__name__}); the same command goes '
+                           'on where it stopped.') from None
+    except Exception as e: return lost | dict(error=f'{type(e).__name__}: {e}')
+    finally: future.release()
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #e6cce19b
 class DaskExecutor:
     "Runs tasks on the workers of a Dask cluster."
     def __init__(self,
@@ -244,17 +306,10 @@ class DaskExecutor:
         say=print,  # gets a line when no worker is left
         patience:float=600, # seconds to wait without any worker
     ):
-        self.client, self.say, self.patience, self.alone, self.looked = (client, say, patience,
-                                                                         None, 0.0)
+        self.client, self.say, self.patience = client, say, patience
+        self.alone, self.looked = None, 0.0
         self.resources = {'GPU': gpus} if gpus else None
-        self.workers = sum(client.nthreads().values())
-        if gpus:
-            offers = [w.get('resources', {}).get('GPU', 0) for w in _workers(client)]
-            if max(offers, default=0) < gpus:
-                raise UsageError(f'No worker at {client.scheduler.address} offers {gpus} GPU for a '
-                                 'notebook: ' 'start workers with `dask worker ADDRESS --nthreads '
-                                 f'1 --resources "GPU={gpus}"`.')
-            self.workers = sum(int(n//gpus) for n in offers)
+        self.workers = _gpu_places(client, gpus) if gpus else sum(client.nthreads().values())
     def room(self)->bool:
         "The scheduler keeps the queue."
         return True
@@ -262,32 +317,20 @@ class DaskExecutor:
         job:dict, # for run_task
     ):            # a future
         "Hand a unit to the scheduler."
-        return self.client.submit(run_task, job,
-                                  key=f"{job['run']}-{job['step']}-{uuid.uuid4().hex[:6]}",
-                                  pure=False, resources=self.resources)
+        key = f"{job['run']}-{job['step']}-{uuid.uuid4().hex[:6]}"
+        return self.client.submit(run_task, job, key=key, pure=False, resources=self.resources)
     def ended(self,
         future, # that is done
     )->dict:    # what run_task said
         "The answer of a unit; raises ClusterError when the scheduler is gone."
-        from distributed import KilledWorker
-        try: return future.result(timeout=60)
-        except KilledWorker:
-            return dict(state='failed', error='The worker processes that ran it died again and '
-                        'again, probably for want of memory.', cell='', partial='')
-        except (CancelledError, asyncio.CancelledError, asyncio.TimeoutError, TimeoutError,
-                OSError) as e:
-            raise ClusterError(f'The scheduler is gone ({type(e).__name__}); the same command goes '
-                               'on where it stopped.') from None
-        except Exception as e:
-            return dict(state='failed', error=f'{type(e).__name__}: {e}', cell='', partial='')
-        finally: future.release()
+        return _answer(future)
     def check(self)->None:
         "Wait for workers for a while, then give up."
         if time.monotonic() - self.looked < 5: return
         self.looked = time.monotonic()
-        try: n = len(self.client.nthreads())
-        except (OSError, ValueError, asyncio.TimeoutError, TimeoutError): n = 0
-        if n: self.alone = None; return
+        if _has_workers(self.client):
+            self.alone = None
+            return
         if self.alone is None:
             self.alone = time.monotonic()
             self.say('No worker is left; waiting for one.')
@@ -295,21 +338,16 @@ class DaskExecutor:
             raise ClusterError(f'No worker came for {clock(self.patience)}; the same command goes '
                                'on where it stopped.')
 
-def _workers(client): # what the scheduler says about all workers
-    try: found = client.scheduler_info(n_workers=-1)
-    except TypeError: found = client.scheduler_info()
-    return list(found['workers'].values())
-
-# %% ../../nbs/09_lab/05_sweeps.ipynb #803d9171
-class Batch:
-    "A batch while it runs: what is done, what failed, and who is told."
+# %% ../../nbs/09_lab/05_sweeps.ipynb #5afa3697
+class _BatchState:
+    "What a batch knows: its runs, its tasks, and what became of them."
     def __init__(self,
         grid:dict, runs:list, tasks:dict, # from read_grid and lay_out
-        executor,                            # LocalExecutor or DaskExecutor
+        executor,                         # LocalExecutor or DaskExecutor
         say=print,                        # gets each line
     ):
-        self.grid, self.runs, self.tasks, self.executor, self.tell = (grid, runs, tasks, executor,
-                                                                      say)
+        self.grid, self.runs, self.tasks = grid, runs, tasks
+        self.executor, self.tell = executor, say
         self.folder, self.started = outputs_dir()/grid['name'], time.monotonic()
         self.running, self.failed, self.ran, self.begun = {}, {}, {}, now()
         self.undelivered, self.waiting, self.last, self.kept = {}, [], time.monotonic(), set()
@@ -328,6 +366,38 @@ class Batch:
         self.tell(line)
         with open(self.folder/'batch.log', 'a', encoding='utf-8') as f:
             f.write(f'{datetime.now().isoformat(" ", "seconds")}  {line}\n')
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #8c8d6317
+class _BatchRuns(_BatchState):
+    "Which of its runs are complete, and why others are not."
+    def busy(self)->set: # names of runs
+        "The runs in whose folder a step runs now: one at a time."
+        return {self.tasks[k].runs[0].name for k in self.running}
+    def is_complete(self,
+        r:Run, # a run
+    )->bool:
+        "Whether all steps of a run are done and in its folder."
+        return r.name not in self.undelivered and all(self.tasks[k].done for k in r.keys.values())
+    def problem(self,
+        r:Run, # a run
+    )->dict|None: # step, error, cell, partial, run
+        "Why a run is not complete."
+        for k in r.keys.values():
+            if k in self.failed: return self.failed[k]
+        return self.undelivered.get(r.name)
+    def failures(self)->list: # of dictionaries
+        "The runs that are not complete, each with its cause."
+        found = []
+        for r in self.runs:
+            why = self.problem(r)
+            if not why: continue
+            said = {k: why.get(k) for k in ('step', 'cell', 'error', 'partial')}
+            found.append(dict(run=r.name, **said))
+        return found
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #4f912873
+class _BatchTasks(_BatchRuns):
+    "What a task is told, and who gets its result."
     def fields(self,
         r:Run, # a run
     )->dict:   # for its record
@@ -350,31 +420,33 @@ class Batch:
     def deliver(self,
         u:Task, # that is done
     )->None:
-        "Give the result of a unit to all runs that share it; one in whose folder another step runs gets it after that."
+        "Give the result of a unit to all runs that share it, to one that is busy when it is not."
         for r in u.runs:
             run = self.full(r)
             try:
                 if run == u.done or is_done(run, u.step, u.key, read_run(run)): continue
-                if r.name in self._busy(): self.waiting.append(u); continue
+                if r.name in self.busy():
+                    self.waiting.append(u)
+                    continue
                 share_step(u.done, run, u.step, self.fields(r), self.grid['owner'])
             except Exception as e:
                 self.undelivered[r.name] = dict(step=u.step, error=_sentence(e), cell='',
                                                 partial='')
-    # one step at a time in the folder of a run
-    def _busy(self): return {self.tasks[k].runs[0].name for k in self.running}
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #882aa483
+class _BatchTurns(_BatchTasks):
+    "What starts, and what ended."
     def ready(self)->list: # of Task
-        "What can start now, what most runs wait for first; a unit after a failed one fails with it."
-        found, busy = [], self._busy()
+        "What can start now, what most runs wait for first; after a failed unit others fail, too."
+        found, first, busy = [], {}, self.busy()
         for u in self.tasks.values():
             if u.done or u.key in self.failed or u.key in self.running: continue
-            if bad := next((k for k in u.before if k in self.failed), None):
-                self.failed[u.key] = self.failed[bad]
-                continue
-            if all(self.tasks[k].done for k in u.before) and u.runs[0].name not in busy:
-                found.append(u)
-        first = {}
+            bad = [k for k in u.before if k in self.failed]
+            if bad: self.failed[u.key] = self.failed[bad[0]]
+            elif all(self.tasks[k].done for k in u.before): found.append(u)
         for u in sorted(found, key=lambda u: self.weight[u.key]):
-            first.setdefault(u.runs[0].name, u)
+            name = u.runs[0].name
+            if name not in busy: first.setdefault(name, u)
         return list(first.values())
     def turn(self)->bool: # False: nothing is left to do
         "Take what ended, start what is ready."
@@ -386,6 +458,18 @@ class Batch:
             self.running[u.key] = (self.executor.start(self.job(u)), time.monotonic())
         self.executor.check()
         return bool(self.running)
+    def keep_complete(self)->None:
+        "Put what complete runs measured into the grid's file of finished runs, where it names one."
+        if not self.grid['finished']: return
+        for r in self.runs:
+            if r.name in self.kept or not self.is_complete(r): continue
+            self.kept.add(r.name)
+            try: keep_run(r, self.grid['name'], root()/self.grid['finished'])
+            except Exception as e: self.say(f'{r.name}: its rows could not be kept. {_sentence(e)}')
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #c4a79268
+class _BatchEnds(_BatchTurns):
+    "What is noted when a task ends."
     def end(self,
         u:Task, got:dict, # a unit, and what run_task said
     )->None:
@@ -400,51 +484,27 @@ class Batch:
         waiting, self.waiting = self.waiting, []
         for v in waiting: self.deliver(v)
         self.keep_complete()
+        self.say(self._end_line(u, got))
+    def _end_line(self, u, got):
         n = sum(bool(v.done) or v.key in self.failed for v in self.tasks.values())
         more = f' (for {len(u.runs)} runs)' if len(u.runs) > 1 else ''
-        text = (f"done in {clock(got['wall_s'])}" if u.done
-                else f"{got['state']}: {got['cell'] + ': ' if got['cell'] else ''}{got['error']}")
-        self.say(f'[{n}/{len(self.tasks)}] {u.runs[0].name} {u.step}{more}: {text}')
-    def keep_complete(self)->None:
-        "Put what complete runs measured into the grid's file of finished runs, where it names one."
-        for r in self.runs if self.grid['finished'] else ():
-            if r.name in self.kept or not self._complete(r): continue
-            self.kept.add(r.name)
-            try: keep_run(r, self.grid['name'], root()/self.grid['finished'])
-            except Exception as e: self.say(f'{r.name}: its rows could not be kept. {_sentence(e)}')
-    def _complete(self, r):
-        return r.name not in self.undelivered and all(self.tasks[k].done for k in r.keys.values())
-    def problem(self,
-        r:Run, # a run
-    )->dict|None: # step, error, cell, partial, run
-        "Why a run is not complete."
-        return next((self.failed[k] for k in r.keys.values() if k in self.failed),
-                    self.undelivered.get(r.name))
-    def progress(self,
-        state:str='running', # or done, interrupted, failed
-    )->dict:
-        "Write progress.json and the pulse."
-        now_running = []
-        for key, (_, began) in self.running.items():
-            u, told = self.tasks[key], {}
-            with contextlib.suppress(OSError, ValueError):
-                told = read_json(run_dir(self.full(u.runs[0]))/'.now.json')
-            now_running.append(
-                dict(run=u.runs[0].name, step=u.step, seconds=round(time.monotonic() - began),
-                     **{k: told.get(k) for k in ('line', 'memory_mib', 'host', 'attempt')}))
-        complete = sum(map(self._complete, self.runs))
-        said = dict(batch=self.grid['name'], state=state, started=self.begun, updated=now(),
-                    host=socket.gethostname(), pid=os.getpid(),
-                    runs=dict(total=len(self.runs), done=complete,
-                              failed=sum(self.problem(r) is not None for r in self.runs)),
-                    steps=dict(total=len(self.tasks),
-                               done=sum(bool(u.done) for u in self.tasks.values()),
-                               failed=len(self.failed), running=len(self.running)),
-                    left_s=round(total_time(self.tasks, self.executor.workers)),
-                    running=now_running, failures=self.failures())
-        write_json(self.folder/'progress.json', said)
-        self.pulse()
-        return said
+        cell = f"{got['cell']}: " if got['cell'] else ''
+        text = f"{got['state']}: {cell}{got['error']}"
+        if u.done: text = f"done in {clock(got['wall_s'])}"
+        return f'[{n}/{len(self.tasks)}] {u.runs[0].name} {u.step}{more}: {text}'
+    def stop(self,
+        patience:float=20, # seconds for the notebooks to end
+    )->None:
+        "End all notebooks of the batch."
+        self.pulse('stop')
+        end = time.monotonic() + patience
+        while (self.running and time.monotonic() < end
+               and not all(f.done() for f, _ in self.running.values())):
+            time.sleep(0.1)
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #c2c97c8d
+class _BatchPulse(_BatchEnds):
+    "How others see whether it lives, and how far it is."
     def pulse(self,
         word:str='', # stop: the guards end their notebooks
     )->None:
@@ -462,10 +522,49 @@ class Batch:
                 with contextlib.suppress(OSError): self.pulse()
                 time.sleep(every)
         threading.Thread(target=go, daemon=True).start()
-    def failures(self)->list: # of dictionaries
-        "The runs that are not complete, each with its cause."
-        return [dict(run=r.name, **{k: p.get(k) for k in ('step', 'cell', 'error', 'partial')})
-                for r in self.runs if (p := self.problem(r))]
+    def now_running(self)->list: # of dictionaries
+        "What runs now, and how far each notebook says that it is."
+        found = []
+        for key, (_, began) in self.running.items():
+            u, told = self.tasks[key], {}
+            with contextlib.suppress(OSError, ValueError):
+                told = read_json(run_dir(self.full(u.runs[0]))/'.now.json')
+            said = {k: told.get(k) for k in ('line', 'memory_mib', 'host', 'attempt')}
+            seconds = round(time.monotonic() - began)
+            found.append(dict(run=u.runs[0].name, step=u.step, seconds=seconds, **said))
+        return found
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #0835c1bc
+def _running_line(batch, said): # what runs now, in one line
+    parts = []
+    for x in said['running'][:4]:
+        line = f", {x['line']}" if x['line'] else ''
+        parts.append(f"{x['run']} {x['step']} ({clock(x['seconds'])}{line})")
+    left = [u for u in batch.tasks.values() if not u.done]
+    some = 'At least' if any(u.estimate is None for u in left) else 'About'
+    return (f"{len(said['running'])} running: {'; '.join(parts)}. {some} "
+            f"{clock(said['left_s'])} left.")
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #69d751a1
+class Batch(_BatchPulse):
+    "A batch while it runs: what is done, what failed, and who is told."
+    def progress(self,
+        state:str='running', # or done, interrupted, failed
+    )->dict:
+        "Write progress.json and the pulse."
+        done = sum(bool(u.done) for u in self.tasks.values())
+        failures = self.failures()
+        runs = dict(total=len(self.runs), done=sum(map(self.is_complete, self.runs)),
+                    failed=len(failures))
+        steps = dict(total=len(self.tasks), done=done, failed=len(self.failed),
+                     running=len(self.running))
+        left = total_time(self.tasks, self.executor.workers)
+        said = dict(batch=self.grid['name'], state=state, started=self.begun, updated=now(),
+                    host=socket.gethostname(), pid=os.getpid(), runs=runs, steps=steps,
+                    left_s=round(left), running=self.now_running(), failures=failures)
+        write_json(self.folder/'progress.json', said)
+        self.pulse()
+        return said
     def work(self,
         every:float=60, # seconds after which a line says how far it is, when nothing else happened
     )->None:
@@ -477,27 +576,17 @@ class Batch:
         while self.turn():
             if time.monotonic() - written > 2:
                 written, said = time.monotonic(), self.progress()
-                if time.monotonic() - self.last > every:
-                    what = '; '.join(
-                        f"{x['run']} {x['step']} "
-                        f"({clock(x['seconds'])}{', ' + x['line'] if x['line'] else ''})"
-                        for x in said['running'][:4])
-                    tasks = [u for u in self.tasks.values() if not u.done]
-                    some = 'At least' if any(u.estimate is None for u in tasks) else 'About'
-                    self.say(f"{len(said['running'])} running: {what}. {some} "
-                             f"{clock(said['left_s'])} left.")
-            time.sleep(0.1)
-    def stop(self,
-        patience:float=20, # seconds for the notebooks to end
-    )->None:
-        "End all notebooks of the batch."
-        self.pulse('stop')
-        end = time.monotonic() + patience
-        while (self.running and time.monotonic() < end
-               and not all(f.done() for f, _ in self.running.values())):
+                if time.monotonic() - self.last > every: self.say(_running_line(self, said))
             time.sleep(0.1)
 
 # %% ../../nbs/09_lab/05_sweeps.ipynb #71a91091
+def _owner_of(folder, grid): # who made a folder's plan; the grid where there is none
+    plan = folder/'plan.json'
+    if not plan.exists(): return grid['owner']
+    with contextlib.suppress(ValueError, TypeError, KeyError): return read_json(plan)['owner']
+    raise UsageError(f"{shown(plan)} is damaged: if the folder is that of "
+                     f"{grid['path'].name}, delete this file, and the batch writes it anew.")
+
 def check_folder(
     grid:dict, # from read_grid
 )->None:
@@ -509,17 +598,12 @@ def check_folder(
     if folder.exists() and not folder.is_dir():
         raise UsageError(f'{shown(folder)} is a file: give the grid another `name`, or move the '
                          'file away.')
-    try:
-        owner = (read_json(folder/'plan.json')['owner'] if (folder/'plan.json').exists()
-                 else grid['owner'])
-    except (ValueError, TypeError, KeyError):
-        raise UsageError(
-            f"{shown(folder/'plan.json')} is damaged: if the folder is that of "
-            f"{grid['path'].name}, delete this file, and the batch writes it anew.") from None
+    owner = _owner_of(folder, grid)
     if owner != grid['owner']:
         raise UsageError(f"{shown(folder)} was made by the {owner}, not by the {grid['owner']}: "
                          "give the grid another `name`, or delete the folder.")
 
+# %% ../../nbs/09_lab/05_sweeps.ipynb #6f9081bd
 @contextlib.contextmanager
 def batch_lock(
     grid:dict, # from read_grid
@@ -533,6 +617,19 @@ def batch_lock(
         with contextlib.suppress(OSError): (folder/'.owner.json').unlink()
         lock.release(force=True)
 
+# %% ../../nbs/09_lab/05_sweeps.ipynb #7759a06c
+def _local_executor(grid, runs, workers): # as many notebooks as the GPUs allow, or UsageError
+    there, gpus = len(gpus_here()) if grid['gpus'] else 0, grid['gpus']
+    if there < gpus:
+        raise UsageError(f"{grid['path'].name} asks for {gpus} GPU for each notebook, and this "
+                         f"machine shows {there}: set `gpus: 0`, or name a cluster with "
+                         "--scheduler.")
+    workers = workers or default_workers(most_threads(grid, runs), grid['memory_gb'], gpus)
+    if workers*gpus > there:
+        raise UsageError(f'{workers} notebooks at a time need {workers*gpus} GPUs, and this '
+                         f'machine shows {there}.')
+    return LocalExecutor(workers, gpus)
+
 @contextlib.contextmanager
 def executor_for(
     grid:dict, runs:list, # from read_grid and lay_out
@@ -545,79 +642,79 @@ def executor_for(
     if scheduler:
         with cluster(scheduler, wait=wait) as client: yield DaskExecutor(client, grid['gpus'], say)
         return
-    if grid['gpus'] and len(gpus_here()) < grid['gpus']:
-        raise UsageError(f"{grid['path'].name} asks for {grid['gpus']} GPU for each notebook, and "
-                         "this machine shows "
-                         f'{len(gpus_here())}: set `gpus: 0`, or name a cluster with --scheduler.')
-    executor = LocalExecutor(workers or default_workers(most_threads(grid, runs), grid['memory_gb'],
-                                                        grid['gpus']), grid['gpus'])
-    if grid['gpus'] and executor.workers*grid['gpus'] > len(gpus_here()):
-        raise UsageError(f'{executor.workers} notebooks at a time need '
-                         f'{executor.workers*grid["gpus"]} GPUs, and this machine shows '
-                         f'{len(gpus_here())}.')
+    executor = _local_executor(grid, runs, workers)
     try: yield executor
     finally: executor.pool.shutdown(wait=False, cancel_futures=True)
 
+# %% ../../nbs/09_lab/05_sweeps.ipynb #f81d5459
+def _run_all(batch): # everything that is left; results are written however it ends
+    state = 'failed'
+    try:
+        batch.progress()
+        batch.beat()
+        batch.work()
+        state = 'done'
+    except KeyboardInterrupt:
+        state = 'interrupted'
+        raise
+    finally:
+        if state != 'done': batch.stop()
+        batch.running = {k: v for k, v in batch.running.items() if not v[0].done()}
+        batch.progress(state)
+        batch.pulse('stop')
+        write_results(batch)
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #8ca208a2
 def run_batch(
     grid:str,                 # name or path of a grid file
     scheduler:str|None=None,  # address of a Dask scheduler; None is this machine
-    workers:int|None=None,    # notebooks at once on this machine; default: as many as cores, memory and GPUs allow
+    workers:int|None=None,    # notebooks at once on this machine; default: as many as fit
     say=print,                # gets each line of the report
     plan_only:bool=False,     # stop after the plan
     preset:str='',            # another preset than the grid's, see `read_grid`
 )->dict:                      # done, failures, ran (tasks that were run), folder
-    "Run a grid: check everything, show the plan, run what is missing, report. The same call goes on where it stopped."
+    "Run a grid: check it, show the plan, run what is missing, report. A second call goes on."
     g = read_grid(grid, preset)
     check_folder(g)
     rows = root()/g['finished'] if g['finished'] else None
     runs, tasks = lay_out(g, rows and (lambda runs: unanswered(runs, rows, say)))
-    if not runs: return dict(done=[], failures=[], ran=0, folder=outputs_dir()/g['name'])
+    nothing = dict(done=[], failures=[], ran=0, folder=outputs_dir()/g['name'])
+    if not runs: return nothing
     threads = most_threads(g, runs)
     if plan_only:
-        for line in plan_lines(g, runs, tasks,
-                               workers or default_workers(threads, g['memory_gb'], g['gpus'])):
-            say(line)
-        return dict(done=[], failures=[], ran=0, folder=outputs_dir()/g['name'])
+        workers = workers or default_workers(threads, g['memory_gb'], g['gpus'])
+        for line in plan_lines(g, runs, tasks, workers): say(line)
+        return nothing
     if lost := lacking(g, runs, tasks):
         path, how = next(iter(lost.items()))
         raise UsageError(f"{g['path'].name} needs {path}, which is not there: `{how}`. The same "
                          "command with --plan lists all that is missing.")
     with executor_for(g, runs, scheduler, workers, say) as executor, batch_lock(g):
-        batch = Batch(g, runs, tasks, executor, say)
+        batch, n = Batch(g, runs, tasks, executor, say), executor.workers
         with writing(batch.folder):
-            write_json(batch.folder/'plan.json', plan_record(g, runs, tasks, executor.workers))
-        for line in plan_lines(g, runs, tasks, executor.workers): batch.say(line)
-        if not scheduler and executor.workers*threads > (os.cpu_count() or 1):
-            batch.say(f'{executor.workers} notebooks of {threads} threads share {os.cpu_count()} '
-                      'cores, so each will be slower.')
-        state = 'failed'
-        try:
-            batch.progress()
-            batch.beat()
-            batch.work()
-            state = 'done'
-        except KeyboardInterrupt: state = 'interrupted'; raise
-        finally:
-            if state != 'done': batch.stop()
-            batch.running = {k: v for k, v in batch.running.items() if not v[0].done()}
-            batch.progress(state)
-            batch.pulse('stop')
-            write_results(batch)
+            write_json(batch.folder/'plan.json', plan_record(g, runs, tasks, n))
+        for line in plan_lines(g, runs, tasks, n): batch.say(line)
+        if not scheduler and n*threads > (os.cpu_count() or 1):
+            batch.say(f'{n} notebooks of {threads} threads share {os.cpu_count()} cores, so each '
+                      'will be slower.')
+        _run_all(batch)
         return finish(batch)
 
+# %% ../../nbs/09_lab/05_sweeps.ipynb #d833a3e6
 def finish(
     batch:Batch, # that has ended
 )->dict:         # done, failures, ran, folder
     "Say how a batch ended."
     failures = batch.failures()
     for f in failures:
-        batch.say(f"{f['run']} failed in {f['step']}{', ' + f['cell'] if f['cell'] else ''}: "
-                  f"{f['error']}")
-    done = [r.name for r in batch.runs if batch._complete(r)]
+        cell = f", {f['cell']}" if f['cell'] else ''
+        batch.say(f"{f['run']} failed in {f['step']}{cell}: {f['error']}")
+    done = [r.name for r in batch.runs if batch.is_complete(r)]
+    took = clock(time.monotonic() - batch.started)
+    more = ' The same command runs only what is missing.' if failures else ''
     batch.say(f"{len(done)} of {len(batch.runs)} runs are complete; {len(batch.ran)} steps were "
-              f"run in {clock(time.monotonic() - batch.started)}. "
-              f"{shown(batch.folder)}/ holds summary.csv, table.csv, costs.csv and report.html."
-              + (' The same command runs only what is missing.' if failures else ''))
+              f"run in {took}. {shown(batch.folder)}/ holds summary.csv, table.csv, costs.csv and "
+              f"report.html.{more}")
     return dict(done=done, failures=failures, ran=len(batch.ran), folder=batch.folder)
 
 # %% ../../nbs/09_lab/05_sweeps.ipynb #a242ed33
@@ -625,70 +722,98 @@ SCORE = ('model', 'dataset', 'split', 'condition', 'metric', 'value', 'low', 'hi
          'n_images')
 
 def table_rows(
-    batch:Batch, # that has ended
-)->tuple:        # rows, columns
+    batch, # a Batch that has ended
+)->tuple:  # rows, columns
     "Run, parameters, seed and scores, one row a score; a run without scores has one row."
-    axes, rows = list(dict.fromkeys(k for r in batch.runs for k in r.varied)), []
+    axes, rows = _axes_of(batch), []
     for r in batch.runs:
-        state = 'failed' if batch.problem(r) else 'done' if batch._complete(r) else 'missing'
-        head = dict(run=r.name, case=r.case,
-                    **{k: r.plan.get(k.split('.')[0], {}).get(k.split('.')[1], r.varied.get(k, ''))
-                       for k in axes}, seed=r.seed, state=state)
+        head = _head(batch, r, axes)
         found = []
         for s, key in r.keys.items():
             p = run_dir(batch.full(r))/s/'scores.csv'
-            if batch.tasks[key].done and p.exists():
-                with open(p, newline='', encoding='utf-8') as f:
-                    found += [x | {'step': s} for x in csv.DictReader(f)
-                              if x.get('slice', 'all') == 'all']
-        rows += [head | {k: x.get(k, '') for k in ('step', *SCORE)} for x in found] or [head]
+            if not batch.tasks[key].done or not p.exists(): continue
+            with open(p, newline='', encoding='utf-8') as f:
+                for x in csv.DictReader(f):
+                    if x.get('slice', 'all') != 'all': continue
+                    score = {k: x.get(k, '') for k in SCORE}
+                    found.append(head | {'step': s} | score)
+        rows += found or [head]
     rows = needed_columns(rows)
-    return rows, ['run', 'case', *axes, 'seed', 'state',
-                  *(['step'] if any('step' in r for r in rows) else []), *SCORE]
+    step = ['step'] if any('step' in r for r in rows) else []
+    return rows, ['run', 'case', *axes, 'seed', 'state', *step, *SCORE]
 
+def _axes_of(batch): # names of what varies, 'step.name', over all runs
+    axes = {}
+    for r in batch.runs: axes |= dict.fromkeys(r.varied)
+    return list(axes)
+
+def _head(batch, run, axes): # what its rows begin with
+    state = 'missing'
+    if batch.problem(run): state = 'failed'
+    elif batch.is_complete(run): state = 'done'
+    head = dict(run=run.name, case=run.case)
+    for k in axes:
+        step, name = k.split('.')
+        head[k] = run.plan.get(step, {}).get(name, run.varied.get(k, ''))
+    return head | dict(seed=run.seed, state=state)
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #30354dca
 def cost_rows(
-    batch:Batch, # that has ended
+    batch, # a Batch that has ended
 )->list:
-    "What each step of each run cost, in the terms of the ledger; a shared step names the run that paid."
+    "What each step of each run cost, as its ledger says; a shared one names the run that paid."
     rows = []
     for r in batch.runs:
-        record = read_run(batch.full(r))['steps']
+        record, folder = read_run(batch.full(r))['steps'], run_dir(batch.full(r))
         for s, key in r.keys.items():
-            p, part = run_dir(batch.full(r))/s/'ledger.json', record.get(s, {})
+            p, part = folder/s/'ledger.json', record.get(s, {})
+            if not batch.tasks[key].done or not p.exists(): continue
             # a damaged ledger costs the batch its row, not its report
             with contextlib.suppress(ValueError, TypeError):
-                if batch.tasks[key].done and p.exists():
-                    rows.append(dict(run=r.name, case=r.case, seed=r.seed, step=s,
-                                     shared_from=part.get('shared_from') or '',
-                                     notebook_s=part.get('wall_s', ''), **read_json(p)))
+                rows.append(dict(run=r.name, case=r.case, seed=r.seed, step=s,
+                                 shared_from=part.get('shared_from') or '',
+                                 notebook_s=part.get('wall_s', ''), **read_json(p)))
     return rows
 
 # %% ../../nbs/09_lab/05_sweeps.ipynb #9a990b29
-REPORT_STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
-td,th{padding:.2rem .7rem;border-bottom:1px solid #ccc;text-align:left;vertical-align:top}th{background:#f3f3f3}.bad{color:#a03000}img{max-width:100%}code{background:#f3f3f3}'''
+REPORT_STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;
+padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
+td,th{padding:.2rem .7rem;border-bottom:1px solid #ccc;text-align:left;vertical-align:top}
+th{background:#f3f3f3}.bad{color:#a03000}img{max-width:100%}code{background:#f3f3f3}'''
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #07ffa8df
+def _html_cell(x): # a value of a table
+    if isinstance(x, list): return ' '.join(map(_html_cell, x))
+    if isinstance(x, tuple):
+        return f'<a href="{html.escape(x[1], quote=True)}">{html.escape(x[0])}</a>'
+    if isinstance(x, float): x = f'{x:.4g}'
+    return html.escape('' if x is None else str(x))
 
 def html_table(
     head:list, # names of the columns
     rows:list, # of lists; a tuple (text, address) is a link, or several of them in a list
 )->str:
     "A table; all texts are escaped."
-    def cell(x):
-        if isinstance(x, list): return ' '.join(map(cell, x))
-        if isinstance(x, tuple):
-            return f'<a href="{html.escape(x[1], quote=True)}">{html.escape(x[0])}</a>'
-        return html.escape('' if x is None else f'{x:.4g}' if isinstance(x, float) else str(x))
-    body = ''.join('<tr>' + ''.join(f'<td>{cell(x)}</td>' for x in r) + '</tr>' for r in rows)
-    return f'<table><thead><tr>{"".join(f"<th scope=col>{html.escape(h)}</th>" for h in head)}</tr></thead><tbody>{body}</tbody></table>'
+    names = ''.join(f'<th scope=col>{html.escape(h)}</th>' for h in head)
+    body = ''
+    for r in rows:
+        cells = ''.join(f'<td>{_html_cell(x)}</td>' for x in r)
+        body += f'<tr>{cells}</tr>'
+    return f'<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>'
 
-def _picture(rows, axes): # the headline score by setting, as <figure>; nothing where there is none
-    import matplotlib.pyplot as plt
-    rows = headline(rows)
-    label = lambda r: ', '.join(filter(None, [r['case'], *(
-        f'{k.split(".")[1]} {r[k]}' for k in axes if r.get(k) not in (None, ''))])) or 'all'
+# %% ../../nbs/09_lab/05_sweeps.ipynb #fdd43ff3
+def _by_setting(rows, axes): # words for a setting → values of its seeds
     groups = {}
-    for r in rows: groups.setdefault(label(r), []).append(float(r['value']))
-    if not groups or len(groups) > 60: return ''
-    what = f"{rows[0]['metric']} of {rows[0]['model']}, {rows[0]['condition']}"
+    for r in rows:
+        words = [r['case']] if r['case'] else []
+        for k in axes:
+            if r.get(k) not in (None, ''): words.append(f'{k.split(".")[1]} {r[k]}')
+        groups.setdefault(', '.join(words) or 'all', []).append(float(r['value']))
+    return groups
+
+def _dots(groups, what): # a figure of the values of each seed, and their means
+    import matplotlib.pyplot as plt
     with figure_style():
         fig, ax = plt.subplots(figsize=(7.5, .35*len(groups) + 1.3))
         for y, v in enumerate(groups.values()):
@@ -698,71 +823,106 @@ def _picture(rows, axes): # the headline score by setting, as <figure>; nothing 
                xlabel=f'{what}: each seed, and their mean', ylim=(len(groups) - .5, -.5))
     kind, data = figure_bytes(fig, limit=0)
     plt.close(fig)
-    text = f'{what}, means over seeds: ' + '; '.join(f'{k} {sum(v)/len(v):.3f}'
-                                                     for k, v in groups.items()) + '.'
-    return f'<figure><img alt="{html.escape(text, quote=True)}" src="data:{kind};base64,{base64.b64encode(data).decode()}"><figcaption>{html.escape(text)}</figcaption></figure>'
+    return f'data:{kind};base64,{base64.b64encode(data).decode()}'
 
-def batch_report(
-    batch:Batch, rows:list, costs:list, # that has ended, its table and its costs
-)->str:                                 # a page of HTML
-    "The batch on one page."
-    g, failures = batch.grid, batch.failures()
-    axes = list(dict.fromkeys(k for r in batch.runs for k in r.varied))
-    done = sum(map(batch._complete, batch.runs))
-    link = lambda p: os.path.relpath(p, batch.folder)
-    def books(r):
-        there = [(s, run_dir(batch.full(r))/s/f'{s}.ipynb') for s in r.plan]
-        return [(s, link(p)) for s, p in there if p.exists()]
-    many = len(rows) > 300
+def _score_name(r): return f"{r['metric']} of {r['model']}, {r['condition']}"
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #2223623f
+def _picture(rows, axes): # the headline score by setting, as <figure>; nothing where there is none
+    rows = headline(rows)
+    groups = _by_setting(rows, axes)
+    if not groups or len(groups) > 60: return ''
+    what = _score_name(rows[0])
+    means = '; '.join(f'{k} {sum(v)/len(v):.3f}' for k, v in groups.items())
+    text = f'{what}, means over seeds: {means}.'
+    return (f'<figure><img alt="{html.escape(text, quote=True)}" src="{_dots(groups, what)}">'
+            f'<figcaption>{html.escape(text)}</figcaption></figure>')
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #e22d17b0
+def _link(batch, path): return os.path.relpath(path, batch.folder)
+
+def _failures_part(batch): # what is not complete, and why
+    failures, rows = batch.failures(), []
+    if not failures: return ''
+    for f in failures:
+        book = f['partial']
+        link = (Path(book).name, _link(batch, book)) if book else ''
+        rows.append([f['run'], f['step'], f['cell'], f['error'], link])
+    head = ['run', 'step', 'cell', 'what happened', 'notebook up to there']
+    return f'<h2 class=bad>{len(failures)} runs are not complete</h2>{html_table(head, rows)}'
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #d5580a08
+def _interval(s): # mean of a score over seeds, and its interval
+    mean = f"{s['mean']:.3f}"
+    if s['low'] is None: return mean
+    if s['low'] == s['high']: return f'{mean} (seeds alike)'
+    return f"{mean} ({s['low']:.3f} to {s['high']:.3f})"
+
+def _scores_part(batch, rows): # means over seeds, of the main scores where there are many
+    axes, many, table = _axes_of(batch), len(rows) > 300, []
     scores = over_seeds(main_scores(rows) if many else rows)
-    best = {r['run']: r for r in reversed(headline(rows))}
-    score = [f"{r['metric']} of {r['model']}, {r['condition']}" for r in list(best.values())[:1]]
-    interval = lambda r: f"{r['mean']:.3f}" + ('' if r['low'] is None else ' (seeds alike)'
-                                               if r['low'] == r['high']
-                                               else f" ({r['low']:.3f} to {r['high']:.3f})")
-    parts = [f"<h1>{html.escape(g['name'])}</h1><p>{html.escape(g['description'])}</p><p>{done} of "
-             f"{len(batch.runs)} runs are complete. " f"Made {now()} by the "
-             f"{html.escape(g['owner'])}; seeds {', '.join(map(str, g['seeds']))}. "
-             'For research and teaching; not for clinical use.</p>']
-    if failures:
-        parts += [f'<h2 class=bad>{len(failures)} runs are not complete</h2>',
-                  html_table(['run', 'step', 'cell', 'what happened', 'notebook up to there'],
-                             [[f['run'], f['step'], f['cell'], f['error'],
-                               (Path(f['partial']).name,
-                                link(f['partial'])) if f['partial'] else ''] for f in failures])]
-    if scores:
-        parts += [
-            '<h2>Scores</h2>', _picture(rows, axes),
-            "<p>Means over seeds; in brackets the 95 % interval of Student's t over seeds. The "
-            "intervals of single runs, over their images, are in "
-            '<a href="table.csv">table.csv</a>' + (f', as are all {len(rows)} scores; here are the '
-                                                   'main ones' if many else '') + ', the main ones '
-            'of each run side by side in ' '<a href="summary.csv">summary.csv</a>.</p>',
-            html_table(['case', *axes, 'model', 'dataset', 'condition', 'metric', 'mean (interval)',
-                        'seeds'],
-                       [[s['case'], *(s[k] for k in axes),
-                         ' '.join(filter(None, [s['model'], s.get('step')])), s['dataset'],
-                         s['condition'], s['metric'], interval(s), s['n_seeds']] for s in scores])]
-    paid = [c for c in costs if not c['shared_from']]
-    parts += ['<h2>Runs</h2>', html_table(['run', *score, 'seconds', 'executed notebooks'], [
-        [r.name, *[float(best[r.name]['value']) if r.name in best else '']*len(score),
-         round(sum(float(c['notebook_s'] or 0) for c in costs if c['run'] == r.name), 1), books(r)]
-        for r in batch.runs]),
-              f"<p>All steps together took {clock(sum(float(c['notebook_s'] or 0) for c in paid))} "
-              "of notebook time; steps that runs share are counted once here, and in each run "
-              "above. " 'All costs are in <a href="costs.csv">costs.csv</a>, the plan in <a '
-              'href="plan.json">plan.json</a>, what happened when in <a '
-              'href="batch.log">batch.log</a>.</p>']
-    return f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(g['name'])}</title><style>{REPORT_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+    if not scores: return ''
+    for s in scores:
+        model = ' '.join(filter(None, [s['model'], s.get('step')]))
+        table.append([s['case'], *[s[k] for k in axes], model, s['dataset'], s['condition'],
+                      s['metric'], _interval(s), s['n_seeds']])
+    also = f', as are all {len(rows)} scores; here are the main ones' if many else ''
+    about = ("<p>Means over seeds; in brackets the 95 % interval of Student's t over seeds. The "
+             'intervals of single runs, over their images, are in '
+             f'<a href="table.csv">table.csv</a>{also}, the main ones of each run side by side in '
+             '<a href="summary.csv">summary.csv</a>.</p>')
+    head = ['case', *axes, 'model', 'dataset', 'condition', 'metric', 'mean (interval)', 'seeds']
+    return f'<h2>Scores</h2>{_picture(rows, axes)}{about}{html_table(head, table)}'
 
+# %% ../../nbs/09_lab/05_sweeps.ipynb #e4bf2657
+def _seconds(costs): return sum(float(c['notebook_s'] or 0) for c in costs)
+
+def _runs_part(batch, rows, costs): # every run with its score, its time and its notebooks
+    best = {r['run']: r for r in reversed(headline(rows))}
+    score, table = [_score_name(r) for r in list(best.values())[:1]], []
+    for r in batch.runs:
+        value = float(best[r.name]['value']) if r.name in best else ''
+        took = _seconds(c for c in costs if c['run'] == r.name)
+        books = [(s, run_dir(batch.full(r))/s/f'{s}.ipynb') for s in r.plan]
+        links = [(s, _link(batch, p)) for s, p in books if p.exists()]
+        table.append([r.name, *[value]*len(score), round(took, 1), links])
+    paid = _seconds(c for c in costs if not c['shared_from'])
+    return (f"<h2>Runs</h2>{html_table(['run', *score, 'seconds', 'executed notebooks'], table)}"
+            f'<p>All steps together took {clock(paid)} of notebook time; steps that runs share are '
+            'counted once here, and in each run above. All costs are in '
+            '<a href="costs.csv">costs.csv</a>, the plan in <a href="plan.json">plan.json</a>, '
+            'what happened when in <a href="batch.log">batch.log</a>.</p>')
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #a4061cb8
+def batch_report(
+    batch,     # a Batch that has ended
+    rows:list, # its table
+    costs:list, # its costs
+)->str:        # a page of HTML
+    "The batch on one page."
+    g, done = batch.grid, sum(map(batch.is_complete, batch.runs))
+    name, seeds = html.escape(g['name']), ', '.join(map(str, g['seeds']))
+    top = (f"<h1>{name}</h1><p>{html.escape(g['description'])}</p><p>{done} of "
+           f"{len(batch.runs)} runs are complete. Made {now()} by the {html.escape(g['owner'])}; "
+           f'seeds {seeds}. For research and teaching; not for clinical use.</p>')
+    parts = [top, _failures_part(batch), _scores_part(batch, rows),
+             _runs_part(batch, rows, costs)]
+    return ('<!doctype html><html lang=en><meta charset=utf-8>'
+            "<meta name=viewport content='width=device-width'>"
+            f"<title>{name}</title><style>{REPORT_STYLE}</style><body>{''.join(parts)}"
+            '</body></html>\n')
+
+# %% ../../nbs/09_lab/05_sweeps.ipynb #48f7a7ad
 def write_results(
-    batch:Batch, # that has ended
+    batch, # a Batch that has ended
 )->None:
     "Write table.csv, summary.csv, costs.csv and report.html."
     (rows, columns), costs = table_rows(batch), cost_rows(batch)
     write_csv(batch.folder/'table.csv', rows, columns)
     write_csv(batch.folder/'summary.csv', *summary_rows(rows))
-    write_csv(batch.folder/'costs.csv', costs, list(dict.fromkeys(k for c in costs for k in c)))
+    names = {}
+    for c in costs: names |= dict.fromkeys(c)
+    write_csv(batch.folder/'costs.csv', costs, list(names))
     with replacing(batch.folder/'report.html') as part:
         part.write_text(batch_report(batch, rows, costs), encoding='utf-8')
 
