@@ -11,7 +11,7 @@ __all__ = ['EXERCISES', 'BEGIN', 'END', 'GRADED_STEPS', 'GRADE_PARTS', 'GRADED',
 import csv
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, KeysView
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +21,20 @@ from ..generate.answers import answer
 from ..models.llava import load
 from ..data.claims import read_claims
 from ..core.runs import read_json, read_jsonl
-from ..evaluate.exact import HEAD, ScoreError, control_predictions, score_table, strict, strict_normalise
+from ..evaluate.exact import (
+    HEAD, ScoreError, score_table, strict, strict_normalise)
 
 # %% ../../nbs/09_lab/09_grading.ipynb #371433be
 @dataclass(frozen=True)
 class Exercise:
-    "One exercise: its solution, its likeliest mistakes with their hints, and the inputs they are compared on."
+    "One exercise: its solution, the likeliest mistakes with hints, and inputs to compare them on."
     ask:str            # what is asked, one line
     truth:object       # the solution: a value, or a function
     rivals:tuple       # (value or function, hint) pairs, the likeliest mistakes
     cases:tuple=()     # tuples of arguments for a function; empty for a value
     points:int=1       # in a table of points
 
+# %% ../../nbs/09_lab/09_grading.ipynb #b63e2a60
 def _plain(x): # tensors and tables as arrays, single numbers as Python's, keys as a set
     if hasattr(x, 'detach'): x = x.detach().cpu().numpy()
     elif hasattr(x, 'to_numpy'): x = x.to_numpy()
@@ -45,22 +47,26 @@ def same_value(
 )->bool: # numbers may differ in their sixth digit
     "Whether two answers are the same answer, whatever their container."
     a, b = _plain(a), _plain(b)
-    if isinstance(a, bool) or isinstance(b, bool):
-        # `licence and …` says no by an empty text
-        if any(isinstance(x, str) and x == '' or x is None for x in (a, b)): return not a and not b
-        return isinstance(a, int | float) and isinstance(b, int | float) and float(a) == float(b)
+    if isinstance(a, bool) or isinstance(b, bool): return _same_bool(a, b)
     if isinstance(a, str) or isinstance(b, str) or a is None or b is None:
         return isinstance(a, type(b)) and a == b
     if isinstance(a, dict) or isinstance(b, dict):
-        return (isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys()
-                and all(same_value(a[k], b[k]) for k in a))
+        if not isinstance(a, dict) or not isinstance(b, dict) or a.keys() != b.keys(): return False
+        return all(same_value(a[k], b[k]) for k in a)
     if isinstance(a, set | frozenset) or isinstance(b, set | frozenset):
-        return all(isinstance(x, set | frozenset | list | tuple | np.ndarray)
-                   for x in (a, b)) and len(a) == len(b) and all(x in b for x in a)
-    if all(isinstance(x, list | tuple | np.ndarray) for x in (a, b)):
-        return len(a) == len(b) and all(same_value(x, y) for x, y in zip(a, b))
+        several = isinstance(a, _SEVERAL) and isinstance(b, _SEVERAL)
+        return several and len(a) == len(b) and all(x in b for x in a)
+    if isinstance(a, _SEVERAL) and isinstance(b, _SEVERAL):
+        return len(a) == len(b) and all(map(same_value, a, b))
     try: return math.isclose(float(a), float(b), rel_tol=1e-6, abs_tol=1e-9)
     except (TypeError, ValueError): return False
+
+_SEVERAL = set | frozenset | list | tuple | np.ndarray
+
+def _same_bool(a, b): # `licence and …` says no by an empty text
+    for x in (a, b):
+        if x is None or isinstance(x, str) and x == '': return not a and not b
+    return isinstance(a, int | float) and isinstance(b, int | float) and float(a) == float(b)
 
 # %% ../../nbs/09_lab/09_grading.ipynb #192f8675
 # so that no answer changes the inputs of the next
@@ -73,6 +79,7 @@ def outputs_of(
     "What an answer says, input by input."
     return [value(*_copied(c)) for c in cases] if cases else [value]
 
+# %% ../../nbs/09_lab/09_grading.ipynb #601bbdab
 def hint_for(
     exercise:Exercise, # what is asked
     value,             # the answer
@@ -92,13 +99,17 @@ def hint_for(
                     f'{str(e)[:120]}')
     if all(g is None or g is ... for g in got):
         return 'The function returns nothing yet: put your answer in the place of the three dots.'
+    return _compared(exercise, got)
+
+# %% ../../nbs/09_lab/09_grading.ipynb #fa7c06fe
+def _compared(exercise, got): # the hint of what an answer gave; empty where it is right
     truth = outputs_of(exercise.truth, exercise.cases)
     if same_value(got, truth): return ''
     for rival, hint in exercise.rivals:
         if same_value(got, outputs_of(rival, exercise.cases)): return hint
-    k = next(i for i, (g, t) in enumerate(zip(got, truth)) if not same_value(g, t))
-    where = (f' For {short_repr(exercise.cases[k])} it gave {short_repr(got[k])}.' if exercise.cases
-             else '')
+    where, k = '', [*map(same_value, got, truth)].index(False)
+    if exercise.cases:
+        where = f' For {short_repr(exercise.cases[k])} it gave {short_repr(got[k])}.'
     return f'Not yet.{where} Read again what is asked: {exercise.ask}'
 
 def short_repr(
@@ -106,11 +117,11 @@ def short_repr(
     n:int=70,   # most characters
 )->str:
     "A value in so many characters."
-    text = re.sub(r'\s+', ' ',
-                  repr(value[0] if isinstance(value, tuple) and len(value) == 1 else value))
+    if isinstance(value, tuple) and len(value) == 1: value = value[0]
+    text = re.sub(r'\s+', ' ', repr(value))
     return text if len(text) <= n else text[:n - 1] + '…'
 
-# %% ../../nbs/09_lab/09_grading.ipynb #a5fe54cb
+# %% ../../nbs/09_lab/09_grading.ipynb #bb4d5203
 EXERCISES = {}
 
 def ask(
@@ -130,7 +141,18 @@ def _record(f, human='human', gpt='gpt', mark='<image>\n'):
 
 def _found(text): return set(read_claims(text).findings)
 
+def _shares(dropped, n): # of what reached each filter, the share that it dropped
+    found = []
+    for x in dropped:
+        found.append(x/n)
+        n -= x
+    return found
+
+def _patients(items): return {o['patient'] for o in items}
+
 _FIG = dict(id='PMC1_f1', image='a.jpg', caption='A small nodule.', licence='CC BY')
+
+# %% ../../nbs/09_lab/09_grading.ipynb #51d21a11
 ask('1.1', "'brief' for a caption of fewer than 30 words, else 'detailed'",
     lambda c: 'brief' if len(c.split()) < 30 else 'detailed',
     (lambda c: 'brief' if len(c) < 30 else 'detailed',
@@ -141,6 +163,8 @@ ask('1.1', "'brief' for a caption of fewer than 30 words, else 'detailed'",
      'The two words are exchanged: the short caption is the brief one.'),
     cases=[('a chest radiograph with a small nodule',), (' '.join(['word']*29),),
            (' '.join(['word']*30),), (' '.join(['word']*31),), ('CT.',)])
+
+# %% ../../nbs/09_lab/09_grading.ipynb #971da39e
 ask('1.2',
     'a record with id, image and two turns; the first is <image>, a line break and "Describe this '
     'image."', _record,
@@ -153,6 +177,8 @@ ask('1.2',
      'The turns are the wrong way round: the instruction is asked first, the caption is the '
      'answer.'),
     cases=[(_FIG,), (dict(_FIG, id='PMC2_f3', image='b.jpg', caption='No effusion.'),)])
+
+# %% ../../nbs/09_lab/09_grading.ipynb #5aff85b0
 ask('1.3', 'the findings that the mention states and the caption does not, as a set',
     lambda c, m: _found(m) - _found(c),
     (lambda c, m: _found(m),
@@ -164,34 +190,39 @@ ask('1.3', 'the findings that the mention states and the caption does not, as a 
     cases=[('A chest radiograph with a nodule.', 'Figure 1 shows a nodule and a pleural effusion.'),
            ('A nodule and a pneumothorax.', 'A nodule is seen, no effusion.'),
            ('Chest radiograph.', 'There is a pneumothorax.')])
-ask('1.4', 'for each filter the share it drops of those that reached it, a list',
-    lambda d, n: [x/(n - sum(d[:i])) for i, x in enumerate(d)],
+
+# %% ../../nbs/09_lab/09_grading.ipynb #1d73f113
+ask('1.4', 'for each filter the share it drops of those that reached it, a list', _shares,
     (lambda d, n: [x/n for x in d],
      'You divide by all figures; a filter sees only those that the filters before it have left.'),
-    (lambda d, n: [1 - x/(n - sum(d[:i])) for i, x in enumerate(d)],
+    (lambda d, n: [1 - x for x in _shares(d, n)],
      'That is the share that stays; asked is the share that is dropped.'),
-    (lambda d, n: [x/(n - sum(d[:i + 1])) for i, x in enumerate(d)],
+    (lambda d, n: [x/(1 - x) for x in _shares(d, n)],
      'You divide by what the filter leaves; divide by what reaches it.'),
     cases=[([10, 9, 27], 100), ([0, 50], 200)])
+
+# %% ../../nbs/09_lab/09_grading.ipynb #25744162
 ask('1.5', 'the patients that occur in both lists of items, as a set',
-    lambda a, b: {o['patient'] for o in a} & {o['patient'] for o in b},
+    lambda a, b: _patients(a) & _patients(b),
     (lambda a, b: {o['images'][0] for o in a} & {o['images'][0] for o in b},
      'You compare pictures: one patient may have two. Compare the patients.'),
-    (lambda a, b: len({o['patient'] for o in a} & {o['patient'] for o in b}),
+    (lambda a, b: len(_patients(a) & _patients(b)),
      'That is how many there are; hand over the set itself, so that somebody can look them up.'),
-    (lambda a, b: {o['patient'] for o in a} | {o['patient'] for o in b},
+    (lambda a, b: _patients(a) | _patients(b),
      'A union holds everybody; a patient who leaks is in both, so intersect.'),
     cases=[([dict(patient='p1', images=['a']), dict(patient='p2', images=['b'])],
             [dict(patient='p2', images=['c']), dict(patient='p3', images=['a'])]),
            ([dict(patient='p1', images=['a'])], [dict(patient='p4', images=['d'])])])
 
-# %% ../../nbs/09_lab/09_grading.ipynb #84dcec10
+# %% ../../nbs/09_lab/09_grading.ipynb #ac5b1bc5
 def _first_fit(lengths, room):
     rows = []
     for n in lengths:
-        k = next((i for i, r in enumerate(rows) if r + n <= room), None)
-        if k is None: rows.append(n)
-        else: rows[k] += n
+        for k, r in enumerate(rows):
+            if r + n <= room:
+                rows[k] += n
+                break
+        else: rows.append(n)
     return len(rows)
 
 def _next_fit(lengths, room):
@@ -201,9 +232,14 @@ def _next_fit(lengths, room):
         left -= n
     return rows
 
-def _replaced(ids, mark, n): return [x for i in ids for x in ([mark]*n if i == mark else [i])]
+def _replaced(ids, mark, n):
+    found = []
+    for i in ids: found += [mark]*n if i == mark else [i]
+    return found
 
 _W, _B = np.array([[1., 2.], [0., 3.]]), np.array([.5, -1.])
+
+# %% ../../nbs/09_lab/09_grading.ipynb #ec773989
 ask('2.1', 'how many word vectors a square picture becomes, from its side and the side of a patch',
     lambda s, p: (s//p)**2,
     (lambda s, p: s//p, 'That is one row of patches; a picture has as many rows as columns.'),
@@ -212,14 +248,19 @@ ask('2.1', 'how many word vectors a square picture becomes, from its side and th
     (lambda s, p: s*s//p,
      'You divided the area by the side of a patch; divide it by the area of a patch.'),
     cases=[(336, 14), (96, 12), (224, 16)])
+
+# %% ../../nbs/09_lab/09_grading.ipynb #1323c2c5
 ask('2.2', 'patch vectors through a linear layer whose weight has one row for each output',
-    lambda x, w, b: x @ w.T + b, (lambda x, w, b: x @ w + b,
-                                  'PyTorch keeps a weight as (outputs, inputs): transpose it, or '
-                                  'rows and columns are exchanged.'),
+    lambda x, w, b: x @ w.T + b,
+    (lambda x, w, b: x @ w + b,
+     'PyTorch keeps a weight as (outputs, inputs): transpose it, or rows and columns are '
+     'exchanged.'),
     (lambda x, w, b: x @ w.T, 'The bias is missing: it is added to every patch.'),
     (lambda x, w, b: (x + b) @ w.T,
      'You add the bias before the product; it is added to the outputs.'),
     cases=[(np.array([[1., 0.], [2., 1.], [-1., 1.]]), _W, _B), (np.array([[.5, .5]]), _W, _B)])
+
+# %% ../../nbs/09_lab/09_grading.ipynb #ca38f779
 ask('2.3', 'token ids in which each image mark is repeated n times in its place', _replaced,
     (lambda i, m, n: _replaced(i, m, n + 1),
      'There is one mark too many: the mark itself is one of the n.'),
@@ -228,6 +269,8 @@ ask('2.3', 'token ids in which each image mark is repeated n times in its place'
     (lambda i, m, n: _replaced(i[:i.index(m) + 1], m, n) + i[i.index(m) + 1:],
      'Only the first mark became n tokens; a text may hold several pictures.'),
     cases=[([1, 9, 5, 6], 9, 4), ([7, 8, 9], 9, 3), ([9, 1, 9], 9, 2)])
+
+# %% ../../nbs/09_lab/09_grading.ipynb #4db550bb
 ask('2.4', 'the parts that learn in a stage (1 or 2), as a set',
     lambda s: {'projector'} if s == 1 else {'projector', 'language_model'},
     (lambda s: {'projector', 'language_model'},
@@ -236,18 +279,22 @@ ask('2.4', 'the parts that learn in a stage (1 or 2), as a set',
      'The projector goes on learning in stage 2.'),
     (lambda s: {'projector'} if s == 1 else {'vision_tower', 'projector', 'language_model'},
      'The vision tower stays frozen in both stages of LLaVA-Med.'), cases=[(1,), (2,)])
+
+# %% ../../nbs/09_lab/09_grading.ipynb #26fa2877
 ask('2.5', 'perplexity of a text from the summed losses and the numbers of tokens of its sentences',
-    lambda s, n: math.exp(sum(s)/sum(n)), (lambda s, n: math.exp(np.mean(np.array(s)/np.array(n))),
-                                           'You average over sentences, so that a short one counts '
-                                           'as much as a long one: add first, then divide.'),
+    lambda s, n: math.exp(sum(s)/sum(n)),
+    (lambda s, n: math.exp(np.mean(np.array(s)/np.array(n))),
+     'You average over sentences, so that a short one counts as much as a long one: add first, '
+     'then divide.'),
     (lambda s, n: sum(s)/sum(n), 'That is the mean loss, in nats; perplexity is its exponential.'),
     (lambda s, n: 2**(sum(s)/sum(n)), 'The loss is in nats, not in bits: the base is e.'),
     cases=[([4., 9.], [2, 9]), ([1.], [1])])
 
-# %% ../../nbs/09_lab/09_grading.ipynb #57887790
+# %% ../../nbs/09_lab/09_grading.ipynb #fe9e76c5
 def _mask(ids, n): return [-100]*n + list(ids[n:])
 def _may_see(q, k, sq, sk): return k <= q and sk in (0, sq)
 
+# %% ../../nbs/09_lab/09_grading.ipynb #b484ab0e
 ask('3.1', 'labels of a conversation whose first n tokens are the question', _mask,
     (lambda i, n: [0]*n + list(i[n:]),
      'A label of 0 is a token to be learned; the label that the loss skips is -100.'),
@@ -256,6 +303,8 @@ ask('3.1', 'labels of a conversation whose first n tokens are the question', _ma
     (lambda i, n: (_mask(i, n) + [-100])[1:],
      'Do not shift the labels: the loss does that, and shifting twice teaches the token after the '
      'next.'), cases=[([5, 6, 7, 8], 2), ([3, 4, 9], 1)])
+
+# %% ../../nbs/09_lab/09_grading.ipynb #4b0d6228
 ask('3.2', 'the share of a padded batch that is padding', lambda x: 1 - sum(x)/(len(x)*max(x)),
     (lambda x: sum(x)/(len(x)*max(x)), 'That is the share of real tokens; padding is the rest.'),
     (lambda x: (len(x)*max(x) - sum(x))/sum(x),
@@ -263,29 +312,36 @@ ask('3.2', 'the share of a padded batch that is padding', lambda x: 1 - sum(x)/(
     (lambda x: 1 - min(x)/max(x),
      'Every row is padded to the longest one; count all rows, not the shortest alone.'),
     cases=[([10, 5, 5],), ([100, 20, 30, 50],)])
+
+# %% ../../nbs/09_lab/09_grading.ipynb #b148ec42
 ask('3.3', 'how many rows of a given room first fit needs, the samples taken in order', _first_fit,
     (_next_fit,
      'You close a row for good when a sample does not fit; first fit goes back to any row that '
-     'still has room.'), (lambda x, r: math.ceil(sum(x)/r),
-                          'That is the least that any packing could need; samples cannot be cut.'),
+     'still has room.'),
+    (lambda x, r: math.ceil(sum(x)/r),
+     'That is the least that any packing could need; samples cannot be cut.'),
     (lambda x, r: _first_fit(sorted(x, reverse=True), r),
      'You sort the samples first; here they are taken in the order in which they come.'),
     cases=[([6, 5, 4, 5, 7], 10), ([7, 7, 3, 3], 10), ([6, 6, 6, 2], 10), ([3, 3, 7, 7], 10)])
-ask('3.4',
-    'how many times as many tokens k questions of q tokens need alone as behind one shared picture '
-    'of p tokens', lambda p, q, k: k*(p + q)/(p + k*q),
+
+# %% ../../nbs/09_lab/09_grading.ipynb #ce22ccce
+ask('3.4', 'how many times as many tokens k questions of q tokens need alone as behind one shared '
+    'picture of p tokens',
+    lambda p, q, k: k*(p + q)/(p + k*q),
     (lambda p, q, k: k, 'Only the picture is shared; every question still has its own words.'),
     (lambda p, q, k: (p + k*q)/(k*(p + q)),
      'That is the share that remains; asked is how many times as many they need alone.'),
     (lambda p, q, k: k*(p + q)/(k*q),
      'The shared row still reads the picture once: add its p tokens.'),
     cases=[(576, 20, 5), (64, 12, 8), (64, 12, 1)])
-ask('3.5',
-    'whether the token at place q, segment sq, may see the token at place k, segment sk; segment 0 '
-    'is the picture, which is read from left to right like all else',
-    _may_see, (lambda q, k, sq, sk: k <= q,
-               'That is plain causal attention: a later question would read the answers of the '
-               'earlier ones.'),
+
+# %% ../../nbs/09_lab/09_grading.ipynb #5fe1c9d8
+ask('3.5', 'whether the token at place q, segment sq, may see the token at place k, segment sk; '
+    'segment 0 is the picture, which is read from left to right like all else',
+    _may_see,
+    (lambda q, k, sq, sk: k <= q,
+     'That is plain causal attention: a later question would read the answers of the earlier '
+     'ones.'),
     (lambda q, k, sq, sk: k <= q and sk == sq,
      'The questions cannot see the picture like this: segment 0 is visible to all.'),
     (lambda q, k, sq, sk: sk in (0, sq),
@@ -293,63 +349,88 @@ ask('3.5',
     cases=[(5, 1, 1, 0), (5, 4, 1, 1), (7, 5, 2, 1), (5, 6, 1, 1), (3, 3, 1, 1), (0, 1, 0, 0),
            (1, 0, 0, 0)])
 
-# %% ../../nbs/09_lab/09_grading.ipynb #58fb7fd9
-def _commonest(pairs, key=lambda q: q):
+# %% ../../nbs/09_lab/09_grading.ipynb #b2513e74
+def _by_question(pairs): # question → its answers
     groups = defaultdict(list)
-    for q, a in pairs: groups[key(q)].append(a)
+    for q, a in pairs: groups[q].append(a)
     return groups
 
-def _blind(pairs): return sum(max(map(a.count, a)) for a in _commonest(pairs).values())/len(pairs)
+def _hits(answers): return max(map(answers.count, answers))   # of the most frequent answer
+
+def _one_guess(pairs):
+    answers = [a for _, a in pairs]
+    return _hits(answers)/len(answers)
+
+def _blind(pairs): return sum(map(_hits, _by_question(pairs).values()))/len(pairs)
+
 def _blind_mean(pairs):
-    return float(np.mean([max(map(a.count, a))/len(a) for a in _commonest(pairs).values()]))
+    return float(np.mean([_hits(a)/len(a) for a in _by_question(pairs).values()]))
+
+def _even_guess(pairs):
+    groups = _by_question(pairs)
+    return float(np.mean([1/len(set(groups[q])) for q, _ in pairs]))
+
+def _found_words(words, among): return sum(w in among for w in words)/len(words)
+
 def _recall(text, gold):
-    t, g = strict_normalise(text).split(), strict_normalise(gold).split()
-    return sum(w in t for w in g)/len(g)
+    return _found_words(strict_normalise(gold).split(), strict_normalise(text).split())
+
 def _precision(text, gold): return _recall(gold, text)
 
+def _twins(pairs, right): # share of pairs that count as right
+    return sum(right(a, b) for a, b in pairs)/len(pairs)
+
 _PAIRS = [('side?', 'left')]*3 + [('side?', 'right')] + [('nodule?', 'yes')] + [('nodule?', 'no')]
+
+# %% ../../nbs/09_lab/09_grading.ipynb #57585710
 ask('4.1', 'the share of twin pairs of which both questions are answered rightly',
-    lambda p: sum(a and b for a, b in p)/len(p),
+    lambda p: _twins(p, lambda a, b: a and b),
     (lambda p: float(np.mean(p)),
      'That is the share of right questions; somebody who always says yes gets half of them.'),
-    (lambda p: sum(a or b for a, b in p)/len(p),
+    (lambda p: _twins(p, lambda a, b: a or b),
      'A pair counts when both are right, not when one of them is.'),
-    (lambda p: sum(a == b for a, b in p)/len(p),
+    (lambda p: _twins(p, lambda a, b: a == b),
      'Two wrong answers are equal, too: both have to be right.'),
     cases=[([(True, True), (True, False), (False, False), (False, True)],),
            ([(True, False)]*3 + [(True, True)],), ([(False, False), (True, True), (True, True)],)])
+
+# %% ../../nbs/09_lab/09_grading.ipynb #b0b6a3bc
 ask('4.2', "the share of the key's words that occur in the answer, after strict_normalise", _recall,
     (_precision,
      "You divide by the words of the answer: that is precision. Recall asks for the key's words."),
     (lambda t, g: float(strict(t, g)),
      'That is the exact match; recall gives part of the mark for part of the words.'),
-    (lambda t, g: sum(w in strict_normalise(t) for w in strict_normalise(g).split())/len(g.split()),
+    (lambda t, g: _found_words(strict_normalise(g).split(), strict_normalise(t)),
      'You look for letters: "ct" is in "section". Split the answer into words.'),
     cases=[('it is in the left lung', 'left lung'), ('lungs', 'left lung'),
            ('right lung', 'left lung'), ('a stained section', 'CT')])
-ask('4.3',
-    'the best share that a guess from the wording of the question alone can reach, from (question, '
-    'answer) pairs',
-    _blind, (lambda p: max(map([a for _, a in p].count, [a for _, a in p]))/len(p),
-             'You guess one answer for everything; a blind guesser may read the question.'),
+
+# %% ../../nbs/09_lab/09_grading.ipynb #6b74ec8e
+ask('4.3', 'the best share that a guess from the wording of the question alone can reach, from '
+    '(question, answer) pairs', _blind,
+    (_one_guess, 'You guess one answer for everything; a blind guesser may read the question.'),
     (_blind_mean, 'You average over wordings; a wording that is asked more often counts more.'),
-    (lambda p:
-     float(np.mean([1/len(set(a)) for _, a in ((q, [b for r, b in p if r == q]) for q, _ in p)])),
+    (_even_guess,
      'That is guessing evenly among the answers; the best guess takes the most frequent one.'),
     cases=[(_PAIRS,), ([('count?', '1')]*4 + [('count?', '2')]*2 + [('organ?', 'lung')]*2,)])
-ask('4.4',
-    'how many independent questions n questions are worth, m to an image, with correlation r '
-    'within images', lambda n, m, r: n/(1 + (m - 1)*r),
+
+# %% ../../nbs/09_lab/09_grading.ipynb #cefb4aac
+ask('4.4', 'how many independent questions n questions are worth, m to an image, with correlation '
+    'r within images',
+    lambda n, m, r: n/(1 + (m - 1)*r),
     (lambda n, m, r: n,
      'Questions on one image succeed and fail together, so they are worth fewer than n.'),
     (lambda n, m, r: n/m,
      'That is the number of images, right only if the questions on an image always agree (r of '
-     '1).'), (lambda n, m, r: n/(1 + m*r),
-              'A question is no companion of itself: m - 1 others share its image.'),
+     '1).'),
+    (lambda n, m, r: n/(1 + m*r),
+     'A question is no companion of itself: m - 1 others share its image.'),
     cases=[(1000, 10, .3), (451, 4, .1)])
-ask('4.5',
-    'mean difference between the marks with the picture and with a blank one, on the same '
-    'questions', lambda a, b: float(np.mean(np.array(a, float) - np.array(b, float))),
+
+# %% ../../nbs/09_lab/09_grading.ipynb #0e6de9ac
+ask('4.5', 'mean difference between the marks with the picture and with a blank one, on the same '
+    'questions',
+    lambda a, b: float(np.mean(np.array(a, float) - np.array(b, float))),
     (lambda a, b: float(np.mean(np.abs(np.array(a, float) - np.array(b, float)))),
      'Questions that the picture makes worse count against it: do not take absolute values.'),
     (lambda a, b: float(np.mean(b) - np.mean(a)),
@@ -358,33 +439,44 @@ ask('4.5',
      'That is the score with the picture; subtract what is reached without it.'),
     cases=[([1, 1, 0, 1], [0, 1, 1, 0]), ([1, 0, 1], [1, 0, 0])])
 
-# %% ../../nbs/09_lab/09_grading.ipynb #d695a876
+# %% ../../nbs/09_lab/09_grading.ipynb #d387e23a
 def _patches(row, first, n): return np.asarray(row, float)[first:first + n*n].reshape(n, n)
 def _grid(row, first, n): return _patches(row, first, n)/_patches(row, first, n).sum()
+def _areas(boxes, corner=False): # of boxes, the last two numbers taken for sides or for a corner
+    b = np.array(boxes, float)
+    sides = b[:, 2:] - b[:, :2]*corner
+    return sides[:, 0]*sides[:, 1]
+
 def _points(m, box, mid=.5):
     (r, c), (h, w), (x, y, bw, bh) = np.unravel_index(np.argmax(m), m.shape), m.shape, box
     return x <= (c + mid)/w <= x + bw and y <= (r + mid)/h <= y + bh
-def _mass(m, box):
-    h, w = m.shape
-    inside = np.array([[box[0] <= (c + .5)/w <= box[0] + box[2] and box[1] <= (r + .5)/h <= box[1]
-                        + box[3] for c in range(w)] for r in range(h)])
+def _mass(m, box): # the share of a map's mass in a box, and of its cells
+    (h, w), (x, y, bw, bh) = m.shape, box
+    columns, rows = (np.arange(w) + .5)/w, (np.arange(h) + .5)/h
+    across = (x <= columns) & (columns <= x + bw)
+    down = (y <= rows) & (rows <= y + bh)
+    inside = down[:, None] & across
     return float(m[inside].sum()/m.sum()), float(inside.mean())
 
-_ROW, _MAP = (np.array([9, 1, 2, 3, 4, 7.]),
-              np.array([[0, 0, 4, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 2, 0.]]))
-ask('5.1',
-    'the n x n patches of an attention row, the first of them at place `first`, scaled to a sum of '
-    '1', _grid, (_patches,
-                 'The shares are still those of the whole row; divide by their sum so that maps '
-                 'can be compared.'),
+_ROW = np.array([9, 1, 2, 3, 4, 7.])
+_MAP = np.array([[0, 0, 4, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 2, 0.]])
+
+# %% ../../nbs/09_lab/09_grading.ipynb #dbf73791
+ask('5.1', 'the n x n patches of an attention row, the first of them at place `first`, scaled to a '
+    'sum of 1', _grid,
+    (_patches,
+     'The shares are still those of the whole row; divide by their sum so that maps can be '
+     'compared.'),
     (lambda r, f, n: _grid(r, f, n).T,
      'The grid lies on its side: patches are read row by row, from the left.'),
     (lambda r, f, n: _grid(r, 0, n), 'The row begins with words; the patches begin at `first`.'),
     cases=[(_ROW, 1, 2), (np.arange(12.), 2, 3)])
-ask('5.2',
-    'whether the centre of the highest cell lies in a box (x, y, width, height), in fractions',
-    _points, (lambda m, b: _points(m.T, b),
-              'Row and column are exchanged: the first index counts downwards, and that is y.'),
+
+# %% ../../nbs/09_lab/09_grading.ipynb #d013b882
+ask('5.2', 'whether the centre of the highest cell lies in a box (x, y, width, height), in '
+    'fractions', _points,
+    (lambda m, b: _points(m.T, b),
+     'Row and column are exchanged: the first index counts downwards, and that is y.'),
     (lambda m, b: _points(m, (b[0], b[1], b[2] - b[0], b[3] - b[1])),
      'The last two numbers are width and height, not the other corner.'),
     (lambda m, b: _points(m, b, 0),
@@ -393,16 +485,20 @@ ask('5.2',
     cases=[(_MAP, (.5, 0, .25, .25)), (_MAP, (0, .5, .25, .25)), (_MAP, (.5, .1, .4, .2)),
            (_MAP, (0, 0, .5, 1)), (_MAP, (.4, 0, .5, .2)), (_MAP, (0, 0, .75, .4)),
            (_MAP + np.eye(4), (0, .25, 1, .75))])
-ask('5.3',
-    'the expected pointing rate of a map that knows nothing, from boxes (x, y, width, height), one '
-    'a question', lambda b: float(np.mean([w*h for _, _, w, h in b])),
-    (lambda b: float(sum(w*h for _, _, w, h in b)),
+
+# %% ../../nbs/09_lab/09_grading.ipynb #395ed915
+ask('5.3', 'the expected pointing rate of a map that knows nothing, from boxes '
+    '(x, y, width, height), one a question',
+    lambda b: float(_areas(b).mean()),
+    (lambda b: float(_areas(b).sum()),
      'That is the sum of the areas; a rate is their mean over the questions.'),
-    (lambda b: float(np.mean([(w - x)*(h - y) for x, y, w, h in b])),
+    (lambda b: float(_areas(b, corner=True).mean()),
      'The last two numbers are width and height already.'),
-    (lambda b: float(np.mean([w for *_, w, _ in b])*np.mean([h for *_, h in b])),
+    (lambda b: float(np.prod(np.mean(b, axis=0)[2:])),
      'Multiply first, then average: the mean of areas is not the area of the mean box.'),
     cases=[([(0, 0, .5, .5), (.1, .2, .2, .8)],), ([(.5, .5, .25, .1)],)])
+
+# %% ../../nbs/09_lab/09_grading.ipynb #4825038b
 ask('5.4', "the share of a map's mass in a box, over the box's share of the cells",
     lambda m, b: _mass(m, b)[0]/_mass(m, b)[1],
     (lambda m, b: _mass(m, b)[0],
@@ -412,6 +508,8 @@ ask('5.4', "the share of a map's mass in a box, over the box's share of the cell
     (lambda m, b: _mass(m, b)[0] - _mass(m, b)[1],
      'Asked is how many times as much, a ratio; an even map then gives 1.'),
     cases=[(_MAP, (.5, 0, .5, .5)), (_MAP, (0, 0, .5, 1)), (_MAP, (.4, 0, .5, .3))])
+
+# %% ../../nbs/09_lab/09_grading.ipynb #fff9c605
 ask('5.5', 'area under a deletion curve whose points are evenly spaced from 0 to 1, by trapezoids',
     lambda c: (sum(c) - (c[0] + c[-1])/2)/(len(c) - 1),
     (lambda c: sum(c)/len(c),
@@ -421,17 +519,26 @@ ask('5.5', 'area under a deletion curve whose points are evenly spaced from 0 to
     (lambda c: 1 - (sum(c) - (c[0] + c[-1])/2)/(len(c) - 1), 'That is the area above the curve.'),
     cases=[([1., .4, .1],), ([1., .9, .7, .1, 0.],)])
 
-# %% ../../nbs/09_lab/09_grading.ipynb #52646c1d
-def _unique(rows):
-    seen = [tuple(r[k] for k in ('age', 'sex', 'organ')) for r in rows]
-    return sum(seen.count(s) == 1 for s in seen)
-def _classes(rows): return len({(r['age'], r['sex'], r['organ']) for r in rows})
+# %% ../../nbs/09_lab/09_grading.ipynb #60f4f8ee
+def _who(r): return r['age'], r['sex'], r['organ']
+
+def _unique(rows): return list(Counter(map(_who, rows)).values()).count(1)
+
+def _classes(rows): return len(set(map(_who, rows)))
+
+def _fields(header, stays): # those whose names stay
+    return {k: v for k, v in header.items() if stays(k)}
+
+def _person(age, sex, organ): return dict(age=age, sex=sex, organ=organ)
 _KEEP = {'Modality', 'Rows', 'Columns', 'BodyPartExamined'}
 _HEADER = dict(PatientName='Doe^Jane', PatientBirthDate='19500101', Modality='CT', Rows=512,
                Columns=512, InstitutionName='St. Elsewhere', BodyPartExamined='CHEST')
-_ROWS = [dict(age=a, sex=s, organ=o) for a, s, o in [(40, 'f', 'lung'), (40, 'f', 'lung'), (
-    40, 'm', 'lung'), (93, 'f', 'brain'), (40, 'm', 'lung'), (21, 'm', 'liver'), (41, 'f', 'lung')]]
+_ROWS = [_person(40, 'f', 'lung'), _person(40, 'f', 'lung'), _person(40, 'm', 'lung'),
+         _person(93, 'f', 'brain'), _person(40, 'm', 'lung'), _person(21, 'm', 'liver'),
+         _person(41, 'f', 'lung')]
 _EARNED = {'ct': [1, 1, 0, 1], 'mri': [1, 0], 'histology': [0, 0, 0, 1]}
+
+# %% ../../nbs/09_lab/09_grading.ipynb #5a385ae6
 ask('6.1',
     'the share of claimed findings that the picture does not have; 0 where nothing is claimed',
     lambda c, t: len(c - t)/len(c) if c else 0.,
@@ -443,6 +550,8 @@ ask('6.1',
      'That mixes what is added with what is missed; asked is only what is added.'),
     cases=[({'nodule', 'cyst'}, {'nodule'}), (set(), {'mass', 'cyst'}),
            ({'tumor'}, {'cyst', 'mass'}), ({'cyst'}, set())])
+
+# %% ../../nbs/09_lab/09_grading.ipynb #18d7026d
 ask('6.2', 'the largest difference in accuracy between two groups, from group -> marks',
     lambda g: max(map(np.mean, g.values())) - min(map(np.mean, g.values())),
     (lambda g: max(map(np.mean, g.values())) - float(np.mean(sum(g.values(), []))),
@@ -452,6 +561,8 @@ ask('6.2', 'the largest difference in accuracy between two groups, from group ->
     (lambda g: (max(map(sum, g.values())) - min(map(sum, g.values())))/max(map(len, g.values())),
      'Groups differ in size: compare shares, not counts.'),
     cases=[(_EARNED,), ({'left': [1, 1, 1], 'right': [1, 0, 0, 0, 1]},)])
+
+# %% ../../nbs/09_lab/09_grading.ipynb #e00f86a2
 ask('6.3',
     'whether a licence, as written in a record, allows commercial use; an unknown one does not',
     lambda s: bool(s) and s.startswith('CC') and 'NC' not in s,
@@ -463,6 +574,8 @@ ask('6.3',
      'CC0 is not the only one: CC BY allows commercial use when the source is named.'),
     cases=[('CC BY',), ('CC0',), ('CC BY-NC',), ('CC BY-NC-ND',), ('CC BY-SA',), ('',), (None,),
            ('publisher-specific',)])
+
+# %% ../../nbs/09_lab/09_grading.ipynb #b18614e0
 ask('6.4', 'how many rows are the only ones with their age, sex and organ', _unique,
     (_classes, 'That is the number of combinations; count the rows whose combination occurs once.'),
     (lambda r: len(r) - _unique(r),
@@ -470,12 +583,14 @@ ask('6.4', 'how many rows are the only ones with their age, sex and organ', _uni
     (lambda r: _unique([dict(x, age=0) for x in r]),
      'The age is not looked at: a person of 93 is rare whatever the organ.'),
     cases=[(_ROWS,), (_ROWS[:3],)])
-ask('6.5',
-    'a header with nothing but the fields that are known to be harmless, {Modality, Rows, Columns, '
-    'BodyPartExamined}', lambda h: {k: v for k, v in h.items() if k in _KEEP},
-    (lambda h: {k: v for k, v in h.items() if k != 'PatientName'},
+
+# %% ../../nbs/09_lab/09_grading.ipynb #b98c5d4a
+ask('6.5', 'a header with nothing but the fields that are known to be harmless, {Modality, Rows, '
+    'Columns, BodyPartExamined}',
+    lambda h: _fields(h, lambda k: k in _KEEP),
+    (lambda h: _fields(h, lambda k: k != 'PatientName'),
      'A birth date and a hospital point at a person, too: list what may stay, not what must go.'),
-    (lambda h: {k: v for k, v in h.items() if not k.startswith('Patient')},
+    (lambda h: _fields(h, lambda k: not k.startswith('Patient')),
      'The institution is still there: a list of what to remove is never complete.'),
     (lambda h: {k: v if k in _KEEP else '' for k, v in h.items()},
      'The values are gone, the fields are still there: leave them out.'),
@@ -498,14 +613,18 @@ def check(
     say(f'{name}: right.' if not hint else f'{name}: {hint}')
     return not hint
 
+# %% ../../nbs/09_lab/09_grading.ipynb #e58cc757
 def points_of(
     answers:dict, # exercise -> answer
     session:int=None, # only the exercises of this session
 )->list:          # rows exercise, asked, points, of
     "Points for answers, one row an exercise; what is not answered gets none."
-    return [dict(exercise=k, asked=x.ask, points=x.points*check(k, answers.get(k), lambda s: None),
-                 of=x.points) for k, x in EXERCISES.items()
-            if session is None or k.startswith(f'{session}.')]
+    rows = []
+    for k, x in EXERCISES.items():
+        if session is not None and not k.startswith(f'{session}.'): continue
+        right = check(k, answers.get(k), lambda s: None)
+        rows.append(dict(exercise=k, asked=x.ask, points=x.points*right, of=x.points))
+    return rows
 
 # %% ../../nbs/09_lab/09_grading.ipynb #2ba71649
 BEGIN, END = '### BEGIN SOLUTION', '### END SOLUTION'
@@ -518,7 +637,8 @@ def without_solution(
     for line in source.split('\n'):
         if line.strip() == BEGIN:
             if inside: raise ValueError(f'A second {BEGIN!r} before {END!r}: close the first.')
-            inside = True; out.append(line[:len(line) - len(line.lstrip())] + '...')
+            inside = True
+            out.append(line[:len(line) - len(line.lstrip())] + '...')
         elif line.strip() == END:
             if not inside: raise ValueError(f'{END!r} without {BEGIN!r} before it.')
             inside = False
@@ -526,6 +646,7 @@ def without_solution(
     if inside: raise ValueError(f'{BEGIN!r} without {END!r} behind it.')
     return '\n'.join(out)
 
+# %% ../../nbs/09_lab/09_grading.ipynb #3656a101
 def unsolved(
     nb, # a solutions notebook, from nbformat
 ):      # a copy without solutions and outputs
@@ -534,9 +655,9 @@ def unsolved(
     for c in nb.cells:
         if c.cell_type == 'code':
             c.source, c['outputs'], c['execution_count'] = without_solution(c.source), [], None
-        else:
-            c.source = c.source.replace(': solutions', ': exercises',
-                                        1).replace('](../', '](').replace('](../../', '](../')
+            continue
+        text = c.source.replace(': solutions', ': exercises', 1)
+        c.source = text.replace('](../', '](').replace('](../../', '](../')
     return nb
 
 # %% ../../nbs/09_lab/09_grading.ipynb #17acd505
@@ -549,23 +670,26 @@ GRADED = ('strict', 'strict_pairs')
 def _csv(path):
     with open(path, newline='', encoding='utf-8') as f: return list(csv.DictReader(f))
 
+# %% ../../nbs/09_lab/09_grading.ipynb #b03bea3b
 def judge_losses(
     rows:list, # of losses.csv, as text
 )->str:        # what is wrong, or ''
     "Whether a column of losses is one of a training that worked."
-    try: n, losses = [int(r['step']) for r in rows], np.array([float(r['loss']) for r in rows])
+    try:
+        n = [int(r['step']) for r in rows]
+        losses = np.array([float(r['loss']) for r in rows])
     except (KeyError, ValueError, TypeError):
         return 'needs the columns step and loss, filled with numbers'
     if len(n) < 4: return f'has {len(n)} steps; at least 4 are needed'
-    if not np.isfinite(losses).all():
-        return (f'has a loss of {losses[~np.isfinite(losses)][0]} at step '
-                f'{n[int(np.argmax(~np.isfinite(losses)))]}')
-    if any(b <= a for a, b in zip(n, n[1:])):
-        return 'has steps that do not rise: two runs in one file?'
+    odd = ~np.isfinite(losses)
+    if odd.any(): return f'has a loss of {losses[odd][0]} at step {n[int(np.argmax(odd))]}'
+    if min(np.diff(n)) <= 0: return 'has steps that do not rise: two runs in one file?'
     k = max(1, len(n)//5)
-    return ('' if losses[-k:].mean() < losses[:k].mean() else 'does not fall: '
-            f'{losses[:k].mean():.2f} at the beginning, {losses[-k:].mean():.2f} at the end')
+    first, last = losses[:k].mean(), losses[-k:].mean()
+    if last < first: return ''
+    return f'does not fall: {first:.2f} at the beginning, {last:.2f} at the end'
 
+# %% ../../nbs/09_lab/09_grading.ipynb #27f4743e
 def asked_of(
     predictions:list, # log lines
 )->dict:              # (model, condition) -> ids
@@ -574,6 +698,17 @@ def asked_of(
     for p in predictions: out[p['model'], p['condition']].append(p['item'])
     return dict(out)
 
+def _left_out(asked, image): # who left out questions of an image, or answered one twice; ''
+    whole = defaultdict(set)
+    for i, n in image.items(): whole[n].add(i)
+    for (m, c), ids in asked.items():
+        if len(set(ids)) < len(ids): return f'{m} answered a question twice under {c}'
+        for n in {image[i] for i in ids}:
+            if not whole[n] <= set(ids):
+                return f'{m} under {c} left out questions of images that it was asked about'
+    return ''
+
+# %% ../../nbs/09_lab/09_grading.ipynb #ca564d13
 def check_log(
     items:list,       # the key
     predictions:list, # log lines
@@ -585,13 +720,7 @@ def check_log(
     if strangers:
         return (f'{len(strangers)} answers are to questions that the key does not have (first: '
                 f'{strangers[0]!r})')
-    whole = defaultdict(set)
-    for i, n in image.items(): whole[n].add(i)
-    for (m, c), ids in asked.items():
-        names = {image[i] for i in ids}
-        if len(set(ids)) < len(ids): return f'{m} answered a question twice under {c}'
-        if set(ids) != set().union(*(whole[n] for n in names)):
-            return f'{m} under {c} left out questions of images that it was asked about'
+    if fault := _left_out(asked, image): return fault
     for c in ('image', 'blank'):
         if ('stage2', c) not in asked: return f'stage2 was not asked under {c}'
     if set(asked['stage2', 'image']) != set(asked['stage2', 'blank']):
@@ -600,6 +729,8 @@ def check_log(
     return '' if n >= least else f'stage2 was asked about {n} images; at least {least} are needed'
 
 # %% ../../nbs/09_lab/09_grading.ipynb #3e5663aa
+_KEY = (*HEAD, 'slice', 'metric')   # columns that say which score a row is
+
 def recomputed(
     items:list,       # the key
     predictions:list, # log lines
@@ -607,16 +738,39 @@ def recomputed(
 )->dict:              # first six columns -> row
     "Strict scores as they follow from the answers."
     rows = score_table(items, predictions, asked_of(predictions), 'wrong', n_draws)
-    return {tuple(r[k] for k in (*HEAD, 'slice', 'metric')): r for r in rows}
+    return {tuple(map(r.get, _KEY)): r for r in rows}
+
+# %% ../../nbs/09_lab/09_grading.ipynb #f84bd9ca
+def _end(r, k): return None if r[k] in ('', None) else float(r[k])
 
 def _ends(r):
     "The ends of a row's interval; None where it has none, as for one image."
-    return tuple(None if r[k] in ('', None) else float(r[k]) for k in ('low', 'high'))
+    return _end(r, 'low'), _end(r, 'high')
 
 def _said_ends(ends):
     "An interval in words."
     return 'none' if None in ends else f'{ends[0]:.3f} to {ends[1]:.3f}'
 
+def _row_fault(r, t, slack):
+    "What is wrong with a row of a table, next to the one that follows from the answers; or ''."
+    try: v, ends, n, m = float(r['value']), _ends(r), int(r['n_items']), int(r['n_images'])
+    except (KeyError, ValueError): return 'a number is missing or is none'
+    if abs(v - t['value']) > 1.1e-4:
+        return f"the table says {v:.4f}, the answers give {t['value']:.4f}"
+    if (n, m) != (t['n_items'], t['n_images']):
+        return (f"the table says {n} questions on {m} images, the answers are "
+                f"{t['n_items']} on {t['n_images']}")
+    # a tested difference has the interval of its test
+    if '-' in r['model'] + r['condition']: return ''
+    found = _ends(t)
+    for a, b in zip(ends, found):
+        if a is None and b is None: continue
+        if a is None or b is None or abs(a - b) > slack:
+            return (f"the table's interval is {_said_ends(ends)}, the answers give "
+                    f"{_said_ends(found)}")
+    return ''
+
+# %% ../../nbs/09_lab/09_grading.ipynb #54ef0928
 def judge_scores(
     said:list,     # rows of scores.csv, as text
     true:dict,     # from `recomputed`
@@ -625,109 +779,126 @@ def judge_scores(
     "The first row of a table of scores that does not follow from the answers."
     seen = set()
     for r in said:
-        key = tuple(r.get(k) for k in (*HEAD, 'slice', 'metric'))
+        key = tuple(map(r.get, _KEY))
         if r.get('metric') not in GRADED or key not in true: continue
-        t, where = true[key], ' '.join(map(str, key)); seen.add(key)
-        try: v, ends, n, m = float(r['value']), _ends(r), int(r['n_items']), int(r['n_images'])
-        except (KeyError, ValueError): return f'{where}: a number is missing or is none'
-        if abs(v - t['value']) > 1.1e-4:
-            return f"{where}: the table says {v:.4f}, the answers give {t['value']:.4f}"
-        if (n, m) != (t['n_items'], t['n_images']):
-            return (f"{where}: the table says {n} questions on {m} images, the answers are "
-                    f"{t['n_items']} on {t['n_images']}")
-        if '-' in r['model'] + r['condition']:
-            continue   # a tested difference has the interval of its test
-        found = _ends(t)
-        if any((a is None) != (b is None) or a is not None and abs(a - b) > slack
-               for a, b in zip(ends, found)):
-            return (f"{where}: the table's interval is {_said_ends(ends)}, the answers give "
-                    f"{_said_ends(found)}")
-    absent = [k for k in true if k[4] == 'all' and k not in seen]
-    return f"{' '.join(absent[0])}: this row is missing" if absent else ''
+        seen.add(key)
+        if fault := _row_fault(r, true[key], slack): return f"{' '.join(map(str, key))}: {fault}"
+    for k in true:
+        if k[4] == 'all' and k not in seen: return f"{' '.join(k)}: this row is missing"
+    return ''
 
+# %% ../../nbs/09_lab/09_grading.ipynb #b9f291c5
 def ask_again(
     folder:Path,      # of the model
     items:list,       # the key
     predictions:list, # log lines
-    images_dir:Path,  # of the pictures
+    images_dir:Path,  # of the images
     n:int=24,         # questions
-)->tuple:             # how many answers are the same, how many were asked, whether the log names these weights
+)->tuple:             # how many answers are the same, how many asked, whether it is the log's model
     "Ask some questions again with the weights that a run left."
     model, processor = load(folder)
-    by_id = {o['id']: o for o in items}
-    lines = [p for p in predictions
-             if p['model'] == 'stage2' and p['condition'] == 'image' and not p.get('error')]
-    lines = [lines[i] for i in np.random.default_rng(0).permutation(len(lines))[:n]]
-    texts = answer(model, processor,
-                   [Path(images_dir)/by_id[p['item']]['images'][0] for p in lines],
-                   [p['prompt'] for p in lines])
+    image, logged = {o['id']: Path(images_dir)/o['images'][0] for o in items}, []
+    for p in predictions:
+        if (p['model'], p['condition']) == ('stage2', 'image') and not p.get('error'):
+            logged.append(p)
+    lines = [logged[i] for i in np.random.default_rng(0).permutation(len(logged))[:n]]
+    images, prompts = [image[p['item']] for p in lines], [p['prompt'] for p in lines]
+    texts = answer(model, processor, images, prompts)
+    same = sum(a == p['text'] for a, p in zip(texts, lines))
     mark = LocalModel(model, processor).fingerprint()['model_hash']
-    return (sum(a == p['text'] for a, p in zip(texts, lines)), len(lines),
-            all(p.get('model_hash') == mark for p in lines))
+    return same, len(lines), all(p.get('model_hash') == mark for p in lines)
 
 # %% ../../nbs/09_lab/09_grading.ipynb #ed8951fa
+def _row(part, fault='', good=''): # a row of points
+    of = GRADE_PARTS[part]
+    return dict(part=part, points=0 if fault else of, of=of, why=fault or good)
+
+def _unseen(rows, unread=''): # with a row for each part that has none; why the scores have none
+    done = [r['part'] for r in rows]
+    for p in GRADE_PARTS:
+        if p in done: continue
+        why = unread if p == 'scores' and unread else 'not looked at'
+        rows.append(_row(p, why))
+    return rows
+
+# %% ../../nbs/09_lab/09_grading.ipynb #6b4b3de9
+def _places(folder, key, images_dir): # the files that a run is graded by
+    place = {k: folder/v for k, v in GRADED_STEPS.items()}
+    return dict(place, key=Path(key or place['data']/'vqa/test.json'),
+                images=Path(images_dir or place['data']/'images'),
+                log=place['scores']/'predictions.jsonl', table=place['scores']/'scores.csv',
+                losses={s: place[s]/'losses.csv' for s in ('stage1', 'stage2')})
+
+def _lacking(folder, place): # which of them are not there
+    need = [*place['losses'].values(), place['log'], place['table'], place['key']]
+    missing = [p for p in need if not p.is_file()]
+    return [p.relative_to(folder).as_posix() if p.is_relative_to(folder) else p.name
+            for p in missing]
+
+# %% ../../nbs/09_lab/09_grading.ipynb #de7df57b
+def _said_of(error, folder): return str(error).replace(f'{folder}/', '')[:150]
+
+# add losses, answers, scores; items, log, true rows, what is wrong
+def _read_part(place, least, rows):
+    faults = []
+    for s, path in place['losses'].items():
+        fault = judge_losses(_csv(path))
+        if fault: faults.append(f'{s}/losses.csv {fault}')
+    items, log, said = read_json(place['key']), read_jsonl(place['log']), _csv(place['table'])
+    rows.append(_row('losses', '; '.join(faults), 'both fall'))
+    fault = check_log(items, log, least)
+    rows.append(_row('answers', fault, f'{len(asked_of(log))} times asked, whole images'))
+    true = {} if fault else recomputed(items, log)
+    wrong = judge_scores(said, true) if true else 'not compared: the answers cannot be scored'
+    rows.append(_row('scores', wrong, f'{len(true)} rows follow from the answers'))
+    return items, log, true, wrong if true else ''
+
+# %% ../../nbs/09_lab/09_grading.ipynb #da9618d0
+def _weights_part(place, folder, items, log, n_again): # its row, and what shows a forgery
+    try: same, n, named = ask_again(place['stage2']/'model', items, log, place['images'], n_again)
+    except (OSError, ValueError, KeyError) as e:
+        return _row('weights', f'could not be asked again: {_said_of(e, folder)}'), ''
+    odd = f'{same} of {n} answers come out again'
+    if not named: odd += ', and the log names other weights'
+    few = same < .9*n
+    return _row('weights', odd if few or not named else '', odd), odd if few else ''
+
+def _learned_part(true, part, model, condition): # whether an interval of differences lies above 0
+    for k, r in true.items():
+        if k[0] != model or k[3:] != (condition, 'all', 'strict'): continue
+        ends = _ends(r)
+        text = f"{model}, {condition}: {r['value']:+.3f} ({_said_ends(ends)})"
+        return _row(part, '' if (ends[0] or 0) > 0 else text, text)
+    return _row(part, f'there is no row {model}, {condition}')
+
+# %% ../../nbs/09_lab/09_grading.ipynb #3f20698e
 def grade(
     folder:Path,        # of a run
-    key:Path=None,      # items to score with; the run's own where None, which a student could have edited
-    images_dir:Path=None, # pictures of the key; the run's own where None
+    key:Path=None,      # items to score with; None: the run's own, which may have been edited
+    images_dir:Path=None, # images of the key; the run's own where None
     n_again:int=24,     # questions to ask again with the run's weights
     least:int=20,       # images that stage 2 must have been asked about
 )->list:                # rows part, points, of, why
-    "Points for a run, from its files, after its scores were computed again; never raises for what a student can do."
-    folder, rows = Path(folder), []
-    def mark(part, fault='', good=''):
-        rows.append(dict(part=part, points=0 if fault else GRADE_PARTS[part], of=GRADE_PARTS[part],
-                         why=fault or good))
-    def said_of(e): return str(e).replace(f'{folder}/', '')[:150]
-    place = {k: folder/v for k, v in GRADED_STEPS.items()}
-    key, images_dir = (Path(key or place['data']/'vqa/test.json'),
-                       Path(images_dir or place['data']/'images'))
-    need = [place['stage1']/'losses.csv', place['stage2']/'losses.csv',
-            place['scores']/'predictions.jsonl', place['scores']/'scores.csv', key]
-    lacking = [p.relative_to(folder).as_posix() if p.is_relative_to(folder) else p.name
-               for p in need if not p.is_file()]
-    mark('files',
-         f"missing: {', '.join(lacking)}; run the steps that write them" if lacking else '',
-         'all there')
-    if lacking:
-        return rows + [dict(part=p, points=0, of=n, why='not looked at')
-                       for p, n in GRADE_PARTS.items() if p != 'files']
-    try:
-        faults = {s: judge_losses(_csv(place[s]/'losses.csv')) for s in ('stage1', 'stage2')}
-        items, log, said = (read_json(key), read_jsonl(place['scores']/'predictions.jsonl'),
-                            _csv(place['scores']/'scores.csv'))
-        mark('losses', '; '.join(f'{s}/losses.csv {f}' for s, f in faults.items() if f),
-             'both fall')
-        fault = check_log(items, log, least)
-        mark('answers', fault, f"{len(asked_of(log))} times asked, whole images")
-        true = {} if fault else recomputed(items, log)
-        wrong = judge_scores(said, true) if true else 'not compared: the answers cannot be scored'
-        mark('scores', wrong, f'{len(true)} rows follow from the answers')
+    "Points for a run, its scores computed again; never raises for what a student can do."
+    folder = Path(folder)
+    place = _places(folder, key, images_dir)
+    if lacking := _lacking(folder, place):
+        fault = f"missing: {', '.join(lacking)}; run the steps that write them"
+        return _unseen([_row('files', fault)])
+    rows = [_row('files', '', 'all there')]
+    try: items, log, true, forged = _read_part(place, least, rows)
     except (ScoreError, ValueError, KeyError, TypeError, OSError) as e:
-        done = {r['part'] for r in rows}
-        return rows + [dict(part=p, points=0, of=n, why=f'cannot be read: {said_of(e)}'
-                            if p == 'scores' else 'not looked at') for p, n in GRADE_PARTS.items()
-                       if p not in done]
-    forged = wrong if true else ''
-    try: same, n, named = ask_again(place['stage2']/'model', items, log, images_dir, n_again)
-    except (OSError, ValueError, KeyError) as e:
-        mark('weights', f'could not be asked again: {said_of(e)}')
-    else:
-        odd = f'{same} of {n} answers come out again' + ('' if named
-                                                         else ', and the log names other weights')
-        mark('weights', odd if same < .9*n or not named else '', odd)
-        if same < .9*n: forged = forged or odd
-    for part, model, condition in (('picture', 'stage2', 'image-blank'),
-                                   ('curriculum', 'stage2-base', 'image')):
-        r = next((r for k, r in true.items()
-                  if k[0] == model and k[3:] == (condition, 'all', 'strict')), None)
-        text = (f"{model}, {condition}: {r['value']:+.3f} ({_said_ends(_ends(r))})" if r
-                else f'there is no row {model}, {condition}')
-        mark(part, text if not r or not (_ends(r)[0] or 0) > 0 else '', text)
-    if forged:
-        rows = [dict(r, points=0, why=r['why'] if r['part'] in ('scores', 'weights')
-                     else f'refused: {forged}') for r in rows]
-    return rows
+        return _unseen(rows, f'cannot be read: {_said_of(e, folder)}')
+    row, odd = _weights_part(place, folder, items, log, n_again)
+    rows += [row, _learned_part(true, 'picture', 'stage2', 'image-blank'),
+             _learned_part(true, 'curriculum', 'stage2-base', 'image')]
+    forged = forged or odd
+    return [_refused(r, forged) for r in rows] if forged else rows
+
+# %% ../../nbs/09_lab/09_grading.ipynb #ee23981a
+def _refused(row, forged): # no points, and why
+    own = row['part'] in ('scores', 'weights')
+    return dict(row, points=0, why=row['why'] if own else f'refused: {forged}')
 
 def total(
     rows:list, # from `grade` or `points_of`
@@ -736,6 +907,24 @@ def total(
     return sum(r['points'] for r in rows), sum(r['of'] for r in rows)
 
 # %% ../../nbs/09_lab/09_grading.ipynb #d3591bdf
+_THINGS = ('cyst', 'normal brain')   # one question about each, for every image
+
+def _made_item(i, k): # the k-th question on the i-th image
+    tags = dict(modality='mri', organ='brain', question_type='presence')
+    return dict(id=f'q{i}{k}', images=[f'p{i}.jpg'], question=f'is a {_THINGS[k]} present?',
+                answer=('yes', 'no')[(i + k) % 2], answer_type='CLOSED', options=[], tags=tags,
+                split='test', regions=[], twin_of=f'q{i}{1 - k}', source='phantoms')
+
+def _made_answers(items, rng): # log lines of three askings, right as often as is said
+    wrong, log = {'yes': 'no', 'no': 'yes'}, []
+    for m, c, p in (('base', 'image', .3), ('stage2', 'image', .75), ('stage2', 'blank', .33)):
+        for o in items:
+            text = o['answer'] if rng.random() < p else wrong[o['answer']]
+            log.append(dict(model=m, dataset='phantoms', split='test', condition=c, item=o['id'],
+                            prompt=o['question'], error=None, text=text))
+    return log
+
+# %% ../../nbs/09_lab/09_grading.ipynb #1f3792e3
 def made_run(
     folder:Path,      # to write; its parents exist
     n_images:int=24,  # of the key, two questions each
@@ -744,23 +933,15 @@ def made_run(
     "A small run without weights, of answers drawn at random: to try the grader on."
     from llava_med.core.runs import write_csv, write_json, write_jsonl
     folder, rng = Path(folder), np.random.default_rng(seed)
+    data, scores = folder/GRADED_STEPS['data']/'vqa', folder/GRADED_STEPS['scores']
     for s in GRADED_STEPS.values(): (folder/s).mkdir(parents=True, exist_ok=True)
-    (folder/GRADED_STEPS['data']/'vqa').mkdir(exist_ok=True)
-    def item(i, k): return dict(id=f'q{i}{k}', images=[f'p{i}.jpg'], question=f'is a {w} present?', answer=('yes', 'no')[(i + k) % 2], answer_type='CLOSED', options=[],
-                                tags=dict(modality='mri', organ='brain', question_type='presence'), split='test', regions=[], twin_of=f'q{i}{1 - k}', source='phantoms') \
-        if (w := ('cyst', 'normal brain')[k]) else None
-    items = [item(i, k) for i in range(n_images) for k in (0, 1)]
-    log = [dict(model=m, dataset='phantoms', split='test', condition=c, item=o['id'],
-                prompt=o['question'], error=None,
-                text=o['answer'] if rng.random() < p else {'yes': 'no', 'no': 'yes'}[o['answer']])
-           for m, c, p in (('base', 'image', .3), ('stage2', 'image', .75),
-                           ('stage2', 'blank', .33)) for o in items]
-    write_json(folder/GRADED_STEPS['data']/'vqa/test.json', items)
-    write_jsonl(folder/GRADED_STEPS['scores']/'predictions.jsonl', log)
-    write_csv(folder/GRADED_STEPS['scores']/'scores.csv',
-              score_table(items, log, asked_of(log), 'wrong', 500))
-    for s in ('stage1', 'stage2'):
-        write_csv(folder/GRADED_STEPS[s]/'losses.csv',
-                  [dict(step=i + 1, epoch=0, samples=8*i, loss=3/(1 + .2*i), lr=1e-3)
-                   for i in range(20)])
+    data.mkdir(exist_ok=True)
+    items = [_made_item(i//2, i % 2) for i in range(2*n_images)]
+    log = _made_answers(items, rng)
+    write_json(data/'test.json', items)
+    write_jsonl(scores/'predictions.jsonl', log)
+    write_csv(scores/'scores.csv', score_table(items, log, asked_of(log), 'wrong', 500))
+    losses = [dict(step=i + 1, epoch=0, samples=8*i, loss=3/(1 + .2*i), lr=1e-3)
+              for i in range(20)]
+    for s in ('stage1', 'stage2'): write_csv(folder/GRADED_STEPS[s]/'losses.csv', losses)
     return folder
