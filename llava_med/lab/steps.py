@@ -84,6 +84,7 @@ class Parameter:
     default:object # its value when nothing is said
     help:str=''    # the comment behind it
 
+# %% ../../nbs/09_lab/00_steps.ipynb #c2d917df
 def without_given(
     values:dict, # parameters of a step
 )->dict:         # the same, but for those that the runner sets
@@ -130,6 +131,7 @@ def _kind_and_value(node): # of one line `name: type = literal`
     if not isinstance(node, ast.AnnAssign): return type(value).__name__, value
     return ast.unparse(node.annotation).replace(' ', ''), value
 
+# %% ../../nbs/09_lab/00_steps.ipynb #979e4622
 def read_parameters(
     nb_path:str|Path, # a pipeline notebook
 )->dict:              # name → Parameter
@@ -161,6 +163,7 @@ def _recipe_books(home): # notebooks of recipes below nbs/, without private ones
         if not private: found.append(book.as_posix())
     return found
 
+# %% ../../nbs/09_lab/00_steps.ipynb #7cbd7feb
 def find_notebook(
     name:str,    # such as 3_stage2_tuning, pipeline/3_stage2_tuning or recipes/preference/dpo.ipynb
     file:str='', # the preset that names it, for the message
@@ -309,6 +312,7 @@ def stand_ins(
         if not is_there(p) and at.is_dir(): found[p] = str(at)
     return found
 
+# %% ../../nbs/09_lab/00_steps.ipynb #2f9e572a
 def with_stand_ins(
     values:dict, # parameters of a step
     found:dict,  # from stand_ins
@@ -340,6 +344,7 @@ def incomplete_sets(
         if lacks: found[v] = ', '.join(lacks)
     return found
 
+# %% ../../nbs/09_lab/00_steps.ipynb #0272c5a0
 def check_sets(
     plan:dict, # step → parameters, from plan_run
     name:str,  # of the preset, for the message
@@ -357,6 +362,7 @@ def origin(
     "What the record of a run says about its steps."
     return {k: preset[k] for k in ('notebooks', 'recipes') if preset.get(k)}
 
+# %% ../../nbs/09_lab/00_steps.ipynb #3f4161a9
 def changed_origin(
     record:dict, # of a run, as it is
     new:dict,    # from origin
@@ -368,6 +374,7 @@ def changed_origin(
         elif record.get(k): out[k] = None
     return out
 
+# %% ../../nbs/09_lab/00_steps.ipynb #0f6cb5d7
 def books_of(
     preset:dict, # from read_preset
 )->dict:         # step → the file of its notebook, in order
@@ -384,6 +391,7 @@ def notebook_of(
     book = (record.get('notebooks') or {}).get(step)
     return root()/f'nbs/{book}.ipynb' if book else pipeline()[step]
 
+# %% ../../nbs/09_lab/00_steps.ipynb #8dd8ac4f
 def stem_of(
     step:str,    # name of a step
     record:dict, # of the run
@@ -411,6 +419,7 @@ def recipe_file(
     except (ImportError, ValueError): return None
     return Path(spec.origin) if spec and str(spec.origin).endswith('.py') else None
 
+# %% ../../nbs/09_lab/00_steps.ipynb #e720c2af
 def read_recipes(
     given,    # what stands under `recipes:`; None where nothing does
     file:str, # the preset, for the message
