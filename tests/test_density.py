@@ -13,7 +13,8 @@ COMPREHENSIONS = 4                            # in a hundred lines
 ROOMS = sorted(p.name for p in (REPO/'nbs').iterdir()
                if p.is_dir() and re.match(r'\d\d_|recipes$', p.name))
 # rooms that are not yet written this way; a room leaves the list when its code keeps the rules
-LATER = tuple(ROOMS)
+LATER = ('00_core', '01_world', '02_models', '03_data', '04_train',
+         '05_generate', '06_evaluate', '07_explain', '08_ui', 'recipes')
 FRONT = ('pipeline', 'course', 'benchmarks', 'pages')
 LATER_FRONT = FRONT
 

@@ -68,8 +68,8 @@ def _check_model(said, file): # a preset names a checkpoint, or both parts of a 
     if not said:
         raise UsageError(f'{file} has no block `model:`, so nothing can be planned or rehearsed; '
                          'add a checkpoint, or a tower and a language_model.')
-    parts = [k in said for k in ('tower', 'language_model')]
-    if ('checkpoint' in said) == any(parts) or parts[0] != parts[1]:
+    parts = ('tower' in said) + ('language_model' in said)
+    if ('checkpoint' in said) == bool(parts) or parts == 1:
         raise UsageError(f'{file}: `model:` must name either a checkpoint, or a tower and a '
                          'language_model.')
 
@@ -292,7 +292,7 @@ def disk_use(
     plan:dict,    # from plan_run
 )->dict:          # what → GB
     "What a run of the preset takes on disk."
-    total, config = sum(p.numel() for p in model.parameters()), model.config
+    total, config = model.num_parameters(), model.config
     learn = {}   # step → number of parameters that it trains
     for s, v in plan.items():
         if not is_trained(s, v, preset): continue
@@ -304,7 +304,7 @@ def disk_use(
     return {'downloads': downloads,
             'the base that is made of them': 2*total*made/1e9,
             'articles and images': float(preset['data'].get('disk_gb', 0)),
-            'models of the stages': 2*sum(total + n for n in learn.values())/1e9,
+            'models of the stages': 2*(len(learn)*total + sum(learn.values()))/1e9,
             'state to go on from': 12*max(learn.values(), default=0)/1e9,
             'patch vectors': features*2/1e9}
 
@@ -342,7 +342,7 @@ def memory_needs(
     bf16:bool|None=None, # whether products are in bfloat16; None: where this processor can
 )->dict:          # step → as from `machine_memory`
     "What each step takes on a CPU in all processes: counted for a stage, roughly for others."
-    size = 4*sum(p.numel() for p in model.parameters())/GIB
+    size = 4*model.num_parameters()/GIB
     out, n_models = {}, 1 + sum(is_trained(s, v, preset) for s, v in plan.items())
     for step, values in plan.items():
         if is_trained(step, values, preset):
@@ -405,9 +405,10 @@ def shortage_of(
     "Whether a run that was typed fits into memory."
     if torch.cuda.is_available(): return ''
     preset = read_preset(name)
-    done = {s for s, r in read_run(run)['steps'].items() if r.get('state') == 'done'}
     plan = plan_run(preset, run, only, sets)
-    return memory_shortage(preset, {s: v for s, v in plan.items() if s not in done}, free)
+    for s, r in read_run(run)['steps'].items():
+        if r.get('state') == 'done': plan.pop(s, None)
+    return memory_shortage(preset, plan, free)
 
 # %% ../../nbs/09_lab/06_estimate.ipynb #6bc0c76d
 def _stage_plans(model, preset, plan): # step → memory, hours and source of each training step
@@ -471,7 +472,7 @@ def _size(gb): return f'{gb:.1f} GB' if gb >= 1 else f'{1000*gb:.0f} MB'
 # %% ../../nbs/09_lab/06_estimate.ipynb #08175bd3
 def _gpu_line(s, hardware):
     "Memory of a stage on each GPU."
-    used = sum(s[k] for k in ('weights', 'gradients', 'moments', 'kept'))
+    used = s['weights'] + s['gradients'] + s['moments'] + s['kept']
     each = ' a GPU' if hardware.get('gpus') else ''
     short = ''
     if not s['fits'] and hardware.get('memory_gb'):
@@ -594,8 +595,8 @@ def real_template(
         plan = plan_run(preset, preset['name'])
         folders = [root()/v['base_model'] for v in plan.values() if v.get('base_model')]
     for folder in folders:
-        if not any((folder/f).exists() for f in ('config.json', 'tokenizer_config.json')): continue
-        if own := _folder_template(folder): return own
+        has_config = (folder/'config.json').exists() or (folder/'tokenizer_config.json').exists()
+        if has_config and (own := _folder_template(folder)): return own
     return named
 
 # %% ../../nbs/09_lab/06_estimate.ipynb #6cfb7c6c

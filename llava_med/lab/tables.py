@@ -19,6 +19,9 @@ from ..core.runs import (
     clock, figure_bytes, figure_style, now, read_json, read_run, replacing, run_dir, write_csv)
 
 # %% ../../nbs/09_lab/05_tables.ipynb #3a593b51
+def _values(rows, k): # of a column, each once, in the order of the rows
+    return list(dict.fromkeys(r.get(k) for r in rows))
+
 def headline(
     rows:list, # of table.csv
 )->list:       # of one score: the last model, with the image, strict where there is that metric
@@ -30,7 +33,7 @@ def headline(
         kept.append(r)
     for k, wanted in (('condition', ('image',)), ('metric', ('strict',)),
                       ('model', ('tuned', 'stage2', 'stage1'))):
-        names = list(dict.fromkeys(r[k] for r in kept))
+        names = _values(kept, k)
         best = [w for w in wanted if w in names] + names[-1:]
         kept = [r for r in kept if r[k] == best[0]]
     return kept
@@ -67,8 +70,8 @@ def needed_columns(
 )->list:       # the same, without `step` where no run has scores from two of them
     "Name the step of a score only where it tells two evaluations of one run apart."
     pairs = {(r['run'], r.get('step')) for r in rows}
-    if len(pairs) == len({r['run'] for r in rows}):
-        rows = [dict(r) for r in rows]
+    if len(pairs) == len(_values(rows, 'run')):
+        rows = list(map(dict, rows))
         for r in rows: r.pop('step', None)
     return rows
 
@@ -90,11 +93,11 @@ def summary_rows(
     rows:list, # of table.csv
 )->tuple:      # rows, columns
     "One row a run, its main scores side by side in columns such as `strict stage2 image`."
-    models = list(dict.fromkeys(r.get('model') for r in rows))
+    models = _values(rows, 'model')
     place = lambda r: (models.index(r['model']), TABLE_CONDITIONS.index(r['condition']))
     main = sorted(main_scores(rows), key=place)
     head = list(rows[0])[:list(rows[0]).index('state') + 1] if rows else []
-    several, found = len({r['dataset'] for r in main}) > 1, {}
+    several, found = len(_values(main, 'dataset')) > 1, {}
     for r in rows: found[r['run']] = dict(zip(head, map(r.get, head)))
     for r in main:
         words = [r['metric'], r['model'], r['condition'], r['dataset'] if several else '',
@@ -142,7 +145,8 @@ def seed_differences(
     if set(a) != set(b):
         raise ValueError(f'{first} has the seeds {", ".join(a)}, but {second} has {", ".join(b)}.')
     values = {s: a[s] - b[s] for s in a}
-    return over_seeds([dict(value=v) for v in values.values()])[0] | dict(values=values)
+    rows = [dict(value=v) for v in values.values()]
+    return over_seeds(rows)[0] | dict(values=values)
 
 # %% ../../nbs/09_lab/05_tables.ipynb #a242ed33
 SCORE = ('model', 'dataset', 'split', 'condition', 'metric', 'value', 'low', 'high', 'n_items',
@@ -309,13 +313,17 @@ def _scores_part(batch, rows): # means over seeds, of the main scores where ther
 def _seconds(costs): return sum(float(c['notebook_s'] or 0) for c in costs)
 
 def _runs_part(batch, rows, costs): # every run with its score, its time and its notebooks
-    best = {r['run']: r for r in reversed(headline(rows))}
-    score, table = [_score_name(r) for r in list(best.values())[:1]], []
+    best, score, table = {}, [], []
+    for r in reversed(headline(rows)):
+        best[r['run']] = r
+        score = score or [_score_name(r)]
     for r in batch.runs:
         value = float(best[r.name]['value']) if r.name in best else ''
         took = _seconds(c for c in costs if c['run'] == r.name)
-        books = [(s, run_dir(batch.full(r))/s/f'{s}.ipynb') for s in r.plan]
-        links = [(s, _link(batch, p)) for s, p in books if p.exists()]
+        links = []
+        for s in r.plan:
+            book = run_dir(batch.full(r))/s/f'{s}.ipynb'
+            if book.exists(): links.append((s, _link(batch, book)))
         table.append([r.name, *[value]*len(score), round(took, 1), links])
     paid = _seconds(c for c in costs if not c['shared_from'])
     return (f"<h2>Runs</h2>{html_table(['run', *score, 'seconds', 'executed notebooks'], table)}"
