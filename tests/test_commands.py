@@ -12,7 +12,7 @@ from PIL import Image
 from test_convert import Original
 
 from llava_med.core.runs import write_jsonl
-from llava_med.lab import commands, estimate, publishing, sweeps, rehearsal
+from llava_med.lab import commands, publishing, rehearsal, sweeps
 from llava_med.lab.commands import COMMANDS, main, make_parser
 from llava_med.lab.presets import plan_run, read_preset
 from llava_med.world.sets import write_articles

@@ -21,7 +21,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from conftest import REPO
 from llava_med.core import runs
 from llava_med.evaluate import subjects
-from llava_med.lab import estimate, sweeps, workers
+from llava_med.lab import estimate, workers
 from llava_med.lab.presets import read_preset
 from llava_med.models import adapters
 from llava_med.models.adapters import add_lora, attach, base_hash, load_adapter, load_quantised, lora_targets, save_adapter

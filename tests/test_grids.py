@@ -191,7 +191,7 @@ def test_damaged_files_of_a_batch_are_named(lab, capsys):
 
 
 def test_a_scheduler_that_is_not_there(lab, capsys, monkeypatch):
-    from llava_med.lab import sweeps, workers
+    from llava_med.lab import sweeps
     executor = sweeps.executor_for
     monkeypatch.setattr(sweeps, 'executor_for', lambda *a: executor(*a, wait=2))
     assert main(['batch', lab.grid('preset: toy'), '--scheduler', 'tcp://127.0.0.1:9']) == 1
@@ -393,7 +393,7 @@ def test_a_step_that_the_grid_drops_is_gone(lab):
 
 def test_a_result_waits_for_the_folder_it_goes_into(lab, monkeypatch):
     "Data that runs share are ready while the own base of one of them is still being made in its folder."
-    from llava_med.lab import sweeps, workers
+    from llava_med.lab import workers
     patient = workers.patient_lock
     monkeypatch.setattr(workers, 'patient_lock', lambda run, owner, wait=1: patient(run, owner, wait))
     lab.step('0_base', "if n == 2: time.sleep(14)")
@@ -404,7 +404,7 @@ def test_a_result_waits_for_the_folder_it_goes_into(lab, monkeypatch):
 
 
 def test_a_run_that_breaks_the_machinery_stops_no_other(lab, monkeypatch):
-    from llava_med.lab import sweeps, workers
+    from llava_med.lab import workers
     run_step = workers.run_step
     def odd(run, *args, **how):
         if 'n1-' in run: raise KeyError('odd')

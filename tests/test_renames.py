@@ -4,7 +4,7 @@ import json
 import pytest
 
 from llava_med.core.renames import ARGUMENTS_RENAMED, RENAMED, STAGE_RENAMED, old_names, recorded_values
-from llava_med.lab import estimate, finished, grids, tasks
+from llava_med.lab import estimate, finished, tasks
 from llava_med.lab.presets import plan_run, read_preset, read_yaml
 from llava_med.lab.steps import pipeline, read_parameters
 from llava_med.train import launch, loop, memory, stages

@@ -13,7 +13,7 @@ import pytest
 from conftest import PARAMETERS, Toy, make_notebook, wait_for
 from llava_med.core import renames
 from llava_med.core.runs import read_json, read_run
-from llava_med.lab import estimate, runner, rehearsal
+from llava_med.lab import estimate, rehearsal
 from llava_med.lab.commands import scores_text
 from llava_med.lab.tasks import lay_out
 from llava_med.lab.grids import plan_grid, read_grid

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTCOME_MARK', 'NEVER_STARTED', 'path_fingerprint', 'named_paths', 'notebook_fingerprint', 'library_fingerprint',
            'step_inputs', 'keys_before', 'own_name', 'step_key', 'files_fingerprint', 'is_done', 'die_with_parent',
-           'errorplain_error', 'kernel_codes', 'with_recipes', 'started', 'child', 'child_env', 'run_notebook', 'stop',
+           'error_sentence', 'kernel_codes', 'with_recipes', 'started', 'child', 'child_env', 'run_notebook', 'stop',
            'StepFailed', 'start_step', 'run_step', 'shown', 'is_progress', 'run_pipeline', 'read_scores', 'cell',
            'results_table']
 
@@ -171,7 +171,7 @@ def die_with_parent()->None:
 # %% ../../nbs/09_lab/02_runner.ipynb #7b0cae28
 OUTCOME_MARK = '\x1e'  # stands before the one line that is not the notebook's
 
-def errorplain_error(
+def error_sentence(
     error:Exception, # what papermill raised
     code:int|None=None, # how the kernel ended, where that is known
 )->str:              # one sentence
@@ -247,7 +247,7 @@ def child()->None:
     outcome = {'ok': True}
     try:
         started(lambda **own: papermill.execute_notebook(**how, **own))
-    except Exception as e: outcome = {'ok': False, 'error': errorplain_error(e, *codes[:1])}
+    except Exception as e: outcome = {'ok': False, 'error': error_sentence(e, *codes[:1])}
     print('\n' + OUTCOME_MARK + json.dumps(outcome), flush=True)
     os._exit(0)
 
