@@ -28,9 +28,9 @@ def headline(
     "The score that a reader looks for first."
     kept = []
     for r in rows:
+        if r.get('value') in (None, ''): continue
         difference = '-' in r['model'] + r['condition']
-        if r.get('value') in (None, '') or difference or r['model'].startswith('prior'): continue
-        kept.append(r)
+        if not difference and not r['model'].startswith('prior'): kept.append(r)
     for k, wanted in (('condition', ('image',)), ('metric', ('strict',)),
                       ('model', ('tuned', 'stage2', 'stage1'))):
         names = _values(kept, k)
