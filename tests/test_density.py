@@ -15,13 +15,14 @@ ROOMS = sorted(p.name for p in (REPO/'nbs').iterdir()
 # rooms that are not yet written this way; a room leaves the list when its code keeps the rules
 LATER = ('00_core', '01_world', '02_models', '03_data', '04_train',
          '05_generate', '06_evaluate', '07_explain', '08_ui', 'recipes')
-FRONT = ('pipeline', 'course', 'benchmarks', 'pages')
-LATER_FRONT = FRONT
+FRONT = ('pipeline', 'course', 'benchmarks', 'pages', 'start.ipynb', 'index.ipynb')
+LATER_FRONT = ()
 
 
 def code_cells(room):
-    "(notebook, source, whether it is exported) of all code cells of a folder of notebooks."
-    for path in sorted((REPO/'nbs'/room).rglob('*.ipynb')):
+    "(notebook, source, whether it is exported) of all code cells of a notebook or a folder."
+    place = REPO/'nbs'/room
+    for path in sorted(place.rglob('*.ipynb')) if place.is_dir() else [place]:
         for cell in nbformat.read(path, 4).cells:
             if cell.cell_type != 'code': continue
             exported = re.search(r'^#\s*\|\s*exporti?\b', cell.source, re.M)

@@ -217,7 +217,7 @@ def toy():
 def mixed(stage):
     "A tiny model as a stage has it on a GPU: in bfloat16, but for what learns."
     model = tiny_model(image_size=24)[0].bfloat16()
-    set_trainable(model, stage.parts)
+    set_trainable(model, stage.trainable)
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
     return model
@@ -281,7 +281,7 @@ def test_the_attention_of_a_gpu_is_that_of_a_processor(toy, monkeypatch):
     found = []
     for cuda in (False, True):
         model = tiny_model(image_size=24)[0].train()
-        set_trainable(model, ALL.parts)
+        set_trainable(model, ALL.trainable)
         model.set_attn_implementation({'text_config': 'segmented'})
         with monkeypatch.context() as m:
             if cuda: m.setattr(torch.Tensor, 'is_cuda', True, raising=False)
@@ -318,7 +318,7 @@ def test_compiled_layers_take_the_same_step(toy, backend, packed):
     torch._dynamo.utils.counters.clear()
     for compiled in (False, True):
         model = tiny_model(image_size=24)[0].train()
-        set_trainable(model, ALL.parts)
+        set_trainable(model, ALL.trainable)
         if packed: model.set_attn_implementation({'text_config': 'segmented'})
         if compiled:
             for layer in decoder_layers(model): layer.compile(backend=backend)
@@ -469,10 +469,11 @@ def rounded(w):
     return (NF4[((blocks/scale)[..., None] - NF4).abs().argmin(-1)]*scale).view(w.shape).to(w.dtype)
 
 
-def stand_in(path, quantization_config, device_map, dtype):
+def stand_in(path, quantization_config, device_map, dtype, trust_remote_code=False):
     "What `from_pretrained` gives with bitsandbytes, with rounded weights in the place of packed ones."
     how = quantization_config
     assert how.load_in_4bit and how.bnb_4bit_quant_type == 'nf4' and device_map == {'': 'cpu'}
+    assert not trust_remote_code
     model = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and should_convert_module(name, how.llm_int8_skip_modules):

@@ -9,7 +9,8 @@ from PIL import Image
 
 from llava_med.data import options as op
 from llava_med.data import vqa, vqa_readers
-from llava_med.data.options import OptionError, option_list, read_choices, said_option, split_options
+from llava_med.data.options import OptionError, option_list, read_choices, split_options
+from llava_med.data.said_options import said_option
 from llava_med.evaluate.answer_text import spoken
 from llava_med.evaluate.exact import right_answer
 from llava_med.evaluate.lmms_tasks import doc_text
@@ -291,6 +292,7 @@ def test_a_part_of_a_set_leaves_out_what_contradicts_itself(tmp_path):
     said = []
     got = vqa_readers.read_vqa(tmp_path/'test_2.csv', part=True, say=said.append)
     assert [o['row'] for o in got] == [0, 1, 3] and '1 left out because' in said[0] and 'row 2 has the key' in said[0]
+    (tmp_path/'PMC0_F1.jpg').write_bytes(picture())
     assert len(vqa_readers.open_vqa(tmp_path/'test_2.csv', part=True)['test']) == 3
     (tmp_path/'test_2.csv').write_text(PMC.replace(',A,test', ',E,test').replace(',B,test', ',E,test').replace(',C,test', ',F,test'))
     with pytest.raises(OptionError, match='3 records are like this and 1 are sound: correct'): vqa_readers.read_vqa(tmp_path/'test_2.csv', part=True)

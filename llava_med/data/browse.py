@@ -18,20 +18,49 @@ from .conversations import DOMAINS, IMAGE, images_of, turns_of
 from .images import ImageError, open_image
 from ..core.runs import SERIES_COLOURS, replacing
 
-# %% ../../nbs/03_data/13_browse.ipynb #7051c724
+# %% ../../nbs/03_data/13_browse.ipynb #77ccfc47
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+
 def openings(
     texts:Iterable, # questions or answers
     words:int=2,    # how many words each is cut to
 )->Counter:         # tuples of lower-case words; shorter texts give shorter ones
     "How often texts begin with the same words."
-    return Counter(tuple(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", t.replace(IMAGE, ' ').lower())[:words]) for t in texts)
+    out = Counter()
+    for t in texts:
+        said = _WORD.findall(t.replace(IMAGE, ' ').lower())
+        out[tuple(said[:words])] += 1
+    return out
 
+# %% ../../nbs/03_data/13_browse.ipynb #7051c724
 def turns_said(
     records:Iterable, # conversation records
     who:str='human',  # or gpt
 )->list:
     "All that one side says in conversations."
-    return [t['value'] for r in records for t in turns_of(r) if t['from'] == who]
+    out = []
+    for r in records: out += [t['value'] for t in turns_of(r) if t['from'] == who]
+    return out
+
+# %% ../../nbs/03_data/13_browse.ipynb #d2382208
+def _second_words(pairs, first, pieces):
+    "The most frequent words behind a first word, with their counts."
+    out = []
+    for words, n in pairs.most_common():
+        if words[:1] == first: out.append((words[1] if len(words) > 1 else '(alone)', n))
+    return out[:pieces]
+
+# %% ../../nbs/03_data/13_browse.ipynb #fdd8cfcd
+def _opening_bar(ax, y, word, n, seconds, total, top):
+    "One bar: its pieces are the second words, and the grey rest is all others."
+    left = 0
+    for i, (second, k) in enumerate(seconds):
+        ax.barh(y, k, left=left, color=SERIES_COLOURS[i], alpha=.55, edgecolor='white')
+        if k > .018*top*(len(second) + 2):   # the word fits into its piece
+            ax.text(left + k/2, y, second, ha='center', va='center', fontsize=10)
+        left += k
+    ax.barh(y, n - left, left=left, color='#bbbbbb', edgecolor='white')
+    ax.text(n + .01*top, y, f'{n/total:.0%}', va='center', fontsize=10)
 
 # %% ../../nbs/03_data/13_browse.ipynb #20a71658
 def draw_openings(
@@ -42,58 +71,71 @@ def draw_openings(
     pieces:int=3,   # second words of each
 )->str:             # the finding, in words
     "Bars of first words, in pieces of second words."
-    pairs, first = openings(texts), Counter()
+    if not texts:
+        ax.text(.5, .5, f'no {what}', ha='center')
+        ax.axis('off')
+        return f'There are no {what}.'
+    pairs, first, total = openings(texts), Counter(), len(texts)
     for words, n in pairs.items(): first[words[:1]] += n
-    if not texts: ax.text(.5, .5, f'no {what}', ha='center'); ax.axis('off'); return f'There are no {what}.'
-    shown = first.most_common(most)
-    rows = [(' '.join(w) or '(no word)', n, [(p[1] if len(p) > 1 else '(alone)', k) for p, k in pairs.most_common() if p[:1] == w]) for w, n in shown]
-    total, top, rest = len(texts), shown[0][1], len(texts) - sum(n for _, n in shown)
+    shown = [(' '.join(w) or '(no word)', n, w) for w, n in first.most_common(most)]
+    top, rest = shown[0][1], total
+    for y, (word, n, w) in enumerate(shown):
+        _opening_bar(ax, y, word, n, _second_words(pairs, w, pieces), total, top)
+        rest -= n
     others = f'{len(first) - len(shown)} other words {rest/total:.0%}' if rest else ''
-    for y, (word, n, seconds) in enumerate(rows):
-        left = 0
-        for i, (second, k) in enumerate(seconds[:pieces]):
-            ax.barh(y, k, left=left, color=SERIES_COLOURS[i], alpha=.55, edgecolor='white')
-            if k > .018*top*(len(second) + 2): ax.text(left + k/2, y, second, ha='center', va='center', fontsize=10)
-            left += k
-        ax.barh(y, n - left, left=left, color='#bbbbbb', edgecolor='white')
-        ax.text(n + .01*top, y, f'{n/total:.0%}', va='center', fontsize=10)
-    ax.set_yticks(range(len(rows)), [w for w, *_ in rows]); ax.invert_yaxis(); ax.set_xlim(0, 1.1*top)
-    ax.set(xlabel=what + (f'\n(not drawn: {others})' if rest else ''), title=f'{top/total:.0%} begin with “{rows[0][0]}”')
+    ax.set_yticks(range(len(shown)), [word for word, *_ in shown])
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.1*top)
+    ax.set(xlabel=what + (f'\n(not drawn: {others})' if rest else ''),
+           title=f'{top/total:.0%} begin with “{shown[0][0]}”')
     ax.locator_params(axis='x', nbins=5)
-    return f'{total} {what}, by first words: ' + ', '.join([f'{w} {n/total:.0%}' for w, n, _ in rows[:5]] + [others]*bool(rest)) + '.'
+    said = [f'{word} {n/total:.0%}' for word, n, _ in shown[:5]]
+    if rest: said.append(others)
+    return f'{total} {what}, by first words: {", ".join(said)}.'
 
-# %% ../../nbs/03_data/13_browse.ipynb #f900f530
+# %% ../../nbs/03_data/13_browse.ipynb #57e3b0a2
+def _kinds(flags): # the modalities that a record or a figure has
+    return [d for d in DOMAINS if (flags or {}).get(d)]
+
 def modality_rows(
     records:Iterable, # conversation records
 )->list:              # {modality, images, questions}, one for each of `DOMAINS` and one for none
     "How many images and questions each modality has."
-    images, asked = {}, Counter()
+    images, asked, names = {}, Counter(), list(DOMAINS)
     for r in records:
-        for d in [d for d in DOMAINS if (r.get('domain') or {}).get(d)] or ['none named']:
-            if shown := images_of(r): images.setdefault(d, set()).update(shown)
+        for d in _kinds(r.get('domain')) or ['none named']:
+            images.setdefault(d, set()).update(images_of(r) or ())
             asked[d] += len(turns_of(r))//2
-    names = [*DOMAINS, *(['none named'] if asked['none named'] else [])]
+    if asked['none named']: names.append('none named')
     return [dict(modality=d, images=len(images.get(d, ())), questions=asked[d]) for d in names]
 
+# %% ../../nbs/03_data/13_browse.ipynb #f900f530
 def draw_modalities(
     ax,        # a matplotlib axis
     rows:list, # from `modality_rows`
 )->str:        # the finding, in words
     "Bars of images and questions by modality."
-    for i, (key, colour) in enumerate((('images', SERIES_COLOURS[0]), ('questions', SERIES_COLOURS[4]))):
-        y = np.arange(len(rows)) + (i - .5)*.4
-        ax.barh(y, [r[key] for r in rows], .38, color=colour, label=key)
-        for at, r in zip(y, rows): ax.text(r[key], at, f' {r[key]:,}', va='center', fontsize=10)
-    ax.set_yticks(range(len(rows)), [r['modality'].replace('_', ' ') for r in rows]); ax.invert_yaxis(); ax.margins(x=.12)
-    images, asked = (sum(r[k] for r in rows) for k in ('images', 'questions'))
-    ax.legend(loc='upper center', bbox_to_anchor=(.5, -.16), ncol=2); ax.set(xlabel='how many', title=f'{asked/max(images, 1):.1f} questions for an image')
-    return 'Images and questions by modality: ' + ', '.join(f"{r['modality'].replace('_', ' ')} {r['images']} and {r['questions']}" for r in rows) + '.'
+    names, sums, said = [r['modality'].replace('_', ' ') for r in rows], {}, []
+    for i, (key, colour) in enumerate(dict(images=SERIES_COLOURS[0],
+                                           questions=SERIES_COLOURS[4]).items()):
+        y, counts = np.arange(len(rows)) + (i - .5)*.4, [r[key] for r in rows]
+        ax.barh(y, counts, .38, color=colour, label=key)
+        for at, n in zip(y, counts): ax.text(n, at, f' {n:,}', va='center', fontsize=10)
+        sums[key] = sum(counts)
+    ax.set_yticks(range(len(rows)), names)
+    ax.invert_yaxis()
+    ax.margins(x=.12)
+    ax.legend(loc='upper center', bbox_to_anchor=(.5, -.16), ncol=2)
+    each = sums['questions']/max(sums['images'], 1)
+    ax.set(xlabel='how many', title=f'{each:.1f} questions for an image')
+    for name, r in zip(names, rows): said.append(f"{name} {r['images']} and {r['questions']}")
+    return f'Images and questions by modality: {", ".join(said)}.'
 
-# %% ../../nbs/03_data/13_browse.ipynb #fcae6891
+# %% ../../nbs/03_data/13_browse.ipynb #899b0634
 def _share_limits(right, clusters):
     "95 % interval of a share over clusters; exact limits where all are alike."
-    values, (names, at) = np.asarray(list(right), float), np.unique(list(clusters),
-                                                                    return_inverse=True)
+    values = np.asarray(list(right), float)
+    names, at = np.unique(list(clusters), return_inverse=True)
     g, n, share = len(names), len(values), values.mean()
     if g < 2: return 0., 1.
     off = np.bincount(at, values) - share*np.bincount(at)
@@ -102,6 +144,7 @@ def _share_limits(right, clusters):
     others = 1 - .05**(1/g)   # at most, if none of g differs
     return share*(1 - others), share + others*(1 - share)
 
+# %% ../../nbs/03_data/13_browse.ipynb #fcae6891
 def guess_title(
     right:Iterable,    # 0 or 1 for each question that was guessed
     clusters:Iterable, # record or image of each
@@ -113,50 +156,113 @@ def guess_title(
     word = 'few' if high < .25 else 'most' if low > .5 else 'some'
     return f'Without looking, {word} questions can be answered ({np.mean(right):.0%})'
 
-# %% ../../nbs/03_data/13_browse.ipynb #24888823
-_STYLE = '''body{font:1.05rem/1.5 system-ui,sans-serif;margin:0 auto;max-width:72rem;padding:1rem;color:#111;background:#fff}
+# %% ../../nbs/03_data/13_browse.ipynb #f512276a
+_STYLE = """body{font:1.05rem/1.5 system-ui,sans-serif;margin:0 auto;max-width:72rem;padding:1rem;
+color:#111;background:#fff}
 header{position:sticky;top:0;background:#fff;border-bottom:1px solid #767676;padding:.5rem 0}
-article{display:grid;grid-template-columns:minmax(12rem,24rem) 1fr;gap:1.5rem;padding:1.5rem 0;border-bottom:1px solid #767676;scroll-margin-top:6rem}
-article[hidden]{display:none}img{max-width:100%;height:auto}h2{margin:0 0 .3rem;font-size:1.15rem}h3{margin:.8rem 0 .2rem;font-size:1rem}
-:focus{outline:3px solid #0072B2;outline-offset:2px}dt{font-weight:600}dd{margin:0 0 .5rem 1rem}.note{color:#444;font-size:.95rem}
-button,select{font:inherit;padding:.2rem .6rem}@media(max-width:45rem){article{grid-template-columns:1fr}}'''
+article{display:grid;grid-template-columns:minmax(12rem,24rem) 1fr;gap:1.5rem;padding:1.5rem 0;
+border-bottom:1px solid #767676;scroll-margin-top:6rem}
+article[hidden]{display:none}
+img{max-width:100%;height:auto}
+h2{margin:0 0 .3rem;font-size:1.15rem}
+h3{margin:.8rem 0 .2rem;font-size:1rem}
+:focus{outline:3px solid #0072B2;outline-offset:2px}
+dt{font-weight:600}
+dd{margin:0 0 .5rem 1rem}
+.note{color:#444;font-size:.95rem}
+button,select{font:inherit;padding:.2rem .6rem}
+@media(max-width:45rem){article{grid-template-columns:1fr}}"""
 
-_SCRIPT = '''const all=[...document.querySelectorAll('article')],pick=document.getElementById('modality'),count=document.getElementById('count');
-const shown=()=>all.filter(a=>!a.hidden);
-function go(step){const s=shown();if(!s.length)return;
-const j=Math.min(s.length-1,Math.max(0,s.indexOf(document.activeElement.closest('article'))+step));s[j].focus();s[j].scrollIntoView();}
-function filter(){all.forEach(a=>{a.hidden=pick.value!==''&&!a.dataset.modality.split(' ').includes(pick.value)});count.textContent=shown().length+' shown';}
-document.getElementById('tools').hidden=false;pick.addEventListener('change',filter);filter();
-document.getElementById('next').addEventListener('click',()=>go(1));document.getElementById('previous').addEventListener('click',()=>go(-1));
-document.addEventListener('keydown',e=>{if(e.ctrlKey||e.metaKey||e.altKey||e.target===pick)return;if(e.key==='j')go(1);if(e.key==='k')go(-1);});'''
+# %% ../../nbs/03_data/13_browse.ipynb #b15f7c52
+_SCRIPT = """const all = [...document.querySelectorAll('article')];
+const byId = id => document.getElementById(id), pick = byId('modality');
+const shown = () => all.filter(a => !a.hidden);
+function go(step) {
+  const s = shown();
+  if (!s.length) return;
+  const at = s.indexOf(document.activeElement.closest('article')) + step;
+  const next = s[Math.min(s.length - 1, Math.max(0, at))];
+  next.focus();
+  next.scrollIntoView();
+}
+function filter() {
+  const has = a => pick.value === '' || a.dataset.modality.split(' ').includes(pick.value);
+  all.forEach(a => { a.hidden = !has(a) });
+  byId('count').textContent = shown().length + ' shown';
+}
+byId('tools').hidden = false;
+pick.addEventListener('change', filter);
+filter();
+byId('next').addEventListener('click', () => go(1));
+byId('previous').addEventListener('click', () => go(-1));
+document.addEventListener('keydown', e => {
+  if (e.ctrlKey || e.metaKey || e.altKey || e.target === pick) return;
+  if (e.key === 'j') go(1);
+  if (e.key === 'k') go(-1);
+});"""
 
+# %% ../../nbs/03_data/13_browse.ipynb #96dcd70f
 def _text(x): # safe in HTML, without control characters
-    return escape(re.sub(r'[\0-\x08\x0b-\x1f\x7f\ud800-\udfff]', '�', str(x if x is not None else '')))
+    said = str(x if x is not None else '')
+    return escape(re.sub(r'[\0-\x08\x0b-\x1f\x7f\ud800-\udfff]', '�', said))
 
-def _picture(image, folder, side): # an <img> with the picture in it, or why there is none
+def _picture(image, folder, side): # an <img> with the image in it, or why there is none
     try: img = open_image(Path(folder)/image).convert('RGB')
-    except (ImageError, TypeError) as e: return f'<p>The image is missing: {_text(str(e).replace(f"{folder}/", "") if image else "none is named")}</p>'
-    img.thumbnail((side, side)); data = io.BytesIO(); img.save(data, 'JPEG', quality=82)
-    return f'<img alt="The image of this record" width="{img.width}" height="{img.height}" src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    except (ImageError, TypeError) as e:
+        why = str(e).replace(f'{folder}/', '') if image else 'none is named'
+        return f'<p>The image is missing: {_text(why)}</p>'
+    img.thumbnail((side, side))
+    data = io.BytesIO()
+    img.save(data, 'JPEG', quality=82)
+    return (f'<img alt="The image of this record" width="{img.width}" height="{img.height}" '
+            f'src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">')
 
+# %% ../../nbs/03_data/13_browse.ipynb #cd0560fd
+def _mentions(figure): # the list of mentions
+    said = ''
+    for m in figure.get('mentions') or []:
+        where = f' <span class="note">({_text(m["section"])})</span>' if m.get('section') else ''
+        said += f'<li>{_text(m["text"])}{where}</li>'
+    if not said: return '<p class="note">The text does not mention it.</p>'
+    return f'<h3>Mentions</h3><ul>{said}</ul>'
+
+# %% ../../nbs/03_data/13_browse.ipynb #35141963
+def _record_kind(r): # by whom a record was made, from what, and which conversation it is
+    maker = r.get('generator') or {}
+    saw = ' and '.join(maker.get('saw', [])) or 'nothing that was noted'
+    return maker.get('name', 'unknown'), saw, len(turns_of(r)) > 2 and r['id']
+
+# %% ../../nbs/03_data/13_browse.ipynb #7c503874
+def _talk(records): # the conversations about a figure
+    out = ''
+    for (name, saw, long), group in itertools.groupby(records, _record_kind):
+        lines, n = '', 0
+        for r in group:
+            for t in turns_of(r):
+                tag = 'dt' if t['from'] == 'human' else 'dd'
+                lines += f'<{tag}>{_text(t["value"].replace(IMAGE, "").strip())}</{tag}>'
+                n += 1
+        what = 'Conversation' if long else (
+            'One question' if n == 2 else f'{n//2} single questions')
+        note = f'<span class="note">by {_text(name)}, who saw {_text(saw)}</span>'
+        out += f'<h3>{what} {note}</h3><dl>{lines}</dl>'
+    return out or '<p class="note">No conversation was made of it.</p>'
+
+# %% ../../nbs/03_data/13_browse.ipynb #24888823
 def _article(i, figure, records, folder, side): # one figure and all that was made of it
-    kinds = [d for d in DOMAINS if (figure.get('modalities') or {}).get(d)] or ['none']
-    head = ' · '.join(_text(x) for x in (figure.get('label'), ', '.join(kinds).replace('_', ' '), figure.get('source'), figure.get('licence')) if x)
-    said = ''.join(f'<li>{_text(m["text"])}' + (f' <span class="note">({_text(m["section"])})</span>' if m.get('section') else '') + '</li>' for m in figure.get('mentions') or [])
-    talk = ''
-    def kind(r): # records of one kind stand together, single questions in one list
-        maker = r.get('generator') or {}
-        return maker.get('name', 'unknown'), ' and '.join(maker.get('saw', [])) or 'nothing that was noted', len(turns_of(r)) > 2 and r['id']
-    for (name, saw, long), group in itertools.groupby(records, kind):
-        turns = [t for r in group for t in turns_of(r)]
-        what = 'Conversation' if long else 'One question' if len(turns) == 2 else f'{len(turns)//2} single questions'
-        talk += f'<h3>{what} <span class="note">by {_text(name)}, who saw {_text(saw)}</span></h3><dl>'
-        talk += ''.join(f'<{tag}>{_text(t["value"].replace(IMAGE, "").strip())}</{tag}>' for t in turns for tag in ['dt' if t['from'] == 'human' else 'dd']) + '</dl>'
-    return (f'<article tabindex="-1" id="r{i}" aria-labelledby="h{i}" data-modality="{" ".join(kinds)}"><div>{_picture(figure.get("image"), folder, side)}</div>'
-            f'<div><h2 id="h{i}">{i}. {_text(figure.get("id"))}</h2><p class="note">{head}</p><h3>Caption</h3><p lang="{_text(figure.get("lang") or "en")}">{_text(figure.get("caption"))}</p>'
-            + (f'<h3>Mentions</h3><ul>{said}</ul>' if said else '<p class="note">The text does not mention it.</p>') + (talk or '<p class="note">No conversation was made of it.</p>') + '</div></article>\n')
+    kinds = _kinds(figure.get('modalities')) or ['none']
+    facts = (figure.get('label'), ', '.join(kinds).replace('_', ' '), figure.get('source'),
+             figure.get('licence'))
+    head = ' · '.join(map(_text, filter(None, facts)))
+    return (f'<article tabindex="-1" id="r{i}" aria-labelledby="h{i}" '
+            f'data-modality="{" ".join(kinds)}">'
+            f'<div>{_picture(figure.get("image"), folder, side)}</div>'
+            f'<div><h2 id="h{i}">{i}. {_text(figure.get("id"))}</h2><p class="note">{head}</p>'
+            f'<h3>Caption</h3><p lang="{_text(figure.get("lang") or "en")}">'
+            f'{_text(figure.get("caption"))}</p>{_mentions(figure)}{_talk(records)}'
+            '</div></article>\n')
 
-# %% ../../nbs/03_data/13_browse.ipynb #e000279e
+# %% ../../nbs/03_data/13_browse.ipynb #750ad2e6
 def choose(
     figures:list, # figure records
     n:int,        # how many
@@ -165,12 +271,32 @@ def choose(
     "A sample of figures that takes turns between the modalities."
     groups, rng = {}, np.random.default_rng(seed)
     for i in rng.permutation(len(figures)):
-        kinds = [d for d in DOMAINS if (figures[i].get('modalities') or {}).get(d)]
-        groups.setdefault(kinds[0] if kinds else '', []).append(figures[i])
-    order = sorted(groups, key=lambda k: [*DOMAINS, ''].index(k))
-    turns = [groups[k][j] for j in range(max(map(len, groups.values()), default=0)) for k in order if j < len(groups[k])]
+        kind = (*_kinds(figures[i].get('modalities')), '')[0]
+        groups.setdefault(kind, []).append(figures[i])
+    order = [groups[k] for k in (*DOMAINS, '') if k in groups]
+    turns = []
+    for row in itertools.zip_longest(*order): turns += [f for f in row if f is not None]
     return turns[:n]
 
+# %% ../../nbs/03_data/13_browse.ipynb #d5f53b8f
+def _page(title, note, options, body): # the whole page
+    rule = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    policy = ("default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+              f"script-src 'sha256-{rule}'")
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{_text(title)}</title><style>{_STYLE}</style></head><body>
+<header><h1>{_text(title)}</h1><p class="note">{note}</p>
+<p id="tools" hidden><label>Modality
+<select id="modality"><option value="">all</option>{options}</select></label>
+<button id="previous">Previous (k)</button> <button id="next">Next (j)</button>
+<span id="count" role="status"></span></p></header>
+<main>
+{body}</main><script>{_SCRIPT}</script></body></html>
+"""
+
+# %% ../../nbs/03_data/13_browse.ipynb #e000279e
 def sample_page(
     path:str|Path,    # HTML file to write
     figures:list,     # figure records
@@ -185,21 +311,16 @@ def sample_page(
     chosen = choose(figures, n, seed)
     about = {f['image']: [] for f in chosen if f.get('image')}
     for r in records:
-        for n in images_of(r):
-            if n in about: about[n].append(r)
-    body = ''.join(_article(i, f, about.get(f.get('image'), []), images, side) for i, f in enumerate(chosen, 1))
-    kinds = sorted({k for f in chosen for k, v in (f.get('modalities') or {}).items() if v})
-    options = ''.join(f'<option value="{_text(k)}">{_text(k.replace("_", " "))}</option>' for k in kinds)
-    rule = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    page = f'''<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{rule}'">
-<title>{_text(title)}</title><style>{_STYLE}</style></head><body>
-<header><h1>{_text(title)}</h1><p class="note">{len(chosen)} of {len(figures)} figures, drawn with seed {seed}. For research and teaching; not for clinical use.</p>
-<p id="tools" hidden><label>Modality <select id="modality"><option value="">all</option>{options}</select></label>
-<button id="previous">Previous (k)</button> <button id="next">Next (j)</button> <span id="count" role="status"></span></p></header>
-<main>
-{body}</main><script>{_SCRIPT}</script></body></html>
-'''
-    with replacing(path) as part: part.write_text(page, encoding='utf-8')
+        for name in images_of(r):
+            if name in about: about[name].append(r)
+    body, kinds, options = '', set(), ''
+    for i, f in enumerate(chosen, 1):
+        body += _article(i, f, about.get(f.get('image'), []), images, side)
+        kinds |= {k for k, v in (f.get('modalities') or {}).items() if v}
+    for k in sorted(kinds):
+        options += f'<option value="{_text(k)}">{_text(k.replace("_", " "))}</option>'
+    note = (f'{len(chosen)} of {len(figures)} figures, drawn with seed {seed}. For research and '
+            'teaching; not for clinical use.')
+    with replacing(path) as part:
+        part.write_text(_page(title, note, options, body), encoding='utf-8')
     return len(chosen)

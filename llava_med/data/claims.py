@@ -23,7 +23,11 @@ ORGAN_WORDS = {'lung': r'\blungs?\b|pulmonary|\bchest\b|\bthora\w+',
                'brain': r'\bbrain\b|cerebr\w+|intracranial|\bhead\b',
                'colon': r'\bcolon\w*|colorectal',
                'liver': r'\bliver\b|hepat\w+', 'kidney': r'\bkidneys?\b|\brenal'}
-NAME_TO_KIND = {p: k for k, v in KINDS.items() for n in v.names for p in (n, plural(n))}
+
+# %% ../../nbs/03_data/06_claims.ipynb #14e52b2d
+NAME_TO_KIND = {}
+for _k, _v in KINDS.items():
+    for _n in _v.names: NAME_TO_KIND |= {_n: _k, plural(_n): _k}
 NAME_TO_KIND |= {'tumour': 'tumor', 'tumours': 'tumor', 'haemorrhage': 'hemorrhage',
                  'haemorrhages': 'hemorrhage',
                  'haematoma': 'hemorrhage', 'ground glass opacity': 'ground-glass opacity',
@@ -33,6 +37,8 @@ _names = '|'.join(sorted(NAME_TO_KIND, key=len, reverse=True)).replace(' ', r'\s
 NAMES = re.compile(r'(?<![\w-])(?<!thoracic )(?<!abdominal )(?<!uterine )(?<!nasal )'
                    r'(?<!oral )(?<!pleural )(?<!pelvic )('
                    +_names+r')(?![\w-])')
+
+# %% ../../nbs/03_data/06_claims.ipynb #1ffd8503
 HISTORY = re.compile(r'\d{1,3}[- ]years?[- ]old\b[^.,;:()]*?'
                      r'(?=\s+(?:was|were|is|under\w+|present\w*|show\w*|had|came)\b|[.,;:()]|$)')
 NEGATION = re.compile(r'\b(no|not(?! only)|without|absence of|lack of|negative for|free of|neither'
@@ -47,8 +53,8 @@ DENIED_AFTER = re.compile(
 SPLIT = re.compile(r',|:|\b(?:and|with|while|whereas|but|plus|as well as|along with'
                    r'|show(?:ing|s|ed)|reveal(?:s|ed)|demonstrate(?:s|d))\b')
 COUNT = re.compile(r'\b(one|two|three|four|single|solitary|an?|[1-4])\b')
-COUNT_WORDS = {'one': 1, 'two': 2, 'three': 3, 'four': 4, 'single': 1, 'solitary': 1, 'a': 1, 'an': 1,
-          **{str(i): i for i in range(1, 5)}}
+COUNT_WORDS = {'one': 1, 'two': 2, 'three': 3, 'four': 4, 'single': 1, 'solitary': 1, 'a': 1,
+               'an': 1, '1': 1, '2': 2, '3': 3, '4': 4}
 NORMAL = re.compile(r'\b(normal (?!size)\w+|unremarkable|within normal limits|(?:is|was) normal'
                     r'|(?:no|without)(?: any)? (?:focal |acute |evident )?'
                     r'(?:abnormality|abnormalities|abnormal findings?|lesions?))\b')
@@ -59,10 +65,13 @@ def best_word(
     words:dict, # entry -> regular expression
 )->str|None:    # an entry, None if no word occurs
     "The entry whose words occur most often, the earliest on a tie."
-    hits = {k: [m.start() for m in re.finditer(p, text)] for k, p in words.items()}
-    hits = {k: v for k, v in hits.items() if v}
-    return max(hits, key=lambda k: (len(hits[k]), -hits[k][0])) if hits else None
+    best, most = None, (0, 0)
+    for k, pattern in words.items():
+        hits = [m.start() for m in re.finditer(pattern, text)]
+        if hits and (len(hits), -hits[0]) > most: best, most = k, (len(hits), -hits[0])
+    return best
 
+# %% ../../nbs/03_data/06_claims.ipynb #c00fe38e
 def denied(
     sentence:str,       # in lower case
     start:int, end:int, # where the name begins and ends, characters
@@ -91,6 +100,8 @@ def read_size(
     return dict(size={'tiny': 'small', 'big': 'large'}.get(s[1], s[1])) if s else {}
 
 # %% ../../nbs/03_data/06_claims.ipynb #5fa8d09c
+def _kind(m): return NAME_TO_KIND[re.sub(r'\s+', ' ', m[0])]   # the finding that a match names
+
 def read_clause(
     clause:str, # in lower case
     m:re.Match, # where `NAMES` matches in it
@@ -99,8 +110,7 @@ def read_clause(
     head, tail = clause[:m.start()], clause[m.end():]
     nums = [COUNT_WORDS[x[1]] for x in COUNT.finditer(head)]
     got = dict(count=nums[-1]) if nums else {}
-    kind = NAME_TO_KIND[re.sub(r'\s+', ' ', m[0])]
-    if KINDS[kind].most == 1: got['count'] = 1
+    if KINDS[_kind(m)].most == 1: got['count'] = 1
     return {**got, **read_size(head), **(read_place(tail) or read_place(head))}
 
 # %% ../../nbs/03_data/06_claims.ipynb #5617fa4c
@@ -110,10 +120,10 @@ def read_sentence(
     last:str|None, # the finding that was named last
 )->str|None:       # the finding named last now
     "Add one sentence's statements; returns the finding that a following 'they' would mean."
-    marks, start, pending = list(NAMES.finditer(sentence)), 0, {}
-    yes = [m for m in marks if not denied(sentence, m.start(), m.end())]
+    marks, yes, start, pending = list(NAMES.finditer(sentence)), [], 0, {}
     for m in marks:
-        if m not in yes: claims.absent.add(NAME_TO_KIND[re.sub(r'\s+', ' ', m[0])])
+        if denied(sentence, m.start(), m.end()): claims.absent.add(_kind(m))
+        else: yes.append(m)
     if not marks and not re.match(r'\s*(it|they|both|all|these|this|each)\b', sentence): return last
     for cut in [x.start() for x in SPLIT.finditer(sentence)]+[len(sentence)]:
         clause = sentence[start:cut]
@@ -121,12 +131,13 @@ def read_sentence(
         for i, m in enumerate(inside):
             stop = inside[i+1].start() if i+1 < len(inside) else cut
             part = sentence[inside[i-1].end() if i else start:stop]
-            last = NAME_TO_KIND[re.sub(r'\s+', ' ', m[0])]
+            last = _kind(m)
             add_claim(claims, last, {**pending, **read_clause(part, NAMES.search(part))})
             pending = {}
         if not inside and not NAMES.search(clause):
-            if last and (not marks or any(m.start() < start for m in yes)): 
-                add_claim(claims, last, read_place(clause) | ({} if marks else read_size(clause)))
+            if last and (not marks or yes and yes[0].start() < start):
+                size = {} if marks else read_size(clause)
+                add_claim(claims, last, read_place(clause) | size)
             else: pending = {**pending, **read_place(clause)}
         start = cut
     return last

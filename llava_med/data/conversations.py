@@ -12,9 +12,7 @@ __all__ = ['IMAGE', 'DOMAINS', 'CUT_WORDS', 'BRIEF_PROMPTS', 'DETAILED_PROMPTS',
            'instruct_record', 'instruct_records', 'swap_texts']
 
 # %% ../../nbs/03_data/08_conversations.ipynb #66020206
-import json
-import re
-import zlib
+import json, re, zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -41,6 +39,7 @@ def turns_of(
     "The turns of a record, whichever way its key is spelt."
     return record.get('conversations', record.get('conversatons'))
 
+# %% ../../nbs/03_data/08_conversations.ipynb #fea7cf59
 def images_of(
     record:dict, # a conversation record
 )->list:         # image names, in the order of the marks; empty where it names none
@@ -60,12 +59,15 @@ def fault(
     if not isinstance(turns, list) or not turns: return "has no list 'conversations'"
     if len(turns) % 2: return f'has {len(turns)} turns, so a question is without an answer'
     for i, t in enumerate(turns):
-        who, text = ('human', 'gpt')[i % 2], t.get('value') if isinstance(t, dict) else None
-        if text is None or t.get('from') != who: return f"has no turn from '{who}' at place {i + 1}"
+        who = ('human', 'gpt')[i % 2]
+        text = t.get('value') if isinstance(t, dict) else None
+        if text is None or t.get('from') != who:
+            return f"has no turn from '{who}' at place {i + 1}"
         if not isinstance(text, str) or not text.replace(IMAGE, '').strip():
             return f'is empty at turn {i + 1}'
     return image_fault(record, [t['value'].count(IMAGE) for t in turns])
 
+# %% ../../nbs/03_data/08_conversations.ipynb #c23878a8
 def image_fault(
     record:dict,  # a record whose turns are sound
     counts:list,  # how often each turn says <image>
@@ -95,7 +97,8 @@ def stream_json(
     try:
         with open(path, 'rb') as f:
             head = f.read(1 << 12)
-            start = len(head) - len(head.removeprefix(b'\xef\xbb\xbf').lstrip())   # after a byte order mark
+            # after a byte order mark
+            start = len(head) - len(head.removeprefix(b'\xef\xbb\xbf').lstrip())
             f.seek(start)
             if head[start:start + 1] == b'[': yield from ijson.items(f, 'item', use_float=True)
             for i, line in enumerate(f, 1):
@@ -103,8 +106,11 @@ def stream_json(
                 if line.strip(): yield json.loads(line)
     except FileNotFoundError: raise RecordError(f'{path} does not exist.') from None
     except (ValueError, ijson.JSONError) as e:
-        raise RecordError(f'{path} is neither JSON nor JSON Lines ({at}{str(e).splitlines()[0]}): make it again.') from None
+        said = at + str(e).splitlines()[0]
+        why = f'is neither JSON nor JSON Lines ({said}): make it again.'
+        raise RecordError(f'{path} {why}') from None
 
+# %% ../../nbs/03_data/08_conversations.ipynb #03a9f3c5
 def stream_records(
     path:str|Path, # alignment.json, instruct.json or any such file of LLaVA-Med
 )->Iterator:       # records, with the key spelt `conversations`
@@ -121,6 +127,7 @@ def read_records(
     "Read conversation records and refuse malformed ones."
     return list(stream_records(path))
 
+# %% ../../nbs/03_data/08_conversations.ipynb #bc8b30d7
 def one_spelling(
     record:dict, # a sound record
 )->dict:         # the same with `conversations`, and `image` as a name or a list of several
@@ -149,10 +156,13 @@ def to_messages(
     record:dict, # a conversation record
 )->list:         # messages for a chat template
     "The conversation as chat messages, with each image as a part of its own, where it stands."
-    role = dict(human='user', system='system')
-    return [{'role': role.get(t['from'], 'assistant'), 'content': _parts(t['value'].strip())}
-            for t in turns_of(record)]
+    roles, out = dict(human='user', system='system'), []
+    for t in turns_of(record):
+        role = roles.get(t['from'], 'assistant')
+        out.append({'role': role, 'content': _parts(t['value'].strip())})
+    return out
 
+# %% ../../nbs/03_data/08_conversations.ipynb #4a143cb5
 def _parts(text):
     "Image and text parts of a turn; a line break between an image and its text is no text."
     pieces = text.split(IMAGE)
@@ -166,19 +176,29 @@ def _parts(text):
     return out
 
 # %% ../../nbs/03_data/08_conversations.ipynb #6d07d9f7
-CUT_WORDS = 30
-BRIEF_PROMPTS = ('Say in a few words what this image shows.', 'Give a short description of the picture.',
-         'Summarise this image in one sentence.', 'What is in this picture, put briefly?',
-         'Name the essentials of this image.', 'Provide a brief account of what is visible here.',
-         'Write a short caption for this image.', 'Sum up the picture concisely.')
-DETAILED_PROMPTS = ('Describe this image in detail.', 'Explain thoroughly what can be seen in the picture.',
-            'Give a full account of the image and its findings.',
-            'Walk me through everything that this picture shows.',
-            'Write a detailed report of what is visible here.',
-            'Characterise the image as completely as you can.',
-            'What does this picture show? Answer at length.',
-            'Describe the structures in this image and how they look.')
+CUT_WORDS = 30   # from so many words on, a caption is detailed
+BRIEF_PROMPTS = (
+    'Say in a few words what this image shows.',
+    'Give a short description of the picture.',
+    'Summarise this image in one sentence.',
+    'What is in this picture, put briefly?',
+    'Name the essentials of this image.',
+    'Provide a brief account of what is visible here.',
+    'Write a short caption for this image.',
+    'Sum up the picture concisely.',
+)
+DETAILED_PROMPTS = (
+    'Describe this image in detail.',
+    'Explain thoroughly what can be seen in the picture.',
+    'Give a full account of the image and its findings.',
+    'Walk me through everything that this picture shows.',
+    'Write a detailed report of what is visible here.',
+    'Characterise the image as completely as you can.',
+    'What does this picture show? Answer at length.',
+    'Describe the structures in this image and how they look.',
+)
 
+# %% ../../nbs/03_data/08_conversations.ipynb #0f3c57c6
 def record_id(
     figure:dict, # a figure record
 )->str:          # like LLaVA-Med's pair ids: article, underscore, figure
@@ -207,13 +227,15 @@ def frame(
                           "or give the folder that holds its article's images.")
     turns = [t.replace(IMAGE, 'image') for t in turns]   # an article may say it, too
     turns = [f'{IMAGE}\n{turns[0]}' if image_first else f'{turns[0]}\n{IMAGE}', *turns[1:]]
-    domain = {d: bool((figure.get('modalities') or {}).get(d)) for d in DOMAINS}
+    found = figure.get('modalities') or {}
+    domain = {d: bool(found.get(d)) for d in DOMAINS}
     said = [{'from': ('human', 'gpt')[i % 2], 'value': t} for i, t in enumerate(turns)]
     return dict(id=record_id(figure), image=figure['image'], domain=domain, conversations=said,
                 lang=figure.get('lang') or 'en', regions=[], licence=figure.get('licence'),
                 tags=dict(modality=[d for d in DOMAINS if domain[d]], **tags),
                 source=figure.get('source'), generator=generator)
 
+# %% ../../nbs/03_data/08_conversations.ipynb #c58822fb
 def alignment_record(
     figure:dict,            # a figure record with an image
     seed:int=0,             # chooses the instruction and the place of the image
@@ -239,6 +261,7 @@ class Turn:
     asks:frozenset=frozenset()  # facts that the answer states
     tells:frozenset=frozenset() # facts that question and answer give away, wholly or in part
 
+# %% ../../nbs/03_data/08_conversations.ipynb #c10182f6
 def facts_told(
     question_type:str,  # question type
     kind:str='',        # the finding that question or answer names
@@ -252,8 +275,9 @@ def facts_told(
     if question_type in ('side', 'quadrant'): told |= {f'side {kind}', f'quadrant {kind}'}
     if question_type in ('side', 'quadrant', 'size') or denies: told.add(f'count {kind}')
     if question_type == 'finding' or denies and not kind:
-        told |= {f'presence {k}' for k in vocabulary.KINDS}
-        told |= {f'count {k}' for k in vocabulary.KINDS if k != kind}
+        for k in vocabulary.KINDS:
+            told.add(f'presence {k}')
+            if k != kind: told.add(f'count {k}')
     return frozenset(told)
 
 # %% ../../nbs/03_data/08_conversations.ipynb #91f50daf
@@ -271,6 +295,7 @@ def turn(
     told = facts_told(question_type, kind, denies)
     return Turn(question, answer, question_type, kind, frozenset(asks), told)
 
+# %% ../../nbs/03_data/08_conversations.ipynb #2fe96901
 def leaks(
     turns:Iterable, # turns in the order of the conversation
 )->list:            # (number of the turn, fact) that earlier turns gave away
@@ -285,19 +310,22 @@ def leaks(
 RANK = dict(modality=0, organ=0, finding=1, report=1, presence=2, count=3,
             quadrant=4, side=4, size=4, description=4)
 
+# %% ../../nbs/03_data/08_conversations.ipynb #069f9a58
 def without_leaks(
     turns:list,              # turns in any order
     rng:np.random.Generator, # draws the order within the bounds
 )->list:                     # turns in a safe order, leaking ones left out
     "Order turns from general to particular and drop those that are given away."
-    rank = [1 if t.asks == {'normal'} else RANK.get(t.type, rng.random()*5) for t in turns]
-    told, kept = set(), []
+    told, kept, rank = set(), [], []
+    for t in turns:
+        rank.append(1 if t.asks == {'normal'} else RANK.get(t.type, rng.random()*5))
     for i in np.argsort(np.array(rank) + rng.random(len(turns))):
         if turns[i].asks & told: continue
         kept.append(turns[i])
         told |= turns[i].tells
     return kept
 
+# %% ../../nbs/03_data/08_conversations.ipynb #b404464c
 def compose(
     turns:list,              # candidates
     rng:np.random.Generator, # draws which are taken
@@ -321,8 +349,10 @@ def excess(
 )->int:            # 0 for an answer other than yes and no
     "How much more often this wording has had this answer than the opposite."
     if q['answer'] not in ('yes', 'no'): return 0
-    return tally[q['question'], q['answer']] - tally[q['question'], 'no' if q['answer'] == 'yes' else 'yes']
+    opposite = 'no' if q['answer'] == 'yes' else 'yes'
+    return tally[q['question'], q['answer']] - tally[q['question'], opposite]
 
+# %% ../../nbs/03_data/08_conversations.ipynb #cbbdef72
 def rarer_twin(
     pair:list,     # two questions with opposite answers
     tally:Counter, # (question, answer) so far
@@ -333,6 +363,15 @@ def rarer_twin(
     n = tally[q['question'], 'yes'] + tally[q['question'], 'no']
     return [q] if excess(q, tally) < 2 + .2*n else []
 
+# %% ../../nbs/03_data/08_conversations.ipynb #7e5c611f
+def _one_of_twins(questions, tally, rng): # at most one of each pair with opposite answers
+    for twin in sorted({q['twin'] for q in questions} - {None}):
+        pair = [q for q in questions if q['twin'] == twin]
+        others = [q for q in questions if q['twin'] != twin]
+        questions = others + rarer_twin(pair, tally, rng)
+    return questions
+
+# %% ../../nbs/03_data/08_conversations.ipynb #5ca04c83
 def short_turns(
     claims:vocabulary.Claims,  # what the text says
     tally:Counter,           # yes and no so far
@@ -344,16 +383,17 @@ def short_turns(
     found = {}
     for i in range(draws):
         questions = vocabulary.claim_questions(claims, rng, skew)
-        for twin in sorted({q['twin'] for q in questions if q['twin'] is not None}):
-            pair = [q for q in questions if q['twin'] == twin]
-            questions = [q for q in questions if q['twin'] != twin] + rarer_twin(pair, tally, rng)
-        for q in questions:
-            if q['answer'] == '0' and i: continue  # as often as in the evaluation, not in every draw
+        for q in _one_of_twins(questions, tally, rng):
+            if q['answer'] == '0' and i: continue  # as often as in the evaluation, not in each draw
             form = i % 2 if q['question_type'] == 'quadrant' else q['answer'] in ('yes', 'no')
             found.setdefault((q['question_type'], q['kind'], form), q)
-    return [turn(q['question'], q['answer'], q['question_type'], q['kind'] or '', is_denial(q, claims))
-            for q in found.values()]
+    out = []
+    for q in found.values():
+        out.append(turn(q['question'], q['answer'], q['question_type'], q['kind'] or '',
+                        is_denial(q, claims)))
+    return out
 
+# %% ../../nbs/03_data/08_conversations.ipynb #375bdb1c
 def is_denial(
     q:dict,                 # a question of `claim_questions`
     claims:vocabulary.Claims, # what the text says
@@ -374,6 +414,7 @@ def place_of(
     if claim['quadrant']: return f" in the {claim['quadrant']} quadrant"
     return f" on the {claim['side']} side" if claim['side'] else ''
 
+# %% ../../nbs/03_data/08_conversations.ipynb #cdf74603
 def describe(
     kind:str,                # the finding
     claim:dict,              # its count, side, quadrant and size; None where the text does not say
@@ -399,6 +440,7 @@ def noun_phrase(
     words = vocabulary.article(words) if n == 1 else f'{vocabulary.NUMBERS[n]} {words}'
     return words + place_of(claim)
 
+# %% ../../nbs/03_data/08_conversations.ipynb #11eca830
 def report_turn(
     claims:vocabulary.Claims,  # what the text says
     rng:np.random.Generator, # draws the wording
@@ -407,10 +449,13 @@ def report_turn(
     found = [noun_phrase(k, f) for k, f in claims.findings.items()]
     answer = 'no abnormality is seen.'
     if found: answer = f'the image shows {vocabulary.listing(found)}.'
-    asks = {f'presence {k}' for k in claims.findings} or {'normal'}
-    asks |= {f'{q} {k}' for k, f in claims.findings.items() for q in f if f[q]}
-    tells = {f'{q} {k}' for k in claims.findings for q in ('side', 'quadrant', 'size')}
-    tells |= asks | facts_told('presence', '', denies=True) | {'modality', 'organ'}
+    asks, tells = set(), {'modality', 'organ'}
+    for k, f in claims.findings.items():
+        asks.add(f'presence {k}')
+        asks.update(f'{q} {k}' for q in f if f[q])
+        tells |= {f'side {k}', f'quadrant {k}', f'size {k}'}
+    asks = asks or {'normal'}
+    tells |= asks | facts_told('presence', '', denies=True)
     return Turn(str(rng.choice(REPORT)), answer, 'report', '', frozenset(asks), frozenset(tells))
 
 # %% ../../nbs/03_data/08_conversations.ipynb #386804a4
@@ -426,6 +471,7 @@ LEAD = re.compile(
 POINTER = re.compile(r'\s+[(\[][^)\]]*(arrow|asterisk|star|circle|line|box|fig|scale|panel|bar|'
                      r'\b[a-h]\b|\d)[^)\]]*[)\]](?![\w-])', re.I)
 
+# %% ../../nbs/03_data/08_conversations.ipynb #08ebcfbd
 def sentences(
     text:str, # a paragraph
 )->list:      # its sentences
@@ -435,7 +481,7 @@ def sentences(
 
 def visible_statement(
     sentence:str, # a sentence of a caption
-)->str:           # what it says about the picture, or '' if it speaks of something else
+)->str:           # what it says about the image, or '' if it speaks of something else
     "Clean a caption sentence of the page around it; drop it if it tells what cannot be seen."
     s = LEAD.sub('', POINTER.sub('', sentence)).strip(' .;:,')
     page = re.search(r'arrow|asterisk|\bfig|^\W|\b[pn]\s*[<=]', s, re.I)
@@ -452,6 +498,7 @@ def named_modalities(
     "The modalities that a text names."
     return [m for m, named in articles.guess_modalities(text).items() if named]
 
+# %% ../../nbs/03_data/08_conversations.ipynb #d8133670
 def general_turns(
     caption:str,             # the caption
     rng:np.random.Generator, # draws wordings and the sentence
@@ -469,8 +516,10 @@ def general_turns(
     return turns
 
 # %% ../../nbs/03_data/08_conversations.ipynb #796b47a4
-_options = {**vocabulary.SHORT, 'modality': tuple(vocabulary.SHORT['modality'].values()), 'side': ('left', 'right')}
+_options = {**vocabulary.SHORT, 'modality': tuple(vocabulary.SHORT['modality'].values()),
+            'side': ('left', 'right')}
 
+# %% ../../nbs/03_data/08_conversations.ipynb #d01a9e20
 def with_errors(
     turns:list,              # turns with short answers, and others, which stay
     rate:float,              # share of short answers that become wrong, 0 to 1
@@ -478,20 +527,20 @@ def with_errors(
 )->list:                     # as many turns
     "Turns with a set share of wrong answers, each of the kind that its question asks for."
     if not rate: return turns
-    def wrong(t):
+    out = []
+    for t in turns:
         kind = 'presence' if t.answer in ('yes', 'no') else t.type
         options = [a for a in _options.get(kind, ()) if a != t.answer]
-        return replace(t, answer=str(rng.choice(options))) if options and rng.random() < rate else t
-    return [wrong(t) for t in turns]
+        if options and rng.random() < rate: t = replace(t, answer=str(rng.choice(options)))
+        out.append(t)
+    return out
 
 # %% ../../nbs/03_data/08_conversations.ipynb #1dd1001d
-class TemplateGenerator:
-    "Writes conversations from caption and mentions by templates; it never sees an image."
-    name, version, saw = 'template', '1', ('caption', 'mentions')
-
+class _Claimer:
+    "Reads the claims of a text, and counts yes and no so that they stay balanced."
     def __init__(self,
         n_turns:tuple=(5, 6),      # fewest and most turns that it aims at
-        weights:dict=None,         # how often each question type is drawn, 1 if not named; `rare`: what closes most others; `sided`: yes or no to a side
+        weights:dict=None,         # question type → how often it is drawn; also `rare` and `sided`
         report:float=0.08,         # how often a conversation is built around a report
         read_findings:bool=True,   # read claims: for texts whose left is the left of the image
         skew:float=0.,             # see `language.claim_questions`
@@ -500,32 +549,6 @@ class TemplateGenerator:
         self.n_turns, self.report, self.skew, self.error = n_turns, report, skew, error
         self.weights = dict(presence=2, rare=5) if weights is None else weights
         self.read_findings, self.tally = read_findings, Counter()
-
-    def __call__(self,
-        caption:str,             # the caption
-        mentions:list,           # sentences of the article that mention the figure
-        rng:np.random.Generator, # draws turns, wordings and order
-    )->list:                     # turns without leaks; empty if the text says nothing visible
-        "Write one conversation."
-        claims = self.claims(caption, mentions)
-        if claims is None: return general_turns(caption, rng)
-        return with_errors(self.noted(self.talk(claims, rng)), self.error, rng)
-
-    def questions(self,
-        caption:str,             # the caption
-        mentions:list,           # sentences of the article that mention the figure
-        rng:np.random.Generator, # draws questions and wordings
-        n:int=10,                # how many at most
-    )->list:                     # turns that know nothing of each other; empty if no claims can be read
-        "Single questions about one picture, each of them a conversation of its own."
-        claims, turns = self.claims(caption, mentions), {}
-        for _ in range(2 if claims else 0):
-            turns.update({t.question: t for t in self.noted(short_turns(claims, self.tally, rng, 3, self.skew))})
-        turns = list(turns.values())
-        name = lambda t: 'sided' if t.type == 'side' and t.answer in ('yes', 'no') else t.type
-        weight = np.array([self.weights.get(name(t), 1) for t in turns], float)
-        drawn = rng.choice(len(turns), min(n, len(turns)), replace=False, p=weight/weight.sum()) if turns else ()
-        return with_errors([turns[i] for i in drawn], self.error, rng)
 
     def claims(self,
         caption:str,             # the caption
@@ -543,41 +566,102 @@ class TemplateGenerator:
         self.tally.update((t.question, t.answer) for t in turns if t.answer in ('yes', 'no'))
         return turns
 
+# %% ../../nbs/03_data/08_conversations.ipynb #d80f3d79
+def _weight_name(t): # the name under which `weights` holds a single question
+    return 'sided' if t.type == 'side' and t.answer in ('yes', 'no') else t.type
+
+# %% ../../nbs/03_data/08_conversations.ipynb #2171defa
+class _Asker(_Claimer):
+    "Asks single questions."
+    def questions(self,
+        caption:str,             # the caption
+        mentions:list,           # sentences of the article that mention the figure
+        rng:np.random.Generator, # draws questions and wordings
+        n:int=10,                # how many at most
+    )->list:                     # turns that know nothing of each other; empty without claims
+        "Single questions about one image, each of them a conversation of its own."
+        claims, turns = self.claims(caption, mentions), {}
+        for _ in range(2 if claims else 0):
+            for t in self.noted(short_turns(claims, self.tally, rng, 3, self.skew)):
+                turns[t.question] = t
+        turns = list(turns.values())
+        if not turns: return []
+        weight = np.array([self.weights.get(_weight_name(t), 1) for t in turns], float)
+        drawn = rng.choice(len(turns), min(n, len(turns)), replace=False, p=weight/weight.sum())
+        return with_errors([turns[i] for i in drawn], self.error, rng)
+
+# %% ../../nbs/03_data/08_conversations.ipynb #a8bd29c4
+def _label(t): return 'normal' if t.asks == {'normal'} else t.type
+
+def _start_weights(labels, claims, weights): # type → how likely a conversation starts from it
+    rare = 'finding' if claims.findings else 'normal'  # closes most other questions
+    out = {}
+    for k in sorted({*labels, 'unanswerable'}): out[k] = weights.get('rare' if k == rare else k, 1)
+    return out
+
+# %% ../../nbs/03_data/08_conversations.ipynb #eeae1e3d
+class TemplateGenerator(_Asker):
+    "Writes conversations from caption and mentions by templates; it never sees an image."
+    name, version, saw = 'template', '1', ('caption', 'mentions')
+
+    def __call__(self,
+        caption:str,             # the caption
+        mentions:list,           # sentences of the article that mention the figure
+        rng:np.random.Generator, # draws turns, wordings and order
+    )->list:                     # turns without leaks; empty if the text says nothing visible
+        "Write one conversation."
+        claims = self.claims(caption, mentions)
+        if claims is None: return general_turns(caption, rng)
+        return with_errors(self.noted(self.talk(claims, rng)), self.error, rng)
+
     def talk(self,
         claims:vocabulary.Claims,  # what the text says
         rng:np.random.Generator, # draws turns, wordings and order
     )->list:                     # turns without leaks
         "A conversation about what the text claims."
-        n = int(rng.integers(self.n_turns[0], self.n_turns[1] + 1))
-        turns = short_turns(claims, self.tally, rng, skew=self.skew)
-        longer = [describe(k, f, rng) for k, f in claims.findings.items()]
-        turns = [t for t in (*turns, *longer) if t and t.type != 'unanswerable']
-        rare = 'finding' if claims.findings else 'normal'  # closes most other questions
-        label = {id(t): 'normal' if t.asks == {'normal'} else t.type for t in turns}
-        weight = {t: self.weights.get('rare' if t == rare else t, 1) for t in sorted({*label.values(), 'unanswerable'})}
-        start = str(rng.choice(list(weight), p=np.array(list(weight.values()))/sum(weight.values())))
-        first = [t for t in turns if label[id(t)] == start][:1]
-        if rng.random() < self.report: first = [report_turn(claims, rng)]
-        if start == 'unanswerable': first = self.fill([], rng, 1)
-        drawn = [weight[label[id(t)]] for t in turns]
-        chosen = max((compose(turns, rng, n, first, drawn) for _ in range(3)), key=len)
-        return self.fill(chosen, rng)
+        return _talk(self, claims, rng)
 
-    def fill(self,
-        chosen:list,             # turns
-        rng:np.random.Generator, # draws wordings and order
-        most:int=2,              # how many such questions at most
-    )->list:                     # with some that no picture answers, where turns are too few
-        "Add questions that cannot be answered until there are enough turns."
-        for q in rng.permutation(vocabulary.ASK['unanswerable']):
-            n = sum(t.type == 'unanswerable' for t in chosen)
-            if len(chosen) >= self.n_turns[0] or n >= most: break
-            if str(q) not in {t.question for t in chosen}:
-                more = turn(str(q), vocabulary.CANNOT, 'unanswerable')
-                chosen = without_leaks([*chosen, more], rng)
-        return chosen
+# %% ../../nbs/03_data/08_conversations.ipynb #ef3a725a
+def _talk(generator, claims, rng):
+    "A conversation without leaks about what the text claims."
+    n = int(rng.integers(generator.n_turns[0], generator.n_turns[1] + 1))
+    turns = short_turns(claims, generator.tally, rng, skew=generator.skew)
+    turns += [describe(k, f, rng) for k, f in claims.findings.items()]
+    turns = [t for t in turns if t and t.type != 'unanswerable']
+    labels = [_label(t) for t in turns]
+    weight = _start_weights(labels, claims, generator.weights)
+    odds = np.array(list(weight.values()))/sum(weight.values())
+    start = str(rng.choice(list(weight), p=odds))
+    first = [turns[labels.index(start)]] if start in labels else []
+    if rng.random() < generator.report: first = [report_turn(claims, rng)]
+    if start == 'unanswerable': first = _filled(generator, [], rng, 1)
+    drawn = [weight[k] for k in labels]
+    chosen = max((compose(turns, rng, n, first, drawn) for _ in range(3)), key=len)
+    return _filled(generator, chosen, rng)
+
+# %% ../../nbs/03_data/08_conversations.ipynb #76150732
+def _filled(generator, chosen, rng, most=2):
+    "Add questions that no image answers until there are enough turns, `most` at most."
+    for q in rng.permutation(vocabulary.ASK['unanswerable']):
+        n = [t.type for t in chosen].count('unanswerable')
+        if len(chosen) >= generator.n_turns[0] or n >= most: break
+        if str(q) in [t.question for t in chosen]: continue
+        more = turn(str(q), vocabulary.CANNOT, 'unanswerable')
+        chosen = without_leaks([*chosen, more], rng)
+    return chosen
 
 # %% ../../nbs/03_data/08_conversations.ipynb #6176c71c
+def _texts_of(figure): # caption and mentions
+    caption = ' '.join((figure.get('caption') or '').split())
+    return caption, [m['text'] for m in figure.get('mentions') or []]
+
+def _single(record, t, number): # a record of one question, named after the figure's own record
+    said = [{'from': 'human', 'value': f'{IMAGE}\n{t.question}'},
+            {'from': 'gpt', 'value': t.answer}]
+    return dict(record, id=f"{record['id']}-{number}", conversations=said,
+                tags=dict(record['tags'], question_types=[t.type]))
+
+# %% ../../nbs/03_data/08_conversations.ipynb #ca904149
 def instruct_record(
     figure:dict,      # a figure record with an image
     seed:int=0,       # draws turns, wordings and order
@@ -587,15 +671,17 @@ def instruct_record(
     "One figure as an instruction conversation."
     generator, rng = generator or TemplateGenerator(), rng_of(figure, seed)
     if not (figure.get('lang') or 'en').lower().startswith('en'): return None
-    caption = ' '.join((figure.get('caption') or '').split())
-    turns = generator(caption, [m['text'] for m in figure.get('mentions') or []], rng)
+    turns = generator(*_texts_of(figure), rng)
     if not turns: return None
     maker = dict(name=generator.name, version=generator.version, saw=list(generator.saw))
     if getattr(generator, 'model', None): maker['model'] = generator.model
     if getattr(generator, 'error', 0): maker['error'] = generator.error
-    return frame(figure, [x for t in turns for x in (t.question, t.answer)], maker,
-                 bool(rng.random() < image_before), question_types=[t.type for t in turns])
+    said = []
+    for t in turns: said += [t.question, t.answer]
+    return frame(figure, said, maker, bool(rng.random() < image_before),
+                 question_types=[t.type for t in turns])
 
+# %% ../../nbs/03_data/08_conversations.ipynb #b27afd56
 def instruct_records(
     figures:Iterable, # figure records with images
     seed:int=0,       # draws turns, wordings and order
@@ -603,29 +689,27 @@ def instruct_records(
     singles:int=0,    # further conversations of a single question about each figure, at most
     asker=None,       # the generator whose `questions` those are; default: the same
 )->Iterator:          # conversation records
-    "Conversations for all figures that say something visible; further ones have `-2`, `-3` … after their id."
+    "Conversations for all figures that say something visible; ids of further ones end in `-2` …"
     generator = generator or TemplateGenerator()
     for f in figures:
         if (r := instruct_record(f, seed, generator)) is None: continue
         yield r
         if not singles: continue
-        text = ' '.join((f.get('caption') or '').split()), [m['text'] for m in f.get('mentions') or []]
-        for k, t in enumerate((asker or generator).questions(*text, rng_of(f, seed + 1), singles), 2):
-            said = [{'from': 'human', 'value': f'{IMAGE}\n{t.question}'}, {'from': 'gpt', 'value': t.answer}]
-            yield dict(r, id=f"{r['id']}-{k}", conversations=said, tags=dict(r['tags'], question_types=[t.type]))
+        asked = (asker or generator).questions(*_texts_of(f), rng_of(f, seed + 1), singles)
+        for k, t in enumerate(asked, 2): yield _single(r, t, k)
 
 # %% ../../nbs/03_data/08_conversations.ipynb #f88eb6b4
 def swap_texts(
     figures:list, # figure records
     share:float,  # of them, 0 to 1
     seed:int=0,   # draws which
-)->list:          # as many records; those that changed name under `text_of` the figure whose texts they carry
+)->list:          # as many records; `text_of` names the figure whose texts a changed one carries
     "Figures of which a set share carry caption and mentions of another one among them."
     n = round(share*len(figures))
     if n < 2: return list(figures)
     out, rng = list(figures), np.random.default_rng([seed, 7])
     chosen = rng.choice(len(figures), n, replace=False)
     for i, j in zip(chosen, np.roll(chosen, 1)):
-        texts = {k: figures[j].get(k) for k in ('caption', 'mentions', 'modalities') if k in figures[j]}
+        texts = {k: figures[j][k] for k in ('caption', 'mentions', 'modalities') if k in figures[j]}
         out[i] = {**figures[i], **texts, 'text_of': record_id(figures[j])}
     return out

@@ -31,12 +31,13 @@ NOTHING = 'NOTHING'   # what a model writes when the text says nothing visible
 class PromptError(ValueError):
     "A file of prompts that cannot be used; the message says which and why."
 
+# %% ../../nbs/03_data/09_generators.ipynb #7d580b12
 @dataclass(frozen=True)
 class Prompts:
     "What a language model is told before it writes a conversation."
     number:int      # counted up by who edits the file
     system:str      # its role and rules
-    caption:str     # the message about a picture, with {caption}
+    caption:str     # the message about an image, with {caption}
     mentions:str    # its second part, with {mentions}
     examples:tuple  # {caption, mentions, conversation}
 
@@ -54,7 +55,7 @@ class Prompts:
         caption:str,   # the caption
         mentions:list, # sentences that mention the figure
     )->str:
-        "The message about one picture."
+        "The message about one image."
         text = self.caption.replace('{caption}', caption).rstrip()
         if not mentions: return text
         listed = '\n'.join(f'- {m}' for m in mentions)
@@ -63,18 +64,24 @@ class Prompts:
         caption:str,   # the caption
         mentions:list, # sentences that mention the figure
     )->list:           # chat messages
-        "Rules, examples and the picture in question, as chat messages."
+        "Rules, examples and the image in question, as chat messages."
         said = [('system', self.system)]
         for e in self.examples:
-            said += [('user', self.about(e['caption'], e['mentions'])), ('assistant', e['conversation'])]
-        return [{'role': r, 'content': t} for r, t in [*said, ('user', self.about(caption, mentions))]]
+            said.append(('user', self.about(e['caption'], e['mentions'])))
+            said.append(('assistant', e['conversation']))
+        said.append(('user', self.about(caption, mentions)))
+        return [{'role': role, 'content': text} for role, text in said]
 
-def _read_words(path, own, kinds, holes, error=PromptError): # what a YAML file says to a model, and a function that refuses it
+# %% ../../nbs/03_data/09_generators.ipynb #c057fcce
+def _read_words(path, own, kinds, holes, error=PromptError):
+    "What a YAML file says to a model, and a function that refuses it."
     file = Path(path) if path else resources.files('llava_med')/own
     def no(why): raise error(f'{file} {why}: compare it with llava_med/{own}.') from None
     try: d = yaml.safe_load(file.read_text(encoding='utf-8'))
-    except FileNotFoundError: raise error(f'{file} does not exist: name a copy of llava_med/{own}.') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: no(f'is not valid YAML ({" ".join(str(e).split())})')
+    except FileNotFoundError:
+        raise error(f'{file} does not exist: name a copy of llava_med/{own}.') from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        no(f'is not valid YAML ({" ".join(str(e).split())})')
     d = d if isinstance(d, dict) else {}
     for k, kind in kinds.items():
         if not isinstance(d.get(k), kind): no(f"has no '{k}', or one of a wrong kind")
@@ -82,27 +89,39 @@ def _read_words(path, own, kinds, holes, error=PromptError): # what a YAML file 
         if f'{{{hole}}}' not in d[k]: no(f"never says {{{hole}}} in '{k}'")
     return d, no
 
+# %% ../../nbs/03_data/09_generators.ipynb #ac04abca
+def _example(e, i, no): # an example of a file of prompts, which has to pass our own rules
+    e = e if isinstance(e, dict) else {}
+    for k in ('caption', 'conversation'):
+        if not isinstance(e.get(k), str):
+            no(f'has an example ({i}) without caption or conversation')
+    talk = e['conversation'].strip()
+    for r in read_talk(talk)[1]:
+        if r['what'] == 'nothing': continue
+        no(f"has an example ({i}) that our own rules refuse ({r['reason']})")
+    return dict(caption=e['caption'].strip(), mentions=list(e.get('mentions') or []),
+                conversation=talk)
+
+# %% ../../nbs/03_data/09_generators.ipynb #4273ab8c
 def read_prompts(
     path:str|Path='', # a file like llava_med/data/prompts.yaml; default: that one
 )->Prompts:           # what it says
     "Read a file of prompts and check it."
-    d, no = _read_words(path, 'data/prompts.yaml', dict(version=int, system=str, caption=str, mentions=str, examples=list),
-                        [(k, k) for k in ('caption', 'mentions')])
-    examples = []
-    for i, e in enumerate(d['examples'], 1):
-        if not isinstance(e, dict) or not isinstance(e.get('caption'), str) or not isinstance(e.get('conversation'), str):
-            no(f'has an example ({i}) without caption or conversation')
-        e = dict(caption=e['caption'].strip(), mentions=list(e.get('mentions') or []), conversation=e['conversation'].strip())
-        pairs, rows = read_talk(e['conversation'])
-        if wrong := [r for r in rows if r['what'] != 'nothing']: no(f"has an example ({i}) that our own rules refuse ({wrong[0]['reason']})")
-        examples.append(e)
+    kinds = dict(version=int, system=str, caption=str, mentions=str, examples=list)
+    holes = [('caption', 'caption'), ('mentions', 'mentions')]
+    d, no = _read_words(path, 'data/prompts.yaml', kinds, holes)
+    examples = [_example(e, i, no) for i, e in enumerate(d['examples'], 1)]
     return Prompts(d['version'], d['system'].strip(), d['caption'], d['mentions'], tuple(examples))
 
 # %% ../../nbs/03_data/09_generators.ipynb #5e65b126
-ROLE = re.compile(r'^[\s*_#>-]*(?:\d+[.)]\s*)?(?:(user|human)|(?:assistant|ai|gpt))(?:\s+\d+)?[\s*_]*:[*_]*\s*', re.I)
+ROLE = re.compile(
+    r'^[\s*_#>-]*(?:\d+[.)]\s*)?(?:(user|human)|(?:assistant|ai|gpt))(?:\s+\d+)?[\s*_]*:[*_]*\s*',
+    re.I,
+)
 FOREIGN = re.compile(r'<image>|<\|[^|<>]{1,40}\|>|</?s>|\[/?INST\]')   # marks of chat templates
 THOUGHT = re.compile(r'<think(?:ing)?>.*?(?:</think(?:ing)?>|$)', re.S | re.I)
 
+# %% ../../nbs/03_data/09_generators.ipynb #052adcb6
 def row(
     what:str,   # its kind, a word or two
     reason:str, # one sentence
@@ -119,53 +138,101 @@ def short(
     text = ' '.join(text.split())
     return repr(text if len(text) <= n else text[:n - 1] + '…')
 
+# %% ../../nbs/03_data/09_generators.ipynb #73ab2f7a
 def split_talk(
     text:str, # what a model wrote
 )->tuple:     # (question, answer) pairs with the number of the question, rows about the rest
     "Cut an answer into its turns."
-    said, rows, pairs, n = [], [], [], 0
+    said, rows = [], []
     for line in text.splitlines():
         if m := ROLE.match(line): said.append(['human' if m[1] else 'gpt', line[m.end():]])
         elif line.strip().startswith('```'): continue
         elif said: said[-1][1] += '\n' + line
-        elif line.strip(): rows.append(row('malformed', f'{short(line)} stands before the first turn.'))
-    said = [(who, t) for who, t in ((w, FOREIGN.sub('', t).strip()) for w, t in said)]
-    for i, (who, t) in enumerate(said):
-        before, after = said[i - 1] if i else None, said[i + 1] if i + 1 < len(said) else None
+        elif line.strip():
+            rows.append(row('malformed', f'{short(line)} stands before the first turn.'))
+    return _paired(said, rows)
+
+# %% ../../nbs/03_data/09_generators.ipynb #d68446d4
+def _paired(said, rows): # (number, question, answer) of turns that follow each other, and the rows
+    pairs, n = [], 0
+    said = [(who, FOREIGN.sub('', t).strip()) for who, t in said]
+    nobody = ('', '')
+    around = zip([nobody, *said], said, [*said[1:], nobody])
+    for (before, _), (who, t), (after, answer) in around:
         n += who == 'human'
         if who == 'gpt':
-            if not before or before[0] != 'human': rows.append(row('malformed', f'The answer {short(t)} follows no question.', n or None))
-        elif not after or after[0] != 'gpt': rows.append(row('malformed', f'The question {short(t)} has no answer.', n))
-        elif not t or not after[1]: rows.append(row('malformed', f'The {"answer" if t else "question"} is empty.', n))
-        else: pairs.append((n, t, after[1]))
+            if before == 'human': continue
+            rows.append(row('malformed', f'The answer {short(t)} follows no question.', n or None))
+        elif after != 'gpt':
+            rows.append(row('malformed', f'The question {short(t)} has no answer.', n))
+        elif not t or not answer:
+            rows.append(row('malformed', f'The {"answer" if t else "question"} is empty.', n))
+        else: pairs.append((n, t, answer))
     return pairs, rows
 
 # %% ../../nbs/03_data/09_generators.ipynb #ed9996a7
-_SAID = r'(?:mentioned|described|stated|noted|indicated|shown|reported|specified|given|explained|detailed|outlined)'
-_WHICH = r"(?:(?:provided|given|accompanying|above|original|figure|figure's|image|image's|picture|picture's|short|brief|available|corresponding|associated|attached)\s+)*"
-_TEXT = (rf'(?:the|this|its|that|your)\s+{_WHICH}(?:captions?|legend|text|sentences?|article|paper|study|passage|description|abstract|publication|report|'
-         r'document|authors?|information|context)\b(?:\s+(?:provided|given|above|(?:of|for) (?:the|this) (?:image|figure|picture)))*(?!\s+of\b)')
-_SOURCE = rf'(?:as\s+(?:\w+\s+)?{_SAID}\s+(?:in|by)|according\s+to|based\s+(?:up)?on|judging\s+(?:by|from)|as\s+per)\s+{_TEXT}'
-OPENING = re.compile(rf'^(?:{_SOURCE}\s*[,:]?\s+|(?:in|from|given|per)\s+{_TEXT}\s*,\s+|{_TEXT}(?:\s+(?:also|further|clearly))?\s+(?:mentions?|states?|says?|notes?|'
-                     r'describes?|indicates?|explains?|reports?|specif(?:y|ies)|suggests?|reveals?|tells? us)(?:\s+that)?\s*,?\s+)', re.I)
+_SAID = (r'(?:mentioned|described|stated|noted|indicated|shown|reported|specified|given|explained'
+         r'|detailed|outlined)')
+_WHICH = (r"(?:(?:provided|given|accompanying|above|original|figure|figure's|image|image's|picture"
+          r"|picture's|short|brief|available|corresponding|associated|attached)\s+)*")
+_TEXT = (
+    rf'(?:the|this|its|that|your)\s+{_WHICH}(?:captions?|legend|text|sentences?|article|paper'
+    rf'|study|passage|description|abstract|publication|report|'
+    r'document|authors?|information|context)\b(?:\s+(?:provided|given|above|(?:of|for) (?:the'
+    r'|this) (?:image|figure|picture)))*(?!\s+of\b)'
+)
+_SOURCE = (rf'(?:as\s+(?:\w+\s+)?{_SAID}\s+(?:in|by)|according\s+to|based\s+(?:up)?on'
+           rf'|judging\s+(?:by|from)|as\s+per)\s+{_TEXT}')
+OPENING = re.compile(
+    rf'^(?:{_SOURCE}\s*[,:]?\s+|(?:in|from|given|per)\s+{_TEXT}\s*,\s+|{_TEXT}(?:\s+(?:also'
+    rf'|further|clearly))?\s+(?:mentions?|states?|says?|notes?|'
+    r'describes?|indicates?|explains?|reports?|specif(?:y|ies)|suggests?|reveals?'
+    r'|tells? us)(?:\s+that)?\s*,?\s+)',
+    re.I,
+)
 SOURCE_ASIDE = re.compile(rf'\s*\(\s*(?:{_SOURCE}|see\s+fig[^)]*|fig(?:ure|s|\.)[^)]*)\s*\)', re.I)
 INLINE = re.compile(rf',\s*{_SOURCE}\s*,|\s*,?\s*{_SOURCE}(?=\s*(?:[.,;:!?)]|$|and\b|but\b))', re.I)
-REPORTED = re.compile(r'\b(is|are|was|were) (?:described|reported|mentioned|stated) (?:as|to be)\b', re.I)
-REVEALS = re.compile(
-    rf'\bcaptions?\b|\blegend\b|\bet al\b|\bfig(?:ure|\.)?s?\s*\d|\[\d+\]|\b(?:the|this)\s+{_WHICH}(?:article|paper|passage|publication|authors?|sentences?|document|description)\b|'
-    rf'\b(?:the|this)\s+{_WHICH}text\b(?!\s+(?:in|on|at)\s+the\s+(?:image|picture|film|corner|left|right|upper|lower|top|bottom))|'
-    rf'\bin (?:this|the|our) study\b|\b(?:is|are|was|were|been) (?:also )?(?:mentioned|stated)\b|\b(?:mentioned|stated|described|reported) (?:in|by) (?:the|this|its)\b|'
-    r'\b(?:given|provided) (?:information|context|text|description)\b|\b(?:information|context) (?:provided|given)\b', re.I)
-_SEE = (r"(?:(?:can ?not|can't|could not|couldn't|unable to|not able to) (?:directly |actually |really )?(?:see|view|access|open|display|look at|analy[sz]e|interpret|process)"
-        r' (?:(?:the|this|that|any|your|an|actual|medical|specific) )*(?:images?|pictures?|photos?|photographs?|figures?|files?|scans?|x-rays?)\b)')
-REFUSAL = re.compile(
-    rf"\b(?:I'm|I am|we're|we are) (?:\w+ )?(?:sorry|afraid)\b|\bsorry, (?:but )?I\b|\bI apologi[sz]e\b|\bas an? (?:AI|artificial|language model|large language|text-based)\b|{_SEE}|"
-    r"\b(?:do not|don't) have (?:direct |any )?(?:access|the ability)\b|\bI (?:can ?not|can't|won't|will not|am unable to|am not able to|'m unable to) "
-    r'(?:help|assist|provide|comply|answer|write|create|generate|do that|do this|continue|offer|give)\b|'
-    r"\bnot (?:explicitly |specifically |clearly )?(?:mentioned|provided|specified|stated|given|described|indicated|reported) (?:in|by|within) (?:the|this|your)\b|"
-    r"\b(?:does not|doesn't|do not|don't) (?:explicitly |specifically )?(?:mention|specify|state|say|provide (?:any |enough )?information)\b|"
-    r'\b(?:no|not enough|insufficient) (?:further |specific |additional )?information (?:is |was )?(?:given|provided|available|about|on|regarding)\b', re.I)
+REPORTED = re.compile(
+    r'\b(is|are|was|were) (?:described|reported|mentioned|stated) (?:as|to be)\b', re.I
+)
 
+# %% ../../nbs/03_data/09_generators.ipynb #49b0f74f
+REVEALS = re.compile(
+    rf'\bcaptions?\b|\blegend\b|\bet al\b|\bfig(?:ure|\.)?s?\s*\d|\[\d+\]|\b(?:the'
+    rf'|this)\s+{_WHICH}(?:article|paper|passage|publication|authors?|sentences?|document'
+    rf'|description)\b|'
+    rf'\b(?:the|this)\s+{_WHICH}text\b(?!\s+(?:in|on|at)\s+the\s+(?:image|picture|film|corner|left'
+    rf'|right|upper|lower|top|bottom))|'
+    rf'\bin (?:this|the|our) study\b|\b(?:is|are|was|were|been) (?:also )?(?:mentioned|stated)\b'
+    rf'|\b(?:mentioned|stated|described|reported) (?:in|by) (?:the|this|its)\b|'
+    r'\b(?:given|provided) (?:information|context|text|description)\b|\b(?:information'
+    r'|context) (?:provided|given)\b',
+    re.I,
+)
+_SEE = (
+    r"(?:(?:can ?not|can't|could not|couldn't|unable to|not able to) (?:directly |actually "
+    r"|really )?(?:see|view|access|open|display|look at|analy[sz]e|interpret|process)"
+    r' (?:(?:the|this|that|any|your|an|actual|medical|specific) )*(?:images?|pictures?|photos?'
+    r'|photographs?|figures?|files?|scans?|x-rays?)\b)'
+)
+REFUSAL = re.compile(
+    rf"\b(?:I'm|I am|we're|we are) (?:\w+ )?(?:sorry|afraid)\b|\bsorry, (?:but )?I\b"
+    rf"|\bI apologi[sz]e\b|\bas an? (?:AI|artificial|language model|large language|text-based)\b"
+    rf"|{_SEE}|"
+    r"\b(?:do not|don't) have (?:direct |any )?(?:access|the ability)\b|\bI (?:can ?not|can't"
+    r"|won't|will not|am unable to|am not able to|'m unable to) "
+    r'(?:help|assist|provide|comply|answer|write|create|generate|do that|do this|continue|offer'
+    r'|give)\b|'
+    r"\bnot (?:explicitly |specifically |clearly )?(?:mentioned|provided|specified|stated|given"
+    r"|described|indicated|reported) (?:in|by|within) (?:the|this|your)\b|"
+    r"\b(?:does not|doesn't|do not|don't) (?:explicitly |specifically )?(?:mention|specify|state"
+    r"|say|provide (?:any |enough )?information)\b|"
+    r'\b(?:no|not enough|insufficient) (?:further |specific |additional )?information (?:is '
+    r'|was )?(?:given|provided|available|about|on|regarding)\b',
+    re.I,
+)
+
+# %% ../../nbs/03_data/09_generators.ipynb #6acc2d75
 def with_capital(
     text:str, # the rest of a sentence
 )->str:       # the same, with a capital unless its first word is no plain word
@@ -173,69 +240,84 @@ def with_capital(
     word = re.split(r'[\s,.;:!?]', text, maxsplit=1)[0]
     return text[0].upper() + text[1:] if word.isalpha() and word.islower() else text
 
+# %% ../../nbs/03_data/09_generators.ipynb #c4a35704
 def mend(
     text:str, # a question or an answer
 )->str:       # without phrases that point to a text
     "Take out phrases that give away that a text was read."
     parts = re.split(r'((?<=[.!?])\s+)', SOURCE_ASIDE.sub('', text))
     for i in range(0, len(parts), 2):
-        while (cut := OPENING.sub('', parts[i], count=1)) != parts[i] and cut: parts[i] = with_capital(cut)
+        while (cut := OPENING.sub('', parts[i], count=1)) != parts[i] and cut:
+            parts[i] = with_capital(cut)
         parts[i] = INLINE.sub('', REPORTED.sub(r'\1', parts[i]))
     out = ''.join(parts)
     return text if out == text else re.sub(r' {2,}', ' ', out).strip()
 
 # %% ../../nbs/03_data/09_generators.ipynb #f9c45c5b
+def _nothing_usable(text, finish): # a row about an answer without any turn, or None
+    if finish == 'content_filter':
+        return row('refusal', "The endpoint's filter stopped the answer.")
+    if not text:
+        return row('cut off' if finish == 'length' else 'malformed', 'The answer is empty.')
+    if re.fullmatch(rf'\W*{NOTHING}\W*', text):
+        return row('nothing', 'The model says that the text shows nothing visible.')
+    if any(map(ROLE.match, text.splitlines())): return None
+    if REFUSAL.search(text): return row('refusal', f'The model refused: {short(text)}.')
+    return row('malformed', f'No line begins with User: or Assistant: in {short(text)}.')
+
+# %% ../../nbs/03_data/09_generators.ipynb #a65b7698
+def _mark_cut(found, rows): # what the limit of tokens has cut off, a last answer or a last question
+    if found and not re.search(r'[.!?)"”]$', found[-1][2]):
+        n, _, answer = found.pop()
+        why = f'The answer {short(answer[-60:])} was cut off at the limit of tokens.'
+        rows.append(row('cut off', why, n))
+    if rows and rows[-1]['reason'].endswith('has no answer.'): rows[-1]['what'] = 'cut off'
+
+# %% ../../nbs/03_data/09_generators.ipynb #01813d31
+def _fault_of(n, q, a, asked): # a row that says why a pair is left out, or None
+    q2, a2 = mend(q), mend(a)
+    if m := REFUSAL.search(a) or REFUSAL.search(q):
+        return row('refusal', f'Refuses: {short(m.string)}.', n)
+    if m := REVEALS.search(q2) or REVEALS.search(a2):
+        return row('reveals', f'Speaks of a text ({m[0]!r}): {short(m.string)}.', n)
+    if not re.search(r'\w', q2) or not re.search(r'\w', a2):
+        return row('malformed', f'Without its pointer to a text nothing is left of {short(a)}.', n)
+    if q2.lower() in asked: return row('repeated', f'{short(q2)} was asked before.', n)
+
+# %% ../../nbs/03_data/09_generators.ipynb #fce6c257
 def read_talk(
     text:str,           # what a model wrote
     finish:str='stop',  # why it stopped: stop, length, content_filter …
-)->tuple:               # (question, answer) pairs that may be used, rows about what was changed or left out
+)->tuple:               # (question, answer) pairs to use, rows about what was changed or left out
     "Turn an answer of a language model into pairs; everything else becomes a row."
     text = THOUGHT.sub('', text or '').strip()
-    if finish == 'content_filter': return [], [row('refusal', "The endpoint's filter stopped the answer.")]
-    if not text: return [], [row('cut off' if finish == 'length' else 'malformed', 'The answer is empty.')]
-    if re.fullmatch(rf'\W*{NOTHING}\W*', text): return [], [row('nothing', 'The model says that the text shows nothing visible.')]
+    if why := _nothing_usable(text, finish): return [], [why]
     found, rows = split_talk(text)
-    if not any(ROLE.match(x) for x in text.splitlines()):
-        if REFUSAL.search(text): return [], [row('refusal', f'The model refused: {short(text)}.')]
-        return [], [row('malformed', f'No line begins with User: or Assistant: in {short(text)}.')]
-    if finish == 'length':
-        if found and not re.search(r'[.!?)"”]$', found[-1][2]): rows.append(row('cut off', f'The answer {short(found[-1][2][-60:])} was cut off at the limit of tokens.', found.pop()[0]))
-        rows = [dict(r, what='cut off') if r['reason'].endswith('has no answer.') and r is rows[-1] else r for r in rows]
+    if finish == 'length': _mark_cut(found, rows)
     pairs, asked = [], set()
     for n, q, a in found:
+        if why := _fault_of(n, q, a, asked):
+            rows.append(why)
+            continue
         q2, a2 = mend(q), mend(a)
-        if m := REFUSAL.search(a) or REFUSAL.search(q): rows.append(row('refusal', f'Refuses: {short(m.string)}.', n))
-        elif m := REVEALS.search(q2) or REVEALS.search(a2): rows.append(row('reveals', f'Speaks of a text ({m[0]!r}): {short(m.string)}.', n))
-        elif not re.search(r'\w', q2) or not re.search(r'\w', a2): rows.append(row('malformed', f'Without its pointer to a text nothing is left of {short(a)}.', n))
-        elif q2.lower() in asked: rows.append(row('repeated', f'{short(q2)} was asked before.', n))
-        else:
-            if (q2, a2) != (q, a): rows.append(row('mended', f'{short(a if a2 != a else q)} became {short(a2 if a2 != a else q2)}.', n))
-            asked.add(q2.lower())
-            pairs.append((q2, a2))
+        old, new = (a, a2) if a2 != a else (q, q2)
+        if old != new: rows.append(row('mended', f'{short(old)} became {short(new)}.', n))
+        asked.add(q2.lower())
+        pairs.append((q2, a2))
     return pairs, rows
 
 # %% ../../nbs/03_data/09_generators.ipynb #55a388eb
 class AnswersError(ValueError):
     "A file of answers that cannot be used; the message says which and why."
 
-class Answers:
-    "Answers of language models and what they cost, in a file that only grows."
-    def __init__(self,
-        path:str|Path, # a .jsonl file; made if missing
-    ):
-        self.path, self.file, self.lock = Path(path), None, filelock.FileLock(f'{path}.lock', is_singleton=False)
-        self.load()
-    def load(self)->None:
-        "Read where each answer stands, and what was spent."
+# %% ../../nbs/03_data/09_generators.ipynb #43a39810
+class _Ledger:
+    "What was asked and answered, and what it cost."
+    def clear(self)->None:
+        "Forget all lines."
         self.at, self.open, self.end = {}, {}, 0
-        self.counts = dict(asked=0, answered=0, failed=0, lost=0, prompt_tokens=0, completion_tokens=0, cost=0.)
-        with open(self.path, 'rb') if self.path.exists() else contextlib.nullcontext(()) as f:
-            for i, line in enumerate(f, 1):
-                if not line.endswith(b'\n'): break   # cut off by a crash
-                try: self.note(json.loads(line), self.end)
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise AnswersError(f'{self.path}, line {i}: not a line of this file. Remove that line; its question will be asked again.') from None
-                self.end += len(line)
+        self.counts = dict(asked=0, answered=0, failed=0, lost=0, prompt_tokens=0,
+                           completion_tokens=0, cost=0.)
     def note(self,
         r:dict, # a line
         at:int, # where it stands
@@ -243,11 +325,15 @@ class Answers:
         "Count one line."
         c, key = self.counts, r['key']
         if r['event'] == 'asked':
-            if key in self.open: c['lost'] += 1; c['cost'] += self.open[key]
-            c['asked'] += 1; self.open[key] = r['worst']
+            if key in self.open:
+                c['lost'] += 1
+                c['cost'] += self.open[key]
+            c['asked'] += 1
+            self.open[key] = r['worst']
             return
         self.open.pop(key, None)
-        c[r['event']] += 1; c['cost'] += r['cost']
+        c[r['event']] += 1
+        c['cost'] += r['cost']
         for k in ('prompt_tokens', 'completion_tokens'): c[k] += r.get(k) or 0
         if r['event'] == 'answered': self.at[key] = at
     @property
@@ -255,9 +341,30 @@ class Answers:
         "What this file may have cost so far."
         return self.counts['cost'] + sum(self.open.values())
     def ledger(self)->dict: # asked, answered, failed, lost, prompt_tokens, completion_tokens, cost
-        "What this file has cost so far; a question without an answer counts with the most that it may have cost."
+        "What this file has cost so far; a question without an answer counts at its worst cost."
         c = self.counts
         return dict(c, lost=c['lost'] + len(self.open), cost=round(self.spent, 6))
+
+# %% ../../nbs/03_data/09_generators.ipynb #e85308b3
+class _Kept(_Ledger):
+    "The answers of a file, to be looked up."
+    def __init__(self,
+        path:str|Path, # a .jsonl file; made if missing
+    ):
+        self.path, self.file = Path(path), None
+        self.lock = filelock.FileLock(f'{path}.lock', is_singleton=False)
+        self.load()
+    def load(self)->None:
+        "Read where each answer stands, and what was spent."
+        self.clear()
+        with open(self.path, 'rb') if self.path.exists() else contextlib.nullcontext(()) as f:
+            for i, line in enumerate(f, 1):
+                if not line.endswith(b'\n'): break   # cut off by a crash
+                try: self.note(json.loads(line), self.end)
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise AnswersError(f'{self.path}, line {i}: not a line of this file. Remove '
+                                       'that line; its question will be asked again.') from None
+                self.end += len(line)
     def __contains__(self, key): return key in self.at
     def __len__(self): return len(self.at)
     def get(self,
@@ -268,12 +375,18 @@ class Answers:
         with open(self.path, 'rb') as f:
             f.seek(self.at[key])
             return json.loads(f.readline())
+
+# %% ../../nbs/03_data/09_generators.ipynb #ac3dfd3d
+class Answers(_Kept):
+    "Answers of language models and what they cost, in a file that only grows."
     @contextlib.contextmanager
     def adding(self):
         "Hold the file, as the only process that adds to it."
         with writing(self.path): self.path.parent.mkdir(parents=True, exist_ok=True)
         try: self.lock.acquire(timeout=0)
-        except filelock.Timeout: raise AnswersError(f'{self.path} is in use by another process: wait for it, or name another file of answers.') from None
+        except filelock.Timeout:
+            raise AnswersError(f'{self.path} is in use by another process: wait for it, or name '
+                               'another file of answers.') from None
         try:
             self.load()   # somebody may have added since
             with writing(self.path), open(self.path, 'ab', buffering=0) as self.file:
@@ -285,7 +398,7 @@ class Answers:
     def add(self,
         key:str,      # of the question
         event:str,    # asked, answered or failed
-        **what,       # worst (asked); cost, and text, finish and tokens (answered) or reason (failed)
+        **what,       # asked: worst; answered: cost, text, finish, tokens; failed: cost, reason
     )->None:
         "Append a line, whole or not at all."
         r = dict(key=key, event=event, at=now(), **what)
@@ -300,19 +413,24 @@ def texts_of(
     figure:dict, # a figure record
 )->tuple:        # caption, mentions
     "What a text generator reads of a figure."
-    return ' '.join((figure.get('caption') or '').split()), [m['text'] for m in figure.get('mentions') or []]
+    caption = ' '.join((figure.get('caption') or '').split())
+    return caption, [m['text'] for m in figure.get('mentions') or []]
 
+# %% ../../nbs/03_data/09_generators.ipynb #d99ac1ef
 def in_turn(
     figures:Iterable, # figure records
 )->list:              # the same, one of each kind at a time
-    "Order figures so that a job that ends early has pictures of all kinds."
+    "Order figures so that a job that ends early has images of all kinds."
     kinds = {}
-    for f in figures: kinds.setdefault(next((d for d in DOMAINS if (f.get('modalities') or {}).get(d)), ''), []).append(f)
+    for f in figures:
+        found = f.get('modalities') or {}
+        kind = next((d for d in DOMAINS if found.get(d)), '')
+        kinds.setdefault(kind, []).append(f)
     return [f for f in chain.from_iterable(zip_longest(*kinds.values())) if f is not None]
 
-class TextGenerator:
-    "A language model that writes conversations from text; `ask` is what differs."
-    name = 'text'
+# %% ../../nbs/03_data/09_generators.ipynb #2acd4597
+class _Asked:
+    "What a language model is asked, and under which key its answer is kept."
     def __init__(self,
         model:str,              # its name, for the record and the key
         answers:str|Path,       # the file that keeps its answers
@@ -321,8 +439,11 @@ class TextGenerator:
         n_examples:int|None=None, # how many of the examples it sees; None: all
         settings:dict|None=None, # of the model, such as temperature and max_tokens
     ):
-        self.model, self.answers, self.prompts = model, Answers(answers), read_prompts(prompts).first(n_examples)
-        self.version, self.saw = self.prompts.version, ('caption', 'mentions') if mentions else ('caption',)
+        self.model = model
+        self.answers = Answers(answers)
+        self.prompts = read_prompts(prompts).first(n_examples)
+        self.version = self.prompts.version
+        self.saw = ('caption', 'mentions') if mentions else ('caption',)
         self.settings = dict(temperature=0, max_tokens=900) | (settings or {})
         self.problems, self.failed = [], {}
     def messages(self,
@@ -334,8 +455,14 @@ class TextGenerator:
         caption:str, mentions:list, # what it may see
     )->str:                         # 64 hexadecimal characters
         "A hash of all that the answer depends on."
-        said = [self.version, self.model, self.settings, caption, mentions if 'mentions' in self.saw else []]
+        seen = mentions if 'mentions' in self.saw else []
+        said = [self.version, self.model, self.settings, caption, seen]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+# %% ../../nbs/03_data/09_generators.ipynb #1857e553
+class TextGenerator(_Asked):
+    "A language model that writes conversations from text; `ask` is what differs."
+    name = 'text'
     def prepare(self,
         figures:Iterable, # figure records
     )->None:
@@ -356,35 +483,43 @@ class TextGenerator:
     )->list:           # turns; empty if nothing can be used, and `problems` says why
         "One conversation, from an answer that is there."
         key, pairs = self.key(caption, mentions), []
-        if (r := self.answers.get(key)) is None: self.problems = [row('no answer', self.failed.get(key, 'It was not asked yet: call `prepare` first.'))]
+        if (r := self.answers.get(key)) is None:
+            why = self.failed.get(key, 'It was not asked yet: call `prepare` first.')
+            self.problems = [row('no answer', why)]
         else: pairs, self.problems = read_talk(r['text'], r['finish'])
         return [Turn(q, a, 'written') for q, a in pairs]
 
+# %% ../../nbs/03_data/09_generators.ipynb #718dac5a
 def unusable(
     figure:dict, # a figure record
 )->str:          # why no model need be asked about it, or ''
     "Why a figure cannot become a conversation, whatever a model would say."
     caption, mentions = texts_of(figure)
     if not figure.get('image'): return 'It has no image file.'
-    if not (figure.get('lang') or 'en').lower().startswith('en'): return f"Its language is {figure['lang']}, not English."
+    if not (figure.get('lang') or 'en').lower().startswith('en'):
+        return f"Its language is {figure['lang']}, not English."
     return '' if caption or mentions else 'It has neither caption nor mention.'
 
+# %% ../../nbs/03_data/09_generators.ipynb #18f7b66b
 def written_records(
     figures:Iterable, # figure records with images
     generator,        # a TextGenerator, or any other
     seed:int=0,       # of the generator's draws and the image's place
     image_before:float=1.0, # how often the image comes before the first question
-    note=None,        # called with {record, turn, what, reason} for all that was changed or left out
+    note=None,        # called with {record, turn, what, reason} of all that was changed or dropped
 )->Iterator:          # conversation records
     "Conversations for all figures, by whatever generator, with a reason for each that is missing."
-    figures, note = list(figures), note or (lambda r: None)
+    figures = list(figures)
     if hasattr(generator, 'prepare'): generator.prepare(f for f in figures if not unusable(f))
     for f in figures:
-        why = unusable(f)
-        r = None if why else instruct_record(f, seed, generator, image_before)
-        rows = [row('not asked', why)] if why else list(getattr(generator, 'problems', []))
+        r, why = None, unusable(f)
+        if why: rows = [row('not asked', why)]
+        else:
+            r = instruct_record(f, seed, generator, image_before)
+            rows = list(getattr(generator, 'problems', []))
         if r is None and not rows: rows = [row('nothing', 'Its text says nothing visible.')]
-        for p in rows: note(dict(record=record_id(f), **p))
+        if note:
+            for p in rows: note(dict(record=record_id(f), **p))
         if r: yield r
 
 # %% ../../nbs/03_data/09_generators.ipynb #b10c3956
@@ -395,19 +530,21 @@ def model_fingerprint(
     p = Path(model)
     return f'{p.resolve().name}@{folder_hash(p)[:8]}' if p.is_dir() else str(model)
 
+# %% ../../nbs/03_data/09_generators.ipynb #f4b48a38
 def _own_template(tokenizer, path):
     "The chat template of a folder, without today's date; a processor's if need be."
     from llava_med.models.exchange import frozen, one_template
     from llava_med.models.llava import read_processor
     said = tokenizer.chat_template
-    if not said and any((Path(path)/f).exists()
-                        for f in ('processor_config.json', 'chat_template.json')):
+    files = Path(path)/'processor_config.json', Path(path)/'chat_template.json'
+    if not said and any(f.exists() for f in files):
         said = getattr(read_processor(path, lambda line: None), 'chat_template', None)
     if not said:
         raise ValueError(f'{path} has no chat template: name a model that was tuned for '
                          f'conversations.')
     return frozen(one_template(said, path))
 
+# %% ../../nbs/03_data/09_generators.ipynb #a0c7c927
 def _chat_rules(tokenizer, model, path):
     "Set the chat template of a tokenizer; gives the ids that end an answer, the template's too."
     from llava_med.models.exchange import chat_template, with_end
@@ -421,9 +558,56 @@ def _chat_rules(tokenizer, model, path):
     except ValueError:
         return ends   # a template that has no place for an image; its ends are as said
 
-class LocalGenerator(TextGenerator):
-    "A chat model of `transformers` that writes conversations on this machine."
-    name = 'local'
+# %% ../../nbs/03_data/09_generators.ipynb #a7f81b7e
+def _loaded(path): # tokenizer and model of a folder or the hub
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from llava_med.core.pieces import read_tokenizer
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        kind = AutoModelForCausalLM
+        if hasattr(config, 'vision_config'): kind = AutoModelForImageTextToText
+        tokenizer = read_tokenizer(path)
+        return tokenizer, kind.from_pretrained(path, dtype='auto', trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        why = ' '.join(str(e).split())[:200]
+        raise ValueError(f'{path} cannot be loaded as a chat model ({why}): name a folder with a '
+                         'model and its tokenizer, or a model of the hub.') from None
+
+# %% ../../nbs/03_data/09_generators.ipynb #fc5da8e2
+def _encoded(tokenizer, messages, path): # token ids of chat messages; ValueError if some are lost
+    from llava_med.models.exchange import chat_text, text_ids
+    text, last = chat_text(tokenizer, messages, cue=True), messages[-1]['content'].strip()
+    if last not in text:
+        raise ValueError(f'The chat template of {path} leaves out what is asked: {last[:80]!r}')
+    return text_ids(tokenizer, [text])[0]
+
+# %% ../../nbs/03_data/09_generators.ipynb #ad5f3c19
+def _too_long(n, most, room): # why a prompt cannot be answered
+    return (f'The prompt has {n} tokens, with {most} for the answer more than the {room} that the '
+            'model reads: use fewer examples (n_examples) or a smaller max_tokens.')
+
+# %% ../../nbs/03_data/09_generators.ipynb #5ec0478d
+def _write_batch(generator, tokenizer, model, ids):
+    "Generate the answers of one batch, and keep those that are not there yet."
+    import torch
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    x = tokenizer.pad({'input_ids': list(ids.values())}, return_tensors='pt').to(model.device)
+    with torch.inference_mode():
+        out = model.generate(**x, max_new_tokens=generator.settings['max_tokens'],
+                             do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    answers = out[:, x['input_ids'].shape[1]:].tolist()
+    for k, said in zip(ids, answers):
+        if k in generator.answers: continue
+        n = next((i for i, t in enumerate(said, 1) if t in ends), None)  # then comes padding
+        text = tokenizer.decode(said[:n], skip_special_tokens=True)
+        generator.answers.add(k, 'answered', cost=0., text=text, finish='stop' if n else 'length',
+                              prompt_tokens=len(ids[k]), completion_tokens=n or len(said),
+                              model=generator.model, prompt=generator.version)
+
+# %% ../../nbs/03_data/09_generators.ipynb #362fd164
+class _Local(TextGenerator):
+    "A chat model of `transformers`, and how it reads a prompt."
     def __init__(self,
         model:str|Path,     # a folder, or a name on the hub
         answers:str|Path,   # the file that keeps its answers
@@ -432,20 +616,14 @@ class LocalGenerator(TextGenerator):
         **how,              # prompts, mentions, n_examples, settings: as for `TextGenerator`
     ):
         super().__init__(model_fingerprint(model), answers, **how)
-        if self.settings['temperature']: raise ValueError('A local model writes with temperature 0, so that a stopped run ends with the same words.')
+        if self.settings['temperature']:
+            raise ValueError('A local model writes with temperature 0, so that a stopped run ends '
+                             'with the same words.')
         self.path, self.device, self.batch_size = str(model), device, batch_size
         self.settings['batch_size'] = batch_size
     def load(self)->tuple: # tokenizer, model
         "Load tokenizer and model."
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-        from llava_med.core.pieces import read_tokenizer
-        try:
-            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
-            kind = AutoModelForImageTextToText if hasattr(config, 'vision_config') else AutoModelForCausalLM
-            tokenizer = read_tokenizer(self.path)
-            model = kind.from_pretrained(self.path, dtype='auto', trust_remote_code=False)
-        except (OSError, ValueError) as e:
-            raise ValueError(f'{self.path} cannot be loaded as a chat model ({" ".join(str(e).split())[:200]}): name a folder with a model and its tokenizer, or a model of the hub.') from None
+        tokenizer, model = _loaded(self.path)
         model.generation_config.eos_token_id = _chat_rules(tokenizer, model, self.path)
         tokenizer.padding_side = 'left'
         if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
@@ -454,40 +632,29 @@ class LocalGenerator(TextGenerator):
         tokenizer,     # with a chat template
         messages:list, # chat messages
     )->list:           # token ids
-        "A prompt as tokens; where a template knows no system role, the rules go before the first question."
-        from llava_med.models.exchange import chat_text, text_ids
-        def encode(m):
-            text, last = chat_text(tokenizer, m, cue=True), m[-1]['content'].strip()
-            if last not in text:
-                raise ValueError(f'The chat template of {self.path} leaves out what is asked: '
-                                 f'{last[:80]!r}')
-            return text_ids(tokenizer, [text])[0]
-        try: return encode(messages)
+        "A prompt as tokens; the rules join the first question where a template has no system role."
+        try: return _encoded(tokenizer, messages, self.path)
         except ValueError:
-            first = dict(messages[1], content=messages[0]['content'] + '\n\n' + messages[1]['content'])
-            return encode([first, *messages[2:]])
+            system, first, *others = messages
+            first = dict(first, content=system['content'] + '\n\n' + first['content'])
+            return _encoded(tokenizer, [first, *others], self.path)
+
+# %% ../../nbs/03_data/09_generators.ipynb #60c46396
+class LocalGenerator(_Local):
+    "A chat model of `transformers` that writes conversations on this machine."
+    name = 'local'
     def ask(self,
         jobs:dict, # key → (caption, mentions), also of answers that are there
     )->None:
         "Write the answers that are missing, batch by batch."
-        import torch
         tokenizer, model = self.load()
-        most, room, keys = self.settings['max_tokens'], model.config.get_text_config().max_position_embeddings, list(jobs)
-        ends = model.generation_config.eos_token_id
-        ends = set(ends) if isinstance(ends, list) else {ends}
+        most, keys = self.settings['max_tokens'], list(jobs)
+        room = model.config.get_text_config().max_position_embeddings
         for i in progress(range(0, len(keys), self.batch_size), 'local model', unit='batches'):
-            batch = keys[i:i + self.batch_size]
+            batch, ids = keys[i:i + self.batch_size], {}
             if all(k in self.answers for k in batch): continue
-            ids = {k: self.ids(tokenizer, self.messages(*jobs[k])) for k in batch}
-            for k, x in ids.items():
-                if len(x) + most > room: self.failed[k] = (f'The prompt has {len(x)} tokens, with {most} for the answer more than the {room} that the model reads: '
-                                                            'use fewer examples (n_examples) or a smaller max_tokens.')
-            if not (good := [k for k in batch if k not in self.failed]): continue
-            x = tokenizer.pad({'input_ids': [ids[k] for k in good]}, return_tensors='pt').to(model.device)
-            with torch.inference_mode(): out = model.generate(**x, max_new_tokens=most, do_sample=False, pad_token_id=tokenizer.pad_token_id)[:, x['input_ids'].shape[1]:]
-            for k, said in zip(good, out.tolist()):
-                if k in self.answers: continue
-                n = next((i for i, t in enumerate(said, 1) if t in ends), None)   # what follows the end is padding
-                text, finish = tokenizer.decode(said[:n], skip_special_tokens=True), 'stop' if n else 'length'
-                self.answers.add(k, 'answered', cost=0., text=text, finish=finish, prompt_tokens=len(ids[k]), completion_tokens=n or len(said),
-                                 model=self.model, prompt=self.version)
+            for k in batch:
+                ids[k] = self.ids(tokenizer, self.messages(*jobs[k]))
+                if len(ids[k]) + most <= room: continue
+                self.failed[k] = _too_long(len(ids.pop(k)), most, room)
+            if ids: _write_batch(self, tokenizer, model, ids)

@@ -21,7 +21,7 @@ from .images import open_image
 from .vqa import check_rows, clean, is_slake, slake_boxes, slake_file
 from .vqa_readers import open_vqa
 
-# %% ../../nbs/03_data/18_labels.ipynb #8cda6d70
+# %% ../../nbs/03_data/18_labels.ipynb #fdafd631
 @dataclass(frozen=True)
 class Thing:
     "An organ or a lesion in an image."
@@ -29,6 +29,7 @@ class Thing:
     box:tuple   # x, y, width, height, in fractions of the image
     lesion:bool # whether it is abnormal
 
+# %% ../../nbs/03_data/18_labels.ipynb #e9920add
 @dataclass(frozen=True)
 class Labels:
     "What is known of one image."
@@ -40,9 +41,9 @@ class Labels:
     things:tuple=()    # of `Thing`
     boxed:bool=True    # False: nobody marked what is there, so nothing can be called absent
 
+# %% ../../nbs/03_data/18_labels.ipynb #f500aeea
 _LESION = re.compile(r'tumor|cancer|edema|nodule|mass|effusion|pneumo|atelectasis|infiltrat|'
                      r'cardiomegaly|lesion|fracture')
-
 _PART = re.compile(r'(brain|head)|(lung|chest|heart)')
 
 def body_part(
@@ -53,26 +54,50 @@ def body_part(
     if not found: return location.lower().replace('_', ' ')
     return 'head' if found[1] else 'chest'
 
+# %% ../../nbs/03_data/18_labels.ipynb #54d6e68b
 def is_lesion(
     name:str, # of a box
 )->bool:
     "Whether a box is about something abnormal."
     return bool(_LESION.search(name.lower()))
 
+# %% ../../nbs/03_data/18_labels.ipynb #9c5d7c2a
 def held_out_images(
     folder:str|Path, # in SLAKE's layout
     splits:tuple=('val', 'test'), # whose images are left out
 )->set:              # names of images that a test or validation question shows, in any language
-    "Images whose labels may not be learned; FileNotFoundError without test file, ValueError where one holds nothing."
+    """Images whose labels may not be learned; FileNotFoundError without test file, ValueError
+    where one holds nothing."""
     out = set()
     for s in splits:
         try: path = slake_file(folder, s)
         except FileNotFoundError:
             if s == 'test': raise
             continue
-        out |= {clean(r['img_name']) for r in check_rows(path, read_json(path), ('img_name',))}
+        for r in check_rows(path, read_json(path), ('img_name',)): out.add(clean(r['img_name']))
     return out
 
+# %% ../../nbs/03_data/18_labels.ipynb #a8eb98ae
+def _most_common(counts):
+    "The most frequent entry; empty where there is none."
+    return ' '.join(counts.most_common(1)[0][0].split()) if counts else ''
+
+# %% ../../nbs/03_data/18_labels.ipynb #e15ee934
+def _labels_of(folder, image, rows):
+    "The labels of one image, from its questions and its boxes."
+    planes, weights, things = Counter(), Counter(), []
+    for r in rows:
+        answer = clean(r['answer'])
+        is_plane = clean(r.get('content_type')) == 'Plane' and 'plane' in answer.lower()
+        if is_plane: planes[answer.lower()] += 1
+        if answer.upper() in ('T1', 'T2'): weights[answer.upper()] += 1
+    for b in slake_boxes(folder, image):
+        things.append(Thing(b['name'], tuple(b['box']), is_lesion(b['name'])))
+    boxed = (folder/'imgs'/image).with_name('detection.json').is_file()
+    return Labels(image, clean(rows[0].get('modality')), body_part(clean(rows[0].get('location'))),
+                  _most_common(planes), _most_common(weights), tuple(things), boxed)
+
+# %% ../../nbs/03_data/18_labels.ipynb #ca9c38fa
 def slake_labels(
     folder:str|Path, # train.json and imgs/, and the other splits, whose images are left out
     say=print,       # gets a line where images or boxes are missing
@@ -81,7 +106,8 @@ def slake_labels(
     folder, rows = Path(folder), defaultdict(list)
     path, imgs = slake_file(folder, 'train'), folder/'imgs'
     if not imgs.is_dir():
-        raise FileNotFoundError(f'{imgs}: there is no such folder; `llava-med get slake` fetches it.')
+        raise FileNotFoundError(f'{imgs}: there is no such folder; `llava-med get slake` fetches '
+                                'it.')
     for r in check_rows(path, read_json(path), ('img_name', 'question', 'answer')):
         rows[clean(r['img_name'])].append(r)
     wanted = sorted(set(rows) - held_out_images(folder))
@@ -97,53 +123,47 @@ def slake_labels(
                  'what they show or lack.')
     return out
 
+# %% ../../nbs/03_data/18_labels.ipynb #2de921e0
 _KIND = re.compile(r'\b(?:(mri?|flair|dwi|diffusion|t[12])|(ct)|(x-?ray|radiograph|film)|'
                    r'(ultrasound))', re.I)
+_KINDS = ('MRI', 'CT', 'X-Ray', 'ultrasound')   # the groups of that pattern
 
 def _said_kind(item):
     "The modality that the answer to an open question about it names, or nothing."
-    asks = item['tags']['question_type'] == 'modality' and item['answer_type'] == 'OPEN'
-    found = _KIND.search(item['answer']) if asks and ' not ' not in item['question'] else None
-    return next((k
-                 for k, said in zip(('MRI', 'CT', 'X-Ray', 'ultrasound'), found.groups()) if said),
-                '') if found else ''
+    if item['tags']['question_type'] != 'modality' or item['answer_type'] != 'OPEN': return ''
+    found = _KIND.search(item['answer'])
+    return '' if not found or ' not ' in item['question'] else _KINDS[found.lastindex - 1]
 
+def _says_axial(item):
+    return item['tags']['question_type'] == 'plane' and item['answer'].lower() == 'axial'
+
+# %% ../../nbs/03_data/18_labels.ipynb #d105067b
+def _unboxed_labels(image, items):
+    "The labels of an image from its questions alone; None where none names the region."
+    parts = [o['tags']['organ'] for o in items if o['tags']['organ']]
+    if not parts: return None
+    kinds = Counter(filter(None, map(_said_kind, items)))
+    plane = 'axial plane' if any(map(_says_axial, items)) else ''
+    return Labels(image, _most_common(kinds), parts[0], plane, boxed=False)
+
+# %% ../../nbs/03_data/18_labels.ipynb #8cda6d70
 def vqa_rad_labels(
     folder:str|Path, # VQA-RAD's files and images
 )->list:             # of `Labels` without boxes, in the order of names
-    """What VQA-RAD's training questions tell of the images without a test question: region, modality
-    and plane. FileNotFoundError where no image is there."""
-    its, rows = open_vqa(folder, say=lambda line: None), defaultdict(list)
-    held = {n for o in its['test'] + its['val'] for n in o['images']}
-    for o in its['train']:
+    """What VQA-RAD's training questions tell of the images without a test question: region,
+    modality and plane. FileNotFoundError where no image is there."""
+    found = open_vqa(folder, say=lambda line: None)
+    held, rows, imgs = set(), defaultdict(list), Path(found['images_dir'])
+    for o in found['test'] + found['val']: held.update(o['images'])
+    for o in found['train']:
         for n in o['images']: rows[n].append(o)
-    names = [n for n in sorted(set(rows) - held) if (Path(its['images_dir'])/n).is_file()]
-    if not names: raise FileNotFoundError(
-        f'{folder}: holds no image of a training question without a test question.')
-    out = []
-    for n in names:
-        kinds = Counter(filter(None, map(_said_kind, rows[n])))
-        axial = any(o['tags']['question_type'] == 'plane' and o['answer'].lower() == 'axial'
-                    for o in rows[n])
-        part = next((o['tags']['organ'] for o in rows[n] if o['tags']['organ']), '')
-        if part: out.append(Labels(n, kinds.most_common(1)[0][0] if kinds else '', part,
-                                   'axial plane' if axial else '', boxed=False))
-    return out
+    names = [n for n in sorted(set(rows) - held) if (imgs/n).is_file()]
+    if not names:
+        raise FileNotFoundError(f'{folder}: holds no image of a training question without a test '
+                                'question.')
+    return list(filter(None, map(_unboxed_labels, names, map(rows.get, names))))
 
-def _labels_of(folder, image, rows):
-    "The labels of one image, from its questions and its boxes."
-    said = [(clean(r['question']).lower(), clean(r['answer']), clean(r.get('content_type')))
-            for r in rows]
-    planes = Counter(a.lower() for q, a, kind in said if kind == 'Plane' and 'plane' in a.lower())
-    weights = Counter(a.upper() for q, a, kind in said if a.upper() in ('T1', 'T2'))
-    things = [Thing(b['name'], tuple(b['box']), is_lesion(b['name']))
-              for b in slake_boxes(folder, image)]
-    first = lambda counts: ' '.join(counts.most_common(1)[0][0].split()) if counts else ''
-    boxed = (folder/'imgs'/image).with_name('detection.json').is_file()
-    return Labels(image, clean(rows[0].get('modality')), body_part(clean(rows[0].get('location'))),
-                  first(planes), first(weights), tuple(things), boxed)
-
-# %% ../../nbs/03_data/18_labels.ipynb #f388179e
+# %% ../../nbs/03_data/18_labels.ipynb #e07e87b3
 def place_words(
     box:tuple, # x, y, width, height, in fractions of the image
 )->str:        # such as 'upper left'
@@ -157,9 +177,10 @@ def an(
     word:str, # that follows
 )->str:
     "The word with its article."
-    return f'an {word}' if word[:1].lower() in 'aeiou' or word[:3] in ('MRI',
-                                                                       'X-R') else f'a {word}'
+    vowel = word[:1].lower() in 'aeiou' or word[:3] in ('MRI', 'X-R')
+    return f'an {word}' if vowel else f'a {word}'
 
+# %% ../../nbs/03_data/18_labels.ipynb #7935cecd
 def word_list(
     words:list, # of anything
 )->str:         # such as 'a, b and c'
@@ -167,39 +188,44 @@ def word_list(
     words = list(words)
     return ' and '.join([', '.join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
+# %% ../../nbs/03_data/18_labels.ipynb #9a3f50c2
 def scan_words(
     labels:Labels, # of an image
 )->str:            # such as 'CT of the abdomen, transverse plane'
     "The kind of image in a few words."
-    kind = f"{labels.modality or 'image'} of the {labels.part}"
-    return ', '.join([kind, *[w for w in (labels.plane,
-                                          labels.weighting
-                                          and f'{labels.weighting} weighted') if w]])
+    words = [f"{labels.modality or 'image'} of the {labels.part}"]
+    if labels.plane: words.append(labels.plane)
+    if labels.weighting: words.append(f'{labels.weighting} weighted')
+    return ', '.join(words)
 
+def _placed(thing): # where a thing is, in words
+    return f'in the {place_words(thing.box)} of the image'
+
+# %% ../../nbs/03_data/18_labels.ipynb #f388179e
 def label_caption(
     labels:Labels, # of an image
     rng,           # numpy Generator: order of the organs, and how many are named
 )->str:
     "What an image shows, in plain sentences."
-    lesions = [t for t in labels.things if t.lesion]
-    organs = [t for t in labels.things if not t.lesion]
-    organs = [organs[i] for i in rng.permutation(len(organs))[:int(rng.integers(2, 7))]]
+    lesions, organs = [], []
+    for t in labels.things:
+        if t.lesion: lesions.append(f'{t.name} {_placed(t)}')
+        else: organs.append(f'The {t.name} is {_placed(t)}.')
+    named = rng.permutation(len(organs))[:int(rng.integers(2, 7))]
     head = an(scan_words(labels))
     said = [f'{head[0].upper()}{head[1:]}.']
-    if lesions:
-        said.append(f"It shows "
-                    f"{word_list(f'{t.name} in the {place_words(t.box)} of the image' for t in lesions)}.")
-    if organs:
-        said.append(' '.join(f'The {t.name} is in the {place_words(t.box)} of the image.'
-                             for t in organs))
-    return ' '.join(said)
+    if lesions: said.append(f'It shows {word_list(lesions)}.')
+    return ' '.join(said + [organs[i] for i in named])
 
-# %% ../../nbs/03_data/18_labels.ipynb #59d34d5f
+# %% ../../nbs/03_data/18_labels.ipynb #ca1cb815
+_ASKED = {'function', 'symptom', 'cause', 'treatment', 'prevention'}   # attributes
+
 def knowledge(
     folder:str|Path, # with KG/en_disease.csv and KG/en_organ.csv
 )->dict:             # name in lower case → [(attribute, value), …] of those that are asked
-    "What SLAKE's knowledge graph says, by organ and disease; empty where there is none, ValueError where it is no text."
-    asked, out = {'function', 'symptom', 'cause', 'treatment', 'prevention'}, defaultdict(list)
+    """What SLAKE's knowledge graph says, by organ and disease; empty where there is none,
+    ValueError where it is no text."""
+    out = defaultdict(list)
     for name in ('en_disease', 'en_organ'):
         path = Path(folder)/'KG'/f'{name}.csv'
         if not path.is_file(): continue
@@ -207,36 +233,39 @@ def knowledge(
         except UnicodeDecodeError: raise ValueError(f'{path}: not UTF-8; fetch it again.') from None
         for line in lines[1:]:
             key, attribute, value, *_ = *line.split('#'), '', ''
-            pair = attribute.strip().lower(), value.strip()
-            if pair[0] in asked and pair[1] and pair not in out[key.strip().lower()]:
-                out[key.strip().lower()].append(pair)
+            key, pair = key.strip().lower(), (attribute.strip().lower(), value.strip())
+            if pair[0] in _ASKED and pair[1] and pair not in out[key]: out[key].append(pair)
     return dict(out)
 
+# %% ../../nbs/03_data/18_labels.ipynb #59d34d5f
 def absent_things(
     all_labels:list, # of `Labels`
 )->dict:             # image → names of what it lacks and others of its modality and body part have
     "What one may ask for and not find, image by image."
-    common = defaultdict(Counter)
-    for l in all_labels: common[l.modality, l.part].update({t.name for t in l.things})
-    return {l.image: sorted(set(common[l.modality, l.part]) - {t.name for t in l.things})
-            for l in all_labels}
+    common, there, out = defaultdict(set), {}, {}
+    for l in all_labels:
+        there[l.image] = {t.name for t in l.things}
+        common[l.modality, l.part] |= there[l.image]
+    for l in all_labels: out[l.image] = sorted(common[l.modality, l.part] - there[l.image])
+    return out
 
-# %% ../../nbs/03_data/18_labels.ipynb #a27851dd
+# %% ../../nbs/03_data/18_labels.ipynb #02e5b212
 def _scan_turns(l, rng):
     "Questions about modality, body part, plane and weighting."
-    out = [(['Which part of the body does this image belong to?',
-             'What part of the body is shown?'],
-            l.part.capitalize(), 'position', None)]
+    out = []
     if l.modality:
-        out.insert(0, (['What modality is used to take this image?', 'How was this image taken?'],
-                       l.modality, 'modality', None))
+        out.append((['What modality is used to take this image?', 'How was this image taken?'],
+                    l.modality, 'modality', None))
+    out.append((['Which part of the body does this image belong to?',
+                 'What part of the body is shown?'], l.part.capitalize(), 'position', None))
     if l.plane:
         out.append((['What is the scanning plane of this image?', 'In what plane is it scanned?'],
-                            l.plane.title(), 'plane', None))
+                    l.plane.title(), 'plane', None))
     if l.weighting:
         out.append((['What is the MR weighting of this image?'], l.weighting, 'modality', None))
     return out
 
+# %% ../../nbs/03_data/18_labels.ipynb #f630f7ac
 def _thing_turns(l, absent, rng):
     "Questions about what is there, what is not, and where."
     out, there = [], list(l.things)
@@ -245,35 +274,43 @@ def _thing_turns(l, absent, rng):
         out.append(([f'Where is the {t.name}?', f'In which part of the image is the {t.name}?'],
                     place_words(t.box).capitalize(), 'position', t))
     n = max(1, min(len(there), len(absent)))
-    asked = [(t.name, 'Yes', t) for t in (there[i] for i in rng.permutation(len(there))[:n])]
-    asked += [(absent[i], 'No', None) for i in rng.permutation(len(absent))[:max(len(asked), 1)]]
+    asked = [(there[i].name, 'Yes', there[i]) for i in rng.permutation(len(there))[:n]]
+    n_absent = max(len(asked), 1)
+    asked += [(absent[i], 'No', None) for i in rng.permutation(len(absent))[:n_absent]]
     for name, answer, t in asked:
         out.append(([f'Does the picture contain {name}?', f'Is there {name} in this image?'],
                     answer, 'presence', t))
     return out
 
+# %% ../../nbs/03_data/18_labels.ipynb #96b3de87
+def _area(thing): return thing.box[2]*thing.box[3]
+
+def _size_turns(organs):
+    "A question about the largest organ, if it is clearly larger than the next."
+    if len(organs) < 2: return []
+    first, second = sorted(organs, key=_area, reverse=True)[:2]
+    if _area(first) <= 1.3*_area(second): return []
+    return [(['What is the largest organ in the picture?'], first.name.title(), 'size', first)]
+
+# %% ../../nbs/03_data/18_labels.ipynb #23f4b6f7
 def _lesion_turns(l, rng):
     "Questions about lesions as a whole."
     if not l.boxed: return []
-    lesions = [t for t in l.things if t.lesion]
-    names = list(dict.fromkeys(t.name for t in lesions))
+    lesions, organs = [], []
+    for t in l.things: (lesions if t.lesion else organs).append(t)
     out = [(['Is this image normal?', 'Does this image look normal?'], 'No' if lesions else 'Yes',
             'abnormality', None)]
     if lesions:
+        names, first = list(dict.fromkeys(t.name for t in lesions)), lesions[0]
         out.append((['What diseases are included in the picture?', 'Which abnormality is shown?'],
-                    ', '.join(names).title(), 'abnormality', lesions[0]))
+                    ', '.join(names).title(), 'abnormality', first))
         out.append((['Where is the abnormality located?'],
-                    place_words(lesions[0].box).capitalize(), 'abnormality', lesions[0]))
+                    place_words(first.box).capitalize(), 'abnormality', first))
         out.append((['How many kinds of abnormalities are there in this image?'], str(len(names)),
                     'count', None))
-    organs = [t for t in l.things if not t.lesion]
-    if len(organs) > 1:
-        sizes = sorted(organs, key=lambda t: -t.box[2]*t.box[3])
-        if sizes[0].box[2]*sizes[0].box[3] > 1.3*sizes[1].box[2]*sizes[1].box[3]:
-            out.append((['What is the largest organ in the picture?'], sizes[0].name.title(),
-                        'size', sizes[0]))
-    return out
+    return out + _size_turns(organs)
 
+# %% ../../nbs/03_data/18_labels.ipynb #a27851dd
 def _known_turns(l, known, rng):
     "Questions that the knowledge graph answers about what is in the image."
     out = []
@@ -285,7 +322,7 @@ def _known_turns(l, known, rng):
                         value[:1].upper() + value[1:], 'knowledge', t))
     return out
 
-# %% ../../nbs/03_data/18_labels.ipynb #0ae0860d
+# %% ../../nbs/03_data/18_labels.ipynb #95cf87c0
 def label_turns(
     labels:Labels, # of an image
     absent:list,   # from `absent_things`
@@ -295,28 +332,48 @@ def label_turns(
 )->list:           # lists of (question, answer, question type, Thing or None), a conversation each
     "All that the labels of an image answer, as conversations."
     turns = [*_scan_turns(labels, rng), *_thing_turns(labels, absent, rng),
-             *_lesion_turns(labels, rng),
-             *_known_turns(labels, known, rng)]
-    turns = [turns[i] for i in rng.permutation(len(turns))]
-    said = [(str(rng.choice(q)), a, kind, t) for q, a, kind, t in turns]
+             *_lesion_turns(labels, rng), *_known_turns(labels, known, rng)]
+    said = []
+    for i in rng.permutation(len(turns)):
+        wordings, *rest = turns[i]
+        said.append((str(rng.choice(wordings)), *rest))
     return [said[i:i + most] for i in range(0, len(said), most)]
 
+# %% ../../nbs/03_data/18_labels.ipynb #4c0288cf
 _DOMAINS = {'CT': 'ct_scan', 'MRI': 'mri', ('X-Ray', 'chest'): 'chest_xray'}   # LLaVA-Med's names
+
+def _regions(turns): # the things that turns are about, each once
+    things = dict.fromkeys(t for *_, t in turns if t)
+    return [dict(name=t.name, box=list(t.box)) for t in things]
 
 def _record(labels, name, turns, maker, tags, licence, source):
     "One record in LLaVA-Med's form; the image stands before the first question."
     said = []
-    for i, (q, a, *_) in enumerate(turns):
-        said += [{'from': 'human', 'value': f'{IMAGE}\n{q}' if i == 0 else q},
-                 {'from': 'gpt', 'value': a}]
-    regions = [dict(name=t.name, box=list(t.box)) for t in dict.fromkeys(t for *_, t in turns if t)]
+    for q, a, *_ in turns: said += [{'from': 'human', 'value': q}, {'from': 'gpt', 'value': a}]
+    said[0]['value'] = f"{IMAGE}\n{said[0]['value']}"
     kind = _DOMAINS.get((labels.modality, labels.part), _DOMAINS.get(labels.modality))
     return dict(id=name, image=labels.image, domain={d: d == kind for d in DOMAINS},
-                conversations=said,
-                tags=dict(modality=[kind] if kind else [], **tags),
-                regions=regions,
-                lang='en', licence=licence, source=source, generator=maker)
+                conversations=said, tags=dict(modality=[kind] if kind else [], **tags),
+                regions=_regions(turns), lang='en', licence=licence, source=source,
+                generator=maker)
 
+# %% ../../nbs/03_data/18_labels.ipynb #93210a50
+def _caption_record(labels, name, rng, *of):
+    "An alignment record: a request for a description, and the caption."
+    text = label_caption(labels, rng)
+    long = len(text.split()) >= CUT_WORDS
+    asked = str(rng.choice(DETAILED_PROMPTS if long else BRIEF_PROMPTS))
+    return _record(labels, name, [(asked, text, 'description', None)],
+                   dict(name='labels', version='1', saw=['labels']),
+                   dict(length='detailed' if long else 'brief'), *of)
+
+def _talk_record(labels, name, turns, *of):
+    "An instruction record: a conversation."
+    return _record(labels, name, turns,
+                   dict(name='labels', version='1', saw=['labels', 'knowledge graph']),
+                   dict(question_types=[kind for *_, kind, _ in turns]), *of)
+
+# %% ../../nbs/03_data/18_labels.ipynb #0ae0860d
 def label_records(
     all_labels:list, # of `Labels`
     known:dict={},   # from `knowledge`
@@ -327,25 +384,39 @@ def label_records(
     source:str='slake labels', # where they come from
 )->tuple:            # alignment records, instruction records
     "Captions and conversations of all images."
-    absent, align, talk, of = absent_things(all_labels), [], [], (licence, source)
+    absent, align, talk = absent_things(all_labels), [], []
     for n, l in enumerate(all_labels):
         rng, stem = np.random.default_rng([seed, n]), re.sub(r'\W+', '-', l.image.rsplit('.', 1)[0])
         for k in range(n_captions):
-            text = label_caption(l, rng)
-            length, prompts = ('detailed',
-                               DETAILED_PROMPTS) if len(text.split()) >= CUT_WORDS else ('brief',
-                                                                                         BRIEF_PROMPTS)
-            align.append(_record(l, f'{stem}-caption-{k}',
-                                 [(str(rng.choice(prompts)), text, 'description', None)],
-                                 dict(name='labels', version='1', saw=['labels']),
-                                 dict(length=length), *of))
+            align.append(_caption_record(l, f'{stem}-caption-{k}', rng, licence, source))
         for k in range(n_rounds):
             for j, turns in enumerate(label_turns(l, absent[l.image], known, rng)):
-                talk.append(_record(l, f'{stem}-talk-{k}-{j}', turns,
-                                    dict(name='labels', version='1',
-                                         saw=['labels', 'knowledge graph']),
-                                    dict(question_types=[kind for *_, kind, _ in turns]), *of))
+                talk.append(_talk_record(l, f'{stem}-talk-{k}-{j}', turns, licence, source))
     return align, talk
+
+# %% ../../nbs/03_data/18_labels.ipynb #91209a67
+def _image_stem(source, name): # the name of an image of a set, without ending
+    return f"{source.lower()}-{re.sub(r'[^A-Za-z0-9]+', '-', name.rsplit('.', 1)[0])}"
+
+def _copy_image(image, out, max_side): # an image as JPEG, not larger than that
+    with replacing(out) as part:
+        copy = open_image(image).convert('RGB')
+        copy.thumbnail((max_side, max_side))
+        copy.save(part, 'JPEG', quality=92)
+
+# %% ../../nbs/03_data/18_labels.ipynb #4ff65a30
+def _label_rows(labels, align, source, licence):
+    "Figure-like rows of the images, with a caption of each."
+    captions, kinds, rows = {}, {}, []
+    for r in align:
+        captions.setdefault(r['image'], r['conversations'][1]['value'])
+        kinds[r['image']] = r['domain']
+    for l in labels:
+        stem = _image_stem(source, l.image)
+        name = f'labels/{stem}.jpg'
+        rows.append(dict(id=stem, image=name, caption=captions[name], modalities=kinds[name],
+                         mentions=[], source=source, licence=licence, lang='en'))
+    return rows
 
 # %% ../../nbs/03_data/18_labels.ipynb #bd8e1e97
 def label_set(
@@ -357,7 +428,8 @@ def label_set(
     max_side:int=512, # pixels of the longer side
     say=print,       # gets a line for what the set lacks
 )->tuple:            # figure-like rows, alignment records, instruction records
-    "Captions and conversations about the images of a set that lend their labels, and these images as JPEG."
+    """Captions and conversations about the images of a set that lend their labels, and these
+    images as JPEG."""
     folder = Path(folder)
     slake, known = is_slake(folder), knowledge(folder)
     labels = slake_labels(folder, say) if slake else vqa_rad_labels(folder)
@@ -366,21 +438,11 @@ def label_set(
                            'about knowledge; `llava-med get slake` fetches the set with them.')
     licence, source = ('CC BY 4.0', 'SLAKE') if slake else ('CC0 1.0', 'VQA-RAD')
     where = folder/'imgs' if slake else Path(open_vqa(folder, say=lambda line: None)['images_dir'])
-    made = label_records(labels, known, seed, n_captions, n_rounds, licence,
-                         f'{source} labels')
-    stem = lambda name: f"{source.lower()}-{re.sub(r'[^A-Za-z0-9]+', '-', name.rsplit('.', 1)[0])}"
-    for records in made:
-        for r in records:
-            r.update(id=f"{source.lower()}-{r['id']}", image=f"labels/{stem(r['image'])}.jpg")
-    captions = {r['image']: r['conversations'][1]['value'] for r in reversed(made[0])}
+    made = label_records(labels, known, seed, n_captions, n_rounds, licence, f'{source} labels')
+    for r in made[0] + made[1]:
+        r.update(id=f"{source.lower()}-{r['id']}",
+                 image=f"labels/{_image_stem(source, r['image'])}.jpg")
     (images/'labels').mkdir(parents=True, exist_ok=True)
     for l in labels:
-        with replacing(images/f'labels/{stem(l.image)}.jpg') as part:
-            image = open_image(where/l.image).convert('RGB')
-            image.thumbnail((max_side, max_side))
-            image.save(part, 'JPEG', quality=92)
-    kinds = {r['image']: r['domain'] for r in made[0]}
-    rows = [dict(id=stem(l.image), image=(n := f'labels/{stem(l.image)}.jpg'), caption=captions[n],
-                 modalities=kinds[n], mentions=[], source=source, licence=licence, lang='en')
-            for l in labels]
-    return rows, *made
+        _copy_image(where/l.image, images/f'labels/{_image_stem(source, l.image)}.jpg', max_side)
+    return _label_rows(labels, made[0], source, licence), *made

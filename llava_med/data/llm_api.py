@@ -29,19 +29,48 @@ from urllib3.util import Retry
 from .generators import LocalGenerator, TextGenerator, texts_of
 from ..core.runs import progress
 
-# %% ../../nbs/03_data/10_llm_api.ipynb #44f1eae3
-class EndpointError(ValueError): "A service that cannot be asked, or not so; the message is one sentence."
+# %% ../../nbs/03_data/10_llm_api.ipynb #9bc8e6ae
+class EndpointError(ValueError):
+    "A service that cannot be asked, or not so; the message is one sentence."
+
 class _Failed(Exception): # an attempt without an answer
-    def __init__(self, why, after=0., billed=False): super().__init__(why); self.after, self.billed = after, billed
+    def __init__(self, why, after=0., billed=False):
+        super().__init__(why)
+        self.after, self.billed = after, billed
+
 class _Again(_Failed): pass   # it may pass
+
 class _No(_Failed): pass      # this question gets no answer
+
 class _Stop(_Failed): pass    # no question would
+
 class _Full(_Failed): pass    # the cap is reached
 
 def _content(x): # of a message or a delta: text, or a list of parts
     c = x.get('content') or x.get('refusal') or ''
     return c if isinstance(c, str) else ''.join(p.get('text') or '' for p in c)
 
+# %% ../../nbs/03_data/10_llm_api.ipynb #17416d08
+def _last(rows, key): # the last value under a key that says something, or None
+    return next((r[key] for r in reversed(rows) if r.get(key)), None)
+
+# %% ../../nbs/03_data/10_llm_api.ipynb #a7ef4a4f
+def _chunks(text, stream): # the pieces of a stream, or the whole answer as one
+    if not stream: return [json.loads(text)]
+    lines = (x[5:] for x in text.splitlines() if x.startswith('data:'))
+    return [json.loads(x) for x in lines if x.strip() != '[DONE]']
+
+def _read(chunks, part): # text, why it stopped, tokens; None for a text without any choice
+    if wrong := _last(chunks[::-1], 'error'):
+        why = wrong.get('message') if isinstance(wrong, dict) else wrong
+        raise EndpointError(f'an error: {why}')
+    choices = [c['choices'][0] for c in chunks if c.get('choices')]
+    said = ''.join(_content(c.get(part) or {}) for c in choices) if choices else None
+    used = _last(chunks, 'usage')
+    tokens = used and (int(used['prompt_tokens']), int(used['completion_tokens']))
+    return said, _last(choices, 'finish_reason'), tokens
+
+# %% ../../nbs/03_data/10_llm_api.ipynb #44f1eae3
 def read_answer(
     body:bytes,        # what came
     stream:bool=False, # whether it is a stream of events
@@ -49,21 +78,15 @@ def read_answer(
     "What a service said; a ValueError says what is wrong with it."
     text = body.decode('utf-8', 'replace')
     stream = stream and not text.lstrip().startswith('{')   # some answer as a whole all the same
-    try:
-        if stream: chunks = [json.loads(x[5:]) for x in text.splitlines() if x.startswith('data:') and x[5:].strip() != '[DONE]']
-        else: chunks = [json.loads(text)]
-        if wrong := next((c['error'] for c in chunks if c.get('error')), None):
-            raise ValueError('an error: ' + str(wrong.get('message') if isinstance(wrong, dict) else wrong))
-        choices = [c['choices'][0] for c in chunks if c.get('choices')]
-        said = ''.join(_content(c.get('delta' if stream else 'message') or {}) for c in choices)
-        finish = next((c['finish_reason'] for c in reversed(choices) if c.get('finish_reason')), None)
-        used = next((c['usage'] for c in reversed(chunks) if c.get('usage')), None)
-        tokens = used and (int(used['prompt_tokens']), int(used['completion_tokens']))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, IndexError): raise ValueError('something unreadable') from None
-    if not choices or stream and not finish: raise ValueError('a stream that breaks off' if stream else 'no choice of words')
+    try: said, finish, tokens = _read(_chunks(text, stream), 'delta' if stream else 'message')
+    except EndpointError: raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise ValueError('something unreadable') from None
+    if said is None or stream and not finish:
+        raise ValueError('a stream that breaks off' if stream else 'no choice of words')
     return said, finish or 'stop', tokens
 
-# %% ../../nbs/03_data/10_llm_api.ipynb #294b1fc3
+# %% ../../nbs/03_data/10_llm_api.ipynb #ece24781
 def price(
     tokens:tuple, # of prompt and answer
     prices:tuple, # for a million of each
@@ -77,32 +100,304 @@ def token_bound(
     "More tokens than a prompt can have: its bytes, and what chat templates put around them."
     return sum(len(m['content'].encode()) + 16 for m in messages) + 64
 
+# %% ../../nbs/03_data/10_llm_api.ipynb #294b1fc3
 def check_url(
     url:str, # address of a service
 )->bool:     # whether it is on this machine
     "Refuse addresses that are none, or that carry a secret."
-    try: u = urlsplit(url); name = u.hostname
+    try:
+        u = urlsplit(url)
+        name = u.hostname
     except ValueError: u, name = urlsplit(''), None
-    if u.scheme not in ('http', 'https') or not name: raise EndpointError(f'{url!r} is not an address: write such as http://127.0.0.1:8000/v1.')
-    if u.username or u.password or u.query: raise EndpointError(f'The address of {name} carries more than an address: a key goes into the environment variable OPENAI_API_KEY.')
+    if u.scheme not in ('http', 'https') or not name:
+        raise EndpointError(f'{url!r} is not an address: write such as http://127.0.0.1:8000/v1.')
+    if u.username or u.password or u.query:
+        raise EndpointError(f'The address of {name} carries more than an address: a key goes into '
+                            'the environment variable OPENAI_API_KEY.')
     return name == 'localhost' or name.startswith('127.') or name == '::1'
 
-# %% ../../nbs/03_data/10_llm_api.ipynb #6a3adc3c
+# %% ../../nbs/03_data/10_llm_api.ipynb #d7be3484
 RETRY_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 
 def _broken(): # errors of the HTTP library that the client uses
     for name in ('httpx2', 'httpx'):
         with contextlib.suppress(ImportError): yield importlib.import_module(name).HTTPError
 
-class EndpointGenerator(TextGenerator):
+def _retry_after(response): # seconds that a service wants to be left alone
+    try: return Retry().parse_retry_after(response.headers['retry-after'])
+    except (KeyError, InvalidHeader): return 0.
+
+def _words_of(e): # what the body of a refusal says
+    if not isinstance(e.body, dict): return e.body
+    return e.body.get('message') or e.body.get('detail') or e.body
+
+# %% ../../nbs/03_data/10_llm_api.ipynb #b4547c0e
+class _Refusals:
+    "What the refusals of a service mean."
+    def clean(self,
+        text:str, # from a service
+    )->str:       # without the key of the account
+        "Take the key out, should a service repeat it."
+        if len(self.secret) > 3: text = text.replace(self.secret, '[key]')
+        return re.sub(r'\bsk-[\w*-]{8,}', '[key]', text)
+
+    def refused(self,
+        e:openai.APIStatusError, # an answer with a status of 400 and more
+    )->_Failed:
+        "What a status means for this question and for the others; none of them is billed."
+        code, words = e.status_code, _words_of(e)
+        said = f'{self.url} answers {code}'
+        if words: said += f' ({" ".join(str(words).split())[:150]})'
+        said = self.clean(said)
+        if code in (401, 403):
+            return _Stop(f'{said}: set the environment variable OPENAI_API_KEY to a key that it '
+                         'accepts')
+        if code == 404:
+            return _Stop(f'{said}: check the address, which usually ends in /v1, and the model '
+                         f'{self.model!r}')
+        if 'insufficient_quota' in str(e.body):
+            return _Stop(f'{said}: the account has no credit left')
+        if code not in RETRY_STATUSES: return _No(said)
+        after = _retry_after(e.response)
+        if after > self.longest:
+            return _No(f'{said} and wants to be left alone for {after:.0f} s')
+        self.next = max(self.next, time.monotonic() + after)   # for everybody
+        return _Again(said, after)
+
+# %% ../../nbs/03_data/10_llm_api.ipynb #3db10f16
+class _Requests(_Refusals):
+    "One request to a service."
+    async def receive(self,
+        messages:list, # chat messages
+    )->bytes:          # what came
+        "The bytes of an answer, as far as the limit."
+        # else no service tells what a stream cost
+        more = dict(stream=True, stream_options=dict(include_usage=True)) if self.stream else {}
+        create, body = self.client.chat.completions.with_streaming_response.create, bytearray()
+        async with create(model=self.model, messages=messages, extra_body=self.settings,
+                          **more) as r:
+            async for x in r.iter_bytes():
+                body += x
+                if len(body) > self.limit:
+                    raise _No(f'{self.url} answers without end: {len(body)} bytes and no end',
+                              billed=True)
+        return bytes(body)
+
+    async def fetch(self,
+        messages:list, # chat messages
+    )->bytes:          # what came
+        "One request; however it ends, it ends in time and in memory."
+        try:
+            async with asyncio.timeout(self.deadline): return await self.receive(messages)
+        except openai.APIStatusError as e: raise self.refused(e) from None
+        except openai.APIConnectionError as e:
+            why, what = type(e.__cause__).__name__, 'broke off'
+            unasked = why.startswith('Connect')
+            if isinstance(e, openai.APITimeoutError): what = f'is silent for {self.timeout[1]} s'
+            if unasked: what = 'cannot be reached'
+            raise _Again(f'{self.url} {what} ({why})', billed=not unasked) from None
+        except TimeoutError:
+            raise _No(f'{self.url} took longer than {self.deadline} s', billed=True) from None
+        except tuple(_broken()) as e:
+            raise _Again(f'{self.url} broke off ({type(e).__name__})', billed=True) from None
+
+# %% ../../nbs/03_data/10_llm_api.ipynb #3ece19d3
+class _Attempts(_Requests):
+    "Attempts within the cap and the rates."
+    async def turn(self,
+        tokens:int, # of the question, at most
+    )->None:
+        "Wait for this question's turn."
+        at = max(time.monotonic(), self.next)
+        self.next = at + max(60/self.per_minute, 60*tokens/self.tokens_per_minute)
+        await asyncio.sleep(at - time.monotonic())
+
+    async def reserve(self,
+        key:str,     # of a question
+        worst:float, # that it may cost
+    )->None:
+        "Wait until the cap has room for a question, and note it."
+        async with self.settled:
+            while self.answers.spent + worst > self.cap + 1e-12:
+                if not self.flying:
+                    raise _Full(f'The next question may cost {worst:.4f}, and with '
+                                f'{self.answers.spent:.4f} spent the cap of {self.cap} would be '
+                                'passed: raise the cap to go on')
+                await self.settled.wait()
+            if self.stopped: raise _Full(self.stopped.rstrip('.'))
+            self.answers.add(key, 'asked', worst=worst)
+            self.flying += 1
+
+    def note(self,
+        key:str,     # of a question
+        body:bytes,  # what came
+        worst:float, # that it may have cost
+    )->None:
+        "Read an answer and keep it with its cost."
+        try: text, finish, tokens = read_answer(body, self.stream)
+        except ValueError as e:
+            raise _Again(self.clean(f'{self.url} answers with {e}'), billed=True) from None
+        n = tokens or (None, None)
+        self.answers.add(key, 'answered', cost=price(tokens, self.prices) if tokens else worst,
+                         text=self.clean(text), finish=finish, prompt_tokens=n[0],
+                         completion_tokens=n[1], model=self.model, prompt=self.version)
+
+# %% ../../nbs/03_data/10_llm_api.ipynb #ab8471fa
+class _Questions(_Attempts):
+    "Questions that are tried again, many at a time."
+    async def attempt(self,
+        key:str, messages:list, # a question
+        bound:int,              # tokens that its prompt cannot exceed
+    )->None:
+        "Ask once; what it may cost is noted before, what it did cost after."
+        await self.turn(bound + self.most)
+        worst = price((bound, self.most), self.prices)
+        await self.reserve(key, worst)
+        try: self.note(key, await self.fetch(messages), worst)
+        except _Failed as e:
+            self.answers.add(key, 'failed', cost=worst if e.billed else 0., reason=str(e))
+            raise
+        finally:
+            async with self.settled:
+                self.flying -= 1
+                self.settled.notify_all()
+
+    async def ask_one(self,
+        key:str, messages:list, # a question
+    )->None:
+        "Ask until there is an answer, or a reason why there is none."
+        bound = token_bound(messages)
+        pause = lambda state: max(state.outcome.exception().after, self.wait(state))
+        tries = tenacity.AsyncRetrying(stop=tenacity.stop_after_attempt(self.tries), wait=pause,
+                                       reraise=True, retry=tenacity.retry_if_exception_type(_Again))
+        try:
+            async for attempt in tries:
+                with attempt: await self.attempt(key, messages, bound)
+            self.silent = 0
+        except _Again as e: self.unanswered(key, f'{e} ({self.tries} tries).')
+        except _No as e: self.unanswered(key, f'{e}.')
+        except (_Stop, _Full) as e:
+            self.stopped, self.fatal = self.stopped or f'{e}.', self.fatal or isinstance(e, _Stop)
+
+# %% ../../nbs/03_data/10_llm_api.ipynb #30db60de
+class _SideBySide(_Questions):
+    "Many questions at a time."
+    def unanswered(self,
+        key:str, # of a question
+        why:str, # it has no answer
+    )->None:
+        "Note the reason, and give up after too many in a row."
+        self.failed[key] = why
+        self.silent += 1
+        if self.silent >= self.give_up and not self.stopped:
+            self.stopped, self.fatal = (f'{self.silent} questions in a row got no answer, the '
+                                        f'last because {why}'), True
+
+    async def ask_all(self,
+        jobs:dict,              # key → (caption, mentions)
+        done:queue.SimpleQueue, # gets each key that is settled
+    )->None:
+        "Send questions out, side by side."
+        self.stopped, self.fatal, self.silent, self.flying, self.next = '', False, 0, 0, 0.
+        self.settled, todo = asyncio.Condition(), iter(list(jobs.items()))
+        self.secret = os.environ.get('OPENAI_API_KEY') or ''
+        seconds = openai.Timeout(self.timeout[1], connect=self.timeout[0])
+        async def worker():
+            for key, t in todo:
+                if not self.stopped: await self.ask_one(key, self.messages(*t))
+                if key not in self.answers:
+                    self.failed.setdefault(key, f'It was not asked. {self.stopped}')
+                done.put(key)
+        async with openai.AsyncOpenAI(base_url=self.url, api_key=self.secret or 'none',
+                                      timeout=seconds, max_retries=0) as self.client:
+            await asyncio.gather(*(worker() for _ in range(min(self.workers, len(jobs)))))
+
+# %% ../../nbs/03_data/10_llm_api.ipynb #22ea64ed
+def _in_thread(
+    start,   # gets a queue for what is settled: a coroutine
+    n,       # how many will be settled
+):
+    "Run a coroutine in a thread of its own, with a bar; errors come out here."
+    done, box = queue.SimpleQueue(), {}
+    async def main():
+        box['stop'] = asyncio.get_running_loop(), asyncio.current_task()
+        await start(done)
+    def work():
+        try: asyncio.run(main())
+        except BaseException as e: box['error'] = e
+        finally: done.put(None)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        for _ in progress(iter(done.get, None), 'answers', n, 'answers'): pass
+    except BaseException:   # such as Ctrl-C: questions under way are given up
+        if 'stop' in box: box['stop'][0].call_soon_threadsafe(box['stop'][1].cancel)
+        thread.join()
+        raise
+    thread.join()
+    if 'error' in box: raise box['error']
+
+# %% ../../nbs/03_data/10_llm_api.ipynb #3a30814f
+_ABOUT = ('About to ask {questions} questions: about {prompt_tokens} tokens in and '
+          '{completion_tokens} out, cost about {cost}, at most {at_most}.')
+_SPENT = ('{answered} answers, {failed} failed attempts, {prompt_tokens} tokens in and '
+          '{completion_tokens} out, cost {cost}.')
+
+class _Estimates(_SideBySide, TextGenerator):
+    "A generator that says what it will cost and what it did cost."
+    def estimate(self,
+        jobs:Iterable, # (caption, mentions)
+    )->dict:           # questions, prompt_tokens, completion_tokens, cost, at_most
+        """What the answers that are not there yet will cost, about and at most; a token is about
+        four letters."""
+        sizes = [len(e['conversation'])/4 for e in self.prompts.examples]
+        wrote = [n for n in sizes if n > 5] or [300]
+        n = tokens = bound = 0
+        for t in jobs:
+            if self.key(*t) in self.answers: continue
+            messages = self.messages(*t)
+            n += 1
+            tokens += sum(len(m['content'])//4 + 4 for m in messages)
+            bound += token_bound(messages)
+        answers = round(n*min(self.most, sum(wrote)/len(wrote)))
+        return dict(questions=n, prompt_tokens=tokens, completion_tokens=answers,
+                    cost=round(price((tokens, answers), self.prices), 4),
+                    at_most=round(price((bound, n*self.most), self.prices), 4))
+
+    def ask(self,
+        jobs:dict, # key → (caption, mentions), also of answers that are there
+    )->None:
+        "Ask for the answers that are missing."
+        jobs = {k: t for k, t in jobs.items() if k not in self.answers}
+        about, before = self.estimate(jobs.values()), self.answers.ledger()
+        self.say(f'{_ABOUT.format(**about)} Spent so far: {before["cost"]:.4f} of {self.cap}.')
+        _in_thread(lambda done: self.ask_all(jobs, done), len(jobs))
+        after = self.answers.ledger()
+        new = {k: round(after[k] - before[k], 4) for k in after}
+        self.say(f'{_SPENT.format(**new)} Spent in all: {after["cost"]:.4f} of {self.cap}.')
+        if self.stopped: self.say(self.stopped)
+        if self.fatal:
+            raise EndpointError(f'{self.stopped} Nothing is lost: the same command goes on.')
+
+# %% ../../nbs/03_data/10_llm_api.ipynb #6a3adc3c
+def _longest_answer(settings): # tokens of an answer at most; of two names the newer one is kept
+    newer, older = (settings.get(k) for k in ('max_completion_tokens', 'max_tokens'))
+    if newer: settings.pop('max_tokens', None)
+    if not (newer or older):
+        raise EndpointError('The settings need max_tokens or max_completion_tokens: without it '
+                            'an answer could cost anything.')
+    return newer or older
+
+# %% ../../nbs/03_data/10_llm_api.ipynb #5d7dee0c
+class EndpointGenerator(_Estimates):
     "Conversations from an OpenAI-compatible service."
     name = 'endpoint'
     def __init__(self,
         url:str,            # such as http://127.0.0.1:8000/v1
         model:str,          # as the service calls it
         answers:str|Path,   # the file that keeps its answers
-        prices:tuple|None=None, # for a million tokens of prompt and answer; None: free, for a service on this machine
-        cap:float=0.,       # all that the file of answers may ever cost, in the currency of the prices
+        prices:tuple|None=None, # for a million tokens in and out; None: free, on this machine
+        cap:float=0.,       # all that the file of answers may ever cost, as the prices count
         workers:int=8,      # questions side by side
         per_minute:float=600,   # questions
         tokens_per_minute:float=float('inf'), # of prompts and answers, by the bound
@@ -118,171 +413,16 @@ class EndpointGenerator(TextGenerator):
         **how,              # prompts, mentions, n_examples, settings: as for `TextGenerator`
     ):
         super().__init__(model, answers, **how)
-        here = check_url(url)
-        if prices is None and not here: raise EndpointError(f'Say what {url} costs for a million tokens of prompt and answer, 0 and 0 if nothing: the spending cap needs it.')
-        self.most = self.settings.get('max_completion_tokens') or self.settings.get('max_tokens')
-        if not self.most: raise EndpointError('The settings need max_tokens or max_completion_tokens: without it an answer could cost anything.')
-        if self.settings.get('max_completion_tokens'): self.settings.pop('max_tokens', None)
-        self.url, self.prices, self.cap, self.workers, self.say = url, prices or (0., 0.), cap, workers, say
-        self.per_minute, self.tokens_per_minute, self.tries, self.longest = per_minute, tokens_per_minute, tries, longest
-        self.timeout, self.deadline, self.limit, self.stream, self.give_up = timeout, deadline, limit, stream, give_up
+        self.url, self.prices, self.cap, self.say = url, prices or (0., 0.), cap, say
+        self.workers, self.tries, self.give_up = workers, tries, give_up
+        self.per_minute, self.tokens_per_minute = per_minute, tokens_per_minute
+        self.longest, self.timeout, self.deadline = longest, timeout, deadline
+        self.limit, self.stream = limit, stream
         self.wait = tenacity.wait_random_exponential(multiplier=backoff, max=longest)
-    def estimate(self,
-        jobs:Iterable, # (caption, mentions)
-    )->dict:           # questions, prompt_tokens, completion_tokens, cost, at_most
-        "What the answers that are not there yet will cost, about and at most; a token is about four letters."
-        wrote = [len(e['conversation'])/4 for e in self.prompts.examples if len(e['conversation']) > 20] or [300]
-        n = tokens = bound = 0
-        for t in jobs:
-            if self.key(*t) in self.answers: continue
-            messages = self.messages(*t)
-            n += 1; tokens += sum(len(m['content'])//4 + 4 for m in messages); bound += token_bound(messages)
-        answers = round(n*min(self.most, sum(wrote)/len(wrote)))
-        return dict(questions=n, prompt_tokens=tokens, completion_tokens=answers, cost=round(price((tokens, answers), self.prices), 4),
-                    at_most=round(price((bound, n*self.most), self.prices), 4))
-    def ask(self,
-        jobs:dict, # key → (caption, mentions), also of answers that are there
-    )->None:
-        "Ask for the answers that are missing, in a thread of its own, since a notebook has a running event loop already."
-        jobs = {k: t for k, t in jobs.items() if k not in self.answers}
-        about, before = self.estimate(jobs.values()), self.answers.ledger()
-        self.say('About to ask {questions} questions: about {prompt_tokens} tokens in and {completion_tokens} out, cost about {cost}, at most {at_most}.'.format(**about)
-                 + f' Spent so far: {before["cost"]:.4f} of {self.cap}.')
-        done, box = queue.SimpleQueue(), {}
-        async def main():
-            box['stop'] = asyncio.get_running_loop(), asyncio.current_task()
-            await self.ask_all(jobs, done)
-        def work():
-            try: asyncio.run(main())
-            except BaseException as e: box['error'] = e
-            finally: done.put(None)
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            for _ in progress(iter(done.get, None), 'answers', len(jobs), 'answers'): pass
-        except BaseException:   # such as Ctrl-C: questions under way are given up
-            if 'stop' in box: box['stop'][0].call_soon_threadsafe(box['stop'][1].cancel)
-            thread.join()
-            raise
-        thread.join()
-        if 'error' in box: raise box['error']
-        after = self.answers.ledger()
-        new = {k: round(after[k] - before[k], 4) for k in after}
-        self.say('{answered} answers, {failed} failed attempts, {prompt_tokens} tokens in and {completion_tokens} out, cost {cost}.'.format(**new) + f' Spent in all: {after["cost"]:.4f} of {self.cap}.')
-        if self.stopped: self.say(self.stopped)
-        if self.fatal: raise EndpointError(f'{self.stopped} Nothing is lost: the same command goes on.')
-    async def ask_all(self,
-        jobs:dict,              # key → (caption, mentions)
-        done:queue.SimpleQueue, # gets each key that is settled
-    )->None:
-        "Send questions out, side by side."
-        self.stopped, self.fatal, self.silent, self.flying, self.next, self.settled = '', False, 0, 0, 0., asyncio.Condition()
-        self.secret, todo = os.environ.get('OPENAI_API_KEY') or '', iter(list(jobs.items()))
-        seconds = openai.Timeout(self.timeout[1], connect=self.timeout[0])
-        async with openai.AsyncOpenAI(base_url=self.url, api_key=self.secret or 'none', timeout=seconds, max_retries=0) as self.client:
-            async def worker():
-                for key, t in todo:
-                    if not self.stopped: await self.ask_one(key, self.messages(*t))
-                    if key not in self.answers: self.failed.setdefault(key, f'It was not asked. {self.stopped}')
-                    done.put(key)
-            await asyncio.gather(*(worker() for _ in range(min(self.workers, len(jobs)))))
-    async def ask_one(self,
-        key:str, messages:list, # a question
-    )->None:
-        "Ask until there is an answer, or a reason why there is none."
-        bound = token_bound(messages)
-        pause = lambda state: max(state.outcome.exception().after, self.wait(state))
-        tries = tenacity.AsyncRetrying(stop=tenacity.stop_after_attempt(self.tries), wait=pause, reraise=True, retry=tenacity.retry_if_exception_type(_Again))
-        try:
-            async for attempt in tries:
-                with attempt: await self.attempt(key, messages, bound)
-            self.silent = 0
-            return
-        except _Again as e: self.failed[key] = f'{e} ({self.tries} tries).'
-        except _No as e: self.failed[key] = f'{e}.'
-        except (_Stop, _Full) as e:
-            self.stopped, self.fatal = self.stopped or f'{e}.', self.fatal or isinstance(e, _Stop)
-            return
-        self.silent += 1
-        if self.silent >= self.give_up and not self.stopped:
-            self.stopped, self.fatal = f'{self.silent} questions in a row got no answer, the last because {self.failed[key]}', True
-    async def attempt(self,
-        key:str, messages:list, # a question
-        bound:int,              # tokens that its prompt cannot exceed
-    )->None:
-        "Ask once; what it may cost is noted before, what it did cost after."
-        await self.turn(bound + self.most)
-        worst = price((bound, self.most), self.prices)
-        async with self.settled:
-            while self.answers.spent + worst > self.cap + 1e-12:
-                if not self.flying: raise _Full(f'The next question may cost {worst:.4f}, and with {self.answers.spent:.4f} spent the cap of {self.cap} would be passed: raise the cap to go on')
-                await self.settled.wait()
-            if self.stopped: raise _Full(self.stopped.rstrip('.'))
-            self.answers.add(key, 'asked', worst=worst)
-            self.flying += 1
-        try:
-            body = await self.fetch(messages)
-            try: text, finish, tokens = read_answer(body, self.stream)
-            except ValueError as e: raise _Again(self.clean(f'{self.url} answers with {e}'), billed=True) from None
-            n = tokens or (None, None)
-            self.answers.add(key, 'answered', cost=price(tokens, self.prices) if tokens else worst, text=self.clean(text), finish=finish,
-                             prompt_tokens=n[0], completion_tokens=n[1], model=self.model, prompt=self.version)
-        except _Failed as e:
-            self.answers.add(key, 'failed', cost=worst if e.billed else 0., reason=str(e))
-            raise
-        finally:
-            async with self.settled:
-                self.flying -= 1
-                self.settled.notify_all()
-    async def turn(self,
-        tokens:int, # of the question, at most
-    )->None:
-        "Wait for this question's turn."
-        at = max(time.monotonic(), self.next)
-        self.next = at + max(60/self.per_minute, 60*tokens/self.tokens_per_minute)
-        await asyncio.sleep(at - time.monotonic())
-    async def fetch(self,
-        messages:list, # chat messages
-    )->bytes:          # what came
-        "One request; however it ends, it ends in time and in memory."
-        more = dict(stream=True, stream_options=dict(include_usage=True)) if self.stream else {}   # else no service tells what a stream cost
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self.deadline):
-                asking = self.client.chat.completions.with_streaming_response.create(model=self.model, messages=messages, extra_body=self.settings, **more)
-                async with asking as r:
-                    async for x in r.iter_bytes():
-                        body += x
-                        if len(body) > self.limit: raise _No(f'{self.url} answers without end: {len(body)} bytes and no end', billed=True)
-            return bytes(body)
-        except openai.APIStatusError as e: raise self.refused(e) from None
-        except openai.APIConnectionError as e:
-            why = type(e.__cause__).__name__
-            what = 'cannot be reached' if why.startswith('Connect') else f'is silent for {self.timeout[1]} s' if isinstance(e, openai.APITimeoutError) else 'broke off'
-            raise _Again(f'{self.url} {what} ({why})', billed=not why.startswith('Connect')) from None
-        except TimeoutError: raise _No(f'{self.url} took longer than {self.deadline} s', billed=True) from None
-        except tuple(_broken()) as e: raise _Again(f'{self.url} broke off ({type(e).__name__})', billed=True) from None
-    def refused(self,
-        e:openai.APIStatusError, # an answer with a status of 400 and more
-    )->_Failed:
-        "What a status means for this question and for the others; none of them is billed."
-        code, words = e.status_code, (e.body.get('message') or e.body.get('detail') or e.body) if isinstance(e.body, dict) else e.body
-        said = self.clean(f'{self.url} answers {code}' + (f' ({" ".join(str(words).split())[:150]})' if words else ''))
-        if code in (401, 403): return _Stop(f'{said}: set the environment variable OPENAI_API_KEY to a key that it accepts')
-        if code == 404: return _Stop(f'{said}: check the address, which usually ends in /v1, and the model {self.model!r}')
-        if 'insufficient_quota' in str(e.body): return _Stop(f'{said}: the account has no credit left')
-        if code not in RETRY_STATUSES: return _No(said)
-        try: after = Retry().parse_retry_after(e.response.headers['retry-after'])
-        except (KeyError, InvalidHeader): after = 0.
-        if after > self.longest: return _No(f'{said} and wants to be left alone for {after:.0f} s')
-        self.next = max(self.next, time.monotonic() + after)   # for everybody
-        return _Again(said, after)
-    def clean(self,
-        text:str, # from a service
-    )->str:       # without the key of the account
-        "Take the key out, should a service repeat it."
-        if len(self.secret) > 3: text = text.replace(self.secret, '[key]')
-        return re.sub(r'\bsk-[\w*-]{8,}', '[key]', text)
+        if not check_url(url) and prices is None:
+            raise EndpointError(f'Say what {url} costs for a million tokens of prompt and answer, '
+                                '0 and 0 if nothing: the spending cap needs it.')
+        self.most = _longest_answer(self.settings)
 
 # %% ../../nbs/03_data/10_llm_api.ipynb #192d3f27
 def make_generator(
@@ -298,6 +438,9 @@ def make_generator(
     "A generator by its name."
     if not model: raise ValueError(f"The generator '{kind}' needs the name of a model.")
     if kind == 'local': return LocalGenerator(model, answers, device, **how)
-    if kind != 'endpoint': raise ValueError(f"There is no generator '{kind}': it is 'template', 'endpoint' or 'local'.")
+    if kind != 'endpoint':
+        raise ValueError(f"There is no generator '{kind}': it is 'template', 'endpoint' or "
+                         "'local'.")
     known = price_in >= 0 and price_out >= 0
-    return EndpointGenerator(url, model, answers, (price_in, price_out) if known else None, cap, **how)
+    return EndpointGenerator(url, model, answers, (price_in, price_out) if known else None, cap,
+                             **how)

@@ -18,32 +18,36 @@ import filelock
 from .articles import ArticleError, figures, find_articles, read_articles
 from .llava_files import ImageFolder, missing_words
 from .images import ImageError, image_bytes, open_image
-from ..core.runs import clock, file_hash, peak_memory_mib, read_json, replacing, write_json, write_jsonl, writing
+from ..core.runs import (
+    clock, file_hash, peak_memory_mib, read_json, replacing, write_json, write_jsonl, writing)
 
-# %% ../../nbs/03_data/12_shards.ipynb #ffd79ad5
+# %% ../../nbs/03_data/12_shards.ipynb #dd98662e
 INDEX, VERSION = 'index.json', 1
 
-class ShardError(ValueError): "Shards that cannot be written or read; the message says which and what to do."
+class ShardError(ValueError):
+    "Shards that cannot be written or read; the message says which and what to do."
 
 def _features():
     import datasets
-    return datasets.Features(id=datasets.Value('string'), image=datasets.Image(decode=False), records=datasets.List(datasets.Value('string')))
+    return datasets.Features(id=datasets.Value('string'), image=datasets.Image(decode=False),
+                             records=datasets.List(datasets.Value('string')))
 
+# %% ../../nbs/03_data/12_shards.ipynb #ffd79ad5
 def records_by_image(
     records:Iterable, # conversation or figure records
 )->Iterator:          # (image or None, its records)
-    "Records grouped by picture, each without one alone; ShardError where a record has several."
+    "Records grouped by image, each without one alone; ShardError where a record has several."
     places = itertools.count()
     def place(r):
         image = r.get('image')
-        if isinstance(image, list) and len(image) > 1: raise ShardError(
-            f"Record '{r.get('id')}' has {len(image)} images, and a row of a shard holds one; "
-            'train on its JSON file.')
+        if isinstance(image, list) and len(image) > 1:
+            raise ShardError(f"Record '{r.get('id')}' has {len(image)} images, and a row of a "
+                             'shard holds one; train on its JSON file.')
         return image, None if image else next(places)
     for (image, _), group in itertools.groupby(records, place):
         yield image, list(group)
 
-# %% ../../nbs/03_data/12_shards.ipynb #c7f5059f
+# %% ../../nbs/03_data/12_shards.ipynb #d4a81ace
 def _mark(path): # of a file, to see whether it changed
     try: s = os.stat(path)
     except OSError: return ''
@@ -54,10 +58,13 @@ def _key(batch, folder): # of a shard
     for image, group in batch:
         mark = ''
         if image: mark = _mark(folder/image if folder else str(image).split('::')[0])
-        h.update(json.dumps([image, group, mark], ensure_ascii=False, default=str).encode('utf-8', 'surrogatepass'))
+        text = json.dumps([image, group, mark], ensure_ascii=False, default=str)
+        h.update(text.encode('utf-8', 'surrogatepass'))
     return h.hexdigest()
 
-def _bytes(image, folder, look): # of a picture, and why there are none
+# %% ../../nbs/03_data/12_shards.ipynb #23846ed3
+def _bytes(image, folder, look): # of an image, and why there are none
+    if not image: return None, ''
     if folder is None:
         try: return image_bytes(image), ''
         except ImageError as e: return None, str(e)
@@ -65,97 +72,140 @@ def _bytes(image, folder, look): # of a picture, and why there are none
     try: return image_bytes(folder/image), ''
     except ImageError as e: return None, str(e).replace(f'{folder}/', '')
 
-def _write(path, batch, folder, look): # one shard: pictures, records, missing
+# %% ../../nbs/03_data/12_shards.ipynb #9b742162
+def _as_json(x): return json.dumps(x, ensure_ascii=False, default=str)
+
+# %% ../../nbs/03_data/12_shards.ipynb #f473d067
+def _write(path, batch, folder, look): # one shard: images, records, missing
     from datasets.arrow_writer import ArrowWriter
     n, lost = Counter(), []
     with replacing(path) as part:
         writer = ArrowWriter(path=str(part), features=_features(), writer_batch_size=32)
         for image, group in batch:
-            data, why = (None, '') if not image else _bytes(image, folder, look)
-            if why: lost += [dict(id=r.get('id'), image=image, reason=why) for r in group]; continue
-            text = [json.dumps(r, ensure_ascii=False, default=str) for r in group]
-            writer.write(dict(id=str(group[0].get('id')), image=image and dict(bytes=data, path=str(image)), records=text))
+            data, why = _bytes(image, folder, look)
+            if why:
+                lost += [dict(id=r.get('id'), image=image, reason=why) for r in group]
+                continue
+            shown = image and dict(bytes=data, path=str(image))
+            writer.write(dict(id=str(group[0].get('id')), image=shown,
+                              records=list(map(_as_json, group))))
             n.update(pictures=bool(image), records=len(group))
-        writer.finalize(); writer.close()
+        writer.finalize()
+        writer.close()
     return n, lost
 
+# %% ../../nbs/03_data/12_shards.ipynb #0508d709
+def _note(out, shards, state): # write the index
+    sums, missing = Counter(), []
+    for s in shards:
+        missing += s['missing']
+        for k in ('pictures', 'records', 'bytes'): sums[k] += s[k]
+    index = dict(version=VERSION, state=state, pictures=sums['pictures'], records=sums['records'],
+                 bytes=sums['bytes'], missing=len(missing), shards=shards)
+    write_json(out/INDEX, index)
+    return index
+
+# %% ../../nbs/03_data/12_shards.ipynb #f0248f02
+def _is_there(out, old, key): # whether a shard of the old index has this key and its full size
+    if not old or old['key'] != key: return False
+    path = out/old['file']
+    return path.exists() and path.stat().st_size == old['bytes']
+
+def _shard(out, name, key, batch, folder, look): # write one shard: its entry of the index
+    n, lost = _write(out/name, batch, folder, look)
+    return dict(file=name, key=key, pictures=n['pictures'], records=n['records'],
+                bytes=(out/name).stat().st_size, sha256=file_hash(out/name), missing=lost)
+
+# %% ../../nbs/03_data/12_shards.ipynb #c7f5059f
 def write_shards(
     records:Iterable,       # conversation or figure records, one after the other
     images:str|Path|None,   # folder of their images; None: records name paths or `package::member`
     out:str|Path,           # folder of the shards
-    per_shard:int=1000,     # pictures in a shard
+    per_shard:int=1000,     # images in a shard
     say=None,               # gets a line for each shard
 )->dict:                    # the index
     "Write records with their images as shards; what is there already is kept."
     if per_shard < 1: raise ShardError('per_shard must be at least 1.')
-    out, folder = Path(out), images and Path(images)
-    if folder and not folder.is_dir(): raise ShardError(f'{folder} is no folder: name the one that holds the images.')
+    out, folder, say = Path(out), images and Path(images), say or (lambda line: None)
+    if folder and not folder.is_dir():
+        raise ShardError(f'{folder} is no folder: name the one that holds the images.')
     look, groups = ImageFolder(folder) if folder else None, records_by_image(records)
     old = read_json(out/INDEX).get('shards', []) if (out/INDEX).exists() else []
     shards = []
     for i in itertools.count():
         batch = list(itertools.islice(groups, per_shard))
         if not batch: break
-        name, key = f'shard-{i:05d}.arrow', _key(batch, folder)
-        was = old[i] if i < len(old) and old[i]['key'] == key else None
-        if was and (out/name).exists() and (out/name).stat().st_size == was['bytes']: shards.append(was); continue
-        n, lost = _write(out/name, batch, folder, look)
-        shards.append(dict(file=name, key=key, pictures=n['pictures'], records=n['records'], bytes=(out/name).stat().st_size,
-                           sha256=file_hash(out/name), missing=lost))
+        name, key, was = f'shard-{i:05d}.arrow', _key(batch, folder), (old[i:i + 1] or [None])[0]
+        if _is_there(out, was, key):
+            shards.append(was)
+            continue
+        shards.append(_shard(out, name, key, batch, folder, look))
         _note(out, shards + old[i + 1:], 'partial')
-        if say: say(f'{name}: {n["records"]} records, {shards[-1]["bytes"]/2**20:.1f} MB')
+        say(f'{name}: {shards[-1]["records"]} records, {shards[-1]["bytes"]/2**20:.1f} MB')
+    names = {s['file'] for s in shards}
     for p in out.glob('shard-*.arrow'):
-        if p.name not in {s['file'] for s in shards}: p.unlink()
+        if p.name not in names: p.unlink()
     index = _note(out, shards, 'complete')
-    if say: say(missing_words([m for s in shards for m in s['missing']], sum(s['records'] + len(s['missing']) for s in shards)))
+    missing = list(itertools.chain.from_iterable(s['missing'] for s in shards))
+    say(missing_words(missing, index['records'] + len(missing)))
     return index
 
-def _note(out, shards, state): # write the index
-    index = dict(version=VERSION, state=state, **{k: sum(s[k] for s in shards) for k in ('pictures', 'records', 'bytes')},
-                 missing=sum(len(s['missing']) for s in shards), shards=shards)
-    write_json(out/INDEX, index)
-    return index
-
-# %% ../../nbs/03_data/12_shards.ipynb #0e1610ad
+# %% ../../nbs/03_data/12_shards.ipynb #1148d1cf
 def read_index(
     folder:str|Path, # of the shards
 )->dict:
     "The index of shards that are complete and of their full size."
     folder = Path(folder)
-    if not (folder/INDEX).exists(): raise ShardError(f'{folder} holds no {INDEX}: write the shards with `write_shards`.')
+    if not (folder/INDEX).exists():
+        raise ShardError(f'{folder} holds no {INDEX}: write the shards with `write_shards`.')
     index = read_json(folder/INDEX)
-    if index.get('version') != VERSION: raise ShardError(f'{folder/INDEX} is of version {index.get("version")}, and {VERSION} is read: write the shards again.')
-    if index['state'] != 'complete': raise ShardError(f'The shards in {folder} are not complete: call `write_shards` again, and it goes on.')
+    if index.get('version') != VERSION:
+        raise ShardError(f'{folder/INDEX} is of version {index.get("version")}, and {VERSION} is '
+                         'read: write the shards again.')
+    if index['state'] != 'complete':
+        raise ShardError(f'The shards in {folder} are not complete: call `write_shards` again, and '
+                         'it goes on.')
     for s in index['shards']:
         size = (folder/s['file']).stat().st_size if (folder/s['file']).exists() else 0
-        if size != s['bytes']: raise ShardError(f'{folder/s["file"]} has {size} of {s["bytes"]} bytes: copy it again, or write the shards again.')
+        if size != s['bytes']:
+            raise ShardError(f'{folder/s["file"]} has {size} of {s["bytes"]} bytes: copy it again, '
+                             'or write the shards again.')
     return index
 
+# %% ../../nbs/03_data/12_shards.ipynb #899099cd
 def check_shards(
     folder:str|Path, # of the shards
 )->list:             # a sentence for each shard whose bytes differ from the index
     "Compare every byte of the shards with the index."
-    folder = Path(folder)
-    return [f'{folder/s["file"]} is damaged: copy it again, or delete it and write the shards again.'
-            for s in read_index(folder)['shards'] if file_hash(folder/s['file']) != s['sha256']]
+    out = []
+    for s in read_index(folder)['shards']:
+        path = Path(folder)/s['file']
+        if file_hash(path) != s['sha256']:
+            out.append(f'{path} is damaged: copy it again, or delete it and write the shards '
+                       'again.')
+    return out
 
+# %% ../../nbs/03_data/12_shards.ipynb #19d19b84
 def shard_rows(
     folder:str|Path, # of the shards
 )->Iterator:         # (image name or None, its bytes, its records)
-    "Pictures with their records, one after the other; a shard is mapped, not loaded."
+    "Images with their records, one after the other; a shard is mapped, not loaded."
     import datasets
     folder = Path(folder)
     for s in read_index(folder)['shards']:
-        for row in datasets.Dataset.from_file(str(folder/s['file'])) if s['records'] else ():
+        if not s['records']: continue
+        for row in datasets.Dataset.from_file(str(folder/s['file'])):
             image = row['image'] or {}
-            yield image.get('path'), image.get('bytes'), [json.loads(r) for r in row['records']]
+            yield image.get('path'), image.get('bytes'), list(map(json.loads, row['records']))
 
+# %% ../../nbs/03_data/12_shards.ipynb #87429759
 def read_shards(
     folder:str|Path, # of the shards
 )->Iterator:
     "The records of shards, as they were."
     for _, _, group in shard_rows(folder): yield from group
 
+# %% ../../nbs/03_data/12_shards.ipynb #0e1610ad
 def unpack_shards(
     folder:str|Path, # of the shards
     images:str|Path, # where the images go, under the names that their records use
@@ -164,20 +214,26 @@ def unpack_shards(
     n, images = 0, Path(images)
     for name, data, _ in shard_rows(folder):
         if not name: continue
-        if Path(name).is_absolute() or '..' in Path(name).parts: raise ShardError(f'{folder}: the image name {name!r} leads out of the folder.')
+        if Path(name).is_absolute() or '..' in Path(name).parts:
+            raise ShardError(f'{folder}: the image name {name!r} leads out of the folder.')
         with replacing(images/name) as part: part.write_bytes(data)
         n += 1
     return n
 
-# %% ../../nbs/03_data/12_shards.ipynb #4e1b3184
+# %% ../../nbs/03_data/12_shards.ipynb #1bdf52c8
 def _opened(rows): # a batch of rows as records with opened images
     out = dict(record=[], image=[])
     for image, texts in zip(rows['image'], rows['records']):
         try: picture = open_image(image['bytes']) if image else None
-        except ImageError as e: raise ShardError(f'{image["path"]}: {e} Leave its record out and write the shards again.') from None
-        for text in texts: out['record'].append(json.loads(text)); out['image'].append(picture)
+        except ImageError as e:
+            raise ShardError(f'{image["path"]}: {e} Leave its record out and write the shards '
+                             'again.') from None
+        for text in texts:
+            out['record'].append(json.loads(text))
+            out['image'].append(picture)
     return out
 
+# %% ../../nbs/03_data/12_shards.ipynb #4e1b3184
 def stream_shards(
     folder:str|Path,    # of the shards
     seed:int|None=None, # shuffles shards and records; None keeps the order
@@ -187,9 +243,16 @@ def stream_shards(
     import datasets
     files = [str(Path(folder)/s['file']) for s in read_index(folder)['shards'] if s['records']]
     if not files: raise ShardError(f'The shards in {folder} hold no record.')
-    rows = datasets.load_dataset('arrow', data_files=files, split='train', streaming=True, features=_features())
+    rows = datasets.load_dataset('arrow', data_files=files, split='train', streaming=True,
+                                 features=_features())
     rows = rows.map(_opened, batched=True, batch_size=1, remove_columns=list(_features()))
     return rows if seed is None else rows.shuffle(seed=seed, buffer_size=buffer)
+
+# %% ../../nbs/03_data/12_shards.ipynb #a27c0fe5
+def _status(records, problems): # what became of an article
+    if records: return 'done'
+    bare = any(why.endswith('has no figure.') for why in problems)
+    return 'no_figure' if bare else 'unreadable'
 
 # %% ../../nbs/03_data/12_shards.ipynb #46a82a3b
 def article_task(
@@ -199,15 +262,26 @@ def article_task(
     "What a worker makes of one article; every article ends in a row."
     start, why = time.monotonic(), []
     records = list(read_articles([path], lambda source, problem: why.append(problem), images_dir))
-    status = 'done' if records else 'no_figure' if any(w.endswith('has no figure.') for w in why) else 'unreadable'
-    row = dict(source=str(path), status=status, figures=len(records), images=sum(r['image'] is not None for r in records),
+    row = dict(source=str(path), status=_status(records, why), figures=len(records),
+               images=sum(r['image'] is not None for r in records),
                mentions=sum(bool(r['mentions']) for r in records), problems=why)
     row |= dict(seconds=round(time.monotonic() - start, 4), worker_mib=round(peak_memory_mib()))
-    return ''.join(json.dumps(r, ensure_ascii=False, default=str) + '\n' for r in records), row
+    lines = ''
+    for r in records: lines += _as_json(r) + '\n'
+    return lines, row
 
-# %% ../../nbs/03_data/12_shards.ipynb #66a18a8a
-class ClusterError(RuntimeError): "A cluster that cannot be used; the message says why and what to do."
+# %% ../../nbs/03_data/12_shards.ipynb #bea83208
+class ClusterError(RuntimeError):
+    "A cluster that cannot be used; the message says why and what to do."
 
+def _local_cluster(workers): # processes on this machine that listen to nobody else
+    import distributed
+    return distributed.LocalCluster(n_workers=workers or os.cpu_count(), threads_per_worker=1,
+                                    processes=True, host='127.0.0.1',
+                                    dashboard_address='127.0.0.1:0',
+                                    silence_logs=logging.CRITICAL)
+
+# %% ../../nbs/03_data/12_shards.ipynb #2352a9be
 @contextlib.contextmanager
 def cluster(
     scheduler:str|None=None, # such as tcp://10.0.0.1:8786; None starts processes here
@@ -218,43 +292,26 @@ def cluster(
     import distributed
     local = None
     try:
-        if scheduler is None:
-            local = distributed.LocalCluster(n_workers=workers or os.cpu_count(), threads_per_worker=1, processes=True, host='127.0.0.1',
-                                             dashboard_address='127.0.0.1:0', silence_logs=logging.CRITICAL)
+        if scheduler is None: local = _local_cluster(workers)
         try: client = distributed.Client(local or scheduler, timeout=wait, set_as_default=False)
         except (OSError, ValueError, TypeError, asyncio.TimeoutError) as e:
-            raise ClusterError(f'No scheduler answers at {scheduler} ({str(e).splitlines()[0]}): start one with `dask scheduler`, and give its address.') from None
+            raise ClusterError(f'No scheduler answers at {scheduler} ({str(e).splitlines()[0]}): '
+                               'start one with `dask scheduler`, and give its address.') from None
         with client:
             try: client.wait_for_workers(1, timeout=wait)
             except (asyncio.TimeoutError, TimeoutError):
-                raise ClusterError(f'The scheduler at {scheduler} has no worker: start some with `dask worker {scheduler} --nthreads 1`.') from None
+                raise ClusterError(f'The scheduler at {scheduler} has no worker: start some with '
+                                   f'`dask worker {scheduler} --nthreads 1`.') from None
             yield client
     finally:
         if local: local.close()
 
-def in_order(
-    client,                 # a distributed.Client
-    task,                   # a function of one job that the workers can import
-    jobs:Iterable,          # what to do; taken as it is needed
-    ahead:int|None=None,    # tasks given out at a time; default: 4 for each thread, at least 32
-    patience:float=600,     # seconds to wait without any worker
-    say=print,              # gets a line when there is none
-)->Iterator:                # (job, its result), in the order of the jobs; an exception where the workers died of it
-    "Results of many tasks, with a bounded number of them under way."
-    from distributed import KilledWorker
-    jobs, waiting, name = iter(jobs), deque(), uuid.uuid4().hex[:8]
-    ahead, places = ahead or max(32, 4*sum(client.nthreads().values())), itertools.count()
-    def give(n):
-        for job in itertools.islice(jobs, n): waiting.append((job, client.submit(task, job, key=f'{name}-{next(places)}', pure=False)))
-    give(ahead)
-    while waiting:
-        job, future = waiting.popleft()
-        try: got = _wait(client, future, patience, say)
-        except KilledWorker: got = ClusterError(f'{job}: worker processes died of it again and again, probably for want of memory.')
-        future.release()
-        give(1)
-        yield job, got
+# %% ../../nbs/03_data/12_shards.ipynb #cdd6a18a
+def _n_threads(client): # of the workers that are there
+    try: return len(client.nthreads())
+    except (OSError, ValueError, asyncio.TimeoutError, TimeoutError): return 0
 
+# %% ../../nbs/03_data/12_shards.ipynb #2222bdfa
 def _wait(client, future, patience, say): # for a result, as long as there are workers
     from concurrent.futures import CancelledError
     alone = 0
@@ -262,46 +319,150 @@ def _wait(client, future, patience, say): # for a result, as long as there are w
         try: return future.result(timeout=5)
         except (asyncio.TimeoutError, TimeoutError):
             if future.done(): continue
-            try: n = len(client.nthreads())
-            except (OSError, ValueError, asyncio.TimeoutError, TimeoutError): n = 0
-            alone = 0 if n else alone + 5
+            alone = 0 if _n_threads(client) else alone + 5
             if alone == 5: say('No worker is left; waiting for one.')
-            if alone >= patience: raise ClusterError(f'No worker came for {clock(patience)}; the same command goes on where it stopped.') from None
+            if alone >= patience:
+                raise ClusterError(f'No worker came for {clock(patience)}; the same command goes '
+                                   'on where it stopped.') from None
         except (CancelledError, asyncio.CancelledError, OSError) as e:
             if future.status == 'error': raise
-            raise ClusterError(f'The scheduler is gone ({type(e).__name__}); the same command goes on where it stopped.') from None
+            raise ClusterError(f'The scheduler is gone ({type(e).__name__}); the same command goes '
+                               'on where it stopped.') from None
 
-# %% ../../nbs/03_data/12_shards.ipynb #33d3b0eb
+# %% ../../nbs/03_data/12_shards.ipynb #66a18a8a
+def in_order(
+    client,                 # a distributed.Client
+    task,                   # a function of one job that the workers can import
+    jobs:Iterable,          # what to do; taken as it is needed
+    ahead:int|None=None,    # tasks given out at a time; default: 4 for each thread, at least 32
+    patience:float=600,     # seconds to wait without any worker
+    say=print,              # gets a line when there is none
+)->Iterator:                # (job, its result or the exception that workers died of), in order
+    "Results of many tasks, with a bounded number of them under way."
+    from distributed import KilledWorker
+    jobs, waiting, name = iter(jobs), deque(), uuid.uuid4().hex[:8]
+    ahead, places = ahead or max(32, 4*sum(client.nthreads().values())), itertools.count()
+    def give(n):
+        for job in itertools.islice(jobs, n):
+            key = f'{name}-{next(places)}'
+            waiting.append((job, client.submit(task, job, key=key, pure=False)))
+    give(ahead)
+    while waiting:
+        job, future = waiting.popleft()
+        try: got = _wait(client, future, patience, say)
+        except KilledWorker:
+            got = ClusterError(f'{job}: worker processes died of it again and again, probably for '
+                               'want of memory.')
+        future.release()
+        give(1)
+        yield job, got
+
+# %% ../../nbs/03_data/12_shards.ipynb #32101ff2
 def _plan(sources): # (path, '') of every article, and (source, why) of what holds none
     for s in sources:
-        try: yield from ((str(p), '') for p in find_articles([s]))
+        try:
+            for p in find_articles([s]): yield str(p), ''
         except ArticleError as e: yield str(s), str(e)
 
-def _kept(part, manifest, plan, head): # bytes of both files that still agree with the plan, and how many articles that are
+# the row of a manifest's line, if it still agrees with its article
+
+def _row_holds(line, path, size):
+    try: row = json.loads(line)
+    except ValueError: return None
+    whole = line.endswith(b'\n') and row['end'] <= size
+    return row if whole and row['source'] == path and row['mark'] == _mark(path) else None
+
+# %% ../../nbs/03_data/12_shards.ipynb #398be2ee
+def _kept(part, manifest, plan, head):
+    "Bytes of both files that still agree with the plan, and how many articles that are."
     if not (part.exists() and manifest.exists()): return 0, 0, 0
-    size, end, at, n = part.stat().st_size, 0, 0, 0
+    size, end, n = part.stat().st_size, 0, 0
     with open(manifest, 'rb') as f:
         first = f.readline()
         if first != head: return 0, 0, 0
         at = len(first)
         for line, (path, _) in zip(f, plan):
-            try: row = json.loads(line)
-            except ValueError: break
-            if not line.endswith(b'\n') or row['source'] != path or row['mark'] != _mark(path) or row['end'] > size: break
+            row = _row_holds(line, path, size)
+            if row is None: break
             end, at, n = row['end'], at + len(line), n + 1
     return end, at, n
 
+# %% ../../nbs/03_data/12_shards.ipynb #35590028
+class _Task: # `article_task` with its folder
+    def __init__(self, images_dir): self.images_dir = images_dir
+    def __call__(self, path): return article_task(path, self.images_dir)
+
+def _lost(source, why): # the result of an article that could not be read
+    return '', dict(source=source, status='unreadable', figures=0, images=0, mentions=0,
+                    problems=[why], seconds=0, worker_mib=0)
+
+def _results(client, plan, images_dir, say): # lines and row of every article, in order
+    found = in_order(client, _Task(images_dir), (s for s, why in plan if not why), say=say)
+    for source, why in plan:
+        if why:
+            yield _lost(source, why)
+            continue
+        _, got = next(found)
+        yield _lost(source, str(got)) if isinstance(got, Exception) else got
+
+# %% ../../nbs/03_data/12_shards.ipynb #f6f54a05
 @contextlib.contextmanager
 def _alone(out): # one process writes a file
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(out.with_name(f'.{out.name}.lock'))
     try: lock.acquire(timeout=0)
-    except filelock.Timeout: raise ClusterError(f'{out} is being written by another process: wait until it ends, or choose another name.') from None
+    except filelock.Timeout:
+        raise ClusterError(f'{out} is being written by another process: wait until it ends, or '
+                           'choose another name.') from None
     try: yield
     finally:
         with contextlib.suppress(OSError): os.unlink(lock.lock_file)
         lock.release()
 
+# %% ../../nbs/03_data/12_shards.ipynb #43f91240
+_SUMMED = ('figures', 'images', 'mentions')
+
+def _summary(manifest): # counts, the largest worker in MB, and all problems
+    n, worst, problems = Counter(), 0, []
+    with open(manifest, encoding='utf-8') as f:
+        next(f)
+        for row in map(json.loads, f):
+            n.update([row['status'], 'articles'])
+            for k in _SUMMED: n[k] += row[k]
+            worst = max(worst, row['worker_mib'])
+            problems += [dict(source=row['source'], problem=p) for p in row['problems']]
+    return n, worst, problems
+
+# %% ../../nbs/03_data/12_shards.ipynb #45c3a1ea
+def _finish(out, part, manifest, took, say): # put both files in their places and sum up
+    (n, worst, problems), beside = _summary(manifest), Path(f'{out}.problems.jsonl')
+    for p in problems[:20]: say(p['problem'])
+    if len(problems) > 20: say(f'… and {len(problems) - 20} more')
+    if problems: write_jsonl(beside, problems)
+    else: beside.unlink(missing_ok=True)
+    os.replace(manifest, Path(f'{out}.manifest.jsonl'))
+    if n['figures']: os.replace(part, out)
+    else: part.unlink()
+    end = f' -> {out}' if n['figures'] else '; no record was written.'
+    say(f'{n["done"]} articles, {n["figures"]} figures, {n["images"]} with image, {n["mentions"]} '
+        f'with mentions, {len(problems)} problems{end}')
+    say(f'{n["articles"]} articles in {clock(took)}; {n["no_figure"]} without figure, '
+        f'{n["unreadable"]} unreadable; a worker took {worst} MB at most. '
+        f'{out.name}.manifest.jsonl says what became of each.')
+    return 0 if n['figures'] else 1
+
+# %% ../../nbs/03_data/12_shards.ipynb #d8c78757
+def _append(results, f, m, end): # records and rows of the results to both files
+    for lines, row in results:
+        data = lines.encode('utf-8', 'surrogatepass')
+        f.write(data)
+        f.flush()
+        end += len(data)
+        row |= dict(mark=_mark(row['source']), end=end)
+        m.write((json.dumps(row, ensure_ascii=False) + '\n').encode())
+        m.flush()
+
+# %% ../../nbs/03_data/12_shards.ipynb #33d3b0eb
 def figures_on_cluster(
     sources:list,              # folders, packages and XML files
     out:str|Path,              # the JSON Lines file to write
@@ -312,64 +473,34 @@ def figures_on_cluster(
 )->int:                        # exit code: 0, or 1 when nothing usable came out
     "Figure records of many articles by a cluster; stopped at any moment, the same call goes on."
     out, start = Path(out), time.monotonic()
+    folder = images_dir and str(Path(images_dir).resolve())
     plan = list(_plan([Path(s).resolve() for s in sources]))
     part, manifest = out.with_name(f'.{out.name}.part'), out.with_name(f'.{out.name}.manifest.part')
-    head = (json.dumps(dict(images_dir=images_dir and str(Path(images_dir).resolve()))) + '\n').encode()
+    head = (json.dumps(dict(images_dir=folder)) + '\n').encode()
     with writing(out), _alone(out):
         end, at, done = _kept(part, manifest, plan, head)
         if done: say(f'{done} of {len(plan)} articles are there already.')
         with open(part, 'ab') as f, open(manifest, 'ab') as m:
-            f.truncate(end); m.truncate(at)
+            f.truncate(end)
+            m.truncate(at)
             if not at: m.write(head)
-            todo = plan[done:]
-            if todo:
+            if plan[done:]:
                 with cluster(scheduler, workers) as client:
-                    for lines, row in _results(client, todo, images_dir and str(Path(images_dir).resolve()), say):
-                        data = lines.encode('utf-8', 'surrogatepass')
-                        f.write(data); f.flush(); end += len(data)
-                        m.write((json.dumps(row | dict(mark=_mark(row['source']), end=end), ensure_ascii=False) + '\n').encode()); m.flush()
+                    _append(_results(client, plan[done:], folder, say), f, m, end)
         return _finish(out, part, manifest, time.monotonic() - start, say)
-
-def _results(client, plan, images_dir, say): # lines and row of every article, in order
-    lost = lambda source, why: ('', dict(source=source, status='unreadable', figures=0, images=0, mentions=0, problems=[why], seconds=0, worker_mib=0))
-    found = in_order(client, _Task(images_dir), (s for s, why in plan if not why), say=say)
-    for source, why in plan:
-        if why: yield lost(source, why); continue
-        _, got = next(found)
-        yield lost(source, str(got)) if isinstance(got, Exception) else got
-
-class _Task: # `article_task` with its folder
-    def __init__(self, images_dir): self.images_dir = images_dir
-    def __call__(self, path): return article_task(path, self.images_dir)
-
-def _finish(out, part, manifest, took, say): # put both files in their places and sum up
-    n, worst, problems, beside = Counter(), 0, [], Path(f'{out}.problems.jsonl')
-    with open(manifest, encoding='utf-8') as f:
-        next(f)
-        for row in map(json.loads, f):
-            n.update({row['status']: 1, 'figures': row['figures'], 'images': row['images'], 'mentions': row['mentions'], 'articles': 1})
-            worst = max(worst, row['worker_mib'])
-            problems += [dict(source=row['source'], problem=p) for p in row['problems']]
-    for p in problems[:20]: say(p['problem'])
-    if len(problems) > 20: say(f'… and {len(problems) - 20} more')
-    if problems: write_jsonl(beside, problems)
-    else: beside.unlink(missing_ok=True)
-    os.replace(manifest, Path(f'{out}.manifest.jsonl'))
-    if n['figures']: os.replace(part, out)
-    else: part.unlink()
-    end = f' -> {out}' if n['figures'] else '; no record was written.'
-    say(f'{n["done"]} articles, {n["figures"]} figures, {n["images"]} with image, {n["mentions"]} with mentions, {len(problems)} problems{end}')
-    say(f'{n["articles"]} articles in {clock(took)}; {n["no_figure"]} without figure, {n["unreadable"]} unreadable; '
-        f'a worker took {worst} MB at most. {out.name}.manifest.jsonl says what became of each.')
-    return 0 if n['figures'] else 1
 
 # %% ../../nbs/03_data/12_shards.ipynb #f6d0580f
 def figures_command(
     args, # sources, out, scheduler, workers
 )->int:   # exit code
     "The command `llava-med figures`."
-    if args.workers is not None and args.workers < 1: raise ValueError('--workers must be at least 1.')
-    if args.workers and args.scheduler: raise ValueError('--workers is for processes on this machine: leave it away when a --scheduler has its own.')
+    if args.workers is not None and args.workers < 1:
+        raise ValueError('--workers must be at least 1.')
+    if args.workers and args.scheduler:
+        raise ValueError('--workers is for processes on this machine: leave it away when a '
+                         '--scheduler has its own.')
     if not (args.scheduler or args.workers): return figures(args.sources, args.out)
-    try: return figures_on_cluster(args.sources, args.out, args.scheduler, args.workers, say=lambda s: print(s, flush=True))
+    try:
+        return figures_on_cluster(args.sources, args.out, args.scheduler, args.workers,
+                                  say=lambda s: print(s, flush=True))
     except ClusterError as e: raise ValueError(str(e)) from None

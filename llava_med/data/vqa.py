@@ -24,7 +24,8 @@ from .options import LETTERS, Choice, clean, read_choices, same_option
 ITEM_KEYS = ('id', 'images', 'question', 'answer', 'answer_type', 'options', 'tags', 'split',
              'regions', 'twin_of', 'source')
 
-ANSWER_TYPES = {'OPEN': 'OPEN', 'CLOSED': 'CLOSED', 'YES/NO': 'CLOSED', 'OTHER': 'OPEN', 'NUMBER': 'OPEN'}
+ANSWER_TYPES = {'OPEN': 'OPEN', 'CLOSED': 'CLOSED', 'YES/NO': 'CLOSED', 'OTHER': 'OPEN',
+                'NUMBER': 'OPEN'}
 
 def make_item(
     id:str, images:list, question, answer, # what is asked about which images, and the right answer
@@ -39,7 +40,8 @@ def make_item(
 )->dict:             # VQA item
     "One VQA item."
     kind = clean(answer_type).upper()
-    if kind in ANSWER_TYPES and kind != ANSWER_TYPES[kind]: extra['official_type'] = clean(answer_type)
+    if kind in ANSWER_TYPES and kind != ANSWER_TYPES[kind]:
+        extra['official_type'] = clean(answer_type)
     return dict(id=id, images=list(images), question=clean(question), answer=clean(answer),
                 answer_type=ANSWER_TYPES.get(kind, kind), options=list(options),
                 tags=dict(modality=modality, organ=organ, question_type=question_type),
@@ -67,15 +69,17 @@ def named_cluster(
     "The patient of an item, else its cluster, from its own fields or from its tags."
     tags = item.get('tags') or {}
     found = (item.get('patient'), tags.get('patient'), item.get('cluster'), tags.get('cluster'))
-    return next((str(v) for v in found if v not in (None, '')), '')
+    for v in found:
+        if v not in (None, ''): return str(v)
+    return ''
 
 def item_cluster(
     item:dict, # VQA item
-)->str:        # patient or cluster; the first image where it names none, the id where it has no image
+)->str:        # patient or cluster; else the first image, and without an image the id
     "What an item belongs to: items of one cluster are not independent of each other."
     return named_cluster(item) or str((item.get('images') or [item.get('id', '')])[0])
 
-# %% ../../nbs/03_data/15_vqa.ipynb #b86d0c3f
+# %% ../../nbs/03_data/15_vqa.ipynb #0184dafd
 def check_rows(
     path:str|Path, # the file, for messages
     rows,          # what it holds
@@ -87,9 +91,11 @@ def check_rows(
     for i, r in enumerate(rows):
         lack = [k for k in keys if not isinstance(r, dict) or k not in r]
         if lack:
-            raise ValueError(f'{path}: row {i} lacks {", ".join(map(repr, lack))}; is this the right file?')
+            raise ValueError(f'{path}: row {i} lacks {", ".join(map(repr, lack))}; is this the '
+                             'right file?')
     return rows
 
+# %% ../../nbs/03_data/15_vqa.ipynb #43fd38e8
 _SPLITS = dict(train='train', trainset='train', training='train', val='val', valid='val',
                validate='val', validation='val', dev='val', test='test', testset='test')
 
@@ -98,23 +104,26 @@ def split_of(
 )->str|None:       # train, val or test; None if the name names none
     "The split that a file's name speaks of."
     words = re.findall(r'[a-z]+', Path(path).name.split('.')[0].lower())
-    return next((_SPLITS[w] for w in words if w in _SPLITS), None)
+    return next(filter(None, map(_SPLITS.get, words)), None)
 
-# %% ../../nbs/03_data/15_vqa.ipynb #b2183a65
+# %% ../../nbs/03_data/15_vqa.ipynb #2ec4f208
 _RAD_TYPES = dict(pres='presence', prse='presence', pos='position', abn='abnormality',
                   attrib='attribute', atrib='attribute')
 _RAD_KEYS = ('qid', 'image_name', 'question', 'answer', 'answer_type')
+_RAD_LINKS = dict(link='qid_linked_id', rephrase='question_rephrase', frame='question_frame',
+                  relation='question_relation')
 
 def _known(value): # text, or None for VQA-RAD's "NULL"
     return None if clean(value) in ('', 'NULL') else clean(value)
 
+# %% ../../nbs/03_data/15_vqa.ipynb #83320d5d
 def _rad_item(r, n, split, path):
     kind = re.split(r'[,\s]+', clean(r.get('question_type')).lower())[0]
     organ = clean(r.get('image_organ')).lower()
     try: qid = int(r['qid'])
-    except (TypeError, ValueError): raise ValueError(f'{path}: row {n} has the qid {r["qid"]!r}, which is no number.') from None
-    extra = {k: _known(r[name]) for k, name in dict(link='qid_linked_id', rephrase='question_rephrase',
-             frame='question_frame', relation='question_relation').items() if name in r}
+    except (TypeError, ValueError):
+        raise ValueError(f'{path}: row {n} has the qid {r["qid"]!r}, which is no number.') from None
+    extra = {k: _known(r[name]) for k, name in _RAD_LINKS.items() if name in r}
     if r.get('image_case_url'): extra['case'] = clean(r['image_case_url']).rpartition('id=')[2]
     return make_item(f'vqa_rad-{split}-{n}', [clean(r['image_name'])], r['question'], r['answer'],
                      r['answer_type'], split, 'vqa_rad', qid=qid, row=n,
@@ -122,23 +131,39 @@ def _rad_item(r, n, split, path):
                      question_type=_RAD_TYPES.get(kind, kind) or None,
                      phrase_type=r.get('phrase_type'), **extra)
 
+# %% ../../nbs/03_data/15_vqa.ipynb #b2183a65
 def read_vqa_rad(
     path:str|Path,        # 'VQA_RAD Dataset Public.json', 'trainset.json' or 'testset.json'
     split:str|None=None,  # keep only 'train' or 'test'
 )->list:                  # VQA items, in the file's order
     "Read VQA-RAD in its public form or as the usual two files."
-    rows = check_rows(path, read_json(path), _RAD_KEYS)
-    parts = [split_of(path) or ('test' if str(r.get('phrase_type', '')).startswith('test') else 'train') for r in rows]
-    return [_rad_item(r, n, s, path) for n, (r, s) in enumerate(zip(rows, parts)) if split in (None, s)]
+    rows, named, out = check_rows(path, read_json(path), _RAD_KEYS), split_of(path), []
+    for n, r in enumerate(rows):
+        marked = str(r.get('phrase_type', '')).startswith('test')
+        part = named or ('test' if marked else 'train')
+        if split in (None, part): out.append(_rad_item(r, n, part, path))
+    return out
 
-# %% ../../nbs/03_data/15_vqa.ipynb #07583d91
+# %% ../../nbs/03_data/15_vqa.ipynb #ae97556c
 @contextlib.contextmanager
 def _opened(path):
     "An image; one sentence where it is none."
     try: img = Image.open(path)
-    except OSError: raise ValueError(f'{path}: not an image that can be read; fetch it again.') from None
+    except OSError:
+        raise ValueError(f'{path}: not an image that can be read; fetch it again.') from None
     with img: yield img
 
+# %% ../../nbs/03_data/15_vqa.ipynb #db6a1e83
+def _box_rows(rows, w, h):
+    "The boxes of a detection file, in fractions of an image of that size."
+    out = []
+    for row in rows:
+        for name, (x, y, bw, bh) in row.items():
+            box = [round(v, 5) for v in (x/w, y/h, bw/w, bh/h)]
+            out.append(dict(name=name.lower(), box=box))
+    return out
+
+# %% ../../nbs/03_data/15_vqa.ipynb #07583d91
 def slake_boxes(
     folder:str|Path, # the set's folder
     image:str,       # such as 'xmlab1/source.jpg'
@@ -147,15 +172,14 @@ def slake_boxes(
     path = Path(folder)/'imgs'/image
     found = path.parent/'detection.json'
     if not found.is_file() or not path.is_file(): return []
-    with _opened(path) as img: w, h = img.size
+    with _opened(path) as img: size = img.size
     rows = read_json(found)
-    try: return [dict(name=k.lower(), box=[round(v, 5) for v in (x/w, y/h, bw/w, bh/h)])
-                 for row in rows for k, (x, y, bw, bh) in row.items()]
+    try: return _box_rows(rows, *size)
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f'{found}: holds no boxes in the form [{{name: [x, y, width, height]}}]; '
                          'fetch it again.') from None
 
-# %% ../../nbs/03_data/15_vqa.ipynb #e7cabc6e
+# %% ../../nbs/03_data/15_vqa.ipynb #29bf1127
 def _labels(path): # grey values of a mask, or None where the file is no mask
     if not path.is_file(): return None
     with _opened(path) as img:
@@ -164,6 +188,14 @@ def _labels(path): # grey values of a mask, or None where the file is no mask
     if x.ndim == 3 and (x != x[..., :1]).any(): return None
     return x if x.ndim == 2 else x[..., 0]
 
+def _mask_names(key): # [(grey value, organ)] of a set's mask.txt, in order
+    out = []
+    for line in key.read_text(encoding='utf-8-sig').splitlines():
+        value, colon, organ = line.partition(':')
+        if colon: out.append((int(value), organ.strip().lower()))
+    return sorted(dict(out).items())
+
+# %% ../../nbs/03_data/15_vqa.ipynb #049e06d1
 def slake_masks(
     folder:str|Path, # the set's folder, with mask.txt
     image:str,       # such as 'xmlab1/source.jpg'
@@ -172,30 +204,33 @@ def slake_masks(
     key, name = Path(folder)/'mask.txt', str(Path(image).parent/'mask.png')
     labels = _labels(Path(folder)/'imgs'/name)
     if labels is None or not key.is_file(): return []
-    table = dict(line.split(':', 1) for line in key.read_text(encoding='utf-8-sig').splitlines() if ':' in line)
     (h, w), out = labels.shape, []
     there = np.bincount(labels.ravel(), minlength=256)
-    for value, organ in sorted((int(v), o.strip().lower()) for v, o in table.items()):
+    for value, organ in _mask_names(key):
         if not 0 <= value < 256 or not there[value]: continue
         ys, xs = np.nonzero(labels == value)
         box = (xs.min()/w, ys.min()/h, (xs.max() - xs.min() + 1)/w, (ys.max() - ys.min() + 1)/h)
-        out.append(dict(name=organ, box=[round(float(v), 5) for v in box], mask=name, value=value, area=round(len(xs)/(w*h), 5)))
+        out.append(dict(name=organ, box=[round(float(v), 5) for v in box], mask=name, value=value,
+                        area=round(len(xs)/(w*h), 5)))
     return out
 
+# %% ../../nbs/03_data/15_vqa.ipynb #bdc4e2df
 def slake_regions(
     folder:str|Path, # the set's folder
     image:str,       # such as 'xmlab1/source.jpg'
 )->list:             # [{name, box}], with mask, value and area of its organ where the mask has it
     "Everything marked in one SLAKE image: its boxes, and what only its mask shows."
     boxes, masks = slake_boxes(folder, image), {m['name']: m for m in slake_masks(folder, image)}
-    have = {b['name'] for b in boxes}
-    return [{**masks.get(b['name'], {}), **b} for b in boxes] + [m for k, m in masks.items() if k not in have]
+    out = [{**masks.get(b['name'], {}), **b} for b in boxes]
+    for b in boxes: masks.pop(b['name'], None)
+    return out + list(masks.values())
 
+# %% ../../nbs/03_data/15_vqa.ipynb #e7cabc6e
 def region_mask(
     folder:str|Path, # the folder that images are named relative to, such as slake/imgs
     region:dict,     # one of an item's regions that has a mask
-)->np.ndarray:       # bool, as high and wide as the image; true within the box where the mask has its value
-    "Pixels of a region."
+)->np.ndarray:       # bool, as high and wide as the image
+    "Pixels of a region: true within its box where the mask has its value."
     labels = _labels(Path(folder)/region['mask'])
     if labels is None: raise ValueError(f'{Path(folder)/region["mask"]}: not there, or no mask.')
     (h, w), (x, y, bw, bh) = labels.shape, region['box']
@@ -204,11 +239,12 @@ def region_mask(
     out[rows, cols] = labels[rows, cols] == region['value']
     return out
 
-# %% ../../nbs/03_data/15_vqa.ipynb #81ca57b6
-_CHINESE = dict(pair.split('=') for pair in (
-    'liver=肝 kidney=肾 spleen=脾 lung=肺 heart=心脏 bladder=膀胱 rectum=直肠 esophagus=食管 trachea=气管 colon=结肠 '
-    'duodenum=十二指肠 stomach=胃 eye=眼 ear=耳 tooth=牙 mandible=下颌 larynx=喉 parotid=腮腺 brain=脑 edema=水肿 tumor=肿瘤 '
-    'cancer=癌 nodule=结节 atelectasi=肺不张 pneumothorax=气胸 mass=肿块 pneumonia=肺炎 cardiomegaly=心脏肥大 left=左 right=右').split())
+# %% ../../nbs/03_data/15_vqa.ipynb #d8e3e6e9
+_CHINESE = dict(re.findall(r'(\w+)=(\w+)', """
+    liver=肝 kidney=肾 spleen=脾 lung=肺 heart=心脏 bladder=膀胱 rectum=直肠 esophagus=食管 trachea=气管
+    colon=结肠 duodenum=十二指肠 stomach=胃 eye=眼 ear=耳 tooth=牙 mandible=下颌 larynx=喉 parotid=腮腺
+    brain=脑 edema=水肿 tumor=肿瘤 cancer=癌 nodule=结节 atelectasi=肺不张 pneumothorax=气胸 mass=肿块
+    pneumonia=肺炎 cardiomegaly=心脏肥大 left=左 right=右"""))
 _CHINESE |= {'small bowel': '小肠', 'spinal cord': '脊髓', 'brain stem': '脑干', 'temporal lobe': '颞叶',
              'femoral head': '股骨头', 'humerus head': '肱骨头', 'enhancing': '增强'}
 
@@ -219,37 +255,42 @@ def _stems(text): # words without a plural s; Chinese names of organs become Eng
         if sign in text: words.update(name.split())
     return words
 
+# %% ../../nbs/03_data/15_vqa.ipynb #81ca57b6
 def _named(name, text):
     "Whether a text names a thing; 'left' and 'right' matter only if the text has one of them."
     words, want, sides = _stems(text), _stems(name), {'left', 'right'}
     return (want if words & sides else want - sides) <= words
 
-# %% ../../nbs/03_data/15_vqa.ipynb #b1584d54
-_SLAKE_FILES = dict(train=('train',), val=('validate', 'validation', 'val'), test=('test',))
+# %% ../../nbs/03_data/15_vqa.ipynb #e4c0c110
 _SLAKE_TYPES = dict(quantity='count', kg='knowledge')
 _SLAKE_MODALITY = {'X-Ray': 'chest_xray', 'CT': 'ct_scan', 'MRI': 'mri', 'Histology': 'histology',
                    'Gross': 'gross'}
+_SLAKE_KEPT = ('patient', 'combination', 'kind', 'scene_seed', 'base_type', 'q_lang')
 
+def _row_regions(r, boxes):
+    "The regions that a row is about: a phantom's own, else those that its words name."
+    if 'scene_seed' in r:
+        return [dict(name=r.get('kind'), box=list(b)) for b in r.get('regions') or []]
+    text = f"{r['question']} {r['answer']}"
+    return [b for b in boxes(clean(r['img_name'])) if _named(b['name'], text)]
+
+# %% ../../nbs/03_data/15_vqa.ipynb #c040da13
 def _slake_item(r, split, boxes):
     "Item of one SLAKE row; extra columns of the phantoms are used where they are."
-    ours = 'scene_seed' in r
-    source = 'phantoms' if ours else 'slake'
-    name, kind = clean(r['img_name']), clean(r.get('content_type')).lower()
-    if ours: regions = [dict(name=r.get('kind'), box=list(b)) for b in r.get('regions') or []]
-    else: regions = [b for b in boxes(name) if _named(b['name'], f"{r['question']} {r['answer']}")]
-    twin = r.get('twin_of')
-    extra = {k: r[k]
-             for k in ('patient', 'combination', 'kind', 'scene_seed', 'base_type', 'q_lang')
-             if k in r}
-    if not ours: extra['qid'] = r['qid']
-    return make_item(f"{source}-{r['qid']}", [name], r['question'], r['answer'], r['answer_type'],
-                     split, source,
-                     modality=_SLAKE_MODALITY.get(r.get('modality'),
-                         clean(r.get('modality')).lower() or None),
+    source, twin = 'phantoms' if 'scene_seed' in r else 'slake', r.get('twin_of')
+    modality, kind = clean(r.get('modality')).lower(), clean(r.get('content_type')).lower()
+    extra = {k: r[k] for k in _SLAKE_KEPT if k in r}
+    if source == 'slake': extra['qid'] = r['qid']
+    return make_item(f"{source}-{r['qid']}", [clean(r['img_name'])], r['question'], r['answer'],
+                     r['answer_type'], split, source,
+                     modality=_SLAKE_MODALITY.get(r.get('modality'), modality or None),
                      organ=clean(r.get('location')).lower().replace('_', ' ') or None,
-                     regions=regions,
                      question_type=r.get('question_type') or _SLAKE_TYPES.get(kind, kind) or None,
+                     regions=_row_regions(r, boxes),
                      twin_of=None if twin is None else f'{source}-{twin}', **extra)
+
+# %% ../../nbs/03_data/15_vqa.ipynb #25ef1d38
+_SLAKE_FILES = dict(train=('train',), val=('validate', 'validation', 'val'), test=('test',))
 
 def slake_file(
     folder:str|Path, # the set's folder
@@ -260,11 +301,11 @@ def slake_file(
     if split not in _SLAKE_FILES:
         raise ValueError(f'Unknown split {split!r}; known are train, val, test.')
     paths = [Path(folder)/f'{n}.json' for n in _SLAKE_FILES[split]]
-    found = next((p for p in paths if p.is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f'{paths[0]}: no such file; SLAKE has train, validate and test.json.')
-    return found
+    for path in paths:
+        if path.is_file(): return path
+    raise FileNotFoundError(f'{paths[0]}: no such file; SLAKE has train, validate and test.json.')
 
+# %% ../../nbs/03_data/15_vqa.ipynb #b1584d54
 def read_slake(
     folder:str|Path, # holds train.json, validate.json, test.json and imgs/; or one of these files
     split:str|None,  # train, val or test; of a file, None for what its name says
@@ -276,19 +317,25 @@ def read_slake(
     def boxes(name):
         if name not in known: known[name] = slake_regions(path.parent, name)
         return known[name]
-    rows = check_rows(path, read_json(path), ('qid', 'img_name', 'question', 'answer', 'answer_type'))
+    rows = check_rows(path, read_json(path),
+                      ('qid', 'img_name', 'question', 'answer', 'answer_type'))
     return [_slake_item(r, split, boxes) for r in rows if lang in (None, r.get('q_lang', 'en'))]
 
-# %% ../../nbs/03_data/15_vqa.ipynb #8a2000a6
+# %% ../../nbs/03_data/15_vqa.ipynb #fcf2c273
 def _split_rows(folder):
     "Split → rows of its file, of those that are there; None where a file holds something else."
-    found = {s: next((p for n in names if (p := folder/f'{n}.json').is_file()), None)
-             for s, names in _SLAKE_FILES.items()}
-    rows = {s: read_json(p) for s, p in found.items() if p}
-    first = next((r[0] for r in rows.values() if isinstance(r, list) and r), dict(img_name=''))
-    other = not isinstance(first, dict) or 'img_name' not in first or 'scene_seed' in first
-    return None if other or not all(isinstance(r, list) for r in rows.values()) else rows
+    rows, first = {}, None
+    for split in _SLAKE_FILES:
+        try: path = slake_file(folder, split)
+        except FileNotFoundError: continue
+        rows[split] = read_json(path)
+        if isinstance(rows[split], list) and rows[split] and first is None: first = rows[split][0]
+    if not all(isinstance(r, list) for r in rows.values()): return None
+    if first is None: return rows
+    ours = isinstance(first, dict) and 'img_name' in first and 'scene_seed' not in first
+    return rows if ours else None
 
+# %% ../../nbs/03_data/15_vqa.ipynb #62e14e03
 def is_slake(
     folder:str|Path, # of any set
 )->bool:
@@ -298,46 +345,77 @@ def is_slake(
     if rows: return True
     return rows == {} and ((folder/'KG').is_dir() or any(folder.glob('imgs/xmlab*')))
 
+# %% ../../nbs/03_data/15_vqa.ipynb #8a2000a6
 def slake_lacks(
     folder:str|Path, # of any set
-)->list:             # phrases, such as 'imgs/'; empty where nothing is missing, or it is another set
-    "Which files SLAKE's questions and labels need and the folder does not hold; its knowledge graph is not among them."
-    folder = Path(folder)
+)->list:             # phrases, such as 'imgs/'; empty if nothing is missing or it is another set
+    """Which files SLAKE's questions and labels need and the folder does not hold; its knowledge
+    graph is not among them."""
+    folder, named, lost, bare = Path(folder), set(), [], []
     if not is_slake(folder): return []
     rows = _split_rows(folder)
-    out = [f'{_SLAKE_FILES[s][0]}.json' for s in _SLAKE_FILES if not rows.get(s)]
+    out = [f'{names[0]}.json' for s, names in _SLAKE_FILES.items() if not rows.get(s)]
     if not (folder/'imgs').is_dir(): return [*out, 'imgs/']
-    named = {clean(r['img_name']) for part in rows.values() for r in part if 'img_name' in r}
-    names = sorted(n for n in named if n)
-    lost = [n for n in names if not (folder/'imgs'/n).is_file()]
-    bare = [n for n in names if n not in lost and not (folder/'imgs'/n).with_name('detection.json').is_file()]
+    for part in rows.values():
+        for r in part: named.add(clean(r.get('img_name')))
+    names = sorted(named - {''})
+    for n in names:
+        path = folder/'imgs'/n
+        if not path.is_file(): lost.append(n)
+        elif not path.with_name('detection.json').is_file(): bare.append(n)
     for which, what in ((lost, 'images'), (bare, "images' detection.json")):
         if which: out.append(f'{len(which)} of {len(names)} {what} (the first: {which[0]})')
     return out
 
-# %% ../../nbs/03_data/15_vqa.ipynb #2f31ce71
+# %% ../../nbs/03_data/15_vqa.ipynb #ce5c7ff4
+_UNKNOWN = (None, None, None)   # of a parquet edition, only the number of questions is known
 EDITIONS = { # set, edition, split: questions, images, open, closed; None where it is not known
-    ('vqa_rad', 'two files', 'train'): (3064, 314, 1241, 1823), ('vqa_rad', 'two files', 'test'): (451, 203, 179, 272),
-    ('vqa_rad', 'public file', 'train'): (1797, 313, 770, 1027), ('vqa_rad', 'public file', 'test'): (451, 203, 179, 272),
-    ('vqa_rad', 'parquet', 'train'): (1793, None, None, None), ('vqa_rad', 'parquet', 'test'): (451, None, None, None),
-    ('slake', 'en', 'train'): (4919, 450, 2976, 1943), ('slake', 'en', 'val'): (1053, 96, 631, 422),
-    ('slake', 'en', 'test'): (1061, 96, 645, 416), ('slake', 'zh', 'train'): (4916, 450, 2978, 1938),
-    ('slake', 'zh', 'val'): (1046, 96, 624, 422), ('slake', 'zh', 'test'): (1033, 96, 613, 420),
-    ('slake', 'en+zh', 'train'): (9835, 586, 5954, 3881), ('slake', 'en+zh', 'val'): (2099, 174, 1255, 844),
-    ('slake', 'en+zh', 'test'): (2094, 180, 1258, 836), ('slake', 'parquet', 'train'): (4919, None, None, None),
-    ('slake', 'parquet', 'val'): (1053, None, None, None), ('slake', 'parquet', 'test'): (1061, None, None, None),
-    ('pathvqa', 'original', 'train'): (19755, 2599, 9949, 9806), ('pathvqa', 'original', 'val'): (6279, 832, 3144, 3135),
-    ('pathvqa', 'original', 'test'): (6761, 858, 3370, 3391), ('pathvqa', 'parquet', 'train'): (19654, None, None, None),
-    ('pathvqa', 'parquet', 'val'): (6259, None, None, None), ('pathvqa', 'parquet', 'test'): (6719, None, None, None),
-    ('pmc_vqa', 'version 2', 'train'): (152603, None, 0, 152603), ('pmc_vqa', 'clean', 'test'): (2000, None, 0, 2000)}
+    ('vqa_rad', 'two files', 'train'): (3064, 314, 1241, 1823),
+    ('vqa_rad', 'two files', 'test'): (451, 203, 179, 272),
+    ('vqa_rad', 'public file', 'train'): (1797, 313, 770, 1027),
+    ('vqa_rad', 'public file', 'test'): (451, 203, 179, 272),
+    ('vqa_rad', 'parquet', 'train'): (1793, *_UNKNOWN),
+    ('vqa_rad', 'parquet', 'test'): (451, *_UNKNOWN),
+    ('slake', 'en', 'train'): (4919, 450, 2976, 1943),
+    ('slake', 'en', 'val'): (1053, 96, 631, 422),
+    ('slake', 'en', 'test'): (1061, 96, 645, 416),
+    ('slake', 'zh', 'train'): (4916, 450, 2978, 1938),
+    ('slake', 'zh', 'val'): (1046, 96, 624, 422),
+    ('slake', 'zh', 'test'): (1033, 96, 613, 420),
+    ('slake', 'en+zh', 'train'): (9835, 586, 5954, 3881),
+    ('slake', 'en+zh', 'val'): (2099, 174, 1255, 844),
+    ('slake', 'en+zh', 'test'): (2094, 180, 1258, 836),
+    ('slake', 'parquet', 'train'): (4919, *_UNKNOWN),
+    ('slake', 'parquet', 'val'): (1053, *_UNKNOWN),
+    ('slake', 'parquet', 'test'): (1061, *_UNKNOWN),
+    ('pathvqa', 'original', 'train'): (19755, 2599, 9949, 9806),
+    ('pathvqa', 'original', 'val'): (6279, 832, 3144, 3135),
+    ('pathvqa', 'original', 'test'): (6761, 858, 3370, 3391),
+    ('pathvqa', 'parquet', 'train'): (19654, *_UNKNOWN),
+    ('pathvqa', 'parquet', 'val'): (6259, *_UNKNOWN),
+    ('pathvqa', 'parquet', 'test'): (6719, *_UNKNOWN),
+    ('pmc_vqa', 'version 2', 'train'): (152603, None, 0, 152603),
+    ('pmc_vqa', 'clean', 'test'): (2000, None, 0, 2000)}
 
+# %% ../../nbs/03_data/15_vqa.ipynb #4ec55ba1
 def item_counts(
     items:list, # VQA items
 )->tuple:       # questions, images, open, closed
     "The four numbers by which a split is known."
-    kinds = Counter(o['answer_type'] for o in items)
-    return len(items), len({n for o in items for n in o['images']}), kinds['OPEN'], kinds['CLOSED']
+    kinds, names = Counter(), set()
+    for o in items:
+        kinds[o['answer_type']] += 1
+        names.update(o['images'])
+    return len(items), len(names), kinds['OPEN'], kinds['CLOSED']
 
+def _agree(got, want): # whether four numbers are those that were published
+    return all(w in (None, g) for g, w in zip(got, want))
+
+def _counted(counts): # four numbers in words
+    named = zip(counts, ('questions', 'images', 'open', 'closed'))
+    return ', '.join(f'{n:,} {k}' for n, k in named if n is not None)
+
+# %% ../../nbs/03_data/15_vqa.ipynb #2f31ce71
 def check_counts(
     items:list,       # VQA items
     edition:str|None=None, # one of the set's editions; None accepts any of them
@@ -346,55 +424,68 @@ def check_counts(
     groups, out = {}, []
     for o in items: groups.setdefault((o.get('source'), o.get('split')), []).append(o)
     for (source, split), group in groups.items():
-        known = {e: v for (s, e, p), v in EDITIONS.items() if (s, p) == (source, split) and edition in (None, e)}
-        got = item_counts(group)
-        if known and not any(all(w in (None, g) for g, w in zip(got, want)) for want in known.values()):
-            say = lambda c: ', '.join(f'{n:,} {k}' for n, k in zip(c, ('questions', 'images', 'open', 'closed')) if n is not None)
-            out.append(f'{source} {split} has {say(got)}; published: '
-                       + ' or '.join(f'{say(v)} ({e})' for e, v in known.items()) + '.')
+        got, known = item_counts(group), {}
+        for (s, e, p), want in EDITIONS.items():
+            if (s, p) == (source, split) and edition in (None, e): known[e] = want
+        if not known or any(_agree(got, want) for want in known.values()): continue
+        published = ' or '.join(f'{_counted(want)} ({e})' for e, want in known.items())
+        out.append(f'{source} {split} has {_counted(got)}; published: {published}.')
     return out
 
-# %% ../../nbs/03_data/15_vqa.ipynb #eb83604b
+# %% ../../nbs/03_data/15_vqa.ipynb #9614da34
+def _option_fault(o): # what is wrong with the options of an item, or None
+    known, answer = list(map(same_option, o['options'] or ())), o['answer']
+    if not known: return None
+    if answer and same_option(answer) not in known:
+        return f'has the answer {answer!r}, which is none of its options'
+    if o.get('label') and o['label'] != LETTERS[known.index(same_option(answer))]:
+        return f'has the label {o["label"]!r}, which is not the letter of its answer {answer!r}'
+
+def _outside(box): # whether a box leaves its image
+    return len(box) != 4 or not all(-.01 <= v <= 1.01 for v in box)
+
+# %% ../../nbs/03_data/15_vqa.ipynb #858f3838
 def _item_faults(o, ids): # what is wrong with one item
     lack = [k for k in ITEM_KEYS if k not in o]
     if lack: return [f'lacks {", ".join(lack)}']
     out = [f'has an empty {k}' for k in ('question', 'answer', 'images') if not o[k]]
-    if o['answer_type'] not in ('OPEN', 'CLOSED'): out.insert(0, f'has answer type {o["answer_type"]!r}')
-    known = [same_option(v) for v in o['options'] or ()]
-    if known and o['answer'] and same_option(o['answer']) not in known:
-        out.append(f'has the answer {o["answer"]!r}, which is none of its options')
-    elif known and o.get('label') and o['label'] != LETTERS[known.index(same_option(o['answer']))]:
-        out.append(f'has the label {o["label"]!r}, which is not the letter of its answer '
-                   f'{o["answer"]!r}')
-    if o['twin_of'] is not None and o['twin_of'] not in ids: out.append(f'names the twin {o["twin_of"]!r}, which is not there')
-    boxes = [r['box'] for r in o['regions'] if isinstance(r, dict)]
-    if any(len(b) != 4 or not all(-.01 <= v <= 1.01 for v in b) for b in boxes): out.append('has a box outside its image')
+    if o['answer_type'] not in ('OPEN', 'CLOSED'):
+        out.insert(0, f'has answer type {o["answer_type"]!r}')
+    if fault := _option_fault(o): out.append(fault)
+    if o['twin_of'] is not None and o['twin_of'] not in ids:
+        out.append(f'names the twin {o["twin_of"]!r}, which is not there')
+    if any(_outside(r['box']) for r in o['regions'] if isinstance(r, dict)):
+        out.append('has a box outside its image')
     return out
 
+# %% ../../nbs/03_data/15_vqa.ipynb #eb83604b
 def check_items(
     items:list,           # VQA items
     images_dir:str|Path|None=None, # also look whether every image is there
     published:bool=False, # also compare with the published sizes of the set
 )->list:                  # one sentence for each problem
     "What is wrong with these items; an empty list when nothing is."
-    ids = Counter(o.get('id') for o in items)
+    ids, names = Counter(o.get('id') for o in items), set()
     out = [f'Item {i!r} occurs {n} times; ids must be unique.' for i, n in ids.items() if n > 1]
-    out += [f'Item {o.get("id")!r} {fault}.' for o in items for fault in _item_faults(o, ids)]
-    names = {n for o in items for n in o.get('images', [])} if images_dir else ()
-    out += [f'Image {n} is not in {images_dir}.' for n in sorted(names) if not (Path(images_dir)/n).is_file()]
+    for o in items:
+        for fault in _item_faults(o, ids): out.append(f'Item {o.get("id")!r} {fault}.')
+        if images_dir: names.update(o.get('images', []))
+    for n in sorted(names):
+        if not (Path(images_dir)/n).is_file(): out.append(f'Image {n} is not in {images_dir}.')
     return out + (check_counts(items) if published else [])
 
-# %% ../../nbs/03_data/15_vqa.ipynb #725acaf7
+# %% ../../nbs/03_data/15_vqa.ipynb #ae8c45f4
 def item_options(
     item:dict, # VQA item
 )->str:        # one option a line; empty where there are none
     "The options of an item with their letters; ValueError where there are more than letters."
     options = list(item.get('options') or ())
-    if len(options) > len(LETTERS): raise ValueError(
-        f"Item '{item.get('id')}' has {len(options)} options and there are {len(LETTERS)} letters; "
-        'leave some out.')
-    return '\n'.join(f'{l}. {o}' for l, o in zip(LETTERS, options))
+    if len(options) > len(LETTERS):
+        raise ValueError(f"Item '{item.get('id')}' has {len(options)} options and there are "
+                         f'{len(LETTERS)} letters; leave some out.')
+    return '\n'.join(map('{}. {}'.format, LETTERS, options))
 
+# %% ../../nbs/03_data/15_vqa.ipynb #725acaf7
 def item_question(
     item:dict, # VQA item
 )->str:
@@ -410,10 +501,11 @@ def question_record(
     images = item['images']
     if not images:
         raise ValueError(f"Item '{item['id']}' has no image; a training record needs one.")
-    if not item['answer']: raise ValueError(f"Item '{item['id']}' has an empty answer; leave it out of training.")
+    if not item['answer']:
+        raise ValueError(f"Item '{item['id']}' has an empty answer; leave it out of training.")
     asked = '<image>\n'*len(images) + item_question(item)
     said = [{'from': 'human', 'value': asked}, {'from': 'gpt', 'value': item['answer']}]
-    source = {k: item[k] for k in ('source',) if item.get(k)}
+    source = dict(source=item['source']) if item.get('source') else {}
     image = images[0] if len(images) == 1 else list(images)
     return dict(id=item['id'], image=image, conversations=said, **source)
 
@@ -424,7 +516,8 @@ def choice_item(
 )->dict:           # item with `options`, the right one's text as `answer`, its `label`
     "A multiple-choice item, always closed; a question that held its options stays in `prompt`."
     asked, kind = clean(choice.question), str(item.get('answer_type') or '')
-    out = {k: v for k, v in item.items() if k != 'type_from'}
+    out = dict(item)
+    out.pop('type_from', None)
     if 'type_from' not in item and kind not in ('', 'CLOSED'): out.setdefault('official_type', kind)
     if asked != clean(item['question']): out.setdefault('prompt', clean(item['question']))
     else: asked = item['question']
@@ -432,26 +525,31 @@ def choice_item(
     return out | dict(question=asked, options=list(choice.options), answer=choice.answer,
                       answer_type='CLOSED', label=choice.label)
 
-# %% ../../nbs/03_data/15_vqa.ipynb #5004198e
+# %% ../../nbs/03_data/15_vqa.ipynb #80711ad6
+def _unfit(items): # the first reason why items cannot be kept in a file, or None
+    for w in check_items(items):
+        if 'lacks' in w or 'unique' in w: return w
+
 def write_items(
     path:str|Path, # a .json file
     items:list,    # VQA items
 )->None:
     "Write items, complete or not at all."
-    wrong = [w for w in check_items(items) if 'lacks' in w or 'unique' in w]
-    if wrong: raise ValueError(f'{path}: not written. {wrong[0]}')
+    if wrong := _unfit(items): raise ValueError(f'{path}: not written. {wrong}')
     write_json(path, items)
 
+# %% ../../nbs/03_data/15_vqa.ipynb #5004198e
 def read_items(
     path:str|Path, # a .json or .jsonl file written by `write_items` or by hand
     left_out:list|None=None, # gets a sentence for each contradictory item; None refuses it
 )->list:           # VQA items
     "Read items in our schema; OptionError for options that contradict their answer."
-    path = Path(path)
+    path, out = Path(path), []
     items = read_jsonl(path) if path.suffix == '.jsonl' else read_json(path)
     if not isinstance(items, list): raise ValueError(f'{path}: holds no list of items.')
-    wrong = [w for w in check_items(items) if 'lacks' in w or 'unique' in w]
-    if wrong: raise ValueError(f'{path}: {wrong[0]}')
+    if wrong := _unfit(items): raise ValueError(f'{path}: {wrong}')
     found = read_choices(path, [o if o['options'] else {} for o in items], left_out)
-    kept = [n for n in range(len(items)) if found.get(n, n) is not None]
-    return [choice_item(items[n], found[n]) if n in found else items[n] for n in kept]
+    for n, o in enumerate(items):
+        choice = found.get(n, n)
+        if choice is not None: out.append(choice_item(o, choice) if n in found else o)
+    return out

@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 from ..core.registry import Registry
 from ..data.claims import read_claims
-from ..data.options import key_place, said_option
+from ..data.options import key_place
+from ..data.said_options import said_option
 from ..data.vqa import item_cluster, named_cluster
 from .answer_text import COMPARED, MINUS, PLUS, plain, spoken, with_signs
 

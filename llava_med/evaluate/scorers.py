@@ -26,7 +26,8 @@ from .exact import (SCORE_COLUMNS, HEAD, SLICE_KEYS, MODEL_PAIRS, ScoreError,
     _contrasts, _index, _slices, _tidy, cluster_codes, draw_counts, intervals, item_tag,
     no_interval,
     right_answer, slice_keys, strict, strict_normalise, summarise)
-from ..data.options import LETTERS, key_place, said_option, same_option, spelt_out
+from ..data.options import LETTERS, key_place, same_option
+from ..data.said_options import said_option, spelt_out
 from ..data.generators import THOUGHT
 from ..data.conversations import DOMAINS
 from ..data.vqa_readers import read_vqa
