@@ -12,9 +12,9 @@ from PIL import Image
 from test_convert import Original
 
 from llava_med.core.runs import write_jsonl
-from llava_med.lab import commands, estimate, publishing, sweeps
+from llava_med.lab import commands, publishing, rehearsal, sweeps
 from llava_med.lab.commands import COMMANDS, main, make_parser
-from llava_med.lab.runner import plan_run, read_preset
+from llava_med.lab.presets import plan_run, read_preset
 from llava_med.world.sets import write_articles
 
 NAMES = [add.__name__.removeprefix('add_') for add in COMMANDS]
@@ -145,8 +145,8 @@ def dry(monkeypatch, place):
     monkeypatch.chdir(place)
     monkeypatch.setattr(commands, 'check_memory', lambda args: None)
     monkeypatch.setattr(commands, 'run_pipeline', dry_run)
-    monkeypatch.setattr(estimate, 'rehearse', dry_run)
-    monkeypatch.setattr(estimate, 'join_base', lambda preset: done.append('join') or 'joined')
+    monkeypatch.setattr(rehearsal, 'rehearse', dry_run)
+    monkeypatch.setattr(rehearsal, 'join_base', lambda preset: done.append('join') or 'joined')
     real = sweeps.run_batch
     monkeypatch.setattr(sweeps, 'run_batch', lambda grid, address, n, say, plan, preset:
                         real(grid, address, n, say, True, preset))

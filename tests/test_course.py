@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
-from llava_med.lab.grading import (BEGIN, EXERCISES, GRADE_PARTS, GRADED_STEPS, check, grade,
-    hint_for, made_run, points_of, total, unsolved)
+from llava_med.lab.exercises import BEGIN, EXERCISES, check, hint_for, points_of, unsolved
+from llava_med.lab.grading import GRADE_PARTS, GRADED_STEPS, grade, made_run, total
 from llava_med.data.claims import read_claims
 from llava_med.core.runs import read_json, read_jsonl, write_csv, write_json, write_jsonl
 from llava_med.lab.runner import started

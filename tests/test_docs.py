@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import nbformat
 import pytest
 from conftest import NO_BROWSER, browser, wait_for
-from llava_med.lab.runner import UsageError
+from llava_med.lab.steps import UsageError
 from llava_med.lab.book import (BOOK_PARTS, ROOMS, api_page, book_command, book_links, book_page,
     chapter_rows, chapter_table, check_site, configuration, described, library, make_book, name_links,
     opening, package_rows, page_of, folder_table, parts, slug, write_sources)
@@ -125,7 +125,8 @@ def test_the_readme_shows_a_new_user_the_way(sign):
 
 @pytest.mark.parametrize('page', ['README.md', 'nbs/pages/commands.ipynb'])
 def test_commands_that_are_shown_name_what_is_there(page):
-    from llava_med.lab.runner import pipeline, presets, read_parameters
+    from llava_med.lab.steps import pipeline, read_parameters
+    from llava_med.lab.presets import presets
     text = (REPO/page).read_text(encoding='utf-8')
     known = {n: set(read_parameters(p)) for n, p in pipeline().items()}
     for step, parameter in re.findall(r'[ (`](\d\w*|all)\.([a-z]\w*)=', text):

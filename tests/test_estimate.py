@@ -13,9 +13,10 @@ import nbformat
 import pytest
 import torch
 
-from llava_med.lab import estimate
+from llava_med.lab import estimate, rehearsal
 from llava_med.lab.publishing import relink
-from llava_med.lab.runner import missing_files, plan_run, read_preset
+from llava_med.lab.steps import missing_files
+from llava_med.lab.presets import plan_run, read_preset
 from llava_med.lab.steps import UsageError
 from llava_med.data.catalogue import CATALOGUE
 from llava_med.models.llava import load
@@ -331,7 +332,7 @@ def test_the_evidence_stands_on_its_page():
 @each
 def test_a_thin_base_is_of_the_real_kind(name, tmp_path):
     p, real = read_preset(name), estimate.real_config(read_preset(name))
-    model, processor = load(estimate.thin_base(p, tmp_path/'base'))
+    model, processor = load(rehearsal.thin_base(p, tmp_path/'base'))
     c, v, t = model.config, model.config.vision_config, model.config.text_config
     assert (v.model_type, t.model_type, v.image_size, c.image_seq_length, c.projector_hidden_act, c.vision_feature_layer, c.vision_feature_select_strategy) == (
         real.vision_config.model_type, real.text_config.model_type, real.vision_config.image_size, real.image_seq_length, real.projector_hidden_act,
@@ -346,9 +347,9 @@ def test_a_thin_base_is_of_the_real_kind(name, tmp_path):
     assert int((ids['input_ids'] == c.image_token_id).sum()) == real.image_seq_length
     assert torch.isfinite(model(**ids).logits).all()
     before = {f: f.read_bytes() for f in (tmp_path/'base').iterdir()}
-    estimate.thin_base(p, tmp_path/'base')
+    rehearsal.thin_base(p, tmp_path/'base')
     assert before == {f: f.read_bytes() for f in (tmp_path/'base').iterdir()}
-    shutil.rmtree(tmp_path/'base'); estimate.thin_base(p, tmp_path/'base')
+    shutil.rmtree(tmp_path/'base'); rehearsal.thin_base(p, tmp_path/'base')
     assert (tmp_path/'base/model.safetensors').read_bytes() == before[tmp_path/'base/model.safetensors'], 'the same random weights each time'
 
 
@@ -357,7 +358,7 @@ def test_a_thin_base_trains_for_what_it_is_asked_and_can_stop(name, tmp_path):
     from llava_med.generate.answers import end_ids
     from llava_med.models.templates import prompt_ids
     from llava_med.train.batches import record_samples
-    model, processor = load(estimate.thin_base(read_preset(name), tmp_path/'base'))
+    model, processor = load(rehearsal.thin_base(read_preset(name), tmp_path/'base'))
     talk = [{'from': f, 'value': v} for f, v in (('human', '<image>\nWhy?'), ('gpt', 'left'))]
     (s,), _ = record_samples([dict(id='r', image='a.png', conversations=talk)], processor, 1)
     asked, = prompt_ids(processor, ['Why?'], [1])
@@ -367,7 +368,7 @@ def test_a_thin_base_trains_for_what_it_is_asked_and_can_stop(name, tmp_path):
 def test_a_rehearsal_reads_the_template_of_the_real_run(tmp_path, monkeypatch, capsys):
     "That of the base where it is on this machine; what cannot be trained with fails in the rehearsal."
     p = read_preset('llava15_7b')
-    load(estimate.thin_base(p, tmp_path/'thin'))
+    load(rehearsal.thin_base(p, tmp_path/'thin'))
     assert 'wrote no end behind an answer' in capsys.readouterr().out, 'as the checkpoint itself'
     place = next(v['base_model'] for v in plan_run(p, p['name']).values() if v.get('base_model'))
     monkeypatch.setattr(estimate, 'root', lambda: tmp_path)
@@ -375,13 +376,13 @@ def test_a_rehearsal_reads_the_template_of_the_real_run(tmp_path, monkeypatch, c
     shutil.copytree(REPO/'data/base_tiny', tmp_path/place)
     assert estimate.real_template(p) == (REPO/'data/base_tiny/chat_template.jinja').read_text()
     (tmp_path/place/'chat_template.jinja').write_text("{{ messages[0]['role'] }}")
-    with pytest.raises(UsageError, match='loses the question'): estimate.thin_base(p, tmp_path/'other')
+    with pytest.raises(UsageError, match='loses the question'): rehearsal.thin_base(p, tmp_path/'other')
 
 
 @each
 def test_a_rehearsal_keeps_what_matters(name):
     p = read_preset(name)
-    real, values = plan_run(p, name), estimate.rehearsal_values(p, Path('/thin'))
+    real, values = plan_run(p, name), rehearsal.rehearsal_values(p, Path('/thin'))
     assert set(values) == set(real)
     for step in values:
         for k in ('lr', 'batch_size', 'max_len', 'lora_rank', 'lora_alpha', 'packed', 'sharding', 'gradient_checkpointing', 'max_tokens_per_microbatch', 'bf16', 'warmup', 'save_s'):
@@ -398,7 +399,7 @@ def test_parts_are_joined_into_the_real_base(tmp_path, monkeypatch):
     (tmp_path/'data').mkdir(); (tmp_path/'data/base_tiny').symlink_to(REPO/'data/base_tiny')
     done = command(tmp_path, tmp_path/'outputs', 'plan', 'llava_med_v15', '--join')
     assert done.returncode == 2 and 'data/clip_vit_l_336 is not there: `llava-med get clip_vit_l_336`' in done.stderr
-    folders = estimate._thin_parts(estimate.real_config(p), p, tmp_path)
+    folders = rehearsal._thin_parts(estimate.real_config(p), p, tmp_path)
     for k, f in folders.items(): f.rename(tmp_path/'data'/p['model'][k])
     done = command(tmp_path, tmp_path/'outputs', 'plan', 'llava_med_v15', '--join')
     assert done.returncode == 0, done.stderr
@@ -411,20 +412,20 @@ def test_parts_are_joined_into_the_real_base(tmp_path, monkeypatch):
 def test_a_joined_base_is_tried_in_every_way_it_will_be_trained(tmp_path, capsys, monkeypatch):
     "A mixture of experts, a window and a recurrence: what is no path is said, and what cannot be trained is refused before it is written."
     p, trained = read_preset('llava_med_v15'), []
-    folders = estimate._thin_parts(estimate.real_config(p), p, tmp_path)
-    monkeypatch.setattr(estimate, 'check_step', lambda model, where, rank, pad: trained.append((where, rank)))
-    estimate._join(p, folders, tmp_path/'right', 'float32')
+    folders = rehearsal._thin_parts(estimate.real_config(p), p, tmp_path)
+    monkeypatch.setattr(rehearsal, 'check_step', lambda model, where, rank, pad: trained.append((where, rank)))
+    rehearsal._join(p, folders, tmp_path/'right', 'float32')
     ranks = {v.get('lora_rank', 0) for s, v in plan_run(p, 'x').items() if s in estimate.STEP_STAGES}
     assert {r for _, r in trained} == ranks | {0} and all(w == folders['language_model'] for w, _ in trained)
     monkeypatch.undo()
     from transformers import AutoConfig, AutoModelForCausalLM
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     def other(kind, **numbers):
-        tok = estimate.AutoTokenizer.from_pretrained(folders['language_model'])
+        tok = rehearsal.AutoTokenizer.from_pretrained(folders['language_model'])
         config = AutoConfig.for_model(kind, **{**small, **numbers}, vocab_size=len(tok), bos_token_id=1, eos_token_id=2, pad_token_id=0)
         AutoModelForCausalLM.from_config(config).save_pretrained(folders['language_model'])
         capsys.readouterr()
-        return estimate._join(p, folders, tmp_path/kind, 'float32')
+        return rehearsal._join(p, folders, tmp_path/kind, 'float32')
     assert (other('mixtral', num_local_experts=4, num_experts_per_tok=2)/'config.json').exists() and 'separate samples' not in capsys.readouterr().out
     other('lfm2', layer_types=['conv', 'full_attention'])
     assert 'will train on separate samples: its layers of the kind conv carry a state' in capsys.readouterr().out

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_med.models.adapters import add_lora, merge_folders, save_adapter
-from llava_med.lab.runner import UsageError, known_name
+from llava_med.lab.steps import UsageError, known_name
 from llava_med.models.llava import load
 from llava_med.train.loop import Stage
 

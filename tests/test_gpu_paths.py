@@ -21,8 +21,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from conftest import REPO
 from llava_med.core import runs
 from llava_med.evaluate import subjects
-from llava_med.lab import estimate, sweeps
-from llava_med.lab.runner import read_preset
+from llava_med.lab import estimate, workers
+from llava_med.lab.presets import read_preset
 from llava_med.models import adapters
 from llava_med.models.adapters import add_lora, attach, base_hash, load_adapter, load_quantised, lora_targets, save_adapter
 from llava_med.models.anatomy import connector, decoder, decoder_layers, set_trainable
@@ -190,14 +190,14 @@ def test_a_gpu_is_not_refused_for_want_of_the_processors_memory(gpu):
 
 
 def test_notebooks_of_a_grid_do_not_share_a_gpu(monkeypatch):
-    monkeypatch.setattr(sweeps, 'gpus_here', lambda: ['0', '2', '5'])
-    monkeypatch.setattr(sweeps, 'run_task', lambda job: job['env']['CUDA_VISIBLE_DEVICES'])
-    here = sweeps.LocalExecutor(3, gpus=1)
+    monkeypatch.setattr(workers, 'gpus_here', lambda: ['0', '2', '5'])
+    monkeypatch.setattr(workers, 'run_task', lambda job: job['env']['CUDA_VISIBLE_DEVICES'])
+    here = workers.LocalExecutor(3, gpus=1)
     first = [here.start(dict(env={})) for _ in range(3)]
     assert sorted(f.result() for f in first) == ['0', '2', '5'] and not here.room()
     freed = here.ended(first[1])
     assert here.start(dict(env={})).result() == freed
-    assert sweeps.LocalExecutor(1, gpus=2).start(dict(env={})).result() == '0,2'
+    assert workers.LocalExecutor(1, gpus=2).start(dict(env={})).result() == '0,2'
 
 
 # The loop

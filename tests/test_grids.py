@@ -16,9 +16,12 @@ import pytest
 from conftest import PARAMETERS, Toy, dask_processes, wait_for
 from llava_med.lab.runner import library_fingerprint
 from llava_med.lab.commands import main
-from llava_med.lab.grids import Guard, batch_rows, grids, lay_out, over_seeds, plan_grid, read_grid
+from llava_med.lab.tasks import Guard, lay_out
+from llava_med.lab.tables import batch_rows, over_seeds
+from llava_med.lab.grids import grids, plan_grid, read_grid
 from llava_med.core.runs import read_json, read_run
-from llava_med.lab.sweeps import gpus_here, run_batch
+from llava_med.lab.tasks import gpus_here
+from llava_med.lab.sweeps import run_batch
 
 REPO = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1'}
@@ -279,7 +282,7 @@ def test_the_ablations_start_from_the_base_of_the_preset(preset):
 
 def test_committed_grids_can_be_planned(monkeypatch):
     "Every grid of the repository names parameters that exist and shares steps; those whose rows do not outlive the batch stay within two hours."
-    from llava_med.lab.grids import total_time
+    from llava_med.lab.tasks import total_time
     for name in grids():
         grid = read_grid(name)
         runs, tasks = lay_out(grid)
@@ -390,9 +393,9 @@ def test_a_step_that_the_grid_drops_is_gone(lab):
 
 def test_a_result_waits_for_the_folder_it_goes_into(lab, monkeypatch):
     "Data that runs share are ready while the own base of one of them is still being made in its folder."
-    from llava_med.lab import sweeps
-    patient = sweeps.patient_lock
-    monkeypatch.setattr(sweeps, 'patient_lock', lambda run, owner, wait=1: patient(run, owner, wait))
+    from llava_med.lab import workers
+    patient = workers.patient_lock
+    monkeypatch.setattr(workers, 'patient_lock', lambda run, owner, wait=1: patient(run, owner, wait))
     lab.step('0_base', "if n == 2: time.sleep(14)")
     lab.step('1_one')
     text = "preset: toy\nonly: [0_base, 1_one, 2_two]\nparameters: {2_two.tag: '{run}/0_base/model'}\ngrid: {0_base.n: [1, 2]}"
@@ -401,12 +404,12 @@ def test_a_result_waits_for_the_folder_it_goes_into(lab, monkeypatch):
 
 
 def test_a_run_that_breaks_the_machinery_stops_no_other(lab, monkeypatch):
-    from llava_med.lab import sweeps
-    run_step = sweeps.run_step
+    from llava_med.lab import workers
+    run_step = workers.run_step
     def odd(run, *args, **how):
         if 'n1-' in run: raise KeyError('odd')
         return run_step(run, *args, **how)
-    monkeypatch.setattr(sweeps, 'run_step', odd)
+    monkeypatch.setattr(workers, 'run_step', odd)
     got, said = lab.batch('preset: toy\nonly: [2]\nparameters: {2_two.tag: x}\ngrid: {2_two.n: [1, 2]}', workers=1)
     assert [f['error'] for f in got['failures'] if f['run'] == 'n1-s0'] == ["KeyError: 'odd'"]
     assert [f['run'] for f in got['failures']] == ['n1-s0', 'n2-s0'] and got['ran'] == 2   # n2 ran, and missed its input
@@ -441,7 +444,7 @@ def test_a_stopped_batch_takes_its_notebooks_with_it(lab, sign):
 
 
 def test_a_merged_key_may_be_overridden():
-    from llava_med.lab.runner import read_yaml
+    from llava_med.lab.presets import read_yaml
     text = 'base: &b {n: 1, m: 2}\ndeep: {list: [{inner: &p {<<: *b, n: 2}}]}\ntop: {<<: *p, n: 3}\n'
     assert read_yaml(text)['top'] == {'n': 3, 'm': 2} and read_yaml(text)['deep']['list'][0]['inner'] == {'n': 2, 'm': 2}
     with pytest.raises(Exception, match="the key 'n' stands twice"): read_yaml(text.replace('n: 3', 'n: 3, n: 4'))

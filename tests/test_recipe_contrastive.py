@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llava_med.lab.runner import plan_run, read_preset
+from llava_med.lab.presets import plan_run, read_preset
 from llava_med.models.anatomy import set_trainable, tower, trainable_names
 from llava_med.models.llava import load, save, tiny_model
 from llava_med.recipes.contrastive import MAX_LOG_SCALE, Contrastive, caption_recall, run_contrastive

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from llava_med.generate.answers import answer, plain_answer, slow_because
-from llava_med.lab.runner import plan_run, read_preset
+from llava_med.lab.presets import plan_run, read_preset
 from llava_med.models.anatomy import connector, image_tokens
 from llava_med.models.connectors import put_connector
 from llava_med.models.llava import load, save, tiny_model

@@ -4,8 +4,8 @@ import json
 import pytest
 
 from llava_med.core.renames import ARGUMENTS_RENAMED, RENAMED, STAGE_RENAMED, old_names, recorded_values
-from llava_med.lab import estimate, finished, grids
-from llava_med.lab.runner import plan_run, read_preset, read_yaml
+from llava_med.lab import estimate, finished, tasks
+from llava_med.lab.presets import plan_run, read_preset, read_yaml
 from llava_med.lab.steps import pipeline, read_parameters
 from llava_med.train import launch, loop, memory, stages
 
@@ -73,7 +73,7 @@ def test_records_of_earlier_runs_are_read(tmp_path, monkeypatch):
     record = {'run': 'old', 'preset': 'tiny', 'steps': {'3b_vqa_tuning': {'state': 'done', 'wall_s': 60., 'parameters': told}}}
     (tmp_path/'old').mkdir()
     (tmp_path/'old/run.json').write_text(json.dumps(record))
-    used, took = grids.past_steps()['3b_vqa_tuning'][0]
+    used, took = tasks.past_steps()['3b_vqa_tuning'][0]
     assert took == 60 and used['n_val'] == 400 and not set(RENAMED) & set(used)
     same = recorded_values(told)
     assert not estimate._changed('old', '3b_vqa_tuning', same) and estimate._changed('old', '3b_vqa_tuning', same | {'n_val': 0})

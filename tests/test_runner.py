@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from conftest import PARAMETERS, make_notebook, wait_for
-from llava_med.lab.runner import OUTCOME_MARK, plan_run, read_preset
+from llava_med.lab.runner import OUTCOME_MARK
+from llava_med.lab.presets import plan_run, read_preset
 from llava_med.lab.commands import main
 from llava_med.lab.publishing import refresh
 from llava_med.core.runs import RunLocked, Step, StepInputError, read_run, run_dir, update_run
@@ -370,7 +371,7 @@ def test_refresh_brings_outputs_only(toy):
     toy.step('1_one', "print('seen', run_dir(run))\nprint('warn', file=sys.stderr)\n"
              "from IPython.display import display\ndisplay({'application/vnd.jupyter.widget-view+json': {}}, raw=True)")
     (toy.outputs/'toy/1_one').mkdir(parents=True)
-    from llava_med.lab.runner import UsageError
+    from llava_med.lab.steps import UsageError
     again = ['toy', '--only', '1']
     assert toy.run(*again, '--set', '1_one.n=9') == 0
     with pytest.raises(UsageError, match='another n than its notebook shows'): refresh('toy')

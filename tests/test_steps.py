@@ -13,10 +13,13 @@ import pytest
 from conftest import PARAMETERS, Toy, make_notebook, wait_for
 from llava_med.core import renames
 from llava_med.core.runs import read_json, read_run
-from llava_med.lab import estimate, runner
+from llava_med.lab import estimate, rehearsal
 from llava_med.lab.commands import scores_text
-from llava_med.lab.grids import lay_out, plan_grid, read_grid
-from llava_med.lab.runner import UsageError, as_planned, plan_run, presets, read_preset, started, step_inputs, step_key
+from llava_med.lab.tasks import lay_out
+from llava_med.lab.grids import plan_grid, read_grid
+from llava_med.lab.steps import UsageError
+from llava_med.lab.presets import as_planned, plan_run, presets, read_preset
+from llava_med.lab.runner import started, step_inputs, step_key
 from llava_med.lab.sweeps import run_batch
 
 REPO = Path(__file__).resolve().parents[1]
@@ -326,10 +329,10 @@ def test_a_second_tuning_is_planned_and_rehearsed(tmp_path):
     plan = estimate.make_plan(preset)
     assert list(plan['stages']) == ['2_stage1_alignment', '3_stage2_tuning', 'tune2'] and set(plan['stages']['tune2']['learn']) == {'projector', 'adapter'}
     assert 'tune2: trains' in estimate.plan_text(preset, plan) and plan['others'] == ['1_data_prep', '4_evaluation']
-    values = estimate.rehearsal_values(preset, Path('/thin'))
+    values = rehearsal.rehearsal_values(preset, Path('/thin'))
     assert values['tune2']['start_from'] == '{run}/3_stage2_tuning/model' and values['2_stage1_alignment']['base_model'] == '/thin'
     written = tmp_path/'again.yaml'
-    written.write_text(json.dumps({'parameters': values, **estimate.steps_text(preset)}))
+    written.write_text(json.dumps({'parameters': values, **rehearsal.steps_text(preset)}))
     assert list(plan_run(read_preset(str(written)), 'x')) == list(plan_run(preset, 'x'))
 
 

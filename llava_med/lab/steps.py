@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PARAMETER_TYPES', 'GIVEN', 'STEP_NAME', 'MODEL_PARAMETERS', 'UsageError', 'order', 'pipeline', 'is_optional',
-           'known_name', 'Parameter', 'allowed', 'tagged_cell', 'comments', 'read_parameters', 'find_notebook',
-           'read_entry', 'read_steps', 'check_names', 'mapped', 'with_models', 'is_there', 'plain_values',
-           'missing_files', 'stand_ins', 'with_stand_ins', 'incomplete_sets', 'check_sets', 'origin', 'changed_origin',
-           'books_of', 'notebook_of', 'stem_of', 'comes_before', 'recipe_file', 'read_recipes', 'library_dir',
-           'recipes_fingerprint']
+           'known_name', 'Parameter', 'without_given', 'default_values', 'allowed', 'tagged_cell', 'comments',
+           'read_parameters', 'find_notebook', 'read_entry', 'read_steps', 'check_names', 'mapped', 'with_models',
+           'is_there', 'plain_values', 'missing_files', 'stand_ins', 'with_stand_ins', 'incomplete_sets', 'check_sets',
+           'origin', 'changed_origin', 'books_of', 'notebook_of', 'stem_of', 'comes_before', 'recipe_file',
+           'read_recipes', 'library_dir', 'recipes_fingerprint']
 
 # %% ../../nbs/09_lab/00_steps.ipynb #6288e56a
 import ast
@@ -40,15 +40,19 @@ def order(
 def pipeline()->dict: # step name → its notebook, in order
     "The notebooks of the pipeline."
     found = sorted((root()/'nbs/pipeline').glob('[0-9]*_*.ipynb'), key=lambda p: order(p.stem))
-    if not found: raise FileNotFoundError(f"No notebooks in {root()/'nbs/pipeline'}: is this the right repository?")
+    if not found:
+        raise FileNotFoundError(f"No notebooks in {root()/'nbs/pipeline'}: is this the right "
+                                "repository?")
     return {p.stem: p for p in found}
 
+# %% ../../nbs/09_lab/00_steps.ipynb #4613b8e3
 def is_optional(
     step:str, # name of a notebook of the pipeline
 )->bool:      # True for 0_base_model, 3b_vqa_tuning
     "Whether a notebook runs only when it is named."
     return not re.match(r'[1-9]\d*_', step)
 
+# %% ../../nbs/09_lab/00_steps.ipynb #eb02cac9
 def known_name(
     name:str,    # what someone wrote
     names,       # what there is
@@ -56,16 +60,20 @@ def known_name(
     prefix:bool=False, # whether the beginning of a name is enough
 )->str:          # the name
     "The name that is meant, or one sentence that lists the known ones."
-    if name in (names := list(names)): return name
-    starts = [n for n in names if prefix and name and n.startswith(name)]
-    if len(starts) > 1: starts = [n for n in starts if n.startswith(f'{name}_')]   # 3 is 3_stage2_tuning, and 3b is another step
+    names = list(names)
+    if name in names: return name
+    starts = [n for n in names if n.startswith(name)] if prefix and name else []
+    if len(starts) > 1:   # 3 is 3_stage2_tuning, and 3b is another step
+        starts = [n for n in starts if n.startswith(f'{name}_')]
     if len(starts) == 1: return starts[0]
     near = difflib.get_close_matches(name, names, 1, 0.5)
     hint = f' Did you mean {near[0]}?' if near else ''
-    raise UsageError(f"There is no {what} named '{name}'.{hint} Known: {', '.join(names) or 'none'}.")
+    raise UsageError(f"There is no {what} named '{name}'.{hint} "
+                     f"Known: {', '.join(names) or 'none'}.")
 
 # %% ../../nbs/09_lab/00_steps.ipynb #fbdb53bc
-PARAMETER_TYPES = {'int': int, 'float': float, 'str': str, 'bool': bool, 'list': list, 'dict': dict, 'None': type(None)}
+PARAMETER_TYPES = {'int': int, 'float': float, 'str': str, 'bool': bool, 'list': list, 'dict': dict,
+                   'None': type(None)}
 GIVEN = ('run', 'inputs_from')  # the runner sets these
 
 @dataclass(frozen=True)
@@ -76,12 +84,28 @@ class Parameter:
     default:object # its value when nothing is said
     help:str=''    # the comment behind it
 
+# %% ../../nbs/09_lab/00_steps.ipynb #c2d917df
+def without_given(
+    values:dict, # parameters of a step
+)->dict:         # the same, but for those that the runner sets
+    "Parameters that someone chose."
+    return {k: v for k, v in values.items() if k not in GIVEN}
+
+def default_values(
+    known:dict, # name → Parameter, from read_parameters
+)->dict:        # name → value
+    "What parameters are where nothing is said."
+    return {k: p.default for k, p in known.items()}
+
+# %% ../../nbs/09_lab/00_steps.ipynb #8b89190a
 def allowed(
     kind:str, # such as int or list[str]|None
 )->set:       # Python types
     "The types that a kind stands for."
-    return {PARAMETER_TYPES[k.strip()] for k in re.sub(r'\[.*?\]', '', kind).split('|')}
+    kinds = re.sub(r'\[.*?\]', '', kind).split('|')
+    return {PARAMETER_TYPES[k.strip()] for k in kinds}
 
+# %% ../../nbs/09_lab/00_steps.ipynb #2fa6f746
 def tagged_cell(
     nb_path:str|Path, # a pipeline notebook
 )->str:               # the source of its parameters cell
@@ -89,7 +113,8 @@ def tagged_cell(
     cells = nbformat.read(nb_path, 4).cells
     found = [c.source for c in cells if 'parameters' in c.metadata.get('tags', [])]
     if len(found) == 1: return found[0]
-    raise UsageError(f'{Path(nb_path).name} has {len(found)} cells tagged `parameters`, and needs exactly one: '
+    raise UsageError(f'{Path(nb_path).name} has {len(found)} cells tagged `parameters`, and needs '
+                     'exactly one: '
                      'without it papermill would put the values where the defaults overwrite them.')
 
 # %% ../../nbs/09_lab/00_steps.ipynb #5370c425
@@ -100,6 +125,13 @@ def comments(
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}
 
+# %% ../../nbs/09_lab/00_steps.ipynb #c7e42cc9
+def _kind_and_value(node): # of one line `name: type = literal`
+    value = ast.literal_eval(node.value)
+    if not isinstance(node, ast.AnnAssign): return type(value).__name__, value
+    return ast.unparse(node.annotation).replace(' ', ''), value
+
+# %% ../../nbs/09_lab/00_steps.ipynb #979e4622
 def read_parameters(
     nb_path:str|Path, # a pipeline notebook
 )->dict:              # name → Parameter
@@ -107,20 +139,31 @@ def read_parameters(
     source, found = tagged_cell(nb_path), {}
     notes = comments(source)
     for node in ast.parse(source).body:
-        target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, 'targets', [None])[0]
+        typed = isinstance(node, ast.AnnAssign)
+        target = node.target if typed else getattr(node, 'targets', [None])[0]
         try:
-            value = ast.literal_eval(node.value)
-            kind = ast.unparse(node.annotation).replace(' ', '') if isinstance(node, ast.AnnAssign) else type(value).__name__
+            kind, value = _kind_and_value(node)
             allowed(kind)
-            found[target.id] = Parameter(target.id, kind, value, notes.get(node.end_lineno, ''))
+            note = notes.get(node.end_lineno, '')
+            found[target.id] = Parameter(target.id, kind, value, note)
         except (ValueError, AttributeError, KeyError, TypeError):
-            raise UsageError(f'{Path(nb_path).name}: line {node.lineno} of the parameters cell must be '
-                             '`name: type = literal  # comment`.') from None
+            raise UsageError(f'{Path(nb_path).name}: line {node.lineno} of the parameters cell '
+                             'must be `name: type = literal  # comment`.') from None
     return found
 
 # %% ../../nbs/09_lab/00_steps.ipynb #435f1fc8
-STEP_NAME = r'[A-Za-z0-9][A-Za-z0-9_-]{0,99}'   # what may name a step: it is a folder, and stands before a dot in --set
+# what may name a step: it is a folder, and stands before a dot in --set
+STEP_NAME = r'[A-Za-z0-9][A-Za-z0-9_-]{0,99}'
 
+def _recipe_books(home): # notebooks of recipes below nbs/, without private ones
+    found = []
+    for p in sorted((home/'recipes').rglob('*.ipynb')):
+        book = p.relative_to(home).with_suffix('')
+        private = any(x.startswith(('_', '.')) for x in book.parts)
+        if not private: found.append(book.as_posix())
+    return found
+
+# %% ../../nbs/09_lab/00_steps.ipynb #7cbd7feb
 def find_notebook(
     name:str,    # such as 3_stage2_tuning, pipeline/3_stage2_tuning or recipes/preference/dpo.ipynb
     file:str='', # the preset that names it, for the message
@@ -130,11 +173,10 @@ def find_notebook(
     inside = not given.is_absolute() and '..' not in given.parts
     for p in (given.as_posix(), f'pipeline/{given.as_posix()}'):
         if inside and (home/f'{p}.ipynb').is_file(): return p
-    found = [p.relative_to(home).with_suffix('') for p in sorted((home/'recipes').rglob('*.ipynb'))]
-    shown = [p.as_posix() for p in found if not any(x.startswith(('_', '.')) for x in p.parts)]
-    known_name(given.as_posix(), [*pipeline(), *shown],
+    known_name(given.as_posix(), [*pipeline(), *_recipe_books(home)],
                f'notebook ({file})' if file else 'notebook')
 
+# %% ../../nbs/09_lab/00_steps.ipynb #ea1095cb
 def read_entry(
     entry,    # of the list: the name of a notebook, or its keys
     file:str, # the preset, for the message
@@ -143,26 +185,32 @@ def read_entry(
     keys = dict(entry) if isinstance(entry, dict) else {'notebook': entry}
     name, book = keys.pop('name', None), keys.pop('notebook', None)
     if name is None and book is None:
-        raise UsageError(f'{file}: the step {str(entry)[:80]} says neither `name:` nor `notebook:`.')
+        raise UsageError(f'{file}: the step {str(entry)[:80]} says neither `name:` nor '
+                         '`notebook:`.')
     book = find_notebook(str(name if book is None else book), file)
     name = Path(book).name if name is None else str(name)
     if not re.fullmatch(STEP_NAME, name) or name == 'all':
-        raise UsageError(f'{file}: {name[:80]!r} cannot name a step; use letters, digits, dashes and underscores.')
+        raise UsageError(f'{file}: {name[:80]!r} cannot name a step; use letters, digits, dashes '
+                         'and underscores.')
     if name in pipeline() and book != f'pipeline/{name}':
-        raise UsageError(f'{file}: the step {name} runs {book}, and has the name of another notebook: call it otherwise.')
+        raise UsageError(f'{file}: the step {name} runs {book}, and has the name of another '
+                         'notebook: call it otherwise.')
     values = {str(k): v for k, v in keys.items()}
     return name, book, renamed(values, where=f'{file}: {name}.', error=UsageError)
 
+# %% ../../nbs/09_lab/00_steps.ipynb #e42c900b
 def read_steps(
     given,    # what stands under `steps:`; None where nothing does
     file:str, # the preset, for the message
 )->tuple:     # step → notebook, and step → parameters, in order; empty without a list
-    "The steps that a preset lists; raises UsageError for an unknown notebook and for two steps of one name."
+    "The steps of a preset's list; UsageError for an unknown notebook, and for a name given twice."
     if given is None: return {}, {}
     if not isinstance(given, list) or not given:
-        raise UsageError(f'{file}: `steps:` must be a list that is not empty, such as [1_data_prep, {{name: more, notebook: 3_stage2_tuning}}].')
+        raise UsageError(f'{file}: `steps:` must be a list that is not empty, such as '
+                         '[1_data_prep, {name: more, notebook: 3_stage2_tuning}].')
     books, values = {}, {}
-    for name, book, own in (read_entry(e, file) for e in given):
+    for entry in given:
+        name, book, own = read_entry(entry, file)
         if name.lower() in map(str.lower, books):
             raise UsageError(f'{file}: two steps are named {name}: give one of them another '
                              f'`name:`.')
@@ -175,13 +223,15 @@ def check_names(
 )->None:
     "Refuse, with a UsageError, one parameter of a step under both its old and its present name."
     given = {}
-    for step, name in re.findall(r'(?m)^([\w-]+)\.(\w+)=', '\n'.join(t.split('\n')[0] for t in sets)):
-        given.setdefault(step, {})[name] = None
+    for text in sets:
+        m = re.match(r'([\w-]+)\.(\w+)=', text)
+        if m: given.setdefault(m[1], {})[m[2]] = None
     for step, names in given.items():
         renamed(names, where=f'--set {step}.', error=UsageError, quiet=True)
 
 # %% ../../nbs/09_lab/00_steps.ipynb #31b64338
-MODEL_PARAMETERS = ('start_from', 'base_model', 'models')   # they name models, as do all that end in _model; the value may be a step
+# they name models, as do all that end in _model; the value may be a step
+MODEL_PARAMETERS = ('start_from', 'base_model', 'models')
 
 def mapped(
     value,    # of a parameter: a list or a dictionary may hold others
@@ -189,14 +239,16 @@ def mapped(
 ):            # the same shape with changed values
     "Apply a function to every plain value."
     if isinstance(value, dict): return {k: mapped(v, change) for k, v in value.items()}
-    return [mapped(v, change) for v in value] if isinstance(value, list) else change(value)
+    if isinstance(value, list): return [mapped(v, change) for v in value]
+    return change(value)
 
+# %% ../../nbs/09_lab/00_steps.ipynb #94deadc5
 def with_models(
     step:str, name:str, # a step, and one of its parameters
     value,              # what was given
     steps,              # all steps of the run, in order
 ):                      # the value, `{run}/STEP/model` for the name of a step
-    "Let the name of an earlier step stand for its model; raises UsageError for a step that does not come before."
+    "Let the name of an earlier step stand for its model; UsageError for one that is not earlier."
     steps = list(steps)
     earlier = steps[:steps.index(step)] if step in steps else steps
     is_model = name in MODEL_PARAMETERS or name.endswith('_model')
@@ -206,12 +258,12 @@ def with_models(
         made = own[1] if own else v if is_model else None
         if made in steps and made not in earlier:
             what = 'the step itself' if made == step else 'a later step'
-            raise UsageError(f"{step}.{name} is {v}, which is {what}: name one that comes before ({', '.join(earlier) or 'there is none'}).")
+            raise UsageError(f"{step}.{name} is {v}, which is {what}: name one that comes before "
+                             f"({', '.join(earlier) or 'there is none'}).")
         if made == v and v in earlier: return f'{{run}}/{v}/model'
-        unknown = name in MODEL_PARAMETERS and re.fullmatch(STEP_NAME,
-                                                            v) and not (root()/v).exists()
-        return known_name(v, earlier,
-                          f'earlier step, nor a folder, ({step}.{name})') if unknown else v
+        could_be_step = name in MODEL_PARAMETERS and re.fullmatch(STEP_NAME, v)
+        if not could_be_step or (root()/v).exists(): return v
+        return known_name(v, earlier, f'earlier step, nor a folder, ({step}.{name})')
     return mapped(value, change)
 
 # %% ../../nbs/09_lab/00_steps.ipynb #8ceaf69c
@@ -230,24 +282,37 @@ def plain_values(
     mapped(value, found.append)
     return found
 
+# %% ../../nbs/09_lab/00_steps.ipynb #14f9a472
+def _is_part(text, folder): # whether a path is a folder or below it
+    return text == folder or text.startswith(folder + '/')
+
 def missing_files(
     preset:dict, # from read_preset
     plan:dict,   # from plan_run; only what its steps name counts
 )->dict:         # path → the command that puts it there
     "What a preset needs and what is not there."
-    values = {s: {k: v for k, v in vs.items() if k not in GIVEN} for s, vs in plan.items()}
-    named = [t for t in plain_values(values) if isinstance(t, str)]
-    return {p: c for p, c in preset['needs'].items() if not is_there(p) and any(t == p or t.startswith(p + '/') for t in named)}
+    named = []
+    for values in plan.values(): named += plain_values(without_given(values))
+    named = [t for t in named if isinstance(t, str)]
+    missing = {}
+    for path, command in preset['needs'].items():
+        if is_there(path): continue
+        if any(_is_part(t, path) for t in named): missing[path] = command
+    return missing
 
+# %% ../../nbs/09_lab/00_steps.ipynb #63cb017f
 def stand_ins(
     preset:dict, # from read_preset
 )->dict:         # path that the preset needs → path of the same set among the test data
     "Sets that are not where a preset wants them, but that `LLAVA_MED_TESTDATA` holds in full."
-    there = test_data()
-    found = {p: there/'full'/Path(p).name for p in preset['needs'] if there
-             and not is_there(p)}
-    return {p: str(at) for p, at in found.items() if at.is_dir()}
+    there, found = test_data(), {}
+    if not there: return found
+    for p in preset['needs']:
+        at = there/'full'/Path(p).name
+        if not is_there(p) and at.is_dir(): found[p] = str(at)
+    return found
 
+# %% ../../nbs/09_lab/00_steps.ipynb #2f9e572a
 def with_stand_ins(
     values:dict, # parameters of a step
     found:dict,  # from stand_ins
@@ -255,24 +320,31 @@ def with_stand_ins(
     "Let a parameter name the set that stands in for one that is not there."
     def put(v):
         if not isinstance(v, str): return v
-        p = next((p for p in found if v == p or v.startswith(p + '/')), None)
-        return found[p] + v[len(p):] if p else v
+        for p, at in found.items():
+            if _is_part(v, p): return at + v[len(p):]
+        return v
     return mapped(values, put) if found else values
 
+# %% ../../nbs/09_lab/00_steps.ipynb #c06efbc8
 def incomplete_sets(
     plan:dict, # step → parameters, from plan_run
 )->dict:       # folder → what it lacks, in words; empty where nothing does
     "Sets in SLAKE's layout that steps read whole, and that lack files."
     from llava_med.data.vqa import slake_lacks   # here, since it brings NumPy along
-    whole, parts = {}, set()
+    whole, parts, found = {}, set(), {}
     for values in plan.values():
         several = [*(values.get('labels') or ()), *(values.get('also') or ())]
         named = [v for v in (values.get('vqa'), *several) if v and isinstance(v, str)]
-        if values.get('vqa_part') or values.get('images') or values.get('vqa_images'): parts |= set(named)
-        else: whole |= {v: from_root(v) for v in named}
-    lacks = {v: slake_lacks(p) for v, p in whole.items() if v not in parts and p.is_dir()}
-    return {v: ', '.join(l) for v, l in lacks.items() if l}
+        in_part = values.get('vqa_part') or values.get('images') or values.get('vqa_images')
+        if in_part: parts.update(named)
+        else: whole |= dict.fromkeys(named)
+    for v in whole:
+        if v in parts or not from_root(v).is_dir(): continue
+        lacks = slake_lacks(from_root(v))
+        if lacks: found[v] = ', '.join(lacks)
+    return found
 
+# %% ../../nbs/09_lab/00_steps.ipynb #0272c5a0
 def check_sets(
     plan:dict, # step → parameters, from plan_run
     name:str,  # of the preset, for the message
@@ -286,18 +358,23 @@ def check_sets(
 # %% ../../nbs/09_lab/00_steps.ipynb #8841378c
 def origin(
     preset:dict, # from read_preset
-)->dict:         # notebooks (step → path below nbs/) and recipes, each only where the preset says so
+)->dict:         # notebooks (step → path below nbs/), recipes; each only where the preset says so
     "What the record of a run says about its steps."
     return {k: preset[k] for k in ('notebooks', 'recipes') if preset.get(k)}
 
+# %% ../../nbs/09_lab/00_steps.ipynb #3f4161a9
 def changed_origin(
     record:dict, # of a run, as it is
     new:dict,    # from origin
 )->dict:         # for update_run
     "The origin of a run, and nothing in the place of what an earlier list said."
-    return {k: None for k in ('notebooks', 'recipes')
-            if record.get(k)} | {k: v for k, v in new.items() if k in ('notebooks', 'recipes')}
+    out = {}
+    for k in ('notebooks', 'recipes'):
+        if k in new: out[k] = new[k]
+        elif record.get(k): out[k] = None
+    return out
 
+# %% ../../nbs/09_lab/00_steps.ipynb #0f6cb5d7
 def books_of(
     preset:dict, # from read_preset
 )->dict:         # step → the file of its notebook, in order
@@ -305,6 +382,7 @@ def books_of(
     books = preset.get('notebooks') or {}
     return {s: root()/f'nbs/{b}.ipynb' for s, b in books.items()} or pipeline()
 
+# %% ../../nbs/09_lab/00_steps.ipynb #be2a0e15
 def notebook_of(
     step:str,    # name of a step
     record:dict, # of the run
@@ -313,6 +391,7 @@ def notebook_of(
     book = (record.get('notebooks') or {}).get(step)
     return root()/f'nbs/{book}.ipynb' if book else pipeline()[step]
 
+# %% ../../nbs/09_lab/00_steps.ipynb #8dd8ac4f
 def stem_of(
     step:str,    # name of a step
     record:dict, # of the run
@@ -340,6 +419,7 @@ def recipe_file(
     except (ImportError, ValueError): return None
     return Path(spec.origin) if spec and str(spec.origin).endswith('.py') else None
 
+# %% ../../nbs/09_lab/00_steps.ipynb #e720c2af
 def read_recipes(
     given,    # what stands under `recipes:`; None where nothing does
     file:str, # the preset, for the message
@@ -350,12 +430,12 @@ def read_recipes(
                          f'[llava_med.recipes.dpo].')
     for m in given or []:
         if recipe_file(str(m)): continue
-        there = sorted(p.stem for p in library_dir().glob('recipes/*.py')
-                       if not p.stem.startswith('_'))
+        there = sorted(p.stem for p in library_dir().glob('recipes/[!_]*.py'))
         known_name(str(m), [f'llava_med.recipes.{x}' for x in there], f'recipe module ({file})')
         raise UsageError(f'{file}: the recipe module {m} cannot be read.')
     return list(dict.fromkeys(given or []))
 
+# %% ../../nbs/09_lab/00_steps.ipynb #f1466f54
 def library_dir()->Path: # the folder of llava_med
     "Where the exported library lies."
     return Path(importlib.util.find_spec('llava_med').origin).parent
@@ -364,8 +444,8 @@ def recipes_fingerprint(
     modules:list, # dotted names
 )->str:           # a hash
     "A fingerprint of recipe modules, of those of the library that they import, and so on."
-    own = [recipe_file(m).read_text(encoding='utf-8') for m in modules
-           if not m.startswith('llava_med.')]
-    source = '\n'.join([*(f'import {m}' for m in modules), *own])
-    return hashlib.sha256('\0'.join([modules_hash(source, library_dir()),
-                                     *own]).encode()).hexdigest()
+    imports = [f'import {m}' for m in modules]
+    foreign = [m for m in modules if not m.startswith('llava_med.')]
+    own = [recipe_file(m).read_text(encoding='utf-8') for m in foreign]
+    library = modules_hash('\n'.join(imports + own), library_dir())
+    return hashlib.sha256('\0'.join([library, *own]).encode()).hexdigest()
