@@ -396,7 +396,7 @@ def test_the_sync_check_can_fail(tmp_path):
     here = library(REPO)
     key = 'llava_med/core/runs.py'
     first = exported(tmp_path)[key]
-    p = tmp_path/'nbs/00_core/01_runs.ipynb'
+    p = tmp_path/'nbs/00_core/02_runs.ipynb'
     nb = nbformat.read(p, 4)
     nb.cells.append(nbformat.v4.new_code_cell('#| export\nlater = 1'))
     nbformat.write(nb, p)

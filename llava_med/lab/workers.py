@@ -142,7 +142,10 @@ def run_task(
     # whatever it is, it is the matter of this run alone
     except Exception as e: return out | dict(error=plain_error(e))
 
-def plain_error(e): # what an exception says
+def plain_error(
+    e:Exception, # what was raised
+)->str:          # its last line, with its kind where that says more
+    "What an exception says, in a line."
     plain, text = isinstance(e, (RunLocked, OSError, ValueError)), (str(e).splitlines() or [''])[-1]
     return text if text and plain else f'{type(e).__name__}: {text}'
 

@@ -36,9 +36,10 @@ from llava_med.core.runs import (clock, figure_style, now, outputs_dir, read_jso
 from ..evaluate.exact import edge_limits
 from ..evaluate.statistics import alike_difference, holm
 
-# %% ../../nbs/recipes/01_study.ipynb #2d32a7fd
+# %% ../../nbs/recipes/01_study.ipynb #e3558730
 class StudyError(ValueError): "A study that cannot be computed; the message is one sentence."
 
+# %% ../../nbs/recipes/01_study.ipynb #2d32a7fd
 def paired_variance(
     d:np.ndarray,      # differences of credit, (seeds, items)
     images:np.ndarray, # the image (or patient) of each item
@@ -58,7 +59,7 @@ def paired_variance(
     parts = of_seeds**2/(n_seeds - 1) + of_images**2/max(n_images - 1, 1)
     return total, total**2/parts if parts > 0 else n_seeds - 1
 
-# %% ../../nbs/recipes/01_study.ipynb #6784e9a7
+# %% ../../nbs/recipes/01_study.ipynb #b78fa934
 def _check_credits(a, b, images):
     "Two arms as arrays, (seeds, items); StudyError where they do not belong together."
     a, b = np.atleast_2d(np.asarray(a, float)), np.atleast_2d(np.asarray(b, float))
@@ -87,6 +88,7 @@ def seed_paired_difference(
     return dict(value=value, low=float(low), high=float(high), p=float(p), mde=float(seen),
                 n_seeds=len(d), n_images=n, n_items=len(images))
 
+# %% ../../nbs/recipes/01_study.ipynb #6784e9a7
 def _without_spread(value, n):
     "Limits, p and smallest effect where every one of n images has the same difference."
     low, high, p = alike_difference(value, n)
@@ -118,11 +120,14 @@ class Arm:
             f"{self.name}: there is no role '{self.role}'; known: {', '.join(ROLES)}.")
         self.credits = np.atleast_2d(np.asarray(self.credits, float))
 
-# %% ../../nbs/recipes/01_study.ipynb #0221d8fa
+# %% ../../nbs/recipes/01_study.ipynb #4b1bf65f
 def _significant(d): return np.isfinite(d['p_corrected']) and d['p_corrected'] < .05
 
 def _better(d): return _significant(d) and d['value'] > 0
 
+def _listed(x): return [x] if isinstance(x, dict) else x or ()
+
+# %% ../../nbs/recipes/01_study.ipynb #0221d8fa
 def verdict_of(
     difference:dict,        # value, low, high, p_corrected and mde of idea minus base
     margin:float=0.,        # the least gain that counts, fraction
@@ -130,7 +135,7 @@ def verdict_of(
     control:dict|list=(),   # the same of positive control minus base, or of each
 )->str:                     # one of four wordings
     "What a study says about an idea."
-    placebos, controls = ([x] if isinstance(x, dict) else x or () for x in (placebo, control))
+    placebos, controls = _listed(placebo), _listed(control)
     if not all(map(_better, controls)): return NOT_TESTABLE
     gains = _better(difference) and difference['value'] >= margin
     if gains and all(map(_better, placebos)): return SHOWN
@@ -140,7 +145,7 @@ def verdict_of(
     if not np.isfinite(least): return f'{NOT_SHOWN} (nothing could have been seen)'
     return f'{NOT_SHOWN} (≥ {least:.1f} points would have been seen)'
 
-# %% ../../nbs/recipes/01_study.ipynb #657ab9c6
+# %% ../../nbs/recipes/01_study.ipynb #02f62198
 _COST = ('steps', 'tokens', 'train_s', 'params')
 
 def _arm_row(arm, images):
@@ -160,13 +165,17 @@ def _difference_row(arm, other, images):
     return dict(row=f'{arm.name}-{other.name}', arm=arm.name, role=arm.role, control=other.name,
                 **r, **cost, verdict='')
 
+# %% ../../nbs/recipes/01_study.ipynb #bb49c59f
 def _pairs(arms):
     "Every other arm is compared with the base, ideas also with placebos and with the core."
     base = next(a for a in arms if a.role == 'base')
-    pairs, others = [(a, base) for a in arms if a is not base], ('placebo', 'core')
-    ideas = [a for a in arms if a.role == 'idea']
-    return pairs + [(a, b) for a in ideas for b in arms if b.role in others]
+    pairs = [(a, base) for a in arms if a is not base]
+    for a in arms:
+        if a.role != 'idea': continue
+        pairs += [(a, b) for b in arms if b.role in ('placebo', 'core')]
+    return pairs
 
+# %% ../../nbs/recipes/01_study.ipynb #39c3b62a
 def _check_roles(study, roles):
     "Refuse a study whose arms (name to role) cannot be compared."
     listed = list(roles.values())
@@ -174,16 +183,19 @@ def _check_roles(study, roles):
     said = ', '.join(f'{n} ({r})' for n, r in roles.items()) or 'none'
     raise StudyError(f'{study}: its arms are {said}; one base and at least one idea are needed.')
 
+# %% ../../nbs/recipes/01_study.ipynb #379c5b5e
 def _give_verdicts(arms, by, margin):
     "Write margin and verdict into the rows of ideas minus base; `by` is (arm, control) to row."
-    of = lambda role: [a.name for a in arms if a.role == role]
-    base = of('base')[0]
-    controls = [by[c, base] for c in of('positive_control')]
-    for a in of('idea'):
-        placebos = [by[a, p] for p in of('placebo')]
-        by[a, base] |= dict(margin=margin,
-                            verdict=verdict_of(by[a, base], margin, placebos, controls))
+    names = {role: [] for role in ROLES}
+    for a in arms: names[a.role].append(a.name)
+    base, = names['base']
+    controls = [by[c, base] for c in names['positive_control']]
+    for a in names['idea']:
+        placebos = [by[a, p] for p in names['placebo']]
+        verdict = verdict_of(by[a, base], margin, placebos, controls)
+        by[a, base] |= dict(margin=margin, verdict=verdict)
 
+# %% ../../nbs/recipes/01_study.ipynb #657ab9c6
 def study_rows(
     study:str,         # its name
     arms:list,         # of Arm: one base, at least one idea
@@ -192,35 +204,44 @@ def study_rows(
     **where,           # dataset, condition, slice, metric: the other columns
 )->list:               # rows of study.csv
     "Scores, paired differences and verdicts; StudyError where arms do not fit together."
-    if len({a.name for a in arms}) < len(arms): raise StudyError(
-        f'{study}: two arms have one name; give each its own.')
-    _check_roles(study, {a.name: a.role for a in arms})
-    own = [_arm_row(a, images) for a in arms]
-    differences = [_difference_row(a, b, images) for a, b in _pairs(arms)]
-    corrected = holm([r['p'] for r in differences])
-    for r, p in zip(differences, corrected): r['p_corrected'] = float(p)
-    _give_verdicts(arms, {(r['arm'], r['control']): r for r in differences}, margin)
+    roles = {a.name: a.role for a in arms}
+    if len(roles) < len(arms):
+        raise StudyError(f'{study}: two arms have one name; give each its own.')
+    _check_roles(study, roles)
+    rows, by, out = [_arm_row(a, images) for a in arms], {}, []
+    for a, b in _pairs(arms):
+        by[a.name, b.name] = _difference_row(a, b, images)
+        rows.append(by[a.name, b.name])
+    for r, p in zip(by.values(), holm([r['p'] for r in by.values()])): r['p_corrected'] = float(p)
+    _give_verdicts(arms, by, margin)
     fixed = dict(study=study, dataset='', condition='image', slice='all', metric='strict') | where
-    return [{k: (fixed | r).get(k, np.nan) for k in STUDY_COLUMNS} for r in own + differences]
+    for r in rows:
+        known = fixed | r
+        out.append({k: known.get(k, np.nan) for k in STUDY_COLUMNS})
+    return out
 
-# %% ../../nbs/recipes/01_study.ipynb #b54123ca
+# %% ../../nbs/recipes/01_study.ipynb #b5cf3391
 def study_table(
     rows:list, # from `study_rows` or `read_study`
 )->pd.DataFrame: # one row an arm or difference, in points
     "What a reader needs of a study's rows."
-    points = ('value', 'low', 'high', 'mde')
-    d = pd.DataFrame([{k: r[k] for k in STUDY_COLUMNS} for r in rows])
-    d = d.assign(**{k: (100*pd.to_numeric(d[k], 'coerce')).round(1) for k in points})
-    d = d.assign(p_corrected=pd.to_numeric(d['p_corrected'], 'coerce').round(3),
-                 train_s=pd.to_numeric(d['train_s'], 'coerce').round(1))
+    points = ['value', 'low', 'high', 'mde']
+    d = pd.DataFrame(rows, columns=STUDY_COLUMNS)
+    number = lambda k: pd.to_numeric(d[k], 'coerce')
+    for k in points: d[k] = (100*number(k)).round(1)
+    d['p_corrected'], d['train_s'] = number('p_corrected').round(3), number('train_s').round(1)
     keep = ['row', 'role', *points, 'p_corrected', 'n_seeds', 'n_images', 'steps', 'train_s',
             'params', 'verdict']
     return d[keep].astype(object).fillna('').set_index('row')
 
+# %% ../../nbs/recipes/01_study.ipynb #7128b24e
 def _number(v):
     "A cell of a study's table as a number; NaN where it is empty or infinite."
     x = float(v) if v not in ('', None) else np.nan
     return x if np.isfinite(x) else np.nan
+
+# %% ../../nbs/recipes/01_study.ipynb #12f7fa7a
+def _points(r): return [100*_number(r[k]) for k in ('value', 'low', 'high')]
 
 def study_verdicts(
     rows:list, # from `study_rows` or `read_study`
@@ -229,59 +250,65 @@ def study_verdicts(
     said = []
     for r in rows:
         if not r['verdict']: continue
-        value, low, high = (100*_number(r[k]) for k in ('value', 'low', 'high'))
+        value, low, high = _points(r)
         limits = f'{low:+.1f} to {high:+.1f}' if np.isfinite(low) else 'no interval'
         said.append(f"{r['study']}: {r['arm']} against {r['control']}, {value:+.1f} points "
-                    f"({limits}), "
-                    f"{r['n_seeds']} seeds, {r['n_images']} images: {r['verdict']}.")
+                    f"({limits}), {r['n_seeds']} seeds, {r['n_images']} images: {r['verdict']}.")
     return ' '.join(said)
 
+# %% ../../nbs/recipes/01_study.ipynb #b54123ca
 def study_figure(
     rows:list, # from `study_rows` or `read_study`
 ):             # figure; the words for beneath it are `study_verdicts(rows)`
     "Every difference of a study with its interval."
     import matplotlib.pyplot as plt
-    shown = [r for r in rows if r['control']][::-1]
-    of = lambda key: np.array([100*_number(r[key]) for r in shown])
-    value, low, high = of('value'), of('low'), of('high')
-    verdict = next((r['verdict'] for r in rows if r['verdict']), '')
+    shown, title = [r for r in rows if r['control']][::-1], 'no differences'
+    value, low, high = np.array(list(map(_points, shown))).reshape(-1, 3).T
+    if shown:
+        verdict = next((r['verdict'] for r in rows if r['verdict']), '')
+        title = textwrap.fill(f"{shown[0]['study']}: {verdict}", 56)
     with figure_style():
         fig, ax = plt.subplots(figsize=(6.5, 1.2 + .38*len(shown)))
         ax.errorbar(value, range(len(shown)), xerr=[value - low, high - value], fmt='o', capsize=3)
         ax.axvline(0, color='grey', linewidth=1)
         ax.set_yticks(range(len(shown)), [f"{r['arm']} − {r['control']}" for r in shown])
         ax.set(xlabel='difference in points, 95 % interval', ylim=(-.5, len(shown) - .5),
-               title=textwrap.fill(f"{shown[0]['study']}: {verdict}", 56) if shown
-               else 'no differences')
+               title=title)
     return fig
 
-# %% ../../nbs/recipes/01_study.ipynb #9eeaf89f
+# %% ../../nbs/recipes/01_study.ipynb #0335ea81
 def _cell_of(v):
     "A value as it stands in the table: empty where there is none."
     if not isinstance(v, float): return v
     return round(v, 6) if np.isfinite(v) else ''
 
+# %% ../../nbs/recipes/01_study.ipynb #2ab2f653
 def write_study(
     path:str|Path, # study.csv
     rows:list,     # from `study_rows`, of one or several studies
 )->Path:           # the file
     "Write a study's table; values that are not there stay empty."
-    return write_csv(path, [{k: _cell_of(v) for k, v in r.items()} for r in rows], STUDY_COLUMNS)
+    out = []
+    for r in rows: out.append({k: _cell_of(v) for k, v in r.items()})
+    return write_csv(path, out, STUDY_COLUMNS)
 
+# %% ../../nbs/recipes/01_study.ipynb #9eeaf89f
 def read_study(
     path:str|Path, # study.csv
 )->list:           # rows of text; raises StudyError where a column is missing
     "Read a study's table."
     with open(path, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
-    missing = [c for c in STUDY_COLUMNS if rows and c not in rows[0]]
-    if missing: raise StudyError(
-        f"{path} lacks the columns {', '.join(missing)}: write it with write_study.")
+    missing = sorted(set(STUDY_COLUMNS) - set(rows[0]), key=STUDY_COLUMNS.index) if rows else ()
+    if missing:
+        raise StudyError(f"{path} lacks the columns {', '.join(missing)}: write it with "
+                         'write_study.')
     return rows
 
-# %% ../../nbs/recipes/01_study.ipynb #8e8bea9a
+# %% ../../nbs/recipes/01_study.ipynb #1e0f19ae
 STUDY_KEYS = ('name', 'question', 'margin', 'metric', 'seeds', 'arms', 'sizes')   # each is needed
 MORE_KEYS = ('dataset', 'recipes')
 
+# %% ../../nbs/recipes/01_study.ipynb #7ab9e0c1
 @dataclass
 class Study:
     "What a study file says, at one of its sizes."
@@ -297,6 +324,7 @@ class Study:
     recipes:list=() # modules that are imported first, such as llava_med.recipes.dpo
     path:Path=None # the file
 
+# %% ../../nbs/recipes/01_study.ipynb #95d72326
 def _refuse(path, why): raise StudyError(f'{path}: {why}')
 
 def _check_keys(path, found):
@@ -311,21 +339,25 @@ def _check_keys(path, found):
     missing = [k for k in STUDY_KEYS if k not in found]
     if missing: _refuse(path, f"the study lacks {', '.join(missing)}; write it down.")
 
+# %% ../../nbs/recipes/01_study.ipynb #effec78c
 def _check_values(path, s):
     "Refuse a margin, seeds or arms that no study can have; `s` is a Study."
     number = isinstance(s.margin, (int, float)) and not isinstance(s.margin, bool)
     if not number or not 0 <= s.margin < 1:
         _refuse(path, f'margin is {s.margin!r}; write a fraction such as 0.02 for two points.')
-    whole = isinstance(s.seeds, list) and all(type(x) is int for x in s.seeds)
+    whole = isinstance(s.seeds, list) and set(map(type, s.seeds)) <= {int}
     if not whole or not s.seeds or len(set(s.seeds)) < len(s.seeds):
         _refuse(path, f'seeds is {s.seeds!r}; write different whole numbers such as [0, 1, 2].')
-    bad = [n for n, a in s.arms.items() if not isinstance(a, dict) or 'role' not in a]
-    if bad: _refuse(path, f"arm '{bad[0]}' has no role; write `{bad[0]}: {{role: idea}}`.")
     for n, a in s.arms.items():
-        if a['role'] not in ROLES: _refuse(
-            path, f"arm '{n}' has the role '{a['role']}'; known: {', '.join(ROLES)}.")
-    _check_roles(path, {n: a['role'] for n, a in s.arms.items()})
+        if not isinstance(a, dict) or 'role' not in a:
+            _refuse(path, f"arm '{n}' has no role; write `{n}: {{role: idea}}`.")
+    roles = {n: a['role'] for n, a in s.arms.items()}
+    for n, role in roles.items():
+        if role not in ROLES:
+            _refuse(path, f"arm '{n}' has the role '{role}'; known: {', '.join(ROLES)}.")
+    _check_roles(path, roles)
 
+# %% ../../nbs/recipes/01_study.ipynb #e6e1d5c4
 def arm_settings(
     arm:dict,   # what `run_arm` gets: settings of an arm and its name
     **defaults, # name of a setting → its value where the arm does not say
@@ -337,6 +369,7 @@ def arm_settings(
                                  f"know; known: {', '.join(defaults)}.")
     return {k: arm.get(k, v) for k, v in defaults.items()}
 
+# %% ../../nbs/recipes/01_study.ipynb #7f3f7d6c
 def read_study_file(
     path:str|Path,      # a YAML file
     size:str='full',    # which of its sizes
@@ -359,6 +392,7 @@ def read_study_file(
     _say_limits(study, say)
     return study
 
+# %% ../../nbs/recipes/01_study.ipynb #8e8bea9a
 def _say_limits(study, say):
     "Say what a study without placebo, positive control or several seeds cannot tell."
     roles = [a['role'] for a in study.arms.values()]
@@ -369,7 +403,7 @@ def _say_limits(study, say):
     if len(study.seeds) == 1:
         say(f'{study.name}: one seed, so the intervals say nothing of another training.')
 
-# %% ../../nbs/recipes/01_study.ipynb #1cdfd71a
+# %% ../../nbs/recipes/01_study.ipynb #75ff2087
 @dataclass
 class ArmResult:
     "What one training of one arm gave."
@@ -380,28 +414,40 @@ class ArmResult:
     train_s:float=0 # seconds of training
     params:int=0    # that learned
 
+# %% ../../nbs/recipes/01_study.ipynb #6e8ef423
+def _own_source(f):
+    "The text of a function; its code where it was typed into a prompt."
+    try: return inspect.getsource(f)
+    except (OSError, TypeError):
+        return marshal.dumps(f.__code__).hex() if hasattr(f, '__code__') else repr(type(f))
+
 def _recipe_code(run_arm, recipes):
     "Hash of the recipe's own code, and hash of all modules of the library that it needs."
     import llava_med
     library, f = Path(llava_med.__file__).parent, getattr(run_arm, 'func', run_arm)
     home = getattr(f, '__module__', '') or ''
     modules = {*recipes, home} if home.startswith('llava_med.') else set(recipes)
-    imports = '\n'.join(f'import {m}' for m in sorted(modules))
-    try: own = inspect.getsource(f)
-    except (OSError, TypeError):   # typed into a prompt
-        own = marshal.dumps(f.__code__).hex() if hasattr(f, '__code__') else repr(type(f))
-    names = [m for m in needed_modules(imports, library) if m.startswith('recipes.')]
-    texts = [module_file(m, library).read_text(encoding='utf-8') for m in names
-             if m != 'recipes.study']
-    return hashlib.sha256('\0'.join([own, *texts]).encode()).hexdigest(), modules_hash(
-        imports, library)
+    imports, texts = '\n'.join(map('import {}'.format, sorted(modules))), [_own_source(f)]
+    for m in needed_modules(imports, library):
+        if not m.startswith('recipes.') or m == 'recipes.study': continue
+        texts.append(module_file(m, library).read_text(encoding='utf-8'))
+    own = hashlib.sha256('\0'.join(texts).encode()).hexdigest()
+    return own, modules_hash(imports, library)
+
+# %% ../../nbs/recipes/01_study.ipynb #7b83f857
+def _settings(study, arm):
+    "What an arm is trained with; roles change no training."
+    settings = dict(study.arms[arm])
+    settings.pop('role', None)
+    return settings
 
 def _arm_key(study, arm, seed, code):
-    "What a finished training belongs to; roles change no training."
-    settings = {k: v for k, v in study.arms[arm].items() if k != 'role'}
-    what = [study.name, study.metric, study.dataset, arm, settings, study.sizes, seed, code]
+    "What a finished training belongs to."
+    what = [study.name, study.metric, study.dataset, arm, _settings(study, arm), study.sizes, seed,
+            code]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
+# %% ../../nbs/recipes/01_study.ipynb #1cdfd71a
 def read_arms(
     path:str|Path, # arms.jsonl
 )->dict:           # key to row
@@ -419,7 +465,7 @@ def _append_row(path, row):
         f.flush()
         os.fsync(f.fileno())
 
-# %% ../../nbs/recipes/01_study.ipynb #c27467b9
+# %% ../../nbs/recipes/01_study.ipynb #524e3a95
 def _short(x):
     "A credit as a short number."
     x = round(float(x), 6)
@@ -427,8 +473,8 @@ def _short(x):
 
 def _checked(what, result):
     "The fields of an ArmResult; StudyError where it cannot be compared."
-    if not isinstance(result, ArmResult): raise StudyError(
-        f'{what}: run_arm returned {type(result).__name__}; return an ArmResult.')
+    if not isinstance(result, ArmResult):
+        raise StudyError(f'{what}: run_arm returned {type(result).__name__}; return an ArmResult.')
     credits = np.asarray(result.credits, float)
     if credits.ndim != 1 or not len(credits) or len(credits) != len(result.clusters):
         raise StudyError(f'{what}: {credits.size} credits for {len(result.clusters)} clusters; '
@@ -436,16 +482,17 @@ def _checked(what, result):
     if not (np.isfinite(credits).all() and (credits >= 0).all() and (credits <= 1).all()):
         raise StudyError(f'{what}: a credit is no fraction between 0 and 1; mend the score.')
     numbers = {k: _short(getattr(result, k)) for k in _COST}
-    clusters = list(map(str, result.clusters))
-    return dict(numbers, credits=[_short(x) for x in credits], clusters=clusters)
+    return dict(numbers, credits=list(map(_short, credits)),
+                clusters=list(map(str, result.clusters)))
 
+# %% ../../nbs/recipes/01_study.ipynb #f83e02b5
 def _train_arms(study, run_arm, todo, log, facts, say):
     "Train what is left, a line each; an error names arm and seed and keeps what is finished."
     began = time.monotonic()
     for n, (key, arm, seed) in enumerate(todo, 1):
         what = f'{study.name}: arm {arm}, seed {seed}'
-        settings = {k: v for k, v in study.arms[arm].items() if k != 'role'}
-        try: result = run_arm(dict(settings, name=arm), seed, dict(study.sizes))
+        settings = dict(_settings(study, arm), name=arm)
+        try: result = run_arm(settings, seed, dict(study.sizes))
         except StudyError: raise
         except Exception as e: raise StudyError(f'{what}: {type(e).__name__}: {e}') from e
         found = _checked(what, result)
@@ -455,20 +502,21 @@ def _train_arms(study, run_arm, todo, log, facts, say):
         say(f"{what}: {100*np.mean(found['credits']):.1f} points; {n} of {len(todo)}"
             + (f', about {clock(left)} left' if left else ''))
 
+# %% ../../nbs/recipes/01_study.ipynb #02c5adef
 def _as_arms(study, rows):
     "Finished rows, {(arm, seed): row}, as arms and the cluster of each item."
-    first = next(iter(rows.values()))
+    first, arms = next(iter(rows.values())), []
     for (arm, seed), r in rows.items():
-        if r['clusters'] != first['clusters']: raise StudyError(
-            f'{study.name}: arm {arm}, seed {seed} was asked other items than arm '
-            f"{first['arm']}, seed {first['seed']}; ask all the same.")
-    arms = []
+        if r['clusters'] == first['clusters']: continue
+        raise StudyError(f'{study.name}: arm {arm}, seed {seed} was asked other items than arm '
+                         f"{first['arm']}, seed {first['seed']}; ask all the same.")
     for name, a in study.arms.items():
-        own = [rows[name, s] for s in study.seeds]
-        cost = {k: _short(np.mean([r[k] for r in own])) for k in _COST}
+        own, cost = [rows[name, s] for s in study.seeds], {}
+        for k in _COST: cost[k] = _short(np.mean([r[k] for r in own]))
         arms.append(Arm(name, a['role'], [r['credits'] for r in own], **cost))
     return arms, np.array(first['clusters'])
 
+# %% ../../nbs/recipes/01_study.ipynb #062e0a88
 def run_study(
     study:Study,        # from `read_study_file`
     run_arm:Callable,   # (arm, seed, sizes) to ArmResult; arm is its settings and name
@@ -480,11 +528,14 @@ def run_study(
     with writing(log): log.parent.mkdir(parents=True, exist_ok=True)
     import_recipes(list(study.recipes))
     code, library = _recipe_code(run_arm, study.recipes)
-    keys = {(a, s): _arm_key(study, a, s, code) for a in study.arms for s in study.seeds}
+    keys = {}
+    for arm in study.arms:
+        for seed in study.seeds: keys[arm, seed] = _arm_key(study, arm, seed, code)
     with _alone(study, log.parent):
-        there = read_arms(log)
-        kept = [there[k] for k in keys.values() if k in there]
-        todo = [(k, *where) for where, k in keys.items() if k not in there]
+        there, kept, todo = read_arms(log), [], []
+        for where, k in keys.items():
+            if k in there: kept.append(there[k])
+            else: todo.append((k, *where))
         _say_kept(study, kept, len(there), library, say)
         _train_arms(study, run_arm, todo, log, dict(library=library, made=now()), say)
         there = read_arms(log)
@@ -494,15 +545,19 @@ def run_study(
         write_study(log.with_name('study.csv'), rows)
     return rows
 
+# %% ../../nbs/recipes/01_study.ipynb #2826123d
 def _say_kept(study, kept, n_there, library, say):
     "Say what is not trained again, and what it was made with."
-    if n_there: say(f'{study.name}: {len(kept)} of {n_there} lines of arms.jsonl are used, the '
-                    'others were made from other settings.' if len(kept) < n_there else
-                    f'{study.name}: {len(kept)} finished trainings are kept.')
+    if len(kept) < n_there:
+        say(f'{study.name}: {len(kept)} of {n_there} lines of arms.jsonl are used, the others '
+            'were made from other settings.')
+    elif n_there: say(f'{study.name}: {len(kept)} finished trainings are kept.')
     old = sum(r['library'] != library for r in kept)
-    if old: say(f'{study.name}: {old} of them were made with another version of the library; '
-                'delete their lines to train them again.')
+    if old:
+        say(f'{study.name}: {old} of them were made with another version of the library; '
+            'delete their lines to train them again.')
 
+# %% ../../nbs/recipes/01_study.ipynb #e0f22ebf
 @contextlib.contextmanager
 def _alone(study, folder):
     "One process at a time; StudyError where another one runs the study."
@@ -513,6 +568,7 @@ def _alone(study, folder):
     try: yield
     finally: lock.release()
 
+# %% ../../nbs/recipes/01_study.ipynb #c27467b9
 def study_folder(
     study:Study,      # from `read_study_file`
     run:str='scratch', # run that a smaller size belongs to
@@ -521,7 +577,7 @@ def study_folder(
     if study.size == 'full': return study.path.parent/'results'/study.name
     return outputs_dir()/run/f'{study.name}_{study.size}'
 
-# %% ../../nbs/recipes/01_study.ipynb #e70a4a0d
+# %% ../../nbs/recipes/01_study.ipynb #1d5c7701
 RECIPE_FILES = {'chapter.ipynb': '{idea}.ipynb', 'study.ipynb': '{idea}_study.ipynb',
                 'study.yaml': '{idea}_study.yaml'}   # of the template, and their copies
 
@@ -534,6 +590,7 @@ def _without_outputs(text):
             cell['metadata'].pop('execution', None)
     return json.dumps(notebook, indent=1, ensure_ascii=False) + '\n'
 
+# %% ../../nbs/recipes/01_study.ipynb #e70a4a0d
 def new_recipe(
     family:str,         # folder below nbs/recipes, such as preference
     idea:str,           # name of the module, such as rare_answers
