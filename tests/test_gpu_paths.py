@@ -23,12 +23,12 @@ from llava_med.core import runs
 from llava_med.evaluate import subjects
 from llava_med.lab import estimate, workers
 from llava_med.lab.presets import read_preset
-from llava_med.models import adapters
+from llava_med.models import adapters, segmented_attention
 from llava_med.models.adapters import add_lora, attach, base_hash, load_adapter, load_quantised, lora_targets, save_adapter
 from llava_med.models.anatomy import connector, decoder, decoder_layers, set_trainable
 from llava_med.models.llava import load, save, tiny_model
 from llava_med.train import launch as launching
-from llava_med.train import footprint, loop, packing, stages
+from llava_med.train import footprint, loop, stages
 from llava_med.train.batches import Collator, batch_loss, encode, pack_shared_prefixes
 from llava_med.train.distributed import Job
 from llava_med.train.launch import launch, train
@@ -276,8 +276,8 @@ def test_autocast_changes_little_and_something(toy, capsys):
 
 
 def test_the_attention_of_a_gpu_is_that_of_a_processor(toy, monkeypatch):
-    calls, real = [], packing.F.scaled_dot_product_attention
-    monkeypatch.setattr(packing.F, 'scaled_dot_product_attention', lambda *a, **k: calls.append(1) or real(*a, **k))
+    calls, real = [], segmented_attention.F.scaled_dot_product_attention
+    monkeypatch.setattr(segmented_attention.F, 'scaled_dot_product_attention', lambda *a, **k: calls.append(1) or real(*a, **k))
     batch = toy.packed(toy.rows)
     found = []
     for cuda in (False, True):

@@ -555,10 +555,11 @@ GRID = 'preset: toy\nfinished: kept/rows.csv\ngrid: {2_two.n: [1, 2]}\nparameter
 
 
 def test_a_finished_run_is_not_run_again_on_another_machine(lab):
-    got, _ = lab.batch(GRID % 1e-3)
+    got, said = lab.batch(GRID % 1e-3)
     rows = lab.root/'kept/rows.csv'
-    assert got['ran'] == 3 and {(r['arm'], r['metric']) for r in csv.DictReader(rows.open(newline=''))} >= {
-        (f'n{n}', f'2_two/stage2/image/strict{end}') for n in (1, 2) for end in ('', '.low', '.high')}
+    with rows.open(newline='') as f: kept = {(r['arm'], r['metric']) for r in csv.DictReader(f)}
+    ends = [f'2_two/stage2/image/strict{end}' for end in ('', '.low', '.high')]
+    assert got['ran'] == 3 and kept >= {(f'n{n}', end) for n in (1, 2) for end in ends}, said
     shutil.rmtree(lab.outputs)   # as after a fresh clone
     again, said = lab.batch(GRID % 1e-3)
     assert again['ran'] == 0 and said == ['2 of 2 runs are finished: their rows stand in rows.csv.']

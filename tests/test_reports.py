@@ -132,7 +132,7 @@ def test_a_set_is_opened_with_what_is_there(tmp_path):
     with pytest.raises(ValueError, match='i0'): open_vqa(tmp_path)
 
 
-@pytest.mark.parametrize('name,there,of,train', [('vqa_rad', 31, 203, 'train'), ('slake', 11, 96, 'train'), ('pathvqa', 0, 858, 'val')])
+@pytest.mark.parametrize('name,there,of,train', [('vqa_rad', 31, 203, 'train'), ('slake', 11, 96, 'train')])
 def test_real_sets_are_opened(name, there, of, train):
     data = data_folder()
     if data is None or not (data/name).is_dir(): pytest.skip(f'no real {name}: set LLAVA_MED_TESTDATA')
@@ -142,6 +142,12 @@ def test_real_sets_are_opened(name, there, of, train):
     assert of - len(got['missing']) == there and f'{there} of {of} images found' in said[-1]
     assert bool(got['public']) == (name == 'vqa_rad')
     assert re.search(r'\d+ questions', said[0])
+
+
+def test_a_real_set_without_one_image_is_refused():
+    data = data_folder()
+    if data is None or not (data/'pathvqa').is_dir(): pytest.skip('no real pathvqa: set LLAVA_MED_TESTDATA')
+    with pytest.raises(FileNotFoundError, match='none of the 858 images'): open_vqa(data/'pathvqa')
 
 
 # What has no interval, and titles that follow the numbers
