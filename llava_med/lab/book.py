@@ -88,9 +88,13 @@ def chapter_table()->str: # Markdown, as seen from nbs/
 # %% ../../nbs/09_lab/12_book.ipynb #50b76fb6
 PAGES = {   # Markdown of the repository → its page
     'README.md': 'index.ipynb', 'outputs/README.md': 'outputs.md', 'data/README.md': 'data.md',
-    'CONTRIBUTING.md': 'contributing.md', 'CHANGELOG.md': 'changelog.md'}
+    'install/README.md': 'install.md', 'install/offline.md': 'offline.md',
+    'CONTRIBUTING.md': 'contributing.md', 'SECURITY.md': 'security.md',
+    'CHANGELOG.md': 'changelog.md'}
 TITLES = {   # page → its title in the side bar
     'outputs.md': "A run's folder", 'data.md': 'Data and base models',
+    'install.md': 'Ways to install', 'offline.md': 'Install without a network',
+    'security.md': 'Security and privacy',
     'contributing.md': 'Contributing', 'changelog.md': 'Changelog'}
 BOOK_PARTS = {   # folders of nbs/ beside those of the chapters
     'pages': 'At a glance', 'pipeline': 'The pipeline', 'benchmarks': 'Benchmarks',
@@ -127,6 +131,9 @@ def linked_page(
     if (root()/path).is_dir():
         raise UsageError(f'{file}: the link {target} leads to a folder that is no part of '
                          'the book: link to a file.')
+    if path.endswith('.md'):   # Sphinx would look for a page
+        raise UsageError(f'{file}: the link {target} leads to a text that is no page of the book: '
+                         'name it in PAGES.')
     return copied(path, book)
 
 def copied(
