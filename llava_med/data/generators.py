@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'ROLE', 'FOREIGN', 'THOUGHT', 'OPENING', 'SOURCE_ASIDE', 'INLINE', 'REPORTED', 'REVEALS', 'REFUSAL',
-           'PromptError', 'Prompts', 'read_prompts', 'row', 'short', 'split_talk', 'with_capital', 'mend', 'read_talk',
-           'AnswersError', 'Answers', 'texts_of', 'in_turn', 'TextGenerator', 'unusable', 'written_records',
-           'model_fingerprint', 'LocalGenerator']
+           'PromptError', 'Prompts', 'read_prompt_file', 'read_prompts', 'row', 'short', 'split_talk', 'with_capital',
+           'mend', 'read_talk', 'AnswersError', 'Answers', 'texts_of', 'in_turn', 'TextGenerator', 'unusable',
+           'written_records', 'model_fingerprint', 'LocalGenerator']
 
 # %% ../../nbs/03_data/09_generators.ipynb #a3383d3a
 import contextlib
@@ -74,7 +74,13 @@ class Prompts:
         return [{'role': role, 'content': text} for role, text in said]
 
 # %% ../../nbs/03_data/09_generators.ipynb #c057fcce
-def _read_words(path, own, kinds, holes, error=PromptError):
+def read_prompt_file(
+    path:str|Path|None, # None takes our own
+    own:str,            # our own, below llava_med/
+    kinds:dict,         # key → type of its value
+    holes:list,         # (key, name) of what a text must leave open
+    error:type=PromptError, # what is raised
+)->tuple:               # the file's content, a function that refuses it
     "What a YAML file says to a model, and a function that refuses it."
     file = Path(path) if path else resources.files('llava_med')/own
     def no(why): raise error(f'{file} {why}: compare it with llava_med/{own}.') from None
@@ -110,7 +116,7 @@ def read_prompts(
     "Read a file of prompts and check it."
     kinds = dict(version=int, system=str, caption=str, mentions=str, examples=list)
     holes = [('caption', 'caption'), ('mentions', 'mentions')]
-    d, no = _read_words(path, 'data/prompts.yaml', kinds, holes)
+    d, no = read_prompt_file(path, 'data/prompts.yaml', kinds, holes)
     examples = [_example(e, i, no) for i, e in enumerate(d['examples'], 1)]
     return Prompts(d['version'], d['system'].strip(), d['caption'], d['mentions'], tuple(examples))
 

@@ -18,7 +18,7 @@ from ..core.runs import write_csv, write_jsonl
 from ..core.vocabulary import claims_dict
 from ..data.claims import read_claims
 from ..data.conversations import DOMAINS
-from ..data.generators import REFUSAL, LocalGenerator, _read_words
+from ..data.generators import REFUSAL, LocalGenerator, read_prompt_file
 from ..data.llava_files import domain_of
 from ..data.llm_api import EndpointGenerator
 from .answer_files import read_answers, read_rows
@@ -161,7 +161,7 @@ def read_judge_prompt(
 )->JudgePrompt:       # what it says
     "Read the words for a judge and check them."
     needed = [('message', 'question'), ('message', 'first'), ('message', 'second')]
-    d, _ = _read_words(path, 'evaluate/judge.yaml', dict(version=int, system=str, message=str),
+    d, _ = read_prompt_file(path, 'evaluate/judge.yaml', dict(version=int, system=str, message=str),
                        needed, ScoreError)
     return JudgePrompt(d['version'], d['system'].strip(), d['message'].rstrip())
 

@@ -26,7 +26,7 @@ from ..data.conversations import DETAILED_PROMPTS
 from ..data.options import LETTERS
 from ..data.vqa import item_options, item_question
 from .conditions import Pool, condition_images
-from ..generate.answers import _key, answer, option_logprobs, short_hash
+from ..generate.answers import image_key, answer, option_logprobs, short_hash
 from ..generate.api import Endpoint
 from ..models.llava import load, read_processor, weights_hash
 from ..models.templates import chat
@@ -238,7 +238,7 @@ def _records(who, items, shown, head, prompt_of, settings):
         rows.append(row)
         try:
             row['prompt'] = (prompt_of or item_question)(o)
-            key = tuple(map(_key, shown[o['id']])), json.dumps(o.get('options') or None)
+            key = tuple(map(image_key, shown[o['id']])), json.dumps(o.get('options') or None)
             if key not in hashes: hashes[key] = item_hash(o, shown[o['id']])
             text = who.render(row['prompt'], len(shown[o['id']]))
             row |= dict(item_hash=hashes[key], prompt_hash=prompt_hash(text))

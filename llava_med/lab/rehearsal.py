@@ -23,7 +23,7 @@ from .runner import run_pipeline
 from .steps import mapped, origin, stem_of, UsageError, without_given
 from ..models.connectors import ACTIVATIONS
 from ..models.exchange import complete_template, prepare_tokenizer
-from ..models.llava import _no_bars, _processor, assemble, join, rows_for, save
+from ..models.llava import no_progress_bars, processor_with, assemble, join, rows_for, save
 from ..train.gates import check_step, path_gate
 from ..train.loop import STEP_STAGES
 
@@ -106,7 +106,7 @@ def _thin_parts(config, preset, folder):
     text.vocab_size = len(tok)
     vision = thin_config(config.vision_config, thin_depth(config))
     parts = {'tower': folder/'tower', 'language_model': folder/'language_model'}
-    with _no_bars():
+    with no_progress_bars():
         AutoModel.from_config(vision).save_pretrained(parts['tower'])
         AutoModelForCausalLM.from_config(text).save_pretrained(parts['language_model'])
     tok.save_pretrained(parts['language_model'])
@@ -127,7 +127,7 @@ def _thin_whole(config, preset, folder):
     vision = thin_config(config.vision_config, thin_depth(config))
     text.vocab_size = rows_for(len(tok), 64)
     with_class = int(config.vision_feature_select_strategy == 'default')
-    processor = _processor(tok, vision.image_size, vision.patch_size, with_class, {})
+    processor = processor_with(tok, vision.image_size, vision.patch_size, with_class, {})
     connector = next(k for k, v in ACTIVATIONS.items() if v == config.projector_hidden_act)
     model = assemble(vision, text, processor, connector, 0, config.vision_feature_layer)
     save(model, processor, folder)

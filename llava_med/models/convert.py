@@ -24,7 +24,8 @@ from .anatomy import CLIP_LOOK, assumed_settings
 from ..core.cards import write_card
 from .exchange import chat_template, prepare_tokenizer
 from .llava import (
-    PLACE, SPARE, _config, _processor, _reading, few, grown, new_folder, read_tower, rows_for, save,
+    PLACE, SPARE, _config, _reading, few, grown, new_folder, processor_with, read_tower, rows_for,
+    save,
     tensors_hash, weights_hash)
 from ..core.runs import read_json, write_json
 
@@ -460,7 +461,7 @@ def convert(
     model, weights, left_out = convert_weights(state, raw, vision, len(tok), stock)
     _write_template(tok, template, raw, connector, src)
     layer, text, side = raw['mm_vision_select_layer'], model.config.text_config, vision.image_size
-    processor = _processor(tok, side, vision.patch_size, extra, {'do_pad': pad, **images})
+    processor = processor_with(tok, side, vision.patch_size, extra, {'do_pad': pad, **images})
     if raw.get('mm_vision_select_feature', 'patch') == 'cls_patch':
         processor.vision_feature_select_strategy = 'full'
     model = _standard(_config(vision, text, processor, connector, layer), weights, tok)

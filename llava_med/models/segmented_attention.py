@@ -28,7 +28,7 @@ class Block:
     keep:torch.Tensor=None
     # (segments, 1, longest, prefix + longest) booleans, True where attention is allowed
     mask:torch.Tensor=None
-    # (end - split, end - start) booleans, the same for all segments at once; None where they are long
+    # (end - split, end - start) booleans, the same for all segments at once; None for long ones
     seen:torch.Tensor=None
 
     def to(
@@ -144,7 +144,8 @@ class _Weights(torch.autograd.Function):
         with torch.autocast('cpu', enabled=False):
             grad = grad.reshape(len(k), q.shape[1], -1).bfloat16()
             wanted = torch.bmm(grad, v.transpose(1, 2))   # the gradient of the weights
-            scores = torch._softmax_backward_data(wanted, weights, -1, weights.dtype).mul_(ctx.scale)
+            scores = torch._softmax_backward_data(wanted, weights, -1, weights.dtype)
+            scores.mul_(ctx.scale)
             found = (torch.bmm(scores, k).view(ctx.shape), torch.bmm(scores.transpose(1, 2), q),
                      torch.bmm(weights.transpose(1, 2), grad))
         return *(x.to(kind) for x, kind in zip(found, ctx.kinds)), None, None

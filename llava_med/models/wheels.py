@@ -14,7 +14,7 @@ import numpy as np, torch
 from transformers.utils import logging as hf_logging
 
 from ..core.runs import write_json
-from .llava import _no_bars, few, new_folder
+from .llava import no_progress_bars, few, new_folder
 
 # %% ../../nbs/02_models/07_wheels.ipynb #711f29a9
 class PartError(ValueError):
@@ -67,7 +67,7 @@ def _quiet():
     hf_logging.set_verbosity(hf_logging.CRITICAL)
     no_bar = mock.patch('transformers.modeling_gguf_pytorch_utils.tqdm', lambda x, **kw: x)
     try:
-        with no_bar, _no_bars(): yield
+        with no_bar, no_progress_bars(): yield
     finally: hf_logging.set_verbosity(was)
 
 # %% ../../nbs/02_models/07_wheels.ipynb #4a7086df
