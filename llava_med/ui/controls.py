@@ -51,7 +51,8 @@ def image_html(
     (image.resize((w, h)) if scale < 1 else image).save(buf, 'JPEG', quality=88)
     data, alt = base64.b64encode(buf.getvalue()).decode(), escape(alt)
     fits = 'style="max-width:100%;height:auto"'
-    return (f'<figure style="margin:0"><img alt="{alt}" width="{w}" height="{h}" {fits} '
+    frame = f'style="margin:0;max-width:max({w}px, 22em)"'
+    return (f'<figure {frame}><img alt="{alt}" width="{w}" height="{h}" {fits} '
             f'src="data:image/jpeg;base64,{data}"><figcaption>{alt}</figcaption></figure>')
 
 # %% ../../nbs/08_ui/00_controls.ipynb #bf78fbeb

@@ -236,7 +236,7 @@ class _CompareForm(Panel):
         self.key = control(W.Checkbox, 'Show the right answer', 'The answer key of the data set',
                            value=not self.marks_fn, indent=False)
         self.view, self.count = W.HTML(), W.HTML()
-        self.form = W.VBox(layout=W.Layout(flex='1 1 20em', min_width='0'))
+        self.form = W.VBox(layout=W.Layout(flex='1 1 27em', min_width='0'))
         super().__init__(wrapping_row(self.at, self.before, self.after, self.count), self.key,
                          wrapping_row(self.view, self.form),
                          *([self.go] if self.marks_fn else []))
@@ -459,7 +459,7 @@ def _run_words(steps, parts, now_at, alive):
         if v not in ('failed', 'interrupted'): continue
         failed.append(f'{k} {v}: {parts[k].get("error") or "no reason is noted"}')
     done = list(steps.values()).count('done')
-    return ' '.join(failed) or f'The run has ended; {done} steps are done.'
+    return ' '.join(failed) or f'The run has ended; steps done: {done}.'
 
 # %% ../../nbs/08_ui/02_panels.ipynb #561aa39f
 def run_state(

@@ -515,7 +515,8 @@ def _cells_html(m):
     for r, c, v in top_cells(m): rows += f'<tr><td>{r}</td><td>{c}</td><td>{v:.1%}</td></tr>'
     head = ''.join(f'<th scope="col">{o}</th>' for o in ('row', 'column', 'share'))
     said = 'The five highest patches, counted from the upper left'
-    return f'<table><caption>{said}</caption><tr>{head}</tr>{rows}</table>'
+    return (f'<table><caption style="min-width:16em">{said}</caption><tr>{head}</tr>{rows}'
+            '</table>')
 
 # %% ../../nbs/08_ui/01_widgets.ipynb #87be7e7b
 def _every_method(image, found, word, layer, boxes):
