@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from conftest import NO_BROWSER, browser, wait_for
-from llava_med.explain.explorer import (CHEAP, best_lines, explained, explorer_page, pack_maps,
-    map_reliability, unpack_maps, write_explorer)
+from llava_med.explain.explorer import (CHEAP, best_lines, best_maps, explained, explorer_page,
+    map_reliability, pack_maps, shown_methods, unpack_maps, write_explorer)
 from llava_med.explain.maps import METHOD_FACTS
 from llava_med.core.runs import OutputError
 
@@ -203,6 +203,29 @@ def test_a_person_with_a_keyboard(opened, shots, _):
     d.find_element('id', 'next').send_keys(Keys.ENTER)
     assert d.find_element('id', 'question').get_attribute('value') == '1'
     d.find_element('id', 'before').click()
+
+
+@pytest.mark.parametrize('_', [pytest.param(0, marks=in_browser)])
+def test_the_map_that_is_recommended_is_one_button_away(opened, _):
+    d = opened
+    until(lambda: d.execute_script('return document.documentElement.dataset.ready'))
+    radio = lambda: d.find_element('css selector', 'input[name=method]:checked')
+    best = radio().get_attribute('value')
+    offers = lambda: [e for e in d.find_elements('xpath', '//button[.="Show this map"]')]
+    shown = len(offers())
+    other = next(e for e in d.find_elements('css selector', 'input[name=method]') if e.get_attribute('value') != best)
+    other.click()
+    assert len(offers()) == shown + 1
+    offers()[-1].send_keys(' ')
+    assert radio().get_attribute('value') == best and d.switch_to.active_element == radio() and len(offers()) == shown
+
+
+def test_a_page_holds_the_map_that_it_recommends():
+    dear = [dict(o, method='occlusion') if o['method'] == 'relevancy' else o for o in rows()]
+    assert shown_methods() == list(CHEAP)
+    (name, words), *_ = best_maps(rows())['stage2']
+    assert name == 'relevancy' and 'believe relevancy' in words and best_lines(rows())['stage2'][0] == words
+    assert set(shown_methods(dear)) - set(CHEAP) == {m for m, _ in best_maps(dear)['stage2'] if m} - set(CHEAP)
 
 
 @pytest.mark.parametrize('_', [pytest.param(0, marks=in_browser)])

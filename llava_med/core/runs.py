@@ -7,7 +7,7 @@ __all__ = ['FULL', 'SERIES_COLOURS', 'PACKAGES', 'PEAK_FLOPS', 'STAYS', 'BASE_RE
            'data_dir', 'test_data', 'OutputError', 'writing', 'replacing', 'write_json', 'read_json', 'write_jsonl',
            'read_jsonl', 'write_csv', 'file_hash', 'folder_hash', 'seed_everything', 'shows_bars', 'clock',
            'progress_line', 'progress', 'figure_style', 'figure_bytes', 'show_figure', 'now', 'git_state', 'versions',
-           'machine', 'check_name', 'run_dir', 'read_run', 'update_run', 'RunLocked', 'RunLock', 'hold',
+           'machine', 'check_name', 'run_dir', 'read_run', 'update_run', 'RunLocked', 'RunLock', 'user_of', 'hold',
            'peak_memory_mib', 'ledger_row', 'StepInputError', 'made_by', 'find_input', 'clear_folder', 'link_tree',
            'StepFiles', 'StepCosts', 'StepResults', 'Step']
 
@@ -26,6 +26,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from datetime import datetime, timezone
@@ -421,12 +422,29 @@ class RunLock:
         self.lock = None
     def __exit__(self, *exc): self.release()
 
+# %% ../../nbs/00_core/02_runs.ipynb #67f9822e
+def user_of(
+    folder:Path, # of a run
+)->str:          # a user's name; empty where it is our own, or where users are not told apart
+    "The other user whose folder it is."
+    if not hasattr(os, 'geteuid') or not folder.exists(): return ''
+    me, whose = os.geteuid(), folder.stat().st_uid
+    if me in (0, whose): return ''
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as probe:
+        if os.fstat(probe.fileno()).st_uid != me: return ''
+    import pwd   # not on Windows
+    try: return pwd.getpwuid(whose).pw_name
+    except KeyError: return str(whose)
+
 # %% ../../nbs/00_core/02_runs.ipynb #c9f1a25d
 def hold(
     folder:Path, # folder to hold
     run:str,     # name for the message
 ):               # the lock that is now held
     "Take a folder's lock, or say in one sentence who has it."
+    if user := user_of(folder):
+        raise RunLocked(f"The run '{run}' belongs to the user {user}: choose another name, or a "
+                        "folder of your own for all runs with LLAVA_MED_OUTPUTS.")
     with writing(folder): folder.mkdir(parents=True, exist_ok=True)
     lock, note = filelock.FileLock(folder/'.lock', is_singleton=True), folder/'.owner.json'
     try:
