@@ -403,7 +403,7 @@ def _name_of(row, number): # what a row calls itself, or its number
 # %% ../../nbs/03_data/11_llava_files.ipynb #083f1926
 def read_llava_file(
     path:str|Path,          # a file of LLaVA-Med
-    faults:list|None=None,  # gets {record, reason, why}; None: what cannot be used stops the reading
+    faults:list|None=None,  # gets {record, reason, why}; None: a fault stops the reading
 )->Iterator:                # conversation or figure records of ours
     "A file of LLaVA-Med as our records, one after the other."
     kind = form_of(path).kind
