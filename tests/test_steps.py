@@ -254,6 +254,34 @@ def test_plain_papermill_takes_an_old_name(lists, monkeypatch):
     with pytest.raises(papermill.PapermillExecutionError, match='1_one: n_held is now called n_val, and both are given'): run(n_held=3, n_val=4)
 
 
+def test_plain_papermill_gives_values_their_kinds(lists, monkeypatch):
+    import papermill
+    monkeypatch.setenv('PYTHONPATH', str(REPO))
+    work = "step = Step('1_one', run, inputs_from, seed, 'cpu')\nwrite_json(step.path('n.json'), [packed, lr, n, tag, files])\nstep.finish()"
+    book = make_notebook(lists.notebook('1_one'), HEAD, MORE + 'packed: bool = True  # rows', work, tags=())
+    nb = nbformat.read(book, 4)
+    nb.cells[1].metadata['tags'] = ['parameters']
+    nbformat.write(nb, book)
+    run = lambda **values: started(lambda **own: papermill.execute_notebook(str(book), str(lists.root/'out.ipynb'), values, kernel_name='python3',
+                                                                          progress_bar=False, **own))
+    run(packed='false', lr='2e-3', n='4', tag='7', files='[a, b]')
+    assert read_json(lists.outputs/'scratch/1_one/n.json') == [False, 2e-3, 4, '7', ['a', 'b']]
+    kept = (lists.outputs/'scratch/1_one/n.json').stat().st_mtime_ns
+    for values, says in ((dict(packed='perhaps'), "packed must be of type bool, and 'perhaps' is str"), (dict(n=2.5), 'n must be of type int, and 2.5 is float'),
+                         (dict(tag=7), 'tag must be of type str, and 7 is int .papermill takes a text as it is with -r')):
+        with pytest.raises(papermill.PapermillExecutionError, match=says): run(**values)
+        ran = nbformat.read(lists.root/'out.ipynb', 4).cells
+        assert [c.execution_count for c in ran if c.source == work] == [None], 'the parameters cell itself fails'
+    assert (lists.outputs/'scratch/1_one/n.json').stat().st_mtime_ns == kept
+
+
+def test_values_are_checked_where_the_imports_come_late():
+    cells = [PARAMETERS, "# Parameters\nn = '3'\nlr = 1\n", HEAD]
+    renames.check_injected(cells, '1_one', dict(n=3, lr=1))
+    with pytest.raises(ValueError, match="1_one: n is the text '3', and means 3: give that"): renames.check_injected(cells, '1_one', dict(n='3', lr=1))
+    with pytest.raises(ValueError, match="1_one: n must be of type int, and 'x' is str"): renames.check_injected(cells, '1_one', dict(n='x', lr=1))
+
+
 def test_an_old_name_is_told_and_still_works(lists, monkeypatch, capsys):
     monkeypatch.setitem(renames.RENAMED, 'number', 'n')
     renames._say.cache_clear()   # it is said once a process
