@@ -11,7 +11,7 @@ import nbformat
 import psutil
 import pytest
 
-from conftest import PARAMETERS, make_notebook, wait_for
+from conftest import HEAD, PARAMETERS, make_notebook, wait_for
 from llava_med.lab.runner import OUTCOME_MARK
 from llava_med.lab.presets import plan_run, read_preset
 from llava_med.lab.commands import main
@@ -111,6 +111,25 @@ def test_usage_errors_of_the_parser_are_2(capsys):
 
 
 # Values arrive as what they are
+
+@pytest.mark.parametrize('name', ['2_two-Copy1', '2_two_copy', '2_two (1)'])
+def test_a_copy_of_a_notebook_is_no_step(toy, capsys, name):
+    toy.run('toy')
+    before = toy.out('2_two')
+    stamp = (toy.outputs/'toy/2_two/out.json').stat().st_mtime_ns
+    toy.notebook(name).write_text(toy.notebook('2_two').read_text())
+    capsys.readouterr()
+    assert toy.run('toy', '--set', '3_three.n=2') == 0 and toy.out('2_two') == before and (toy.outputs/'toy/2_two/out.json').stat().st_mtime_ns == stamp
+    assert f'{name}.ipynb is a copy and does not run' in capsys.readouterr().out and not (toy.outputs/'toy'/name).exists()
+    assert toy.run('toy', '--only', '2') == 0, 'the copy does not make the number ambiguous'
+
+
+def test_a_copy_that_a_preset_names_has_its_own_folder(toy, monkeypatch):
+    work = "from llava_med.core.runs import Step\nstep = Step('2_two', run, inputs_from, seed, 'cpu')\nwrite_json(step.path('out.json'), n)\nstep.finish()"
+    for name in ('2_two', '2_two-Copy1'): make_notebook(toy.notebook(name), PARAMETERS, HEAD, work)
+    toy.preset('both', 'description: x\nsteps: [2_two, {notebook: 2_two-Copy1, n: 5}]\n')
+    assert toy.run('both') == 0 and (toy.out('2_two', 'both'), toy.out('2_two-Copy1', 'both')) == (1, 5)
+
 
 def test_values_arrive(toy):
     toy.preset('toy', 'parameters:\n  1_one: {lr: 2e-5, files: [x, 3e2]}\n  all: {n: 4}\n  3_three: {n: 5}\n')

@@ -6,7 +6,7 @@
 __all__ = ['FILE_KINDS', 'Form', 'kind_of', 'stream_rows', 'form_of', 'domain_of', 'write_rows', 'domain_counts', 'usual_form',
            'untokenised', 'conversation_of', 'figure_of', 'read_llava_file', 'llava_record', 'llava_caption',
            'llava_question', 'llava_url', 'ImageFolder', 'with_images', 'missing_words', 'place_images',
-           'training_records']
+           'training_records', 'check_training_file']
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #9246074c
 import json, math, os, re, shutil
@@ -644,3 +644,12 @@ def training_records(
     said = f'{path.name}: {" ".join(said)}'
     if not found: raise RecordError(f'{path}: no record can be used. {said}')
     return found, said
+
+# %% ../../nbs/03_data/11_llava_files.ipynb #af17df1b
+def check_training_file(
+    path:str|Path,      # as for `training_records`
+    images:str|Path='', # the folder of their images; default: where the file lies
+)->None:
+    "Raise RecordError where training could use no record of a file; the first good one ends it."
+    there = with_images(read_llava_file(path, []), _training_folder(Path(path), images), [])
+    if next(there, None) is None: training_records(path, images)

@@ -33,9 +33,10 @@ from ..core.runs import (
     clock, file_hash, folder_hash, FULL, git_state, machine, now, outputs_dir, read_run, root,
     run_dir, RunLock, update_run, versions, writing)
 from .presets import as_planned, plan_run, read_preset
-from .steps import (
-    changed_origin, check_sets, comes_before, library_dir, missing_files, notebook_of, origin,
-    plain_values, recipes_fingerprint, stand_ins, stem_of, UsageError, without_given)
+from llava_med.lab.steps import (
+    changed_origin, check_paths, check_sets, comes_before, is_copy, library_dir, missing_files,
+    notebook_of, origin, plain_values, recipes_fingerprint, stand_ins, stem_of, UsageError,
+    without_given)
 
 # %% ../../nbs/09_lab/02_runner.ipynb #568b1755
 def path_fingerprint(
@@ -390,17 +391,22 @@ def is_progress(
     return bool(re.search(r'(\(\d+%\), .*|, [\d.]+ (s|min|h))$|^step \d+\b', line.strip()))
 
 # %% ../../nbs/09_lab/02_runner.ipynb #a4f40214
-def _check_inputs(preset, recipe, plan, say):
-    "Refuse a run whose files are missing; say which sets of the test data stand in."
+def _check_inputs(preset, recipe, plan, run, say):
+    "Refuse a run whose files are missing; say which sets stand in, and which notebooks are none."
     if lost := missing_files(recipe, plan):
         path, how = next(iter(lost.items()))
         raise UsageError(f'{recipe["name"]} needs {path}, which is not there: `{how}`. '
                          f'`llava-med plan {preset}` lists all that is missing.')
+    check_paths(plan, run)
     check_sets(plan, recipe['name'])
     texts = [t for t in plain_values(plan) if isinstance(t, str)]
     for p, at in stand_ins(recipe).items():
         if any(t.startswith(at) for t in texts):
             say(f'{p} is not there: {at} of the test data is taken.')
+    for p in sorted((root()/'nbs/pipeline').glob('*.ipynb')):
+        if is_copy(p.stem) and f'pipeline/{p.stem}' not in recipe['notebooks'].values():
+            say(f'{p.name} is a copy and does not run: name it under `steps:` of a preset, or '
+                'rename it.')
 
 # %% ../../nbs/09_lab/02_runner.ipynb #5e9e9b30
 def _note_run(
@@ -427,7 +433,7 @@ def run_pipeline(
     recipe = read_preset(preset)
     run, outcome = name or recipe['name'], {}
     plan = plan_run(recipe, run, only, sets)
-    _check_inputs(preset, recipe, plan, say)
+    _check_inputs(preset, recipe, plan, run, say)
     relay = lambda line: say(f'      {line}') if verbose or is_progress(line) else None
     with RunLock(run, recipe['owner']):
         _note_run(run, recipe, plan)

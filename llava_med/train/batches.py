@@ -317,6 +317,7 @@ def _exchanges(record, tokenizer, bare):
     bare.append(record.get('id'))
     return found
 
+# %% ../../nbs/04_train/01_batches.ipynb #ad0cf4b1
 def _record_tokens(records, tokenizer, together=512):
     "(record, token ids of its samples); so many records are cut into tokens together."
     bare = []
