@@ -206,11 +206,11 @@ def _as_text(value, place): # a text, or a number as text; ValueError with what 
 # %% ../../nbs/03_data/11_llava_files.ipynb #4d105440
 def _part(part, place): # the text of a part of a turn, and the image that it names, if it does
     if not isinstance(part, dict): return _as_text(part, place), None
-    kind = part.get('type') or next((k for k in ('text', 'image', 'image_url') if part.get(k)), '')
+    kind = part.get('type') or next(filter(part.get, ('text', 'image', 'image_url')), '')
     if kind == 'text': return _as_text(part.get('text'), place), None
     if kind in ('image', 'image_url'):
-        return IMAGE, next((part[k] for k in ('image', 'image_url', 'path', 'url') if part.get(k)),
-                           None)
+        key = next(filter(part.get, ('image', 'image_url', 'path', 'url')), '')
+        return IMAGE, part.get(key)
     raise ValueError(f'has a part of the type {kind!r}, and only texts and images can be read')
 
 def _told(turn, place): # who speaks at a place, what is said, and the images that it names
@@ -227,8 +227,9 @@ def _told(turn, place): # who speaks at a place, what is said, and the images th
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #2ec0dc1e
 def _talk(row): # turns of human and gpt, the system text, and the images that the turns name
-    found = next((row[k] for k in _TURNS if isinstance(row.get(k), list)), [])
-    turns, system, images = [], [], []
+    found, turns, system, images = [], [], [], []
+    for k in _TURNS:
+        if isinstance(row.get(k), list): found = found or row[k]
     if row.get('system'): system.append(_as_text(row['system'], 0))
     for place, turn in enumerate(found, 1):
         who, text, named = _told(turn, place)
@@ -246,7 +247,7 @@ _IMAGES = ('image', 'images', 'image_path', 'image_paths')   # keys of a record'
 
 def _image_name(given): # the file that an entry names
     if isinstance(given, dict):
-        given = next((given[k] for k in ('path', 'url', 'file_name') if given.get(k)), None)
+        given = given.get(next(filter(given.get, ('path', 'url', 'file_name')), ''))
     if not isinstance(given, str) or not given:
         raise ValueError("has an 'image' that is no file name")
     name = given.removeprefix('file://')
@@ -341,7 +342,8 @@ def _from_conversation(row, name=''):
     files = list(map(_file_name, was))
     out = _ours(r, r['conversations'], files if len(files) > 1 else ''.join(files), r['id'], maker)
     if files != was: out['image_was'] = was
-    return out | {k: r[k] for k in ('system',) if k in r}
+    if 'system' in r: out['system'] = r['system']
+    return out
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #907bb00e
 def _from_question(row):
