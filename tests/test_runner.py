@@ -364,6 +364,25 @@ def test_step_clears_its_folder_but_not_the_running_notebook(toy):
     assert ledger['wall_s'] > 0 and ledger['peak_memory_mib'] > 10
 
 
+def test_a_copy_that_is_run_by_hand_has_its_own_folder(toy, monkeypatch, capsys):
+    Step('2_two', 'scratch', device='cpu').path('kept.txt').write_text('of the original')
+    toy.notebook('2_two-Copy1').write_text(toy.notebook('2_two').read_text())
+    for book, name in (('2_two-Copy1', '2_two-Copy1'), ('Copy of 2_two', 'Copy-of-2_two'), ('2_two', '2_two'), ('other', '2_two')):
+        monkeypatch.setenv('JPY_SESSION_NAME', str(toy.notebook(book)))
+        if name == '2_two': assert (toy.outputs/'scratch/2_two/kept.txt').exists(), 'no copy has touched it'
+        step = Step('2_two', 'scratch', device='cpu')
+        assert step.dir == toy.outputs/'scratch'/name and ('is a copy of 2_two.ipynb' in capsys.readouterr().out) == (name != '2_two')
+        step.lock.release()
+        if name == '2_two': step.path('kept.txt').write_text('of the original')
+
+
+def test_only_the_shipped_base_is_restored_with_git(toy):
+    step = Step('2_two', 'scratch', device='cpu')
+    with pytest.raises(StepInputError, match='my_base is missing') as e: step.uses('base_model', toy.root/'my_base')
+    assert 'git checkout' not in str(e.value)
+    with pytest.raises(StepInputError, match='git checkout data/base_tiny'): step.uses('base_model', toy.root/'data/base_tiny')
+
+
 def test_a_step_by_hand_makes_the_runner_run_it_again(toy):
     assert toy.run('toy', '--only', '1') == 0
     before = toy.record()['1_one']['key']
