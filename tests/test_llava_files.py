@@ -231,6 +231,7 @@ def test_a_system_turn_is_kept_and_said(tmp_path):
     (dict(image=None, conversations=None, messages=[{'role': 'user', 'content': [{'type': 'video', 'video': 'v.mp4'}]}, ASKED[1]]), "has a part of the type 'video'"),
     (dict(conversations=[*ORGAN, {'from': 'system', 'value': 'x'}]), 'has a system turn at place 3'), (dict(conversations=[*ORGAN, {'from': 'tool', 'value': 'x'}]), "has a turn from 'tool'"),
     (dict(conversations=[ORGAN[0], {'from': 'gpt', 'value': True}]), 'is no text at turn 2'), (dict(conversations=[ORGAN[0], {'from': 'gpt', 'value': None}]), 'is empty at turn 2'),
+    (dict(conversations=[ORGAN[0], ORGAN[1] | {'weight': 0}]), 'has an answer that is not to be learned (weight: 0)'), (dict(conversations=[ORGAN[0], ORGAN[1] | {'loss': False}]), 'has an answer that is not to be learned'),
     (dict(images=['p1.png']), 'names its images twice'), (dict(image='https://x.org/p0.png'), 'names its image by an address'), (dict(image='data:image/png;base64,AA'), 'holds its image as text'),
     (dict(image=None, images=['p0.png', 'p1.png']), 'names 2 images and has 1 marks'), (dict(image=[{'bytes': 'x'}]), "has an 'image' that is no file name")])
 def test_what_no_image_conversation_holds_is_left_out_and_counted(tmp_path, change, why):

@@ -168,6 +168,9 @@ def test_optional_steps_run_only_when_named(toy):
     ('sys.exit(3)', 'SystemExit'),
     ('raise ValueError("line one\\nthe last line")', 'ValueError: the last line'),
     ('raise KeyboardInterrupt', 'KeyboardInterrupt'),
+    ('raise OSError(28, "No space left on device")', 'The disk is full (No space left on device): free some space, or set LLAVA_MED_OUTPUTS'),
+    ('raise RuntimeError("Error while serializing: No space left on device (os error 28)\\nsecond line")', 'The disk is full'),
+    ('raise OSError(2, "No such file")', 'FileNotFoundError: [Errno 2]'),
     ('import signal\nos.kill(os.getppid(), 9)\ntime.sleep(30)', 'was killed'),   # papermill itself
 ])
 def test_failure_is_one_sentence(toy, capsys, work, says):

@@ -218,6 +218,9 @@ def _told(turn, place): # who speaks at a place, what is said, and the images th
     role = turn.get('from', turn.get('role'))
     who = _ROLES.get(str(role).strip().lower())
     if not who: raise ValueError(f'has a turn from {role!r} at place {place}')
+    for k in ('loss', 'weight', 'train'):
+        if who == 'gpt' and turn.get(k) in (0, False):
+            raise ValueError(f'has an answer that is not to be learned ({k}: {turn[k]})')
     said, texts, images = turn.get('value', turn.get('content')), [], []
     for part in said if isinstance(said, list) else [said]:
         text, image = _part(part, place)

@@ -12,6 +12,7 @@ __all__ = ['OUTCOME_MARK', 'NEVER_STARTED', 'path_fingerprint', 'named_paths', '
 # %% ../../nbs/09_lab/02_runner.ipynb #6d6afb17
 import contextlib
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -172,6 +173,15 @@ def die_with_parent()->None:
 # %% ../../nbs/09_lab/02_runner.ipynb #7b0cae28
 OUTCOME_MARK = '\x1e'  # stands before the one line that is not the notebook's
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+def _no_room(words): # a full disk, as whatever library met it says so; '' for other errors
+    if words.startswith('Cannot write '): return ''   # it says all of this
+    code = re.search(r'(?:os error |Errno )(\d+)', words)
+    if not code or int(code[1]) not in _NO_ROOM: return ''
+    return (f'The disk is full ({os.strerror(int(code[1]))}): free some space, or set '
+            'LLAVA_MED_OUTPUTS to a folder that can be written.')
+
 def error_sentence(
     error:Exception, # what papermill raised
     code:int|None=None, # how the kernel ended, where that is known
@@ -179,6 +189,7 @@ def error_sentence(
     "What went wrong in a notebook, in one sentence."
     if hasattr(error, 'ename'):
         lines = str(error.evalue).strip().splitlines() or ['']
+        if full := _no_room(str(error.evalue)): return full
         plain = error.ename in ('StepInputError', 'OutputError', 'RunLocked', 'UsageError',
                                 'UnknownName')
         return lines[-1] if plain else f'{error.ename}: {lines[-1]}'
