@@ -142,3 +142,13 @@ def test_a_system_turn_is_trained_or_left_out_and_counted(toy, capsys):
         found, _ = record_samples([plain, plain | own, plain | own], processor, 4)
         assert all(s['input_ids'] == bare['input_ids'] for s in found)
         assert 'The system turn of 2 of 3 conversations was left out' in capsys.readouterr().out
+
+
+def test_questions_without_a_training_split_say_what_is_missing(tmp_path):
+    from llava_med.train.stages import trainable_questions
+    from PIL import Image
+    Image.new('RGB', (4, 4)).save(tmp_path/'a.png')
+    items = [dict(id=str(i), images=['a.png'], question='?', answer='a', split='all', tags={}) for i in range(3)]
+    with pytest.raises(ValueError, match='3 questions belong to no training split; say in a column split'): trainable_questions(items, tmp_path)
+    items[0]['images'] = ['gone.png']
+    with pytest.raises(ValueError, match=r'none of 3 questions can be trained on \(1 [^)]+, 2 another split\)'): trainable_questions(items, tmp_path)
