@@ -171,7 +171,8 @@ def _splits(path, items, split):
         raise ValueError(f'{path}: this set has no validation questions; ask its test split.')
     if parts['test'] and split != 'val': test_is = 'test'
     else: test_is = 'val' if parts['val'] else 'all'
-    if test_is == 'all': return parts, test_is, None
+    if len(parts['train']) == len(items): test_is = 'train'   # nothing else is there to ask
+    if test_is in ('all', 'train'): return parts, test_is, None
     if parts['train']: return parts, test_is, 'train'
     return parts, test_is, 'val' if parts['val'] and test_is == 'test' else None
 
@@ -224,6 +225,7 @@ def open_vqa(
     asked = test_is if len(here) == len(test) else f'{test_is} ({len(here)} of {len(test)})'
     if say:
         alone = '' if train_is else '; no other split to learn priors from'
+        if test_is == 'train': alone += '; a model tuned on this set has learned their answers'
         say(f'{len(test)} questions of the split {test_is}, {len(there)} of {len(names)} images '
             f'found{alone}')
     return dict(name=items[0]['source'], items=here, split=asked, train=parts.get(train_is, []),

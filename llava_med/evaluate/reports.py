@@ -456,6 +456,9 @@ def in_words(
     if re.search(r'\(\d+ of \d+\)', str(r['split'])): out.append(
         'This is a part of the set, because pictures are missing: it must not be compared with '
         'scores over all of it.')
+    if str(r['split']).startswith('train'): out.append(
+        'These are training questions: of a model that was tuned on this set, the score says '
+        'nothing about new ones.')
     return out
 
 # %% ../../nbs/06_evaluate/12_reports.ipynb #c60313bc

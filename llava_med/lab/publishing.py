@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['EXAMPLE', 'TUNED_LIMIT', 'PHANTOMS', 'NO_RESULTS', 'DEMO_CONDITIONS', 'QUOTED', 'RELATIVE', 'clean_output',
            'with_outputs', 'small_image', 'save_example', 'save_notebook', 'check_shown', 'save_record', 'refresh',
-           'quoted_scores', 'manifest', 'save_tuned', 'value', 'count', 'markdown_table', 'example_scores', 'real_row',
-           'demo_table', 'type_table', 'further_numbers', 'example_tables', 'example_images', 'benchmark_rows',
-           'benchmark_table', 'ablation_row', 'ablation_table', 'relink', 'as_readme', 'fill_page', 'fill_pages',
-           'readme', 'refresh_command', 'readme_command']
+           'quoted_scores', 'manifest', 'save_tuned', 'released', 'release', 'value', 'count', 'markdown_table',
+           'example_scores', 'real_row', 'demo_table', 'type_table', 'further_numbers', 'example_tables',
+           'example_images', 'benchmark_rows', 'benchmark_table', 'ablation_row', 'ablation_table', 'relink',
+           'as_readme', 'fill_page', 'fill_pages', 'readme', 'refresh_command', 'readme_command', 'release_command']
 
 # %% ../../nbs/09_lab/11_publishing.ipynb #7c1f8837
 import argparse
@@ -17,6 +17,7 @@ import io
 import json
 import posixpath
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -27,7 +28,8 @@ from ..core.runs import (data_dir, file_hash, outputs_dir, read_json, read_run, 
     root, run_dir, write_json)
 from ..data.catalogue import write_data_page
 from .steps import GIVEN, UsageError, pipeline, read_parameters
-from .runner import StepFailed, child_env, error_sentence, read_scores, started
+from .runner import (StepFailed, child_env, error_sentence, files_fingerprint,
+                                  read_scores, started)
 
 # %% ../../nbs/09_lab/11_publishing.ipynb #aca8382d
 def clean_output(
@@ -206,6 +208,56 @@ def save_tuned(
     write_card(folder, f'LLaVA-Med Lab: {folder.name}', [PHANTOMS], 'apache-2.0',
                base='data/base_tiny', scores=scores if quoted else None,
                model='stage2' if quoted else None)
+    return folder
+
+# %% ../../nbs/09_lab/11_publishing.ipynb #ada70c4a
+def released(
+    run:str,          # name of a run
+    step:str|None=None, # whose model; None: of the last step that trained one
+)->tuple:             # the step, the model's folder, its card
+    "What of a run can be given away; UsageError where something is missing or has changed."
+    record, home = read_run(run), run_dir(run)
+    done = [s for s, r in record['steps'].items() if r.get('state') == 'done']
+    made = sorted(s for s in done if any((home/s/'model').glob('*config.json')))
+    step = step or next(iter(made[::-1]), None)
+    if step not in made:
+        raise UsageError(f'The run {run} has no finished model of {step or "any step"}; it has '
+                         f'{", ".join(made) or "none"}.')
+    card = home/f'4_evaluation/cards/{step}/model/README.md'
+    judged = record['steps'].get('4_evaluation', {})
+    again = f'llava-med run {record["preset"]} --name {run} --only 4'
+    if not card.exists(): raise UsageError(f'{card} is missing; it holds the scores: {again}')
+    known = judged['inputs']['before'].get(step) == record['steps'][step].get('key')
+    same = record['steps'][step].get('files') == files_fingerprint(home/step)
+    if judged.get('state') != 'done' or not known or not same:
+        raise UsageError(f'{card} is about another model than that of {step}, which was trained or '
+                         f'changed since: {again}')
+    return step, home/step/'model', card
+
+# %% ../../nbs/09_lab/11_publishing.ipynb #3ff84a1c
+def _without_paths(value):
+    "The same record with the names of folders in place of paths of this machine."
+    if isinstance(value, dict): return {k: _without_paths(v) for k, v in value.items()}
+    if isinstance(value, list): return list(map(_without_paths, value))
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+def release(
+    run:str,                  # name of a run
+    folder:str|Path|None=None, # where the model goes; None: outputs/RUN/released
+    step:str|None=None,       # whose model, as in `released`
+)->Path:                      # the folder
+    "A run's model with its card, ready to be pushed; nothing is written over another folder."
+    step, source, card = released(run, step)
+    folder = Path(folder) if folder else run_dir(run)/'released'
+    if folder.exists(): raise UsageError(f'{folder} is there: name another folder, or remove it.')
+    from llava_med.models.llava import new_folder   # only here are models needed
+    with new_folder(folder) as new:
+        shutil.copytree(source, new, dirs_exist_ok=True)
+        shutil.copy(card, new/'README.md')
+        for f in new.glob('*.json'):
+            text = f.read_text(encoding='utf-8')
+            if str(root()) in text or f.name == 'provenance.json':
+                write_json(f, _without_paths(json.loads(text)))
     return folder
 
 # %% ../../nbs/09_lab/11_publishing.ipynb #14c4c5ee
@@ -477,4 +529,15 @@ def readme_command(
     n = len(fill_pages()) - 1
     print(f'nbs/index.ipynb and {n} pages of nbs/pages/ were run; {readme().name} is made from '
           f'the first, {write_data_page().parent.name}/README.md from the catalogue')
+    return 0
+
+# %% ../../nbs/09_lab/11_publishing.ipynb #fd09cb38
+def release_command(
+    args:argparse.Namespace, # run, folder, step
+)->int:                      # exit code
+    "`llava-med release`."
+    folder = release(args.run, args.folder, args.step)
+    size = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
+    print(f'{folder}: {size/1e6:.0f} MB. Read its README.md once more, where licence and base_model '
+          f'must be what the hub knows, then: hf upload OWNER/NAME {folder}')
     return 0

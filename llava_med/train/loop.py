@@ -371,7 +371,7 @@ class _Planned:
         return out
 
     def _when_to_validate(self):
-        "Numbers of finished steps that a validation check follows, the last among them."
+        "Finished steps after which the validation loss is computed, the last among them."
         validation, epochs = self.how.validation, self.stage.epochs
         if not validation: return set()
         steps, checks = len(self.plan), range(1, 1 + math.ceil(epochs/validation.every))

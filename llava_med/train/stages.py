@@ -191,6 +191,15 @@ def _unusable(item, file):
     return '' if item['split'] in ('train', 'val') else 'another split'
 
 # %% ../../nbs/04_train/13_stages.ipynb #6a11a387
+def _nothing_left(folder, n, left_out):
+    "Why none of n questions can be trained on, and what to do."
+    if left_out['another split'] == n:
+        return (f'{folder}: its {n} questions belong to no training split; say in a column split '
+                'which to learn from (train) and which to keep for asking (test).')
+    why = ', '.join(f'{m} {k}' for k, m in left_out.items())
+    return (f'{folder}: none of {n} questions can be trained on ({why}); name the folder of the '
+            'pictures with images.')
+
 def trainable_questions(
     items:list,   # VQA items of any split
     folder:Path,  # of their images, at any depth
@@ -205,8 +214,7 @@ def trainable_questions(
             usable[item['images'][0]] = file
             kept.append(item)
     if not usable:
-        raise ValueError(f'{folder}: none of {len(items)} questions can be trained on '
-                         f'({dict(left_out)}); name the folder of the pictures with images.')
+        raise ValueError(_nothing_left(folder, len(items), left_out))
     items = kept
     patients = sorted({item_cluster(i) for i in items})   # an image each, where no patient is named
     held = {item_cluster(i) for i in items if i['split'] == 'val'} or set(patients[9::10])
