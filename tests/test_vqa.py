@@ -427,7 +427,7 @@ def test_one_door_for_all(tmp_path, slake):
     assert vqa_readers.read_vqa(tmp_path / 'a.json') == slake['test'][:5]  # our own files may be parts
 
 
-@pytest.mark.parametrize('name, text, said', [('x.json', '[]', 'none of the known forms'), ('x.json', '{"a": ', 'not valid JSON'), ('x.json', '[1, 2]', 'none of the known'),
+@pytest.mark.parametrize('name, text, said', [('x.json', '[]', 'none of the known forms'), ('x.json', '{"a": ', 'neither JSON'), ('x.json', '[1, 2]', 'none of the known'),
                                               ('x.csv', 'a,b\n1,2\n', 'none of the known'), ('x.jsonl', '{"a": 1}\n', 'none of the known')])
 def test_what_is_no_vqa_set(tmp_path, name, text, said):
     (tmp_path / name).write_text(text)

@@ -10,6 +10,7 @@ __all__ = ['MAX_XML', 'SKIPPED', 'ArticleError', 'local_name', 'parse_jats', 'el
 import html, re
 
 from lxml import etree
+from ..core.runs import refuse_pointer
 
 # %% ../../nbs/03_data/02_jats.ipynb #498344be
 MAX_XML = 64 * 2**20        # bytes of one article
@@ -96,6 +97,7 @@ def parse_jats(
     notes:list|None=None, # what was repaired is added here
 )->list:          # the `article` elements, almost always one
     "Parse JATS without entities, DTD or network; mend what can be mended."
+    refuse_pointer(data, name, ArticleError)
     if len(data) > MAX_XML:
         raise ArticleError(f'{name}: larger than {MAX_XML >> 20} MB; refused.')
     data = _without_doctype(_utf8(data, name, notes).translate(None, _CONTROLS), name)

@@ -14,13 +14,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-import ijson
-
 from .conversations import (
     DOMAINS, IMAGE, RecordError, fault, images_of, one_spelling, stream_json, turns_of)
-from .images import ImageError, image_size
+from .images import ImageError, find_file, image_size
 from .jats import figure_numbers
-from ..core.runs import read_jsonl, replacing
+from ..core.runs import parse_json, read_jsonl, read_text, replacing, text_encoding
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #38e6e66d
 FILE_KINDS = dict(conversations={'id'},
@@ -52,9 +50,9 @@ def kind_of(
 # %% ../../nbs/03_data/11_llava_files.ipynb #2180f06a
 def _opening(path): # the first characters, without a byte order mark
     try:
-        with open(path, 'rb') as f: head = f.read(1 << 12).removeprefix(b'\xef\xbb\xbf')
+        with open(path, 'rb') as f: head = f.read(1 << 12)
     except FileNotFoundError: raise RecordError(f'{path} does not exist.') from None
-    return head.decode('utf-8', errors='replace')
+    return head.decode(text_encoding(head, path, RecordError), errors='replace')
 
 def _is_domains(head): # a dictionary whose first value is a list of dictionaries
     if re.match(r'\s*\{\s*"(conversat|in_text)', head): return False
@@ -68,13 +66,14 @@ def stream_rows(
     if not _is_domains(_opening(path)):
         yield from stream_json(path)
         return
+    at, text = '', read_text(path, RecordError)
     try:
-        with open(path, 'rb') as f:
-            for group, part in ijson.kvitems(f, '', use_float=True):
-                for r in part: yield dict(r, group=group)
-    except (ValueError, TypeError, ijson.JSONError) as e:
-        raise RecordError(f'{path} is no dictionary of lists ({str(e).splitlines()[0]}): make it '
-                          'again.') from None
+        for group, part in parse_json(text).items():
+            at = f'{group}: '
+            for r in part: yield dict(r, group=group)
+    except (ValueError, TypeError) as e:
+        raise RecordError(f'{path} is no dictionary of lists ({at}{str(e).splitlines()[0]}): make '
+                          'it again.') from None
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #dd7635cd
 def _plain_and_last(path): # whether a file is plain ASCII, and its last bytes
@@ -383,7 +382,7 @@ class ImageFolder:
         folder:str|Path,  # holds the images
         look:bool=False,  # also read the size of every image, which finds damaged ones
     ):
-        self.folder, self.look, self.listed = Path(folder), look, {}
+        self.folder, self.look, self.listed, self.plain = Path(folder), look, {}, {}
 
     def _names(self, sub):
         if sub not in self.listed:
@@ -391,11 +390,20 @@ class ImageFolder:
             except OSError: self.listed[sub] = None
         return self.listed[sub]
 
+    def name(self,
+        name:str, # what a record calls its image
+    )->str:       # what it is called in the folder
+        "The file's own name, where its letters or slashes are written in another way."
+        p = Path(name)
+        if p.is_absolute() or '..' in p.parts or '\0' in name: return name
+        if (self._names(str(p.parent)) or {}).get(p.name): return name
+        return find_file(self.folder, name, self.plain) or name
+
     def why_not(self,
         name:str, # what a record calls its image
     )->str:       # '' if it is there
         "Why an image cannot be used."
-        p = Path(name)
+        p = Path(self.name(name))
         if p.is_absolute() or '..' in p.parts or '\0' in name:
             return 'its name leads out of the folder'
         names = self._names(str(p.parent))
@@ -432,7 +440,13 @@ def with_images(
     for r in records:
         gone = _first_missing(r, look)
         if gone: missing.append(dict(id=r.get('id'), image=gone[0], reason=gone[1]))
-        else: yield r
+        else: yield _as_there(r, look)
+
+def _as_there(record, look): # a record that calls its images as the folder does
+    names = images_of(record)
+    own = list(map(look.name, names))
+    if own == names: return record
+    return record | dict(image=own if isinstance(record['image'], list) else own[0])
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #d8b3fbbd
 def missing_words(
