@@ -89,7 +89,7 @@ def test_every_image_of_the_questions_is_missing_here(tmp_path):
     Image.new('RGB', (9, 9)).save(tmp_path/records[0]['image'])
     kept = list(with_images(records, tmp_path, missing))
     assert {r['image'] for r in kept} == {records[0]['image']} and len(kept) + len(missing) == 193
-    assert missing_words(missing, 193) == f'{len(missing)} of 193 records are left out, because their images are missing: {len(missing)} × there is no such file.'
+    assert missing_words(missing, 193) == f'{len(missing)} of 193 records are left out, because their images are missing: {len(missing)} × there is no such file; the first is {missing[0]["id"]!r}.'
 
 
 def test_damaged_files_end_in_a_sentence(tmp_path):

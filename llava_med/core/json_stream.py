@@ -82,6 +82,19 @@ def _whole(path, line): # the object that a file holds whose first line is no va
 def _said(e): # what is wrong, without a place in a block of text
     return getattr(e, 'msg', None) or str(e).splitlines()[0]
 
+# %% ../../nbs/00_core/10_json_stream.ipynb #f2d3d4a1
+def _strange_record(path, encoding): # the first record with bytes that are no text, in words
+    with open(path, encoding=encoding, errors='surrogateescape') as f:
+        text, at = _past_blanks(f, '', 0)
+        is_list = text[at:at + 1] == '['
+        if not is_list: f.seek(0)
+        n, found = 0, _list_values(f, text, at) if is_list else _line_values(f, path)
+        try:
+            for n, value in enumerate(found, 1):
+                if re.search(r'\\udc[89a-f]', json.dumps(value)): return f' in record {n}'
+        except (ValueError, RecursionError): return f' in record {n + 1}'
+    return ''
+
 # %% ../../nbs/00_core/10_json_stream.ipynb #cdd4e0ed
 def json_values(
     path:str|Path,         # a list, one value a line, or one object
@@ -100,8 +113,8 @@ def json_values(
             found = _list_values(f, text, at) if is_list else _line_values(f, path)
             for n, value in enumerate(found, 1): yield value
     except UnicodeDecodeError as e:
-        raise error(f'{path}: is not {e.encoding.upper()} text behind record {n}; save it as '
-                    'UTF-8.') from None
+        raise error(f'{path}: is not {e.encoding.upper()} text{_strange_record(path, encoding)}; '
+                    'save it as UTF-8.') from None
     except RecursionError:
         raise error(f'{path}: the brackets of record {n + 1} are nested too deeply.') from None
     except ValueError as e:

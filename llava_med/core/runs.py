@@ -157,8 +157,9 @@ def read_text(
     data = Path(path).read_bytes()
     try: return data.decode(text_encoding(data, path, error))
     except UnicodeDecodeError as e:
-        raise error(f'{path}: is not {e.encoding.upper()} text at byte {e.start}; save it as '
-                    'UTF-8.') from None
+        line, before = data.count(b'\n', 0, e.start) + 1, data[:e.start].decode(e.encoding, 'replace')
+        raise error(f'{path}: is not {e.encoding.upper()} text in line {line}{_record_at(before)}; '
+                    'save it as UTF-8.') from None
 
 # %% ../../nbs/00_core/02_runs.ipynb #14ae7d4e
 def _once(pairs): # the object of these keys and values; a key that is there twice is refused
@@ -177,8 +178,8 @@ def parse_json(
     try: return JSON_DECODER.decode(text)
     except RecursionError: raise ValueError('its brackets are nested too deeply') from None
 
-# %% ../../nbs/00_core/02_runs.ipynb #49f363d4
-def _broken_record(text): # the place where a list of records breaks off, in words
+# %% ../../nbs/00_core/02_runs.ipynb #64707e81
+def _record_at(text): # the record at which the text of a list ends or breaks off, in words
     if text.lstrip()[:1] != '[': return ''
     at, n = text.index('[') + 1, 0
     with contextlib.suppress(ValueError, RecursionError):
@@ -187,6 +188,7 @@ def _broken_record(text): # the place where a list of records breaks off, in wor
             _, at = JSON_DECODER.raw_decode(text, at)
     return f', in record {n}'
 
+# %% ../../nbs/00_core/02_runs.ipynb #49f363d4
 def read_json(
     path:str|Path, # file to read
 ):                 # what it holds
@@ -195,7 +197,7 @@ def read_json(
     except FileNotFoundError: raise FileNotFoundError(f'{path} does not exist.') from None
     try: return parse_json(text)
     except ValueError as e:
-        raise ValueError(f'{path} is not valid JSON ({e}{_broken_record(text)}): repair it or '
+        raise ValueError(f'{path} is not valid JSON ({e}{_record_at(text)}): repair it or '
                          'make it again.') from None
 
 # %% ../../nbs/00_core/02_runs.ipynb #29e0ec68

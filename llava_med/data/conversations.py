@@ -55,6 +55,7 @@ def fault(
     "Say what is wrong with a conversation record."
     if not isinstance(record, dict): return 'is not a record with keys'
     if record.get('id') in (None, ''): return "has no 'id'"
+    if isinstance(record['id'], (list, dict)): return "has an 'id' that is no text"
     turns = turns_of(record)
     if not isinstance(turns, list) or not turns: return "has no list 'conversations'"
     if len(turns) % 2: return f'has {len(turns)} turns, so a question is without an answer'

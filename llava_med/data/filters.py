@@ -248,9 +248,9 @@ def _article_ids(row): # PMC and PubMed ids that a row of an evaluation set name
 def _image_names(row): # images that a row names
     for k in ('images', 'image', 'img_name', 'image_name'):
         v = row.get(k)
-        if isinstance(v, str) and v: yield v
+        if isinstance(v, str) and v.strip(): yield v
         for x in v if isinstance(v, list) else ():
-            if isinstance(x, str): yield x
+            if isinstance(x, str) and x.strip(): yield x
 
 # %% ../../nbs/03_data/07_filters.ipynb #dc143b83
 def _read_ids(source): # of a text file
@@ -290,11 +290,13 @@ def _read_questions(source, notes): # images beside a file of questions, and the
     if bare and (names or ids):
         notes.append(f'{source.name}: {len(bare)} of its {n} records name no image and no article '
                      f'(the first: record {bare[0]}); nothing is kept out of training for them.')
-    paths = [p for k in names if (p := _found(k, source))]
-    if len(paths) < len(names):
-        notes.append(f'{source.name}: {len(names) - len(paths)} of its {len(names)} images are not '
-                     'there; their articles count, their pictures cannot be compared.')
-    return paths, ids
+    there = {k: _found(k, source) for k in names}
+    gone = [k for k in names if not there[k]]
+    if gone:
+        notes.append(f'{source.name}: {len(gone)} of its {len(names)} images are not there (the '
+                     f'first: {gone[0][:60]}); their articles count, their pictures cannot be '
+                     'compared.')
+    return list(filter(None, there.values())), ids
 
 # %% ../../nbs/03_data/07_filters.ipynb #ef246e03
 def _read_source(source, notes): # paths of images and ids of articles

@@ -226,7 +226,13 @@ def _from_conversation(row):
     return _ours(r, r['conversations'], image, r['id'], maker)
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #907bb00e
+def _check_texts(row, *keys): # refuse what is no text and no number, or empty
+    for k in keys:
+        if not isinstance(row[k], (str, int)) or not str(row[k]).strip():
+            raise RecordError(f'It has the {k} {str(row[k])[:40]!r}; write a text.')
+
 def _from_question(row):
+    _check_texts(row, 'question_id', 'pair_id')
     r = _ours(row, _exchange(row['text'], row['gpt4_answer']), _file_name(row['image']),
               f"{row['pair_id']}-{row['question_id']}", _maker('gpt-4', 'caption', 'mentions'),
               type=row['type'])
@@ -241,6 +247,10 @@ def _from_answer(row, image):
                         str(row['question_id']), maker))
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #e6189fdd
+def _keys_of(row): # what a row is, for messages
+    if not isinstance(row, dict): return str(row)[:40]
+    return f'A row with the keys {", ".join(row)}'
+
 def conversation_of(
     row:dict, # of conversations, questions, judgements or answers
     image:str|None=None, # of an answer, whose row names none
@@ -250,7 +260,7 @@ def conversation_of(
     if kind == 'conversations': return _from_conversation(row)
     if kind in ('questions', 'judgements'): return _from_question(row)
     if kind == 'answers': return _from_answer(row, image)
-    raise RecordError(f'A row with the keys {", ".join(row)} is no conversation.')
+    raise RecordError(f'{_keys_of(row)} is no conversation.')
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #960cb517
 def _mention(m): # one of LLaVA-Med's mentions as one of ours
@@ -263,7 +273,8 @@ def figure_of(
 )->dict:      # a figure record; the file of its image is not known from the row
     "A row of figure captions as a figure record of ours."
     if kind_of(row) != 'captions':
-        raise RecordError(f'A row with the keys {", ".join(row)} is no figure caption.')
+        raise RecordError(f'{_keys_of(row)} is no figure caption.')
+    _check_texts(row, 'pair_id', 'fig_caption')
     ref = row.get('graphic_ref') or ''
     pmcid = re.search(r'PMC\d+', ref)
     return dict(id=row['pair_id'], pmcid=pmcid and pmcid[0], pmid=row.get('pmid') or None, doi=None,
@@ -279,7 +290,8 @@ def figure_of(
 # %% ../../nbs/03_data/11_llava_files.ipynb #5b55d30c
 def _name_of(row, number): # what a row calls itself, or its number
     names = [row.get(k) for k in ('id', 'question_id', 'pair_id')] if isinstance(row, dict) else []
-    return next((n for n in names if n is not None), number)
+    names = [n for n in names if isinstance(n, (str, int)) and n != '']
+    return names[0] if names else f'record {number}'
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #083f1926
 def read_llava_file(
@@ -459,7 +471,7 @@ def missing_words(
     for m in missing: why[re.sub(r', but .*', ', but one of nearly that name', m['reason'])] += 1
     reasons = '; '.join(f'{k} × {reason}' for reason, k in why.most_common(3))
     return (f'{len(missing)} of {n} records are left out, because their images are missing: '
-            f'{reasons}.')
+            f'{reasons}; the first is {missing[0]["id"]!r}.')
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #5310c7f4
 def _why_unplaced(pair, got): # why a pair has no image to give a name; empty if it has

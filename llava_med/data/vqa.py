@@ -154,7 +154,8 @@ def _rad_item(r, n, split, path):
     organ = clean(r.get('image_organ')).lower()
     try: qid = int(r['qid'])
     except (TypeError, ValueError):
-        raise ValueError(f'{path}: row {n} has the qid {r["qid"]!r}, which is no number.') from None
+        raise ValueError(f'{path}: row {n} has the qid {str(r["qid"])[:40]!r}, which is no number.'
+                         ) from None
     extra = {k: _known(r[name]) for k, name in _RAD_LINKS.items() if name in r}
     if r.get('image_case_url'): extra['case'] = clean(r['image_case_url']).rpartition('id=')[2]
     return make_item(f'vqa_rad-{split}-{n}', [clean(r['image_name'])], r['question'], r['answer'],
@@ -170,7 +171,8 @@ def read_vqa_rad(
 )->list:                  # VQA items, in the file's order
     "Read VQA-RAD in its public form or as the usual two files."
     rows = check_rows(path, list(json_values(path)), _RAD_KEYS)
-    for n, r in enumerate(rows): check_row(path, n, r, ('question', 'image_name'))
+    values = ('answer', 'qid', 'question_type', 'image_organ', 'phrase_type')
+    for n, r in enumerate(rows): check_row(path, n, r, ('question', 'image_name'), values)
     named, out = split_of(path), []
     for n, r in enumerate(rows):
         marked = str(r.get('phrase_type', '')).startswith('test')
@@ -353,8 +355,9 @@ def read_slake(
         return known[name]
     rows = check_rows(path, list(json_values(path)),
                       ('qid', 'img_name', 'question', 'answer', 'answer_type'))
+    values = ('answer', 'qid', 'modality', 'location', 'content_type', 'question_type')
     for n, r in enumerate(rows):
-        check_row(path, n, r, ('question', 'img_name'), ('answer', 'qid', 'q_lang', 'modality'))
+        check_row(path, n, r, ('question', 'img_name', 'q_lang'), values)
     return [_slake_item(r, split, boxes) for r in rows if lang in (None, r.get('q_lang', 'en'))]
 
 # %% ../../nbs/03_data/15_vqa.ipynb #fcf2c273
@@ -600,7 +603,8 @@ def _unfit(items): # the first reason why items cannot be kept in a file, or Non
         lack = [k for k in ITEM_KEYS if isinstance(o, dict) and k not in o]
         why = f'lacks {", ".join(lack)}' if lack else _misfit(o)
         if why:
-            name = repr(o.get('id')) if isinstance(o, dict) and 'id' in o else f'in row {n}'
+            known = isinstance(o, dict) and isinstance(o.get('id'), (str, int))
+            name = repr(o['id']) if known else f'in row {n}'
             return f'Item {name} {why}.'
     return next(iter(_twice(items)), None)
 

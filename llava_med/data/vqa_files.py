@@ -148,6 +148,9 @@ def _csv_rows(path): # rows of a table
         raise ValueError(f'{path}: has two columns {twice!r}; keep the one that counts, or give '
                          'each its own name.')
     if not rows: raise ValueError(f'{path}: holds no questions.')
+    if None in rows[-1].values():
+        raise ValueError(f'{path}: row {len(rows) - 1}, the last one, has fewer cells than the '
+                         'first line has names; fetch it again, for it may be cut off.')
     return rows
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #54a9dbe1
@@ -203,7 +206,7 @@ def _spoken(r, n, path):
         who.append(t.get('from'))
     if not said or who != ['human', 'gpt'] * (len(said)//2):
         raise ValueError(f'{path}: row {n} is not a conversation of human and gpt in turn.')
-    check_row(path, n, dict(answer_type=r['answer_type']))
+    check_row(path, n, r, (), ('id',))
     for k, text in enumerate(said):
         if not isinstance(text, str) or not text.replace('<image>', '').strip():
             raise ValueError(f'{path}: row {n} has no text at turn {k + 1}.')
@@ -321,15 +324,20 @@ def _store(data, images_dir): # the name of an image, which is written if wanted
     return name
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #e49c12a3
-def _stored(cell, images_dir, path, n): # the names of the images of a cell
-    names = []
-    try:
-        for data in _pictures(cell):
-            names.append(data if isinstance(data, str) else _store(data, images_dir))
-    except (ValueError, OSError) as e:
-        if isinstance(e, OSError) and e.filename: raise
+def _pictures_of(cell, path, n): # names and bytes of all images in the cell of a row
+    try: return _pictures(cell)
+    except (ValueError, RecursionError):
         raise ValueError(f'{path}: the image of row {n} cannot be read; fetch the file again.'
                          ) from None
+
+def _stored(cell, images_dir, path, n): # the names of the images of a cell
+    names = []
+    for data in _pictures_of(cell, path, n):
+        try: names.append(data if isinstance(data, str) else _store(data, images_dir))
+        except (ValueError, OSError) as e:
+            if isinstance(e, OSError) and e.filename: raise
+            raise ValueError(f'{path}: the image of row {n} cannot be read; fetch the file again.'
+                             ) from None
     return names
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #47792053
@@ -364,8 +372,8 @@ def _row_split(r, default, where=None):
         found = split_of(clean(r.get(k)).lower() or 'x')
         if found: return found
     if where and clean(r.get('split')):
-        raise ValueError(f'{where} has the split {clean(r["split"]).lower()!r}; write train, val '
-                         'or test.')
+        raise ValueError(f'{where} has the split {clean(r["split"]).lower()[:40]!r}; write train, '
+                         'val or test.')
     return default
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #116e913d
@@ -405,6 +413,7 @@ def _single(path, n, r):
         if not is_value(v[0] if one else v) or k == 'question' and not isinstance(v, str):
             raise ValueError(f'{path}: row {n} has the {k} {str(v)[:60]!r}, which is no single '
                              'text; write one text.')
+    check_row(path, n, {k: r[k] for k in _IDS if k in r}, (), _IDS)
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #dfe49a5a
 def _letters_only(rows):
@@ -488,8 +497,8 @@ def _record_names(path, rows, images_dir): # the names of the images of all rows
     for r in rows: columns.update(dict.fromkeys(r))
     columns = _image_columns(columns)
     for n, r in enumerate(rows):
-        cell = next((r[k] for k in columns if _pictures(r.get(k))), None)
-        names.append(_stored(cell, images_dir, path, n))
+        full = (r[k] for k in columns if _pictures_of(r.get(k), path, n))
+        names.append(_stored(next(full, None), images_dir, path, n))
     return names
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #ae6535ce

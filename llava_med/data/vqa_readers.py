@@ -6,6 +6,7 @@
 __all__ = ['LAYOUTS', 'recognise', 'read_vqa', 'open_vqa']
 
 # %% ../../nbs/03_data/17_vqa_readers.ipynb #3f305e83
+from collections import Counter
 from pathlib import Path
 
 from .images import find_file
@@ -95,6 +96,16 @@ def _one_file_a_split(path, files, split):
             raise ValueError(f'{path}: several files for the split {k} ({", ".join(names)}); '
                              'name one of them.')
 
+# %% ../../nbs/03_data/17_vqa_readers.ipynb #5414a197
+def _in_language(items, layout, lang): # the items of one language, and what is left aside in words
+    if lang is None or layout not in ('slake', 'phantoms'): return items, []
+    here, others = [], Counter()
+    for o in items:
+        if o.get('q_lang', 'en') == lang: here.append(o)
+        else: others[o['q_lang']] += 1
+    said = ', '.join(f'{n} × {k!r}' for k, n in others.items())
+    return here, [f'other languages left aside: {said}'] if others else []
+
 # %% ../../nbs/03_data/17_vqa_readers.ipynb #9433274c
 def _remarks(items, layout, left_out):
     "What is worth saying about the items of a set."
@@ -132,14 +143,15 @@ def read_vqa(
     if layout not in ('parquet', 'omnimed'): _one_file_a_split(path, files, split)
     mostly = part and left_out is None   # sound, or it is no part of a set
     if mostly: left_out = []
-    for p in files: items += read_layout(layout, p, split, lang, images_dir, source, left_out)
+    for p in files: items += read_layout(layout, p, split, None, images_dir, source, left_out)
+    items, others = _in_language(items, layout, lang)
     if mostly and len(left_out) > len(items):
         raise OptionError(f'{left_out[0]}; {len(left_out)} records are like this and {len(items)} '
                           'are sound: correct the file.')
     if not items:
         raise ValueError(f'{path}: {what}, but no question for split={split!r}, lang={lang!r}; '
                          'name another file, split or language.')
-    remarks = _remarks(items, layout, left_out)
+    remarks = _remarks(items, layout, left_out) + others
     if not part and layout not in ('items', 'llava'):
         wrong = check_counts(items, _edition(layout, items, files))
         if wrong:
@@ -214,7 +226,7 @@ def _asked(path, test, names, there, test_is, train_is):
     said = [f'{len(test)} questions of the split {test_is}, {len(there)} of {len(names)} images '
             'found']
     gone, bare = sorted(names - there), [o['id'] for o in test if not o['images']]
-    if gone: said.append(f'the first that is not: {gone[0]}')
+    if gone: said.append(f'the first that is not: {gone[0][:60]}')
     if bare: said.append(f'{len(bare)} questions name no image and are not asked (the first: '
                          f'{bare[0]})')
     if not train_is: said.append('no other split to learn priors from')

@@ -90,6 +90,9 @@ def _table_rows(text, path):
             if None in r: raise ScoreError(
                 f'{path}, row {i}: has more cells than the first line has names; '
                 'put a text that holds the separator in quotes.')
+            if None in r.values(): raise ScoreError(
+                f'{path}, row {i}: has fewer cells than the first line has names; '
+                'fetch the file again, for it may be cut off.')
             rows.append({str(k).strip(): v for k, v in r.items()})
     except csv.Error as e:
         raise ScoreError(f'{path}: not a table that can be read (row {len(rows) + 1}: {e}); save '
@@ -315,6 +318,15 @@ def _failed_of(path, rows):
         f'holds {len(names)} ({", ".join(sorted(names)[:3])}); give one file for each model.')
     for r in failed: r['model'] = next(iter(names), None)
 
+def _unnamed(path, rows):
+    "Refuse a file in which some answers name a model and others name none."
+    bare = [i for i, r in rows if not _is_name(r.get('model'))]
+    if bare and len(bare) < len(rows): raise ScoreError(
+        f'{path}, record {bare[0]}: names no model, and others do ({len(bare)} of {len(rows)} '
+        'name none); write its model.')
+
+def _is_name(v): return not isinstance(v, (list, dict)) and bool(str(v or '').strip())
+
 # %% ../../nbs/06_evaluate/05_answer_files.ipynb #6a405518
 def _name_models(rows):
     "Give each answer the short name of its model; None where all are of one."
@@ -339,7 +351,9 @@ def read_answers(
     out, of_others = [], []
     for i, r in enumerate(rows, 1):
         out.append(_answer(path, i, r))
-        if out[-1] is not r: of_others.append(out[-1])         # no line of our own log
-    _failed_of(path, of_others)
-    _name_models(of_others)
+        if out[-1] is not r: of_others.append((i, out[-1]))    # no line of our own log
+    answers = [r for _, r in of_others]
+    _failed_of(path, answers)
+    _unnamed(path, of_others)
+    _name_models(answers)
     return out
