@@ -107,7 +107,7 @@ def test_a_bad_row_costs_one_line(tmp_path):
     write_rows(tmp_path/'x.json', [good, *bad, good], Form('conversations'))
     faults = []
     assert len(list(read_llava_file(tmp_path/'x.json', faults))) == 2
-    assert [f['record'] for f in faults] == [2, 'b', 'c', 3, 6] and all(f['reason'].strip() for f in faults)
+    assert [f['record'] for f in faults] == ['record 2', 'b', 'c', 3, 'record 6'] and all(f['reason'].strip() for f in faults)
 
 
 def test_letters_of_other_scripts_and_odd_line_ends(tmp_path):
