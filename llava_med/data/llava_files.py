@@ -14,13 +14,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-import ijson
-
 from .conversations import (
     DOMAINS, IMAGE, RecordError, fault, images_of, one_spelling, stream_json, turns_of)
-from .images import ImageError, image_size
+from .images import ImageError, find_file, image_size
 from .jats import figure_numbers
-from ..core.runs import read_jsonl, replacing
+from ..core.runs import parse_json, read_jsonl, read_text, replacing, text_encoding
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #38e6e66d
 FILE_KINDS = dict(conversations={'id'},
@@ -52,9 +50,9 @@ def kind_of(
 # %% ../../nbs/03_data/11_llava_files.ipynb #2180f06a
 def _opening(path): # the first characters, without a byte order mark
     try:
-        with open(path, 'rb') as f: head = f.read(1 << 12).removeprefix(b'\xef\xbb\xbf')
+        with open(path, 'rb') as f: head = f.read(1 << 12)
     except FileNotFoundError: raise RecordError(f'{path} does not exist.') from None
-    return head.decode('utf-8', errors='replace')
+    return head.decode(text_encoding(head, path, RecordError), errors='replace')
 
 def _is_domains(head): # a dictionary whose first value is a list of dictionaries
     if re.match(r'\s*\{\s*"(conversat|in_text)', head): return False
@@ -68,13 +66,14 @@ def stream_rows(
     if not _is_domains(_opening(path)):
         yield from stream_json(path)
         return
+    at, text = '', read_text(path, RecordError)
     try:
-        with open(path, 'rb') as f:
-            for group, part in ijson.kvitems(f, '', use_float=True):
-                for r in part: yield dict(r, group=group)
-    except (ValueError, TypeError, ijson.JSONError) as e:
-        raise RecordError(f'{path} is no dictionary of lists ({str(e).splitlines()[0]}): make it '
-                          'again.') from None
+        for group, part in parse_json(text).items():
+            at = f'{group}: '
+            for r in part: yield dict(r, group=group)
+    except (ValueError, TypeError) as e:
+        raise RecordError(f'{path} is no dictionary of lists ({at}{str(e).splitlines()[0]}): make '
+                          'it again.') from None
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #dd7635cd
 def _plain_and_last(path): # whether a file is plain ASCII, and its last bytes
@@ -227,7 +226,13 @@ def _from_conversation(row):
     return _ours(r, r['conversations'], image, r['id'], maker)
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #907bb00e
+def _check_texts(row, *keys): # refuse what is no text and no number, or empty
+    for k in keys:
+        if not isinstance(row[k], (str, int)) or not str(row[k]).strip():
+            raise RecordError(f'It has the {k} {str(row[k])[:40]!r}; write a text.')
+
 def _from_question(row):
+    _check_texts(row, 'question_id', 'pair_id')
     r = _ours(row, _exchange(row['text'], row['gpt4_answer']), _file_name(row['image']),
               f"{row['pair_id']}-{row['question_id']}", _maker('gpt-4', 'caption', 'mentions'),
               type=row['type'])
@@ -242,6 +247,10 @@ def _from_answer(row, image):
                         str(row['question_id']), maker))
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #e6189fdd
+def _keys_of(row): # what a row is, for messages
+    if not isinstance(row, dict): return str(row)[:40]
+    return f'A row with the keys {", ".join(row)}'
+
 def conversation_of(
     row:dict, # of conversations, questions, judgements or answers
     image:str|None=None, # of an answer, whose row names none
@@ -251,7 +260,7 @@ def conversation_of(
     if kind == 'conversations': return _from_conversation(row)
     if kind in ('questions', 'judgements'): return _from_question(row)
     if kind == 'answers': return _from_answer(row, image)
-    raise RecordError(f'A row with the keys {", ".join(row)} is no conversation.')
+    raise RecordError(f'{_keys_of(row)} is no conversation.')
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #960cb517
 def _mention(m): # one of LLaVA-Med's mentions as one of ours
@@ -264,7 +273,8 @@ def figure_of(
 )->dict:      # a figure record; the file of its image is not known from the row
     "A row of figure captions as a figure record of ours."
     if kind_of(row) != 'captions':
-        raise RecordError(f'A row with the keys {", ".join(row)} is no figure caption.')
+        raise RecordError(f'{_keys_of(row)} is no figure caption.')
+    _check_texts(row, 'pair_id', 'fig_caption')
     ref = row.get('graphic_ref') or ''
     pmcid = re.search(r'PMC\d+', ref)
     return dict(id=row['pair_id'], pmcid=pmcid and pmcid[0], pmid=row.get('pmid') or None, doi=None,
@@ -280,7 +290,8 @@ def figure_of(
 # %% ../../nbs/03_data/11_llava_files.ipynb #5b55d30c
 def _name_of(row, number): # what a row calls itself, or its number
     names = [row.get(k) for k in ('id', 'question_id', 'pair_id')] if isinstance(row, dict) else []
-    return next((n for n in names if n is not None), number)
+    names = [n for n in names if isinstance(n, (str, int)) and n != '']
+    return names[0] if names else f'record {number}'
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #083f1926
 def read_llava_file(
@@ -383,7 +394,7 @@ class ImageFolder:
         folder:str|Path,  # holds the images
         look:bool=False,  # also read the size of every image, which finds damaged ones
     ):
-        self.folder, self.look, self.listed = Path(folder), look, {}
+        self.folder, self.look, self.listed, self.plain = Path(folder), look, {}, {}
 
     def _names(self, sub):
         if sub not in self.listed:
@@ -391,11 +402,20 @@ class ImageFolder:
             except OSError: self.listed[sub] = None
         return self.listed[sub]
 
+    def name(self,
+        name:str, # what a record calls its image
+    )->str:       # what it is called in the folder
+        "The file's own name, where its letters or slashes are written in another way."
+        p = Path(name)
+        if p.is_absolute() or '..' in p.parts or '\0' in name: return name
+        if (self._names(str(p.parent)) or {}).get(p.name): return name
+        return find_file(self.folder, name, self.plain) or name
+
     def why_not(self,
         name:str, # what a record calls its image
     )->str:       # '' if it is there
         "Why an image cannot be used."
-        p = Path(name)
+        p = Path(self.name(name))
         if p.is_absolute() or '..' in p.parts or '\0' in name:
             return 'its name leads out of the folder'
         names = self._names(str(p.parent))
@@ -432,7 +452,13 @@ def with_images(
     for r in records:
         gone = _first_missing(r, look)
         if gone: missing.append(dict(id=r.get('id'), image=gone[0], reason=gone[1]))
-        else: yield r
+        else: yield _as_there(r, look)
+
+def _as_there(record, look): # a record that calls its images as the folder does
+    names = images_of(record)
+    own = list(map(look.name, names))
+    if own == names: return record
+    return record | dict(image=own if isinstance(record['image'], list) else own[0])
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #d8b3fbbd
 def missing_words(
@@ -445,7 +471,7 @@ def missing_words(
     for m in missing: why[re.sub(r', but .*', ', but one of nearly that name', m['reason'])] += 1
     reasons = '; '.join(f'{k} × {reason}' for reason, k in why.most_common(3))
     return (f'{len(missing)} of {n} records are left out, because their images are missing: '
-            f'{reasons}.')
+            f'{reasons}; the first is {missing[0]["id"]!r}.')
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #5310c7f4
 def _why_unplaced(pair, got): # why a pair has no image to give a name; empty if it has
