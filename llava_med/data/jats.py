@@ -113,28 +113,240 @@ def parse_jats(
 # %% ../../nbs/03_data/02_jats.ipynb #58916a52
 SKIPPED = frozenset('fig fig-group table-wrap graphic media supplementary-material list object-id '
                     'annotation annotation-xml'.split())
-_SPACED = {'title', 'p', 'break'}
+_SPACED = {'title', 'p', 'break', 'disp-formula'}
+_MARKS = '\2\3'   # around the text of a cross-reference
 
-# %% ../../nbs/03_data/02_jats.ipynb #98da008e
-def _collect(el, out, rids, skip):
-    "Add the strings of an element in order to `out`; an xref's text stands between two marks."
-    if el.text: out.append(el.text)
-    for child in el:
-        tag = _LOCAL[child.tag]
-        if tag == 'tex-math':
-            if 'math' not in map(local_name, el): out.append(_tex(child.text or ''))
-        elif tag == 'xref' and child.get('rid'):
-            rids.append(child.get('rid').split())
-            out.append('\2'); _collect(child, out, rids, skip); out.append('\3')
-        elif tag and tag not in skip:
-            if tag in _SPACED: out.append(' '); _collect(child, out, rids, skip); out.append(' ')
-            else: _collect(child, out, rids, skip)
-        if child.tail: out.append(child.tail)
+# %% ../../nbs/03_data/02_jats.ipynb #9532d770
+_CITED = re.compile(r'\d{1,3}(?:\s*[,–-]\s*\d{1,3})*')
+_SIMPLE = re.compile(r'[-−–+]?[\w.]+[-−–+]?')
+_ORDINALS = {'st', 'nd', 'rd', 'th'}
+
+def _before(out): # the last character so far
+    for s in reversed(out):
+        if s and s not in _MARKS: return s[-1]
+    return ' '
+
+def _script(sign, shown, after): # '^' or '_' with what is raised or lowered
+    runs_on = after.isdigit() or after.isalpha() and shown[-1].isalpha()
+    plain = _SIMPLE.fullmatch(shown) and not runs_on
+    return sign + (shown if plain else f'({shown})')
+
+# %% ../../nbs/03_data/02_jats.ipynb #1b45a0e6
+def _raised(shown, before, after): # raised text as it reads in a line
+    "`before` and `after` are the characters around it."
+    if not any(c.isalnum() for c in shown): return shown            # CD4+, p*
+    if before in '.,;:' and _CITED.fullmatch(shown): return f'[{shown}]'
+    if before == ' ' and shown[0] in '-−–': return _script('^', shown, after)
+    if not before.isalnum() and before not in ')]}|%': return shown  # 18F
+    if before.isdigit() and shown.lower() in _ORDINALS: return shown
+    return _script('^', shown, after)
+
+def _lowered(shown, before, after): # lowered text as it reads in a line
+    digit = shown[:1].isdigit()
+    if not before.isalnum() or not shown[:1].isalnum(): return shown
+    apart = not (before.isdigit() or after.isdigit())
+    if digit and apart: return shown                                 # H2O, HbA1c
+    return _script('_', shown, after)
+
+# %% ../../nbs/03_data/02_jats.ipynb #ae6f348d
+_UNSEEN = dict.fromkeys(range(0x2061, 0x2065), '')   # function application, invisible times
+_ACCENTS = {'¯': '\u0304', '‾': '\u0304', 'ˉ': '\u0304', '^': '\u0302', 'ˆ': '\u0302',
+            '~': '\u0303', '˜': '\u0303', '→': '\u20d7', '˙': '\u0307', '¨': '\u0308'}
+_PLAIN = re.compile(r'[-−]?[\w.]+|.')
+_PAIRS = {'(': ')', '[': ']', '{': '}', '|': '|'}
+
+def _closed(s): # whether one pair of brackets encloses all of a formula
+    if len(s) < 2 or _PAIRS.get(s[0]) != s[-1]: return False
+    if s[0] == '|': return '|' not in s[1:-1]
+    depth = 0
+    for i, c in enumerate(s):
+        depth += (c == s[0]) - (c == s[-1])
+        if not depth: return i == len(s) - 1
+
+def _atom(s): # a part of a formula, in brackets where it needs them
+    return s if _PLAIN.fullmatch(s) or _closed(s) else f'({s})'
+
+# %% ../../nbs/03_data/02_jats.ipynb #feecd8d3
+def _core(el): # an element without the wrappers that hold nothing else
+    while _LOCAL[el.tag] in ('mrow', 'mstyle', 'mpadded', 'semantics', 'maction') and len(el):
+        parts = [c for c in el if _LOCAL[c.tag]]
+        if len(parts) != 1 and _LOCAL[el.tag] in ('mrow', 'mstyle', 'mpadded'): break
+        if not parts: break
+        el = parts[0]
+    return el
+
+def _base(el): # what carries an exponent or an index
+    el, s = _core(el), _math(el)
+    whole = not len(el) or _LOCAL[el.tag] in ('msub', 'mover', 'mfenced') or _closed(s)
+    return s if whole else f'({s})'
+
+# %% ../../nbs/03_data/02_jats.ipynb #b9a496b3
+_WORD_END = re.compile(r'[^\W\d_]{2}$')
+_WORD_START = re.compile(r'[^\W\d_]{2}')
+
+def _joined(out, s, fraction): # add a part to a row of parts
+    "`fraction` says of the part before, and of this one, whether it is a fraction."
+    last = out[-1] if out else ''
+    touches = last[-1:].isalnum() or last[-1:] in ')]}'
+    follows = s[:1].isalnum() or s[:1] in '([{√'
+    if last and fraction[0] and follows: out[-1] = last = f'({last})'
+    elif last and fraction[1] and touches: s = f'({s})'
+    wordy = _WORD_END.search(last) and s[:1].isalnum()
+    if wordy or _WORD_START.match(s) and last[-1:].isalnum(): s = ' ' + s
+    out.append(s)
+
+def _row(el): # the parts of an element, one after the other
+    out, before = [(el.text or '').strip()] if (el.text or '').strip() else [], False
+    for c in el:
+        if not _LOCAL[c.tag]: continue
+        s, this = _math(c), _LOCAL[_core(c).tag] == 'mfrac'
+        if s: _joined(out, s, (before, this))
+        if s: before = this
+    return ''.join(out)
+
+# %% ../../nbs/03_data/02_jats.ipynb #ebf4ff67
+def _leaf(el): # a number, a name, an operator or a text
+    s = ''.join(t.translate(_UNSEEN) for t in el.itertext() if t)
+    tag = _LOCAL[el.tag]
+    if tag in ('mtext', 'ms'): return re.sub(r'\s+', ' ', s)
+    s = ' '.join(s.split())
+    return f' {s} ' if tag == 'mo' and s.isalpha() and len(s) > 1 else s
+
+def _fenced(el): # (a,b] with the brackets and separators that the attributes say
+    marks = ''.join(el.get('separators', ',').split())
+    parts, out = [_math(c) for c in el if _LOCAL[c.tag]], ''
+    for i, p in enumerate(parts): out += p + (marks[min(i, len(marks)-1)] if marks else '') * (
+        i < len(parts) - 1)
+    return el.get('open', '(') + out + el.get('close', ')')
+
+def _table(el): # rows apart by semicolons, cells by commas
+    rows = []
+    for r in el.iterfind('{*}mtr'): rows.append(', '.join(_math(c).strip() for c in r))
+    fenced = el.getparent() is not None and _LOCAL[el.getparent().tag] == 'mfenced'
+    before = el.getprevious()
+    fenced = fenced or before is not None and (before.text or '').strip() in [*_PAIRS]
+    return '; '.join(rows) if fenced else f'[{"; ".join(rows)}]'
+
+# %% ../../nbs/03_data/02_jats.ipynb #e4142780
+def _scripts(el): # a base with its indices and exponents, or what stands under and over it
+    tag, parts = _LOCAL[el.tag], [c for c in el if _LOCAL[c.tag]]
+    if len(parts) < 2: return _row(el)
+    base, marks = _base(parts[0]), [_math(p).strip() for p in parts[1:]]
+    over, end = marks[-1], ''
+    if tag == 'mover' and over in _ACCENTS and len(base) == 1: return base + _ACCENTS[over]
+    signs = dict(msub='_', munder='_', msup='^', mover='^').get(tag, '_^')
+    if signs != '_' and not over.strip('′″\'°∘'): end, signs = over.replace('∘', '°'), signs[:-1]
+    return base + ''.join(s + _atom(m) for s, m in zip(signs, marks) if m) + end
+
+def _multiscripts(el): # scripts after the base, then those before it
+    base, *rest = [c for c in el if _LOCAL[c.tag]]
+    tags = [_LOCAL[c.tag] for c in rest]
+    cut = tags.index('mprescripts') if 'mprescripts' in tags else len(rest)
+    out = _base(base)
+    for i, c in enumerate(rest[:cut]):
+        if s := _math(c): out += '_^'[i % 2] + _atom(s)
+    first = ''
+    for i, c in enumerate(rest[cut+1:]):
+        if s := _math(c): first = (s if i % 2 else f'_{_atom(s)} ') + first
+    return first + out
+
+# %% ../../nbs/03_data/02_jats.ipynb #69c15a08
+def _fraction(el):
+    parts = [_math(c).strip() for c in el if _LOCAL[c.tag]]
+    if el.get('linethickness') in ('0', '0pt', '0em'): return ' choose '.join(map(_atom, parts))
+    return '/'.join(map(_atom, parts))
+
+def _root_of(el): # a square root, or one with an index
+    if _LOCAL[el.tag] == 'msqrt': return '√' + _atom(_row(el).strip())
+    parts = [_math(c).strip() for c in el if _LOCAL[c.tag]]
+    return f'{_atom(parts[0])}^(1/{_atom(parts[-1])})' if len(parts) > 1 else _row(el)
+
+# %% ../../nbs/03_data/02_jats.ipynb #3994b078
+_MATH = dict(mi=_leaf, mn=_leaf, mo=_leaf, mtext=_leaf, ms=_leaf, mfrac=_fraction, mtable=_table,
+             mfenced=_fenced, msqrt=_root_of, mroot=_root_of, mmultiscripts=_multiscripts,
+             mspace=lambda el: ' ', mphantom=lambda el: '', none=lambda el: '',
+             annotation=lambda el: '', semantics=lambda el: _math(el[0]) if len(el) else '')
+_MATH |= {'annotation-xml': _MATH['annotation'], 'maction': _MATH['semantics']}
+_MATH |= dict.fromkeys(['msub', 'msup', 'msubsup', 'munder', 'mover', 'munderover'], _scripts)
+
+def _math(el): # an element of MathML in one line
+    return _MATH.get(_LOCAL[el.tag], _row)(el)
 
 # %% ../../nbs/03_data/02_jats.ipynb #ba8d72a5
 def _tex(s): # a formula without the LaTeX document around it
     m = re.search(r'\\begin\{document\}(.*?)\\end\{document\}', s, re.S)
     return (m.group(1) if m else s).strip().strip('$')
+
+# %% ../../nbs/03_data/02_jats.ipynb #cdff5852
+def _apart(text, out): # add a citation, in brackets and apart from the word before it
+    shown = text.translate({2: None, 3: None}).strip()
+    last = _before(out)
+    if not shown: return out.append(text)
+    if last.isalnum() or last in ')%"”’': out.append(' ')
+    out.append(text.strip() if shown[0] in '[(' else f'[{text.strip()}]')
+
+def _cites(xref, shown): # whether a raised cross-reference is one to the literature or a note
+    kind = xref.get('ref-type')
+    return kind in ('bibr', 'fn', 'table-fn') or kind is None and _CITED.fullmatch(shown)
+
+# %% ../../nbs/03_data/02_jats.ipynb #7af799d1
+def _sup(el, parent, out, rids, skip):
+    inner, links = [], list(el.iter('{*}xref'))
+    _collect(el, inner, rids, skip)
+    text = ''.join(inner)
+    shown = text.translate({2: None, 3: None}).strip()
+    if links and _cites(links[0], shown): return _apart(text, out)
+    if not shown or links: return out.append(text)
+    mark = _raised if _LOCAL[el.tag] == 'sup' else _lowered
+    out.append(mark(shown, _before(out), (el.tail or ' ')[0]))
+
+def _xref(el, parent, out, rids, skip):
+    if not el.get('rid'): return _collect(el, out, rids, skip)
+    rids.append(el.get('rid').split())
+    inner = []
+    only = len(el) == 1 and not (el.text or '').strip() and not (el[0].tail or '').strip()
+    raised = only and _LOCAL[el[0].tag] == 'sup'
+    _collect(el[0] if raised else el, inner, rids, skip)
+    text = ''.join(inner)
+    stuck = el.get('ref-type') == 'bibr' and _before(out).isdigit() and text[:1].isdigit()
+    if stuck or raised and _cites(el, text.strip()) and _LOCAL[parent.tag] != 'sup':
+        return _apart(f'\2{text}\3', out)
+    out += ['\2', text, '\3']
+
+# %% ../../nbs/03_data/02_jats.ipynb #ff7cadce
+_ITEM_LABELS = {'alpha-lower': 'a', 'alpha-upper': 'A'}
+
+def _list(el, parent, out, rids, skip): # items with the letters that the page shows
+    if 'list' in skip: return
+    first = _ITEM_LABELS.get(el.get('list-type'))
+    for n, item in enumerate(el.iterfind('{*}list-item')):
+        if first and n < 26 and item.find('{*}label') is None:
+            out.append(f' ({chr(ord(first) + n)}) ')
+        _collect(item, out, rids, skip)
+
+def _formula(el, parent, out, rids, skip): # MathML, or LaTeX where it stands alone
+    if _LOCAL[el.tag] == 'math':
+        s = _math(el)
+        out.append(' ' * (_before(out).isalpha() and s[:1].isalnum()) + s
+                   + ' ' * (el.tail or '')[:1].isalpha())
+    elif 'math' not in map(local_name, parent): out.append(_tex(el.text or ''))
+
+def _spaced(el, parent, out, rids, skip):
+    out.append(' '); _collect(el, out, rids, skip); out.append(' ')
+
+# %% ../../nbs/03_data/02_jats.ipynb #9f7587b7
+_SPECIAL = dict(sup=_sup, sub=_sup, xref=_xref, list=_list, math=_formula)
+_SPECIAL |= {'tex-math': _formula, **dict.fromkeys(_SPACED, _spaced)}
+
+def _collect(el, out, rids, skip):
+    "Add the strings of an element in order to `out`; an xref's text stands between two marks."
+    if el.text: out.append(el.text)
+    for child in el:
+        tag = _LOCAL[child.tag]
+        special = _SPECIAL.get(tag)
+        if special: special(child, el, out, rids, skip)
+        elif tag and tag not in skip: _collect(child, out, rids, skip)
+        if child.tail: out.append(child.tail)
 
 # %% ../../nbs/03_data/02_jats.ipynb #64c97858
 def element_text(
