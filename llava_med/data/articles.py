@@ -7,26 +7,26 @@ __all__ = ['find_mentions', 'article_meta', 'match_image', 'count_panels', 'gues
            'find_articles', 'read_articles', 'figures']
 
 # %% ../../nbs/03_data/03_articles.ipynb #52ebfb91
-import io, itertools, os, re, zipfile
+import gzip, io, itertools, os, re, zipfile, zlib
 from bisect import bisect_left
 from collections import Counter
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from lxml import etree
 
 from .images import ARCHIVE_ENDINGS, ImageError, Package, PackageError
+from .images import MAX_MEMBERS, MAX_PACKAGE, _check_name, _entries, _open_archive
 from .images import image_size, is_dicom, open_image
-from .jats import SKIPPED, ArticleError, element_text, figure_numbers
-from .jats import local_name, parse_jats, says_figure, sentence_spans
+from .jats import MAX_XML, SKIPPED, ArticleError, element_text, figure_parts
+from .jats import label_number, local_name, only_names_figures, parse_jats
+from .jats import says_figure, sentence_spans
 from ..core.runs import replacing, write_jsonl
 
 # %% ../../nbs/03_data/03_articles.ipynb #9e7f82a9
 _XLINK = '{http://www.w3.org/1999/xlink}href'
 _LANG = '{http://www.w3.org/XML/1998/namespace}lang'
-_NUMBER = r'(?:fig(?:ure|ura)?|abb(?:ildung)?|рис(?:унок)?|[图圖図])\.?\s*([A-Z]?\d{1,3})'
-_LABEL = re.compile(_NUMBER + r'\s*[.:|–—-]?', re.I)
-_OPENING = re.compile(_NUMBER + r'\s*[.:|–—]', re.I)
+_LETTER = re.compile(r'\(?([A-Za-z])\)?[.:]?')   # the label of a part of a group
 
 # %% ../../nbs/03_data/03_articles.ipynb #a216813b
 def _scope(el): # the article or sub-article that an element belongs to
@@ -47,14 +47,15 @@ def _section(el): # titles of the sections around an element, outermost first
     return ' > '.join(titles[::-1])
 
 # %% ../../nbs/03_data/03_articles.ipynb #725dfb48
-def _number(fig): # by its label, its caption's first words, or its group's label
-    own = _LABEL.fullmatch(element_text(fig.find('{*}label'))[0])
-    if not own and fig.find('{*}label') is None:
-        own = _OPENING.match(element_text(fig.find('{*}caption'))[0])
-    if own: return own.group(1).upper()
-    for group in _groups(fig):
-        m = _LABEL.fullmatch(element_text(group.find('{*}label'))[0])
-        if m: return m.group(1).upper()
+def _number(fig): # number and panel letter: by label, the caption's first words, or the group
+    label, groups = element_text(fig.find('{*}label'))[0], _groups(fig)
+    own = label_number(label)
+    if not label: own = label_number(element_text(fig.find('{*}caption'))[0], opening=True)
+    if own and not (groups and label[:1].isdigit()): return own
+    for group in groups:
+        m, letter = label_number(element_text(group.find('{*}label'))[0]), _LETTER.fullmatch(label)
+        if m: return m[0], letter[1].upper() if letter else ''
+    return own or (None, '')
 
 # %% ../../nbs/03_data/03_articles.ipynb #1f5c7c58
 _IDS = etree.XPath('.//@id', smart_strings=False)
@@ -71,7 +72,8 @@ class _Targets:
         for i, (f, scope) in enumerate(zip(figs, self.scopes)):
             for el in [f, *_own(f, '{*}graphic', '{*}alternatives'), *_groups(f)]:
                 if el.get('id'): self.ids.setdefault(el.get('id'), []).append(i)
-            self.numbers.setdefault((scope, _number(f)), []).append(i)
+            n, letter = _number(f)
+            self.numbers.setdefault((scope, n), {}).setdefault(letter, []).append(i)
 
     def linked(self, rids, scope):
         "Figures that a cross-reference names, those of the same part of the article first."
@@ -81,24 +83,36 @@ class _Targets:
             found += [i for i in got if self.scopes[i] is scope] or got
         return found
 
+    def numbered(self, n, letters, scope):
+        "Figures of a number; with letters those of the panels, where panels are figures."
+        parts = self.numbers.get((scope, n), {})
+        whole = parts.get('', [])
+        if not letters: return whole or sum(parts.values(), [])
+        found = []
+        for x in letters: found += parts.get(x, whole)
+        return found
+
     @cached_property
     def known(self): return set(_IDS(self.article)) # all ids of the article, of figures or not
 
-    def in_sentence(self, text, a, links, scope):
-        """Figure index to whether a cross-reference (not words alone) names it; the sentence
-        begins at `a`."""
-        hits, taken = {}, []
-        for s, e, rids in links:
-            got = self.linked(rids, scope)
-            hits.update(dict.fromkeys(got, True))
-            taken.append((s - a, e - a, got, rids))
-        named = figure_numbers(text)
-        begins = Counter(s for _, s, _ in named)
-        for n, s, e in named:
-            got, rids = next(((g, r) for x, y, g, r in taken if x <= s and e <= y), ([], []))
-            if got and begins[s] == 1 or not got and self.known.intersection(rids): continue
-            for i in self.numbers.get((scope, n), []): hits.setdefault(i, False)
-        return hits
+# %% ../../nbs/03_data/03_articles.ipynb #e3dc1eb6
+def _in_sentence(targets, text, a, links, scope):
+    """Figure index to whether a cross-reference (not words alone) names it; the sentence
+    begins at `a`."""
+    hits, taken = {}, []
+    for s, e, rids in links:
+        got = targets.linked(rids, scope)
+        hits.update(dict.fromkeys(got, True))
+        taken.append((s - a, e - a, got, rids))
+    named = figure_parts(text)
+    begins = Counter(s for *_, s, _ in named)
+    for n, letters, s, e in named:
+        got, rids = next(((g, r) for x, y, g, r in taken if x <= s and e <= y), ([], []))
+        found = targets.numbered(n, letters, scope)
+        alone = begins[s] == 1 and len(found) < 2
+        if got and alone or not got and targets.known.intersection(rids): continue
+        for i in found: hits.setdefault(i, False)
+    return hits
 
 # %% ../../nbs/03_data/03_articles.ipynb #e29999bb
 _BLOCKS = {'p', 'title', 'td', 'th', 'term'}
@@ -111,6 +125,9 @@ def _in_caption(el): # of a figure or a group of figures
 def _block_of(xref): # the block that a cross-reference stands in, or None
     for a in xref.iterancestors():
         if local_name(a) in _BLOCKS: return a
+
+def _in_cell(el): # whether a block is a table cell or stands in one
+    return any(local_name(a) in ('td', 'th') for a in [el, *el.iterancestors()])
 
 # %% ../../nbs/03_data/03_articles.ipynb #bb64ba31
 def _blocks(article, targets):
@@ -128,6 +145,22 @@ def _blocks(article, targets):
     return out
 
 # %% ../../nbs/03_data/03_articles.ipynb #600a9e85
+def _mentions_in(block, targets):
+    "Figure index, text and whether it is linked, for each mention in a block."
+    text, links = element_text(block, SKIPPED | {'p'})
+    scope, spans = _scope(block), sentence_spans(text) or [(0, 0)]
+    links.sort(key=lambda link: link[0])
+    starts = [link[0] for link in links]
+    for k, (a, b) in enumerate(spans):
+        here = links[bisect_left(starts, a):bisect_left(starts, b + (b == len(text)))]
+        named = {r for *_, rids in here for r in rids}
+        if not targets.ids.keys() & named and not says_figure(text[a:b]): continue
+        hits, start = _in_sentence(targets, text[a:b], a, here, scope), a
+        if hits and only_names_figures(text[a:b]):
+            if not k or _in_cell(block): continue
+            start = spans[k-1][0]
+        for i, x in hits.items(): yield i, text[start:b], text[start:a].strip(), x
+
 def find_mentions(
     article, # one `article` element
     figs:list, # its `fig` elements in document order
@@ -137,17 +170,12 @@ def find_mentions(
     if not figs: return out
     targets = _Targets(article, figs)
     for block in _blocks(article, targets):
-        text, links = element_text(block, SKIPPED | {'p'})
-        section, scope = None, _scope(block)
-        links.sort(key=lambda link: link[0])
-        starts = [link[0] for link in links]
-        for a, b in sentence_spans(text) or [(0, 0)]:
-            here = links[bisect_left(starts, a):bisect_left(starts, b + (b == len(text)))]
-            named = {r for *_, rids in here for r in rids}
-            if not targets.ids.keys() & named and not says_figure(text[a:b]): continue
-            for i, x in targets.in_sentence(text[a:b], a, here, scope).items():
-                if section is None: section = _section(block)
-                out[i].append(dict(text=text[a:b] or section, section=section, xref=x))
+        section = None
+        for i, text, before, x in _mentions_in(block, targets):
+            if section is None: section = _section(block)
+            if before and out[i] and out[i][-1]['text'] == before:
+                x |= out[i].pop()['xref']
+            out[i].append(dict(text=text or section, section=section, xref=x))
     return out
 
 # %% ../../nbs/03_data/03_articles.ipynb #4727620a
@@ -161,25 +189,42 @@ _CC_CODE = re.compile(r'\bCC(?:[ -](BY(?:-(?:NC|SA|ND))*)\b(?:[ -](\d\.\d))?|0\b
 def _href(el): return el.get(_XLINK) or el.get('xlink:href') or ''
 
 # %% ../../nbs/03_data/03_articles.ipynb #bcfbe410
-def _licence(permissions):
-    "Short name of a licence: 'CC BY 4.0', 'CC0 1.0', or the first words of what it says."
-    if permissions is None: return None
-    refs = list(map(_href, permissions.iter('{*}license', '{*}ext-link', '{*}uri')))
-    refs += [e.text or '' for e in permissions.iter('{*}license_ref')]
-    text = element_text(permissions.find('{*}license'))[0] or element_text(permissions)[0]
+def _commons(refs, text): # short name of the Creative Commons licence in addresses or words, or None
     for s in [*refs, text]:
         m = _CC_URL.search(s)
         if not m: continue
         if m.group(1): return f'CC {m.group(1).upper()} {m.group(3) or ""}'.strip()
         return 'CC0 1.0' if m.group(2).lower() == 'zero' else 'public domain'
-    kinds = ' '.join(e.get('license-type') or '' for e in permissions.iter('{*}license'))
-    if m := _CC_CODE.search(f'{text} {kinds}'):
+    if m := _CC_CODE.search(text):
         if not m.group(1): return 'CC0 1.0'
         return f'CC {m.group(1).upper()} {m.group(2) or ""}'.strip()
     if m := _CC_WORDS.search(text):
         words = (('NC', 'non'), ('SA', 'share'), ('ND', 'deriv'))
         return '-'.join(['CC BY', *(k for k, v in words if v in m.group(1).lower())])
-    return text[:200] or None
+
+def _addresses(el): # what an element links to
+    refs = list(map(_href, el.iter('{*}license', '{*}ext-link', '{*}uri')))
+    return refs + [e.text or '' for e in el.iter('{*}license_ref')]
+
+def _licence(permissions):
+    "Short name of a licence: 'CC BY 4.0', 'CC0 1.0', or the first words of what it says."
+    if permissions is None: return None
+    text = element_text(permissions.find('{*}license'))[0] or element_text(permissions)[0]
+    kinds = ' '.join(e.get('license-type') or '' for e in permissions.iter('{*}license'))
+    return _commons(_addresses(permissions), f'{text} {kinds}') or text[:200] or None
+
+# %% ../../nbs/03_data/03_articles.ipynb #362f59fe
+_OF_ARTICLE = re.compile(r'open[ -]access|\bthis (?:article|work|paper)\b', re.I)
+
+def _noted_licence(article): # the licence that a note at the end of an article says, or None
+    back = article.find('{*}back')
+    if back is None: return None
+    for note in back.iter('{*}ack', '{*}notes', '{*}fn', '{*}sec'):
+        title = element_text(note.find('{*}title'))[0]
+        for p in note.iterfind('{*}p'):
+            text = element_text(p)[0]
+            found = _OF_ARTICLE.search(f'{title} {text}') and _commons(_addresses(p), text)
+            if found: return found
 
 # %% ../../nbs/03_data/03_articles.ipynb #e494d60a
 def _one_date(d): # YYYY, YYYY-MM or YYYY-MM-DD of a `pub-date`; '' without a year
@@ -215,13 +260,15 @@ def article_meta(
     licence = None
     for k in ('permissions', 'license', 'copyright-statement'):  # old and new places
         licence = licence or _licence(meta.find('{*}' + k))
+    if not (licence or '').startswith(('CC', 'public domain')):
+        licence = _noted_licence(article) or licence
     return dict(pmcid=f'PMC{m.group(1)}' if m else None, pmid=ids.get('pmid') or None,
                 doi=ids.get('doi') or None, journal=element_text(title)[0] or None,
                 date=_date(meta), licence=licence)
 
 # %% ../../nbs/03_data/03_articles.ipynb #e06dcf64
 _FORMATS = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.webp', '.bmp', '.dcm', '', '.gif')
-_OTHER = ('.xml', '.nxml', '.pdf', '.zip', '.json')
+_OTHER = ('.xml', '.nxml', '.pdf', '.zip', '.json', '.gz', '.tgz', '.tar')
 
 def _stem(name): # file name without an image extension, and that extension
     low = name.lower()
@@ -229,43 +276,76 @@ def _stem(name): # file name without an image extension, and that extension
     return low[:len(low) - len(ext)], ext
 
 # %% ../../nbs/03_data/03_articles.ipynb #2a2feaaa
+def _last(name): return name.rpartition('/')[2]
+
+class _Files:
+    "Names of files by stem."
+    def __init__(self, names):
+        self.stems = {}
+        for n in names:
+            if n.lower().endswith(_OTHER): continue
+            self.stems.setdefault(_stem(_last(n))[0], []).append(n)
+
+    def named(self, href): # all files that a graphic may mean
+        stem = _stem(_last(href.rstrip('/')))[0]
+        return self.stems.get(stem) or self.stems.get(stem.removeprefix('journal.'), [])
+
 def match_image(
     href:str,   # what `graphic` points to
     names:list, # files at hand
 )->str|None:    # the file, or None when it is absent
     "Find a graphic's file by its stem, with any image extension or none."
-    base = href.rstrip('/').split('/')[-1]
-    if not base: return None
-    def last(n): return n.split('/')[-1]
-    def rank(n): return last(n) != base, _FORMATS.index(_stem(n)[1]), n
-    stem = _stem(base)[0]
-    usable = [n for n in names if not n.lower().endswith(_OTHER)]
-    for want in dict.fromkeys([stem, stem.removeprefix('journal.')]):
-        found = [n for n in usable if _stem(last(n))[0] == want]
-        if found: return min(found, key=rank)
+    href = href.rstrip('/')
+    base = _last(href)
+    def rank(n):
+        elsewhere = not f'/{_stem(n)[0]}'.endswith(f'/{_stem(href)[0]}')
+        return elsewhere, _last(n) != base, _FORMATS.index(_stem(n)[1]), n.count('/'), n
+    files = names if isinstance(names, _Files) else _Files(names)
+    return min(files.named(href), key=rank, default=None) if base else None
 
 # %% ../../nbs/03_data/03_articles.ipynb #5996fc7a
-_GROUP = re.compile(r'\(([a-h](?:\s*(?:[-–,&]|and|to)\s*[a-h])*)\)', re.I)
-_LEAD = re.compile(r'(?i)(?:^|[.;:,]\s+)([a-h](?:\s*(?:[-–,&]|and)\s*[a-h])*)'
-                   r'(?:[.:)]\s|\s+(?=(?-i:[A-Z])))')
-_PANEL = re.compile(r'\bpanels?\s+\(?([a-h])\b', re.I)
-_PANELS = re.compile(r'\b(?:(?:left|right|top|bottom|upper|lower|middle)\s+panels?|panels)\b', re.I)
+_RUN = r'[a-z](?:\s*(?:[-–,&/]|and|to)\s*[a-z](?![a-z]))*'
+_LETTERED = [re.compile(p, re.I) for p in (
+    rf'\(({_RUN})(?:\)|[,;:]\s|\s(?:left|right|top|bottom|upper|lower|middle)\b)',
+    rf'(?:^|[.;:,]\s+)({_RUN})(?:[.:)]\s|\s+(?=(?-i:[A-Z])))',
+    rf'(?:^|[.;:]\s+)((?-i:[A-Z])(?:\s*[-–&]\s*[A-Z](?![a-z]))*),\s+(?=\w\w)',
+    rf'(?:^|[.;:,]\s+|\band\s+)((?-i:{_RUN}))\s+(?=(?-i:[a-z]))',
+    rf'\bpanels?\s+\(?({_RUN})\b')]
+_TESTED = re.compile(r'[^.;]*\bletters?\b[^.;]*', re.I)
+_MEANS = re.compile(r'differ|signific|indicat|denot|shar|common|represent', re.I)
+
+# %% ../../nbs/03_data/03_articles.ipynb #839df109
+_PLACE = r'(?:(?:upper|lower|top|bottom)\s+)?(?:left|right|top|bottom|upper|lower|middle|cent(?:re|er))'
+_SIDE = re.compile(rf'\(({_PLACE})(?:\s+\w+)?[):,;]|(?:^|[.;]\s+)({_PLACE})(?:\s+\w+)?:'
+                   rf'|\b({_PLACE})[\s-]+(?:panels?|column|row)\b', re.I)
+_PANELS = re.compile(r'\bpanels\b', re.I)
+
+def _untested(caption): # a caption without the clauses on letters of a statistical test
+    def rest(m): return '. ' if _MEANS.search(m[0]) and 'panel' not in m[0].lower() else m[0]
+    return _TESTED.sub(rest, caption) if 'etter' in caption else caption
+
+def _letters(caption): # all single letters that may name panels, ranges filled
+    letters = set()
+    for group in itertools.chain.from_iterable(p.findall(caption) for p in _LETTERED):
+        found = [(m.group(0).lower(), m.start()) for m in re.finditer(r'\b[a-z]\b', group, re.I)]
+        for (x, i), (y, j) in zip(found, found[1:]):
+            if not re.search('[-–]|to', group[i+1:j]): continue
+            letters.update(map(chr, range(ord(x), ord(y))))
+        letters.update(dict(found))
+    return letters
 
 # %% ../../nbs/03_data/03_articles.ipynb #5edc1406
 def count_panels(
     caption:str, # the figure's caption
 )->int:          # 1 when nothing speaks for more
     "How many panels a caption speaks of."
-    letters = set()
-    for group in [*_GROUP.findall(caption), *_LEAD.findall(caption), *_PANEL.findall(caption)]:
-        found = [(m.group(0).lower(), m.start()) for m in re.finditer(r'\b[a-h]\b', group, re.I)]
-        for (x, i), (y, j) in zip(found, found[1:]):
-            if not re.search('[-–]|to', group[i+1:j]): continue
-            letters.update(map(chr, range(ord(x), ord(y))))
-        letters.update(dict(found))
-    n = 0
-    while 'abcdefgh'[n:n+1] in letters: n += 1
-    return max(n, 1 + bool(_PANELS.search(caption)), 1)
+    caption = _untested(caption)
+    letters, n = _letters(caption), 0
+    while chr(ord('a') + n) in letters: n += 1
+    if n > 1: return n
+    sides = {' '.join(filter(None, m)).lower() for m in _SIDE.findall(caption)}
+    if len(sides) > 1: return len(sides)
+    return 2 if _PANELS.search(caption) or sides and 'panel' in caption.lower() else 1
 
 # %% ../../nbs/03_data/03_articles.ipynb #031c7a37
 _XRAY = r'(?:x-?\s?ray|radiogra(?:ph|m|phy)|film|roentgen\w*)s?(?: image)?'
@@ -308,6 +388,22 @@ def guess_modalities(
         out[k] = possible and bool(rule.search(text))
     return out
 
+_OTHER_IMAGE = re.compile(r'x-?\s?ray|radiogra|roentgen|sonogra|ultraso|echocardio|endoscop|angiogra'
+                          r'|mammogra|scintigra|\bPET\b|fluorosc|flow ?chart|\b(?:survival )?curves?\b'
+                          r'|\bplots?\b|\bdiagram', re.I)
+_BIOPSY = re.compile(r'\bbiops\w+', re.I)
+
+def _shown(mention): # the part of a sentence that speaks of what its figure shows
+    found = figure_parts(mention)
+    if not found or found[0][2] < 20: return mention
+    return mention[:found[-1][3]]
+
+def _modalities(caption, mentions): # of a figure, from its mentions where its caption names none
+    found = guess_modalities(caption)
+    if any(found.values()) or _OTHER_IMAGE.search(caption): return found
+    said = ' '.join(_shown(m['text']) for m in mentions)
+    return guess_modalities(_BIOPSY.sub('', said))
+
 # %% ../../nbs/03_data/03_articles.ipynb #f4c20379
 def _first(places, tag): # text of the first of these elements that has one
     for place in places:
@@ -320,7 +416,7 @@ def _language(fig): # the nearest language that is declared around a caption
     around = [fig, *fig.iterancestors()]
     if own is not None: around.insert(0, own)
     for a in around:
-        if a.get(_LANG): return a.get(_LANG)
+        if a.get(_LANG): return a.get(_LANG).lower()
     return 'en'
 
 # %% ../../nbs/03_data/03_articles.ipynb #5857f101
@@ -335,18 +431,52 @@ def _record(fig, mentions, meta, n, name):
     around = [fig, *_groups(fig)]
     label, caption = _first(around, 'label'), _caption(fig, around)
     own, fig_id = _licence(fig.find('{*}permissions')), fig.get('id')
-    found = guess_modalities(caption)
-    if not any(found.values()): found = guess_modalities(' '.join(m['text'] for m in mentions))
     return dict(
         id=f'{meta["pmcid"] or name}_{fig_id or f"fig{n}"}',
         **meta | dict(licence=own or meta['licence']),
         lang=_language(fig), fig_id=fig_id, label=label.rstrip('.') or None,
         caption=caption, mentions=mentions,
         graphics=[h for h in map(_href, fig.iter('{*}graphic')) if h],
-        image=None, panels=count_panels(caption), modalities=found, width=None, height=None,
+        image=None, panels=count_panels(caption),
+        modalities=_modalities(caption, mentions), width=None, height=None,
         sub_article=local_name(_scope(fig)) != 'article', source=None)
 
 # %% ../../nbs/03_data/03_articles.ipynb #e37a1cb4
+_KINDS = ('.nxml', '.xml', '.nxml.gz', '.xml.gz', *ARCHIVE_ENDINGS)
+_XML = _KINDS[:4]
+
+def _drafts(data, name, notes): # (article, record, its own graphics) of each figure of a file
+    out, seen = [], Counter()
+    plain = re.sub(r'\W+', '-', re.sub(r'\.n?xml(\.gz)?$', '', name))
+    for k, article in enumerate(parse_jats(data, name, notes)):
+        figs = list(article.iter('{*}fig'))
+        meta, mentions = article_meta(article, name), find_mentions(article, figs)
+        which = meta['doi'] or meta['pmcid'] or (name, k)
+        for n, (fig, m) in enumerate(zip(figs, mentions), 1):
+            r = _record(fig, m, meta, n, plain)
+            seen[r['id']] += 1
+            if seen[r['id']] > 1: r['id'] += f'-{seen[r["id"]]}'
+            out.append((which, r, list(map(_href, _own(fig, '{*}graphic')))))
+    return out
+
+# %% ../../nbs/03_data/03_articles.ipynb #a9b5f111
+def _give_images(drafts, files): # fill in `image`: the first of a figure's graphics that is there
+    for _, r, hrefs in drafts:
+        r['image'] = next(filter(None, (match_image(h, files) for h in hrefs)), None)
+
+def _note_shared(where, names, notes): # say which files are nobody's
+    if not names or notes is None: return
+    notes.append(f'{where}: {names[0]!r} is named by several articles ({len(names)} such files), '
+                 'so no figure gets it; give each article a folder of its own.')
+
+def _take_back_shared(drafts, where, notes): # images that two articles name belong to neither
+    owners = {}
+    for which, r, _ in drafts: owners.setdefault(r['image'], set()).add(which)
+    shared = [n for n, who in owners.items() if n and len(who) > 1]
+    for _, r, _ in drafts:
+        if r['image'] in shared: r['image'] = None
+    _note_shared(where, shared, notes)
+
 def article_records(
     data:bytes,    # the XML file's bytes
     name:str,      # file or folder name, for ids and messages
@@ -354,20 +484,10 @@ def article_records(
     notes:list|None=None, # what was repaired is added here
 )->list:           # figure records; `image` is one of `files` or None
     "Figure records of an article's XML, in document order."
-    out, seen = [], Counter()
-    plain = re.sub(r'\W+', '-', re.sub(r'\.n?xml$', '', name))
-    for article in parse_jats(data, name, notes):
-        figs = list(article.iter('{*}fig'))
-        meta, mentions = article_meta(article, name), find_mentions(article, figs)
-        for n, (fig, m) in enumerate(zip(figs, mentions), 1):
-            r = _record(fig, m, meta, n, plain)
-            seen[r['id']] += 1
-            if seen[r['id']] > 1: r['id'] += f'-{seen[r["id"]]}'
-            for graphic in _own(fig, '{*}graphic'):
-                r['image'] = match_image(_href(graphic), files)
-                if r['image']: break
-            out.append(r)
-    return out
+    drafts = _drafts(data, name, notes)
+    _give_images(drafts, files if isinstance(files, _Files) else _Files(files))
+    _take_back_shared(drafts, name, notes)
+    return [r for _, r, _ in drafts]
 
 # %% ../../nbs/03_data/03_articles.ipynb #a07d0312
 def _plain(text): return re.sub(r'[^\w.-]', '_', text).lstrip('.') or '_'
@@ -400,38 +520,165 @@ def _texts(names): # the .nxml files of a package, or else its .xml files, the o
     return sorted((n for n in names if n.lower().endswith('.xml')), key=lambda n: n.count('/'))
 
 # %% ../../nbs/03_data/03_articles.ipynb #e164d348
+def _homes(names, texts): # folder of each article to the files that belong to it alone
+    homes = {t.rpartition('/')[0]: [] for t in texts}
+    if len(texts) == 1: return dict.fromkeys(homes, list(names))
+    for n in names:
+        at = n.rpartition('/')[0]
+        while at and at not in homes: at = at.rpartition('/')[0]
+        if at in homes: homes[at].append(n)
+    return homes
+
+def _package_drafts(package, texts, stem, notes): # member to drafts, and the sentences on the rest
+    found, refused = {}, []
+    several = len(texts) > 1 and texts[0].lower().endswith('.nxml')
+    for text in texts:
+        try: found[text] = _drafts(package.read(text), text if several else stem, notes)
+        except ArticleError as e: refused.append(str(e))
+    return found, refused
+
+# %% ../../nbs/03_data/03_articles.ipynb #f5d1dd28
 def _package_records(package, images_dir, notes):
     "Records of the articles in an open package."
-    names, records, refused = package.names, [], []
+    names = package.names
     texts = _texts(names)
     if not texts: raise ArticleError(f'{package.path}: the package holds no .nxml or .xml file.')
     stem = re.sub(r'\.(tar\.gz|tgz|tar|zip)$', '', package.path.name, flags=re.I)
-    for text in texts:
-        folder = text.rpartition('/')[0] if len(texts) > 1 else ''
-        near = [n for n in names if n.startswith(folder)]
-        try: records += article_records(package.read(text), stem, near, notes)
-        except ArticleError as e: refused.append(str(e))
-    if len(refused) == len(texts): raise ArticleError(f'{package.path}: {refused[0]}')
+    found, refused = _package_drafts(package, texts, stem, notes)
+    if not found: raise ArticleError(f'{package.path}: {refused[0]}')
     if texts[0].lower().endswith('.nxml'):
         for why in refused: notes.append(f'{package.path}: {why}')
-    bases = Counter(n.split('/')[-1] for n in names)
+    homes = {folder: _Files(near) for folder, near in _homes(names, list(found)).items()}
+    for text, drafts in found.items(): _give_images(drafts, homes[text.rpartition('/')[0]])
+    every = [d for drafts in found.values() for d in drafts]
+    _take_back_shared(every, package.path, notes)
+    records, order = [r for _, r, _ in every], {n: i for i, n in enumerate(names)}
+    bases = Counter(map(_last, names))
     with_image = [r for r in records if r['image']]
-    for r in sorted(with_image, key=lambda r: names.index(r['image'])):
+    for r in sorted(with_image, key=lambda r: order[r['image']]):
         _take_image(package, r, images_dir, stem, bases, notes)
     return records
 
 # %% ../../nbs/03_data/03_articles.ipynb #4d7a259b
+_GRAPHIC = re.compile(rb'<(?:\w+:)?graphic\b[^>]*?href\s*=\s*["\']([^"\']+)')
+
+def _xml_bytes(path): # an XML file's bytes, unpacked if it is packed; at most a little too many
+    try:
+        if not path.name.lower().endswith('.gz'): return path.read_bytes()
+        with gzip.open(path) as f: return f.read(MAX_XML + 1)
+    except (OSError, EOFError, zlib.error) as e:
+        why = getattr(e, 'strerror', None) or e
+        raise ArticleError(f'{path}: cannot be read ({why}).') from None
+
+def _article_stem(name): return re.sub(r'\.n?xml(\.gz)?$', '', name.lower())
+
+class _Folder:
+    "A folder with articles, listed once."
+    def __init__(self, folder):
+        with os.scandir(folder) as found: names = [p.name for p in found if p.is_file()]
+        self.folder, self.files = Path(folder), _Files(names)
+        self.texts = sorted(n for n in names if n.lower().endswith(_XML))
+
+    @cached_property
+    def claims(self): # file name to the articles that name it; only asked where there are several
+        out = {}
+        for text in self.texts:
+            try: hrefs = set(_GRAPHIC.findall(_xml_bytes(self.folder / text)))
+            except ArticleError: continue
+            for h in hrefs:
+                name = match_image(h.decode('utf-8', 'replace'), self.files)
+                if name: out.setdefault(name, set()).add(_article_stem(text))
+        return out
+
+@lru_cache(maxsize=2)
+def _folder(folder, changed): return _Folder(folder)
+
+# %% ../../nbs/03_data/03_articles.ipynb #f894648f
 def _file_records(path, notes):
     "Records of an XML file whose images lie beside it."
-    files = [p.name for p in os.scandir(path.parent) if p.is_file()]
-    name = path.parent.name if path.stem in ('main.jats', path.parent.name) else path.name
-    try: records = article_records(path.read_bytes(), name, files, notes)
-    except OSError as e: raise ArticleError(f'{path}: cannot be read ({e.strerror}).') from None
+    folder = _folder(str(path.parent), path.parent.stat().st_mtime_ns)
+    plain = _article_stem(path.name)
+    name = path.parent.name if plain in ('main.jats', path.parent.name.lower()) else path.name
+    records = article_records(_xml_bytes(path), name, folder.files, notes)
+    several, shared = len(folder.texts) > 1, []
     for r in records:
         if not r['image']: continue
+        if several and len(folder.claims.get(r['image'], ())) > 1:
+            shared.append(r['image'])
+            r['image'] = None
+            continue
         r['image'] = str(path.parent / r['image'])
         r['width'], r['height'] = image_size(r['image'])
+    _note_shared(path, list(dict.fromkeys(shared)), notes)
     return records
+
+# %% ../../nbs/03_data/03_articles.ipynb #bd658751
+def _is_large(path): # whether an archive is more than a package of one article may be
+    total = 0
+    try:
+        archive, _ = _open_archive(path)
+        with archive:
+            for i, (_, _, size, _) in enumerate(_entries(archive, path)):
+                total += max(size, 0)
+                if i >= MAX_MEMBERS or total > MAX_PACKAGE: return True
+    except Exception: pass   # `Package` has said what is wrong with it
+    return False
+
+def _large_members(path): # name and bytes of each file of a large archive; None if it is no XML
+    archive, stream = _open_archive(path)
+    opener = archive.extractfile if stream else archive.open
+    if stream: stream.limit = MAX_XML
+    with archive:
+        for entry, name, size, kind in _entries(archive, path):
+            _check_name(name, path)
+            if kind not in ('file', 'folder'):
+                raise PackageError(f'{path}: {name!r} is a {kind}; refused.')
+            wanted = name.lower().endswith(_XML[:2]) and size <= MAX_XML
+            if kind == 'file': yield name, opener(entry).read(size) if wanted else None
+            if stream: archive.members.clear()   # tarfile would keep every entry
+
+# %% ../../nbs/03_data/03_articles.ipynb #5cc0eaef
+def _large_notes(path, n): # sentences on what a large archive holds besides figures
+    if n['empty']: yield f'{path}: {n["empty"]} of {n["article"]} articles have no figure.'
+    if not n['article']: yield f'{path}: the archive holds no .nxml or .xml file.'
+    if n['image']:
+        yield (f'{path}: an archive of this size is read without its {n["image"]} images; '
+               'unpack it, and name the folder.')
+
+def _large_records(path, notes): # yields the records of each article of a large archive
+    n = Counter()
+    try:
+        for name, data in _large_members(path):
+            n['image'] += name.lower().endswith(tuple(filter(None, _FORMATS)))
+            if not name.lower().endswith(_XML[:2]): continue
+            n['article'] += 1
+            try:
+                if data is None: raise ArticleError(f'{name}: larger than {MAX_XML >> 20} MB.')
+                records = article_records(data, name, (), notes)
+            except ArticleError as e: notes.append(f'{path}: left out: {e}')
+            else:
+                n['empty'] += not records
+                yield records
+    except PackageError: raise
+    except Exception as e:
+        why = ' '.join(str(e).split())[:100] or type(e).__name__
+        raise PackageError(f'{path}: read up to article {n["article"]}, then not ({why}).') from None
+    notes += _large_notes(path, n)
+
+# %% ../../nbs/03_data/03_articles.ipynb #8c04ba8b
+def _batches(path, images_dir, notes): # yields the records of a file, package or archive in parts
+    if path.name.lower().endswith(_XML):
+        yield _file_records(path, notes)
+        return
+    records = None
+    try:
+        try:
+            with Package(path) as p: records = _package_records(p, images_dir, notes)
+        except PackageError:
+            if not _is_large(path): raise
+        if records is None: yield from _large_records(path, notes)
+        else: yield records
+    except PackageError as e: raise ArticleError(str(e)) from None
 
 # %% ../../nbs/03_data/03_articles.ipynb #3326b434
 def read_article(
@@ -443,23 +690,17 @@ def read_article(
     paths = find_articles([source])
     if len(paths) > 1: raise ArticleError(f'{source}: holds {len(paths)} articles, not one.')
     path = paths[0]
-    if notes is None: notes = []
-    if path.name.lower().endswith(('.nxml', '.xml')): records = _file_records(path, notes)
-    else:
-        try:
-            with Package(path) as package: records = _package_records(package, images_dir, notes)
-        except PackageError as e: raise ArticleError(str(e)) from None
+    records = []
+    for part in _batches(path, images_dir, [] if notes is None else notes): records += part
     for r in records: r['source'] = str(path)
     return records
 
 # %% ../../nbs/03_data/03_articles.ipynb #2c15902f
-_KINDS = ('.nxml', '.xml', *ARCHIVE_ENDINGS)
-
 def _is_supplement(path): # a .zip without any XML is no article
     if not path.name.lower().endswith('.zip'): return False
     try:
         with zipfile.ZipFile(path) as z: names = z.namelist()
-        return not any(n.lower().endswith(_KINDS[:2]) for n in names)
+        return not any(n.lower().endswith(_XML[:2]) for n in names)
     except Exception: return False
 
 # %% ../../nbs/03_data/03_articles.ipynb #6bcceecf
@@ -489,7 +730,7 @@ def find_articles(
         if not s.exists(): raise ArticleError(f'{s}: there is no such file or folder.')
         if s.is_file() and not s.name.lower().endswith(_KINDS):
             raise ArticleError(
-                f'{s}: neither an article (.xml, .nxml) nor a package (.tar.gz, .zip).')
+                f'{s}: neither an article (.xml, .nxml, .xml.gz) nor a package (.tar.gz, .zip).')
         if s.is_file():
             out.append(s)
             continue
@@ -501,6 +742,16 @@ def find_articles(
     return list(dict.fromkeys(out))
 
 # %% ../../nbs/03_data/03_articles.ipynb #b376a3a7
+def _each_part(path, notes, images_dir, on_error): # yields records; what cannot be read is said
+    try:
+        for part in _batches(path, images_dir, notes): yield part
+    except OSError: raise  # the place to write to is at fault, not the article
+    except Exception as e:
+        if on_error is None: raise
+        why = e if isinstance(e, ArticleError) else f'{path}: {type(e).__name__} ({e}).'
+        on_error(str(path), str(why))
+        yield None
+
 def read_articles(
     sources:list,       # folders, packages and XML files
     on_error=None,      # called with (source, sentence) for what could not be read; None raises
@@ -514,18 +765,12 @@ def read_articles(
             on_error(str(s), str(e))
             continue
         for path in paths:
-            notes = []
-            try: records = read_article(path, images_dir, notes)
-            except OSError: raise  # the place to write to is at fault, not the article
-            except Exception as e:
-                if on_error is None: raise
-                why = e if isinstance(e, ArticleError) else f'{path}: {type(e).__name__} ({e}).'
-                on_error(str(path), str(why))
-                continue
-            if not records: notes.append(f'{path}: the article has no figure.')
-            if on_error:
-                for n in notes: on_error(str(path), n)
-            yield from records
+            notes, n = [], 0
+            for part in _each_part(path, notes, images_dir, on_error):
+                for r in part or (): yield r | dict(source=str(path))
+                n = None if part is None else n + len(part)
+            if n == 0 and not notes: notes.append(f'{path}: the article has no figure.')
+            for note in notes if on_error else (): on_error(str(path), note)
 
 # %% ../../nbs/03_data/03_articles.ipynb #17528cad
 def figures(
@@ -534,13 +779,14 @@ def figures(
     images_dir:str|Path|None=None, # where packages' images are written; None leaves them inside
 )->int:           # exit code: 0, or 1 when nothing usable came out
     "Read articles into figure records, print a summary, and return the exit code."
-    n, articles, problems = Counter(), set(), []
+    n, articles, problems = Counter(), set(), []   # an archive may hold many articles
     def on_error(source, why):
         print(why)
         problems.append(dict(source=source, problem=why))
     def counted():
         for r in read_articles(sources, on_error, images_dir):
-            articles.add(r['source'])
+            which = r['pmcid'] or r['doi'] or r['id'].rpartition('_')[0]
+            articles.add((r['source'], which))
             n.update(figures=1, image=r['image'] is not None, mentions=bool(r['mentions']))
             yield r
     rows, beside = counted(), Path(f'{out}.problems.jsonl')

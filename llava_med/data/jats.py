@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_XML', 'SKIPPED', 'ArticleError', 'local_name', 'parse_jats', 'element_text', 'sentence_spans', 'says_figure',
-           'figure_numbers']
+           'figure_parts', 'figure_numbers', 'only_names_figures', 'label_number']
 
 # %% ../../nbs/03_data/02_jats.ipynb #0d4a76db
 import html, re
@@ -413,7 +413,8 @@ _SEP = (rf'(?:\s*(?:,\s*(?:(?:and|et|und)\b|&)?|and|&|or|to|through|et|und|bis|/
         r'|\s+(?:y|e|à)\s+(?=[A-Z]?\d))')
 _WORD = r'(?:figures?|figs?\.?|figuras?|abbildung(?:en)?|abb\.|рис(?:\.|ун\w+)|[图圖図])'
 _REFS = re.compile(rf'(?<![a-z])({_WORD})\s*\(?(?=[A-Z]?\d)({_ITEM}(?:{_SEP}{_ITEM})*)', re.I)
-_TOKEN = re.compile(rf'([A-Z]?\d+)|(to|through|bis|à|[{_DASH}])|([a-z](?![a-z]))', re.I)
+_TOKEN = re.compile(rf'([A-Z]?\d+)|(to|through|bis|à|[{_DASH}])|((?<![a-z])[a-z](?![a-z]))',
+                    re.I)
 
 # %% ../../nbs/03_data/02_jats.ipynb #b4a66aa0
 _NOT_OURS = re.compile(
@@ -436,23 +437,30 @@ def says_figure(
             or not text.isascii() and bool(re.search('рис|Рис|图|圖|図', text)))
 
 # %% ../../nbs/03_data/02_jats.ipynb #8e9e947a
-def _expand(items): # numbers of '1A-C, 3 to 5' in order; a range of numbers is filled
-    out, ranged = [], False
+def _span(a, b): # the numbers or letters between two ends of a range
+    m, n = (re.fullmatch(r'([A-Z]?)(\d+)', s) for s in (a, b))
+    if not m or m[1] != n[1] or not 0 < int(n[2]) - int(m[2]) < 30: return []
+    return [f'{m[1]}{i}' for i in range(int(m[2]) + 1, int(n[2]))]
+
+def _expand(items): # number to panel letters of '1A-C, 3 to 5'; ranges are filled
+    out, ranged, last = {}, False, ''
     for num, dash, letter in _TOKEN.findall(items):
         if num:
-            a = re.fullmatch(r'([A-Z]?)(\d+)', out[-1] if out else '0')
-            b = re.fullmatch(r'([A-Z]?)(\d+)', num.upper())
-            if ranged and out and a[1] == b[1] and 0 < int(b[2]) - int(a[2]) < 30:
-                out += [f'{a[1]}{i}' for i in range(int(a[2]) + 1, int(b[2]))]
-            out.append(num.upper())
-        ranged = bool(dash) and not letter
-    return list(dict.fromkeys(out))
+            if ranged and last: out |= dict.fromkeys(_span(last, num.upper()), '')
+            ranged, last = ranged and num.upper() == last, num.upper()
+            out.setdefault(last, '')
+        elif letter and last:
+            known, letter = out[last], letter.upper()
+            if ranged and known: known += ''.join(map(chr, range(ord(known[-1]) + 1, ord(letter))))
+            out[last], ranged = known + letter, False
+        else: ranged = bool(dash)
+    return out
 
 # %% ../../nbs/03_data/02_jats.ipynb #0fe495c7
-def figure_numbers(
+def figure_parts(
     text:str, # a sentence or paragraph
-)->list:      # (number, start, end) in order of appearance; numbers are strings, 'S2' is one
-    "Numbers of the figures that a text names in words."
+)->list:      # (number, panel letters, start, end) in order of appearance: ('1', 'AB', 4, 15)
+    "Numbers and panel letters of the figures that a text names in words."
     out = []
     if not says_figure(text): return out
     if 'iguras' in text:
@@ -464,7 +472,37 @@ def figure_numbers(
         one = word[-1] not in 'sSn'
         if one and re.search(r',\s*\d+$', items) and _COUNTED.match(text, m.end()):
             items = items[:items.rindex(',')]  # 'In Fig. 3, 5 patients' counts patients
-        nums = _expand(items)
-        if _NOT_HERE.match(text, m.end()): nums = nums[:-1]
-        out += [(n, m.start(), m.end()) for n in nums]
+        named = list(_expand(items).items())
+        if _NOT_HERE.match(text, m.end()): named = named[:-1]
+        out += [(n, letters, m.start(), m.end()) for n, letters in named]
     return out
+
+def figure_numbers(
+    text:str, # a sentence or paragraph
+)->list:      # (number, start, end) in order of appearance; numbers are strings, 'S2' is one
+    "Numbers of the figures that a text names in words."
+    return [(n, start, end) for n, _, start, end in figure_parts(text)]
+
+# %% ../../nbs/03_data/02_jats.ipynb #a4cb625e
+def only_names_figures(
+    text:str, # a sentence, or the content of a table cell
+)->bool:      # True for 'Fig. 3', '(Figs. 1A, 2)' and '3', False for '' and 'See Fig. 3'
+    "Whether a text says which figure and nothing else."
+    return bool(text) and not re.search(r'[^\W\d_]{2}', _REFS.sub('', text))
+
+# %% ../../nbs/03_data/02_jats.ipynb #3b7cfe35
+_LABELLED = (r'(?:fig(?:ure|ura)?s?|abb(?:ildung)?|рис(?:унок)?|[图圖図])\.?\s*(?:no\.?\s*)?'
+             r'([A-Z]?\d{1,3})(?:\s?\(?([a-z])(?![a-z])\)?)?')
+_MORE = r'\s*(?:\(?\bcont\w*[.’\']?d?\.?\)?)?'
+_LABEL = re.compile(rf'{_LABELLED}{_MORE}\s*[.:|–—-]?', re.I)
+_OPENING = re.compile(rf'{_LABELLED}{_MORE}\s*[.:|–—]', re.I)
+_NUMBERED = re.compile(r'([A-Z]?\d{1,3})([A-Za-z])?\s*[.:]?()')
+
+def label_number(
+    text:str,      # a label such as 'Fig. 1A.', or a caption
+    opening:bool=False, # whether a number may open the text, as in 'Figure 2. A mass.'
+)->tuple|None:     # number and panel letter in capitals, ('1', 'A') or ('2', '')
+    "Which figure a label names, by the grammar that mentions follow."
+    if opening: m = _OPENING.match(text)
+    else: m = _LABEL.fullmatch(text) or _NUMBERED.fullmatch(text)
+    return (m[1].upper(), (m[2] or '').upper()) if m else None
