@@ -4,6 +4,7 @@ import time
 import pytest
 
 from llava_med.data import articles as A
+from llava_med.data.jats import element_text, figure_numbers
 
 XLINK = 'xmlns:xlink="http://www.w3.org/1999/xlink" xmlns:mml="http://www.w3.org/1998/Math/MathML"'
 
@@ -25,7 +26,7 @@ def graphic(name): return f'<graphic xlink:href="{name}"/>'
 def x(rid, text, kind='fig'): return f'<xref ref-type="{kind}" rid="{rid}">{text}</xref>'
 def texts(r): return [m['text'] for m in r['mentions']]
 def sentences(s): return [s[a:b] for a, b in A.sentence_spans(s)]
-def numbers(s): return [n for n, *_ in A.figure_numbers(s)]
+def numbers(s): return [n for n, *_ in figure_numbers(s)]
 
 
 # Where figures stand

@@ -92,6 +92,12 @@ class _Targets:
         for x in letters: found += parts.get(x, whole)
         return found
 
+    def contradicts(self, said, got, scope):
+        "Whether the words of a link name a figure of the article that is not its target."
+        m = label_number(said.strip(' ().,;')) if got else None
+        named = self.numbered(m[0], '', scope) if m else []
+        return bool(named) and not set(named) & set(got)
+
     @cached_property
     def known(self): return set(_IDS(self.article)) # all ids of the article, of figures or not
 
@@ -102,6 +108,7 @@ def _in_sentence(targets, text, a, links, scope):
     hits, taken = {}, []
     for s, e, rids in links:
         got = targets.linked(rids, scope)
+        if targets.contradicts(text[s-a:e-a], got, scope): got, rids = [], []
         hits.update(dict.fromkeys(got, True))
         taken.append((s - a, e - a, got, rids))
     named = figure_parts(text)
@@ -308,7 +315,7 @@ _RUN = r'[a-z](?:\s*(?:[-–,&/]|and|to)\s*[a-z](?![a-z]))*'
 _LETTERED = [re.compile(p, re.I) for p in (
     rf'\(({_RUN})(?:\)|[,;:]\s|\s(?:left|right|top|bottom|upper|lower|middle)\b)',
     rf'(?:^|[.;:,]\s+)({_RUN})(?:[.:)]\s|\s+(?=(?-i:[A-Z])))',
-    rf'(?:^|[.;:]\s+)((?-i:[A-Z])(?:\s*[-–&]\s*[A-Z](?![a-z]))*),\s+(?=\w\w)',
+    rf'(?:^|[.;:]\s+|\b(?:of|and)\s+)((?-i:[A-Z])(?:\s*[-–&]\s*[A-Z](?![a-z]))*),\s+(?=\w\w)',
     rf'(?:^|[.;:,]\s+|\band\s+)((?-i:{_RUN}))\s+(?=(?-i:[a-z]))',
     rf'\bpanels?\s+\(?({_RUN})\b')]
 _TESTED = re.compile(r'[^.;]*\bletters?\b[^.;]*', re.I)
@@ -317,7 +324,8 @@ _MEANS = re.compile(r'differ|signific|indicat|denot|shar|common|represent', re.I
 # %% ../../nbs/03_data/03_articles.ipynb #839df109
 _PLACE = r'(?:(?:upper|lower|top|bottom)\s+)?(?:left|right|top|bottom|upper|lower|middle|cent(?:re|er))'
 _SIDE = re.compile(rf'\(({_PLACE})(?:\s+\w+)?[):,;]|(?:^|[.;]\s+)({_PLACE})(?:\s+\w+)?:'
-                   rf'|\b({_PLACE})[\s-]+(?:panels?|column|row)\b', re.I)
+                   rf'|\b({_PLACE})[\s-]+(?:panels?|column|row)\b|\bon\s+the\s+(left|right)\s+for\b',
+                   re.I)
 _PANELS = re.compile(r'\bpanels\b', re.I)
 
 def _untested(caption): # a caption without the clauses on letters of a statistical test

@@ -409,7 +409,8 @@ def sentence_spans(
 _ITEM = (r'(?:[A-Z]?\d{1,3}(?!\d|\.\d)(?:\(?[a-z](?![a-z])\)?|\s\(?[a-z](?![a-z]|\s+[A-Z]?\d)\)?)?'
          r'|\(?[a-z](?![a-z])\)?)')
 _DASH = '-‐‑–—−'
-_SEP = (rf'(?:\s*(?:,\s*(?:(?:and|et|und)\b|&)?|and|&|or|to|through|et|und|bis|/|[{_DASH}])\s*'
+_SEP = (r'(?:\s*(?:,\s*(?:(?:and|et|und)\b|&)?|(?:and|or|to|through|et|und|bis)(?![a-z])'
+        rf'|[&/{_DASH}])\s*'
         r'|\s+(?:y|e|à)\s+(?=[A-Z]?\d))')
 _WORD = r'(?:figures?|figs?\.?|figuras?|abbildung(?:en)?|abb\.|рис(?:\.|ун\w+)|[图圖図])'
 _REFS = re.compile(rf'(?<![a-z])({_WORD})\s*\(?(?=[A-Z]?\d)({_ITEM}(?:{_SEP}{_ITEM})*)', re.I)
@@ -421,8 +422,9 @@ _NOT_OURS = re.compile(
     r'(?:supplement\w*|extended data|appendix \w+|online|additional file \w+:?)[ —–-]*$', re.I
 )
 _NOT_HERE = re.compile(r'[\s—–-]*(?:figure supplement|source data|supplement)'
-                       r'|\s*(?:of|in|from)\s+(?:the\s+)?(?:\[|ref\w*\.?\s|[A-Z][a-z]+ et al)',
-                       re.I)
+                       r'|(?:\s+and\s+table\s+\w+)?\s*(?:of|in|from)\s+(?:the\s+|their\s+)?'
+                       r'(?:\[|ref\w*\.?\s|original|previous|[A-Z][\w-]+ et al)'
+                       r'|\s*[;,]\s*(?-i:[A-Z])[\w-]+(?: et al| (?:and|&) (?-i:[A-Z])\w+,? \d)', re.I)
 _COUNTED = re.compile(
     r'\s+(?!(?:and|or|show|illus|depict|demon|reveal|present|indic|repres)\w*)[a-z]{2,}'
 )
