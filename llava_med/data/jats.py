@@ -410,7 +410,7 @@ _ITEM = (r'(?:[A-Z]?\d{1,3}(?!\d|\.\d)(?:\(?[a-z](?![a-z])\)?|\s\(?[a-z](?![a-z]
          r'|\(?[a-z](?![a-z])\)?)')
 _DASH = '-‐‑–—−'
 _SEP = (r'(?:\s*(?:,\s*(?:(?:and|et|und)\b|&)?|(?:and|or|to|through|et|und|bis)(?![a-z])'
-        rf'|[&/{_DASH}])\s*'
+        rf'|[{_DASH}&/])\s*'
         r'|\s+(?:y|e|à)\s+(?=[A-Z]?\d))')
 _WORD = r'(?:figures?|figs?\.?|figuras?|abbildung(?:en)?|abb\.|рис(?:\.|ун\w+)|[图圖図])'
 _REFS = re.compile(rf'(?<![a-z])({_WORD})\s*\(?(?=[A-Z]?\d)({_ITEM}(?:{_SEP}{_ITEM})*)', re.I)
