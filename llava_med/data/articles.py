@@ -20,7 +20,7 @@ from .images import MAX_MEMBERS, MAX_PACKAGE, _check_name, _entries, _open_archi
 from .images import image_size, is_dicom, open_image
 from .jats import MAX_XML, SKIPPED, ArticleError, element_text, figure_parts
 from .jats import label_number, local_name, only_names_figures, parse_jats
-from .jats import says_figure, sentence_spans
+from .jats import figure_words, says_figure, sentence_spans
 from ..core.runs import replacing, write_jsonl
 
 # %% ../../nbs/03_data/03_articles.ipynb #9e7f82a9
@@ -64,15 +64,18 @@ def _own(fig, *tags): # elements inside a figure that belong to no figure nested
     return [e for e in fig.iter(*tags) if next(e.iterancestors('{*}fig')) is fig]
 
 # %% ../../nbs/03_data/03_articles.ipynb #eea4530b
+_FIRST = re.compile(r'[A-Z]?\d+')   # the first number in the words of a link
+
 class _Targets:
     "What the ids and numbers of an article stand for."
     def __init__(self, article, figs):
         self.ids, self.numbers, self.scopes = {}, {}, [_scope(f) for f in figs]
-        self.article = article
+        self.article, self.names, self._places = article, [], {}
         for i, (f, scope) in enumerate(zip(figs, self.scopes)):
             for el in [f, *_own(f, '{*}graphic', '{*}alternatives'), *_groups(f)]:
                 if el.get('id'): self.ids.setdefault(el.get('id'), []).append(i)
             n, letter = _number(f)
+            self.names.append(n)
             self.numbers.setdefault((scope, n), {}).setdefault(letter, []).append(i)
 
     def linked(self, rids, scope):
@@ -92,9 +95,17 @@ class _Targets:
         for x in letters: found += parts.get(x, whole)
         return found
 
+    def place(self, block):
+        "Section and part of the article of a block; neighbours share them."
+        parent = block.getparent()
+        if parent not in self._places: self._places[parent] = _section(block), _scope(block)
+        return self._places[parent]
+
     def contradicts(self, said, got, scope):
         "Whether the words of a link name a figure of the article that is not its target."
-        m = label_number(said.strip(' ().,;')) if got else None
+        first = _FIRST.search(said) if got else None
+        if not first or first[0] == self.names[got[0]]: return False
+        m = label_number(said.strip(' ().,;'))
         named = self.numbered(m[0], '', scope) if m else []
         return bool(named) and not set(named) & set(got)
 
@@ -112,12 +123,12 @@ def _in_sentence(targets, text, a, links, scope):
         hits.update(dict.fromkeys(got, True))
         taken.append((s - a, e - a, got, rids))
     named = figure_parts(text)
-    begins = Counter(s for *_, s, _ in named)
+    begins = [s for *_, s, _ in named]
     for n, letters, s, e in named:
         got, rids = next(((g, r) for x, y, g, r in taken if x <= s and e <= y), ([], []))
         found = targets.numbered(n, letters, scope)
-        alone = begins[s] == 1 and len(found) < 2
-        if got and alone or not got and targets.known.intersection(rids): continue
+        alone = begins.count(s) == 1 and len(found) < 2
+        if got and alone or rids and not got and targets.known.intersection(rids): continue
         for i in found: hits.setdefault(i, False)
     return hits
 
@@ -139,11 +150,13 @@ def _in_cell(el): # whether a block is a table cell or stands in one
 # %% ../../nbs/03_data/03_articles.ipynb #bb64ba31
 def _blocks(article, targets):
     "Texts that may mention a figure: those with a link to one, and paragraphs that say 'Fig'."
-    linked, out = set(), []
-    for x in article.iter('{*}xref'):
-        if targets.ids.keys() & (x.get('rid') or '').split(): linked.add(_block_of(x))
+    linked, blocks, out = set(), [], []
+    for el in article.iter('{*}xref', '{*}p'):
+        if local_name(el) == 'p': blocks.append(el)
+        elif targets.ids.keys() & (el.get('rid') or '').split(): linked.add(_block_of(el))
     kinds = {'p', *map(local_name, linked - {None})}
-    for b in article.iter(*['{*}' + k for k in kinds]):
+    if len(kinds) > 1: blocks = article.iter(*['{*}' + k for k in kinds])
+    for b in blocks:
         if b not in linked:
             if local_name(b) != 'p': continue
             words = etree.tostring(b, method='text', encoding='unicode', with_tail=False)
@@ -155,13 +168,19 @@ def _blocks(article, targets):
 def _mentions_in(block, targets):
     "Figure index, text and whether it is linked, for each mention in a block."
     text, links = element_text(block, SKIPPED | {'p'})
-    scope, spans = _scope(block), sentence_spans(text) or [(0, 0)]
     links.sort(key=lambda link: link[0])
-    starts = [link[0] for link in links]
+    places = figure_words(text)
+    for start, _, rids in links:
+        if targets.ids.keys() & rids: places.append(start)
+    places.sort()
+    scope, spans = targets.place(block)[1], sentence_spans(text) or [(0, 0)]
+    starts, at = [link[0] for link in links], 0
     for k, (a, b) in enumerate(spans):
-        here = links[bisect_left(starts, a):bisect_left(starts, b + (b == len(text)))]
-        named = {r for *_, rids in here for r in rids}
-        if not targets.ids.keys() & named and not says_figure(text[a:b]): continue
+        end = b + (b == len(text))
+        if at == len(places): break
+        if places[at] >= end: continue
+        at = bisect_left(places, end)
+        here = links[bisect_left(starts, a):bisect_left(starts, end)]
         hits, start = _in_sentence(targets, text[a:b], a, here, scope), a
         if hits and only_names_figures(text[a:b]):
             if not k or _in_cell(block): continue
@@ -177,9 +196,8 @@ def find_mentions(
     if not figs: return out
     targets = _Targets(article, figs)
     for block in _blocks(article, targets):
-        section = None
         for i, text, before, x in _mentions_in(block, targets):
-            if section is None: section = _section(block)
+            section = targets.place(block)[0]
             if before and out[i] and out[i][-1]['text'] == before:
                 x |= out[i].pop()['xref']
             out[i].append(dict(text=text or section, section=section, xref=x))
@@ -311,15 +329,23 @@ def match_image(
     return min(files.named(href), key=rank, default=None) if base else None
 
 # %% ../../nbs/03_data/03_articles.ipynb #5996fc7a
-_RUN = r'[a-z](?:\s*(?:[-–,&/]|and|to)\s*[a-z](?![a-z]))*'
-_LETTERED = [re.compile(p, re.I) for p in (
-    rf'\(({_RUN})(?:\)|[,;:]\s|\s(?:left|right|top|bottom|upper|lower|middle)\b)',
-    rf'(?:^|[.;:,]\s+)({_RUN})(?:[.:)]\s|\s+(?=(?-i:[A-Z])))',
-    rf'(?:^|[.;:]\s+|\b(?:of|and)\s+)((?-i:[A-Z])(?:\s*[-–&]\s*[A-Z](?![a-z]))*),\s+(?=\w\w)',
-    rf'(?:^|[.;:,]\s+|\band\s+)((?-i:{_RUN}))\s+(?=(?-i:[a-z]))',
-    rf'\bpanels?\s+\(?({_RUN})\b')]
-_TESTED = re.compile(r'[^.;]*\bletters?\b[^.;]*', re.I)
+_RUN = re.compile(r'(?<![^\W_])[a-z](?:\s*(?:[-–,&/]|and\b|to\b)\s*[a-z](?![a-z]))*(?![^\W_])', re.I)
+_IN_BRACKETS = re.compile(r'\)|[,;:]\s|\s(?:left|right|top|bottom|upper|lower|middle)\b')
+_OPENS = re.compile(r'[.:)]\s|\s+(?=[A-Z])')
+_PANEL = re.compile(r'\bpanels?\s+\(?$', re.I)
 _MEANS = re.compile(r'differ|signific|indicat|denot|shar|common|represent', re.I)
+
+def _names_panels(before, run, after): # whether letters name panels, by the text around them
+    if before[-1:] == '(' and _IN_BRACKETS.match(after): return True
+    if 'anel' in before.lower() and _PANEL.search(before): return True
+    last = before.rstrip()
+    if last == before != '': return False   # it follows a sign, not a space
+    clause = not last or last[-1] in '.;:,'
+    if clause and _OPENS.match(after): return True
+    words = last.endswith((' and', ' of'))
+    if after[:1] == ',' and run.isupper() and len(after) > 3 and after[1].isspace():
+        return (clause and last[-1:] != ',' or words) and after[2:4].isalnum()
+    return run.islower() and (clause or last.endswith(' and')) and bool(re.match(r'\s+[a-z]', after))
 
 # %% ../../nbs/03_data/03_articles.ipynb #839df109
 _PLACE = r'(?:(?:upper|lower|top|bottom)\s+)?(?:left|right|top|bottom|upper|lower|middle|cent(?:re|er))'
@@ -328,14 +354,20 @@ _SIDE = re.compile(rf'\(({_PLACE})(?:\s+\w+)?[):,;]|(?:^|[.;]\s+)({_PLACE})(?:\s
                    re.I)
 _PANELS = re.compile(r'\bpanels\b', re.I)
 
+_LONE = re.compile(r'(?<![a-zA-Z])[b-zB-Z](?![a-zA-Z])')   # captions without one are quick to read
+
 def _untested(caption): # a caption without the clauses on letters of a statistical test
-    def rest(m): return '. ' if _MEANS.search(m[0]) and 'panel' not in m[0].lower() else m[0]
-    return _TESTED.sub(rest, caption) if 'etter' in caption else caption
+    if 'etter' not in caption: return caption
+    def tested(s): return 'etter' in s and _MEANS.search(s) and 'panel' not in s.lower()
+    return ''.join('. ' if tested(s) else s for s in re.split(r'(?<=[.;])', caption))
 
 def _letters(caption): # all single letters that may name panels, ranges filled
     letters = set()
-    for group in itertools.chain.from_iterable(p.findall(caption) for p in _LETTERED):
-        found = [(m.group(0).lower(), m.start()) for m in re.finditer(r'\b[a-z]\b', group, re.I)]
+    if not _LONE.search(caption): return letters
+    for m in _RUN.finditer(caption):
+        group, (start, end) = m[0], m.span()
+        if not _names_panels(caption[max(0, start-14):start], group, caption[end:end+10]): continue
+        found = [(x[0].lower(), x.start()) for x in re.finditer(r'\b[a-z]\b', group, re.I)]
         for (x, i), (y, j) in zip(found, found[1:]):
             if not re.search('[-–]|to', group[i+1:j]): continue
             letters.update(map(chr, range(ord(x), ord(y))))
@@ -362,7 +394,7 @@ _STAINS = r'h(?:a?e)?matoxylin|\bH\s?(?:&|and)\s?E\b|\bPAS stain|giemsa|immunohi
 _SPECIMEN = r'(?:surgical|resected|resection|excised|excision|cut|autopsy|explanted)'
 
 # %% ../../nbs/03_data/03_articles.ipynb #3dd76a9c
-_MODALITY = {k: re.compile(v, re.I) for k, v in dict(
+_MODALITY = {k: re.compile(v.lower()) for k, v in dict(   # they are looked for in lower case
     chest_xray=rf'{_LUNGS}[\w ,]{{0,30}}\b{_XRAY}|{_XRAY} of the (?:\w+ )?{_LUNGS}|\bCXR\b',
     ct_scan=r'\b(?:HR|CE|MD|CB|MS)?CT\b(?!-?PCR)|comput(?:eri[sz]ed|ed) tomogra|\bCAT scan',
     mri=r'\bf?MRI\b|\bMR (?:imag|scan|angio)|magnetic resonance|\bT[12][- ]?(?:weighted|w\b)'
@@ -392,14 +424,23 @@ def guess_modalities(
     low = (text or '').lower()
     out = {}
     for k, rule in _MODALITY.items():
-        possible = any(c in low for c in _CUES[k])
-        out[k] = possible and bool(rule.search(text))
+        out[k] = False
+        for cue in _CUES[k]:
+            if cue not in low: continue
+            out[k] = bool(rule.search(low))
+            break
     return out
 
-_OTHER_IMAGE = re.compile(r'x-?\s?ray|radiogra|roentgen|sonogra|ultraso|echocardio|endoscop|angiogra'
-                          r'|mammogra|scintigra|\bPET\b|fluorosc|flow ?chart|\b(?:survival )?curves?\b'
-                          r'|\bplots?\b|\bdiagram', re.I)
+# %% ../../nbs/03_data/03_articles.ipynb #9d5c2790
+_OTHERS = ('ray', 'radiogra', 'roentgen', 'sonogra', 'ultraso', 'echocardio', 'endoscop', 'angiogra',
+           'mammogra', 'scintigra', 'fluorosc', 'flow chart', 'flowchart', 'diagram')
+_OTHER_IMAGE = re.compile(r'\bx[- ]?rays?\b|' + '|'.join(_OTHERS[1:]) + r'|\bpet\b|\bcurves?\b|\bplots?\b')
 _BIOPSY = re.compile(r'\bbiops\w+', re.I)
+
+def _names_other(caption): # whether a caption names an image that is none of the five
+    low = caption.lower()
+    quick = any(c in low for c in (*_OTHERS, 'pet', 'curve', 'plot'))
+    return quick and bool(_OTHER_IMAGE.search(low))
 
 def _shown(mention): # the part of a sentence that speaks of what its figure shows
     found = figure_parts(mention)
@@ -408,9 +449,10 @@ def _shown(mention): # the part of a sentence that speaks of what its figure sho
 
 def _modalities(caption, mentions): # of a figure, from its mentions where its caption names none
     found = guess_modalities(caption)
-    if any(found.values()) or _OTHER_IMAGE.search(caption): return found
-    said = ' '.join(_shown(m['text']) for m in mentions)
-    return guess_modalities(_BIOPSY.sub('', said))
+    if any(found.values()) or _names_other(caption): return found
+    found = guess_modalities(' '.join(m['text'] for m in mentions))
+    if not any(found.values()): return found
+    return guess_modalities(_BIOPSY.sub('', ' '.join(_shown(m['text']) for m in mentions)))
 
 # %% ../../nbs/03_data/03_articles.ipynb #f4c20379
 def _first(places, tag): # text of the first of these elements that has one

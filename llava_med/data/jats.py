@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_XML', 'SKIPPED', 'ArticleError', 'local_name', 'parse_jats', 'element_text', 'sentence_spans', 'says_figure',
-           'figure_parts', 'figure_numbers', 'only_names_figures', 'label_number']
+           'figure_words', 'figure_parts', 'figure_numbers', 'only_names_figures', 'label_number']
 
 # %% ../../nbs/03_data/02_jats.ipynb #0d4a76db
 import html, re
@@ -45,8 +45,9 @@ def _utf8(data, name, notes): # the file in UTF-8, whatever encoding it has
         except (LookupError, UnicodeError):
             why = f'its encoding {enc!r} is not known; save it as UTF-8.'
             raise ArticleError(f'{name}: {why}') from None
-    text = data.decode('utf-8', 'surrogateescape')
-    if text.isascii() or not re.search('[\udc80-\udcff]', text): return data
+    try: data.decode('utf-8')
+    except UnicodeDecodeError: text = data.decode('utf-8', 'surrogateescape')
+    else: return data
     if notes is not None:
         notes.append(f'{name}: some bytes are not UTF-8; they were read as Windows-1252.')
     return text.translate(_SINGLE).encode()
@@ -355,6 +356,7 @@ def element_text(
 )->tuple:         # text, and its cross-references [(start, end, [rid])]
     "Text of an element with single spaces, and where its cross-references stand."
     if el is None: return '', []
+    if not len(el): return ' '.join((el.text or '').split()), []
     rids, strings, out, links, open_at = [], [], '', [], []
     _collect(el, strings, rids, skip)
     whole = ' '.join(''.join(strings).split())
@@ -398,11 +400,12 @@ def sentence_spans(
     "Where the sentences of a text begin and end."
     spans, start = [], 0
     for m in _STOP.finditer(text):
-        at = m.start()
-        after = text[at+1:at+41].lstrip(' )]”"’\'')
-        if text[at] == '.' and not _is_end(text[max(0, at-40):at], after): continue
-        end = at + len(m.group(0).rstrip())
-        spans.append((start, end)); start = m.end() + (text[m.end()] == ' ')
+        at, end = m.span()
+        if text[at] == '.' and not (at > 8 and text[at-9:at].isalpha()):  # no abbreviation is so long
+            after = text[at+1:at+41].lstrip(' )]”"’\'')
+            if not _is_end(text[max(0, at-40):at], after): continue
+        spans.append((start, at + len(m.group().rstrip())))
+        start = end + (text[end] == ' ')
     return spans + ([(start, len(text))] if start < len(text) else [])
 
 # %% ../../nbs/03_data/02_jats.ipynb #a245baba
@@ -413,6 +416,7 @@ _SEP = (r'(?:\s*(?:,\s*(?:(?:and|et|und)\b|&)?|(?:and|or|to|through|et|und|bis)(
         rf'|[{_DASH}&/])\s*'
         r'|\s+(?:y|e|à)\s+(?=[A-Z]?\d))')
 _WORD = r'(?:figures?|figs?\.?|figuras?|abbildung(?:en)?|abb\.|рис(?:\.|ун\w+)|[图圖図])'
+_HINT = re.compile(r'[Ff]ig|FIG|[Aa]bb|ABB|[Рр]ис|[图圖図]')
 _REFS = re.compile(rf'(?<![a-z])({_WORD})\s*\(?(?=[A-Z]?\d)({_ITEM}(?:{_SEP}{_ITEM})*)', re.I)
 _TOKEN = re.compile(rf'([A-Z]?\d+)|(to|through|bis|à|[{_DASH}])|((?<![a-z])[a-z](?![a-z]))',
                     re.I)
@@ -437,6 +441,13 @@ def says_figure(
     return ('ig' in text and ('Fig' in text or 'fig' in text) or 'FIG' in text
             or 'bb' in text and ('Abb' in text or 'abb' in text) or 'ABB' in text
             or not text.isascii() and bool(re.search('рис|Рис|图|圖|図', text)))
+
+def figure_words(
+    text:str, # running text
+)->list:      # where in the text 'fig' and its like stand; [] where `says_figure` is False
+    "Places at which a text may name a figure."
+    if not says_figure(text): return []
+    return [m.start() for m in _HINT.finditer(text)]
 
 # %% ../../nbs/03_data/02_jats.ipynb #8e9e947a
 def _span(a, b): # the numbers or letters between two ends of a range
@@ -490,7 +501,8 @@ def only_names_figures(
     text:str, # a sentence, or the content of a table cell
 )->bool:      # True for 'Fig. 3', '(Figs. 1A, 2)' and '3', False for '' and 'See Fig. 3'
     "Whether a text says which figure and nothing else."
-    return bool(text) and not re.search(r'[^\W\d_]{2}', _REFS.sub('', text))
+    if len(text) > 120 or not text: return False
+    return not re.search(r'[^\W\d_]{2}', _REFS.sub('', text))
 
 # %% ../../nbs/03_data/02_jats.ipynb #3b7cfe35
 _LABELLED = (r'(?:fig(?:ure|ura)?s?|abb(?:ildung)?|рис(?:унок)?|[图圖図])\.?\s*(?:no\.?\s*)?'
