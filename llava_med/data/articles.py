@@ -95,6 +95,10 @@ class _Targets:
         for x in letters: found += parts.get(x, whole)
         return found
 
+    def know(self, rid):
+        "Whether a link leads to a figure; nearly all links have one id."
+        return rid in self.ids or ' ' in rid and not self.ids.keys().isdisjoint(rid.split())
+
     def place(self, block):
         "Section and part of the article of a block; neighbours share them."
         parent = block.getparent()
@@ -125,8 +129,9 @@ def _in_sentence(targets, text, a, links, scope):
     named = figure_parts(text)
     begins = [s for *_, s, _ in named]
     for n, letters, s, e in named:
-        got, rids = next(((g, r) for x, y, g, r in taken if x <= s and e <= y), ([], []))
         found = targets.numbered(n, letters, scope)
+        if not found: continue
+        got, rids = next(((g, r) for x, y, g, r in taken if x <= s and e <= y), ([], []))
         alone = begins.count(s) == 1 and len(found) < 2
         if got and alone or rids and not got and targets.known.intersection(rids): continue
         for i in found: hits.setdefault(i, False)
@@ -148,17 +153,21 @@ def _in_cell(el): # whether a block is a table cell or stands in one
     return any(local_name(a) in ('td', 'th') for a in [el, *el.iterancestors()])
 
 # %% ../../nbs/03_data/03_articles.ipynb #bb64ba31
-def _blocks(article, targets):
+def _sorted_out(article): # figures, cross-references and paragraphs, in one pass
+    found = dict(fig=[], xref=[], p=[])
+    for el in article.iter('{*}fig', '{*}xref', '{*}p'): found[local_name(el)].append(el)
+    return found.values()
+
+def _blocks(article, targets, xrefs, paragraphs):
     "Texts that may mention a figure: those with a link to one, and paragraphs that say 'Fig'."
-    linked, blocks, out = set(), [], []
-    for el in article.iter('{*}xref', '{*}p'):
-        if local_name(el) == 'p': blocks.append(el)
-        elif targets.ids.keys() & (el.get('rid') or '').split(): linked.add(_block_of(el))
+    linked, out = set(), []
+    for x in xrefs:
+        if targets.know(x.get('rid') or ''): linked.add(_block_of(x))
     kinds = {'p', *map(local_name, linked - {None})}
-    if len(kinds) > 1: blocks = article.iter(*['{*}' + k for k in kinds])
-    for b in blocks:
+    mixed = len(kinds) > 1
+    for b in article.iter(*['{*}' + k for k in kinds]) if mixed else paragraphs:
         if b not in linked:
-            if local_name(b) != 'p': continue
+            if mixed and local_name(b) != 'p': continue
             words = etree.tostring(b, method='text', encoding='unicode', with_tail=False)
             if not says_figure(words): continue
         if not _in_caption(b): out.append(b)
@@ -171,7 +180,7 @@ def _mentions_in(block, targets):
     links.sort(key=lambda link: link[0])
     places = figure_words(text)
     for start, _, rids in links:
-        if targets.ids.keys() & rids: places.append(start)
+        if not targets.ids.keys().isdisjoint(rids): places.append(start)
     places.sort()
     scope, spans = targets.place(block)[1], sentence_spans(text) or [(0, 0)]
     starts, at = [link[0] for link in links], 0
@@ -192,10 +201,14 @@ def find_mentions(
     figs:list, # its `fig` elements in document order
 )->list:     # for each figure a list of {text, section, xref}
     "Sentences of the text that mention each figure."
+    _, xrefs, paragraphs = _sorted_out(article)
+    return _all_mentions(article, figs, xrefs, paragraphs)
+
+def _all_mentions(article, figs, xrefs, paragraphs):
     out = [[] for _ in figs]
     if not figs: return out
     targets = _Targets(article, figs)
-    for block in _blocks(article, targets):
+    for block in _blocks(article, targets, xrefs, paragraphs):
         for i, text, before, x in _mentions_in(block, targets):
             section = targets.place(block)[0]
             if before and out[i] and out[i][-1]['text'] == before:
@@ -329,7 +342,7 @@ def match_image(
     return min(files.named(href), key=rank, default=None) if base else None
 
 # %% ../../nbs/03_data/03_articles.ipynb #5996fc7a
-_RUN = re.compile(r'(?<![^\W_])[a-z](?:\s*(?:[-–,&/]|and\b|to\b)\s*[a-z](?![a-z]))*(?![^\W_])', re.I)
+_RUN = re.compile(r'[a-z](?:\s*(?:[-–,&/]|and\b|to\b)\s*[a-z](?![a-z]))*(?![^\W_])', re.I)
 _IN_BRACKETS = re.compile(r'\)|[,;:]\s|\s(?:left|right|top|bottom|upper|lower|middle)\b')
 _OPENS = re.compile(r'[.:)]\s|\s+(?=[A-Z])')
 _PANEL = re.compile(r'\bpanels?\s+\(?$', re.I)
@@ -348,13 +361,14 @@ def _names_panels(before, run, after): # whether letters name panels, by the tex
     return run.islower() and (clause or last.endswith(' and')) and bool(re.match(r'\s+[a-z]', after))
 
 # %% ../../nbs/03_data/03_articles.ipynb #839df109
+_PLACES = ('left', 'right', 'top', 'bottom', 'upper', 'lower', 'middle', 'cent')
 _PLACE = r'(?:(?:upper|lower|top|bottom)\s+)?(?:left|right|top|bottom|upper|lower|middle|cent(?:re|er))'
 _SIDE = re.compile(rf'\(({_PLACE})(?:\s+\w+)?[):,;]|(?:^|[.;]\s+)({_PLACE})(?:\s+\w+)?:'
                    rf'|\b({_PLACE})[\s-]+(?:panels?|column|row)\b|\bon\s+the\s+(left|right)\s+for\b',
                    re.I)
 _PANELS = re.compile(r'\bpanels\b', re.I)
 
-_LONE = re.compile(r'(?<![a-zA-Z])[b-zB-Z](?![a-zA-Z])')   # captions without one are quick to read
+_LONE = re.compile(r'\b[a-zA-Z]\b')
 
 def _untested(caption): # a caption without the clauses on letters of a statistical test
     if 'etter' not in caption: return caption
@@ -362,9 +376,11 @@ def _untested(caption): # a caption without the clauses on letters of a statisti
     return ''.join('. ' if tested(s) else s for s in re.split(r'(?<=[.;])', caption))
 
 def _letters(caption): # all single letters that may name panels, ranges filled
-    letters = set()
-    if not _LONE.search(caption): return letters
-    for m in _RUN.finditer(caption):
+    letters, done = set(), 0
+    for lone in _LONE.finditer(caption):
+        m = _RUN.match(caption, lone.start()) if lone.start() >= done else None
+        if not m: continue
+        done = m.end()
         group, (start, end) = m[0], m.span()
         if not _names_panels(caption[max(0, start-14):start], group, caption[end:end+10]): continue
         found = [(x[0].lower(), x.start()) for x in re.finditer(r'\b[a-z]\b', group, re.I)]
@@ -383,6 +399,7 @@ def count_panels(
     letters, n = _letters(caption), 0
     while chr(ord('a') + n) in letters: n += 1
     if n > 1: return n
+    if not any(w in caption.lower() for w in _PLACES): return 1 + bool(_PANELS.search(caption))
     sides = {' '.join(filter(None, m)).lower() for m in _SIDE.findall(caption)}
     if len(sides) > 1: return len(sides)
     return 2 if _PANELS.search(caption) or sides and 'panel' in caption.lower() else 1
@@ -396,7 +413,7 @@ _SPECIMEN = r'(?:surgical|resected|resection|excised|excision|cut|autopsy|explan
 # %% ../../nbs/03_data/03_articles.ipynb #3dd76a9c
 _MODALITY = {k: re.compile(v.lower()) for k, v in dict(   # they are looked for in lower case
     chest_xray=rf'{_LUNGS}[\w ,]{{0,30}}\b{_XRAY}|{_XRAY} of the (?:\w+ )?{_LUNGS}|\bCXR\b',
-    ct_scan=r'\b(?:HR|CE|MD|CB|MS)?CT\b(?!-?PCR)|comput(?:eri[sz]ed|ed) tomogra|\bCAT scan',
+    ct_scan=r'ct(?<!\wct)\b(?!-?pcr)|(?:hr|ce|md|cb|ms)ct(?<!\w..ct)\b(?!-?pcr)|comput(?:eri[sz]ed|ed) tomogra|cat scan(?<!\wcat scan)',
     mri=r'\bf?MRI\b|\bMR (?:imag|scan|angio)|magnetic resonance|\bT[12][- ]?(?:weighted|w\b)'
         r'|\b(?:FLAIR|STIR|DWI)\b',
     histology=rf'histolog|histopatholog|{_STAINS}|photomicrogra|stained section|light microscop'
@@ -409,7 +426,8 @@ _MODALITY = {k: re.compile(v.lower()) for k, v in dict(   # they are looked for 
 # %% ../../nbs/03_data/03_articles.ipynb #87b16dc9
 _CUES = dict(
     chest_xray=('ray', 'radiogra', 'film', 'roentgen', 'cxr'),
-    ct_scan=('ct', 'tomogra', 'cat scan'),
+    ct_scan=('tomogra', 'cat scan', *(c + 'ct' for c in ' ([{/-–—+,;:."“‘\''),
+             *(c + 'ct' for c in ('hr', 'ce', 'md', 'cb', 'ms'))),
     mri=('mri', 'mr ', 'magnetic', 't1', 't2', 'flair', 'stir', 'dwi'),
     histology=('histol', 'histop', 'matoxylin', 'h&', 'h &', 'h and', 'hand', 'pas stain',
                'giemsa', 'immuno', 'photomicro', 'stained section', 'microscop', 'biopsy'),
@@ -421,7 +439,7 @@ def guess_modalities(
     text:str, # caption, or caption and mentions
 )->dict:      # the five names of LLaVA-Med's domains, each True or False
     "Which of the five modalities a text names."
-    low = (text or '').lower()
+    low = f' {text or ""}'.lower()   # the cue of CT is the sign before it
     out = {}
     for k, rule in _MODALITY.items():
         out[k] = False
@@ -466,7 +484,7 @@ def _language(fig): # the nearest language that is declared around a caption
     around = [fig, *fig.iterancestors()]
     if own is not None: around.insert(0, own)
     for a in around:
-        if a.get(_LANG): return a.get(_LANG).lower()
+        if lang := a.get(_LANG): return lang.lower()
     return 'en'
 
 # %% ../../nbs/03_data/03_articles.ipynb #5857f101
@@ -499,8 +517,8 @@ def _drafts(data, name, notes): # (article, record, its own graphics) of each fi
     out, seen = [], Counter()
     plain = re.sub(r'\W+', '-', re.sub(r'\.n?xml(\.gz)?$', '', name))
     for k, article in enumerate(parse_jats(data, name, notes)):
-        figs = list(article.iter('{*}fig'))
-        meta, mentions = article_meta(article, name), find_mentions(article, figs)
+        figs, *texts = _sorted_out(article)
+        meta, mentions = article_meta(article, name), _all_mentions(article, figs, *texts)
         which = meta['doi'] or meta['pmcid'] or (name, k)
         for n, (fig, m) in enumerate(zip(figs, mentions), 1):
             r = _record(fig, m, meta, n, plain)

@@ -15,6 +15,7 @@ from lxml import etree
 MAX_XML = 64 * 2**20        # bytes of one article
 _NAMED = re.compile(rb'<!\[CDATA\[.*?(?:\]\]>|\Z)|<!--.*?(?:-->|\Z)|&([A-Za-z_][\w.:-]*);', re.S)
 _ANY_NAMED = re.compile(rb'&(?!#|amp;|lt;|gt;|quot;|apos;)')
+_PLAINLY_NAMED = re.compile(rb'&([A-Za-z_][\w.:-]*);')   # where there is no CDATA and no comment
 _XML_NAMES = {b'amp', b'lt', b'gt', b'quot', b'apos'}
 
 class ArticleError(ValueError): "A source that cannot be read; the message is one sentence."
@@ -100,7 +101,8 @@ def parse_jats(
     if len(data) > MAX_XML:
         raise ArticleError(f'{name}: larger than {MAX_XML >> 20} MB; refused.')
     data = _without_doctype(_utf8(data, name, notes).translate(None, _CONTROLS), name)
-    if _ANY_NAMED.search(data): data = _NAMED.sub(_number_entity, data)
+    if _ANY_NAMED.search(data):
+        data = (_NAMED if b'<!' in data else _PLAINLY_NAMED).sub(_number_entity, data)
     parser = etree.XMLParser(recover=True, resolve_entities=False, no_network=True,
                              load_dtd=False, encoding='utf-8')
     root = _root(data, parser, name)
@@ -301,15 +303,18 @@ def _sup(el, parent, out, rids, skip):
     mark = _raised if _LOCAL[el.tag] == 'sup' else _lowered
     out.append(mark(shown, _before(out), (el.tail or ' ')[0]))
 
+def _linked_text(el, rids, skip): # the text of a cross-reference, and whether all of it is raised
+    if not len(el): return el.text or '', False
+    only = len(el) == 1 and not (el.text or '').strip() and not (el[0].tail or '').strip()
+    raised, inner = only and _LOCAL[el[0].tag] == 'sup', []
+    _collect(el[0] if raised else el, inner, rids, skip)
+    return ''.join(inner), raised
+
 def _xref(el, parent, out, rids, skip):
     if not el.get('rid'): return _collect(el, out, rids, skip)
     rids.append(el.get('rid').split())
-    inner = []
-    only = len(el) == 1 and not (el.text or '').strip() and not (el[0].tail or '').strip()
-    raised = only and _LOCAL[el[0].tag] == 'sup'
-    _collect(el[0] if raised else el, inner, rids, skip)
-    text = ''.join(inner)
-    stuck = el.get('ref-type') == 'bibr' and _before(out).isdigit() and text[:1].isdigit()
+    text, raised = _linked_text(el, rids, skip)
+    stuck = text[:1].isdigit() and el.get('ref-type') == 'bibr' and _before(out).isdigit()
     if stuck or raised and _cites(el, text.strip()) and _LOCAL[parent.tag] != 'sup':
         return _apart(f'\2{text}\3', out)
     out += ['\2', text, '\3']
@@ -380,6 +385,7 @@ _STOP = re.compile(r'[.!?](?:[”"’\')\]]|\[[\d ,–-]+\]|(?<=[a-z)][.!?])\d{1
 _NEVER = set('al e.g i.e cf vs dr prof mr mrs ms st approx ca resp sp spp var eds см'.split())
 _BEFORE_NUMBER = set('fig figs figura eq eqs ref refs no nos p pp vol tab sec suppl abb рис'
                      .split())
+_SHORT = _NEVER | _BEFORE_NUMBER
 _STARTERS = re.compile(r'(?:The|This|These|In|We|However|It|A|An|Our|There|For|To|When|All|No)\b')
 
 # %% ../../nbs/03_data/02_jats.ipynb #1fbb96f3
@@ -401,9 +407,11 @@ def sentence_spans(
     spans, start = [], 0
     for m in _STOP.finditer(text):
         at, end = m.span()
-        if text[at] == '.' and not (at > 8 and text[at-9:at].isalpha()):  # no abbreviation is so long
+        if text[at] == '.':
+            word = text[text.rfind(' ', 0, at)+1:at]
+            usual = len(word) > 1 and word.isalpha() and word.lower() not in _SHORT
             after = text[at+1:at+41].lstrip(' )]”"’\'')
-            if not _is_end(text[max(0, at-40):at], after): continue
+            if not usual and not _is_end(text[max(0, at-40):at], after): continue
         spans.append((start, at + len(m.group().rstrip())))
         start = end + (text[end] == ' ')
     return spans + ([(start, len(text))] if start < len(text) else [])
@@ -416,6 +424,7 @@ _SEP = (r'(?:\s*(?:,\s*(?:(?:and|et|und)\b|&)?|(?:and|or|to|through|et|und|bis)(
         rf'|[{_DASH}&/])\s*'
         r'|\s+(?:y|e|à)\s+(?=[A-Z]?\d))')
 _WORD = r'(?:figures?|figs?\.?|figuras?|abbildung(?:en)?|abb\.|рис(?:\.|ун\w+)|[图圖図])'
+_NOT_LATIN = re.compile('[Рр]ис|[图圖図]')
 _HINT = re.compile(r'[Ff]ig|FIG|[Aa]bb|ABB|[Рр]ис|[图圖図]')
 _REFS = re.compile(rf'(?<![a-z])({_WORD})\s*\(?(?=[A-Z]?\d)({_ITEM}(?:{_SEP}{_ITEM})*)', re.I)
 _TOKEN = re.compile(rf'([A-Z]?\d+)|(to|through|bis|à|[{_DASH}])|((?<![a-z])[a-z](?![a-z]))',
@@ -440,14 +449,23 @@ def says_figure(
     "Whether a text can name a figure at all; much quicker than looking which."
     return ('ig' in text and ('Fig' in text or 'fig' in text) or 'FIG' in text
             or 'bb' in text and ('Abb' in text or 'abb' in text) or 'ABB' in text
-            or not text.isascii() and bool(re.search('рис|Рис|图|圖|図', text)))
+            or not text.isascii() and bool(_NOT_LATIN.search(text)))
+
+def _finds(text, word): # where a word stands
+    at = text.find(word)
+    while at >= 0:
+        yield at
+        at = text.find(word, at + 1)
 
 def figure_words(
     text:str, # running text
 )->list:      # where in the text 'fig' and its like stand; [] where `says_figure` is False
     "Places at which a text may name a figure."
     if not says_figure(text): return []
-    return [m.start() for m in _HINT.finditer(text)]
+    if 'bb' in text or 'BB' in text or not text.isascii() and _NOT_LATIN.search(text):
+        return [m.start() for m in _HINT.finditer(text)]
+    found = [at - 1 for at in _finds(text, 'ig') if text[at-1:at] in ('F', 'f')]
+    return sorted(found + list(_finds(text, 'FIG')))
 
 # %% ../../nbs/03_data/02_jats.ipynb #8e9e947a
 def _span(a, b): # the numbers or letters between two ends of a range
