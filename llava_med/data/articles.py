@@ -20,7 +20,7 @@ from .images import MAX_MEMBERS, MAX_PACKAGE, _check_name, _entries, _open_archi
 from .images import image_size, is_dicom, open_image
 from .jats import MAX_XML, SKIPPED, ArticleError, element_text, figure_parts
 from .jats import label_number, local_name, only_names_figures, parse_jats
-from .jats import figure_words, says_figure, sentence_spans
+from .jats import _spans, figure_words, says_figure
 from ..core.runs import replacing, write_jsonl
 
 # %% ../../nbs/03_data/03_articles.ipynb #9e7f82a9
@@ -182,9 +182,10 @@ def _mentions_in(block, targets):
     for start, _, rids in links:
         if not targets.ids.keys().isdisjoint(rids): places.append(start)
     places.sort()
-    scope, spans = targets.place(block)[1], sentence_spans(text) or [(0, 0)]
+    scope, last = targets.place(block)[1], None
     starts, at = [link[0] for link in links], 0
-    for k, (a, b) in enumerate(spans):
+    for a, b in _spans(text) if text else [(0, 0)]:
+        before, last = last, a
         end = b + (b == len(text))
         if at == len(places): break
         if places[at] >= end: continue
@@ -192,8 +193,8 @@ def _mentions_in(block, targets):
         here = links[bisect_left(starts, a):bisect_left(starts, end)]
         hits, start = _in_sentence(targets, text[a:b], a, here, scope), a
         if hits and only_names_figures(text[a:b]):
-            if not k or _in_cell(block): continue
-            start = spans[k-1][0]
+            if before is None or _in_cell(block): continue
+            start = before
         for i, x in hits.items(): yield i, text[start:b], text[start:a].strip(), x
 
 def find_mentions(
@@ -425,12 +426,12 @@ _MODALITY = {k: re.compile(v.lower()) for k, v in dict(   # they are looked for 
 
 # %% ../../nbs/03_data/03_articles.ipynb #87b16dc9
 _CUES = dict(
-    chest_xray=('ray', 'radiogra', 'film', 'roentgen', 'cxr'),
+    chest_xray=('chest', 'thora', 'lung', 'mediastin', 'cxr'),
     ct_scan=('tomogra', 'cat scan', *(c + 'ct' for c in ' ([{/-–—+,;:."“‘\''),
              *(c + 'ct' for c in ('hr', 'ce', 'md', 'cb', 'ms'))),
     mri=('mri', 'mr ', 'magnetic', 't1', 't2', 'flair', 'stir', 'dwi'),
-    histology=('histol', 'histop', 'matoxylin', 'h&', 'h &', 'h and', 'hand', 'pas stain',
-               'giemsa', 'immuno', 'photomicro', 'stained section', 'microscop', 'biopsy'),
+    histology=('histol', 'histop', 'matoxylin', 'h&e', 'h & e', 'h& e', 'h &e', 'h and e',
+               'hand e', 'h ande', 'hande', 'pas stain', 'giemsa', 'immuno', 'photomicro', 'stained section', 'microscop', 'biopsy'),
     gross=('gross', 'macroscop', 'specimen', 'surface', 'photograph'),
 )
 
@@ -467,7 +468,7 @@ def _shown(mention): # the part of a sentence that speaks of what its figure sho
 
 def _modalities(caption, mentions): # of a figure, from its mentions where its caption names none
     found = guess_modalities(caption)
-    if any(found.values()) or _names_other(caption): return found
+    if any(found.values()) or not mentions or _names_other(caption): return found
     found = guess_modalities(' '.join(m['text'] for m in mentions))
     if not any(found.values()): return found
     return guess_modalities(_BIOPSY.sub('', ' '.join(_shown(m['text']) for m in mentions)))

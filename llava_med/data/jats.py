@@ -380,8 +380,9 @@ def element_text(
     return out.strip(), links
 
 # %% ../../nbs/03_data/02_jats.ipynb #844bc0ab
-_STOP = re.compile(r'[.!?](?:[”"’\')\]]|\[[\d ,–-]+\]|(?<=[a-z)][.!?])\d{1,3}(?:[,–-]\d{1,3})*)*'
-                   r'\s+(?=[“"(\[‘]*[A-ZÀ-ÞА-ЯЁ0-9])|[。！？]+(?=\s*\S)')
+_LATIN_STOP = (r'[.!?](?:[”"’\')\]]|\[[\d ,–-]+\]|(?<=[a-z)][.!?])\d{1,3}(?:[,–-]\d{1,3})*)*'
+               r'\s+(?=[“"(\[‘]*[A-ZÀ-ÞА-ЯЁ0-9])')
+_STOP, _WIDE_STOP = re.compile(_LATIN_STOP), re.compile(_LATIN_STOP + r'|[。！？]+(?=\s*\S)')
 _NEVER = set('al e.g i.e cf vs dr prof mr mrs ms st approx ca resp sp spp var eds см'.split())
 _BEFORE_NUMBER = set('fig figs figura eq eqs ref refs no nos p pp vol tab sec suppl abb рис'
                      .split())
@@ -400,21 +401,25 @@ def _is_end(before, after): # whether a full stop between these two texts ends a
     return True
 
 # %% ../../nbs/03_data/02_jats.ipynb #a0063068
-def sentence_spans(
-    text:str, # running text with single spaces
-)->list:      # (start, end) of each sentence
-    "Where the sentences of a text begin and end."
-    spans, start = [], 0
-    for m in _STOP.finditer(text):
+def _spans(text): # start and end of each sentence, one after the other
+    start = 0
+    wide = not text.isascii() and any(c in text for c in '。！？')
+    for m in (_WIDE_STOP if wide else _STOP).finditer(text):
         at, end = m.span()
         if text[at] == '.':
             word = text[text.rfind(' ', 0, at)+1:at]
             usual = len(word) > 1 and word.isalpha() and word.lower() not in _SHORT
             after = text[at+1:at+41].lstrip(' )]”"’\'')
             if not usual and not _is_end(text[max(0, at-40):at], after): continue
-        spans.append((start, at + len(m.group().rstrip())))
+        yield start, at + len(m.group().rstrip())
         start = end + (text[end] == ' ')
-    return spans + ([(start, len(text))] if start < len(text) else [])
+    if start < len(text): yield start, len(text)
+
+def sentence_spans(
+    text:str, # running text with single spaces
+)->list:      # (start, end) of each sentence
+    "Where the sentences of a text begin and end."
+    return list(_spans(text))
 
 # %% ../../nbs/03_data/02_jats.ipynb #a245baba
 _ITEM = (r'(?:[A-Z]?\d{1,3}(?!\d|\.\d)(?:\(?[a-z](?![a-z])\)?|\s\(?[a-z](?![a-z]|\s+[A-Z]?\d)\)?)?'
