@@ -351,7 +351,9 @@ def _collect(el, out, rids, skip):
         tag = _LOCAL[child.tag]
         special = _SPECIAL.get(tag)
         if special: special(child, el, out, rids, skip)
-        elif tag and tag not in skip: _collect(child, out, rids, skip)
+        elif tag and tag not in skip:
+            if len(child): _collect(child, out, rids, skip)
+            elif child.text: out.append(child.text)
         if child.tail: out.append(child.tail)
 
 # %% ../../nbs/03_data/02_jats.ipynb #64c97858
@@ -498,11 +500,10 @@ def figure_parts(
 )->list:      # (number, panel letters, start, end) in order of appearance: ('1', 'AB', 4, 15)
     "Numbers and panel letters of the figures that a text names in words."
     out = []
-    if not says_figure(text): return out
     if 'iguras' in text:
         # a range, of the same length
         text = re.sub(r'(?i)(?<=figuras )(\d+[a-z]?) a (?=\d)', r'\1 - ', text)
-    for m in _REFS.finditer(text):
+    for m in filter(None, (_REFS.match(text, at) for at in figure_words(text))):
         if _NOT_OURS.search(text[max(0, m.start()-30):m.start()]): continue
         word, items = m.groups()
         one = word[-1] not in 'sSn'
