@@ -58,7 +58,7 @@ def _number(fig): # number and panel letter: by label, the caption's first words
     return own or (None, '')
 
 # %% ../../nbs/03_data/03_articles.ipynb #1f5c7c58
-_IDS = etree.XPath('.//@id', smart_strings=False)
+_IDS = etree.XPath('.//@id | .//*[@ref-type="bibr"]/@rid', smart_strings=False)
 
 def _own(fig, *tags): # elements inside a figure that belong to no figure nested in it
     return [e for e in fig.iter(*tags) if next(e.iterancestors('{*}fig')) is fig]
@@ -114,7 +114,8 @@ class _Targets:
         return bool(named) and not set(named) & set(got)
 
     @cached_property
-    def known(self): return set(_IDS(self.article)) # all ids of the article, of figures or not
+    def known(self): # all ids of the article, of figures or not, and those of its references
+        return set(' '.join(_IDS(self.article)).split())
 
 # %% ../../nbs/03_data/03_articles.ipynb #e3dc1eb6
 def _in_sentence(targets, text, a, links, scope):
@@ -517,7 +518,7 @@ _XML = _KINDS[:4]
 def _drafts(data, name, notes): # (article, record, its own graphics) of each figure of a file
     out, seen = [], Counter()
     plain = re.sub(r'\W+', '-', re.sub(r'\.n?xml(\.gz)?$', '', name))
-    for k, article in enumerate(parse_jats(data, name, notes)):
+    for k, article in enumerate(parse_jats(data, name, notes, references=False)):
         figs, *texts = _sorted_out(article)
         meta, mentions = article_meta(article, name), _all_mentions(article, figs, *texts)
         which = meta['doi'] or meta['pmcid'] or (name, k)

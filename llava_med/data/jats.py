@@ -91,16 +91,38 @@ def _root(data, parser, name): # the outermost element; raises ArticleError
         raise ArticleError(f'{name}: declares entities of its own; remove its DOCTYPE.')
     return root
 
+# %% ../../nbs/03_data/02_jats.ipynb #b8c9e463
+_UNUSUAL = re.compile(rb'<(?:p[\s>/]|fig|list|ref-list)')
+
+def _has_comments(data): # or CDATA; a rare sign is looked for, because '<' is everywhere
+    at = data.find(b'!')
+    while at >= 0 and data[at-1:at] != b'<': at = data.find(b'!', at + 1)
+    return at >= 0
+
+def _without_references(data): # the file with empty lists of references
+    if _has_comments(data): return data
+    parts, at = [], 0
+    while (start := data.find(b'<ref-list', at)) >= 0:
+        end = data.find(b'</ref-list>', start)
+        if end < 0: break
+        usual = not _UNUSUAL.search(data, start + 9, end)
+        kept = b'<ref-list>' + b'\n'*data.count(b'\n', start, end) if usual else data[start:end]
+        parts += [data[at:start], kept]
+        at = end
+    return b''.join(parts) + data[at:]
+
 # %% ../../nbs/03_data/02_jats.ipynb #3a2ea24c
 def parse_jats(
     data:bytes,   # the file's bytes
     name:str,     # what to call it in messages
     notes:list|None=None, # what was repaired is added here
+    references:bool=True, # False empties the lists of references, which is quicker
 )->list:          # the `article` elements, almost always one
     "Parse JATS without entities, DTD or network; mend what can be mended."
     if len(data) > MAX_XML:
         raise ArticleError(f'{name}: larger than {MAX_XML >> 20} MB; refused.')
     data = _without_doctype(_utf8(data, name, notes).translate(None, _CONTROLS), name)
+    if not references: data = _without_references(data)
     if _ANY_NAMED.search(data):
         data = (_NAMED if b'<!' in data else _PLAINLY_NAMED).sub(_number_entity, data)
     parser = etree.XMLParser(recover=True, resolve_entities=False, no_network=True,
