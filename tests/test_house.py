@@ -327,6 +327,21 @@ def test_imports_go_down(path):
     assert not upward(module, imported, chapter_numbers())
 
 
+def private_imports(text):
+    "Private names that a module takes from another package."
+    found = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and n.level > 1]
+    return [a.name for n in found for a in n.names if a.name.startswith('_')]
+
+
+@each(MODULES)
+def test_packages_keep_their_private_names(path):
+    assert not private_imports(path.read_text())
+
+
+def test_a_private_import_is_found():
+    assert private_imports('from ..data.vqa import _a, b\nfrom .c import _d') == ['_a']
+
+
 @each(MODULES)
 def test_module_can_be_read_at_one_sitting(path):
     text = path.read_text()
