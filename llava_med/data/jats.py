@@ -193,9 +193,14 @@ def _atom(s): # a part of a formula, in brackets where it needs them
     return s if _PLAIN.fullmatch(s) or _closed(s) else f'({s})'
 
 # %% ../../nbs/03_data/02_jats.ipynb #feecd8d3
+def _kids(el): # the elements in an element, without comments
+    return [c for c in el if _LOCAL[c.tag]]
+
+def _kid_lines(el): return [_math(c).strip() for c in _kids(el)]
+
 def _core(el): # an element without the wrappers that hold nothing else
     while _LOCAL[el.tag] in ('mrow', 'mstyle', 'mpadded', 'semantics', 'maction') and len(el):
-        parts = [c for c in el if _LOCAL[c.tag]]
+        parts = _kids(el)
         if len(parts) != 1 and _LOCAL[el.tag] in ('mrow', 'mstyle', 'mpadded'): break
         if not parts: break
         el = parts[0]
@@ -240,7 +245,7 @@ def _leaf(el): # a number, a name, an operator or a text
 
 def _fenced(el): # (a,b] with the brackets and separators that the attributes say
     marks = ''.join(el.get('separators', ',').split())
-    parts, out = [_math(c) for c in el if _LOCAL[c.tag]], ''
+    parts, out = list(map(_math, _kids(el))), ''
     for i, p in enumerate(parts): out += p + (marks[min(i, len(marks)-1)] if marks else '') * (
         i < len(parts) - 1)
     return el.get('open', '(') + out + el.get('close', ')')
@@ -255,7 +260,7 @@ def _table(el): # rows apart by semicolons, cells by commas
 
 # %% ../../nbs/03_data/02_jats.ipynb #e4142780
 def _scripts(el): # a base with its indices and exponents, or what stands under and over it
-    tag, parts = _LOCAL[el.tag], [c for c in el if _LOCAL[c.tag]]
+    tag, parts = _LOCAL[el.tag], _kids(el)
     if len(parts) < 2: return _row(el)
     base, marks = _base(parts[0]), [_math(p).strip() for p in parts[1:]]
     over, end = marks[-1], ''
@@ -265,7 +270,7 @@ def _scripts(el): # a base with its indices and exponents, or what stands under 
     return base + ''.join(s + _atom(m) for s, m in zip(signs, marks) if m) + end
 
 def _multiscripts(el): # scripts after the base, then those before it
-    base, *rest = [c for c in el if _LOCAL[c.tag]]
+    base, *rest = _kids(el)
     tags = [_LOCAL[c.tag] for c in rest]
     cut = tags.index('mprescripts') if 'mprescripts' in tags else len(rest)
     out = _base(base)
@@ -278,13 +283,13 @@ def _multiscripts(el): # scripts after the base, then those before it
 
 # %% ../../nbs/03_data/02_jats.ipynb #69c15a08
 def _fraction(el):
-    parts = [_math(c).strip() for c in el if _LOCAL[c.tag]]
+    parts = _kid_lines(el)
     if el.get('linethickness') in ('0', '0pt', '0em'): return ' choose '.join(map(_atom, parts))
     return '/'.join(map(_atom, parts))
 
 def _root_of(el): # a square root, or one with an index
     if _LOCAL[el.tag] == 'msqrt': return '√' + _atom(_row(el).strip())
-    parts = [_math(c).strip() for c in el if _LOCAL[c.tag]]
+    parts = _kid_lines(el)
     return f'{_atom(parts[0])}^(1/{_atom(parts[-1])})' if len(parts) > 1 else _row(el)
 
 # %% ../../nbs/03_data/02_jats.ipynb #3994b078
@@ -494,7 +499,7 @@ def figure_words(
     "Places at which a text may name a figure."
     if not says_figure(text): return []
     if 'bb' in text or 'BB' in text or not text.isascii() and _NOT_LATIN.search(text):
-        return [m.start() for m in _HINT.finditer(text)]
+        return list(map(re.Match.start, _HINT.finditer(text)))
     found = [at - 1 for at in _finds(text, 'ig') if text[at-1:at] in ('F', 'f')]
     return sorted(found + list(_finds(text, 'FIG')))
 
