@@ -89,7 +89,7 @@ def test_every_image_of_the_questions_is_missing_here(tmp_path):
     Image.new('RGB', (9, 9)).save(tmp_path/records[0]['image'])
     kept = list(with_images(records, tmp_path, missing))
     assert {r['image'] for r in kept} == {records[0]['image']} and len(kept) + len(missing) == 193
-    assert missing_words(missing, 193) == f'{len(missing)} of 193 records are left out, because their images are missing: {len(missing)} × there is no such file.'
+    assert missing_words(missing, 193) == f'{len(missing)} of 193 records are left out, because their images are missing: {len(missing)} × there is no such file; the first is {missing[0]["id"]!r}.'
 
 
 def test_damaged_files_end_in_a_sentence(tmp_path):
@@ -107,7 +107,7 @@ def test_a_bad_row_costs_one_line(tmp_path):
     write_rows(tmp_path/'x.json', [good, *bad, good], Form('conversations'))
     faults = []
     assert len(list(read_llava_file(tmp_path/'x.json', faults))) == 2
-    assert [f['record'] for f in faults] == [2, 'b', 'c', 3, 6] and all(f['reason'].strip() for f in faults)
+    assert [f['record'] for f in faults] == ['record 2', 'b', 'c', 3, 'record 6'] and all(f['reason'].strip() for f in faults)
 
 
 def test_letters_of_other_scripts_and_odd_line_ends(tmp_path):
@@ -258,3 +258,16 @@ def test_one_name_in_two_folders_is_never_the_wrong_image(tmp_path):
 
 def test_a_file_of_another_form_shows_ours(tmp_path):
     with pytest.raises(RecordError, match=r'begins with the keys q, a: none .*A conversation is written as \{"id"'): trained(tmp_path, [dict(q='Which organ?', a='lung')])
+
+
+def test_a_name_with_decomposed_letters_or_backslashes_finds_its_file(tmp_path):
+    from unicodedata import normalize
+    name = normalize('NFD', 'ü') + '.png'
+    (tmp_path/'pics').mkdir(); (tmp_path/'pics'/name).write_bytes(b'x')
+    record = dict(id='a', image='ü.png', conversations=[{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'It.'}])
+    (tmp_path/'t.json').write_text(json.dumps([record], ensure_ascii=False))
+    found, said = training_records(tmp_path/'t.json', tmp_path/'pics')
+    assert found[0]['image'] == str(tmp_path/'pics'/name) and Path(found[0]['image']).is_file() and said == 't.json: All 1 records have their images.'
+    look = ImageFolder(tmp_path)
+    assert look.why_not('pics\\ü.png') == '' and look.name('pics\\ü.png') == f'pics/{name}'
+    assert look.why_not('pics/u.png').startswith('there is no such file') and look.why_not('../x') == 'its name leads out of the folder'

@@ -15,13 +15,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-import ijson
-
 from .conversations import (
     DOMAINS, IMAGE, RecordError, fault, images_of, one_spelling, stream_json, turns_of)
-from .images import ImageError, image_size
+from .images import ImageError, find_file, image_size
 from .jats import figure_numbers
-from ..core.runs import read_jsonl, replacing
+from ..core.runs import parse_json, read_jsonl, read_text, replacing, text_encoding
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #38e6e66d
 _TURNS = ('conversations', 'conversatons', 'messages')   # keys of a conversation's turns
@@ -55,9 +53,9 @@ def kind_of(
 # %% ../../nbs/03_data/11_llava_files.ipynb #2180f06a
 def _opening(path): # the first characters, without a byte order mark
     try:
-        with open(path, 'rb') as f: head = f.read(1 << 12).removeprefix(b'\xef\xbb\xbf')
+        with open(path, 'rb') as f: head = f.read(1 << 12)
     except FileNotFoundError: raise RecordError(f'{path} does not exist.') from None
-    return head.decode('utf-8', errors='replace')
+    return head.decode(text_encoding(head, path, RecordError), errors='replace')
 
 def _is_domains(head): # a dictionary whose first value is a list of dictionaries
     if re.match(r'\s*\{\s*"(conversat|in_text|messages|images)', head): return False
@@ -71,13 +69,14 @@ def stream_rows(
     if not _is_domains(_opening(path)):
         yield from stream_json(path)
         return
+    at, text = '', read_text(path, RecordError)
     try:
-        with open(path, 'rb') as f:
-            for group, part in ijson.kvitems(f, '', use_float=True):
-                for r in part: yield dict(r, group=group)
-    except (ValueError, TypeError, ijson.JSONError) as e:
-        raise RecordError(f'{path} is no dictionary of lists ({str(e).splitlines()[0]}): make it '
-                          'again.') from None
+        for group, part in parse_json(text).items():
+            at = f'{group}: '
+            for r in part: yield dict(r, group=group)
+    except (ValueError, TypeError) as e:
+        raise RecordError(f'{path} is no dictionary of lists ({at}{str(e).splitlines()[0]}): make '
+                          'it again.') from None
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #dd7635cd
 def _plain_and_last(path): # whether a file is plain ASCII, and its last bytes
@@ -262,10 +261,13 @@ def _named_images(row, in_text): # the files of a record's images; those that it
     lists = [in_text] if in_text else []
     for k in _IMAGES:
         if row.get(k): lists.append(row[k] if isinstance(row[k], list) else [row[k]])
-    lists = [list(map(_image_name, some)) for some in lists]
-    if any(some != lists[0] for some in lists): raise ValueError('names its images twice, and not '
-                                                                 'the same ones')
-    return lists[0] if lists else []
+    named = []
+    for some in lists:
+        files = list(map(_image_name, some))
+        if named not in ([], files): raise ValueError('names its images twice, and not the same '
+                                                      'ones')
+        named = files
+    return named
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #7a510cbc
 _MEDIA = ('video', 'audio', 'speech', 'sound', 'point_cloud')   # or with an s
@@ -294,7 +296,7 @@ def usual_form(
     out = {k: v for k, v in row.items() if k not in (*_TURNS, *_IMAGES, 'system')}
     if 'image' in row and not images: out['image'] = row['image']
     if images: out['image'] = images[0] if len(images) == 1 else images
-    marked = any(IMAGE in t['value'] for t in turns)
+    marked = IMAGE in json.dumps(turns)
     if images and turns and not marked and 'messages' in row:
         turns[0]['value'] = f'{IMAGE}\n'*len(images) + turns[0]['value']
     return out | dict(id=name, conversations=turns) | (dict(system=system) if system else {})
@@ -349,7 +351,13 @@ def _from_conversation(row, name=''):
     return out
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #907bb00e
+def _check_texts(row, *keys): # refuse what is no text and no number, or empty
+    for k in keys:
+        if not isinstance(row[k], (str, int)) or not str(row[k]).strip():
+            raise RecordError(f'It has the {k} {str(row[k])[:40]!r}; write a text.')
+
 def _from_question(row):
+    _check_texts(row, 'question_id', 'pair_id')
     r = _ours(row, _exchange(row['text'], row['gpt4_answer']), _file_name(row['image']),
               f"{row['pair_id']}-{row['question_id']}", _maker('gpt-4', 'caption', 'mentions'),
               type=row['type'])
@@ -364,6 +372,10 @@ def _from_answer(row, image):
                         str(row['question_id']), maker))
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #e6189fdd
+def _keys_of(row): # what a row is, for messages
+    if not isinstance(row, dict): return str(row)[:40]
+    return f'A row with the keys {", ".join(row)}'
+
 def conversation_of(
     row:dict, # of conversations, questions, judgements or answers
     image:str|None=None, # of an answer, whose row names none
@@ -374,7 +386,7 @@ def conversation_of(
     if kind == 'conversations': return _from_conversation(row, name)
     if kind in ('questions', 'judgements'): return _from_question(row)
     if kind == 'answers': return _from_answer(row, image)
-    raise RecordError(f'A row with the keys {", ".join(row)} is no conversation.')
+    raise RecordError(f'{_keys_of(row)} is no conversation.')
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #960cb517
 def _mention(m): # one of LLaVA-Med's mentions as one of ours
@@ -387,7 +399,8 @@ def figure_of(
 )->dict:      # a figure record; the file of its image is not known from the row
     "A row of figure captions as a figure record of ours."
     if kind_of(row) != 'captions':
-        raise RecordError(f'A row with the keys {", ".join(row)} is no figure caption.')
+        raise RecordError(f'{_keys_of(row)} is no figure caption.')
+    _check_texts(row, 'pair_id', 'fig_caption')
     ref = row.get('graphic_ref') or ''
     pmcid = re.search(r'PMC\d+', ref)
     return dict(id=row['pair_id'], pmcid=pmcid and pmcid[0], pmid=row.get('pmid') or None, doi=None,
@@ -403,7 +416,8 @@ def figure_of(
 # %% ../../nbs/03_data/11_llava_files.ipynb #5b55d30c
 def _name_of(row, number): # what a row calls itself, or its number
     names = [row.get(k) for k in ('id', 'question_id', 'pair_id')] if isinstance(row, dict) else []
-    return next((n for n in names if n is not None), number)
+    names = [n for n in names if isinstance(n, (str, int)) and n != '']
+    return names[0] if names else f'record {number}'
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #083f1926
 def read_llava_file(
@@ -507,7 +521,7 @@ class ImageFolder:
         folder:str|Path,  # holds the images
         look:bool=False,  # also read the size of every image, which finds damaged ones
     ):
-        self.folder, self.look, self.listed = Path(folder), look, {}
+        self.folder, self.look, self.listed, self.plain = Path(folder), look, {}, {}
 
     def _names(self, sub):
         if sub not in self.listed:
@@ -515,11 +529,20 @@ class ImageFolder:
             except OSError: self.listed[sub] = None
         return self.listed[sub]
 
+    def name(self,
+        name:str, # what a record calls its image
+    )->str:       # what it is called in the folder
+        "The file's own name, where its letters or slashes are written in another way."
+        p = Path(name)
+        if p.is_absolute() or '..' in p.parts or '\0' in name: return name
+        if (self._names(str(p.parent)) or {}).get(p.name): return name
+        return find_file(self.folder, name, self.plain) or name
+
     def why_not(self,
         name:str, # what a record calls its image
     )->str:       # '' if it is there
         "Why an image cannot be used."
-        p = Path(name)
+        p = Path(self.name(name))
         if p.is_absolute() or '..' in p.parts or '\0' in name:
             return 'its name leads out of the folder'
         names = self._names(str(p.parent))
@@ -556,7 +579,13 @@ def with_images(
     for r in records:
         gone = _first_missing(r, look)
         if gone: missing.append(dict(id=r.get('id'), image=gone[0], reason=gone[1]))
-        else: yield r
+        else: yield _as_there(r, look)
+
+def _as_there(record, look): # a record that calls its images as the folder does
+    names = images_of(record)
+    own = list(map(look.name, names))
+    if own == names: return record
+    return record | dict(image=own if isinstance(record['image'], list) else own[0])
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #d8b3fbbd
 def missing_words(
@@ -569,7 +598,7 @@ def missing_words(
     for m in missing: why[re.sub(r', but .*', ', but one of nearly that name', m['reason'])] += 1
     reasons = '; '.join(f'{k} × {reason}' for reason, k in why.most_common(3))
     return (f'{len(missing)} of {n} records are left out, because their images are missing: '
-            f'{reasons}.')
+            f'{reasons}; the first is {missing[0]["id"]!r}.')
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #5310c7f4
 def _why_unplaced(pair, got): # why a pair has no image to give a name; empty if it has
@@ -604,7 +633,8 @@ def _placed(record, folder): # a record whose images are whole paths
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #c9c0306f
 def _fault_words(faults): # what cannot be used, in one sentence
-    counts = Counter(f['why'] for f in faults)
+    counts = Counter()
+    for f in faults: counts[f['why']] += 1
     why = '; '.join(f'{k} × {reason}' for reason, k in counts.most_common(3))
     more = f'; and {len(counts) - 3} other faults' if len(counts) > 3 else ''
     return (f'{len(faults)} more are left out, because they cannot be used: {why}{more}; '
