@@ -4,6 +4,7 @@ import time
 import pytest
 
 from llava_med.data import articles as A
+from llava_med.data.jats import figure_numbers, sentence_spans
 
 XLINK = 'xmlns:xlink="http://www.w3.org/1999/xlink" xmlns:mml="http://www.w3.org/1998/Math/MathML"'
 
@@ -24,8 +25,8 @@ def fig(fid='F1', label='Figure 1', caption='<p>A lesion.</p>', inside='', tag='
 def graphic(name): return f'<graphic xlink:href="{name}"/>'
 def x(rid, text, kind='fig'): return f'<xref ref-type="{kind}" rid="{rid}">{text}</xref>'
 def texts(r): return [m['text'] for m in r['mentions']]
-def sentences(s): return [s[a:b] for a, b in A.sentence_spans(s)]
-def numbers(s): return [n for n, *_ in A.figure_numbers(s)]
+def sentences(s): return [s[a:b] for a, b in sentence_spans(s)]
+def numbers(s): return [n for n, *_ in figure_numbers(s)]
 
 
 # Where figures stand
@@ -279,7 +280,7 @@ def test_sentences(text, n): assert len(sentences(text)) == n, sentences(text)
 
 def test_sentences_lose_nothing():
     text = 'One Fig. 1. Two et al. 2019! Three? (Four.) Five.12 Six. 7 mm.'
-    spans = A.sentence_spans(text)
+    spans = sentence_spans(text)
     assert ''.join(text[a:b] for a, b in spans).replace(' ', '') == text.replace(' ', '')
     assert all(a < b for a, b in spans) and spans == sorted(spans)
 

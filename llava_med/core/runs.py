@@ -10,7 +10,7 @@ __all__ = ['FULL', 'JSON_DECODER', 'LFS_POINTER', 'SERIES_COLOURS', 'PACKAGES', 
            'progress', 'figure_style', 'figure_bytes', 'show_figure', 'now', 'git_state', 'versions', 'machine',
            'check_name', 'run_dir', 'read_run', 'update_run', 'RunLocked', 'RunLock', 'hold', 'peak_memory_mib',
            'ledger_row', 'StepInputError', 'made_by', 'find_input', 'clear_folder', 'StepFiles', 'StepCosts',
-           'StepResults', 'Step']
+           'StepResults', 'own_step', 'Step']
 
 # %% ../../nbs/00_core/02_runs.ipynb #746f58c4
 import contextlib, csv, errno, hashlib, io, json, os, platform, random, re, shutil, socket
@@ -617,7 +617,8 @@ class StepFiles:
         "Note the hash of a file or of a model's folder, and return its path."
         path = Path(path)
         if not path.exists():
-            remedy = ' ' + BASE_REMEDY if 'base' in name else ''
+            ours = path.resolve() == (data_dir()/'base_tiny').resolve()
+            remedy = ' ' + BASE_REMEDY if ours else ''
             raise StepInputError(f'{path} is missing: {self.name} needs it as {name}.{remedy}')
         if path.is_file(): self.hashes[name] = file_hash(path)
         elif (path/'config.json').exists(): self.hashes[name] = folder_hash(path)
@@ -676,6 +677,19 @@ class StepResults:
         self.lock.release()
         return row
 
+# %% ../../nbs/00_core/02_runs.ipynb #9a391b75
+def own_step(
+    name:str, # what a notebook calls its step
+)->str:       # the same, or the name of the copy of that notebook which this process runs
+    "The step of a notebook run by hand: a duplicate in Jupyter has a folder of its own."
+    book = (shell().user_ns.get('__vsc_ipynb_file__') if shell() else '') or ''
+    book = Path(book or os.environ.get('JPY_SESSION_NAME') or '')
+    there = any((d/f'{name}.ipynb').is_file() for d in (book.parent, Path.cwd()))
+    if book.stem == name or name not in book.stem or not there: return name
+    own = re.sub(r'[^A-Za-z0-9_-]+', '-', book.stem).strip('-')
+    print(f'{book.name} is a copy of {name}.ipynb, so its results go to {own}/.')
+    return own
+
 # %% ../../nbs/00_core/02_runs.ipynb #be06050b
 class Step(StepFiles, StepCosts, StepResults):
     "One step of a run: its folder, seed, device, inputs and costs."
@@ -688,10 +702,11 @@ class Step(StepFiles, StepCosts, StepResults):
         threads:int=2,           # CPU threads
         params:dict|None=None,   # the step's own parameters, for the record
     ):
-        check_injected(shell().user_ns.get('In', []) if shell() else [], name)
+        names = shell().user_ns if shell() else {}
+        check_injected(names.get('In', []), name, names)
         seed_everything(seed, threads)
         self.by_hand = os.environ.get('LLAVA_MED_RUNNER') != run
-        if not self.by_hand: name = os.environ.get('LLAVA_MED_STEP') or name
+        name = own_step(name) if self.by_hand else os.environ.get('LLAVA_MED_STEP') or name
         self.name, self.run, self.inputs_from, self.seed = check_name(name), run, inputs_from, seed
         self.device, self.rng = pick_device(device), np.random.default_rng(seed)
         self.params = {'seed': seed, 'device': device, 'threads': threads, **(params or {})}

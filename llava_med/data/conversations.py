@@ -143,7 +143,8 @@ def to_messages(
 )->list:         # messages for a chat template
     "The conversation as chat messages, with each image as a part of its own, where it stands."
     roles, out = dict(human='user', system='system'), []
-    for t in turns_of(record):
+    first = [{'from': 'system', 'value': record['system']}] if record.get('system') else []
+    for t in first + turns_of(record):
         role = roles.get(t['from'], 'assistant')
         out.append({'role': role, 'content': _parts(t['value'].strip())})
     return out
