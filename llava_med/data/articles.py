@@ -242,14 +242,14 @@ def count_panels(
     caption:str, # the figure's caption
 )->int:          # 1 when nothing speaks for more
     "How many panels a caption speaks of."
-    caption = _untested(caption)
+    low = (caption := _untested(caption)).lower()
     letters, n = _letters(caption), 0
     while chr(ord('a') + n) in letters: n += 1
     if n > 1: return n
-    if not any(w in caption.lower() for w in _PLACES): return 1 + bool(_PANELS.search(caption))
+    if not any(w in low for w in _PLACES): return 1 + bool(_PANELS.search(caption))
     sides = {' '.join(filter(None, m)).lower() for m in _SIDE.findall(caption)}
     if len(sides) > 1: return len(sides)
-    return 2 if _PANELS.search(caption) or sides and 'panel' in caption.lower() else 1
+    return 2 if _PANELS.search(caption) or sides and 'panel' in low else 1
 
 # %% ../../nbs/03_data/03_articles.ipynb #031c7a37
 _XRAY = r'(?:x-?\s?ray|radiogra(?:ph|m|phy)|film|roentgen\w*)s?(?: image)?'
