@@ -371,3 +371,22 @@ def test_hostile_text_with_a_figure_costs_no_time():
     start = time.time()
     r, = article(many, fig(caption='<p>' + '(a) ' * 50_000 + '</p>'))
     assert len(r['mentions']) == 5_000 and time.time() - start < 5
+
+
+# The summary
+
+def test_a_summary_counts_articles_and_figures_and_knows_one_from_many(tmp_path, capsys):
+    import io, tarfile
+    def text(n): return (f'<article {XLINK}><front><article-meta><article-id pub-id-type="pmc">{n}</article-id></article-meta></front><body><p>See Figure 1.</p>'
+                         + fig('F1', inside=graphic('g1')) + '</body></article>').encode()
+    (tmp_path/'a.xml').write_bytes(text(1))
+    with tarfile.open(tmp_path/'two.tar.gz', 'w:gz') as t:
+        for n in (12, 123):
+            info = tarfile.TarInfo(f'PMC{n}/a.nxml'); info.size = len(text(n))
+            t.addfile(info, io.BytesIO(text(n)))
+    assert A.figures([tmp_path/'a.xml'], tmp_path/'out.jsonl') == 0
+    assert capsys.readouterr().out.startswith('1 article, 1 figure, 0 with image, 1 with mentions, 0 problems -> ')
+    assert A.figures([tmp_path/'two.tar.gz'], tmp_path/'out.jsonl') == 0
+    assert capsys.readouterr().out.startswith('2 articles, 2 figures, 0 with image, 2 with mentions, 0 problems -> ')
+    A.figures([tmp_path/'two.tar.gz', tmp_path/'a.xml', tmp_path/'none.xml'], tmp_path/'out.jsonl')
+    assert '3 articles, 3 figures, 0 with image, 3 with mentions, 1 problem -> ' in capsys.readouterr().out

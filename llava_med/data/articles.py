@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_mentions', 'count_panels', 'guess_modalities', 'article_records', 'read_article', 'find_articles',
-           'read_articles', 'figures']
+           'read_articles', 'article_of', 'figure_counts', 'figures']
 
 # %% ../../nbs/03_data/03_articles.ipynb #52ebfb91
 import gzip, io, itertools, os, re, zipfile, zlib
@@ -684,6 +684,23 @@ def read_articles(
             for note in notes if on_error else (): on_error(str(path), note)
 
 # %% ../../nbs/03_data/03_articles.ipynb #17528cad
+def article_of(
+    record:dict, # a figure record
+)->tuple:        # the same for all figures of one article
+    "Which article a figure is from; a package may hold several."
+    own = record['id'].rpartition('_')[0]   # of an article that has no number
+    return record['source'], record['pmcid'] or record['doi'] or record['pmid'] or own
+
+def figure_counts(
+    articles:int, figures:int, images:int, mentions:int, # how many, images and mentions of figures
+    problems:int, # how many
+)->str:           # one line
+    "What was found in articles, in words."
+    def some(n, word): return f'{n} {word}{"s"*(n != 1)}'
+    return (f'{some(articles, "article")}, {some(figures, "figure")}, {images} with image, '
+            f'{mentions} with mentions, {some(problems, "problem")}')
+
+# %% ../../nbs/03_data/03_articles.ipynb #534cec8f
 def figures(
     sources:list, # folders, packages and XML files
     out:str|Path, # the JSON Lines file to write
@@ -696,9 +713,9 @@ def figures(
         problems.append(dict(source=source, problem=why))
     def counted():
         for r in read_articles(sources, on_error, images_dir):
-            which = r['pmcid'] or r['doi'] or r['id'].rpartition('_')[0]
-            articles.add((r['source'], which))
-            n.update(figures=1, image=r['image'] is not None, mentions=bool(r['mentions']))
+            articles.add(article_of(r))
+            n.update(figures=1, image=int(r['image'] is not None),
+                     mentions=int(bool(r['mentions'])))
             yield r
     rows, beside = counted(), Path(f'{out}.problems.jsonl')
     try:
@@ -710,6 +727,6 @@ def figures(
         print(f'{out} cannot be written: {e.strerror or e}. Choose another --out.')
         return 1
     end = f' -> {out}' if first else '; no record was written.'
-    print(f'{len(articles)} articles, {n["figures"]} figures, {n["image"]} with image, '
-          f'{n["mentions"]} with mentions, {len(problems)} problems{end}')
+    found = (n['figures'], n['image'], n['mentions'])
+    print(figure_counts(len(articles), *found, len(problems)) + end)
     return 0 if first else 1

@@ -11,6 +11,7 @@ __all__ = ['MAX_XML', 'SKIPPED', 'ArticleError', 'local_name', 'parse_jats', 'el
 import html, re
 
 from lxml import etree
+from ..core.runs import refuse_pointer
 
 # %% ../../nbs/03_data/02_jats.ipynb #498344be
 MAX_XML = 64 * 2**20        # bytes of one article
@@ -50,8 +51,11 @@ def _utf8(data, name, notes): # the file in UTF-8, whatever encoding it has
     try: data.decode('utf-8')
     except UnicodeDecodeError: text = data.decode('utf-8', 'surrogateescape')
     else: return data
+    strange = re.search('[\udc80-\udcff]', text)
     if notes is not None:
-        notes.append(f'{name}: some bytes are not UTF-8; they were read as Windows-1252.')
+        line = text.count('\n', 0, strange.start()) + 1
+        notes.append(f'{name}: some bytes are not UTF-8 (the first in line {line}); they were read '
+                     'as Windows-1252.')
     return text.translate(_SINGLE).encode()
 
 # %% ../../nbs/03_data/02_jats.ipynb #7c832825
@@ -120,6 +124,7 @@ def parse_jats(
     references:bool=True, # False empties the lists of references, which is quicker
 )->list:          # the `article` elements, almost always one
     "Parse JATS without entities, DTD or network; mend what can be mended."
+    refuse_pointer(data, name, ArticleError)
     if len(data) > MAX_XML:
         raise ArticleError(f'{name}: larger than {MAX_XML >> 20} MB; refused.')
     data = _without_doctype(_utf8(data, name, notes).translate(None, _CONTROLS), name)
