@@ -27,6 +27,9 @@ class Block:
     keep:torch.Tensor=None
     # (segments, 1, longest, prefix + longest) booleans, True where attention is allowed
     mask:torch.Tensor=None
+    # (prefix, prefix) booleans, True where the prefix attends; None: causal
+    own:torch.Tensor=None
+    causal:bool=True   # whether each token reads all earlier ones of its piece and the prefix
 
     def to(
         self,
@@ -34,10 +37,11 @@ class Block:
         non_blocking:bool=False, # do not wait for it
     ):
         "The same block with its tensors on a device, moved once for all layers."
-        if self.places is None: return self
-        tensors = (self.places, self.keep, self.mask)
-        places, keep, mask = (t.to(device, non_blocking=non_blocking) for t in tensors)
-        return replace(self, places=places, keep=keep, mask=mask)
+        moved = {}
+        for name in ('places', 'keep', 'mask', 'own'):
+            t = getattr(self, name)
+            if t is not None: moved[name] = t.to(device, non_blocking=non_blocking)
+        return replace(self, **moved) if moved else self
 
 # %% ../../nbs/02_models/11_segmented_attention.ipynb #9963ca62
 def _edges(numbers):
@@ -98,11 +102,13 @@ def _segments(block, prefix, own, attend):
 def _block_attention(block, prefix, own, attend):
     "Results for the prefix of a block and for its segments."
     lone = block.places is not None and len(block.places) == 1
-    if lone and prefix[0].is_cuda:   # whose kernel skips what is hidden: one call for both pieces
+    # the kernel of a GPU skips what is hidden: one call for both pieces
+    if lone and prefix[0].is_cuda and block.causal:
         prefix = [torch.cat(t, 1) for t in zip(prefix, own)]
         block = Block(block.row, block.start, block.end, block.end)
     q, k, v = prefix
-    parts = [attend(q[None], k[None], v[None], is_causal=True)[0]]
+    seen = dict(is_causal=True) if block.own is None else dict(attn_mask=block.own.to(q.device))
+    parts = [attend(q[None], k[None], v[None], **seen)[0]]
     if block.places is not None: parts.append(_segments(block, prefix, own, attend))
     return parts
 

@@ -71,12 +71,13 @@ def _prefix_row(ids, labels, **more):
     return dict(input_ids=list(ids), labels=list(labels), positions=list(range(n)),
                 segments=[0]*n, **more)
 
-def _append(row, ids, labels, n, segment):
+def _append(row, ids, labels, n, segment, more=None):
     "Add what follows the first `n` tokens of a sample to a row, as a segment of its own."
     row['input_ids'] += ids[n:]
     row['labels'] += labels[n:]
     row['positions'] += range(n, len(ids))
     row['segments'] += [segment]*(len(ids) - n)
+    for k, values in (more or {}).items(): row['more'][k] += values[n:]
 
 # %% ../../nbs/04_train/01_batches.ipynb #95e9ceed
 def encode_questions(
@@ -103,6 +104,11 @@ def _prefix(sample, image_id):
     scored = any(l != IGNORE for l in labels[:n + 1])   # a second sample would not score them again
     return 0 if scored else n
 
+def _more(sample, n):
+    "What a processor says of the first tokens of a sample, if it says more than their ids."
+    if 'more' not in sample: return {}
+    return {'more': {k: values[:n] for k, values in sample['more'].items()}}
+
 def _source(record):
     "Where a record comes from, if it says so."
     return {'source': record['source']} if record.get('source') else {}
@@ -121,10 +127,11 @@ def pack_shared_prefixes(
         row = open_rows.get(key)
         full = row and max_len and len(row['input_ids']) + len(ids) - n > max_len
         if row is None or full:
-            row = _prefix_row(ids[:n], labels[:n], image=s.get('image'), **_source(s))
+            known = _source(s) | _more(s, n)
+            row = _prefix_row(ids[:n], labels[:n], image=s.get('image'), **known)
             open_rows[key] = row
             rows.append(row)
-        _append(row, ids, labels, n, max(row['segments'], default=0) + 1)
+        _append(row, ids, labels, n, max(row['segments'], default=0) + 1, s.get('more'))
     return rows
 
 # %% ../../nbs/04_train/01_batches.ipynb #77a738e8

@@ -25,6 +25,8 @@ def _joined(samples):
         row['segments'] += s.get('segments', [0]*n)
         row['blocks'] += [b]*n
         if weighed: row['weights'] += s.get('weights', [1.]*n)
+        for k, values in s.get('more', {}).items():   # of a backbone's processor
+            row.setdefault('more', {}).setdefault(k, []).extend(values)
         if s.get('image') is not None: row['image'] += np.atleast_1d(s['image']).tolist()
     return row
 
