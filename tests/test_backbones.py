@@ -1,20 +1,23 @@
 "Models of other families: what is measured of them, what is refused, and the path that each is trained on."
 import copy
+import csv
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
 
 from llava_med.models.adapters import attach, lora_targets
-from llava_med.models.backbone_rows import row_batch, row_losses, text_attention, text_attention_of
+from llava_med.models.backbone_rows import as_sample, cached_answers, plain_answers, row_batch, row_losses, text_attention, text_attention_of
 from llava_med.models.backbones import GATED_FAMILIES, backbone_of, load_backbone
 from llava_med.models.llava import save, tiny_model
-from llava_med.models.thin_backbones import THIN, thin_backbone
+from llava_med.models.thin_backbones import THIN, thin_backbone, thin_inputs
 from llava_med.train import gates
 from llava_med.train.batches import pack_shared_prefixes
 from llava_med.train.gates import backbone_path, backbone_probe, separate_losses, thin_probe, way_losses
 from llava_med.train.packing import pack_rows
 
+REPO = Path(__file__).resolve().parents[1]
 # family → (path, way): what its masks and layers allow
 PACKED = dict(paligemma=('packed', 'row_masks'), paligemma2=('packed', 'row_masks_eager'))
 PATHS = {name: ('shared', 'row_blocks') for name in THIN} | PACKED | dict(lfm2_vl=('shared', 'prefix_cache'))
@@ -139,6 +142,34 @@ def test_a_row_takes_the_images_of_its_blocks(thin):
         for way in ('row_blocks', 'row_masks'):
             found, _ = way_losses(model, record, rows, pictures, way)
             assert (found - truth).abs().max() < 1e-5, (name, way)
+
+
+# Answers, and the table of all families
+
+@pytest.mark.parametrize('name', [n for n in THIN if n not in PACKED])
+def test_answers_behind_a_cache_are_those_of_generate(thin, name):
+    model, (record, samples, pictures) = thin(name)[0].model, thin(name)[1]
+    prefix = samples[0]['input_ids'][:-len(gates._LATER[0])]
+    asked = []
+    for i, words in enumerate([*gates._LATER, (51, 52, 53, 54, 55), (61, 62)]):
+        inputs = thin_inputs(thin(name)[0], prefix + list(words), [i % 2])
+        asked.append(as_sample(model, record, inputs, 0, image=i % 2))
+    truth = plain_answers(model, record, asked, pictures, 5)
+    rows = pack_shared_prefixes(asked, record.image_id)
+    said = [cached_answers(model, record, row, pictures, 5) for row in rows]
+    assert said == [truth[::2], truth[1::2]]
+    other = cached_answers(model, record, dict(rows[0], image=1), pictures, 5)
+    assert other != said[0]                       # the image decides what is said
+
+
+def test_the_table_of_families_is_what_the_gates_say():
+    with open(REPO/'nbs/benchmarks/results/backbones.csv', newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    assert tuple(r['family'] for r in rows) == GATED_FAMILIES
+    assert {r['family']: r['path'] for r in rows} == {f: PATHS[f][0] for f in GATED_FAMILIES}
+    assert sum(r['path'] == 'shared' for r in rows) >= 15
+    for r in rows:
+        assert max(float(r['loss_error']), float(r['grad_error'])) <= 1e-5 and r['reason'] and r['wrong_mask_caught'] == 'True'
+        assert r['answers_equal'] == r['answers'] == '50'
 
 
 # A real processor

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['SKIP', 'ROW_WAYS', 'as_sample', 'picture_inputs', 'Inputs', 'picture_batch', 'row_batch', 'plain_losses',
-           'text_attention_of', 'text_attention', 'row_losses', 'cached_losses']
+           'text_attention_of', 'text_attention', 'row_losses', 'cached_losses', 'plain_answers', 'cached_answers']
 
 # %% ../../nbs/02_models/15_backbone_rows.ipynb #947763a9
 import contextlib
+import copy
 import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
 from .anatomy import base_of, on_model, sample_positions
 from .backbones import Backbone
+from .llava import _ends
 from .row_masks import RowMap, reading_rows
 
 # %% ../../nbs/02_models/15_backbone_rows.ipynb #d1a2fe4f
@@ -235,3 +237,70 @@ def cached_losses(
     seen = torch.ones(len(bounds), n, dtype=torch.long)
     behind['attention_mask'] = torch.cat([seen, behind['attention_mask']], 1)
     return _at_scored(model, behind, labels, past_key_values=cache, use_cache=True)
+
+# %% ../../nbs/02_models/15_backbone_rows.ipynb #10b4138e
+def plain_answers(
+    model,           # of any family, with adapters or not
+    record:Backbone, # of it
+    samples:list,    # questions; each ends where its answer begins
+    pictures:list,   # inputs of each picture
+    max_new_tokens:int=8, # of an answer
+    ends:tuple=(),   # tokens that end one; empty: those of the model
+)->list:             # token ids of each answer, with its end
+    "Greedy answers of `generate`, one question at a time."
+    base, answers = base_of(model), []
+    ends = list(ends or _ends(base.generation_config))
+    for s in samples:
+        inputs = row_batch(record, [s], pictures)['inputs']
+        given = {k: on_model(base, v) for k, v in inputs.items()}
+        ids = base.generate(**given, max_new_tokens=max_new_tokens, do_sample=False,
+                            eos_token_id=ends or None, pad_token_id=0)
+        answers.append(_until(ids[0, inputs['input_ids'].shape[1]:].tolist(), ends))
+    return answers
+
+def _until(ids, ends):
+    "Token ids up to the first end."
+    at = min((ids.index(e) for e in ends if e in ids), default=len(ids) - 1)
+    return ids[:at + 1]
+
+# %% ../../nbs/02_models/15_backbone_rows.ipynb #801a3caa
+def _continued(model, cache, given, n, max_new_tokens, ends):
+    "Greedy continuations of questions of one length behind a cache of `n` tokens."
+    base, tokens, seen = base_of(model), [], n
+    for _ in range(max_new_tokens):
+        rows, length = given['input_ids'].shape
+        seen += length
+        given['attention_mask'] = torch.ones(rows, seen, dtype=torch.long)
+        said = base(**{k: on_model(base, v) for k, v in given.items()}, past_key_values=cache,
+                    use_cache=True, logits_to_keep=1)
+        tokens.append(said.logits[:, -1].argmax(-1).cpu())
+        given = {k: _cut(k, v, length - 1, length) for k, v in given.items()}
+        given.update(input_ids=tokens[-1][:, None], position_ids=given['position_ids'] + 1)
+        if all(_ended(ids, ends) for ids in torch.stack(tokens, 1).tolist()): break
+    return [_until(ids, ends) for ids in torch.stack(tokens, 1).tolist()]
+
+def _ended(ids, ends): return bool(set(ids) & set(ends))
+
+# %% ../../nbs/02_models/15_backbone_rows.ipynb #c119d9d3
+@torch.no_grad()
+def cached_answers(
+    model,           # of any family, with adapters or not
+    record:Backbone, # of it
+    row:dict,        # questions that share a prefix; each segment ends where its answer begins
+    pictures:list,   # inputs of each picture
+    max_new_tokens:int=8, # of an answer
+    ends:tuple=(),   # tokens that end one; empty: those of the model
+)->list:             # token ids of each answer, with its end
+    "Greedy answers to the questions of a row, whose prefix is read once."
+    batch = row_batch(record, [row], pictures)
+    n, bounds = _bounds(batch['segments'])
+    inputs, answers = batch['inputs'], {}
+    ends = ends or _ends(base_of(model).generation_config)
+    cache = _read_prefix(model, record, inputs, n)
+    for length in sorted({e - a for a, e in bounds}):
+        group = [b for b in bounds if b[1] - b[0] == length]
+        own = copy.deepcopy(cache)
+        own.reorder_cache(torch.zeros(len(group), dtype=torch.long))
+        given = {k: _side_by_side(k, x, group) for k, x in inputs.items() if k not in record.joins}
+        answers.update(zip(group, _continued(model, own, given, n, max_new_tokens, ends)))
+    return [answers[b] for b in bounds]
