@@ -124,3 +124,13 @@ def test_no_patient_is_in_training_and_validation(tmp_path):
         items.append(dict(id=str(i), images=[f'{i}.png'], question='?', answer='a', split='train', patient=f'p{i//2}', tags={}))
     found = trainable_questions(items, tmp_path)
     assert len(found.val) == 4 and not {o['patient'] for o in found.train} & {o['patient'] for o in found.val}
+
+
+def test_questions_without_a_training_split_say_what_is_missing(tmp_path):
+    from llava_med.train.stages import trainable_questions
+    from PIL import Image
+    Image.new('RGB', (4, 4)).save(tmp_path/'a.png')
+    items = [dict(id=str(i), images=['a.png'], question='?', answer='a', split='all', tags={}) for i in range(3)]
+    with pytest.raises(ValueError, match='3 questions belong to no training split; say in a column split'): trainable_questions(items, tmp_path)
+    items[0]['images'] = ['gone.png']
+    with pytest.raises(ValueError, match=r'none of 3 questions can be trained on \(1 [^)]+, 2 another split\)'): trainable_questions(items, tmp_path)

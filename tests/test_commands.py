@@ -153,6 +153,8 @@ def dry(monkeypatch, place):
     for name in ('get_entry', 'get_pmc'): monkeypatch.setattr(f'llava_med.data.catalogue.{name}', note(name))
     monkeypatch.setattr(publishing, 'refresh', lambda run: done.append('refresh') or [])
     monkeypatch.setattr(publishing, 'save_tuned', lambda run: None)
+    (place/'released').mkdir(exist_ok=True)
+    monkeypatch.setattr(publishing, 'release', lambda *a: done.append('release') or place/'released')
     monkeypatch.setattr(publishing, 'fill_pages', lambda: done.append('fill_pages') or [None])
     monkeypatch.setattr(publishing, 'readme', lambda: place/'README.md')
     monkeypatch.setattr(publishing, 'write_data_page', lambda: place/'data/README.md')
@@ -171,7 +173,7 @@ def test_the_examples_run(name, dry, place, capsys):
         if name in ('score', 'lmms'): words += ['--part']   # the file here is a small part of the set
         if needs_the_hub(words): make_parser().parse_args(words)
         else: assert main(words) == 0, (words, capsys.readouterr().err)
-    wanted = dict(get=['get_entry', 'get_pmc'], plan=['join'], refresh=['refresh'], readme=['fill_pages'])
+    wanted = dict(get=['get_entry', 'get_pmc'], plan=['join'], refresh=['refresh'], release=['release'], readme=['fill_pages'])
     assert set(wanted.get(name, [])) <= set(dry), 'the example went as far as what is replaced here'
     files = dict(figures='figures.jsonl', score='scores.csv', lmms='lmms/vqa_rad.parquet',
                  convert='llava-med-hf/config.json', judge='answers.judgements.jsonl')

@@ -205,3 +205,14 @@ def test_a_function_of_training_is_read_at_one_glance(module):
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     bodies = {f.name: f.end_lineno - f.body[0].lineno + 1 for f in functions}
     assert bodies and not {k: n for k, n in bodies.items() if n > 40}
+
+
+@pytest.mark.parametrize('every, checked', [(2., [4]), (.7, [3, 4]), (.5, [2, 4]), (1., [4])])
+def test_the_last_step_is_followed_by_a_check(toy, every, checked):
+    "Else early stopping would put back the first weights, or those of before the end."
+    samples, pad, features = toy
+    model, stage = tiny_model(image_size=24)[0], Stage('toy', ('projector',), 1e-3, epochs=1, batch_size=4)
+    before = model.state_dict()['model.multi_modal_projector.linear_1.weight'].clone()
+    rows = fit(model, samples, Collator(pad, features), stage, validation=loop.Validation(samples[:4], every=every, patience=3))
+    assert [r['step'] + 1 for r in rows if isinstance(r.get('val_loss'), float)] == checked, rows
+    assert not torch.equal(before, model.state_dict()['model.multi_modal_projector.linear_1.weight'])

@@ -61,3 +61,26 @@ def test_no_sample_is_lost_and_none_is_cut(toy):
         pieces = lambda r: sorted((tuple(i for i, b in zip(r['input_ids'], r['blocks']) if b == k) for k in range(max(r['blocks']) + 1)))
         assert sorted(p for r in rows for p in pieces(r)) == sorted(tuple(s['input_ids']) for s in some)
         for r in rows: assert r['blocks'] == sorted(r['blocks']) and len({len(r[k]) for k in ('input_ids', 'labels', 'segments', 'blocks', 'positions')}) == 1
+
+
+def test_short_pieces_in_bfloat16_are_as_exact_as_before(toy, monkeypatch):
+    "Gradients under autocast, with weights that are kept and with PyTorch's attention, beside float32."
+    from llava_med.models import segmented_attention as attention
+    from llava_med.train.batches import batch_loss
+    samples, pad, features, image = toy
+    rows, calls, real = pack_rows(pack_shared_prefixes(samples, image), 400), [], attention._Weights.apply
+    model = tiny_model(image_size=24)[0]
+    model.set_attn_implementation({'text_config': 'segmented'})
+    def gradients(bf16):
+        model.zero_grad()
+        for r in rows:
+            with torch.autocast('cpu', torch.bfloat16, enabled=bf16): batch_loss(model, PackedCollator(pad, features)([r]))[0].backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    exact = gradients(False)
+    monkeypatch.setattr(attention._Weights, 'apply', lambda *a: calls.append(1) or real(*a))
+    kept = gradients(True)
+    assert calls
+    monkeypatch.setattr(attention, '_computes_bf16', lambda x: False)
+    before = gradients(True)
+    errors = [float((g - exact).norm()/exact.norm()) for g in (kept, before)]
+    assert 0 < errors[0] < 1.5*errors[1] + 1e-4, errors

@@ -198,3 +198,14 @@ def test_a_loss_is_said_to_fall_only_if_it_does():
 
 def test_what_is_learned_first_follows_the_curves():
     assert order_words(dict(a=[0, 1], b=[1, 1])) == 'b first at 90%, a last' and order_words(dict(a=[1, 1], b=[0, 0])) == 'a first at 90%, b not yet'
+
+
+def test_a_set_of_training_questions_is_called_that(tmp_path, capsys):
+    "A model that was tuned on them would be asked what it has learned."
+    Image.new('L', (8, 8)).save(tmp_path/'a.png')
+    (tmp_path/'q.csv').write_text('image,question,answer,split\na.png,which side?,left,train\na.png,how many?,two,train\n')
+    its = open_vqa(tmp_path, say=print)
+    assert its['split'] == its['test_is'] == 'train' and not its['train'] and len(its['items']) == 2
+    assert 'a model tuned on this set has learned their answers' in capsys.readouterr().out
+    row = dict(model='m', dataset='q', split='train', condition='image', slice='all', metric='strict', value=.5, low=.2, high=.8, n_items=10, n_images=12, n_clusters=12)
+    assert 'training questions' in ' '.join(in_words([row], 'm')) and 'training questions' not in ' '.join(in_words([row | dict(split='test')], 'm'))

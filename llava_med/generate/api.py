@@ -12,7 +12,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
 import openai
-from .answers import _key, as_image, short_hash
+from .answers import image_key, as_image, short_hash
 from ..models.templates import as_turns
 
 # %% ../../nbs/05_generate/04_api.ipynb #f73b9c96
@@ -94,8 +94,8 @@ class _Asked(_Server):
         "Fields of the log line of a question; an error that all would meet is raised."
         try:
             for r in images:
-                if _key(r) not in urls: urls[_key(r)] = data_url(r, self.longest)
-            shown = [urls[_key(r)] for r in images]
+                if image_key(r) not in urls: urls[image_key(r)] = data_url(r, self.longest)
+            shown = [urls[image_key(r)] for r in images]
             return dict(text=self.reply(prompt, shown, max_new_tokens))
         except (openai.AuthenticationError, openai.PermissionDeniedError,
                 openai.NotFoundError) as e:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEMPLATE_NAMES', 'SCORER_NAMES', 'JUDGE_ORDERS', 'COMMANDS', 'ScreenHelp', 'add_command', 'check_memory',
            'scores_text', 'run_command', 'add_run', 'add_plan', 'add_batch', 'get_names', 'add_get', 'add_figures',
-           'add_convert', 'score_command', 'add_score', 'add_judge', 'add_lmms', 'add_refresh', 'add_readme',
-           'make_parser', 'dispatch', 'main']
+           'add_convert', 'score_command', 'add_score', 'add_judge', 'add_lmms', 'add_release', 'add_refresh',
+           'add_readme', 'make_parser', 'dispatch', 'main']
 
 # %% ../../nbs/09_lab/13_commands.ipynb #dcbc0d68
 import argparse
@@ -381,6 +381,21 @@ lmms vqa_rad/testset.json --images vqa_rad/images --out lmms''')
     o.add_argument('--lang', default='en', metavar='LANG', help='of SLAKE: en or zh (default: en)')
     o.add_argument('--part', action='store_true', help='leave out questions without their image')
 
+# %% ../../nbs/09_lab/13_commands.ipynb #7c220c63
+def add_release(
+    commands, # of the command line
+)->None:
+    "Declare `llava-med release`."
+    o = add_command(commands, 'release', "make a run's model ready to be given away",
+        'lab.publishing:release_command', 'RUN [FOLDER] [options]', """
+Copies the last trained model of a run with its card (scores, controls, licences) into a new folder.
+A card that is about other weights is refused.
+""", 'release tiny my_model')
+    o.add_argument('run', metavar='RUN', help='whose model')
+    o.add_argument('folder', nargs='?', metavar='FOLDER',
+                   help='a new folder (default: outputs/RUN/released)')
+    o.add_argument('--step', metavar='STEP', help='whose model, such as 3_stage2_tuning')
+
 # %% ../../nbs/09_lab/13_commands.ipynb #6c01a7ca
 def add_refresh(
     commands, # of the command line
@@ -405,7 +420,7 @@ Runs nbs/index.ipynb, keeps its outputs, writes README.md, and data/README.md fr
 
 # %% ../../nbs/09_lab/13_commands.ipynb #18f485bf
 COMMANDS = (add_run, add_plan, add_batch, add_figures, add_get, add_score, add_judge, add_lmms,
-            add_convert, add_refresh, add_readme)   # in the order of the help
+            add_convert, add_release, add_refresh, add_readme)   # in the order of the help
 
 def make_parser()->argparse.ArgumentParser:
     "The command line."
@@ -414,7 +429,7 @@ def make_parser()->argparse.ArgumentParser:
         description="LLaVA-Med's curriculum as a laboratory. For research and teaching; "
                     'not for clinical use.',
         usage='llava-med COMMAND [options]',
-        epilog='examples:\n  llava-med run tiny\n  llava-med run --help   # each command has some')
+        epilog='examples:\n  llava-med run --help   # each command has some')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True,
                                      title='commands')
     for add in COMMANDS: add(commands)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'TURNS', 'CHAT_TEMPLATE', 'FITTING', 'PLACE', 'APART', 'SPARE', 'train_tokenizer', 'make_processor',
-           'assemble', 'tiny_model', 'few', 'read_tower', 'grown', 'rows_for', 'tensors_hash', 'weights_hash',
-           'complete_processor', 'read_processor', 'join', 'new_folder', 'save', 'load']
+           'processor_with', 'assemble', 'tiny_model', 'few', 'read_tower', 'grown', 'rows_for', 'tensors_hash',
+           'weights_hash', 'complete_processor', 'read_processor', 'join', 'no_progress_bars', 'new_folder', 'save',
+           'load']
 
 # %% ../../nbs/02_models/03_llava.ipynb #a5d5133b
 import contextlib
@@ -78,10 +79,16 @@ def make_processor(
     if image_size % patch_size:
         raise ValueError(f'image_size {image_size} is not a multiple of patch_size {patch_size}; '
                          'choose sizes that divide.')
-    return _processor(tokenizer, image_size, patch_size, extra, images)
+    return processor_with(tokenizer, image_size, patch_size, extra, images)
 
 # %% ../../nbs/02_models/03_llava.ipynb #f2840c01
-def _processor(tokenizer, image_size, patch_size, extra, images):
+def processor_with(
+    tokenizer,      # with the image token and a template
+    image_size:int, # px of a side
+    patch_size:int, # px of a side
+    extra:int,      # tokens of the tower that stand for no patch
+    images:dict,    # settings of the image processor: mean, deviation, resampling …
+):                  # a LlavaProcessor
     "`make_processor` for towers that leave a border beside the patches, as SigLIP at 384 px does."
     sizes = dict(size={'shortest_edge': image_size},
                  crop_size={'height': image_size, 'width': image_size})
@@ -454,7 +461,7 @@ def join(
     if (n := rows_for(len(tok), n_rows)) > n_rows:
         say(f'Embeddings of {n_rows} rows resized to {n}; new rows are the mean of the others.')
         _grow(lm, n)
-    processor = _processor(tok, size, tower.config.patch_size, extra, {'do_pad': pad, **images})
+    processor = processor_with(tok, size, tower.config.patch_size, extra, {'do_pad': pad, **images})
     model = _joined(tower, lm, processor, connector, layers, seed, language)
     _set_ends(model.generation_config, ends)
     with torch.no_grad(), _fits(lm.config, language):
@@ -468,7 +475,7 @@ def join(
 
 # %% ../../nbs/02_models/03_llava.ipynb #9bac5077
 @contextlib.contextmanager
-def _no_bars():
+def no_progress_bars():
     "Load and save without progress bars, which notebooks would keep as widgets."
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
@@ -488,7 +495,7 @@ def new_folder(
     if path.exists() and any(path.iterdir()) and not model:
         raise FileExistsError(f"'{path}' holds something else than a model; choose another folder.")
     try:
-        with writing(path), _no_bars():
+        with writing(path), no_progress_bars():
             tmp.mkdir(parents=True)
             yield tmp
             if path.exists(): shutil.rmtree(path)

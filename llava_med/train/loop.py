@@ -286,7 +286,7 @@ def _take(run, batches, micro):
 class Validation:
     "Samples that are not trained on, and how often their loss is computed."
     samples:list     # encoded like the others
-    every:float=1.   # epochs between two validation checks
+    every:float=1.   # epochs between two validation checks; the last step is always followed by one
     patience:int=0   # checks without improvement before early stopping; 0: no early stopping
 
 # %% ../../nbs/04_train/09_loop.ipynb #20de181c
@@ -370,11 +370,12 @@ class _Planned:
         return out
 
     def _when_to_validate(self):
-        "Numbers of finished steps after which the validation loss is computed."
+        "Finished steps after which the validation loss is computed, the last among them."
         validation, epochs = self.how.validation, self.stage.epochs
         if not validation: return set()
-        checks = range(1, 1 + math.ceil(epochs/validation.every))
-        return {max(1, round(k*validation.every*len(self.plan)/epochs)) for k in checks}
+        steps, checks = len(self.plan), range(1, 1 + math.ceil(epochs/validation.every))
+        at = (round(k*validation.every*steps/epochs) for k in checks)
+        return {min(steps, max(1, n)) for n in at}
 
     def _refuse(self):
         "What cannot be trained as asked."
