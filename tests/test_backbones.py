@@ -7,15 +7,18 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from llava_med.models.adapters import attach, lora_targets
-from llava_med.models.backbone_rows import as_sample, cached_answers, plain_answers, row_batch, row_losses, text_attention, text_attention_of
+from llava_med.models.adapters import add_lora, attach, lora_targets
+from llava_med.models.anatomy import connector, part_table, trainable_names
+from llava_med.models.backbone_rows import as_sample, backbone_loss, cached_answers, plain_answers, row_batch, row_losses, text_attention, text_attention_of
 from llava_med.models.backbones import GATED_FAMILIES, backbone_of, load_backbone
 from llava_med.models.llava import save, tiny_model
 from llava_med.models.thin_backbones import THIN, thin_backbone, thin_inputs
 from llava_med.train import gates
-from llava_med.train.batches import pack_shared_prefixes
-from llava_med.train.gates import backbone_path, backbone_probe, separate_losses, thin_probe, way_losses
-from llava_med.train.packing import pack_rows
+from llava_med.train.batches import backbone_samples, pack_shared_prefixes
+from llava_med.train.gates import (BackbonePath, backbone_path, backbone_probe, path_collate, path_rows, separate_losses, thin_probe,
+                                   way_losses)
+from llava_med.train.loop import Stage, fit
+from llava_med.train.packing import ProcessedPictures, pack_rows
 
 REPO = Path(__file__).resolve().parents[1]
 # family → (path, way): what its masks and layers allow
@@ -172,6 +175,60 @@ def test_the_table_of_families_is_what_the_gates_say():
         assert r['answers_equal'] == r['answers'] == '50'
 
 
+# Training
+
+def trained(name, way, adapter=False):
+    "Losses of a thin model in a path of its own or the plain one."
+    thin = thin_backbone(name)
+    record, samples, pictures = thin_probe(thin)
+    model = add_lora(thin.model, 4, projector=False) if adapter else thin.model
+    found = backbone_path(model, record, samples, pictures)
+    assert found.path == PATHS[name][0]
+    if way == 'plain': found = BackbonePath(found.family, 'plain', '')
+    both = samples + [dict(s, image=1) for s in samples]
+    rows = path_rows(found, record, both)
+    assert len(rows) == dict(shared=2, packed=6, plain=6)[found.path]
+    job = Stage(name='vqa', trainable=('projector', 'language_model'), lr=1e-3, epochs=2, batch_size=len(rows))
+    return [r['loss'] for r in fit(model, rows, path_collate(found, record, pictures), job)], found
+
+
+@pytest.mark.parametrize('name', ['smolvlm', 'qwen3_vl', 'gemma3', 'lfm2_vl', 'paligemma', 'mllama'])
+def test_a_path_trains_as_separate_samples_do(name):
+    (plain, _), (own, found) = trained(name, 'plain'), trained(name, 'own')
+    assert found.way == PATHS[name][1] and len(own) == 2 and plain[1] < plain[0] - .01
+    assert own == pytest.approx(plain, abs=1e-4)
+
+
+def test_an_adapter_trains_in_rows():
+    (plain, _), (own, _) = trained('smolvlm', 'plain', True), trained('smolvlm', 'own', True)
+    assert own == pytest.approx(plain, abs=1e-4) and plain[1] < plain[0]
+
+
+def test_weights_count_in_every_way(thin):
+    for name in ('smolvlm', 'lfm2_vl'):
+        model, (record, samples, pictures) = thin(name)[0].model, thin(name)[1]
+        weighed = [dict(s, weights=[float(i + 1)]*len(s['labels'])) for i, s in enumerate(samples)]
+        truth, counts = 0., 0.
+        for s in weighed:
+            with torch.no_grad(): total, n = backbone_loss(model, row_batch(record, [s], pictures))
+            truth, counts = truth + float(total), counts + n
+        assert counts == 3*(1 + 2 + 3)
+        with torch.no_grad(): total, n = backbone_loss(model, row_batch(record, weighed, pictures))
+        assert (float(total), n) == (pytest.approx(truth, rel=1e-5), counts)
+
+
+@pytest.mark.parametrize('name', THIN)
+def test_every_weight_belongs_to_a_part(thin, name):
+    "So that each part can be trained or frozen, in any family."
+    model = thin(name)[0].model
+    rows = {r['part']: r['parameters'] for r in part_table(model)}
+    assert min(rows.values()) > 0 and sum(rows.values()) == sum(p.numel() for p in model.parameters())
+    inside = {id(p) for p in connector(model).parameters()}
+    named = set(trainable_names(model, ['projector']))
+    assert inside <= {id(p) for n, p in model.named_parameters() if n in named}
+    assert not any(n.startswith('lm_head') for n in named)
+
+
 # A real processor
 
 @pytest.fixture(scope='module')
@@ -188,6 +245,27 @@ def test_a_folder_becomes_a_backbone(small):
     assert len(samples) == 3 and pictures[0]['pixel_values'].shape == (1, 3, 96, 96)
     for s in samples: assert sum(l >= 0 for l in s['labels']) > 0 and s['input_ids'].count(record.image_id) == 64
     assert backbone_path(model, record, samples, pictures).family == 'llava'
+
+
+def test_questions_of_a_set_are_trained_with_the_models_own_processor(small):
+    from PIL import Image
+    images = {n: Image.new('RGB', (120, 96), n) for n in ('red', 'blue')}
+    asked = [('red', 'Why?', 'yes'), ('red', 'What is it?', 'a nodule'), ('blue', 'Where?', 'left lung'), ('blue', 'Is it small?', 'no')]
+    records = [dict(id=str(i), image=n, conversations=[{'from': 'human', 'value': f'<image>\n{q}'}, {'from': 'gpt', 'value': a}])
+               for i, (n, q, a) in enumerate(asked)]
+    losses = []
+    for path in ('shared', 'plain'):
+        model, processor = load_backbone(small)
+        record = backbone_of(model, processor, images['red'])
+        samples, names = backbone_samples(model, processor, record, records, images.__getitem__)
+        assert names == ['red', 'blue'] and [s['image'] for s in samples] == [0, 0, 1, 1]
+        found = BackbonePath('llava', path, '', 'row_blocks' if path == 'shared' else '')
+        pictures = ProcessedPictures(processor, record, names, images.__getitem__, most=1)
+        rows = path_rows(found, record, samples)
+        job = Stage(name='vqa', trainable=('projector', 'language_model'), lr=1e-2, epochs=2, batch_size=len(rows))
+        losses.append([r['loss'] for r in fit(model, rows, path_collate(found, record, pictures), job)])
+        assert len(rows) == dict(shared=2, plain=4)[path] and len(pictures.kept) == 1
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0][1] < losses[0][0]
 
 
 @pytest.mark.parametrize('change, says', [

@@ -7,9 +7,9 @@ __all__ = ['PARTS', 'POSITIONS', 'TRAINABLE', 'CLIP_LOOK', 'IMAGENET_LOOK', 'HAL
            'IMAGE_FILES', 'VISION_MODEL', 'base_of', 'part_path', 'tower', 'connector', 'decoder', 'head', 'put_part',
            'layers_of', 'decoder_layers', 'image_token', 'image_tokens', 'image_side', 'position_ids', 'on_model',
            'count_image_tokens', 'sample_positions', 'layer_kinds', 'state_layer', 'attention_window', 'apart_because',
-           'vision_features', 'tower_states', 'resized_tower', 'settled_tower', 'leading_vectors', 'part_of',
-           'check_patterns', 'has_identity', 'trainable_names', 'set_trainable', 'part_table', 'assumed_settings',
-           'image_settings', 'disk_name', 'for_older_readers']
+           'vision_features', 'tower_states', 'resized_tower', 'settled_tower', 'leading_vectors', 'part_places',
+           'part_of', 'check_patterns', 'has_identity', 'trainable_names', 'set_trainable', 'part_table',
+           'assumed_settings', 'image_settings', 'disk_name', 'for_older_readers']
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #c340e3ef
 import copy
@@ -363,11 +363,21 @@ def leading_vectors(
     return n - side**2 - int(config.vision_feature_select_strategy == 'default')
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #46b89be4
+def part_places(
+    model, # of any family, with adapters or not
+)->list:   # (beginning of a weight's name, key of `PARTS`), the first that fits counts
+    "Where the weights of each part are; what stands between tower and text is the connector's."
+    sees, joins, says = (part_path(model, part) for part in PARTS)
+    return [(joins + '.', 'projector'), (sees + '.deepstack_merger_list.', 'projector'),
+            (sees + '.', 'vision_tower'), (says + '.', 'language_model'),
+            ('lm_head.', 'language_model'), ('model.', 'projector')]
+
 def part_of(
     name:str, # of a parameter
+    places:list=(), # from `part_places`; empty: those of a LLaVA
 )->str:       # key of `PARTS`
     "The part of the model to which a parameter belongs; raises KeyError for a stranger."
-    for part, prefix in PARTS.items():
+    for prefix, part in places or [(prefix, part) for part, prefix in PARTS.items()]:
         if name.startswith(prefix): return part
     raise KeyError(f"Parameter '{name}' belongs to none of {list(PARTS)}.")
 
@@ -379,8 +389,9 @@ def _register_parts():
                 language_model='The whole language model, its embeddings and its head.')
     for part in PARTS:
         def weights(model, part=part):
+            places = part_places(model)
             for n, p in base_of(model).named_parameters():
-                if part_of(n) == part: yield p
+                if part_of(n, places) == part: yield p
         weights.__doc__ = says[part]
         TRAINABLE[part] = weights
 _register_parts()
@@ -419,7 +430,7 @@ def has_identity(
     model, # a LLaVA, with adapters or not
 )->bool:
     "Whether the connector is a single linear layer, held as that and an identity."
-    linear = base_of(model).config.projector_hidden_act == 'linear'
+    linear = getattr(base_of(model).config, 'projector_hidden_act', None) == 'linear'
     return linear and isinstance(connector(model), LlavaMultiModalProjector)
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #a49a4962
@@ -463,13 +474,15 @@ def set_trainable(
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #dfe82d7a
 def part_table(
-    model:LlavaForConditionalGeneration, # with weights frozen or not
-)->list:                                 # dicts part, parameters, trainable
+    model, # of any family, with weights frozen or not
+)->list:   # dicts part, parameters, trainable
     "Parameters of each part, and how many of them learn."
     rows = {p: dict(part=p, parameters=0, trainable=0) for p in PARTS}
+    places = part_places(model)
     for n, p in model.named_parameters():
-        rows[part_of(n)]['parameters'] += p.numel()
-        rows[part_of(n)]['trainable'] += p.numel()*p.requires_grad
+        row = rows[part_of(n, places)]
+        row['parameters'] += p.numel()
+        row['trainable'] += p.numel()*p.requires_grad
     return list(rows.values())
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #7c9a8d44

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SKIP', 'ROW_WAYS', 'as_sample', 'picture_inputs', 'Inputs', 'picture_batch', 'row_batch', 'plain_losses',
-           'text_attention_of', 'text_attention', 'row_losses', 'cached_losses', 'plain_answers', 'cached_answers']
+           'text_attention_of', 'text_attention', 'row_losses', 'cached_losses', 'backbone_loss', 'plain_answers',
+           'cached_answers']
 
 # %% ../../nbs/02_models/15_backbone_rows.ipynb #947763a9
 import contextlib
@@ -117,13 +118,16 @@ def row_batch(
     rows:list,       # samples, rows of questions about one picture, or packed rows
     pictures:list,   # what `picture_inputs` gave for each number
     pad_id:int=0,    # token that fills up
-)->dict:             # inputs, labels, segments, blocks
+)->dict:             # inputs, labels, joins; segments, blocks and weights where there are some
     "Rows as arguments of their model; samples that are no rows are padded as usual."
     shared = 'segments' in rows[0] or 'blocks' in rows[0]
     inputs = _token_inputs(record, rows, pad_id)
     lengths = [len(r['input_ids']) for r in rows]
     zeros = [[0]*n for n in lengths]
-    batch = dict(labels=_filled([r['labels'] for r in rows], SKIP))
+    batch = dict(labels=_filled([r['labels'] for r in rows], SKIP), joins=tuple(record.joins))
+    if any('weights' in r for r in rows):
+        known = [r.get('weights', [1.]*n) for r, n in zip(rows, lengths)]
+        batch['weights'] = _filled(known, 0.)
     if shared:
         inputs['attention_mask'] = torch.ones_like(inputs['input_ids'])
         for key in ('segments', 'blocks'):
@@ -209,34 +213,50 @@ def _side_by_side(key, x, bounds):
     return torch.cat(parts, -2 if key == 'position_ids' else 0)
 
 # %% ../../nbs/02_models/15_backbone_rows.ipynb #5756dad5
-def _read_prefix(model, record, inputs, n):
+def _read_prefix(model, joins, inputs, n):
     "A cache of the first `n` tokens and their pictures."
     base = base_of(model)
     cache = DynamicCache(config=base.config.get_text_config())
     first = {}
     for key, x in inputs.items():
-        own = key in record.joins
+        own = key in joins
         first[key] = on_model(base, x if own else _cut(key, x, 0, n))
     base(**first, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
 
 def cached_losses(
-    model,           # of any family, with adapters or not
-    record:Backbone, # of it
-    batch:dict,      # from `row_batch`, of one row of questions about one picture
-)->torch.Tensor:     # (scored tokens)
+    model,      # of any family, with adapters or not
+    batch:dict, # from `row_batch`, of one row of questions about one picture
+)->torch.Tensor: # (scored tokens)
     "Losses of the questions as a batch behind a cache of their prefix."
     n, bounds = _bounds(batch['segments'].cpu())
-    inputs, longest = batch['inputs'], max(e - a for a, e in bounds)
-    cache = _read_prefix(model, record, inputs, n)
+    inputs, joins, longest = batch['inputs'], batch['joins'], max(e - a for a, e in bounds)
+    cache = _read_prefix(model, joins, inputs, n)
     cache.reorder_cache(torch.zeros(len(bounds), dtype=torch.long))
-    behind = {k: _side_by_side(k, inputs[k], bounds) for k in inputs if k not in record.joins}
-    labels = F.pad(batch['labels'], (0, longest), value=SKIP)
+    behind = {k: _side_by_side(k, inputs[k], bounds) for k in inputs if k not in joins}
+    labels = F.pad(batch['labels'].cpu(), (0, longest), value=SKIP)
     labels = torch.stack([labels[0, a:a + longest].where(torch.arange(longest) < e - a,
                                                          torch.tensor(SKIP)) for a, e in bounds])
-    seen = torch.ones(len(bounds), n, dtype=torch.long)
+    seen = torch.ones(len(bounds), n, dtype=torch.long, device=inputs['input_ids'].device)
     behind['attention_mask'] = torch.cat([seen, behind['attention_mask']], 1)
     return _at_scored(model, behind, labels, past_key_values=cache, use_cache=True)
+
+# %% ../../nbs/02_models/15_backbone_rows.ipynb #199acbba
+def backbone_loss(
+    model,      # of any family, in the attention that the batch is made for
+    batch:dict, # from `row_batch`; `way` is prefix_cache where it is read behind a cache
+)->tuple:       # (loss summed over scored tokens, number of scored tokens)
+    "Cross-entropy of the scored tokens, summed; divide to get the mean."
+    if 'rows' in batch:
+        sums, counts = zip(*(backbone_loss(model, b) for b in batch['rows']))
+        return sum(sums), sum(counts)
+    if batch.get('way') == 'prefix_cache': losses = cached_losses(model, batch)
+    elif 'segments' in batch: losses = row_losses(model, batch)
+    else: losses = plain_losses(model, batch)
+    if 'weights' not in batch: return losses.sum(), len(losses)
+    keep = F.pad(batch['labels'], (0, 1), value=SKIP)[:, 1:] != SKIP
+    weights = F.pad(batch['weights'], (0, 1))[:, 1:][keep].to(losses.device)
+    return (losses*weights).sum(), weights.sum().item()
 
 # %% ../../nbs/02_models/15_backbone_rows.ipynb #10b4138e
 def plain_answers(
@@ -296,7 +316,7 @@ def cached_answers(
     n, bounds = _bounds(batch['segments'])
     inputs, answers = batch['inputs'], {}
     ends = ends or _ends(base_of(model).generation_config)
-    cache = _read_prefix(model, record, inputs, n)
+    cache = _read_prefix(model, record.joins, inputs, n)
     for length in sorted({e - a for a, e in bounds}):
         group = [b for b in bounds if b[1] - b[0] == length]
         own = copy.deepcopy(cache)

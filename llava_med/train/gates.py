@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['probe_samples', 'watched_weights', 'separate_loss', 'loss_and_gradients', 'Gate', 'apart', 'image_effect',
            'path_gate', 'prefix_gate', 'taken', 'exact_collate', 'check_step', 'thin_probe', 'backbone_probe',
-           'separate_losses', 'way_losses', 'prefix_moves', 'BackbonePath', 'backbone_path']
+           'separate_losses', 'way_losses', 'prefix_moves', 'BackbonePath', 'backbone_path', 'path_rows',
+           'path_collate']
 
 # %% ../../nbs/04_train/07_gates.ipynb #d22c109d
 import contextlib
@@ -30,7 +31,8 @@ from ..models.backbones import Backbone, answered, backbone_of, measure_backbone
 from ..models.thin_backbones import ThinBackbone, thin_inputs
 from .batches import (IGNORE, Collator, batch_loss, embed, encode,
                                      pack_shared_prefixes)
-from .packing import ApartCollator, PackedCollator, pack_rows
+from .packing import (ApartCollator, BackboneCollator, PackedCollator,
+                                     pack_rows)
 
 # %% ../../nbs/04_train/07_gates.ipynb #21af6ed7
 _LENGTHS = ((9, 3), (13, 7))   # tokens of the probe's questions and answers
@@ -447,7 +449,7 @@ def way_losses(
     "What rows teach in one way."
     batch = row_batch(record, rows, pictures)
     with text_attention(model, way if way in ROW_WAYS else text_attention_of(model)):
-        if way == 'prefix_cache': losses = cached_losses(model, record, batch)
+        if way == 'prefix_cache': losses = cached_losses(model, batch)
         else: losses = row_losses(model, batch, leak)
         return losses.detach(), _gradients(losses.mean(), learn) if learn else []
 
@@ -633,8 +635,8 @@ def _reason(found, moves):
     if found.path != 'plain':
         reasons.append(f'loss and gradients differ by {found.loss_error:.0e} and '
                        f'{found.grad_error:.0e} from those of separate samples')
-        moved = (f"{k.replace('_', ' ')} {x:.0e}" for k, x in found.caught.items())
-        reasons.append(f'mistakes move the losses ({", ".join(moved)})')
+        moved = ', '.join(map('{} {:.0e}'.format, found.caught, found.caught.values()))
+        reasons.append(f'mistakes move the losses ({moved.replace("_", " ")})')
     return '; '.join(reasons)
 
 # %% ../../nbs/04_train/07_gates.ipynb #4d8e9ee7
@@ -656,3 +658,24 @@ def backbone_path(
         except Exception as e:
             return BackbonePath(record.family, 'plain', f'the probe failed ({_why(e)})')
     return replace(found, why=_reason(found, moves))
+
+# %% ../../nbs/04_train/07_gates.ipynb #e6dc8948
+def path_rows(
+    found:BackbonePath, # from `backbone_path`
+    record:Backbone,    # of the model
+    samples:list,       # from `as_sample`
+    max_len:int=None,   # longest row in tokens; None: as long as its samples make it
+)->list:                # rows as they are trained on
+    "The rows of a path."
+    if found.path == 'shared': return pack_shared_prefixes(samples, record.image_id, max_len)
+    if found.path == 'packed': return pack_rows(samples, max_len or 0)
+    return samples
+
+def path_collate(
+    found:BackbonePath, # from `backbone_path`
+    record:Backbone,    # of the model
+    pictures,           # inputs of each picture, by its number
+    pad_id:int=0,       # token that fills up
+)->BackboneCollator:
+    "What makes batches of the rows of a path."
+    return BackboneCollator(record, pictures, found.way, pad_id)
