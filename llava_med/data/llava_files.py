@@ -416,7 +416,7 @@ def figure_of(
 # %% ../../nbs/03_data/11_llava_files.ipynb #5b55d30c
 def _name_of(row, number): # what a row calls itself, or its number
     names = [row.get(k) for k in ('id', 'question_id', 'pair_id')] if isinstance(row, dict) else []
-    names = [n for n in names if isinstance(n, (str, int)) and n != '']
+    names = [n for n in names if isinstance(n, (str, int)) and str(n).strip()]
     return names[0] if names else f'record {number}'
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #083f1926
