@@ -582,10 +582,10 @@ def _limit(model, record, samples, pictures, truth, learn):
     return min(max(1e-2, 3*noise), 5e-2)
 
 # %% ../../nbs/04_train/07_gates.ipynb #8efe1ae1
-def _ways(model, share):
+def _ways(model, pack_by_image):
     "The ways that are tried, the fastest first."
     masks = 'row_masks_eager' if text_attention_of(model) == 'eager' else 'row_masks'
-    return ('row_blocks', masks, 'prefix_cache') if share else (masks,)
+    return ('row_blocks', masks, 'prefix_cache') if pack_by_image else (masks,)
 
 # %% ../../nbs/04_train/07_gates.ipynb #0444b4ec
 def _unnoticed(caught, limit):
@@ -597,24 +597,24 @@ def _unnoticed(caught, limit):
     return ' and '.join(names)
 
 # %% ../../nbs/04_train/07_gates.ipynb #eb73407a
-def _joins(model, record, samples, pictures, share, way, learn, limit):
+def _joins(model, record, samples, pictures, pack_by_image, way, learn, limit):
     "Whether questions about two images are exact in one row."
     if way not in ROW_WAYS: return False
     both = samples + [dict(s, image=1) for s in samples]
     truth = separate_losses(model, record, both, pictures, learn)
-    rows = pack_rows(pack_shared_prefixes(both, record.image_id) if share else both, 10**9)
+    rows = pack_rows(pack_shared_prefixes(both, record.image_id) if pack_by_image else both, 10**9)
     return bool(_first_exact(model, record, rows, pictures, (way,), truth, learn, limit)[0])
 
 # %% ../../nbs/04_train/07_gates.ipynb #46aa7e0f
-def _chosen(model, record, samples, pictures, share):
+def _chosen(model, record, samples, pictures, pack_by_image):
     "The path of rows that share their image, or of packed samples; its reason is open."
     learn = _learning(model)
     truth = separate_losses(model, record, samples, pictures, learn)
     limit = _limit(model, record, samples, pictures, truth, learn)
-    ways = _ways(model, share)
-    joined = pack_shared_prefixes(samples, record.image_id) if share else samples
+    ways = _ways(model, pack_by_image)
+    joined = pack_shared_prefixes(samples, record.image_id) if pack_by_image else samples
     rows = pack_rows(joined, 10**9)
-    if share and (len(joined) != 1 or max(joined[0]['segments']) < 2):
+    if pack_by_image and (len(joined) != 1 or max(joined[0]['segments']) < 2):
         return BackbonePath(record.family, 'plain', 'the questions share no image and prefix')
     way, errors, wrong = _first_exact(model, record, rows, pictures, ways, truth, learn, limit)
     if not way: return BackbonePath(record.family, 'plain', wrong)
@@ -622,9 +622,9 @@ def _chosen(model, record, samples, pictures, share):
     if weak := _unnoticed(caught, limit):
         return BackbonePath(record.family, 'plain', 'the probe does not notice a mistake: '
                             + weak, caught=caught)
-    joins = _joins(model, record, samples, pictures, share, way, learn, limit)
-    return BackbonePath(record.family, 'shared' if share else 'packed', '', way, *errors, caught,
-                        joins)
+    joins = _joins(model, record, samples, pictures, pack_by_image, way, learn, limit)
+    path = 'shared' if pack_by_image else 'packed'
+    return BackbonePath(record.family, path, '', way, *errors, caught, joins)
 
 # %% ../../nbs/04_train/07_gates.ipynb #7b2a7090
 def _reason(found, moves):
@@ -654,7 +654,7 @@ def backbone_path(
                 return BackbonePath(record.family, 'plain', 'another image changes the losses by '
                                     f'{seen:.0e} only, so the probe shows nothing')
             moves = prefix_moves(model, record, samples[0], pictures)
-            found = _chosen(model, record, samples, pictures, share=moves <= 1e-4)
+            found = _chosen(model, record, samples, pictures, pack_by_image=moves <= 1e-4)
         except Exception as e:
             return BackbonePath(record.family, 'plain', f'the probe failed ({_why(e)})')
     return replace(found, why=_reason(found, moves))
