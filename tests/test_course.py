@@ -102,6 +102,38 @@ def test_solutions_are_right(n):
         assert hint_for(EXERCISES[k], space[fn]) == '', k
 
 
+def heard_of(k, value):
+    heard = []
+    assert not check(k, value, heard.append)
+    return heard[0]
+
+
+@pytest.mark.parametrize('k', EXERCISES)
+def test_who_prints_and_who_changes_the_input_hears_so(k, capsys):
+    truth = EXERCISES[k].truth
+    assert 'prints its answer' in heard_of(k, lambda *a: print(truth(*a))) and capsys.readouterr().out
+
+    def in_place(*a):
+        changed = [x for x in a if isinstance(x, list | dict | set | np.ndarray)]
+        for x in changed: x.fill(-1) if isinstance(x, np.ndarray) else x.clear()
+    if any(isinstance(x, list | dict | set | np.ndarray) for c in EXERCISES[k].cases for x in c):
+        assert 'changes its input' in heard_of(k, in_place)
+        assert check(k, truth, lambda s: None), 'the inputs of the next answer are whole'
+
+
+SHARES = ['1.4', '3.2', '3.4', '4.1', '4.2', '4.3', '4.5', '5.3', '5.5', '6.1', '6.2']   # whose answers are fractions
+
+
+@pytest.mark.parametrize('k', SHARES)
+def test_percent_and_rounding_are_told_apart(k):
+    truth = EXERCISES[k].truth
+    def of(f): return lambda *a: [f(x) for x in truth(*a)] if isinstance(truth(*a), list) else f(truth(*a))
+    for f in (lambda x: 100*x, lambda x: round(100*x, 1)): assert 'in percent' in heard_of(k, of(f))
+    for n in (1, 2): assert check(k, of(lambda x: round(x, n)), lambda s: None) or 'cut off' in heard_of(k, of(lambda x: round(x, n)))
+    assert 'is a text' in heard_of(k, lambda *a: f'{100*np.mean(truth(*a)):.1f} %')
+    assert not any(w in heard_of(k, of(lambda x: x + .37)) for w in ('percent', 'cut off', 'a text'))
+
+
 def test_check_never_raises():
     class Odd:
         def __eq__(self, other): raise RuntimeError('no')
