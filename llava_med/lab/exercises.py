@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXERCISES', 'BEGIN', 'END', 'Exercise', 'same_value', 'outputs_of', 'number_hint', 'hint_for', 'short_repr', 'ask',
-           'check', 'points_of', 'without_solution', 'unsolved']
+           'check', 'assert_right', 'points_of', 'without_solution', 'as_exercise', 'unsolved']
 
 # %% ../../nbs/09_lab/14_exercises.ipynb #b1259737
 import contextlib
@@ -675,6 +675,16 @@ def check(
     say(f'{name}: right.' if not hint else f'{name}: {hint}')
     return not hint
 
+# %% ../../nbs/09_lab/14_exercises.ipynb #46319c0e
+def assert_right(
+    name:str, # of the exercise, such as '1.2'
+    value,    # the answer: a value, or a function
+)->None:
+    "Raise AssertionError with the hint of a wrong answer; for tests, so it prints nothing."
+    said = []
+    with contextlib.redirect_stdout(io.StringIO()): right = check(name, value, said.append)
+    if not right: raise AssertionError(said[-1])
+
 # %% ../../nbs/09_lab/14_exercises.ipynb #e58cc757
 def points_of(
     answers:dict, # exercise -> answer
@@ -709,6 +719,13 @@ def without_solution(
     return '\n'.join(out)
 
 # %% ../../nbs/09_lab/14_exercises.ipynb #3656a101
+def as_exercise(
+    text:str, # Markdown of a solutions notebook
+)->str:       # the same with the title and the links of the exercises
+    "What a text says in the notebook of exercises, one folder further up."
+    text = text.replace(': solutions', ': exercises', 1)
+    return text.replace('](../', '](').replace('](../../', '](../')
+
 def unsolved(
     nb, # a solutions notebook, from nbformat
 ):      # a copy without solutions and outputs
@@ -718,6 +735,5 @@ def unsolved(
         if c.cell_type == 'code':
             c.source, c['outputs'], c['execution_count'] = without_solution(c.source), [], None
             continue
-        text = c.source.replace(': solutions', ': exercises', 1)
-        c.source = text.replace('](../', '](').replace('](../../', '](../')
+        c.source = as_exercise(c.source)
     return nb

@@ -19,7 +19,7 @@ from ..core.runs import read_json, read_jsonl
 from ..evaluate.exact import HEAD, score_table, ScoreError
 from ..evaluate.subjects import LocalModel
 from ..generate.answers import answer
-from .exercises import BEGIN, END
+from .exercises import as_exercise, BEGIN, END
 from ..models.llava import load
 
 # %% ../../nbs/09_lab/15_grading.ipynb #17acd505
@@ -322,16 +322,17 @@ def _exercise_of(cell):
     return found.groups()
 
 def _test_source(name, function):
-    "A test that fails where `check` gives a hint, which it prints."
-    return (f"from llava_med.lab.exercises import check as right_{name.replace('.', '_')}\n"
-            f"assert right_{name.replace('.', '_')}('{name}', {function})")
+    "A test that fails with the hint of `check`, and prints nothing."
+    return (f"from llava_med.lab.exercises import assert_right as is_right\n"
+            f"is_right('{name}', {function})")
 
 def _notebook(nb, cells):
-    "A notebook of the same kind with other cells, numbered, without outputs."
+    "A notebook of the same kind with other cells, numbered, without outputs, named as exercises."
     import nbformat
     for i, c in enumerate(cells):
         c['id'] = f'cell-{i}'
         if c.cell_type == 'code': c['outputs'], c['execution_count'] = [], None
+        if c.cell_type == 'markdown': c.source = as_exercise(c.source)
     return nbformat.v4.new_notebook(cells=cells, metadata=nb.metadata)
 
 # %% ../../nbs/09_lab/15_grading.ipynb #2404d231
