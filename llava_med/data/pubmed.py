@@ -20,7 +20,8 @@ from lxml import etree
 
 # %% ../../nbs/03_data/04_pubmed.ipynb #25b60ec5
 from ..core.testing import INVENTORY
-from .articles import ArticleError, article_records, match_image
+from .articles import article_records
+from .jats import ArticleError, match_image
 from llava_med.core.runs import (
     file_hash, now, progress, read_json, replacing, write_json, write_jsonl, writing
 )

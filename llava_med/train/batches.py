@@ -307,12 +307,26 @@ def _named(record, f, *args):
     try: return f(*args)
     except ValueError as err: raise ValueError(f"Record '{record.get('id')}': {err}") from None
 
+def _exchanges(record, tokenizer, bare):
+    "The exchanges of a record; `bare` gets those whose system turn the template has no place for."
+    messages = to_messages(record)
+    try: return exchanges(tokenizer, messages)
+    except ValueError:
+        if messages[0]['role'] != 'system': raise
+    found = exchanges(tokenizer, messages[1:])
+    bare.append(record.get('id'))
+    return found
+
+# %% ../../nbs/04_train/01_batches.ipynb #ad0cf4b1
 def _record_tokens(records, tokenizer, together=512):
     "(record, token ids of its samples); so many records are cut into tokens together."
+    bare = []
     for at in range(0, len(records), together):
         some = records[at:at + together]
-        talks = [_named(r, exchanges, tokenizer, to_messages(r)) for r in some]
+        talks = [_named(r, _exchanges, r, tokenizer, bare) for r in some]
         yield from zip(some, sample_ids(tokenizer_of(tokenizer), talks))
+    if bare: print(f'The system turn of {len(bare)} of {len(records)} conversations was left out: '
+                   'the chat template has no place for it.')
 
 # %% ../../nbs/04_train/01_batches.ipynb #710b6b11
 _SEVERAL = ('its chat template writes earlier turns otherwise than it asked for them, so it would '

@@ -31,11 +31,12 @@ def _joined(samples):
 # %% ../../nbs/04_train/02_packing.ipynb #37e6b6e5
 def pack_rows(
     samples:list, # encoded samples, or rows of `pack_shared_prefixes`
-    budget:int,   # tokens of a row
+    budget:int,   # tokens of a row; only a single longer sample exceeds it
 )->list:          # rows with blocks, segments and positions; `image` lists the pictures in order
-    "Put samples one behind the other, each into the first row with room for it."
+    "Put samples one behind the other, each into the first row with room; ValueError if packed."
     rows, room = [], []
-    for s in samples:
+    for number, s in enumerate(samples):
+        if 'blocks' in s: raise ValueError(f'Sample {number} is a packed row; pack samples once.')
         n = len(s['input_ids'])
         at = next((i for i, r in enumerate(room) if r >= n), len(rows))
         if at == len(rows):
@@ -52,15 +53,15 @@ def _plain_fields(row):
 
 class PackedCollator(Collator):
     "Joins packed rows to a batch."
-    attention = 'segmented'   # what training computes it with
+    attention = 'segmented'   # attention with which training computes these batches
     padded = False            # rows cost what their tokens cost
 
     def __call__(
         self,
-        samples:list, # rows of `pack_rows`; samples that are not packed make one row
+        samples:list, # rows of `pack_rows`, or samples, which make one row; not both
     )->dict:          # tensors input_ids, labels, segments, blocks, positions, features; layout
-        "Pad on the right to one length; ValueError as in `Collator`."
-        if 'blocks' not in samples[0]:
+        "Pad on the right to one length; ValueError as in `Collator` and `pack_rows`."
+        if not all('blocks' in s for s in samples):
             samples = pack_rows(samples, sum(len(s['input_ids']) for s in samples))
         batch = super().__call__([_plain_fields(s) for s in samples])
         n = batch.pop('attention_mask').shape[1]
@@ -69,6 +70,12 @@ class PackedCollator(Collator):
         return dict(batch, layout=layout(batch['segments'], batch['blocks']))
 
 # %% ../../nbs/04_train/02_packing.ipynb #b4445a7b
+def _check_images(found, images, image_tokens):
+    "Raise ValueError where the images of a row cannot be told apart by counting tokens."
+    if images and found != images*image_tokens:
+        raise ValueError(f'A row has {found} image tokens for {images} images of {image_tokens} '
+                         'tokens each; encode its samples with the image_tokens of this model.')
+
 def _sample(row, at, images):
     "The tokens of a row at some places as a sample of their own."
     sample = dict(image=images if len(images) > 1 else next(iter(images), None))
@@ -80,13 +87,14 @@ def _sample(row, at, images):
 def split_row(
     row:dict,         # of `pack_shared_prefixes` or `pack_rows`, or a plain sample
     image_id:int,     # the token that stands for a patch
-    image_tokens:int, # of one image
+    image_tokens:int, # of one image, the same for all
 )->list:              # plain samples: input_ids, labels, image, weights
-    "The samples that a row was made of."
+    "The samples that a row was made of; ValueError where images have other numbers of tokens."
     ids = np.asarray(row['input_ids'])
     segments = np.asarray(row.get('segments', [0]*len(ids)))
     blocks = np.asarray(row.get('blocks', [0]*len(ids)))
     images = [] if row.get('image') is None else np.atleast_1d(row['image']).tolist()
+    _check_images(int((ids == image_id).sum()), len(images), image_tokens)
     out = []
     for b in dict.fromkeys(blocks.tolist()):
         here = blocks == b
