@@ -369,7 +369,7 @@ def example_tables()->str: # Markdown, as seen from nbs/
 def example_images(
     named:dict, # figure in outputs/example, without ending → what it shows, in words
 )->str:         # Markdown, as seen from nbs/
-    "Those of the pictures that exist."
+    "Those of the images that exist."
     home, found = root()/'outputs/example', []
     for name, words in named.items():
         for p in sorted(home.glob(f'{name}.*')):
