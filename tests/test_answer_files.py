@@ -1,5 +1,6 @@
 "Answers of any tool belong to the questions that they answer, or to none."
 import csv
+import json
 import random
 import time
 from collections import Counter
@@ -427,3 +428,20 @@ def test_records_that_only_look_like_those_of_a_tool_are_refused_in_words(tmp_pa
 def test_a_word_for_no_error_is_none(tmp_path, word):
     table(tmp_path/'a.csv', ['question', 'text', 'error'], [[o['question'], o['answer'], word] for o in FOUR])
     assert score(FOUR, tmp_path/'a.csv')[0] == {'model': 1.}
+
+
+@pytest.mark.parametrize('layout', [lambda rows: dict(results=rows), lambda rows: {r['id']: dict(prompt=r['prompt'], text=r['text']) for r in rows}])
+def test_answers_in_an_indented_object_are_read(tmp_path, layout):
+    rows = [dict(id=f'a{i}', prompt=f'Is {i} big?', text='no') for i in range(3)]
+    (tmp_path/'a.json').write_text(json.dumps(layout(rows), indent=1))
+    assert [(r['id'], r['text']) for r in read_answers(tmp_path/'a.json')] == [(f'a{i}', 'no') for i in range(3)]
+
+
+def test_an_answer_without_a_model_among_others_is_named(tmp_path):
+    (tmp_path/'a.json').write_text(json.dumps([dict(id='a', text='no', model='m'), dict(id='b', text='no'), dict(id='c', text='no', model=['m'])]))
+    with pytest.raises(ScoreError, match='a.json, record 2: names no model, and others do .2 of 3 name none'): read_answers(tmp_path/'a.json')
+
+
+def test_a_row_that_was_cut_off_is_named(tmp_path):
+    (tmp_path/'a.csv').write_text('id,prompt,text\na,Big?,no\nb,Wide?')
+    with pytest.raises(ScoreError, match='a.csv, row 2: has fewer cells'): read_answers(tmp_path/'a.csv')

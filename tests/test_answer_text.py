@@ -110,3 +110,10 @@ def test_html_and_odd_texts():
     ('20', '2.0', False), ('1.2.0', '1.2', False), ('10.0', '1', False)])
 def test_stars_ranges_sizes_and_numbers_with_a_zero_behind(said, key, same):
     assert strict(said, key) is same
+
+
+def test_an_answer_of_a_hundred_thousand_letters_is_normalised_in_no_time():
+    import time
+    start = time.monotonic()
+    for text in ('é' * 100_000, 'x' * 100_000 + ' - no', '-1 ' + ' ' * 100_000 + 'a'): strict_normalise(text)
+    assert time.monotonic() - start < 5

@@ -226,3 +226,34 @@ def test_a_model_that_answers_otherwise_with_it_keeps_its_own_attention(monkeypa
     monkeypatch.setitem(prefix_cache.AttentionInterface._global_mapping, 'grouped', wrong)
     assert answers.slow_because(model) is None and model in prefix_cache._UNGROUPED
     assert answer(model, processor, images, asked, 6) == want
+
+
+def test_an_empty_question_is_refused():
+    "It would be answered as if it were the question before it in its row."
+    model, processor = grouped('llama')
+    cache = prefix_cache.read_prefixes(model, [[5, 6, 7]], [[]])
+    own = lambda: prefix_cache.cache_rows(cache, [0])
+    for questions in ([[8, 9], []], [[], [8, 9]]):
+        with pytest.raises(ValueError, match='has no token'): prefix_cache.decode(model, [questions], own(), {2})
+    for pair in (([], [5]), ([8], [])):
+        with pytest.raises(ValueError, match='has no token'): prefix_cache.reply_logprobs(model, [[([8, 9], [5]), pair]], own())
+
+
+def test_a_prefix_without_an_image_is_shared():
+    "Any common beginning of some prompts, here of a system turn."
+    model, _ = grouped('llama')
+    rng = np.random.default_rng(0)
+    system, *asked = (rng.integers(10, 250, n).tolist() for n in (12, 3, 7, 1))
+    shared = prefix_cache.decode(model, [asked], prefix_cache.read_prefixes(model, [system], [[]]), set(), 6)[0]
+    for q, said in zip(asked, shared):
+        ids = torch.tensor([system + q])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        assert out[0, ids.shape[1]:].tolist() == said
+
+
+def test_padding_that_cannot_be_tried_is_not_taken():
+    model, processor = grouped('llama')
+    def with_image_only(**inputs): raise ValueError('pixel_values are missing')
+    model.generate = with_image_only
+    gate = prefix_cache.padding_gate(model)
+    assert not gate.passed and 'ValueError' in gate.why

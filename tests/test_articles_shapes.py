@@ -4,6 +4,7 @@ import time
 import pytest
 
 from llava_med.data import articles as A
+from llava_med.data.jats import figure_numbers, sentence_spans
 
 XLINK = 'xmlns:xlink="http://www.w3.org/1999/xlink" xmlns:mml="http://www.w3.org/1998/Math/MathML"'
 
@@ -24,8 +25,8 @@ def fig(fid='F1', label='Figure 1', caption='<p>A lesion.</p>', inside='', tag='
 def graphic(name): return f'<graphic xlink:href="{name}"/>'
 def x(rid, text, kind='fig'): return f'<xref ref-type="{kind}" rid="{rid}">{text}</xref>'
 def texts(r): return [m['text'] for m in r['mentions']]
-def sentences(s): return [s[a:b] for a, b in A.sentence_spans(s)]
-def numbers(s): return [n for n, *_ in A.figure_numbers(s)]
+def sentences(s): return [s[a:b] for a, b in sentence_spans(s)]
+def numbers(s): return [n for n, *_ in figure_numbers(s)]
 
 
 # Where figures stand
@@ -279,7 +280,7 @@ def test_sentences(text, n): assert len(sentences(text)) == n, sentences(text)
 
 def test_sentences_lose_nothing():
     text = 'One Fig. 1. Two et al. 2019! Three? (Four.) Five.12 Six. 7 mm.'
-    spans = A.sentence_spans(text)
+    spans = sentence_spans(text)
     assert ''.join(text[a:b] for a, b in spans).replace(' ', '') == text.replace(' ', '')
     assert all(a < b for a, b in spans) and spans == sorted(spans)
 
@@ -370,3 +371,22 @@ def test_hostile_text_with_a_figure_costs_no_time():
     start = time.time()
     r, = article(many, fig(caption='<p>' + '(a) ' * 50_000 + '</p>'))
     assert len(r['mentions']) == 5_000 and time.time() - start < 5
+
+
+# The summary
+
+def test_a_summary_counts_articles_and_figures_and_knows_one_from_many(tmp_path, capsys):
+    import io, tarfile
+    def text(n): return (f'<article {XLINK}><front><article-meta><article-id pub-id-type="pmc">{n}</article-id></article-meta></front><body><p>See Figure 1.</p>'
+                         + fig('F1', inside=graphic('g1')) + '</body></article>').encode()
+    (tmp_path/'a.xml').write_bytes(text(1))
+    with tarfile.open(tmp_path/'two.tar.gz', 'w:gz') as t:
+        for n in (12, 123):
+            info = tarfile.TarInfo(f'PMC{n}/a.nxml'); info.size = len(text(n))
+            t.addfile(info, io.BytesIO(text(n)))
+    assert A.figures([tmp_path/'a.xml'], tmp_path/'out.jsonl') == 0
+    assert capsys.readouterr().out.startswith('1 article, 1 figure, 0 with image, 1 with mentions, 0 problems -> ')
+    assert A.figures([tmp_path/'two.tar.gz'], tmp_path/'out.jsonl') == 0
+    assert capsys.readouterr().out.startswith('2 articles, 2 figures, 0 with image, 2 with mentions, 0 problems -> ')
+    A.figures([tmp_path/'two.tar.gz', tmp_path/'a.xml', tmp_path/'none.xml'], tmp_path/'out.jsonl')
+    assert '3 articles, 3 figures, 0 with image, 3 with mentions, 1 problem -> ' in capsys.readouterr().out

@@ -126,6 +126,24 @@ def test_no_patient_is_in_training_and_validation(tmp_path):
     assert len(found.val) == 4 and not {o['patient'] for o in found.train} & {o['patient'] for o in found.val}
 
 
+def test_a_system_turn_is_trained_or_left_out_and_counted(toy, capsys):
+    processor = tiny_model(image_size=24)[1]
+    plain, own = dict(id='a', image='a.png', conversations=said('<image>\nwhich side?', 'left')), dict(system='Answer as a radiologist.')
+    bare, = record_samples([plain], processor, 4)[0]
+    with_system, = record_samples([plain | own], processor, 4)[0]
+    text = processor.tokenizer.decode(with_system['input_ids'])
+    assert 'radiologist' in text and text.index('radiologist') < text.index('which side') and len(with_system['input_ids']) > len(bare['input_ids'])
+    count = lambda s: sum(l >= 0 for l in s['labels'])
+    assert count(with_system) == count(bare) and not capsys.readouterr().out
+    given = processor.tokenizer.chat_template or processor.chat_template
+    for template in (given.replace('for m in messages', "for m in messages if m['role'] != 'system'"),
+                     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + given):
+        processor.tokenizer.chat_template = processor.chat_template = template
+        found, _ = record_samples([plain, plain | own, plain | own], processor, 4)
+        assert all(s['input_ids'] == bare['input_ids'] for s in found)
+        assert 'The system turn of 2 of 3 conversations was left out' in capsys.readouterr().out
+
+
 def test_questions_without_a_training_split_say_what_is_missing(tmp_path):
     from llava_med.train.stages import trainable_questions
     from PIL import Image

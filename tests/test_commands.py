@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from test_convert import Original
 
-from llava_med.core.runs import write_jsonl
+from llava_med.core.runs import write_csv, write_jsonl
 from llava_med.lab import commands, publishing, rehearsal, sweeps
 from llava_med.lab.commands import COMMANDS, main, make_parser
 from llava_med.lab.presets import plan_run, read_preset
@@ -191,3 +191,72 @@ def test_an_example_that_is_wrong_would_be_noticed(words, dry): assert main(word
 def test_what_cannot_be_read_is_exit_code_2(words, capsys):
     with pytest.raises(SystemExit) as e: main(words)
     assert e.value.code == 2 and 'usage: llava-med' in capsys.readouterr().err
+
+
+# What is said before and after a run
+
+@pytest.fixture
+def told(monkeypatch, dry):
+    "`run` with made-up costs; what was asked, and whether somebody sits there."
+    asked, there = [], dict(yes=True, answer='n')
+    monkeypatch.setattr(commands, '_told_costs', lambda args: ['It will take 40 hours.'])
+    monkeypatch.setattr('builtins.input', lambda s: asked.append(s) or there['answer'])
+    monkeypatch.setattr(commands, '_at_terminal', lambda: there['yes'])
+    monkeypatch.setattr(commands, 'agreed', lambda lines, yes=False: AGREED(lines, yes, input))
+    return asked, there
+
+
+AGREED = commands.agreed
+
+
+@pytest.mark.parametrize('words, sits, answer, code, n', [([], True, 'n', 130, 1), ([], True, '', 130, 1), ([], True, 'y', 0, 1),
+                                                          (['--yes'], True, 'n', 0, 0), ([], False, 'n', 0, 0)])
+def test_a_costly_run_is_asked_about_on_a_terminal_only(words, sits, answer, code, n, told, capsys):
+    asked, there = told
+    there.update(yes=sits, answer=answer)
+    assert main(['run', 'tiny', '--name', 'x', '--set', 'all.epochs=100', *words]) == code
+    assert len(asked) == n and 'It will take 40 hours.' in capsys.readouterr().out
+
+
+def test_hours_and_downloads_follow_from_what_was_typed():
+    one = commands.costs_of('tiny', 'x', [], ['3_stage2_tuning.epochs=4'])
+    assert one == [], 'minutes need no word'
+    many = commands.costs_of('tiny', 'x', [], ['all.epochs=100', '1_data_prep.clip=openai/clip-vit-large-patch14'])
+    assert 'about 6 hours' in many[0] and '1.7 GB' in many[1] and len(many) == 2
+
+
+def test_only_what_can_be_costly_is_reckoned(monkeypatch):
+    monkeypatch.setattr(commands.subprocess, 'run', lambda *a, **k: pytest.fail('reckoned'))
+    for words in (['run', 'tiny'], ['run', 'tiny', '--set', 'all.seed=1'], ['run', 'tiny', '--rehearse', '--set', 'all.epochs=9']):
+        assert commands._told_costs(make_parser().parse_args(words)) == []
+    with pytest.raises(pytest.fail.Exception): commands._told_costs(make_parser().parse_args(['run', 'tiny', '--set', 'all.epochs=9']))
+
+
+def test_who_brings_articles_hears_what_is_mixed_in_and_what_was_scored(tmp_path):
+    plan = plan_run(read_preset('tiny'), 'x', sets=['1_data_prep.articles=["mine/"]'])
+    assert 'about 6000 drawn figures' in commands.mixed_line(plan) and '1_data_prep.n_figures=0' in commands.mixed_line(plan)
+    (tmp_path/'1_data_prep').mkdir()
+    write_jsonl(tmp_path/'1_data_prep/figures.jsonl', [dict(source=s) for s in ('phantoms/PMC1', 'phantoms/PMC2', 'mine/PMC3')])
+    assert commands.own_line(tmp_path, plan).startswith('Of the 3 figures to train on 1 are yours.')
+    asked = plan_run(read_preset('tiny'), 'x', sets=['1_data_prep.articles=["mine/"]', '4_evaluation.vqa=my_questions/'])
+    assert commands.own_line(tmp_path, asked) == commands.own_line(tmp_path, plan_run(read_preset('tiny'), 'x')) == ''
+
+
+def test_the_tables_of_a_run_say_whose_questions_they_are_about(tmp_path):
+    (tmp_path/'4_evaluation').mkdir()
+    row = dict(dataset='my_questions', split='test', condition='image', slice='all', metric='strict', value=.5, low=.4, high=.6, n_images=9, n_clusters=9)
+    write_csv(tmp_path/'4_evaluation/scores.csv', [row | dict(model=m, n_items=12) for m in ('base', 'stage2', 'stage2-base')])
+    text = commands.scores_text(tmp_path, ['4_evaluation'])
+    assert text.strip().endswith('asked: base 12 questions about 9 images; stage2 12 questions about 9 images (my_questions, test)')
+
+
+def test_scores_fit_a_screen_and_the_rest_is_in_the_file(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    write_jsonl(place/'answers.jsonl', answer_file('score'))
+    assert main(['score', 'vqa_rad/testset.json', 'answers.jsonl', '--part', '--out', 'all.csv']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 25 and max(map(len, lines[2:])) <= 100
+    shown = [x.split()[0] for x in lines if x.startswith('  ')]
+    written = (place/'all.csv').read_text().splitlines()
+    assert shown == ['strict', 'strict.closed', 'llavamed_v1.closed_gated'] and len(written) - 1 > 50
+    assert f'{len(written) - 1} rows in all -> all.csv' == lines[-1]

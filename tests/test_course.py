@@ -3,6 +3,8 @@ import csv
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from llava_med.lab.exercises import BEGIN, EXERCISES, check, hint_for, points_of, unsolved
-from llava_med.lab.grading import GRADE_PARTS, GRADED_STEPS, grade, made_run, total
+from llava_med.lab.grading import GRADE_PARTS, GRADED_STEPS, grade, made_run, nbgrader_source, otter_source, total
 from llava_med.data.claims import read_claims
 from llava_med.core.runs import read_json, read_jsonl, write_csv, write_json, write_jsonl
 from llava_med.lab.runner import started
@@ -102,6 +104,38 @@ def test_solutions_are_right(n):
         assert hint_for(EXERCISES[k], space[fn]) == '', k
 
 
+def heard_of(k, value):
+    heard = []
+    assert not check(k, value, heard.append)
+    return heard[0]
+
+
+@pytest.mark.parametrize('k', EXERCISES)
+def test_who_prints_and_who_changes_the_input_hears_so(k, capsys):
+    truth = EXERCISES[k].truth
+    assert 'prints its answer' in heard_of(k, lambda *a: print(truth(*a))) and capsys.readouterr().out
+
+    def in_place(*a):
+        changed = [x for x in a if isinstance(x, list | dict | set | np.ndarray)]
+        for x in changed: x.fill(-1) if isinstance(x, np.ndarray) else x.clear()
+    if any(isinstance(x, list | dict | set | np.ndarray) for c in EXERCISES[k].cases for x in c):
+        assert 'changes its input' in heard_of(k, in_place)
+        assert check(k, truth, lambda s: None), 'the inputs of the next answer are whole'
+
+
+SHARES = ['1.4', '3.2', '3.4', '4.1', '4.2', '4.3', '4.5', '5.3', '5.5', '6.1', '6.2']   # whose answers are fractions
+
+
+@pytest.mark.parametrize('k', SHARES)
+def test_percent_and_rounding_are_told_apart(k):
+    truth = EXERCISES[k].truth
+    def of(f): return lambda *a: [f(x) for x in truth(*a)] if isinstance(truth(*a), list) else f(truth(*a))
+    for f in (lambda x: 100*x, lambda x: round(100*x, 1)): assert 'in percent' in heard_of(k, of(f))
+    for n in (1, 2): assert check(k, of(lambda x: round(x, n)), lambda s: None) or 'cut off' in heard_of(k, of(lambda x: round(x, n)))
+    assert 'is a text' in heard_of(k, lambda *a: f'{100*np.mean(truth(*a)):.1f} %')
+    assert not any(w in heard_of(k, of(lambda x: x + .37)) for w in ('percent', 'cut off', 'a text'))
+
+
 def test_check_never_raises():
     class Odd:
         def __eq__(self, other): raise RuntimeError('no')
@@ -118,6 +152,66 @@ def test_check_never_raises():
 def test_points():
     rows = points_of({k: x.truth for k, x in EXERCISES.items()})
     assert total(rows) == (30, 30) and total(points_of({}, 3)) == (0, 5)
+
+
+# Other people's graders
+
+def tool(name):
+    "A command beside this Python or on the path; without it the test is left out."
+    folders = f'{Path(sys.executable).parent}{os.pathsep}{os.environ.get("PATH", "")}'
+    if not shutil.which(name, path=folders): pytest.skip(f'{name} is not installed here: it is no part of the project')
+    env = dict(os.environ, PATH=folders, PYTHONPATH=f'{REPO}{os.pathsep}{os.environ.get("PYTHONPATH", "")}', LLAVA_MED_ROOT=str(REPO))
+
+    def go(*words, cwd):
+        done = subprocess.run([shutil.which(name, path=folders), *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return go
+
+
+def with_forged_check(nb):
+    "A notebook in which somebody lets every check succeed."
+    nb = nbformat.from_dict(nb)
+    next(c for c in nb.cells if 'import check' in c.source).source += '\ncheck = lambda *a: True'
+    return nb
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('n', [1, 4])
+def test_nbgrader_marks_the_exercises(n, tmp_path):
+    nbgrader, name = tool('nbgrader'), f'session{n}'
+    (tmp_path/'nbgrader_config.py').write_text("c = get_config()\nc.CourseDirectory.course_id = 'course'\nc.ClearSolutions.code_stub = {'python': '...'}\n")
+    source = tmp_path/f'source/{name}/{name}.ipynb'
+    source.parent.mkdir(parents=True)
+    nbformat.write(nbgrader_source(nbformat.read(solutions(n), 4)), source)
+    nbgrader('generate_assignment', name, cwd=tmp_path)
+    given = nbformat.read(tmp_path/f'release/{name}/{name}.ipynb', 4)
+    assert BEGIN not in str(given) and sum('\n    ...' in c.source for c in given.cells) == 5
+    for who, nb in dict(ada=nbformat.read(source, 4), ben=given, cy=with_forged_check(given)).items():
+        (tmp_path/f'submitted/{who}/{name}').mkdir(parents=True)
+        nbformat.write(nb, tmp_path/f'submitted/{who}/{name}/{name}.ipynb')
+    nbgrader('autograde', name, cwd=tmp_path)
+    nbgrader('export', cwd=tmp_path)
+    got = {r['student_id']: (float(r['score']), float(r['max_score'])) for r in rows_of(tmp_path/'grades.csv')}
+    assert got == dict(ada=(5, 5), ben=(0, 5), cy=(0, 5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('n', [1, 4])
+def test_otter_marks_the_exercises(n, tmp_path):
+    otter, name = tool('otter'), f'session{n}'
+    nbformat.write(otter_source(nbformat.read(solutions(n), 4), name), tmp_path/f'{name}.ipynb')
+    otter('assign', f'{name}.ipynb', 'dist', cwd=tmp_path)
+    [key] = (tmp_path/'dist/autograder').glob('*.zip')
+    given = nbformat.read(tmp_path/f'dist/student/{name}.ipynb', 4)
+    assert 'BEGIN SOLUTION' not in str(given) and sum('\n    ...' in c.source for c in given.cells) == 5
+    full = nbformat.read(tmp_path/f'dist/autograder/{name}.ipynb', 4)
+    got = {}
+    for who, nb in dict(ada=full, ben=given, cy=with_forged_check(given)).items():
+        (tmp_path/who).mkdir()
+        nbformat.write(nb, tmp_path/f'{who}/{name}.ipynb')
+        otter('run', '-a', key, '-o', who, '--no-logo', f'{who}/{name}.ipynb', cwd=tmp_path)
+        got[who] = sum(x.get('score') or 0 for x in read_json(tmp_path/who/'results.json')['tests'])
+    assert got == dict(ada=5, ben=0, cy=0)
 
 
 # The grader

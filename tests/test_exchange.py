@@ -224,6 +224,9 @@ def test_a_system_turn_is_asked_or_refused(tmp_path):
     with pytest.raises(ValueError, match="Record 'r': The chat template refuses this conversation: Roles must alternate"): record_samples([r], strict, 4)
     drops = load(base(tmp_path/'c', "{% for m in messages if m['role'] != 'system' %}{{ '<|im_start|>' + m['role'] + '\n' }}" + TEXT + "<|im_end|>{% endfor %}" + CUE, '<|im_end|>', ['<|im_end|>']))[1]
     with pytest.raises(ValueError, match='leaves the system turn out'): record_samples([r], drops, 4)
+    turns = [dict(role='system', content='You are brief.'), dict(role='user', content='why?')]
+    assert 'You are brief.' in chat(processor, turns)
+    with pytest.raises(ValueError, match='leaves the system turn out'): chat(drops, turns)   # asking, as training
 
 
 # Where a template lies, and what comes with it

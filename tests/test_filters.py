@@ -347,3 +347,10 @@ def test_findings_of_phantoms_are_read_and_denials_are_not(tmp_path):
         denied = {k for k in claims['absent'] if k in F.FINDING_WORDS} - set(claims['findings'])
         n += len(denied); wrong += len(denied & F.named_findings(r['caption']))
     assert n > 20 and wrong <= .05*n
+
+
+def test_records_of_an_evaluation_set_that_protect_nothing_are_named(tmp_path):
+    Image.new('RGB', (32, 32), 'red').save(tmp_path/'a.png')
+    (tmp_path/'e.json').write_text(json.dumps([dict(image='a.png'), dict(picture='b.png'), 5, dict(image='gone.png')]))
+    notes = ' '.join(F.HeldOut([tmp_path/'e.json']).notes)
+    assert 'e.json: 2 of its 4 records name no image and no article (the first: record 2)' in notes and '1 of its 2 images are not there (the first: gone.png)' in notes

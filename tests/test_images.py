@@ -522,3 +522,74 @@ def test_references_into_packages(tmp_path):
     assert image_bytes(folder/'a.png') == b'1'
     tarred(folder/'x.tar.gz', {'u/a.png': b'2'}); zipped(folder/'x.zip', {'u/a.png': b'3'})
     assert image_bytes(f'{folder}/x.tar.gz::u/a.png') == b'2' and image_bytes(f'{folder}/x.zip::u/a.png') == b'3'
+
+
+# What stands beside the pixels, and kinds that cannot be read
+
+def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+
+BESIDE = {'2 MB of text': chunk(b'tEXt', b'k\0' + b'x' * 2_000_000), '2 MB of XMP': chunk(b'iTXt', b'XML:com.adobe.xmp\0\0\0\0\0' + b'<' * 2_000_000), 'a broken note': chunk(b'eXIf', b'Exif\0\0 no note'),
+          'a broken profile': chunk(b'iCCP', b'p\0\0 none'), 'a wrong sum': chunk(b'tEXt', b'k\0v')[:-4] + b'\0' * 4}
+
+
+@pytest.mark.parametrize('what', BESIDE)
+def test_metadata_never_costs_the_pixels(what):
+    data = saved(NOISE, 'PNG')
+    data = data[:33] + BESIDE[what] + data[33:]
+    assert open_image(data).tobytes() == NOISE.tobytes() and image_size(data) == NOISE.size
+    with pytest.raises(ImageError, match='^image: '): open_image(data[:-500])
+
+
+def test_broken_notes_of_a_jpeg_are_left_out_and_sound_ones_count():
+    exif = NOISE.getexif(); exif[274] = 6
+    data = saved(NOISE, 'JPEG', exif=exif)
+    noted = data[:2] + b'\xff\xe2' + struct.pack('>H', 12) + b'MPF\0 broken' [:10] + data[2:]
+    assert open_image(noted).size == open_image(data).size == NOISE.size[::-1]
+    assert images._bare_jpeg(noted) != noted and open_image(images._bare_jpeg(noted)).size == NOISE.size
+
+
+@pytest.mark.parametrize('data, said', [
+    (gzip.compress(struct.pack('<i', 348) + bytes(340) + b'n+1\0' + bytes(64)), 'a NIfTI volume; save the slice'), (struct.pack('>i', 348) + bytes(340) + b'ni1\0', 'a NIfTI volume'),
+    (struct.pack('<i', 540) + b'n+2\0\r\n\x1a\n' + bytes(540), 'a NIfTI volume'), (b'NRRD0004\n', 'an NRRD volume'), (b'\x93NUMPY\x01\0', 'a NumPy array'), (b'%PDF-1.4', 'a PDF; save the page'),
+    (b'<!DOCTYPE html><html>', 'a web page'), (b'\0\0\0\x18ftypheic', 'a HEIC photograph'), (gzip.compress(b'x' * 900), 'compressed; unpack it'), (b'nothing', 'not an image of a known format.')])
+def test_what_is_known_but_no_image_is_named_with_a_remedy(data, said):
+    with pytest.raises(ImageError) as e: open_image(data)
+    assert said in str(e.value) and '\n' not in str(e.value) and image_size(data) == (None, None)
+
+
+def test_a_tiff_of_floats_in_three_channels_is_named():
+    tags = [(256, 4, 1, 8), (257, 4, 1, 8), (258, 3, 1, 32), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 200), (277, 3, 1, 3), (278, 4, 1, 8), (279, 4, 1, 768), (339, 3, 1, 3)]
+    head = b'II*\0' + struct.pack('<IH', 8, len(tags)) + b''.join(struct.pack('<HHII', *t) for t in tags) + bytes(4)
+    with pytest.raises(ImageError, match='a TIFF of 32-bit floating-point numbers in 3 channels; save it as 8 bit'): open_image(head + bytes(2000))
+
+
+@pytest.mark.parametrize('kind', ['MONOCHROME2', 'MONOCHROME1'])
+def test_one_hot_pixel_without_a_window_leaves_the_rest_visible(kind):
+    x = (RAMP // 4).astype(np.int16)
+    good = grey(dicom(x, kind))
+    x[5, 7] = 32_767
+    y = grey(dicom(x, kind))
+    assert y.std() > 60 and np.abs(np.delete(y.ravel() - good.ravel(), 5 * 64 + 7)).max() <= 2
+    x[5, 7] = -32_000
+    assert grey(dicom(x, kind)).std() > 60
+
+
+def test_a_bright_part_that_is_more_than_a_few_pixels_sets_the_contrast():
+    x = np.zeros((64, 64), np.int16); x[:4, :4] = 4000; x[10:20] = 100
+    assert (grey(dicom(x)).max(), grey(dicom(x))[12, 3]) == (255, 6)
+    one = np.zeros((64, 64), np.int16); one[3, 3] = 9     # all but one are equal: there is no other contrast
+    assert grey(dicom(one)).max() == 255
+
+
+# Names
+
+def test_a_name_is_the_same_with_composed_letters_and_either_slash(tmp_path):
+    from unicodedata import normalize
+    decomposed = normalize('NFD', 'Größe')
+    (tmp_path/decomposed).mkdir(); (tmp_path/decomposed/'ü.png').write_bytes(b'x')
+    assert decomposed != 'Größe'
+    for name in ('Größe/ü.png', 'Größe\\ü.png', f'{decomposed}/{normalize("NFD", "ü")}.png'): assert images.find_file(tmp_path, name) == f'{decomposed}/ü.png'
+    for name in ('größe/ü.png', 'Größe/u.png', '../x', '', 'a\0b'): assert images.find_file(tmp_path, name) is None
+    (tmp_path/decomposed/normalize('NFD', 'ü.png')).write_bytes(b'y')   # now there are two, and a third writing may mean either
+    assert images.find_file(tmp_path, f'{decomposed}/ü.png') == f'{decomposed}/ü.png' and images.find_file(tmp_path, 'Größe/ü.png') is None

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_med.data.conversations import DOMAINS, RecordError, fault, read_records, write_records
+from llava_med.data.conversations import DOMAINS, RecordError, fault, read_records, to_messages, write_records
 from llava_med.data.llava_files import (Form, ImageFolder, conversation_of, domain_counts,
     figure_of, form_of, llava_caption, llava_question, llava_record, missing_words, place_images,
-    read_llava_file, stream_rows, with_images, write_rows)
+    read_llava_file, stream_rows, training_records, usual_form, with_images, write_rows)
 from llava_med.core.runs import test_data as data_folder
 
 REPO = Path(__file__).resolve().parents[1]
@@ -89,7 +89,7 @@ def test_every_image_of_the_questions_is_missing_here(tmp_path):
     Image.new('RGB', (9, 9)).save(tmp_path/records[0]['image'])
     kept = list(with_images(records, tmp_path, missing))
     assert {r['image'] for r in kept} == {records[0]['image']} and len(kept) + len(missing) == 193
-    assert missing_words(missing, 193) == f'{len(missing)} of 193 records are left out, because their images are missing: {len(missing)} × there is no such file.'
+    assert missing_words(missing, 193) == f'{len(missing)} of 193 records are left out, because their images are missing: {len(missing)} × there is no such file; the first is {missing[0]["id"]!r}.'
 
 
 def test_damaged_files_end_in_a_sentence(tmp_path):
@@ -107,7 +107,7 @@ def test_a_bad_row_costs_one_line(tmp_path):
     write_rows(tmp_path/'x.json', [good, *bad, good], Form('conversations'))
     faults = []
     assert len(list(read_llava_file(tmp_path/'x.json', faults))) == 2
-    assert [f['record'] for f in faults] == [2, 'b', 'c', 3, 6] and all(f['reason'].strip() for f in faults)
+    assert [f['record'] for f in faults] == ['record 2', 'b', 'c', 3, 'record 6'] and all(f['reason'].strip() for f in faults)
 
 
 def test_letters_of_other_scripts_and_odd_line_ends(tmp_path):
@@ -187,3 +187,87 @@ def test_half_a_million_records_are_a_stream(tmp_path):
     assert path.stat().st_size > 300e6 and got['found'] == n
     assert got['peak'] < 1000 and got['peak'] - got['before'] < 50, got
     print(got)
+
+
+ORGAN = [{'from': 'human', 'value': '<image>\nWhich organ?'}, {'from': 'gpt', 'value': 'lung'}]
+ASKED = [{'role': 'user', 'content': 'Which organ?'}, {'role': 'assistant', 'content': 'lung'}]
+PARTS = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'Which organ?'}]}, {'role': 'assistant', 'content': [{'type': 'text', 'text': 'lung'}]}]
+
+
+def trained(tmp_path, rows, lines=False):
+    "What training makes of rows in a file beside three images."
+    for i in range(3): Image.new('RGB', (9, 9), (i, 0, 0)).save(tmp_path/f'p{i}.png')
+    text = '\n'.join(map(json.dumps, rows)) if lines else json.dumps(rows)
+    (tmp_path/'t.json').write_text(text)
+    return training_records(tmp_path/'t.json')
+
+
+@pytest.mark.parametrize('lines', [False, True])
+@pytest.mark.parametrize('row', [
+    dict(image='p0.png', conversations=ORGAN), dict(messages=ASKED, images=['p0.png']), dict(messages=PARTS, images=['p0.png']),
+    dict(images=[{'path': 'p0.png', 'bytes': None}], messages=PARTS), dict(image_path='p0.png', messages=ASKED), dict(image='file://p0.png', conversations=ORGAN),
+    dict(messages=[{'role': 'user', 'content': '<image>Which organ?'}, ASKED[1]], images=['p0.png']),
+    dict(messages=[{'role': 'user', 'content': [{'type': 'image', 'image': 'p0.png', 'text': None}, PARTS[0]['content'][1]]}, PARTS[1]]),
+    dict(conversations=[{'role': 'USER ', 'content': '<image>Which organ?'}, {'role': 'assistant', 'content': 'lung'}], image=['p0.png'])])
+def test_conversations_in_the_forms_that_people_have(tmp_path, row, lines):
+    found, said = trained(tmp_path, [row], lines)
+    assert said == 't.json: All 1 records have their images.' and found[0]['image'] == str(tmp_path/'p0.png')
+    assert to_messages(found[0]) == PARTS and found[0]['id'] == 'record_1'
+
+
+def test_a_system_turn_is_kept_and_said(tmp_path):
+    row = dict(id='a', image='p0.png', conversations=[{'from': 'system', 'value': 'You are a radiologist.'}, *ORGAN])
+    found, said = trained(tmp_path, [row, row | dict(conversations=ORGAN, id='b'), dict(id='c', system='Be brief.', messages=ASKED, images=['p1.png'])])
+    assert [r.get('system') for r in found] == ['You are a radiologist.', None, 'Be brief.'] and '2 have a system turn' in said
+    assert to_messages(found[0])[0] == {'role': 'system', 'content': [{'type': 'text', 'text': 'You are a radiologist.'}]}
+    assert llava_record(found[0])['conversations'] == row['conversations'] and usual_form(llava_record(found[0]))['system'] == found[0]['system']
+
+
+@pytest.mark.parametrize('change,why', [
+    (dict(video='v.mp4'), 'names a video'), (dict(videos=['v.mp4']), 'names a video'), (dict(audios=['a.wav']), 'names an audio file'),
+    (dict(image=None, conversations=[{'from': 'human', 'value': '<video>\nWhat?'}, ORGAN[1]]), 'has <video> in its text'),
+    (dict(conversations=[{'from': 'human', 'value': '<image>\nWhere is <ref-object>?'}, {'from': 'gpt', 'value': '<bbox>'}]), 'has <ref-object> in its text'),
+    (dict(image=None, conversations=[{'from': 'human', 'value': 'Picture 1: <img>p0.png</img>\nWhat?'}, ORGAN[1]]), 'has <img> in its text'),
+    (dict(image=None, conversations=None, messages=[{'role': 'user', 'content': [{'type': 'video', 'video': 'v.mp4'}]}, ASKED[1]]), "has a part of the type 'video'"),
+    (dict(conversations=[*ORGAN, {'from': 'system', 'value': 'x'}]), 'has a system turn at place 3'), (dict(conversations=[*ORGAN, {'from': 'tool', 'value': 'x'}]), "has a turn from 'tool'"),
+    (dict(conversations=[ORGAN[0], {'from': 'gpt', 'value': True}]), 'is no text at turn 2'), (dict(conversations=[ORGAN[0], {'from': 'gpt', 'value': None}]), 'is empty at turn 2'),
+    (dict(conversations=[ORGAN[0], ORGAN[1] | {'weight': 0}]), 'has an answer that is not to be learned (weight: 0)'), (dict(conversations=[ORGAN[0], ORGAN[1] | {'loss': False}]), 'has an answer that is not to be learned'),
+    (dict(images=['p1.png']), 'names its images twice'), (dict(image='https://x.org/p0.png'), 'names its image by an address'), (dict(image='data:image/png;base64,AA'), 'holds its image as text'),
+    (dict(image=None, images=['p0.png', 'p1.png']), 'names 2 images and has 1 marks'), (dict(image=[{'bytes': 'x'}]), "has an 'image' that is no file name")])
+def test_what_no_image_conversation_holds_is_left_out_and_counted(tmp_path, change, why):
+    good = dict(id='a', image='p0.png', conversations=ORGAN)
+    found, said = trained(tmp_path, [good, good | dict(id='b') | change, good | dict(id='c') | change])
+    assert [r['id'] for r in found] == ['a'] and f'2 × {why}' in said and "the first is 'b'" in said and '2 more are left out' in said
+    with pytest.raises(RecordError, match='no record can be used'): trained(tmp_path, [good | change])
+
+
+def test_numbers_are_answers_and_images_keep_their_order(tmp_path):
+    number = dict(id='n', image='p0.png', conversations=[{'from': 'human', 'value': '<image>\nHow many?'}, {'from': 'gpt', 'value': 3}])
+    several = dict(messages=[{'role': 'user', 'content': 'What changed?'}, {'role': 'assistant', 'content': 0.5}], images=['p2.png', 'p0.png'])
+    found, said = trained(tmp_path, [number, several])
+    assert [r['conversations'][1]['value'] for r in found] == ['3', '0.5'] and found[1]['image'] == [str(tmp_path/f'p{i}.png') for i in (2, 0)]
+    assert [p['type'] for p in to_messages(found[1])[0]['content']] == ['image', 'image', 'text']
+
+
+def test_one_name_in_two_folders_is_never_the_wrong_image(tmp_path):
+    rows = [dict(id=f, image=f'/{f}/p0.png', conversations=ORGAN) for f in ('mri', 'ct')] + [dict(id='x', image='/mri/p1.png', conversations=ORGAN)]
+    found, said = trained(tmp_path, rows)
+    assert [r['id'] for r in found] == ['x'] and '2 of 3 records are left out, because their images are missing: 2 × images of one name were in several folders' in said
+    assert len(trained(tmp_path, [rows[0], rows[0] | dict(id='again')])[0]) == 2
+
+
+def test_a_file_of_another_form_shows_ours(tmp_path):
+    with pytest.raises(RecordError, match=r'begins with the keys q, a: none .*A conversation is written as \{"id"'): trained(tmp_path, [dict(q='Which organ?', a='lung')])
+
+
+def test_a_name_with_decomposed_letters_or_backslashes_finds_its_file(tmp_path):
+    from unicodedata import normalize
+    name = normalize('NFD', 'ü') + '.png'
+    (tmp_path/'pics').mkdir(); (tmp_path/'pics'/name).write_bytes(b'x')
+    record = dict(id='a', image='ü.png', conversations=[{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'It.'}])
+    (tmp_path/'t.json').write_text(json.dumps([record], ensure_ascii=False))
+    found, said = training_records(tmp_path/'t.json', tmp_path/'pics')
+    assert found[0]['image'] == str(tmp_path/'pics'/name) and Path(found[0]['image']).is_file() and said == 't.json: All 1 records have their images.'
+    look = ImageFolder(tmp_path)
+    assert look.why_not('pics\\ü.png') == '' and look.name('pics\\ü.png') == f'pics/{name}'
+    assert look.why_not('pics/u.png').startswith('there is no such file') and look.why_not('../x') == 'its name leads out of the folder'

@@ -216,3 +216,15 @@ def test_the_last_step_is_followed_by_a_check(toy, every, checked):
     rows = fit(model, samples, Collator(pad, features), stage, validation=loop.Validation(samples[:4], every=every, patience=3))
     assert [r['step'] + 1 for r in rows if isinstance(r.get('val_loss'), float)] == checked, rows
     assert not torch.equal(before, model.state_dict()['model.multi_modal_projector.linear_1.weight'])
+
+
+def test_more_patience_trains_on(toy, tmp_path):
+    "A checkpoint of a training that early stopping ended is not the end of one with more patience or other checks."
+    samples, pad, features = toy
+    stage = Stage('toy', ('projector', 'language_model'), 1e-2, epochs=6, batch_size=4)
+    wrong = [dict(s, labels=[i if l != -100 else l for i, l in zip([4]*99, s['labels'])]) for s in samples[:4]]
+    def run(folder, **kw): return fit(tiny_model(image_size=24)[0], samples, Collator(pad, features), stage, checkpoint=folder, validation=loop.Validation(wrong, **kw))
+    short = run(tmp_path/'state', patience=1)
+    for kw in (dict(patience=3), dict(patience=1, every=.5)):
+        run(tmp_path/'state', patience=1)
+        assert run(tmp_path/'state', **kw) == run(None, **kw) != short

@@ -5,7 +5,7 @@ import pytest
 import torch
 from llava_med.train.batches import Collator, encode, pack_shared_prefixes
 from llava_med.models.llava import tiny_model
-from llava_med.train.packing import PackedCollator, pack_rows
+from llava_med.train.packing import PackedCollator, pack_rows, split_row
 from llava_med.train.loop import Stage, fit
 
 
@@ -84,3 +84,19 @@ def test_short_pieces_in_bfloat16_are_as_exact_as_before(toy, monkeypatch):
     before = gradients(True)
     errors = [float((g - exact).norm()/exact.norm()) for g in (kept, before)]
     assert 0 < errors[0] < 1.5*errors[1] + 1e-4, errors
+
+
+def test_a_packed_row_is_not_packed_again(toy):
+    "Its blocks would become one block, in which its samples see each other."
+    samples, pad, features, image = toy
+    row, = pack_rows(samples[:3], 10_000)
+    for made in ([samples[3], row], [row, samples[3]]):
+        with pytest.raises(ValueError, match=f'Sample {made.index(row)} is a packed row'): PackedCollator(pad, features)(made)
+
+
+def test_images_of_another_size_are_not_guessed_at(toy):
+    samples, pad, features, image = toy
+    row, = pack_rows(samples[1:4], 10_000)
+    n = samples[1]['input_ids'].count(image)
+    assert len(split_row(row, image, n)) == 3
+    with pytest.raises(ValueError, match=f'{3*n} image tokens for 3 images of {n + 1} tokens'): split_row(row, image, n + 1)

@@ -11,7 +11,7 @@ import nbformat
 import psutil
 import pytest
 
-from conftest import PARAMETERS, make_notebook, wait_for
+from conftest import HEAD, PARAMETERS, make_notebook, wait_for
 from llava_med.lab.runner import OUTCOME_MARK
 from llava_med.lab.presets import plan_run, read_preset
 from llava_med.lab.commands import main
@@ -112,6 +112,25 @@ def test_usage_errors_of_the_parser_are_2(capsys):
 
 # Values arrive as what they are
 
+@pytest.mark.parametrize('name', ['2_two-Copy1', '2_two_copy', '2_two (1)'])
+def test_a_copy_of_a_notebook_is_no_step(toy, capsys, name):
+    toy.run('toy')
+    before = toy.out('2_two')
+    stamp = (toy.outputs/'toy/2_two/out.json').stat().st_mtime_ns
+    toy.notebook(name).write_text(toy.notebook('2_two').read_text())
+    capsys.readouterr()
+    assert toy.run('toy', '--set', '3_three.n=2') == 0 and toy.out('2_two') == before and (toy.outputs/'toy/2_two/out.json').stat().st_mtime_ns == stamp
+    assert f'{name}.ipynb is a copy and does not run' in capsys.readouterr().out and not (toy.outputs/'toy'/name).exists()
+    assert toy.run('toy', '--only', '2') == 0, 'the copy does not make the number ambiguous'
+
+
+def test_a_copy_that_a_preset_names_has_its_own_folder(toy, monkeypatch):
+    work = "from llava_med.core.runs import Step\nstep = Step('2_two', run, inputs_from, seed, 'cpu')\nwrite_json(step.path('out.json'), n)\nstep.finish()"
+    for name in ('2_two', '2_two-Copy1'): make_notebook(toy.notebook(name), PARAMETERS, HEAD, work)
+    toy.preset('both', 'description: x\nsteps: [2_two, {notebook: 2_two-Copy1, n: 5}]\n')
+    assert toy.run('both') == 0 and (toy.out('2_two', 'both'), toy.out('2_two-Copy1', 'both')) == (1, 5)
+
+
 def test_values_arrive(toy):
     toy.preset('toy', 'parameters:\n  1_one: {lr: 2e-5, files: [x, 3e2]}\n  all: {n: 4}\n  3_three: {n: 5}\n')
     assert toy.run('toy', '--set', '2_two.lr=2e-5', '2.tag=007', '--set', '3_three.lr=1') == 0
@@ -149,6 +168,9 @@ def test_optional_steps_run_only_when_named(toy):
     ('sys.exit(3)', 'SystemExit'),
     ('raise ValueError("line one\\nthe last line")', 'ValueError: the last line'),
     ('raise KeyboardInterrupt', 'KeyboardInterrupt'),
+    ('raise OSError(28, "No space left on device")', 'The disk is full (No space left on device): free some space, or set LLAVA_MED_OUTPUTS'),
+    ('raise RuntimeError("Error while serializing: No space left on device (os error 28)\\nsecond line")', 'The disk is full'),
+    ('raise OSError(2, "No such file")', 'FileNotFoundError: [Errno 2]'),
     ('import signal\nos.kill(os.getppid(), 9)\ntime.sleep(30)', 'was killed'),   # papermill itself
 ])
 def test_failure_is_one_sentence(toy, capsys, work, says):
@@ -343,6 +365,25 @@ def test_step_clears_its_folder_but_not_the_running_notebook(toy):
     assert record['state'] == 'done' and record['results'] == {'score': 0.5} and record['key']
     ledger = json.loads((toy.outputs/'toy/1_one/ledger.json').read_text())
     assert ledger['wall_s'] > 0 and ledger['peak_memory_mib'] > 10
+
+
+def test_a_copy_that_is_run_by_hand_has_its_own_folder(toy, monkeypatch, capsys):
+    Step('2_two', 'scratch', device='cpu').path('kept.txt').write_text('of the original')
+    toy.notebook('2_two-Copy1').write_text(toy.notebook('2_two').read_text())
+    for book, name in (('2_two-Copy1', '2_two-Copy1'), ('Copy of 2_two', 'Copy-of-2_two'), ('2_two', '2_two'), ('other', '2_two')):
+        monkeypatch.setenv('JPY_SESSION_NAME', str(toy.notebook(book)))
+        if name == '2_two': assert (toy.outputs/'scratch/2_two/kept.txt').exists(), 'no copy has touched it'
+        step = Step('2_two', 'scratch', device='cpu')
+        assert step.dir == toy.outputs/'scratch'/name and ('is a copy of 2_two.ipynb' in capsys.readouterr().out) == (name != '2_two')
+        step.lock.release()
+        if name == '2_two': step.path('kept.txt').write_text('of the original')
+
+
+def test_only_the_shipped_base_is_restored_with_git(toy):
+    step = Step('2_two', 'scratch', device='cpu')
+    with pytest.raises(StepInputError, match='my_base is missing') as e: step.uses('base_model', toy.root/'my_base')
+    assert 'git checkout' not in str(e.value)
+    with pytest.raises(StepInputError, match='git checkout data/base_tiny'): step.uses('base_model', toy.root/'data/base_tiny')
 
 
 def test_a_step_by_hand_makes_the_runner_run_it_again(toy):

@@ -4,7 +4,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from llava_med.core.runs import RunLock, RunLocked, hold, run_dir, update_run, user_of
+from llava_med.core.devices import user_of
+from llava_med.core.runs import RunLock, RunLocked, update_run
 
 needs_root = pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0, reason='only root can play two users')
 ADA, BEN = 47001, 47002

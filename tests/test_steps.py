@@ -1,6 +1,7 @@
 "Steps by name: a list in a preset, a notebook that runs twice, recipes that are imported first, and all that is refused."
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from llava_med.lab import estimate, rehearsal
 from llava_med.lab.commands import scores_text
 from llava_med.lab.tasks import lay_out
 from llava_med.lab.grids import plan_grid, read_grid
-from llava_med.lab.steps import UsageError
+from llava_med.lab.steps import UsageError, check_paths
 from llava_med.lab.presets import as_planned, plan_run, presets, read_preset
 from llava_med.lab.runner import started, step_inputs, step_key
 from llava_med.lab.sweeps import run_batch
@@ -225,6 +226,54 @@ def test_a_wrong_grid_over_named_steps(lists, text, says):
     assert says in str(e.value)
 
 
+# What a run reads
+
+@pytest.mark.parametrize('words,says', [
+    (['--set', '3b_vqa_tuning.vqa=nowhere/'], '3b_vqa_tuning is not among the steps to run'),
+    (['--only', '3b', '--set', '3b_vqa_tuning.vqa=nowhere/'], '3b_vqa_tuning.vqa is nowhere/, and there is no such file or folder. Correct it'),
+    (['--set', '1_data_prep.articles=[README.md, none.tar.gz]', '--set', '4_evaluation.vqa=none'], 'articles is none.tar.gz, and there is no such file or folder. The same is wrong with 4_evaluation.vqa.'),
+    (['--set', '3_stage2_tuning.start_from=data/none'], 'start_from is data/none, and there is no such folder.'), (['--set', 'all.base_model=~/no_model'], f'{Path.home()}/no_model, and there is no such folder'),
+    (['--set', '2_stage1_alignment.base_model=README.md'], 'a file, where a folder is needed'), (['--set', '3_stage2_tuning.data=data'], 'a folder, where a file is needed'),
+    (['--set', '3_stage2_tuning.data=settings.ini'], '3_stage2_tuning.data: .*settings.ini'), (['--set', '4_evaluation.models={a: outputs/none/model}'], '4_evaluation.models is outputs/none/model'),
+    (['--only', '3', '--set', '3_stage2_tuning.start_from=2_stage1_alignment'], 'The step 2_stage1_alignment of this run makes it: run that first')])
+def test_every_path_is_looked_for_before_the_first_step(tmp_path, capsys, words, says):
+    from llava_med.lab.commands import main
+    assert main(['run', 'tiny', '--name', 'paths', '--anyway', *words]) == 2
+    said = capsys.readouterr().err
+    assert re.search(says, said) and 'Traceback' not in said and ('git checkout' in said) == ('base_tiny' in said), said
+    assert not (tmp_path/'outputs/paths').exists()
+
+
+def test_paths_of_home_and_of_steps_before_pass(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path/'base').mkdir()
+    (tmp_path/'base/config.json').write_text('{}')
+    recipe = read_preset('tiny')
+    plan = plan_run(recipe, 'x', sets=['all.base_model=~/base', '3_stage2_tuning.start_from=2_stage1_alignment'])
+    assert plan['5_attention']['base_model'] == str(tmp_path/'base')
+    check_paths(plan, 'x')
+    made = plan_run(recipe, 'x', ['0', '2'], ['0_base_model.publish=data/new', '2_stage1_alignment.base_model=data/new'])
+    check_paths(made, 'x')
+    with pytest.raises(UsageError, match='is data/new, and there is no such folder'): check_paths({'2_stage1_alignment': made['2_stage1_alignment']}, 'x')
+
+
+def test_a_file_of_conversations_is_opened_before_the_first_step(tmp_path, capsys):
+    from llava_med.lab.commands import main
+    row = dict(video='v.mp4', conversations=[{'from': 'human', 'value': '<video>\nWhat?'}, {'from': 'gpt', 'value': 'a'}])
+    (tmp_path/'t.json').write_text(json.dumps([row]))
+    assert main(['run', 'tiny', '--name', 'paths', '--anyway', '--set', f'3_stage2_tuning.data={tmp_path}/t.json']) == 2
+    said = capsys.readouterr().err
+    assert '3_stage2_tuning.data: ' in said and 'no record can be used' in said and '1 × names a video' in said and not (tmp_path/'outputs/paths').exists()
+
+
+def test_a_grid_looks_for_every_path_first(lists, capsys):
+    from llava_med.lab.commands import main
+    grid = lists.root/'g.yaml'
+    grid.write_text('preset: toy\ngrid: {again.n: [2, 3]}\nparameters: {first.start_from: data/none}\n')
+    assert main(['batch', str(grid)]) == 2
+    assert 'g.yaml: first.start_from is data/none, and there is no such folder.' in capsys.readouterr().err and not lists.outputs.exists()
+
+
 # By hand
 
 def test_plain_papermill_refuses_what_a_notebook_does_not_have(lists, monkeypatch):
@@ -252,6 +301,34 @@ def test_plain_papermill_takes_an_old_name(lists, monkeypatch):
     run(n_held=3)
     assert read_json(lists.outputs/'scratch/1_one/n.json') == 3
     with pytest.raises(papermill.PapermillExecutionError, match='1_one: n_held is now called n_val, and both are given'): run(n_held=3, n_val=4)
+
+
+def test_plain_papermill_gives_values_their_kinds(lists, monkeypatch):
+    import papermill
+    monkeypatch.setenv('PYTHONPATH', str(REPO))
+    work = "step = Step('1_one', run, inputs_from, seed, 'cpu')\nwrite_json(step.path('n.json'), [packed, lr, n, tag, files])\nstep.finish()"
+    book = make_notebook(lists.notebook('1_one'), HEAD, MORE + 'packed: bool = True  # rows', work, tags=())
+    nb = nbformat.read(book, 4)
+    nb.cells[1].metadata['tags'] = ['parameters']
+    nbformat.write(nb, book)
+    run = lambda **values: started(lambda **own: papermill.execute_notebook(str(book), str(lists.root/'out.ipynb'), values, kernel_name='python3',
+                                                                          progress_bar=False, **own))
+    run(packed='false', lr='2e-3', n='4', tag='7', files='[a, b]')
+    assert read_json(lists.outputs/'scratch/1_one/n.json') == [False, 2e-3, 4, '7', ['a', 'b']]
+    kept = (lists.outputs/'scratch/1_one/n.json').stat().st_mtime_ns
+    for values, says in ((dict(packed='perhaps'), "packed must be of type bool, and 'perhaps' is str"), (dict(n=2.5), 'n must be of type int, and 2.5 is float'),
+                         (dict(tag=7), 'tag must be of type str, and 7 is int .papermill takes a text as it is with -r')):
+        with pytest.raises(papermill.PapermillExecutionError, match=says): run(**values)
+        ran = nbformat.read(lists.root/'out.ipynb', 4).cells
+        assert [c.execution_count for c in ran if c.source == work] == [None], 'the parameters cell itself fails'
+    assert (lists.outputs/'scratch/1_one/n.json').stat().st_mtime_ns == kept
+
+
+def test_values_are_checked_where_the_imports_come_late():
+    cells = [PARAMETERS, "# Parameters\nn = '3'\nlr = 1\n", HEAD]
+    renames.check_injected(cells, '1_one', dict(n=3, lr=1))
+    with pytest.raises(ValueError, match="1_one: n is the text '3', and means 3: give that"): renames.check_injected(cells, '1_one', dict(n='3', lr=1))
+    with pytest.raises(ValueError, match="1_one: n must be of type int, and 'x' is str"): renames.check_injected(cells, '1_one', dict(n='x', lr=1))
 
 
 def test_an_old_name_is_told_and_still_works(lists, monkeypatch, capsys):

@@ -427,7 +427,7 @@ def test_one_door_for_all(tmp_path, slake):
     assert vqa_readers.read_vqa(tmp_path / 'a.json') == slake['test'][:5]  # our own files may be parts
 
 
-@pytest.mark.parametrize('name, text, said', [('x.json', '[]', 'none of the known forms'), ('x.json', '{"a": ', 'not valid JSON'), ('x.json', '[1, 2]', 'none of the known'),
+@pytest.mark.parametrize('name, text, said', [('x.json', '[]', 'none of the known forms'), ('x.json', '{"a": ', 'neither JSON'), ('x.json', '[1, 2]', 'none of the known'),
                                               ('x.csv', 'a,b\n1,2\n', 'none of the known'), ('x.jsonl', '{"a": 1}\n', 'none of the known')])
 def test_what_is_no_vqa_set(tmp_path, name, text, said):
     (tmp_path / name).write_text(text)
@@ -560,3 +560,55 @@ def test_keys_and_splits_that_cannot_be_read_are_refused(tmp_path, odd, said):
     pq.write_table(pa.Table.from_pylist([rows[1], rows[1]]), tmp_path/'x/b.parquet')
     with pytest.raises(ValueError, match=f'a.json: {said}.*; write'): read_vqa(tmp_path/'a.json')
     with pytest.raises(ValueError, match=f'b.parquet: {said.replace("1", "0")}.*; write'): read_vqa(tmp_path/'x/b.parquet')
+
+
+# Items by hand
+
+@pytest.mark.parametrize('odd, said', [
+    (dict(question=3), "Item 'i0' has the question '3'; write a text"), (dict(question=' '), "Item 'i0' has an empty question"), (dict(tags=['ct']), "Item 'i0' has the tags"),
+    (dict(images='a.jpg'), "Item 'i0' has the images 'a.jpg'; write a list of file names"), (dict(images=[None]), "Item 'i0' has the image 'None'"), (dict(answer=True), "Item 'i0' has the answer 'True'"),
+    (dict(answer=['no']), "has the answer"), (dict(regions='left'), 'has the regions'), (dict(regions=[{'name': 'a'}]), 'has the region'), (dict(regions=[{'box': [0, 0, 1]}]), 'has the region'),
+    (dict(answer_type='maybe'), 'write OPEN or CLOSED'), (dict(id=['x']), 'Item in row 0 has the id'), (dict(split=None), 'has the split'), (dict(options=7), 'has the options')])
+def test_an_item_by_hand_is_refused_with_its_name_and_its_field(tmp_path, odd, said):
+    write_json(tmp_path/'test.json', [item(0, 'a.png') | odd, item(1, 'b.png')])
+    with pytest.raises(ValueError) as e: vqa.read_items(tmp_path/'test.json')
+    assert said in str(e.value) and 'test.json' in str(e.value) and '\n' not in str(e.value)
+
+
+def test_null_is_empty_and_a_number_is_an_answer(tmp_path):
+    write_json(tmp_path/'test.json', [item(0, 'a.png') | dict(regions=None, tags=None, options=None, answer=3, answer_type='closed')])
+    got = vqa.read_items(tmp_path/'test.json')[0]
+    assert (got['regions'], got['tags'], got['options'], got['answer'], got['answer_type']) == ([], {}, [], '3', 'CLOSED')
+
+
+def test_what_is_not_asked_is_said(tmp_path):
+    said, rows = [], [item(0, 'a.png'), item(1, 'gone.png'), item(2, 'b.png') | dict(images=[]), item(3, 'a.png') | dict(answer='')]
+    for o in rows: o['split'] = 'test'
+    (tmp_path/'a.png').write_bytes(b'x')
+    write_json(tmp_path/'test.json', rows)
+    found = vqa_readers.open_vqa(tmp_path/'test.json', part=True, say=said.append)
+    words = ' '.join(said)
+    assert [o['id'] for o in found['items']] == ['i0', 'i3'] and 'the first that is not: gone.png' in words
+    assert '1 questions name no image and are not asked (the first: i2)' in words and '1 with an empty answer (the first: i3)' in words
+
+
+def test_a_question_of_no_split_among_others_is_refused(tmp_path):
+    (tmp_path/'x.csv').write_text('image,question,answer,split\na.png,Big?,no,test\na.png,Wide?,no,\n')
+    (tmp_path/'a.png').write_bytes(b'x')
+    with pytest.raises(ValueError, match="x.csv: 1 of its 2 questions are of no split \\(the first: 'table-1'\\)"): vqa_readers.open_vqa(tmp_path/'x.csv')
+
+
+def test_other_languages_that_are_left_aside_are_counted(tmp_path):
+    rows = [dict(qid=i, img_name='a.png', question='Big?', answer='no', answer_type='CLOSED', q_lang=k) for i, k in enumerate(['en', 'zh', 'zh', 'x'])]
+    write_json(tmp_path/'test.json', rows)
+    said = []
+    assert len(vqa_readers.read_vqa(tmp_path/'test.json', part=True, say=said.append)) == 1 and "other languages left aside: 2 × 'zh', 1 × 'x'" in said[0]
+
+
+def test_images_of_questions_are_found_under_decomposed_names(tmp_path):
+    from unicodedata import normalize
+    there = normalize('NFD', 'ü.png')
+    (tmp_path/'images').mkdir(); (tmp_path/'images'/there).write_bytes(b'x')
+    write_json(tmp_path/'test.json', [item(0, 'ü.png'), item(1, 'images\\ü.png')])
+    found = vqa_readers.open_vqa(tmp_path/'test.json', part=True)
+    assert {(found['images_dir']/n).is_file() for o in found['items'] for n in o['images']} == {True} and not vqa.check_items(found['items'], found['images_dir'])

@@ -4,15 +4,23 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'STAGE_RENAMED', 'ARGUMENTS_RENAMED', 'new_name', 'renamed', 'recorded_values', 'old_names',
-           'assigned_names', 'injected_names', 'check_injected', 'rename_injected', 'shell']
+           'assigned_names', 'injected_names', 'parameter_kinds', 'as_kind', 'type_injected', 'check_injected',
+           'rename_injected', 'shell', 'own_step']
 
 # %% ../../nbs/00_core/00_renames.ipynb #e7ca60b8
 import ast
+import contextlib
 import difflib
 import functools
 import inspect
+import math
+import os
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+import yaml
 
 # %% ../../nbs/00_core/00_renames.ipynb #266876fe
 RENAMED = {   # parameter of a notebook → its present name
@@ -104,17 +112,77 @@ def injected_names(
     if 'inputs_from' not in known: return [], []
     return assigned_names(cells[at[-1]]), known
 
+# %% ../../nbs/00_core/00_renames.ipynb #72347e79
+_KINDS = {'int', 'float', 'str', 'bool', 'list', 'dict', 'None'}   # what a parameter may be
+
+def parameter_kinds(
+    source:str, # a parameters cell
+)->dict:        # name → its kinds, such as {'str', 'None'}
+    "The kinds of the parameters of a cell, those that it states in a known form."
+    found = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name): continue
+        words = re.sub(r'\[.*?\]', '', ast.unparse(node.annotation))
+        kinds = {w.strip() for w in words.split('|')}
+        if kinds <= _KINDS: found[node.target.id] = kinds
+    return found
+
+def _fits(value, kinds): # an int is a float, too
+    kind = 'None' if value is None else type(value).__name__
+    return kind in kinds or kind == 'int' and 'float' in kinds
+
+# %% ../../nbs/00_core/00_renames.ipynb #45c33937
+def as_kind(
+    value,      # that was given
+    kinds:set,  # from `parameter_kinds`
+):              # a value of one of the kinds
+    "A value as a parameter takes it; a text is read as YAML. ValueError where it does not fit."
+    if _fits(value, kinds): return value
+    read = value
+    if isinstance(value, str):
+        with contextlib.suppress(yaml.YAMLError, ValueError): read = yaml.safe_load(value)
+        if 'float' in kinds:   # YAML takes 1e-3 for a text
+            with contextlib.suppress(ValueError): read = float(value)
+    sound = not isinstance(read, float) or math.isfinite(read)
+    if read is not value and sound and _fits(read, kinds): return read
+    hint = ' (papermill takes a text as it is with -r)' if 'str' in kinds else ''
+    raise ValueError(f'must be of type {"|".join(sorted(kinds))}, and {value!r} is '
+                     f'{type(value).__name__}{hint}.')
+
+def type_injected(
+    names:dict, # the notebook's variables; texts are replaced by what they say
+    cells:list, # sources of the cells that ran, in order
+)->None:
+    "Give what papermill set its kinds; raises ValueError for a value that does not fit."
+    given, known = injected_names(cells)
+    if not given: return
+    at = max(i for i, s in enumerate(cells) if i and s.startswith('# Parameters\n'))
+    kinds = parameter_kinds(cells[at - 1])
+    for k in map(lambda k: k if k in known else RENAMED.get(k, k), given):
+        if k not in kinds or k not in names: continue
+        try: names[k] = as_kind(names[k], kinds[k])
+        except ValueError as e: raise ValueError(f'{k} {e}') from None
+
 # %% ../../nbs/00_core/00_renames.ipynb #c81d765b
+def _refuse_texts(cells, name, values): # a text that was used before it became what it says
+    typed = dict(values)
+    try: type_injected(typed, cells)
+    except ValueError as e: raise ValueError(f'{name}: {e}') from None
+    for k, v in values.items():
+        if typed[k] is not v:
+            raise ValueError(f'{name}: {k} is the text {v!r}, and means {typed[k]!r}: give that.')
+
 def check_injected(
     cells:list, # sources of the cells that ran, in order
     name:str,   # of the step, for the message
+    values:dict=(), # the notebook's variables
 )->None:
-    "Refuse a parameter that the notebook does not have; raises ValueError with the known names."
+    "Refuse a parameter that the notebook does not have, or a value that is none; ValueError."
     given, known = injected_names(cells)
     either = [k for k in given if k not in known or k in RENAMED.values()]
     renamed(dict.fromkeys(either), where=f'{name}: ', quiet=True)   # refuses both names of one
     unknown = [k for k in given if k not in known and RENAMED.get(k) not in known]
-    if not unknown: return
+    if not unknown: return _refuse_texts(cells, name, dict(values))
     odd = unknown[0]
     near = difflib.get_close_matches(odd, known, 1, .5)
     hint = f' Did you mean {near[0]}?' if near else ''
@@ -134,6 +202,26 @@ def shell(): # IPython's, or None
     "The notebook that this process runs; None elsewhere."
     return sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
 
-if shell():
-    shell().events.register('post_run_cell', lambda result: rename_injected(
-        shell().user_ns, result.info.raw_cell or ''))
+def _after_cell(result): # IPython's word on the cell that has just run
+    names, source = shell().user_ns, result.info.raw_cell or ''
+    rename_injected(names, source)
+    if not source.startswith('# Parameters\n'): return
+    try: type_injected(names, names.get('In', []))
+    except ValueError as e:   # the cell itself fails, before anything uses the value
+        shell().showtraceback((ValueError, e, None))
+        result.error_in_exec = e
+
+if shell(): shell().events.register('post_run_cell', _after_cell)
+
+# %% ../../nbs/00_core/00_renames.ipynb #046e94f6
+def own_step(
+    name:str, # what a notebook calls its step
+)->str:       # the same, or the name of the copy of that notebook which this process runs
+    "The step of a notebook run by hand: a duplicate in Jupyter has a folder of its own."
+    book = (shell().user_ns.get('__vsc_ipynb_file__') if shell() else '') or ''
+    book = Path(book or os.environ.get('JPY_SESSION_NAME') or '')
+    there = any((d/f'{name}.ipynb').is_file() for d in (book.parent, Path.cwd()))
+    if book.stem == name or name not in book.stem or not there: return name
+    own = re.sub(r'[^A-Za-z0-9_-]+', '-', book.stem).strip('-')
+    print(f'{book.name} is a copy of {name}.ipynb, so its results go to {own}/.')
+    return own

@@ -18,12 +18,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import ijson
 import numpy as np
 
 from . import articles
 from .claims import read_claims
 from ..core import vocabulary
+from ..core.json_stream import json_values
 from ..core.runs import replacing
 
 # %% ../../nbs/03_data/08_conversations.ipynb #26b13b75
@@ -55,6 +55,7 @@ def fault(
     "Say what is wrong with a conversation record."
     if not isinstance(record, dict): return 'is not a record with keys'
     if record.get('id') in (None, ''): return "has no 'id'"
+    if isinstance(record['id'], (list, dict)): return "has an 'id' that is no text"
     turns = turns_of(record)
     if not isinstance(turns, list) or not turns: return "has no list 'conversations'"
     if len(turns) % 2: return f'has {len(turns)} turns, so a question is without an answer'
@@ -93,22 +94,7 @@ def stream_json(
     path:str|Path, # a JSON list, or one JSON object a line
 )->Iterator:       # what it holds, one after the other
     "Parse JSON or JSON Lines piece by piece, whatever the file is called."
-    at = ''
-    try:
-        with open(path, 'rb') as f:
-            head = f.read(1 << 12)
-            # after a byte order mark
-            start = len(head) - len(head.removeprefix(b'\xef\xbb\xbf').lstrip())
-            f.seek(start)
-            if head[start:start + 1] == b'[': yield from ijson.items(f, 'item', use_float=True)
-            for i, line in enumerate(f, 1):
-                at = f'line {i}: '
-                if line.strip(): yield json.loads(line)
-    except FileNotFoundError: raise RecordError(f'{path} does not exist.') from None
-    except (ValueError, ijson.JSONError) as e:
-        said = at + str(e).splitlines()[0]
-        why = f'is neither JSON nor JSON Lines ({said}): make it again.'
-        raise RecordError(f'{path} {why}') from None
+    return json_values(path, RecordError)
 
 # %% ../../nbs/03_data/08_conversations.ipynb #03a9f3c5
 def stream_records(
@@ -157,7 +143,8 @@ def to_messages(
 )->list:         # messages for a chat template
     "The conversation as chat messages, with each image as a part of its own, where it stands."
     roles, out = dict(human='user', system='system'), []
-    for t in turns_of(record):
+    first = [{'from': 'system', 'value': record['system']}] if record.get('system') else []
+    for t in first + turns_of(record):
         role = roles.get(t['from'], 'assistant')
         out.append({'role': role, 'content': _parts(t['value'].strip())})
     return out

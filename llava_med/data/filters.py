@@ -9,7 +9,7 @@ __all__ = ['LICENCE_SETS', 'NEAR_BITS', 'NEAR_GREY', 'PROMPTS', 'OTHERS', 'LEAST
            'agreement', 'Limits', 'apply_filters', 'named_findings', 'head_and_tail']
 
 # %% ../../nbs/03_data/07_filters.ipynb #0fe6b83d
-import hashlib, itertools, json, re
+import hashlib, itertools, re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .articles import count_panels, guess_modalities
+from ..core.captions import count_panels, guess_modalities
 from .pubmed import LICENCES
-from .images import ImageError, open_image
+from .images import ImageError, find_file, open_image
+from ..core.json_stream import json_values
 from ..core.parallel_map import parallel_map
 from .claims import DENIED_AFTER, NEGATION, TURN
 
@@ -235,16 +236,6 @@ def _dicts(x): # every dictionary inside a JSON value
     if isinstance(x, list):
         for v in x: yield from _dicts(v)
 
-# %% ../../nbs/03_data/07_filters.ipynb #ba198c3e
-def _json(path): # the values of a JSON or JSON Lines file, whatever its ending
-    text = Path(path).read_text(encoding='utf-8')
-    try: return json.loads(text)
-    except ValueError: pass
-    try: return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as e:
-        raise ValueError(f'{path}: neither JSON nor JSON Lines ({e}); repair it, or name the '
-                         'folder of its images.') from None
-
 # %% ../../nbs/03_data/07_filters.ipynb #c7e28446
 def _article_ids(row): # PMC and PubMed ids that a row of an evaluation set names
     for k in ('pmcid', 'pmid', 'pmc_tar_url', 'image_file_path', 'graphic_ref'):
@@ -257,9 +248,9 @@ def _article_ids(row): # PMC and PubMed ids that a row of an evaluation set name
 def _image_names(row): # images that a row names
     for k in ('images', 'image', 'img_name', 'image_name'):
         v = row.get(k)
-        if isinstance(v, str) and v: yield v
+        if isinstance(v, str) and v.strip(): yield v
         for x in v if isinstance(v, list) else ():
-            if isinstance(x, str): yield x
+            if isinstance(x, str) and x.strip(): yield x
 
 # %% ../../nbs/03_data/07_filters.ipynb #dc143b83
 def _read_ids(source): # of a text file
@@ -273,19 +264,39 @@ def _found(name, source): # an image that a file of questions names, or None
     folders = (source.parent, source.parent/'images', source.parent/'imgs',
                source.parent.parent/'images')
     for folder in folders:
-        if (folder/name).is_file(): return folder/name
+        if at := find_file(folder, name): return folder/at
 
 # %% ../../nbs/03_data/07_filters.ipynb #876114a0
+def _rows(source): # the records of a file, also of one that keeps them in groups
+    for v in json_values(source):
+        groups = list(v.values()) if isinstance(v, dict) else []
+        if groups and all(isinstance(g, list) for g in groups): yield from itertools.chain(*groups)
+        else: yield v
+
+def _named_in(row): # images and article ids that a record names, at any depth
+    names, ids = [], []
+    for d in _dicts(row):
+        ids += _article_ids(d)
+        names += _image_names(d)
+    return names, ids
+
 def _read_questions(source, notes): # images beside a file of questions, and the ids in it
-    names, ids = {}, []
-    for row in _dicts(_json(source)):
-        ids += _article_ids(row)
-        names |= dict.fromkeys(_image_names(row))
-    paths = [p for n in names if (p := _found(n, source))]
-    if len(paths) < len(names):
-        notes.append(f'{source.name}: {len(names) - len(paths)} of its {len(names)} images are not '
-                     'there; their articles count, their pictures cannot be compared.')
-    return paths, ids
+    names, ids, bare = {}, [], []
+    for n, row in enumerate(_rows(source), 1):
+        images, articles = _named_in(row)
+        if not images and not articles: bare.append(n)
+        names |= dict.fromkeys(images)
+        ids += articles
+    if bare and (names or ids):
+        notes.append(f'{source.name}: {len(bare)} of its {n} records name no image and no article '
+                     f'(the first: record {bare[0]}); nothing is kept out of training for them.')
+    there = {k: _found(k, source) for k in names}
+    gone = [k for k in names if not there[k]]
+    if gone:
+        notes.append(f'{source.name}: {len(gone)} of its {len(names)} images are not there (the '
+                     f'first: {gone[0][:60]}); their articles count, their pictures cannot be '
+                     'compared.')
+    return list(filter(None, there.values())), ids
 
 # %% ../../nbs/03_data/07_filters.ipynb #ef246e03
 def _read_source(source, notes): # paths of images and ids of articles

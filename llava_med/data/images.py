@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['MAX_PACKAGE', 'MAX_MEMBERS', 'MAX_FILE', 'MAX_PIXELS', 'ARCHIVE_ENDINGS', 'PackageError', 'ImageError', 'Package',
-           'image_bytes', 'is_dicom', 'open_image', 'image_size', 'image_or_grey']
+           'image_bytes', 'plain_name', 'find_file', 'is_dicom', 'open_image', 'image_format', 'image_size',
+           'image_or_grey']
 
 # %% ../../nbs/03_data/01_images.ipynb #4856f238
-import bz2, gzip, io, lzma, stat, tarfile, warnings, zipfile, zlib
+import bz2, contextlib, gzip, io, lzma, stat, tarfile, unicodedata, warnings, zipfile, zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+
+from ..core.runs import refuse_pointer
 
 # %% ../../nbs/03_data/01_images.ipynb #f8877838
 MAX_PACKAGE = 2 * 2**30     # bytes of one unpacked package
@@ -50,7 +54,9 @@ class _Counted:
 _PACKED = {b'\x1f\x8b': gzip.open, b'BZ': bz2.open, b'\xfd7': lzma.open}
 
 def _open_archive(path): # a zip or tar file object, and for tar the stream below it
-    with open(path, 'rb') as f: magic = f.read(2)
+    with open(path, 'rb') as f: head = f.read(64)
+    refuse_pointer(head, path, PackageError)
+    magic = head[:2]
     if magic == b'PK': return zipfile.ZipFile(path), None
     stream = _Counted(_PACKED.get(magic, open)(path, 'rb'), path)
     try: return tarfile.open(fileobj=stream, mode='r:'), stream
@@ -170,6 +176,36 @@ def image_bytes(
     except OSError as e:
         raise ImageError(f'{ref}: the image file cannot be read ({type(e).__name__}).') from None
 
+# %% ../../nbs/03_data/01_images.ipynb #e960bd54
+def plain_name(
+    name:str, # of a file, as somebody wrote it
+)->str:       # what it is compared by
+    "A name with composed letters and forward slashes."
+    return unicodedata.normalize('NFC', str(name)).replace('\\', '/')
+
+def _listing(folder): # plain name → name of what lies in a folder, where it is only one
+    try: names = [p.name for p in folder.iterdir()]
+    except OSError: return {}
+    counts = Counter(map(plain_name, names))
+    return {k: n for n in names if counts[k := plain_name(n)] == 1}
+
+# %% ../../nbs/03_data/01_images.ipynb #f3c0ba64
+def find_file(
+    folder:str|Path,       # where to look
+    name:str,              # relative to it, with either slash
+    listed:dict|None=None, # remembers what lies where; give the same one for many names
+)->str|None:               # the name under which it lies there
+    "A file by its name, however its letters and slashes are written; None where it is not there."
+    folder, listed, at = Path(folder), {} if listed is None else listed, ''
+    with contextlib.suppress(OSError, ValueError):
+        if (folder/name).is_file(): return name
+    for part in plain_name(name).split('/'):
+        if part in ('', '.', '..'): return None
+        if at not in listed: listed[at] = _listing(folder/at)
+        if part not in listed[at]: return None
+        at += '/'*bool(at) + listed[at][part]
+    return at if (folder/at).is_file() else None
+
 # %% ../../nbs/03_data/01_images.ipynb #28ae7495
 # none of these starts another program
 _KINDS = 'JPEG JPEG2000 PNG GIF TIFF WEBP BMP PPM AVIF'.split()
@@ -179,11 +215,18 @@ def _scale(x, low, high): # numbers between low and high to bytes, in place
     x -= low; x *= 255 / max(high - low, 1e-9)
     return np.clip(x, 0, 255, out=x).round().astype(np.uint8)
 
+def _contrast(x): # from where to where numbers are scaled
+    low, high, few = float(x.min()), float(x.max()), max(1, x.size//1000)
+    if x.size < 4*few: return low, high
+    inner = np.partition(x, [few, x.size - 1 - few])
+    bottom, top = float(inner[few]), float(inner[-1 - few])
+    return (bottom, top) if 0 < top - bottom < (high - low)/4 else (low, high)
+
 def _stretch(x, hidden=None): # any numbers to bytes, from the smallest to the largest
     good = np.isfinite(x) if x.dtype.kind == 'f' else np.ones(x.shape, bool)
     if hidden is not None and not hidden.all(): good &= ~hidden
     if not good.any(): return np.zeros(x.shape, np.uint8)
-    low, high = float(x[good].min()), float(x[good].max())
+    low, high = _contrast(x[good])
     return _scale(np.nan_to_num(x, nan=low, posinf=high, neginf=low), low, high)
 
 # %% ../../nbs/03_data/01_images.ipynb #52660ddb
@@ -226,17 +269,101 @@ def _full_page(img): # number of the first page that is not a reduced copy of an
     return 0
 
 # %% ../../nbs/03_data/01_images.ipynb #ae802a9c
-def _picture(data, name, frame):
-    "One frame of a file that Pillow reads."
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}   # what brings an orientation upright
+
+def _turn(img): # how an image must be turned, or None; Pillow turns a TIFF itself
+    if img.format == 'TIFF': return None
+    try: return _TURNS.get(img.getexif().get(274))
+    except Exception: return None   # a broken note beside the pixels
+
+def _frame(data, name, frame): # one frame of a file that Pillow reads
+    with Image.open(io.BytesIO(data), formats=_KINDS) as img:
+        _check_size(*img.size, name)
+        n = 1 if frame is None else getattr(img, 'n_frames', 1)
+        img.seek(_choose(frame, n, _full_page(img), name))
+        _check_size(*img.size, name)
+        img.load()
+        turn = _turn(img)
+        return _to_rgb(img if turn is None else img.transpose(turn))
+
+# %% ../../nbs/03_data/01_images.ipynb #073e3072
+_PIXEL_CHUNKS = {b'IHDR', b'PLTE', b'tRNS', b'IDAT', b'acTL', b'fcTL', b'fdAT', b'IEND'}
+
+def _bare_png(data): # the chunks that the pixels need
+    out, at = data[:8], 8
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at:at + 4], 'big')
+        if data[at + 4:at + 8] in _PIXEL_CHUNKS or end > len(data): out += data[at:end]
+        at = end
+    return out
+
+def _bare_jpeg(data): # without comments and notes of applications, but for Adobe's on colours
+    out, at = data[:2], 2
+    while data[at:at + 1] == b'\xff' and data[at + 1:at + 2] != b'\xda':
+        mark, end = data[at + 1], at + 2 + max(2, int.from_bytes(data[at + 2:at + 4], 'big'))
+        beside = 0xe1 <= mark <= 0xef and mark != 0xee or mark == 0xfe
+        if not beside or end > len(data): out += data[at:end]
+        at = end
+    return out + data[at:]
+
+def _bare(data): # an image file without what stands beside the pixels
+    if data.startswith(b'\x89PNG'): return _bare_png(data)
+    return _bare_jpeg(data) if data.startswith(b'\xff\xd8') else data
+
+# %% ../../nbs/03_data/01_images.ipynb #97c2ba95
+def _forgiving(read, data):
+    "What a function reads in an image file, without what stands beside the pixels if it must be."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        with Image.open(io.BytesIO(data), formats=_KINDS) as img:
-            _check_size(*img.size, name)
-            n = 1 if frame is None else getattr(img, 'n_frames', 1)
-            img.seek(_choose(frame, n, _full_page(img), name))
-            _check_size(*img.size, name)
-            img.load()
-            return _to_rgb(ImageOps.exif_transpose(img))
+        try: return read(data)
+        except ImageError: raise
+        except Exception:
+            bare = _bare(data)
+            if len(bare) == len(data): raise
+            return read(bare)
+
+def _picture(data, name, frame): # one frame of a file that Pillow reads
+    return _forgiving(lambda d: _frame(d, name, frame), data)
+
+# %% ../../nbs/03_data/01_images.ipynb #215e2b26
+_OTHERS = {   # how a file begins → what it is and what to do
+    b'%PDF': 'a PDF; save the page that is meant as PNG',
+    b'%!PS': 'PostScript; save it as PNG', b'<svg': 'a drawing in SVG; save it as PNG',
+    b'<htm': 'a web page, perhaps the error message of a server; fetch the image again',
+    b'<!DO': 'a web page, perhaps the error message of a server; fetch the image again',
+    b'NRRD': 'an NRRD volume; save the slice that is meant as PNG',
+    b'\x89HDF': 'an HDF5 file; save the image in it as PNG',
+    b'\x93NUM': 'a NumPy array; save it as PNG', b'PK\3\4': 'a zip archive; unpack it',
+    b'ftypheic': 'a HEIC photograph; save it as JPEG',
+    b'ftypmif1': 'a HEIC photograph; save it as JPEG'}
+
+def _is_nifti(data): # whether a file is a NIfTI volume, also a compressed one
+    if data[:2] == b'\x1f\x8b':
+        with contextlib.suppress(zlib.error): data = zlib.decompressobj(31).decompress(data, 400)
+    return data[344:348] in (b'n+1\0', b'ni1\0') or data[4:8] in (b'n+2\0', b'ni2\0')
+
+# %% ../../nbs/03_data/01_images.ipynb #478649de
+_NUMBERS = {1: 'whole', 2: 'signed', 3: 'floating-point', 5: 'complex', 6: 'complex'}
+
+def _tiff_words(data): # which numbers a TIFF holds
+    tags, f = TiffImagePlugin.ImageFileDirectory_v2(data[:8]), io.BytesIO(data)
+    f.seek(tags.next)
+    tags.load(f)
+    bits, kind = tags.get(258, (1,))[0], _NUMBERS.get(tags.get(339, (1,))[0], 'other')
+    return f'a TIFF of {bits}-bit {kind} numbers in {tags.get(277, 1)} channels; save it as 8 bit'
+
+def _unknown(data): # the end of the sentence about a file that Pillow does not know
+    if _is_nifti(data): return (', but a NIfTI volume; save the slice that is meant as PNG '
+                                '(the package nibabel reads such volumes)')
+    if data[:2] == b'\x1f\x8b': return ', but compressed; unpack it'
+    what = _OTHERS.get(data[:4]) or _OTHERS.get(data[4:12])
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        if data[:4] in (b'II*\0', b'MM\0*'): what = _tiff_words(data)
+    return f', but {what}' if what else ''
 
 # %% ../../nbs/03_data/01_images.ipynb #53e61162
 _VALUES = ('RescaleSlope', 'RescaleIntercept', 'ModalityLUTSequence', 'WindowCenter', 'WindowWidth',
@@ -356,32 +483,40 @@ def open_image(
 )->Image.Image:         # RGB, 8 bit, upright; raises ImageError
     "Open a figure of any usual format, or say in one sentence why not."
     data, name = (ref, 'image') if isinstance(ref, bytes) else (image_bytes(ref), str(ref))
+    refuse_pointer(data, name, ImageError)
     try: return _dicom(data, name, frame) if is_dicom(data, name) else _picture(data, name, frame)
     except ImageError: raise
     except UnidentifiedImageError:
-        raise ImageError(f'{name}: not an image of a known format.') from None
+        raise ImageError(f'{name}: not an image of a known format{_unknown(data)}.') from None
     except Exception as e:
         why = ' '.join(str(e).split())[:120] or type(e).__name__
         raise ImageError(f'{name}: not an image that can be read ({why}).') from None
 
 # %% ../../nbs/03_data/01_images.ipynb #4086f509
+def _header_size(data): # width and height of an upright image that Pillow reads
+    with Image.open(io.BytesIO(data), formats=_KINDS) as img:
+        img.seek(_full_page(img))
+        lies = _turn(img) in tuple(map(_TURNS.get, range(5, 9)))
+        return img.size[::-1] if lies else img.size
+
+def image_format(
+    data:bytes, # an image file's bytes
+)->str:         # JPEG, PNG, TIFF and so on; raises OSError or ValueError where it is none
+    "The format of an image that is no DICOM, from its header."
+    def read(data):
+        with Image.open(io.BytesIO(data), formats=_KINDS) as img: return img.format
+    return _forgiving(read, data)
+
 def image_size(
     ref:str|Path|bytes, # as for `open_image`
 )->tuple:               # (width, height), or (None, None) when it cannot be known
     "Size of an image from its header, without decoding it."
     try:
         data, name = (ref, '') if isinstance(ref, bytes) else (image_bytes(ref), str(ref))
-        if is_dicom(data, name):
-            ds = _dataset(data, name, stop_before_pixels=True, specific_tags=['Rows', 'Columns'])
-            if not ds.get('Rows') or not ds.get('Columns'): return None, None
-            return int(ds.Columns), int(ds.Rows)
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            with Image.open(io.BytesIO(data), formats=_KINDS) as img:
-                img.seek(_full_page(img))
-                # Pillow turns a TIFF itself
-                turned = img.format != 'TIFF' and img.getexif().get(274, 1) >= 5
-                return img.size[::-1] if turned else img.size
+        if not is_dicom(data, name): return _forgiving(_header_size, data)
+        ds = _dataset(data, name, stop_before_pixels=True, specific_tags=['Rows', 'Columns'])
+        if not ds.get('Rows') or not ds.get('Columns'): return None, None
+        return int(ds.Columns), int(ds.Rows)
     except Exception: return None, None
 
 # %% ../../nbs/03_data/01_images.ipynb #37a42dcf

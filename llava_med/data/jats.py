@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['MAX_XML', 'SKIPPED', 'ArticleError', 'local_name', 'parse_jats', 'element_text', 'sentence_spans', 'says_figure',
-           'figure_numbers']
+           'figure_words', 'figure_parts', 'figure_numbers', 'only_names_figures', 'label_number', 'article_meta']
 
 # %% ../../nbs/03_data/02_jats.ipynb #0d4a76db
 import html, re
 
 from lxml import etree
+from ..core.runs import refuse_pointer
 
 # %% ../../nbs/03_data/02_jats.ipynb #498344be
 MAX_XML = 64 * 2**20        # bytes of one article
 _NAMED = re.compile(rb'<!\[CDATA\[.*?(?:\]\]>|\Z)|<!--.*?(?:-->|\Z)|&([A-Za-z_][\w.:-]*);', re.S)
 _ANY_NAMED = re.compile(rb'&(?!#|amp;|lt;|gt;|quot;|apos;)')
+_PLAINLY_NAMED = re.compile(rb'&([A-Za-z_][\w.:-]*);')   # where there is no CDATA and no comment
 _XML_NAMES = {b'amp', b'lt', b'gt', b'quot', b'apos'}
 
 class ArticleError(ValueError): "A source that cannot be read; the message is one sentence."
@@ -45,10 +47,14 @@ def _utf8(data, name, notes): # the file in UTF-8, whatever encoding it has
         except (LookupError, UnicodeError):
             why = f'its encoding {enc!r} is not known; save it as UTF-8.'
             raise ArticleError(f'{name}: {why}') from None
-    text = data.decode('utf-8', 'surrogateescape')
-    if text.isascii() or not re.search('[\udc80-\udcff]', text): return data
+    try: data.decode('utf-8')
+    except UnicodeDecodeError: text = data.decode('utf-8', 'surrogateescape')
+    else: return data
+    strange = re.search('[\udc80-\udcff]', text)
     if notes is not None:
-        notes.append(f'{name}: some bytes are not UTF-8; they were read as Windows-1252.')
+        line = text.count('\n', 0, strange.start()) + 1
+        notes.append(f'{name}: some bytes are not UTF-8 (the first in line {line}); they were read '
+                     'as Windows-1252.')
     return text.translate(_SINGLE).encode()
 
 # %% ../../nbs/03_data/02_jats.ipynb #7c832825
@@ -89,17 +95,41 @@ def _root(data, parser, name): # the outermost element; raises ArticleError
         raise ArticleError(f'{name}: declares entities of its own; remove its DOCTYPE.')
     return root
 
+# %% ../../nbs/03_data/02_jats.ipynb #b8c9e463
+_UNUSUAL = re.compile(rb'<(?:p[\s>/]|fig|list|ref-list)')
+
+def _has_comments(data): # or CDATA; a rare sign is looked for, because '<' is everywhere
+    at = data.find(b'!')
+    while at >= 0 and data[at-1:at] != b'<': at = data.find(b'!', at + 1)
+    return at >= 0
+
+def _without_references(data): # the file with empty lists of references
+    if _has_comments(data): return data
+    parts, at = [], 0
+    while (start := data.find(b'<ref-list', at)) >= 0:
+        end = data.find(b'</ref-list>', start)
+        if end < 0: break
+        usual = not _UNUSUAL.search(data, start + 9, end)
+        kept = b'<ref-list>' + b'\n'*data.count(b'\n', start, end) if usual else data[start:end]
+        parts += [data[at:start], kept]
+        at = end
+    return b''.join(parts) + data[at:]
+
 # %% ../../nbs/03_data/02_jats.ipynb #3a2ea24c
 def parse_jats(
     data:bytes,   # the file's bytes
     name:str,     # what to call it in messages
     notes:list|None=None, # what was repaired is added here
+    references:bool=True, # False empties the lists of references, which is quicker
 )->list:          # the `article` elements, almost always one
     "Parse JATS without entities, DTD or network; mend what can be mended."
+    refuse_pointer(data, name, ArticleError)
     if len(data) > MAX_XML:
         raise ArticleError(f'{name}: larger than {MAX_XML >> 20} MB; refused.')
     data = _without_doctype(_utf8(data, name, notes).translate(None, _CONTROLS), name)
-    if _ANY_NAMED.search(data): data = _NAMED.sub(_number_entity, data)
+    if not references: data = _without_references(data)
+    if _ANY_NAMED.search(data):
+        data = (_NAMED if b'<!' in data else _PLAINLY_NAMED).sub(_number_entity, data)
     parser = etree.XMLParser(recover=True, resolve_entities=False, no_network=True,
                              load_dtd=False, encoding='utf-8')
     root = _root(data, parser, name)
@@ -113,28 +143,250 @@ def parse_jats(
 # %% ../../nbs/03_data/02_jats.ipynb #58916a52
 SKIPPED = frozenset('fig fig-group table-wrap graphic media supplementary-material list object-id '
                     'annotation annotation-xml'.split())
-_SPACED = {'title', 'p', 'break'}
+_SPACED = {'title', 'p', 'break', 'disp-formula'}
+_MARKS = '\2\3'   # around the text of a cross-reference
 
-# %% ../../nbs/03_data/02_jats.ipynb #98da008e
-def _collect(el, out, rids, skip):
-    "Add the strings of an element in order to `out`; an xref's text stands between two marks."
-    if el.text: out.append(el.text)
-    for child in el:
-        tag = _LOCAL[child.tag]
-        if tag == 'tex-math':
-            if 'math' not in map(local_name, el): out.append(_tex(child.text or ''))
-        elif tag == 'xref' and child.get('rid'):
-            rids.append(child.get('rid').split())
-            out.append('\2'); _collect(child, out, rids, skip); out.append('\3')
-        elif tag and tag not in skip:
-            if tag in _SPACED: out.append(' '); _collect(child, out, rids, skip); out.append(' ')
-            else: _collect(child, out, rids, skip)
-        if child.tail: out.append(child.tail)
+# %% ../../nbs/03_data/02_jats.ipynb #9532d770
+_CITED = re.compile(r'\d{1,3}(?:\s*[,–-]\s*\d{1,3})*')
+_SIMPLE = re.compile(r'[-−–+]?[\w.]+[-−–+]?')
+_ORDINALS = {'st', 'nd', 'rd', 'th'}
+
+def _before(out): # the last character so far
+    for s in reversed(out):
+        if s and s not in _MARKS: return s[-1]
+    return ' '
+
+def _script(sign, shown, after): # '^' or '_' with what is raised or lowered
+    runs_on = after.isdigit() or after.isalpha() and shown[-1].isalpha()
+    plain = _SIMPLE.fullmatch(shown) and not runs_on
+    return sign + (shown if plain else f'({shown})')
+
+# %% ../../nbs/03_data/02_jats.ipynb #1b45a0e6
+def _raised(shown, before, after): # raised text as it reads in a line
+    "`before` and `after` are the characters around it."
+    if not re.search(r'[^\W_]', shown): return shown                 # CD4+, p*
+    if before in '.,;:' and _CITED.fullmatch(shown): return f'[{shown}]'
+    if before == ' ' and shown[0] in '-−–': return _script('^', shown, after)
+    if not before.isalnum() and before not in ')]}|%': return shown  # 18F
+    if before.isdigit() and shown.lower() in _ORDINALS: return shown
+    return _script('^', shown, after)
+
+def _lowered(shown, before, after): # lowered text as it reads in a line
+    digit = shown[:1].isdigit()
+    if not before.isalnum() or not shown[:1].isalnum(): return shown
+    apart = not (before.isdigit() or after.isdigit())
+    if digit and apart: return shown                                 # H2O, HbA1c
+    return _script('_', shown, after)
+
+# %% ../../nbs/03_data/02_jats.ipynb #ae6f348d
+_UNSEEN = dict.fromkeys(range(0x2061, 0x2065), '')   # function application, invisible times
+_ACCENTS = {'¯': '\u0304', '‾': '\u0304', 'ˉ': '\u0304', '^': '\u0302', 'ˆ': '\u0302',
+            '~': '\u0303', '˜': '\u0303', '→': '\u20d7', '˙': '\u0307', '¨': '\u0308'}
+_PLAIN = re.compile(r'[-−]?[\w.]+|.')
+_PAIRS = {'(': ')', '[': ']', '{': '}', '|': '|'}
+
+def _closed(s): # whether one pair of brackets encloses all of a formula
+    if len(s) < 2 or _PAIRS.get(s[0]) != s[-1]: return False
+    if s[0] == '|': return '|' not in s[1:-1]
+    depth = 0
+    for i, c in enumerate(s):
+        depth += (c == s[0]) - (c == s[-1])
+        if not depth: return i == len(s) - 1
+
+def _atom(s): # a part of a formula, in brackets where it needs them
+    return s if _PLAIN.fullmatch(s) or _closed(s) else f'({s})'
+
+# %% ../../nbs/03_data/02_jats.ipynb #feecd8d3
+def _kids(el): # the elements in an element, without comments
+    return [c for c in el if _LOCAL[c.tag]]
+
+def _kid_lines(el): return [_math(c).strip() for c in _kids(el)]
+
+def _core(el): # an element without the wrappers that hold nothing else
+    while _LOCAL[el.tag] in ('mrow', 'mstyle', 'mpadded', 'semantics', 'maction') and len(el):
+        parts = _kids(el)
+        if len(parts) != 1 and _LOCAL[el.tag] in ('mrow', 'mstyle', 'mpadded'): break
+        if not parts: break
+        el = parts[0]
+    return el
+
+def _base(el): # what carries an exponent or an index
+    el, s = _core(el), _math(el)
+    whole = not len(el) or _LOCAL[el.tag] in ('msub', 'mover', 'mfenced') or _closed(s)
+    return s if whole else f'({s})'
+
+# %% ../../nbs/03_data/02_jats.ipynb #b9a496b3
+_WORD_END = re.compile(r'[^\W\d_]{2}$')
+_WORD_START = re.compile(r'[^\W\d_]{2}')
+
+def _joined(out, s, fraction): # add a part to a row of parts
+    "`fraction` says of the part before, and of this one, whether it is a fraction."
+    last = out[-1] if out else ''
+    touches = last[-1:].isalnum() or last[-1:] in ')]}'
+    follows = s[:1].isalnum() or s[:1] in '([{√'
+    if last and fraction[0] and follows: out[-1] = last = f'({last})'
+    elif last and fraction[1] and touches: s = f'({s})'
+    wordy = _WORD_END.search(last) and s[:1].isalnum()
+    if wordy or _WORD_START.match(s) and last[-1:].isalnum(): s = ' ' + s
+    out.append(s)
+
+def _row(el): # the parts of an element, one after the other
+    out, before = [(el.text or '').strip()] if (el.text or '').strip() else [], False
+    for c in el:
+        if not _LOCAL[c.tag]: continue
+        s, this = _math(c), _LOCAL[_core(c).tag] == 'mfrac'
+        if s: _joined(out, s, (before, this))
+        if s: before = this
+    return ''.join(out)
+
+# %% ../../nbs/03_data/02_jats.ipynb #ebf4ff67
+def _leaf(el): # a number, a name, an operator or a text
+    s = ''.join(t.translate(_UNSEEN) for t in el.itertext() if t)
+    tag = _LOCAL[el.tag]
+    if tag in ('mtext', 'ms'): return re.sub(r'\s+', ' ', s)
+    s = ' '.join(s.split())
+    return f' {s} ' if tag == 'mo' and s.isalpha() and len(s) > 1 else s
+
+def _fenced(el): # (a,b] with the brackets and separators that the attributes say
+    marks = ''.join(el.get('separators', ',').split())
+    parts, out = list(map(_math, _kids(el))), ''
+    for i, p in enumerate(parts): out += p + (marks[min(i, len(marks)-1)] if marks else '') * (
+        i < len(parts) - 1)
+    return el.get('open', '(') + out + el.get('close', ')')
+
+def _table(el): # rows apart by semicolons, cells by commas
+    rows = []
+    for r in el.iterfind('{*}mtr'): rows.append(', '.join(_math(c).strip() for c in r))
+    fenced = el.getparent() is not None and _LOCAL[el.getparent().tag] == 'mfenced'
+    before = el.getprevious()
+    fenced = fenced or before is not None and (before.text or '').strip() in [*_PAIRS]
+    return '; '.join(rows) if fenced else f'[{"; ".join(rows)}]'
+
+# %% ../../nbs/03_data/02_jats.ipynb #e4142780
+def _scripts(el): # a base with its indices and exponents, or what stands under and over it
+    tag, parts = _LOCAL[el.tag], _kids(el)
+    if len(parts) < 2: return _row(el)
+    base, marks = _base(parts[0]), [_math(p).strip() for p in parts[1:]]
+    over, end = marks[-1], ''
+    if tag == 'mover' and over in _ACCENTS and len(base) == 1: return base + _ACCENTS[over]
+    signs = dict(msub='_', munder='_', msup='^', mover='^').get(tag, '_^')
+    if signs != '_' and not over.strip('′″\'°∘'): end, signs = over.replace('∘', '°'), signs[:-1]
+    return base + ''.join(s + _atom(m) for s, m in zip(signs, marks) if m) + end
+
+def _multiscripts(el): # scripts after the base, then those before it
+    base, *rest = _kids(el)
+    tags = [_LOCAL[c.tag] for c in rest]
+    cut = tags.index('mprescripts') if 'mprescripts' in tags else len(rest)
+    out = _base(base)
+    for i, c in enumerate(rest[:cut]):
+        if s := _math(c): out += '_^'[i % 2] + _atom(s)
+    first = ''
+    for i, c in enumerate(rest[cut+1:]):
+        if s := _math(c): first = (s if i % 2 else f'_{_atom(s)} ') + first
+    return first + out
+
+# %% ../../nbs/03_data/02_jats.ipynb #69c15a08
+def _fraction(el):
+    parts = _kid_lines(el)
+    if el.get('linethickness') in ('0', '0pt', '0em'): return ' choose '.join(map(_atom, parts))
+    return '/'.join(map(_atom, parts))
+
+def _root_of(el): # a square root, or one with an index
+    if _LOCAL[el.tag] == 'msqrt': return '√' + _atom(_row(el).strip())
+    parts = _kid_lines(el)
+    return f'{_atom(parts[0])}^(1/{_atom(parts[-1])})' if len(parts) > 1 else _row(el)
+
+# %% ../../nbs/03_data/02_jats.ipynb #3994b078
+_MATH = dict(mi=_leaf, mn=_leaf, mo=_leaf, mtext=_leaf, ms=_leaf, mfrac=_fraction, mtable=_table,
+             mfenced=_fenced, msqrt=_root_of, mroot=_root_of, mmultiscripts=_multiscripts,
+             mspace=lambda el: ' ', mphantom=lambda el: '', none=lambda el: '',
+             annotation=lambda el: '', semantics=lambda el: _math(el[0]) if len(el) else '')
+_MATH |= {'annotation-xml': _MATH['annotation'], 'maction': _MATH['semantics']}
+_MATH |= dict.fromkeys(['msub', 'msup', 'msubsup', 'munder', 'mover', 'munderover'], _scripts)
+
+def _math(el): # an element of MathML in one line
+    return _MATH.get(_LOCAL[el.tag], _row)(el)
 
 # %% ../../nbs/03_data/02_jats.ipynb #ba8d72a5
 def _tex(s): # a formula without the LaTeX document around it
     m = re.search(r'\\begin\{document\}(.*?)\\end\{document\}', s, re.S)
     return (m.group(1) if m else s).strip().strip('$')
+
+# %% ../../nbs/03_data/02_jats.ipynb #cdff5852
+def _apart(text, out): # add a citation, in brackets and apart from the word before it
+    shown = text.translate({2: None, 3: None}).strip()
+    last = _before(out)
+    if not shown: return out.append(text)
+    if last.isalnum() or last in ')%"”’': out.append(' ')
+    out.append(text.strip() if shown[0] in '[(' else f'[{text.strip()}]')
+
+def _cites(xref, shown): # whether a raised cross-reference is one to the literature or a note
+    kind = xref.get('ref-type')
+    return kind in ('bibr', 'fn', 'table-fn') or kind is None and _CITED.fullmatch(shown)
+
+# %% ../../nbs/03_data/02_jats.ipynb #7af799d1
+def _sup(el, parent, out, rids, skip):
+    inner, links = [], list(el.iter('{*}xref'))
+    _collect(el, inner, rids, skip)
+    text = ''.join(inner)
+    shown = text.translate({2: None, 3: None}).strip()
+    if links and _cites(links[0], shown): return _apart(text, out)
+    if not shown or links: return out.append(text)
+    mark = _raised if _LOCAL[el.tag] == 'sup' else _lowered
+    out.append(mark(shown, _before(out), (el.tail or ' ')[0]))
+
+def _linked_text(el, rids, skip): # the text of a cross-reference, and whether all of it is raised
+    if not len(el): return el.text or '', False
+    only = len(el) == 1 and not (el.text or '').strip() and not (el[0].tail or '').strip()
+    raised, inner = only and _LOCAL[el[0].tag] == 'sup', []
+    _collect(el[0] if raised else el, inner, rids, skip)
+    return ''.join(inner), raised
+
+def _xref(el, parent, out, rids, skip):
+    if not el.get('rid'): return _collect(el, out, rids, skip)
+    rids.append(el.get('rid').split())
+    text, raised = _linked_text(el, rids, skip)
+    stuck = text[:1].isdigit() and el.get('ref-type') == 'bibr' and _before(out).isdigit()
+    if stuck or raised and _cites(el, text.strip()) and _LOCAL[parent.tag] != 'sup':
+        return _apart(f'\2{text}\3', out)
+    out += ['\2', text, '\3']
+
+# %% ../../nbs/03_data/02_jats.ipynb #ff7cadce
+_ITEM_LABELS = {'alpha-lower': 'a', 'alpha-upper': 'A'}
+
+def _list(el, parent, out, rids, skip): # items with the letters that the page shows
+    if 'list' in skip: return
+    first = _ITEM_LABELS.get(el.get('list-type'))
+    for n, item in enumerate(el.iterfind('{*}list-item')):
+        if first and n < 26 and item.find('{*}label') is None:
+            out.append(f' ({chr(ord(first) + n)}) ')
+        _collect(item, out, rids, skip)
+
+def _formula(el, parent, out, rids, skip): # MathML, or LaTeX where it stands alone
+    if _LOCAL[el.tag] == 'math':
+        s = _math(el)
+        out.append(' ' * (_before(out).isalpha() and s[:1].isalnum()) + s
+                   + ' ' * (el.tail or '')[:1].isalpha())
+    elif 'math' not in map(local_name, parent): out.append(_tex(el.text or ''))
+
+def _spaced(el, parent, out, rids, skip):
+    out.append(' '); _collect(el, out, rids, skip); out.append(' ')
+
+# %% ../../nbs/03_data/02_jats.ipynb #9f7587b7
+_SPECIAL = dict(sup=_sup, sub=_sup, xref=_xref, list=_list, math=_formula)
+_SPECIAL |= {'tex-math': _formula, **dict.fromkeys(_SPACED, _spaced)}
+
+def _collect(el, out, rids, skip):
+    "Add the strings of an element in order to `out`; an xref's text stands between two marks."
+    if el.text: out.append(el.text)
+    for child in el:
+        tag = _LOCAL[child.tag]
+        special = _SPECIAL.get(tag)
+        if special: special(child, el, out, rids, skip)
+        elif tag and tag not in skip:
+            if len(child): _collect(child, out, rids, skip)
+            elif child.text: out.append(child.text)
+        if child.tail: out.append(child.tail)
 
 # %% ../../nbs/03_data/02_jats.ipynb #64c97858
 def element_text(
@@ -143,6 +395,7 @@ def element_text(
 )->tuple:         # text, and its cross-references [(start, end, [rid])]
     "Text of an element with single spaces, and where its cross-references stand."
     if el is None: return '', []
+    if not len(el): return ' '.join((el.text or '').split()), []
     rids, strings, out, links, open_at = [], [], '', [], []
     _collect(el, strings, rids, skip)
     whole = ' '.join(''.join(strings).split())
@@ -161,11 +414,13 @@ def element_text(
     return out.strip(), links
 
 # %% ../../nbs/03_data/02_jats.ipynb #844bc0ab
-_STOP = re.compile(r'[.!?](?:[”"’\')\]]|\[[\d ,–-]+\]|(?<=[a-z)][.!?])\d{1,3}(?:[,–-]\d{1,3})*)*'
-                   r'\s+(?=[“"(\[‘]*[A-ZÀ-ÞА-ЯЁ0-9])|[。！？]+(?=\s*\S)')
+_LATIN_STOP = (r'[.!?](?:[”"’\')\]]|\[[\d ,–-]+\]|(?<=[a-z)][.!?])\d{1,3}(?:[,–-]\d{1,3})*)*'
+               r'\s+(?=[“"(\[‘]*[A-ZÀ-ÞА-ЯЁ0-9])')
+_STOP, _WIDE_STOP = re.compile(_LATIN_STOP), re.compile(_LATIN_STOP + r'|[。！？]+(?=\s*\S)')
 _NEVER = set('al e.g i.e cf vs dr prof mr mrs ms st approx ca resp sp spp var eds см'.split())
 _BEFORE_NUMBER = set('fig figs figura eq eqs ref refs no nos p pp vol tab sec suppl abb рис'
                      .split())
+_SHORT = _NEVER | _BEFORE_NUMBER
 _STARTERS = re.compile(r'(?:The|This|These|In|We|However|It|A|An|Our|There|For|To|When|All|No)\b')
 
 # %% ../../nbs/03_data/02_jats.ipynb #1fbb96f3
@@ -180,79 +435,281 @@ def _is_end(before, after): # whether a full stop between these two texts ends a
     return True
 
 # %% ../../nbs/03_data/02_jats.ipynb #a0063068
+def _spans(text): # start and end of each sentence, one after the other
+    start = 0
+    wide = not text.isascii() and ('。' in text or '！' in text or '？' in text)
+    for m in (_WIDE_STOP if wide else _STOP).finditer(text):
+        at, end = m.span()
+        if text[at] == '.':
+            word = text[text.rfind(' ', 0, at)+1:at]
+            usual = len(word) > 1 and word.isalpha() and word.lower() not in _SHORT
+            after = text[at+1:at+41].lstrip(' )]”"’\'')
+            if not usual and not _is_end(text[max(0, at-40):at], after): continue
+        yield start, at + len(m.group().rstrip())
+        start = end + (text[end] == ' ')
+    if start < len(text): yield start, len(text)
+
 def sentence_spans(
     text:str, # running text with single spaces
 )->list:      # (start, end) of each sentence
     "Where the sentences of a text begin and end."
-    spans, start = [], 0
-    for m in _STOP.finditer(text):
-        at = m.start()
-        after = text[at+1:at+41].lstrip(' )]”"’\'')
-        if text[at] == '.' and not _is_end(text[max(0, at-40):at], after): continue
-        end = at + len(m.group(0).rstrip())
-        spans.append((start, end)); start = m.end() + (text[m.end()] == ' ')
-    return spans + ([(start, len(text))] if start < len(text) else [])
+    return list(_spans(text))
 
 # %% ../../nbs/03_data/02_jats.ipynb #a245baba
 _ITEM = (r'(?:[A-Z]?\d{1,3}(?!\d|\.\d)(?:\(?[a-z](?![a-z])\)?|\s\(?[a-z](?![a-z]|\s+[A-Z]?\d)\)?)?'
          r'|\(?[a-z](?![a-z])\)?)')
 _DASH = '-‐‑–—−'
-_SEP = (rf'(?:\s*(?:,\s*(?:(?:and|et|und)\b|&)?|and|&|or|to|through|et|und|bis|/|[{_DASH}])\s*'
+_SEP = (r'(?:\s*(?:,\s*(?:(?:and|et|und)\b|&)?|(?:and|or|to|through|et|und|bis)(?![a-z])'
+        rf'|[{_DASH}&/])\s*'
         r'|\s+(?:y|e|à)\s+(?=[A-Z]?\d))')
 _WORD = r'(?:figures?|figs?\.?|figuras?|abbildung(?:en)?|abb\.|рис(?:\.|ун\w+)|[图圖図])'
+_HINT = re.compile(r'[Ff]ig|FIG|[Aa]bb|ABB|[Рр]ис|[图圖図]')
 _REFS = re.compile(rf'(?<![a-z])({_WORD})\s*\(?(?=[A-Z]?\d)({_ITEM}(?:{_SEP}{_ITEM})*)', re.I)
-_TOKEN = re.compile(rf'([A-Z]?\d+)|(to|through|bis|à|[{_DASH}])|([a-z](?![a-z]))', re.I)
+_TOKEN = re.compile(rf'([A-Z]?\d+)|(to|through|bis|à|[{_DASH}])|((?<![a-z])[a-z](?![a-z]))',
+                    re.I)
 
 # %% ../../nbs/03_data/02_jats.ipynb #b4a66aa0
 _NOT_OURS = re.compile(
     r'(?:supplement\w*|extended data|appendix \w+|online|additional file \w+:?)[ —–-]*$', re.I
 )
 _NOT_HERE = re.compile(r'[\s—–-]*(?:figure supplement|source data|supplement)'
-                       r'|\s*(?:of|in|from)\s+(?:the\s+)?(?:\[|ref\w*\.?\s|[A-Z][a-z]+ et al)',
+                       r'|(?:\s+and\s+table\s+\w+)?\s*(?:of|in|from)\s+(?:the\s+|their\s+)?'
+                       r'(?:\[|ref\w*\.?\s|original|previous|[A-Z][\w-]+ et al)'
+                       r'|\s*[;,]\s*(?-i:[A-Z])[\w-]+(?: et al| (?:and|&) (?-i:[A-Z])\w+,? \d)',
                        re.I)
 _COUNTED = re.compile(
     r'\s+(?!(?:and|or|show|illus|depict|demon|reveal|present|indic|repres)\w*)[a-z]{2,}'
 )
 
 # %% ../../nbs/03_data/02_jats.ipynb #b146d43e
+def _says_other(text): # quicker than a pattern
+    latin = 'рис' not in text and 'Рис' not in text
+    return not latin or '图' in text or '圖' in text or '図' in text
+
 def says_figure(
     text:str, # running text
 )->bool:      # False where `figure_numbers` would find nothing
     "Whether a text can name a figure at all; much quicker than looking which."
     return ('ig' in text and ('Fig' in text or 'fig' in text) or 'FIG' in text
             or 'bb' in text and ('Abb' in text or 'abb' in text) or 'ABB' in text
-            or not text.isascii() and bool(re.search('рис|Рис|图|圖|図', text)))
+            or not text.isascii() and _says_other(text))
+
+def _finds(text, word): # where a word stands
+    at = text.find(word)
+    while at >= 0:
+        yield at
+        at = text.find(word, at + 1)
+
+def figure_words(
+    text:str, # running text
+)->list:      # where in the text 'fig' and its like stand; [] where `says_figure` is False
+    "Places at which a text may name a figure."
+    if not says_figure(text): return []
+    if 'bb' in text or 'BB' in text or not text.isascii() and _says_other(text):
+        return list(map(re.Match.start, _HINT.finditer(text)))
+    found = [at - 1 for at in _finds(text, 'ig') if text[at-1:at] in ('F', 'f')]
+    return sorted(found + list(_finds(text, 'FIG')))
 
 # %% ../../nbs/03_data/02_jats.ipynb #8e9e947a
-def _expand(items): # numbers of '1A-C, 3 to 5' in order; a range of numbers is filled
-    out, ranged = [], False
+def _span(a, b): # the numbers or letters between two ends of a range
+    m, n = (re.fullmatch(r'([A-Z]?)(\d+)', s) for s in (a, b))
+    if not m or m[1] != n[1] or not 0 < int(n[2]) - int(m[2]) < 30: return []
+    return [f'{m[1]}{i}' for i in range(int(m[2]) + 1, int(n[2]))]
+
+def _expand(items): # number to panel letters of '1A-C, 3 to 5'; ranges are filled
+    out, ranged, last = {}, False, ''
     for num, dash, letter in _TOKEN.findall(items):
         if num:
-            a = re.fullmatch(r'([A-Z]?)(\d+)', out[-1] if out else '0')
-            b = re.fullmatch(r'([A-Z]?)(\d+)', num.upper())
-            if ranged and out and a[1] == b[1] and 0 < int(b[2]) - int(a[2]) < 30:
-                out += [f'{a[1]}{i}' for i in range(int(a[2]) + 1, int(b[2]))]
-            out.append(num.upper())
-        ranged = bool(dash) and not letter
-    return list(dict.fromkeys(out))
+            if ranged and last: out |= dict.fromkeys(_span(last, num.upper()), '')
+            ranged, last = ranged and num.upper() == last, num.upper()
+            out.setdefault(last, '')
+        elif letter and last:
+            known, letter = out[last], letter.upper()
+            if ranged and known: known += ''.join(map(chr, range(ord(known[-1]) + 1, ord(letter))))
+            out[last], ranged = known + letter, False
+        else: ranged = bool(dash)
+    return out
 
 # %% ../../nbs/03_data/02_jats.ipynb #0fe495c7
-def figure_numbers(
+def figure_parts(
     text:str, # a sentence or paragraph
-)->list:      # (number, start, end) in order of appearance; numbers are strings, 'S2' is one
-    "Numbers of the figures that a text names in words."
+)->list:      # (number, panel letters, start, end) in order of appearance: ('1', 'AB', 4, 15)
+    "Numbers and panel letters of the figures that a text names in words."
     out = []
-    if not says_figure(text): return out
     if 'iguras' in text:
         # a range, of the same length
         text = re.sub(r'(?i)(?<=figuras )(\d+[a-z]?) a (?=\d)', r'\1 - ', text)
-    for m in _REFS.finditer(text):
+    for m in filter(None, (_REFS.match(text, at) for at in figure_words(text))):
         if _NOT_OURS.search(text[max(0, m.start()-30):m.start()]): continue
         word, items = m.groups()
         one = word[-1] not in 'sSn'
         if one and re.search(r',\s*\d+$', items) and _COUNTED.match(text, m.end()):
             items = items[:items.rindex(',')]  # 'In Fig. 3, 5 patients' counts patients
-        nums = _expand(items)
-        if _NOT_HERE.match(text, m.end()): nums = nums[:-1]
-        out += [(n, m.start(), m.end()) for n in nums]
+        named = list(_expand(items).items())
+        if _NOT_HERE.match(text, m.end()): named = named[:-1]
+        out += [(n, letters, m.start(), m.end()) for n, letters in named]
     return out
+
+def figure_numbers(
+    text:str, # a sentence or paragraph
+)->list:      # (number, start, end) in order of appearance; numbers are strings, 'S2' is one
+    "Numbers of the figures that a text names in words."
+    return [(n, start, end) for n, _, start, end in figure_parts(text)]
+
+# %% ../../nbs/03_data/02_jats.ipynb #a4cb625e
+def only_names_figures(
+    text:str, # a sentence, or the content of a table cell
+)->bool:      # True for 'Fig. 3', '(Figs. 1A, 2)' and '3', False for '' and 'See Fig. 3'
+    "Whether a text says which figure and nothing else."
+    if len(text) > 120 or not text: return False
+    return not re.search(r'[^\W\d_]{2}', _REFS.sub('', text))
+
+# %% ../../nbs/03_data/02_jats.ipynb #3b7cfe35
+_LABELLED = (r'(?:fig(?:ure|ura)?s?|abb(?:ildung)?|рис(?:унок)?|[图圖図])\.?\s*(?:no\.?\s*)?'
+             r'([A-Z]?\d{1,3})(?:\s?\(?([a-z])(?![a-z])\)?)?')
+_MORE = r'\s*(?:\(?\bcont\w*[.’\']?d?\.?\)?)?'
+_LABEL = re.compile(rf'{_LABELLED}{_MORE}\s*[.:|–—-]?', re.I)
+_OPENING = re.compile(rf'{_LABELLED}{_MORE}\s*[.:|–—]', re.I)
+_NUMBERED = re.compile(r'([A-Z]?\d{1,3})([A-Za-z])?\s*[.:]?()')
+
+def label_number(
+    text:str,      # a label such as 'Fig. 1A.', or a caption
+    opening:bool=False, # whether a number may open the text, as in 'Figure 2. A mass.'
+)->tuple|None:     # number and panel letter in capitals, ('1', 'A') or ('2', '')
+    "Which figure a label names, by the grammar that mentions follow."
+    if opening: m = _OPENING.match(text)
+    else: m = _LABEL.fullmatch(text) or _NUMBERED.fullmatch(text)
+    return (m[1].upper(), (m[2] or '').upper()) if m else None
+
+# %% ../../nbs/03_data/02_jats.ipynb #4727620a
+_CC_URL = re.compile(r'creativecommons\.org/(?:licenses/([a-z-]+)|publicdomain/(zero|mark))/?'
+                     r'(\d\.\d)?', re.I)
+_CC_WORDS = re.compile(r'creative\s*commons\s+attribution((?:[ -]+(?:non[- ]?commercial'
+                       r'|share[- ]?alike|no[- ]?deriv\w+))*)', re.I)
+_CC_CODE = re.compile(r'\bCC(?:[ -](BY(?:-(?:NC|SA|ND))*)\b(?:[ -](\d\.\d))?|0\b)', re.I)
+
+# %% ../../nbs/03_data/02_jats.ipynb #207709af
+_XLINK = '{http://www.w3.org/1999/xlink}href'
+
+def _href(el): return el.get(_XLINK) or el.get('xlink:href') or ''
+
+# %% ../../nbs/03_data/02_jats.ipynb #bcfbe410
+def _commons(refs, text): # short name of a Creative Commons licence in addresses or words
+    for s in [*refs, text]:
+        m = _CC_URL.search(s)
+        if not m: continue
+        if m.group(1): return f'CC {m.group(1).upper()} {m.group(3) or ""}'.strip()
+        return 'CC0 1.0' if m.group(2).lower() == 'zero' else 'public domain'
+    if m := _CC_CODE.search(text):
+        if not m.group(1): return 'CC0 1.0'
+        return f'CC {m.group(1).upper()} {m.group(2) or ""}'.strip()
+    if m := _CC_WORDS.search(text):
+        words = (('NC', 'non'), ('SA', 'share'), ('ND', 'deriv'))
+        return '-'.join(['CC BY', *(k for k, v in words if v in m.group(1).lower())])
+
+def _addresses(el): # what an element links to
+    refs = list(map(_href, el.iter('{*}license', '{*}ext-link', '{*}uri')))
+    return refs + [e.text or '' for e in el.iter('{*}license_ref')]
+
+def _licence(permissions):
+    "Short name of a licence: 'CC BY 4.0', 'CC0 1.0', or the first words of what it says."
+    if permissions is None: return None
+    text = element_text(permissions.find('{*}license'))[0] or element_text(permissions)[0]
+    kinds = ' '.join(e.get('license-type') or '' for e in permissions.iter('{*}license'))
+    return _commons(_addresses(permissions), f'{text} {kinds}') or text[:200] or None
+
+# %% ../../nbs/03_data/02_jats.ipynb #362f59fe
+_OF_ARTICLE = re.compile(r'open[ -]access|\bthis (?:article|work|paper)\b', re.I)
+
+def _noted_licence(article): # the licence that a note at the end of an article says, or None
+    back = article.find('{*}back')
+    if back is None: return None
+    for note in back.iter('{*}ack', '{*}notes', '{*}fn', '{*}sec'):
+        title = element_text(note.find('{*}title'))[0]
+        for p in note.iterfind('{*}p'):
+            text = element_text(p)[0]
+            found = _OF_ARTICLE.search(f'{title} {text}') and _commons(_addresses(p), text)
+            if found: return found
+
+# %% ../../nbs/03_data/02_jats.ipynb #e494d60a
+def _one_date(d): # YYYY, YYYY-MM or YYYY-MM-DD of a `pub-date`; '' without a year
+    parts = []
+    for k in ('year', 'month', 'day'):
+        text = (d.findtext('{*}' + k) or '').strip()
+        if not text.isdigit(): break
+        parts.append(text.zfill(2) if parts else text)
+    return '-'.join(parts)
+
+# %% ../../nbs/03_data/02_jats.ipynb #ef4be433
+def _date(meta): # publication date, as far as it is known; the electronic one first
+    found = {}
+    for d in meta.iterfind('{*}pub-date'):
+        kind = d.get('pub-type') or d.get('date-type') or d.get('publication-format')
+        if date := _one_date(d): found.setdefault(kind, date)
+    for k in ('epub', 'pub', 'publication', 'epub-ppub', 'ppub', 'collection'):
+        if k in found: return found[k]
+    return next(iter(found.values()), None)
+
+# %% ../../nbs/03_data/02_jats.ipynb #a795400f
+def article_meta(
+    article,     # one `article` element
+    name:str='', # file or folder name, used for the PMC id when the XML has none
+)->dict:         # pmcid, pmid, doi, journal, date, licence
+    "What is the same for every figure of an article."
+    meta = article.find('{*}front/{*}article-meta')
+    if meta is None: meta = etree.Element('none')
+    ids = {e.get('pub-id-type'): (e.text or '').strip() for e in meta.iterfind('{*}article-id')}
+    pmc = next((ids[k] for k in ('pmc', 'pmcid', 'pmcaid') if ids.get(k)), '')
+    m = re.search(r'(\d+)', pmc) or re.search(r'PMC(\d+)', name)
+    title = article.find('{*}front/{*}journal-meta//{*}journal-title')
+    licence = None
+    for k in ('permissions', 'license', 'copyright-statement'):  # old and new places
+        licence = licence or _licence(meta.find('{*}' + k))
+    if not (licence or '').startswith(('CC', 'public domain')):
+        licence = _noted_licence(article) or licence
+    return dict(pmcid=f'PMC{m.group(1)}' if m else None, pmid=ids.get('pmid') or None,
+                doi=ids.get('doi') or None, journal=element_text(title)[0] or None,
+                date=_date(meta), licence=licence)
+
+# %% ../../nbs/03_data/02_jats.ipynb #a216813b
+def _scope(el): # the article or sub-article that an element belongs to
+    for a in el.iterancestors():
+        if local_name(a) in ('sub-article', 'response', 'article'): return a
+
+def _groups(fig): # the fig-groups around a figure, innermost first
+    return [a for a in fig.iterancestors() if local_name(a) == 'fig-group']
+
+def _section(el): # titles of the sections around an element, outermost first
+    titles = []
+    for a in el.iterancestors():
+        if local_name(a) not in ('sec', 'abstract', 'app', 'boxed-text'): continue
+        title = element_text(a.find('{*}title'))[0]
+        title = title or element_text(a.find('{*}caption/{*}title'))[0]
+        if not title and local_name(a) == 'abstract': title = 'Abstract'
+        if title: titles.append(title)
+    return ' > '.join(titles[::-1])
+
+_LANG = '{http://www.w3.org/XML/1998/namespace}lang'
+
+def _language(fig): # the nearest language that is declared around a caption
+    own = fig.find('{*}caption')
+    around = [fig, *fig.iterancestors()]
+    if own is not None: around.insert(0, own)
+    for a in around:
+        if lang := a.get(_LANG): return lang.lower()
+    return 'en'
+
+# %% ../../nbs/03_data/02_jats.ipynb #e29999bb
+_BLOCKS = {'p', 'title', 'td', 'th', 'term'}
+
+def _in_caption(el): # of a figure or a group of figures
+    for a in el.iterancestors('{*}caption'):
+        if local_name(a.getparent()) in ('fig', 'fig-group'): return True
+    return False
+
+def _block_of(xref): # the block that a cross-reference stands in, or None
+    for a in xref.iterancestors():
+        if local_name(a) in _BLOCKS: return a
+
+def _in_cell(el): # whether a block is a table cell or stands in one
+    return any(local_name(a) in ('td', 'th') for a in [el, *el.iterancestors()])

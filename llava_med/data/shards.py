@@ -15,7 +15,8 @@ from pathlib import Path
 
 import filelock
 
-from .articles import ArticleError, figures, find_articles, read_articles
+from .articles import (
+    ArticleError, article_of, figure_counts, figures, find_articles, read_articles)
 from .llava_files import ImageFolder, missing_words
 from .images import ImageError, image_bytes, open_image
 from ..core.runs import (
@@ -69,7 +70,7 @@ def _bytes(image, folder, look): # of an image, and why there are none
         try: return image_bytes(image), ''
         except ImageError as e: return None, str(e)
     if why := look.why_not(image): return None, why
-    try: return image_bytes(folder/image), ''
+    try: return image_bytes(folder/look.name(image)), ''
     except ImageError as e: return None, str(e).replace(f'{folder}/', '')
 
 # %% ../../nbs/03_data/12_shards.ipynb #9b742162
@@ -264,7 +265,8 @@ def article_task(
     records = list(read_articles([path], lambda source, problem: why.append(problem), images_dir))
     row = dict(source=str(path), status=_status(records, why), figures=len(records),
                images=sum(r['image'] is not None for r in records),
-               mentions=sum(bool(r['mentions']) for r in records), problems=why)
+               mentions=sum(bool(r['mentions']) for r in records), problems=why,
+               articles=len(set(map(article_of, records))))
     row |= dict(seconds=round(time.monotonic() - start, 4), worker_mib=round(peak_memory_mib()))
     lines = ''
     for r in records: lines += _as_json(r) + '\n'
@@ -394,7 +396,7 @@ class _Task: # `article_task` with its folder
 
 def _lost(source, why): # the result of an article that could not be read
     return '', dict(source=source, status='unreadable', figures=0, images=0, mentions=0,
-                    problems=[why], seconds=0, worker_mib=0)
+                    problems=[why], seconds=0, worker_mib=0, articles=0)
 
 def _results(client, plan, images_dir, say): # lines and row of every article, in order
     found = in_order(client, _Task(images_dir), (s for s, why in plan if not why), say=say)
@@ -420,14 +422,14 @@ def _alone(out): # one process writes a file
         lock.release()
 
 # %% ../../nbs/03_data/12_shards.ipynb #43f91240
-_SUMMED = ('figures', 'images', 'mentions')
+_SUMMED = ('articles', 'figures', 'images', 'mentions')
 
 def _summary(manifest): # counts, the largest worker in MB, and all problems
     n, worst, problems = Counter(), 0, []
     with open(manifest, encoding='utf-8') as f:
         next(f)
         for row in map(json.loads, f):
-            n.update([row['status'], 'articles'])
+            n.update([row['status'], 'sources'])
             for k in _SUMMED: n[k] += row[k]
             worst = max(worst, row['worker_mib'])
             problems += [dict(source=row['source'], problem=p) for p in row['problems']]
@@ -444,9 +446,8 @@ def _finish(out, part, manifest, took, say): # put both files in their places an
     if n['figures']: os.replace(part, out)
     else: part.unlink()
     end = f' -> {out}' if n['figures'] else '; no record was written.'
-    say(f'{n["done"]} articles, {n["figures"]} figures, {n["images"]} with image, {n["mentions"]} '
-        f'with mentions, {len(problems)} problems{end}')
-    say(f'{n["articles"]} articles in {clock(took)}; {n["no_figure"]} without figure, '
+    say(figure_counts(*map(n.__getitem__, _SUMMED), len(problems)) + end)
+    say(f'{n["sources"]} sources in {clock(took)}; {n["no_figure"]} without figure, '
         f'{n["unreadable"]} unreadable; a worker took {worst} MB at most. '
         f'{out.name}.manifest.jsonl says what became of each.')
     return 0 if n['figures'] else 1

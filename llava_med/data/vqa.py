@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ITEM_KEYS', 'ANSWER_TYPES', 'EDITIONS', 'make_item', 'same_question', 'is_yes_no', 'named_cluster', 'item_cluster',
-           'check_rows', 'split_of', 'read_vqa_rad', 'slake_boxes', 'slake_masks', 'slake_regions', 'region_mask',
-           'slake_file', 'read_slake', 'is_slake', 'slake_lacks', 'item_counts', 'check_counts', 'check_items',
-           'item_options', 'item_question', 'question_record', 'choice_item', 'write_items', 'read_items']
+           'check_rows', 'is_value', 'check_row', 'split_of', 'read_vqa_rad', 'slake_boxes', 'slake_masks',
+           'slake_regions', 'region_mask', 'slake_file', 'read_slake', 'is_slake', 'slake_lacks', 'item_counts',
+           'check_counts', 'check_items', 'item_options', 'item_question', 'question_record', 'choice_item',
+           'write_items', 'read_items']
 
 # %% ../../nbs/03_data/15_vqa.ipynb #6c00b3f6
 import contextlib
@@ -17,7 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..core.runs import read_json, read_jsonl, write_json
+from ..core.json_stream import json_values
+from ..core.runs import read_json, write_json
+from .images import find_file
 from .options import LETTERS, Choice, clean, read_choices, same_option
 
 # %% ../../nbs/03_data/15_vqa.ipynb #894fab03
@@ -89,11 +92,40 @@ def check_rows(
     if not isinstance(rows, list) or not rows:
         raise ValueError(f'{path}: holds no list of questions.')
     for i, r in enumerate(rows):
-        lack = [k for k in keys if not isinstance(r, dict) or k not in r]
+        if not isinstance(r, dict):
+            raise ValueError(f'{path}: row {i} is {str(r)[:40]!r} and no record with keys; is this '
+                             'the right file?')
+        lack = [k for k in keys if k not in r]
         if lack:
             raise ValueError(f'{path}: row {i} lacks {", ".join(map(repr, lack))}; is this the '
                              'right file?')
     return rows
+
+# %% ../../nbs/03_data/15_vqa.ipynb #a0306a6a
+def is_value(
+    value, # as it stands in a file
+)->bool:   # False for true and false, lists and objects
+    "Whether a value is a text, a number or nothing."
+    return value is None or isinstance(value, (str, int, float)) and not isinstance(value, bool)
+
+def check_row(
+    path:str|Path, # the file, for messages
+    n:int,         # number of the row, from 0
+    row:dict,      # a record
+    texts:tuple=('question',), # keys whose values must be texts with something in them
+    values:tuple=('answer',),  # keys whose values may be numbers or empty, too
+)->None:
+    "Refuse a row in which a text is no text; keys that it does not have are passed over."
+    for k in filter(row.__contains__, (*texts, *values)):
+        v = row[k]
+        if k in texts and clean(v) == '': raise ValueError(f'{path}: row {n} has no {k}.')
+        if not is_value(v) or k in texts and not isinstance(v, str):
+            raise ValueError(f'{path}: row {n} has the {k} {str(v)[:60]!r}, which is no text; '
+                             'write one text in quotes.')
+    kind = clean(row.get('answer_type'))
+    if 'answer_type' in row and kind.upper() not in ANSWER_TYPES:
+        raise ValueError(f'{path}: row {n} has the answer_type {kind[:40]!r}; write OPEN or '
+                         'CLOSED.')
 
 # %% ../../nbs/03_data/15_vqa.ipynb #43fd38e8
 _SPLITS = dict(train='train', trainset='train', training='train', val='val', valid='val',
@@ -122,7 +154,8 @@ def _rad_item(r, n, split, path):
     organ = clean(r.get('image_organ')).lower()
     try: qid = int(r['qid'])
     except (TypeError, ValueError):
-        raise ValueError(f'{path}: row {n} has the qid {r["qid"]!r}, which is no number.') from None
+        raise ValueError(f'{path}: row {n} has the qid {str(r["qid"])[:40]!r}, which is no number.'
+                         ) from None
     extra = {k: _known(r[name]) for k, name in _RAD_LINKS.items() if name in r}
     if r.get('image_case_url'): extra['case'] = clean(r['image_case_url']).rpartition('id=')[2]
     return make_item(f'vqa_rad-{split}-{n}', [clean(r['image_name'])], r['question'], r['answer'],
@@ -137,7 +170,10 @@ def read_vqa_rad(
     split:str|None=None,  # keep only 'train' or 'test'
 )->list:                  # VQA items, in the file's order
     "Read VQA-RAD in its public form or as the usual two files."
-    rows, named, out = check_rows(path, read_json(path), _RAD_KEYS), split_of(path), []
+    rows = check_rows(path, list(json_values(path)), _RAD_KEYS)
+    values = ('answer', 'qid', 'question_type', 'image_organ', 'phrase_type')
+    for n, r in enumerate(rows): check_row(path, n, r, ('question', 'image_name'), values)
+    named, out = split_of(path), []
     for n, r in enumerate(rows):
         marked = str(r.get('phrase_type', '')).startswith('test')
         part = named or ('test' if marked else 'train')
@@ -317,8 +353,11 @@ def read_slake(
     def boxes(name):
         if name not in known: known[name] = slake_regions(path.parent, name)
         return known[name]
-    rows = check_rows(path, read_json(path),
+    rows = check_rows(path, list(json_values(path)),
                       ('qid', 'img_name', 'question', 'answer', 'answer_type'))
+    values = ('answer', 'qid', 'modality', 'location', 'content_type', 'question_type')
+    for n, r in enumerate(rows):
+        check_row(path, n, r, ('question', 'img_name', 'q_lang'), values)
     return [_slake_item(r, split, boxes) for r in rows if lang in (None, r.get('q_lang', 'en'))]
 
 # %% ../../nbs/03_data/15_vqa.ipynb #fcf2c273
@@ -438,7 +477,7 @@ def _option_fault(o): # what is wrong with the options of an item, or None
     if not known: return None
     if answer and same_option(answer) not in known:
         return f'has the answer {answer!r}, which is none of its options'
-    if o.get('label') and o['label'] != LETTERS[known.index(same_option(answer))]:
+    if answer and o.get('label') and o['label'] != LETTERS[known.index(same_option(answer))]:
         return f'has the label {o["label"]!r}, which is not the letter of its answer {answer!r}'
 
 def _outside(box): # whether a box leaves its image
@@ -454,24 +493,27 @@ def _item_faults(o, ids): # what is wrong with one item
     if fault := _option_fault(o): out.append(fault)
     if o['twin_of'] is not None and o['twin_of'] not in ids:
         out.append(f'names the twin {o["twin_of"]!r}, which is not there')
-    if any(_outside(r['box']) for r in o['regions'] if isinstance(r, dict)):
+    if any(_outside(r['box']) for r in o['regions'] or () if isinstance(r, dict)):
         out.append('has a box outside its image')
     return out
 
 # %% ../../nbs/03_data/15_vqa.ipynb #eb83604b
+def _twice(items): # a sentence for each id that occurs more than once
+    ids = Counter(o.get('id') for o in items)
+    return [f'Item {i!r} occurs {n} times; ids must be unique.' for i, n in ids.items() if n > 1]
+
 def check_items(
     items:list,           # VQA items
     images_dir:str|Path|None=None, # also look whether every image is there
     published:bool=False, # also compare with the published sizes of the set
 )->list:                  # one sentence for each problem
     "What is wrong with these items; an empty list when nothing is."
-    ids, names = Counter(o.get('id') for o in items), set()
-    out = [f'Item {i!r} occurs {n} times; ids must be unique.' for i, n in ids.items() if n > 1]
+    ids, out, names, listed = {o.get('id') for o in items}, _twice(items), set(), {}
     for o in items:
         for fault in _item_faults(o, ids): out.append(f'Item {o.get("id")!r} {fault}.')
         if images_dir: names.update(o.get('images', []))
     for n in sorted(names):
-        if not (Path(images_dir)/n).is_file(): out.append(f'Image {n} is not in {images_dir}.')
+        if not find_file(images_dir, n, listed): out.append(f'Image {n} is not in {images_dir}.')
     return out + (check_counts(items) if published else [])
 
 # %% ../../nbs/03_data/15_vqa.ipynb #ae8c45f4
@@ -526,9 +568,45 @@ def choice_item(
                       answer_type='CLOSED', label=choice.label)
 
 # %% ../../nbs/03_data/15_vqa.ipynb #80711ad6
+_FORMS = dict(   # field of an item: what it may be, in types and in words
+    id=((str, int), 'a text'), images=(list, 'a list of file names, such as ["1.png"]'),
+    question=(str, 'a text'), answer=((str, int, float), 'a text'),
+    answer_type=(str, 'OPEN or CLOSED'), split=(str, 'train, val or test'),
+    options=((list, dict, str, type(None)), 'a list of texts'),
+    tags=((dict, type(None)), 'an object'), regions=((list, type(None)), 'a list of objects'),
+    twin_of=((str, int, type(None)), 'the id of another item'),
+    source=((str, type(None)), 'a text'))
+
+def _is_box(r): # whether a region has a box of four numbers
+    box = r.get('box') if isinstance(r, dict) else None
+    return isinstance(box, (list, tuple)) and len(box) == 4 and all(map(_is_number, box))
+
+def _is_number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
+
+def _misfit(o): # the first field of an item that holds something else than it should, or None
+    if not isinstance(o, dict): return f'is {str(o)[:40]!r} and no item with keys'
+    for k, (types, words) in _FORMS.items():
+        if k in o and (not isinstance(o[k], types) or isinstance(o[k], bool)):
+            return f'has the {k} {str(o[k])[:60]!r}; write {words}'
+    for n in o.get('images') or ():
+        if not isinstance(n, str) or not n: return f'has the image {str(n)[:60]!r}; write its name'
+    for r in o.get('regions') or ():
+        if not _is_box(r): return f'has the region {str(r)[:60]!r}; write {{"box": [x, y, w, h]}}'
+    if not clean(o.get('question', '?')): return 'has an empty question'
+    kind = clean(o.get('answer_type')).upper()
+    if kind not in ANSWER_TYPES and not (kind == '' and o.get('options')):
+        return f'has the answer_type {kind[:40]!r}; write OPEN or CLOSED'
+
+# %% ../../nbs/03_data/15_vqa.ipynb #748b4373
 def _unfit(items): # the first reason why items cannot be kept in a file, or None
-    for w in check_items(items):
-        if 'lacks' in w or 'unique' in w: return w
+    for n, o in enumerate(items):
+        lack = [k for k in ITEM_KEYS if isinstance(o, dict) and k not in o]
+        why = f'lacks {", ".join(lack)}' if lack else _misfit(o)
+        if why:
+            known = isinstance(o, dict) and isinstance(o.get('id'), (str, int))
+            name = repr(o['id']) if known else f'in row {n}'
+            return f'Item {name} {why}.'
+    return next(iter(_twice(items)), None)
 
 def write_items(
     path:str|Path, # a .json file
@@ -539,17 +617,27 @@ def write_items(
     write_json(path, items)
 
 # %% ../../nbs/03_data/15_vqa.ipynb #5004198e
+def _plain_item(o): # an item with lists where it has null, and its answer type in our words
+    empty = dict(options=[], tags={}, regions=[])
+    filled = {k: v for k, v in empty.items() if o[k] is None}
+    kind = clean(o['answer_type']).upper()
+    if kind != o['answer_type'] or kind != ANSWER_TYPES.get(kind, kind):
+        filled['answer_type'] = ANSWER_TYPES.get(kind, kind)
+    return o | filled if filled else o
+
+def _text_answer(o): # an item whose answer is a text
+    return o if isinstance(o['answer'], str) else o | dict(answer=clean(o['answer']))
+
 def read_items(
     path:str|Path, # a .json or .jsonl file written by `write_items` or by hand
     left_out:list|None=None, # gets a sentence for each contradictory item; None refuses it
 )->list:           # VQA items
     "Read items in our schema; OptionError for options that contradict their answer."
-    path, out = Path(path), []
-    items = read_jsonl(path) if path.suffix == '.jsonl' else read_json(path)
-    if not isinstance(items, list): raise ValueError(f'{path}: holds no list of items.')
+    items, out = list(json_values(path)), []
     if wrong := _unfit(items): raise ValueError(f'{path}: {wrong}')
+    items = list(map(_plain_item, items))
     found = read_choices(path, [o if o['options'] else {} for o in items], left_out)
     for n, o in enumerate(items):
         choice = found.get(n, n)
-        if choice is not None: out.append(choice_item(o, choice) if n in found else o)
+        if choice is not None: out.append(choice_item(o, choice) if n in found else _text_answer(o))
     return out

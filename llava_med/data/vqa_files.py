@@ -7,18 +7,20 @@ __all__ = ['IMAGE_COLUMNS', 'plain_pickle', 'read_pathvqa', 'read_pmc_vqa', 'rea
            'read_parquet', 'official_types', 'layout_of', 'read_layout']
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #ad06b6d8
-import base64, contextlib, csv, hashlib, io, pickle, pickletools, re
+import base64, csv, hashlib, io, pickle, pickletools, re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .images import MAX_FILE
-from ..core.runs import read_json, read_jsonl, replacing
+from .images import MAX_FILE, image_format
+from ..core.json_stream import json_values
+from ..core.runs import read_text, refuse_pointer, replacing, text_encoding
 from .options import (
     KEY_COLUMNS, OptionError, clean, option_columns, read_choices, same_option, text_literal)
-from .vqa import check_rows, choice_item, is_yes_no, make_item
+from .vqa import (
+    ANSWER_TYPES, check_row, check_rows, choice_item, is_value, is_yes_no, make_item)
 from .vqa import read_items, read_slake, read_vqa_rad, same_question, split_of
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #48834313
@@ -54,6 +56,7 @@ def plain_pickle(
     if path.stat().st_size > MAX_FILE:
         raise ValueError(f'{path}: {path.stat().st_size} bytes, at most {MAX_FILE} are read.')
     data = path.read_bytes()
+    refuse_pointer(data, path)
     try:
         _check_plain(data)
         return _PlainUnpickler(io.BytesIO(data), encoding='utf-8', errors='replace').load()
@@ -67,13 +70,7 @@ def plain_pickle(
 # %% ../../nbs/03_data/16_vqa_files.ipynb #4a63dd4e
 def _load(path): # what a file of JSON, JSON Lines or pickle holds
     if path.suffix in ('.pkl', '.pickle', '.p'): return plain_pickle(path)
-    if path.suffix == '.jsonl': return read_jsonl(path)
-    try: rows = read_json(path)
-    except ValueError:
-        with contextlib.suppress(ValueError):
-            return read_jsonl(path)   # LLaVA-Med's .json files are often JSON Lines
-        raise
-    return [rows] if isinstance(rows, dict) else rows
+    return list(json_values(path))
 
 def _in_split(items, split): # the items of one split, or all
     return items if split is None else [o for o in items if o['split'] == split]
@@ -88,7 +85,7 @@ def _likeliest(labels): # the answer of {answer: probability}
 
 _FACTS = ('question_id', 'answer_type', 'question_type')   # of the pickles with answer types
 
-def _pathvqa_row(path, i, r): # (image id, question, answer, other facts) of one row
+def _pathvqa_row(path, i, r): # [(image id, question, answer, other facts)] of one row
     if 'sent' in r:
         facts = {k: r[k] for k in _FACTS if k in r}
         return [(r['img_id'], r['sent'], _likeliest(r.get('label')), facts)]
@@ -102,10 +99,14 @@ def _pathvqa_row(path, i, r): # (image id, question, answer, other facts) of one
 # %% ../../nbs/03_data/16_vqa_files.ipynb #216ef911
 def _pathvqa_rows(path, rows): # the same of all rows
     for i, r in enumerate(rows):
-        try: yield from _pathvqa_row(path, i, r)
+        try: found = _pathvqa_row(path, i, r)
         except (KeyError, TypeError, AttributeError) as e:
             raise ValueError(f'{path}: row {i} is not in one of the three forms of PathVQA '
                              f'({type(e).__name__} {e}).') from None
+        for image, q, a, facts in found:
+            said = dict(image=image, question=q, answer=a, **facts)
+            check_row(path, i, said, ('question', 'image'))
+            yield image, q, a, facts
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #162bd917
 def read_pathvqa(
@@ -127,30 +128,36 @@ def _table(f):
     "A table of an open file, parted by commas, semicolons or tabs; names in lower case."
     sep = max(',;\t', key=f.readline().count)
     f.seek(0)
-    table = csv.DictReader(f, delimiter=sep)
+    table = csv.DictReader(f, delimiter=sep, strict=True)
     table.fieldnames = [clean(k).lower() for k in table.fieldnames or []]
     return table
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #661d2707
 def _csv_rows(path): # rows of a table
+    text, rows = read_text(path), []
     csv_limit = csv.field_size_limit(2**27)   # images may be in it
     try:
-        with open(path, newline='', encoding='utf-8-sig', errors='strict') as f:
-            table = _table(f)
-            counts = Counter(filter(None, table.fieldnames))
-            rows = list(table)
-    except (csv.Error, UnicodeDecodeError) as e:
-        raise ValueError(f'{path}: not a table that can be read ({e}); save it as CSV in UTF-8.'
+        table = _table(io.StringIO(text, newline=''))
+        for r in table: rows.append(r)
+    except csv.Error as e:
+        raise ValueError(f'{path}: row {len(rows)} is no row of a table ({e}); save it as CSV.'
                          ) from None
     finally: csv.field_size_limit(csv_limit)
-    if counts and max(counts.values()) > 1:
-        twice = max(counts, key=counts.get)
+    twice, count = Counter(filter(None, table.fieldnames)).most_common(1)[0] if rows else ('', 0)
+    if count > 1:
         raise ValueError(f'{path}: has two columns {twice!r}; keep the one that counts, or give '
                          'each its own name.')
     if not rows: raise ValueError(f'{path}: holds no questions.')
+    if None in rows[-1].values():
+        raise ValueError(f'{path}: row {len(rows) - 1}, the last one, has fewer cells than the '
+                         'first line has names; fetch it again, for it may be cut off.')
     return rows
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #54a9dbe1
+def _too_long(path, n):
+    raise ValueError(f'{path}: row {n} has more cells than the first line has names; put a text '
+                     'that holds a comma in quotes.')
+
 def _pmc_item(r, n, choice, path):
     part = split_of(clean(r.get('split')) or 'x') or split_of(path) or 'all'
     image, index = clean(r['figure_path']), clean(r.get('index'))
@@ -174,6 +181,8 @@ def read_pmc_vqa(
         if not all(isinstance(r.get(k), str) for k in _PMC_COLUMNS):
             raise ValueError(f'{path}: row {n} lacks Figure_path, Question, Answer or its '
                              'choices; is the file cut off?')
+        if None in r: _too_long(path, n)
+        check_row(path, n, r, ('figure_path', 'question'), ())
     found = read_choices(path, rows, left_out)
     out = []
     for n, r in enumerate(rows):
@@ -186,6 +195,7 @@ def read_pmc_vqa(
 def _spoken(r, n, path):
     "The texts of a conversation, question and answer in turn."
     turns = r.get('conversations', r.get('conversatons')) or []
+    if not isinstance(turns, list): turns = []
     if 'answer_type' not in r:
         raise ValueError(f'{path}: row {n} has a conversation but no answer_type: this is '
                          'instruction data, not a VQA set.')
@@ -196,6 +206,10 @@ def _spoken(r, n, path):
         who.append(t.get('from'))
     if not said or who != ['human', 'gpt'] * (len(said)//2):
         raise ValueError(f'{path}: row {n} is not a conversation of human and gpt in turn.')
+    check_row(path, n, r, (), ('id',))
+    for k, text in enumerate(said):
+        if not isinstance(text, str) or not text.replace('<image>', '').strip():
+            raise ValueError(f'{path}: row {n} has no text at turn {k + 1}.')
     return said
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #6870e1a0
@@ -203,6 +217,8 @@ def _llava_items(r, n, split, path):
     "(row of question and answer, item without options) of one record."
     said, images = _spoken(r, n, path), r.get('image') or []
     if isinstance(images, str): images = [images]
+    if not isinstance(images, list) or not all(isinstance(o, str) for o in images):
+        raise ValueError(f'{path}: row {n} has the image {str(images)[:60]!r}; write its name.')
     kind = clean(r.get('question_type')).lower() or None
     for k, (asked, answer) in enumerate(zip(said[::2], said[1::2])):
         asked = str(asked).replace('<image>', ' ')
@@ -301,22 +317,27 @@ def _pictures(value): # names and bytes of all images in a cell
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #df4b68ef
 def _store(data, images_dir): # the name of an image, which is written if wanted
-    with Image.open(io.BytesIO(data)) as img: ending = _ENDINGS.get(img.format, '.png')
+    ending = _ENDINGS.get(image_format(data), '.png')
     name = hashlib.sha256(data).hexdigest()[:20] + ending
     if images_dir and not (Path(images_dir)/name).is_file():
         with replacing(Path(images_dir)/name) as part: part.write_bytes(data)
     return name
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #e49c12a3
-def _stored(cell, images_dir, path, n): # the names of the images of a cell
-    names = []
-    try:
-        for data in _pictures(cell):
-            names.append(data if isinstance(data, str) else _store(data, images_dir))
-    except (ValueError, OSError) as e:
-        if isinstance(e, OSError) and e.filename: raise
+def _pictures_of(cell, path, n): # names and bytes of all images in the cell of a row
+    try: return _pictures(cell)
+    except (ValueError, RecursionError):
         raise ValueError(f'{path}: the image of row {n} cannot be read; fetch the file again.'
                          ) from None
+
+def _stored(cell, images_dir, path, n): # the names of the images of a cell
+    names = []
+    for data in _pictures_of(cell, path, n):
+        try: names.append(data if isinstance(data, str) else _store(data, images_dir))
+        except (ValueError, OSError) as e:
+            if isinstance(e, OSError) and e.filename: raise
+            raise ValueError(f'{path}: the image of row {n} cannot be read; fetch the file again.'
+                             ) from None
     return names
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #47792053
@@ -351,8 +372,8 @@ def _row_split(r, default, where=None):
         found = split_of(clean(r.get(k)).lower() or 'x')
         if found: return found
     if where and clean(r.get('split')):
-        raise ValueError(f'{where} has the split {clean(r["split"]).lower()!r}; write train, val '
-                         'or test.')
+        raise ValueError(f'{where} has the split {clean(r["split"]).lower()[:40]!r}; write train, '
+                         'val or test.')
     return default
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #116e913d
@@ -365,7 +386,10 @@ def _row_key(r): # the key of a row
 def _row_item(r, n, ident, names, part, source, choice):
     "The item of a row, whose images have these names."
     key = _row_key(r)
-    kind = dict(answer_type=r['answer_type']) if clean(r.get('answer_type')) else _derived(key)
+    said = clean(r.get('answer_type'))
+    known = said.upper() in ANSWER_TYPES
+    kind = dict(answer_type=said) if known else _derived(key)
+    if said and not known: kind['official_type'] = said
     tags = {k: clean(_first(r, columns)).lower() or None for k, columns in _TAGS.items()}
     extra = {k: r[k] for k in _KEPT if clean(r.get(k))}
     if (qid := _first(r, _IDS)) is not None: extra['qid'] = qid
@@ -378,13 +402,18 @@ def _row_item(r, n, ident, names, part, source, choice):
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #f847be98
 def _single(path, n, r):
-    "Refuse a question or a key that is several texts."
-    for k in ('question', _column(r, KEY_COLUMNS) or 'question'):
+    "Refuse a question that is no text, and a key that is several texts or none."
+    column = _column(r, KEY_COLUMNS)
+    if not clean(r['question']): raise ValueError(f'{path}: row {n} has no question.')
+    if column is None and not any(k in r for k in KEY_COLUMNS):
+        raise ValueError(f'{path}: row {n} has no answer, only {", ".join(map(str, r))}.')
+    for k in ('question', column or 'question'):
         v = r[k].tolist() if hasattr(r[k], 'tolist') else r[k]
-        several = isinstance(v, (list, tuple)) and (len(v) != 1 or k == 'question')
-        if several or isinstance(v, dict):
+        one = isinstance(v, (list, tuple)) and len(v) == 1 and k != 'question'
+        if not is_value(v[0] if one else v) or k == 'question' and not isinstance(v, str):
             raise ValueError(f'{path}: row {n} has the {k} {str(v)[:60]!r}, which is no single '
                              'text; write one text.')
+    check_row(path, n, {k: r[k] for k in _IDS if k in r}, (), _IDS)
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #dfe49a5a
 def _letters_only(rows):
@@ -424,9 +453,7 @@ def _table_images(rows, columns):
 def _check_table(path, rows, cells):
     "Refuse rows that are too long, or lack image, question or key."
     for n, r in enumerate(rows):
-        if None in r:
-            raise ValueError(f'{path}: row {n} has more cells than the first line has names; put '
-                             'a text that holds a comma in quotes.')
+        if None in r: _too_long(path, n)
     for n, r in enumerate(rows):
         there = dict(image=cells[n], question=clean(r.get('question')),
                      answer=_first(r, KEY_COLUMNS))
@@ -470,8 +497,8 @@ def _record_names(path, rows, images_dir): # the names of the images of all rows
     for r in rows: columns.update(dict.fromkeys(r))
     columns = _image_columns(columns)
     for n, r in enumerate(rows):
-        cell = next((r[k] for k in columns if _pictures(r.get(k))), None)
-        names.append(_stored(cell, images_dir, path, n))
+        full = (r[k] for k in columns if _pictures_of(r.get(k), path, n))
+        names.append(_stored(next(full, None), images_dir, path, n))
     return names
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #ae6535ce
@@ -500,6 +527,7 @@ def read_qa_records(
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #d8158fb0
 def _unreadable(path, e): # the error for a file that is no parquet
+    with open(path, 'rb') as f: refuse_pointer(f.read(64), path)
     return ValueError(f'{path}: not a parquet file that can be read '
                       f'({str(e).splitlines()[0][:120]}); fetch it again.')
 
@@ -613,7 +641,8 @@ def official_types(
 
 # %% ../../nbs/03_data/16_vqa_files.ipynb #1fc9c27d
 def _table_layout(path): # which table this is, by its columns, or None
-    with open(path, newline='', encoding='utf-8-sig', errors='replace') as f:
+    with open(path, 'rb') as f: encoding = text_encoding(f.read(1 << 12), path)
+    with open(path, newline='', encoding=encoding, errors='replace') as f:
         head = set(_table(f).fieldnames)
     if {'figure_path', 'question', 'choice a'} <= head:
         return 'pmc_vqa_1' if 'answer_label' in head else 'pmc_vqa_2'

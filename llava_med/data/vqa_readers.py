@@ -6,8 +6,10 @@
 __all__ = ['LAYOUTS', 'recognise', 'read_vqa', 'open_vqa']
 
 # %% ../../nbs/03_data/17_vqa_readers.ipynb #3f305e83
+from collections import Counter
 from pathlib import Path
 
+from .images import find_file
 from .options import OptionError, clean
 from .vqa import check_counts, split_of
 from .vqa_files import layout_of, read_layout
@@ -94,11 +96,22 @@ def _one_file_a_split(path, files, split):
             raise ValueError(f'{path}: several files for the split {k} ({", ".join(names)}); '
                              'name one of them.')
 
+# %% ../../nbs/03_data/17_vqa_readers.ipynb #5414a197
+def _in_language(items, layout, lang): # the items of one language, and what is left aside in words
+    if lang is None or layout not in ('slake', 'phantoms'): return items, []
+    here, others = [], Counter()
+    for o in items:
+        if o.get('q_lang', 'en') == lang: here.append(o)
+        else: others[o['q_lang']] += 1
+    said = ', '.join(f'{n} × {k!r}' for k, n in others.items())
+    return here, [f'other languages left aside: {said}'] if others else []
+
 # %% ../../nbs/03_data/17_vqa_readers.ipynb #9433274c
 def _remarks(items, layout, left_out):
     "What is worth saying about the items of a set."
     out, n_options, assumed, derived = [], 0, 0, 0
     if layout == 'parquet': out.append(f'taken for {items[0]["source"]}')
+    empty = [o['id'] for o in items if not clean(o['answer'])]
     for o in items:
         n_options += bool(o['options'])
         assumed += 'key_assumed' in o
@@ -107,6 +120,7 @@ def _remarks(items, layout, left_out):
     if left_out: out.append(f'{len(left_out)} left out because their options contradict their key '
                             f'(the first: {left_out[0]})')
     if assumed: out.append(f'{assumed} keys are numbers, taken to count from 0')
+    if empty: out.append(f'{len(empty)} with an empty answer (the first: {empty[0]})')
     if derived: out.append(f'{derived} of {len(items)} questions have no official answer type, '
                            'CLOSED means there that the answer is yes or no')
     return out
@@ -129,14 +143,15 @@ def read_vqa(
     if layout not in ('parquet', 'omnimed'): _one_file_a_split(path, files, split)
     mostly = part and left_out is None   # sound, or it is no part of a set
     if mostly: left_out = []
-    for p in files: items += read_layout(layout, p, split, lang, images_dir, source, left_out)
+    for p in files: items += read_layout(layout, p, split, None, images_dir, source, left_out)
+    items, others = _in_language(items, layout, lang)
     if mostly and len(left_out) > len(items):
         raise OptionError(f'{left_out[0]}; {len(left_out)} records are like this and {len(items)} '
                           'are sound: correct the file.')
     if not items:
         raise ValueError(f'{path}: {what}, but no question for split={split!r}, lang={lang!r}; '
                          'name another file, split or language.')
-    remarks = _remarks(items, layout, left_out)
+    remarks = _remarks(items, layout, left_out) + others
     if not part and layout not in ('items', 'llava'):
         wrong = check_counts(items, _edition(layout, items, files))
         if wrong:
@@ -151,14 +166,16 @@ def read_vqa(
 _IMAGE_DIRS = ('', 'images', 'imgs', 'image', 'VQA_RAD Image Folder', 'Slake1.0/imgs', 'figures')
 
 def _image_folder(folder, images_dir, store, names):
-    "The folder that has most of the images, and the names that are there."
+    "The folder that has most of the images, and {name: the name there} of those that are there."
     places = [Path(store)] if store else []
     for d in (folder, folder.parent, folder.parent.parent):
         places += map(d.joinpath, _IMAGE_DIRS)
     if images_dir: places = [Path(images_dir)]
-    best, most = places[0], set()
+    best, most = places[0], {}
     for place in places:
-        there = {n for n in names if (place/n).is_file()}
+        there, listed = {}, {}
+        for n in names:
+            if at := find_file(place, n, listed): there[n] = at
         if len(there) > len(most): best, most = place, there
     return best, most
 
@@ -167,6 +184,10 @@ def _splits(path, items, split):
     "The items by split, and which splits are asked and learned from."
     parts = dict(train=[], val=[], test=[])
     for o in items: parts.setdefault(o['split'], []).append(o)
+    other = [o['id'] for k in parts if k not in ('train', 'val', 'test') for o in parts[k]]
+    if other and len(other) < len(items):
+        raise ValueError(f'{path}: {len(other)} of its {len(items)} questions are of no split (the '
+                         f'first: {other[0]!r}), and the others are; write train, val or test.')
     if split == 'val' and not parts['val']:
         raise ValueError(f'{path}: this set has no validation questions; ask its test split.')
     if parts['test'] and split != 'val': test_is = 'test'
@@ -187,11 +208,31 @@ def _image_names(path, items):
         names.update(o['images'])
     return names
 
+# %% ../../nbs/03_data/17_vqa_readers.ipynb #a4ff3711
 def _public_items(folder, items):
     "VQA-RAD's public file, where it lies beside the set."
     if items[0]['source'] != 'vqa_rad': return []
     public = [p for p in folder.glob('*.json') if layout_of(p) == 'rad_public']
     return read_vqa(public[0], part=True) if public else []
+
+def _as_there(items, there): # items whose images have the names under which they lie there
+    out = []
+    for o in items:
+        names = [there.get(n, n) for n in o['images']]
+        out.append(o if names == o['images'] else o | dict(images=names))
+    return out
+
+def _asked(path, test, names, there, test_is, train_is):
+    "What there is to ask, in words; questions and images that are not there are named."
+    said = [f'{len(test)} questions of the split {test_is}, {len(there)} of {len(names)} images '
+            'found']
+    gone, bare = sorted(names - there), [o['id'] for o in test if not o['images']]
+    if gone: said.append(f'the first that is not: {gone[0][:60]}')
+    if bare: said.append(f'{len(bare)} questions name no image and are not asked (the first: '
+                         f'{bare[0]})')
+    if not train_is: said.append('no other split to learn priors from')
+    if test_is == 'train': said.append('a model tuned on this set has learned their answers')
+    return '; '.join(said)
 
 # %% ../../nbs/03_data/17_vqa_readers.ipynb #b262c2d4
 def open_vqa(
@@ -221,13 +262,13 @@ def open_vqa(
         raise FileNotFoundError(f'{path}: none of the {len(names)} images of its questions is '
                                 'here; name their folder (vqa_images to an evaluation), or fetch '
                                 'the set again.')
+    items, test = _as_there(items, there), _as_there(test, there)
+    parts = {k: _as_there(v, there) for k, v in parts.items()}
+    names = {there.get(n, n) for n in names}
+    there = set(there.values())
     here = [o for o in test if o['images'] and there.issuperset(o['images'])]
     asked = test_is if len(here) == len(test) else f'{test_is} ({len(here)} of {len(test)})'
-    if say:
-        alone = '' if train_is else '; no other split to learn priors from'
-        if test_is == 'train': alone += '; a model tuned on this set has learned their answers'
-        say(f'{len(test)} questions of the split {test_is}, {len(there)} of {len(names)} images '
-            f'found{alone}')
+    if say: say(_asked(path, test, names, there, test_is, train_is))
     return dict(name=items[0]['source'], items=here, split=asked, train=parts.get(train_is, []),
                 val=parts['val'] if test_is == 'test' else [], test=test, train_is=train_is,
                 test_is=test_is, images_dir=best, missing=sorted(names - there),

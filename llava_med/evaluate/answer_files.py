@@ -6,10 +6,12 @@
 __all__ = ['ANSWER_KEYS', 'TOOLS', 'read_rows', 'read_answers']
 
 # %% ../../nbs/06_evaluate/05_answer_files.ipynb #b04d4943
-import csv, json, re
+import csv, io, json, re
 from collections import Counter
 from itertools import chain
 from pathlib import Path
+from ..core.json_stream import json_values
+from ..core.runs import parse_json, read_text, refuse_pointer
 from ..data.options import LETTERS
 from .exact import ScoreError
 
@@ -77,21 +79,24 @@ def _names_once(path, names):
             'name.')
 
 # %% ../../nbs/06_evaluate/05_answer_files.ipynb #8cfd6f0a
-def _table_rows(f, path):
-    "Rows of an open text file whose cells are parted by commas, semicolons or tabs."
-    sep = max(',;\t', key=f.readline().count)
-    f.seek(0)
+def _table_rows(text, path):
+    "Rows of a text whose cells are parted by commas, semicolons or tabs."
+    sep = max(',;\t', key=text.partition('\n')[0].count)
     rows, limit = [], csv.field_size_limit(2**27)
     try:
-        table = csv.DictReader(f, delimiter=sep, strict=True)
+        table = csv.DictReader(io.StringIO(text, newline=''), delimiter=sep, strict=True)
         _names_once(path, [str(k).strip() for k in table.fieldnames or ()])
         for i, r in enumerate(table, 1):
             if None in r: raise ScoreError(
                 f'{path}, row {i}: has more cells than the first line has names; '
                 'put a text that holds the separator in quotes.')
+            if None in r.values(): raise ScoreError(
+                f'{path}, row {i}: has fewer cells than the first line has names; '
+                'fetch the file again, for it may be cut off.')
             rows.append({str(k).strip(): v for k, v in r.items()})
     except csv.Error as e:
-        raise ScoreError(f'{path}: not a table that can be read ({e}); save it as CSV.') from None
+        raise ScoreError(f'{path}: not a table that can be read (row {len(rows) + 1}: {e}); save '
+                         'it as CSV.') from None
     finally: csv.field_size_limit(limit)
     return rows
 
@@ -134,21 +139,24 @@ def _unpacked(found):
 
 # %% ../../nbs/06_evaluate/05_answer_files.ipynb #89f8000c
 def _json_rows(text, path):
-    "Records of JSON or JSON Lines; damage is named with its line."
+    "Records of JSON or JSON Lines; damage is named with its line or record."
     start = text.lstrip()[:1]
-    try: whole = json.loads(text) if start in '[{' and start else None
-    except ValueError as e:
+    try: whole = parse_json(text) if start in '[{' and start else None
+    except ValueError:
         whole = None
-        if start == '[': raise ScoreError(
-            f'{path}: not valid JSON ({e}); mend or remove it.') from None
+        if start == '[': raise ScoreError(_broken_list(path)) from None
     if whole is not None: return whole if isinstance(whole, list) else _unpacked(whole)
     rows = []
     for i, line in enumerate(text.split('\n'), 1):
         if not line.strip(): continue
-        try: rows.append(json.loads(line))
+        try: rows.append(parse_json(line))
         except ValueError as e: raise ScoreError(
             f'{path}, line {i}: not valid JSON ({e}); mend or remove it.') from None
     return rows
+
+def _broken_list(path): # the sentence about a list that is damaged
+    try: list(json_values(path))
+    except ValueError as e: return str(e)
 
 # %% ../../nbs/06_evaluate/05_answer_files.ipynb #6a9a3453
 def read_rows(
@@ -156,18 +164,13 @@ def read_rows(
 )->list:           # what it holds
     "Read the records of a file; ScoreError names what is damaged and where."
     kind = Path(path).suffix.lower()
+    with open(path, 'rb') as f: start = f.read(64)
+    refuse_pointer(start, path, ScoreError)
     if kind in ('.xlsx', '.xlsm'): return _sheet_rows(path)
-    with open(path, 'rb') as f: start = f.read(4)
-    packed = start[:2] in (b'PK', b'\x1f\x8b', b'BZ') or start == b'\xfd7zX'
-    if packed: raise ScoreError(f'{path}: is compressed; unpack it.')
-    if start == b'PAR1':
+    if start[:4] == b'PAR1':
         raise ScoreError(f'{path}: is Parquet; write it as JSON Lines or CSV.')
-    try:
-        with open(path, encoding='utf-8-sig', newline='') as f:
-            if kind in ('.csv', '.tsv'): return _table_rows(f, path)
-            return _json_rows(f.read(), path)
-    except UnicodeDecodeError:
-        raise ScoreError(f'{path}: is not UTF-8 text; save it as UTF-8.') from None
+    text = read_text(path, ScoreError)
+    return _table_rows(text, path) if kind in ('.csv', '.tsv') else _json_rows(text, path)
 
 # %% ../../nbs/06_evaluate/05_answer_files.ipynb #294d8e12
 def _choice_texts(body): # of an answer in OpenAI's form
@@ -315,6 +318,15 @@ def _failed_of(path, rows):
         f'holds {len(names)} ({", ".join(sorted(names)[:3])}); give one file for each model.')
     for r in failed: r['model'] = next(iter(names), None)
 
+def _unnamed(path, rows):
+    "Refuse a file in which some answers name a model and others name none."
+    bare = [i for i, r in rows if not _is_name(r.get('model'))]
+    if bare and len(bare) < len(rows): raise ScoreError(
+        f'{path}, record {bare[0]}: names no model, and others do ({len(bare)} of {len(rows)} '
+        'name none); write its model.')
+
+def _is_name(v): return not isinstance(v, (list, dict)) and bool(str(v or '').strip())
+
 # %% ../../nbs/06_evaluate/05_answer_files.ipynb #6a405518
 def _name_models(rows):
     "Give each answer the short name of its model; None where all are of one."
@@ -339,7 +351,9 @@ def read_answers(
     out, of_others = [], []
     for i, r in enumerate(rows, 1):
         out.append(_answer(path, i, r))
-        if out[-1] is not r: of_others.append(out[-1])         # no line of our own log
-    _failed_of(path, of_others)
-    _name_models(of_others)
+        if out[-1] is not r: of_others.append((i, out[-1]))    # no line of our own log
+    answers = [r for _, r in of_others]
+    _failed_of(path, answers)
+    _unnamed(path, of_others)
+    _name_models(answers)
     return out

@@ -255,13 +255,14 @@ def _signed(t):
     "Text in which the signs that belong to a word or a number are private characters."
     if re.fullmatch(r'\s*[(\[]?\s*(\++|-)\s*[)\]]?\s*', t):
         return PLUS*t.count('+') or MINUS
-    t = re.sub(r'\s*[(\[]\s*\+\s*/\s*-\s*[)\]]|\+\s*/\s*-', ' ± ', t)
+    t = re.sub(r'(?<!\s)\s*+[(\[]\s*\+\s*/\s*-\s*[)\]]|\+\s*/\s*-', ' ± ', t)
     t = re.sub(r'(?<=\w)\s*[(\[]\s*(?:(\++)|-)\s*[)\]]',
                lambda m: (PLUS*len(m[1]) if m[1] else MINUS) + ' ', t)
     t = re.sub(r'(?<!\w)([+-])(?=ve\b)', lambda m: PLUS if m[1] == '+' else MINUS, t)
     t = re.sub(r'(?<![\w)\]])-(?=\.?\d)', _before_number, t)
     t = re.sub(r'(?<=[)\]])(?:(\+)|-)(?!\s*\w)', lambda m: PLUS if m[1] else MINUS, t)
-    return re.sub(r'(?P<word>\w+)(?P<gap>\s*)(?P<sign>\++|-+(?!\w))', _after_word, t)
+    # a word is taken whole, or a long one would be tried from each of its letters
+    return re.sub(r'(?<!\w)(?P<word>\w++)(?P<gap>\s*+)(?P<sign>\++|-+(?!\w))', _after_word, t)
 
 # %% ../../nbs/06_evaluate/03_answer_text.ipynb #071d7b3b
 def _compared(t):

@@ -27,9 +27,9 @@ from ..train.vision_cache import KeptFeatures
 
 # %% ../../nbs/05_generate/01_prefix_cache.ipynb #962e0acb
 def split_ids(
-    ids:list,       # token ids with one image mark for each image
-    image_id:int,   # id of the image mark
-    n_patches:int,  # image tokens for each mark
+    ids:list,       # token ids with one image token for each image
+    image_id:int,   # id of the image token
+    n_patches:int,  # patches of an image, each of which gets an image token
 )->tuple:           # ids up to and with the last image token; ids after it
     "Prefix that questions about one image share, and the rest."
     full = fill_slots(ids, [n_patches if i == image_id else 1 for i in ids])
@@ -56,7 +56,7 @@ def image_features(
 def read_prefixes(
     model,          # LlavaForConditionalGeneration
     prefixes:list,  # token ids, all of one length
-    feats:list,     # for each prefix the features of its images, (patches, width), in order
+    feats:list,     # for each prefix the features of its images, (patches, width), in order; or []
 ):                  # cache of keys and values, one row a prefix
     "Let the language model read prefixes of equal length."
     ids, images = torch.tensor(prefixes, device=model.device), []
@@ -175,15 +175,15 @@ def read_packed(
 # %% ../../nbs/05_generate/01_prefix_cache.ipynb #5d0ae029
 @dataclass
 class _Asked:
-    "A question that is being answered."
+    "The answer to a question, as it is written."
     row:int      # of the cache
-    number:int   # its owner
+    number:int   # owner of its tokens in that row: 1, 2, …
     at:int       # position of the next token
     ids:list = field(default_factory=list)
     ended:bool = False
 
 def _take(live, new, ends):
-    "Append one token to each running answer; the questions that go on."
+    "Append one token to each unfinished answer; those that go on."
     for q, t in zip(live, new):
         q.ended = q.ended or t in ends
         if not q.ended: q.ids.append(t)
@@ -191,7 +191,7 @@ def _take(live, new, ends):
 
 # %% ../../nbs/05_generate/01_prefix_cache.ipynb #74f0c68e
 def _open_rows(cache, keys, live):
-    "What rows that still have a question need; they are numbered anew."
+    "Cache and owners of the rows that still have an answer; rows are numbered anew."
     rows, new = np.unique([q.row for q in live], return_inverse=True)
     for q, row in zip(live, new.tolist()): q.row = row
     if len(rows) < len(keys):
@@ -202,7 +202,7 @@ def _open_rows(cache, keys, live):
 
 # %% ../../nbs/05_generate/01_prefix_cache.ipynb #86aa3bd7
 def _places(live):
-    "The place of each question in a grid of one row for each row of the cache."
+    "Row and column of each answer in a grid; the rows are those of the cache."
     filled, places = Counter(), []
     for q in live:
         places.append((q.row, filled[q.row]))
@@ -210,7 +210,7 @@ def _places(live):
     return torch.tensor(places).T
 
 def _grid(places, values, fill, device):
-    "A grid with values at some places."
+    "A grid with values at some rows and columns."
     out = torch.full((places.amax(1) + 1).tolist(), fill)
     out[places[0], places[1]] = torch.tensor(values)
     return out.to(device)
@@ -249,16 +249,20 @@ def _give_room(cache):
         new.__dict__.update(layer.__dict__)
 
 # %% ../../nbs/05_generate/01_prefix_cache.ipynb #4a6022c2
+_EMPTY = ('A question or reply behind a prefix has no token, so nothing follows on it: leave at '
+          'least one token out of the prefix.')
+
 def first_tokens(
     model,         # LlavaForConditionalGeneration
     suffixes:list, # for each row a list of questions, each a list of token ids
     cache,         # keys and values of the prefixes, one row a row; it grows
-    live:list,     # answers in the order of their questions, with row, number and place
+    live:list,     # answers in the order of their questions, with `row`, `number` and `at`
     take,          # f(live, logits) gives each its next token, and returns those that go on
 )->tuple:          # cache, owners of its keys, and the answers that go on
-    "Read the questions and give each answer its first token."
+    "Read the questions and give each answer its first token; ValueError for an empty question."
     rows, last = [], []   # where each question ends
     for q in live:
+        if not suffixes[q.row][q.number - 1]: raise ValueError(_EMPTY)
         rows.append(q.row)
         last.append(sum(map(len, suffixes[q.row][:q.number])) - 1)
     hidden, keys = read_packed(model, suffixes, cache)
@@ -335,7 +339,7 @@ def _join_layers(layers, length):
         for other in layers[1:]: setattr(other, name, None)
 
 def _joined(begun):
-    "Several begun batches as one; their caches are used up."
+    "Several begun parts as one; their caches are used up."
     begun = [b for b in begun if b[2]]
     if len(begun) < 2: return begun[0] if begun else (None, None, [])
     caches, owners, lives = zip(*begun)
@@ -361,7 +365,7 @@ def decode_parts(
     ends:set,   # ids that end an answer
     max_new_tokens:int=24, # longest answer
 )->list:        # for each part what `decode` returns
-    "Greedy answers of many batches; what goes on in several is written together."
+    "Greedy answers of many parts; the unfinished ones of several are continued together."
     out, waiting, held, take = [], [], 0, _likeliest(ends)
     for suffixes, cache in parts:
         answers = _asked(suffixes, cache)
@@ -381,13 +385,14 @@ def reply_logprobs(
     suffixes:list, # for each row a list of (question, reply), both token ids
     cache,         # keys and values of the prefixes, one row a row; it grows
 )->list:           # for each row the log-probability of each reply, in nats
-    "Summed log-probabilities of replies, given prefix and question."
+    "Summed log-probabilities of replies, given prefix and question; ValueError for an empty one."
     rows, out = [], []
     for qs in suffixes: rows.append([q + a for q, a in qs])
     hidden, _ = read_packed(model, rows, cache)
     for h, qs in zip(hidden, suffixes):
         end, sums = 0, []
         for q, a in qs:
+            if not (q and a): raise ValueError(_EMPTY)
             end += len(q) + len(a)
             logp = head(model)(h[end-len(a)-1:end-1]).float().log_softmax(-1)
             sums.append(logp.gather(1, torch.tensor(a, device=h.device)[:, None]).sum().item())
@@ -483,7 +488,7 @@ def _first_logits(model, rows):
 def padding_gate(
     model,  # any model that generates
 )->Gate:
-    "Whether padding on the left leaves answers as they are; once a model, words alone."
+    "Whether padding on the left leaves answers as they are: asked once for each model."
     key, known = ('padding', model.dtype, model.device.type), _GATES.setdefault(model, {})
     if key in known: return known[key]
     try:
@@ -491,5 +496,6 @@ def padding_gate(
         gap = apart(_first_logits(model, rows)[1], _first_logits(model, rows[1:])[0])
         passed = gap <= (1e-3 if model.dtype == torch.float32 else 5e-2)
         known[key] = Gate(passed, f'padding moves its logits by {gap:.0e}')
-    except Exception as e: known[key] = Gate(True, f'it reads no words alone ({type(e).__name__})')
+    except Exception as e:
+        known[key] = Gate(False, f'padding cannot be tried on text alone ({type(e).__name__})')
     return known[key]

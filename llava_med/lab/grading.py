@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['GRADED_STEPS', 'GRADE_PARTS', 'GRADED', 'judge_losses', 'asked_of', 'check_log', 'recomputed', 'judge_scores',
-           'ask_again', 'grade', 'total', 'made_run']
+           'ask_again', 'grade', 'total', 'made_run', 'nbgrader_source', 'otter_source']
 
 # %% ../../nbs/09_lab/15_grading.ipynb #df1e506d
+import copy
 import csv
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from ..core.runs import read_json, read_jsonl
 from ..evaluate.exact import HEAD, score_table, ScoreError
 from ..evaluate.subjects import LocalModel
 from ..generate.answers import answer
+from .exercises import as_exercise, BEGIN, END
 from ..models.llava import load
 
 # %% ../../nbs/09_lab/15_grading.ipynb #17acd505
@@ -307,3 +310,71 @@ def made_run(
               for i in range(20)]
     for s in ('stage1', 'stage2'): write_csv(folder/GRADED_STEPS[s]/'losses.csv', losses)
     return folder
+
+# %% ../../nbs/09_lab/15_grading.ipynb #9c0bed2d
+_ASKED = re.compile(r"check\('([\d.]+)', (\w+)\)")
+
+def _exercise_of(cell):
+    "Name of an exercise and of the function that answers it; None for another cell."
+    if cell.cell_type != 'code' or BEGIN not in cell.source: return None
+    found = _ASKED.search(cell.source)
+    if not found: raise ValueError(f'A solution without `check(...)`: {cell.source[:60]!r}')
+    return found.groups()
+
+def _test_source(name, function):
+    "A test that fails with the hint of `check`, and prints nothing."
+    return (f"from llava_med.lab.exercises import assert_right as is_right\n"
+            f"is_right('{name}', {function})")
+
+def _notebook(nb, cells):
+    "A notebook of the same kind with other cells, numbered, without outputs, named as exercises."
+    import nbformat
+    for i, c in enumerate(cells):
+        c['id'] = f'cell-{i}'
+        if c.cell_type == 'code': c['outputs'], c['execution_count'] = [], None
+        if c.cell_type == 'markdown': c.source = as_exercise(c.source)
+    return nbformat.v4.new_notebook(cells=cells, metadata=nb.metadata)
+
+# %% ../../nbs/09_lab/15_grading.ipynb #2404d231
+def nbgrader_source(
+    nb, # a notebook of solutions, from nbformat
+):      # the notebook that belongs into `source/` of an nbgrader course
+    "Solutions with nbgrader's marks: an answer, then a locked test of one point."
+    from nbformat.v4 import new_code_cell
+    cells = []
+    for c in copy.deepcopy(nb.cells):
+        c['metadata'] = {}
+        cells.append(c)
+        if not (named := _exercise_of(c)): continue
+        mark = dict(schema_version=3, task=False)
+        own, test = (f"{k}{named[0].replace('.', '_')}" for k in ('answer', 'test'))
+        c['metadata'] = {'nbgrader': dict(mark, grade=False, solution=True, locked=False,
+                                          grade_id=own)}
+        graded = dict(mark, grade=True, solution=False, locked=True, points=1, grade_id=test)
+        cells.append(new_code_cell(_test_source(*named), metadata={'nbgrader': graded}))
+    return _notebook(nb, cells)
+
+# %% ../../nbs/09_lab/15_grading.ipynb #a7f4bd5f
+def otter_source(
+    nb,         # a notebook of solutions, from nbformat
+    name:str='exercises', # of the assignment
+):              # the notebook that `otter assign` reads
+    "Solutions with otter's marks: each exercise in raw cells that say where it begins and ends."
+    from nbformat.v4 import new_code_cell, new_raw_cell
+    cells = [new_raw_cell(f'# ASSIGNMENT CONFIG\nname: {name}\nexport_cell: false\n'
+                          'run_tests: false\n')]
+    for c in copy.deepcopy(nb.cells):
+        c['metadata'] = {}
+        if not (named := _exercise_of(c)):
+            cells.append(c)
+            continue
+        for ours, theirs in ((BEGIN, '# BEGIN SOLUTION'), (END, '# END SOLUTION')):
+            c.source = c.source.replace(ours, theirs)
+        label = f"q{named[0].replace('.', '_')}"
+        asked = cells.pop()   # the text above the exercise
+        test = new_code_cell(_test_source(*named))
+        cells += [new_raw_cell(f'# BEGIN QUESTION\nname: {label}\npoints: 1'), asked,
+                  new_raw_cell('# BEGIN SOLUTION'), c, new_raw_cell('# END SOLUTION'),
+                  new_raw_cell('# BEGIN TESTS'), test, new_raw_cell('# END TESTS'),
+                  new_raw_cell('# END QUESTION')]
+    return _notebook(nb, cells)

@@ -300,13 +300,17 @@ def check_stages(
             check_stage(s, books[s].stem, values['stage'], preset.get('recipes') or ())
 
 # %% ../../nbs/09_lab/01_presets.ipynb #c0b2642b
+def _at_home(value): # `~/x` as the shell reads it
+    at_home = isinstance(value, str) and value.startswith('~/')
+    return os.path.expanduser(value) if at_home else value
+
 def given_value(
     step:str, name:str, # a step, and one of its parameters
     value,              # what was given
     known:dict,         # step → its parameters, of all steps that the preset can run
 ):                      # of the right type, a step's name made the folder of its model
     "A value that is checked, or one sentence that says what is wrong."
-    value = check_value(value, known[step][name], step)
+    value = mapped(check_value(value, known[step][name], step), _at_home)
     if name == 'stage' and isinstance(value, dict):
         value = renamed(value, STAGE_RENAMED, f'{step}.stage.', UsageError)
     return with_models(step, name, value, known)

@@ -369,7 +369,7 @@ def example_tables()->str: # Markdown, as seen from nbs/
 def example_images(
     named:dict, # figure in outputs/example, without ending → what it shows, in words
 )->str:         # Markdown, as seen from nbs/
-    "Those of the pictures that exist."
+    "Those of the images that exist."
     home, found = root()/'outputs/example', []
     for name, words in named.items():
         for p in sorted(home.glob(f'{name}.*')):
@@ -538,6 +538,6 @@ def release_command(
     "`llava-med release`."
     folder = release(args.run, args.folder, args.step)
     size = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
-    print(f'{folder}: {size/1e6:.0f} MB. Read its README.md once more, where licence and base_model '
-          f'must be what the hub knows, then: hf upload OWNER/NAME {folder}')
+    print(f'{folder}: {size/1e6:.0f} MB. Read its README.md once more, where licence and '
+          f'base_model must be what the hub knows, then: hf upload OWNER/NAME {folder}')
     return 0

@@ -12,6 +12,7 @@ __all__ = ['OUTCOME_MARK', 'NEVER_STARTED', 'path_fingerprint', 'named_paths', '
 # %% ../../nbs/09_lab/02_runner.ipynb #6d6afb17
 import contextlib
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -33,9 +34,10 @@ from ..core.runs import (
     clock, file_hash, folder_hash, FULL, git_state, machine, now, outputs_dir, read_run, root,
     run_dir, RunLock, update_run, versions, writing)
 from .presets import as_planned, plan_run, read_preset
-from .steps import (
-    changed_origin, check_sets, comes_before, library_dir, missing_files, notebook_of, origin,
-    plain_values, recipes_fingerprint, stand_ins, stem_of, UsageError, without_given)
+from llava_med.lab.steps import (
+    changed_origin, check_paths, check_sets, comes_before, is_copy, library_dir, missing_files,
+    notebook_of, origin, plain_values, recipes_fingerprint, stand_ins, stem_of, UsageError,
+    without_given)
 
 # %% ../../nbs/09_lab/02_runner.ipynb #568b1755
 def path_fingerprint(
@@ -171,6 +173,15 @@ def die_with_parent()->None:
 # %% ../../nbs/09_lab/02_runner.ipynb #7b0cae28
 OUTCOME_MARK = '\x1e'  # stands before the one line that is not the notebook's
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+def _no_room(words): # a full disk, as whatever library met it says so; '' for other errors
+    if words.startswith('Cannot write '): return ''   # it says all of this
+    code = re.search(r'(?:os error |Errno )(\d+)', words)
+    if not code or int(code[1]) not in _NO_ROOM: return ''
+    return (f'The disk is full ({os.strerror(int(code[1]))}): free some space, or set '
+            'LLAVA_MED_OUTPUTS to a folder that can be written.')
+
 def error_sentence(
     error:Exception, # what papermill raised
     code:int|None=None, # how the kernel ended, where that is known
@@ -178,6 +189,7 @@ def error_sentence(
     "What went wrong in a notebook, in one sentence."
     if hasattr(error, 'ename'):
         lines = str(error.evalue).strip().splitlines() or ['']
+        if full := _no_room(str(error.evalue)): return full
         plain = error.ename in ('StepInputError', 'OutputError', 'RunLocked', 'UsageError',
                                 'UnknownName')
         return lines[-1] if plain else f'{error.ename}: {lines[-1]}'
@@ -390,17 +402,22 @@ def is_progress(
     return bool(re.search(r'(\(\d+%\), .*|, [\d.]+ (s|min|h))$|^step \d+\b', line.strip()))
 
 # %% ../../nbs/09_lab/02_runner.ipynb #a4f40214
-def _check_inputs(preset, recipe, plan, say):
-    "Refuse a run whose files are missing; say which sets of the test data stand in."
+def _check_inputs(preset, recipe, plan, run, say):
+    "Refuse a run whose files are missing; say which sets stand in, and which notebooks are none."
     if lost := missing_files(recipe, plan):
         path, how = next(iter(lost.items()))
         raise UsageError(f'{recipe["name"]} needs {path}, which is not there: `{how}`. '
                          f'`llava-med plan {preset}` lists all that is missing.')
+    check_paths(plan, run)
     check_sets(plan, recipe['name'])
     texts = [t for t in plain_values(plan) if isinstance(t, str)]
     for p, at in stand_ins(recipe).items():
         if any(t.startswith(at) for t in texts):
             say(f'{p} is not there: {at} of the test data is taken.')
+    for p in sorted((root()/'nbs/pipeline').glob('*.ipynb')):
+        if is_copy(p.stem) and f'pipeline/{p.stem}' not in recipe['notebooks'].values():
+            say(f'{p.name} is a copy and does not run: name it under `steps:` of a preset, or '
+                'rename it.')
 
 # %% ../../nbs/09_lab/02_runner.ipynb #5e9e9b30
 def _note_run(
@@ -427,7 +444,7 @@ def run_pipeline(
     recipe = read_preset(preset)
     run, outcome = name or recipe['name'], {}
     plan = plan_run(recipe, run, only, sets)
-    _check_inputs(preset, recipe, plan, say)
+    _check_inputs(preset, recipe, plan, run, say)
     relay = lambda line: say(f'      {line}') if verbose or is_progress(line) else None
     with RunLock(run, recipe['owner']):
         _note_run(run, recipe, plan)

@@ -23,9 +23,9 @@ from .grids import read_grid, Run
 from .runner import is_done, shown
 from .steps import UsageError
 from .tables import write_results
-from llava_med.lab.tasks import (
-    default_workers, gpus_here, lacking, lay_out, most_threads, plan_lines, plan_record, Task,
-    total_time)
+from .tasks import (
+    check_left, default_workers, gpus_here, lacking, lay_out, most_threads, plan_lines,
+    plan_record, Task, total_time)
 from .workers import DaskExecutor, LocalExecutor, plain_error, share_step
 
 # %% ../../nbs/09_lab/10_sweeps.ipynb #5afa3697
@@ -382,6 +382,7 @@ def run_batch(
         path, how = next(iter(lost.items()))
         raise UsageError(f"{g['path'].name} needs {path}, which is not there: `{how}`. The same "
                          "command with --plan lists all that is missing.")
+    check_left(g, runs, tasks)
     with executor_for(g, runs, scheduler, workers, say) as executor, batch_lock(g):
         batch, n = Batch(g, runs, tasks, executor, say), executor.workers
         with writing(batch.folder):

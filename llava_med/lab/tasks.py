@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZE_PARAMETERS', 'Task', 'set_keys', 'tasks_of', 'gpus_here', 'default_workers', 'slurm_script', 'sized',
-           'past_steps', 'estimate', 'total_time', 'lay_out', 'lacking', 'most_threads', 'plan_lines', 'plan_record',
-           'tree_bytes', 'Guard', 'end_tree']
+           'past_steps', 'estimate', 'total_time', 'lay_out', 'lacking', 'check_left', 'most_threads', 'plan_lines',
+           'plan_record', 'tree_bytes', 'Guard', 'end_tree']
 
 # %% ../../nbs/09_lab/04_tasks.ipynb #caed78e9
 import contextlib
@@ -26,7 +26,7 @@ from ..core.runs import clock, git_state, now, outputs_dir, read_json, root, run
 from .grids import plan_grid
 from .presets import as_planned, plan_base, read_preset
 from .runner import is_done, keys_before, step_inputs, step_key
-from .steps import missing_files, stem_of, without_given
+from .steps import check_paths, missing_files, stem_of, without_given
 
 # %% ../../nbs/09_lab/04_tasks.ipynb #bdcda944
 @dataclass
@@ -239,6 +239,16 @@ def lacking(
             left = {s: v for s, v in r.plan.items() if not tasks[r.keys[s]].done}
             found |= missing_files(recipe, left)
     return found
+
+# %% ../../nbs/09_lab/04_tasks.ipynb #20fe3fdd
+def check_left(
+    grid:dict, runs:list, tasks:dict, # from read_grid and lay_out
+)->None:
+    "Raise UsageError where a step that is left will read what is not there."
+    for r in runs:
+        left = [s for s in r.plan if not tasks[r.keys[s]].done]
+        try: check_paths(r.plan, f"{grid['name']}/{r.name}", left)
+        except ValueError as e: raise type(e)(f"{grid['path'].name}: {e}") from None
 
 # %% ../../nbs/09_lab/04_tasks.ipynb #586f2bfc
 def most_threads(

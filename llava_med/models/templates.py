@@ -234,8 +234,11 @@ def chat(
     prompt:str|list,  # question, or the turns of a conversation
     n_images:int=1,   # images before the question; of no effect on a list of turns
 )->str:               # text with one image mark for each image, ending in the assistant's cue
-    "A prompt as the model reads it."
-    return chat_text(reader, as_turns(prompt, n_images), cue=True)
+    "A prompt as the model reads it; ValueError where the template leaves a system turn out."
+    turns = as_turns(prompt, n_images)
+    text = chat_text(reader, turns, cue=True)
+    if turns: _seen_system(turns, text)
+    return text
 
 # %% ../../nbs/02_models/06_templates.ipynb #e107b21e
 def prompt_texts(

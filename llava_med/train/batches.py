@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'encode', 'length_batches', 'encode_questions', 'pack_shared_prefixes', 'segment_mask', 'Collator', 'splice',
-           'embed', 'plain_attention', 'batch_loss', 'scored_logits', 'scored_hits', 'record_samples']
+           'embed', 'plain_attention', 'batch_loss', 'scored_logits', 'scored_hits', 'record_samples',
+           'backbone_samples']
 
 # %% ../../nbs/04_train/01_batches.ipynb #7b1acec1
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 import numpy as np
@@ -16,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from ..data.conversations import images_of, to_messages
 from ..models.anatomy import connector, decoder, head, vision_features
+from ..models.backbone_rows import as_sample, backbone_loss
+from ..models.backbones import answered
 from ..models.exchange import tokenizer_of
 from ..models.scored_tokens import last_layer_at
 from ..models.templates import encode_turns, exchanges, image_mark, sample_ids, slotted
@@ -34,7 +38,7 @@ def _labelled(ids, scored):
 def encode(
     tokenizer,       # a fast one with a chat template, or a processor that has both
     messages:list,   # chat messages; content is text or a list of image and text parts
-    image_tokens:int=64, # patches of one picture
+    image_tokens:int=64, # patches of one image
     max_len:int=None,    # the end of a longer sequence is cut off; the image never is
 )->dict:             # input_ids and labels, lists of equal length
     "Token ids and labels of a conversation; ValueError where it is none or several samples."
@@ -71,21 +75,22 @@ def _prefix_row(ids, labels, **more):
     return dict(input_ids=list(ids), labels=list(labels), positions=list(range(n)),
                 segments=[0]*n, **more)
 
-def _append(row, ids, labels, n, segment):
+def _append(row, ids, labels, n, segment, more=None):
     "Add what follows the first `n` tokens of a sample to a row, as a segment of its own."
     row['input_ids'] += ids[n:]
     row['labels'] += labels[n:]
     row['positions'] += range(n, len(ids))
     row['segments'] += [segment]*(len(ids) - n)
+    for k, values in (more or {}).items(): row['more'][k] += values[n:]
 
 # %% ../../nbs/04_train/01_batches.ipynb #95e9ceed
 def encode_questions(
     tokenizer,           # with a chat template
-    pairs:list,          # (question, answer) of one picture
-    image_tokens:int=64, # patches of the picture
+    pairs:list,          # (question, answer) of one image
+    image_tokens:int=64, # patches of the image
     max_len:int=None,    # stop before the question that no longer fits
-)->dict:                 # lists input_ids, labels, positions, segments; 0 is the shared picture
-    "One row in which every question sees the picture and itself only."
+)->dict:                 # lists input_ids, labels, positions, segments; 0 is the shared image
+    "One row in which every question sees the image and itself only."
     image, row = image_mark(tokenizer), None
     for s, (q, a) in enumerate(pairs, 1):
         ids, labels = encode(tokenizer, _one_exchange(q, a), image_tokens).values()
@@ -103,17 +108,22 @@ def _prefix(sample, image_id):
     scored = any(l != IGNORE for l in labels[:n + 1])   # a second sample would not score them again
     return 0 if scored else n
 
+def _more(sample, n):
+    "What a processor says of the first tokens of a sample, if it says more than their ids."
+    if 'more' not in sample: return {}
+    return {'more': {k: values[:n] for k, values in sample['more'].items()}}
+
 def _source(record):
     "Where a record comes from, if it says so."
     return {'source': record['source']} if record.get('source') else {}
 
 # %% ../../nbs/04_train/01_batches.ipynb #ac4693b9
 def pack_shared_prefixes(
-    samples:list, # encoded samples with the number of their picture, or a list of numbers
+    samples:list, # encoded samples with the number of their image, or a list of numbers
     image_id:int, # the token that stands for a patch
     max_len:int=None, # a row that would become longer is closed, and another begun
 )->list:          # rows with segments and positions; samples of text alone stay alone
-    "Join the samples of the same pictures to one row in which they cannot see each other."
+    "Join the samples of the same images to one row in which they cannot see each other."
     rows, open_rows = [], {}   # of all images; of each prefix the row that still takes samples
     for i, s in enumerate(samples):
         ids, labels, n = s['input_ids'], s['labels'], _prefix(s, image_id)
@@ -121,10 +131,11 @@ def pack_shared_prefixes(
         row = open_rows.get(key)
         full = row and max_len and len(row['input_ids']) + len(ids) - n > max_len
         if row is None or full:
-            row = _prefix_row(ids[:n], labels[:n], image=s.get('image'), **_source(s))
+            known = _source(s) | _more(s, n)
+            row = _prefix_row(ids[:n], labels[:n], image=s.get('image'), **known)
             open_rows[key] = row
             rows.append(row)
-        _append(row, ids, labels, n, max(row['segments'], default=0) + 1)
+        _append(row, ids, labels, n, max(row['segments'], default=0) + 1, s.get('more'))
     return rows
 
 # %% ../../nbs/04_train/01_batches.ipynb #77a738e8
@@ -161,14 +172,14 @@ def _image_numbers(samples):
 class Collator:
     "Joins encoded samples to a padded batch."
     pad_id:int     # token that fills up
-    features:torch.Tensor=None # (pictures, patches, width) of the frozen tower, or `ImageFiles`
+    features:torch.Tensor=None # (images, patches, width) of the frozen tower, or `ImageFiles`
     multiple:int=16 # lengths are rounded up to it
 
     def __call__(
         self,
         samples:list, # dicts input_ids, labels; optional image, positions, segments, weights
     )->dict:          # tensors input_ids, labels, attention_mask, positions, features, weights
-        "Pad on the right; raises ValueError when a picture is asked for and no features are there."
+        "Pad on the right; raises ValueError when an image is asked for and no features are there."
         n = max(len(s['input_ids']) for s in samples)
         n += -n % self.multiple
         pad = partial(_padded, samples, n)
@@ -262,10 +273,11 @@ def _next_weights(batch, keep):
 
 # %% ../../nbs/04_train/01_batches.ipynb #a8a3c20c
 def batch_loss(
-    model,      # a LlavaForConditionalGeneration
+    model,      # a LlavaForConditionalGeneration, or a backbone for a batch with a way to read it
     batch:dict, # from a `Collator`
 )->tuple:       # (loss summed over scored tokens, number of scored tokens)
     "Cross-entropy of the scored tokens, summed; divide to get the mean."
+    if 'way' in batch: return backbone_loss(model, batch)
     labels, keep = _next_labels(batch)
     with last_layer_at(model, keep): hidden = _hidden(model, batch)[keep]
     target, n = labels[keep], int(keep.sum())
@@ -307,12 +319,26 @@ def _named(record, f, *args):
     try: return f(*args)
     except ValueError as err: raise ValueError(f"Record '{record.get('id')}': {err}") from None
 
+def _exchanges(record, tokenizer, bare):
+    "The exchanges of a record; `bare` gets those whose system turn the template has no place for."
+    messages = to_messages(record)
+    try: return exchanges(tokenizer, messages)
+    except ValueError:
+        if messages[0]['role'] != 'system': raise
+    found = exchanges(tokenizer, messages[1:])
+    bare.append(record.get('id'))
+    return found
+
+# %% ../../nbs/04_train/01_batches.ipynb #ad0cf4b1
 def _record_tokens(records, tokenizer, together=512):
     "(record, token ids of its samples); so many records are cut into tokens together."
+    bare = []
     for at in range(0, len(records), together):
         some = records[at:at + together]
-        talks = [_named(r, exchanges, tokenizer, to_messages(r)) for r in some]
+        talks = [_named(r, _exchanges, r, tokenizer, bare) for r in some]
         yield from zip(some, sample_ids(tokenizer_of(tokenizer), talks))
+    if bare: print(f'The system turn of {len(bare)} of {len(records)} conversations was left out: '
+                   'the chat template has no place for it.')
 
 # %% ../../nbs/04_train/01_batches.ipynb #710b6b11
 _SEVERAL = ('its chat template writes earlier turns otherwise than it asked for them, so it would '
@@ -364,7 +390,7 @@ def _only_long(*args):
 def record_samples(
     records:list,        # LLaVA-Med records: conversations; image (a name, or a list); source
     tokenizer,           # a fast one with a chat template, or a processor that has both
-    image_tokens:int=64, # patches of a picture
+    image_tokens:int=64, # patches of an image
     max_len:int=2048,    # the end of a longer conversation is cut off, and said so
     skip:bool=False,     # leave out a conversation that max_len leaves no answer of, and say so
     split:bool=True,     # where a template asks for it, each answer becomes a sample; False refuses
@@ -386,3 +412,35 @@ def record_samples(
         several += len(parts) > 1
     _say_changes(len(records), cut, several, long, max_len)
     return samples, list(names)
+
+# %% ../../nbs/04_train/01_batches.ipynb #32522760
+def _text(turn):
+    "The words of a turn."
+    parts = turn['content']
+    return ' '.join(filter(None, (p.get('text', '').strip() for p in parts)))
+
+def _asked(record, names):
+    "Question and answer of a record about one image; ValueError where it is anything else."
+    turns = to_messages(record)
+    if [t['role'] for t in turns] != ['user', 'assistant'] or len(names) != 1:
+        raise ValueError(f"'{record.get('id')}' is no single question about one image, which is "
+                         'what a backbone is tuned on; leave it out.')
+    return tuple(map(_text, turns))
+
+def backbone_samples(
+    model,          # from `load_backbone`
+    processor,      # its own
+    backbone,       # its record
+    records:list,   # conversation records of one question about one image
+    open_image:Callable, # image name → PIL image
+)->tuple:           # (samples, image names by number)
+    "Questions as a model's own processor writes them; ValueError names another kind of record."
+    samples, numbers = [], {}
+    for r in records:
+        names = images_of(r)
+        question, answer = _asked(r, names)
+        inputs, scored = answered(processor, [open_image(names[0])], question, answer)
+        number = numbers.setdefault(names[0], len(numbers))
+        sample = as_sample(model, backbone, inputs, scored, image=number)
+        samples.append(sample | _source(r))
+    return samples, list(numbers)

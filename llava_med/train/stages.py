@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch.nn import functional as F
 from ..core.renames import ARGUMENTS_RENAMED, old_names
-from ..core.runs import Step, outputs_dir, root
+from ..core.runs import Step, from_root, outputs_dir
 from ..models.anatomy import image_token, image_tokens, set_trainable
 from ..models.connectors import ACTIVATIONS, connector_record, put_connector
 from ..models.llava import load, save
@@ -121,8 +121,8 @@ def stage_records(
     "Conversation records that a stage learns from; a file says what of it was left out."
     images = step.input('1_data_prep', 'images')   # records of `data` name their images in full
     if not data: return read_records(step.input('1_data_prep', name)), images
-    folder = root()/data_images if data_images else ''
-    records, said = training_records(step.uses('data', root()/data), folder)
+    folder = from_root(data_images) if data_images else ''
+    records, said = training_records(step.uses('data', from_root(data)), folder)
     print(said)
     return records, images
 
@@ -135,9 +135,10 @@ def stage_questions(
 )->tuple:               # VQA items of all splits, folder of their images
     "Questions that a stage may learn from, and where their images are."
     if vqa:
-        source = step.uses(name, root()/vqa)
+        source = step.uses(name, from_root(vqa))
         beside = source if source.is_dir() else source.parent
-        return read_vqa(source, part=True, say=print), root()/images if images else beside
+        folder = from_root(images) if images else beside
+        return read_vqa(source, part=True, say=print), folder
     items = []
     for split in ('train', 'val'):
         items += read_items(step.input('1_data_prep', f'vqa/{split}.json'))
