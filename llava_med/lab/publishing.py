@@ -216,9 +216,9 @@ def released(
     step:str|None=None, # whose model; None: of the last step that trained one
 )->tuple:             # the step, the model's folder, its card
     "What of a run can be given away; UsageError where something is missing or has changed."
-    record, home = read_run(run), run_dir(run)
-    done = [s for s, r in record['steps'].items() if r.get('state') == 'done']
-    made = sorted(s for s in done if any((home/s/'model').glob('*config.json')))
+    record, home, made = read_run(run), run_dir(run), []
+    for s, r in sorted(record['steps'].items()):
+        if r.get('state') == 'done' and any((home/s/'model').glob('*config.json')): made.append(s)
     step = step or next(iter(made[::-1]), None)
     if step not in made:
         raise UsageError(f'The run {run} has no finished model of {step or "any step"}; it has '
