@@ -55,6 +55,7 @@ def write_toy(outputs):
         image = outputs/'toy/1_data_prep/images'/items[-1]['images'][0]
         image.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(render(scene)).save(image)
+    for o in items: o['regions'] = [dict(box=b) for b in o['regions']]
     write_json(outputs/'toy/1_data_prep/vqa/test.json', items)
     write_json(outputs/'toy/.owner.json', dict(pid=os.getpid(), host=socket.gethostname()))
     write_json(outputs/'toy/run.json', dict(steps={'2_stage1_alignment': dict(state='running')}))
