@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(NO_BROWSER), reason=NO_B
 PATIENCE = 100   # seconds for what may take long on a busy machine
 TUNED = (REPO/'data/tuned_tiny/config.json').exists()
 
+CHAPTERS = {'08_ui/01_widgets': ('Two panels whose parts have names', 'layer 1 of 0 to'), '08_ui/02_panels': ('Three panels that read', 'losses')}
+SIZES = ((1400, 900), (1024, 700))
 PANELS = """from pathlib import Path
 import os
 from llava_med.ui.panels import Browse, Compare, Watch
@@ -62,7 +64,7 @@ def write_toy(outputs):
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
-    "JupyterLab on a free port: its address, and the folder that it shows."
+    "JupyterLab on a free port, below a path as JupyterHub gives it: its address, and the folder that it shows."
     folder = tmp_path_factory.mktemp('lab')
     (folder/'config/labconfig').mkdir(parents=True)
     (folder/'config/labconfig/page_config.json').write_text('{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}')
@@ -71,10 +73,11 @@ def lab(tmp_path_factory):
     (settings/'tracker.jupyterlab-settings').write_text('{"windowingMode": "none"}')   # every cell is on the page
     work = folder/'work'
     work.mkdir()
-    nb = nbformat.read(REPO/'nbs/start.ipynb', 4)
-    for c in nb.cells:
-        if c.cell_type == 'code': c.outputs = []
-    nbformat.write(nb, work/'start.ipynb')
+    for name in ('start', *CHAPTERS):
+        nb = nbformat.read(REPO/f'nbs/{name}.ipynb', 4)
+        for c in nb.cells:
+            if c.cell_type == 'code': c.outputs = []
+        nbformat.write(nb, work/f'{Path(name).name}.ipynb')
     kernel = {'name': 'python3', 'display_name': 'python3', 'language': 'python'}
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in PANELS.split('\n===\n')], metadata={'kernelspec': kernel}), work/'panels.ipynb')
     write_toy(folder/'outputs')
@@ -86,9 +89,9 @@ def lab(tmp_path_factory):
            'PYTHONPATH': os.pathsep.join(filter(None, [str(REPO), os.environ.get('PYTHONPATH')]))}
     with open(folder/'log.txt', 'w') as log:
         p = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', f'--ServerApp.port={port}', '--ServerApp.port_retries=0',
-            '--ServerApp.ip=127.0.0.1', '--IdentityProvider.token=', f'--ServerApp.root_dir={work}', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'],
+            '--ServerApp.ip=127.0.0.1', '--IdentityProvider.token=', f'--ServerApp.root_dir={work}', '--ServerApp.base_url=/user/ada/', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'],
             env=env, cwd=work, stdout=log, stderr=subprocess.STDOUT)
-    address = f'http://127.0.0.1:{port}'
+    address = f'http://127.0.0.1:{port}/user/ada'
     for _ in range(PATIENCE):
         try: urlopen(f'{address}/api', timeout=2); break
         except OSError: time.sleep(1)
@@ -209,12 +212,45 @@ def test_a_slider_is_moved_with_the_keyboard(start):
     start.shot('explore')
 
 
+def test_an_example_is_asked_with_the_keyboard_alone_and_stop_is_heard(start):
+    from selenium.webdriver.common.keys import Keys
+    example = start.button('where is the consolidation, left or right?')
+    start.driver.execute_script('arguments[0].focus()', example)
+    example.send_keys(Keys.ENTER)
+    start.until(lambda: any('where is the consolidation, left or right?' in e.text and '(stage 2' in e.text for e in start.all('//*[@aria-live="polite"]/p')))
+    assert start.driver.switch_to.active_element.text == 'where is the consolidation, left or right?', 'the focus stays where it was'
+    stop = start.button('Stop')
+    start.until(lambda: not stop.is_enabled())
+
+
+def cut_off(page):
+    "Controls of panels that reach beyond the right edge of their panel, as texts."
+    return page.driver.execute_script("""return [...document.querySelectorAll('.jp-Notebook .llava-panel')].flatMap(p => {
+        const edge = p.getBoundingClientRect().right + 1;
+        return [...p.querySelectorAll('button, input, select, img')].filter(e => e.offsetParent && e.getBoundingClientRect().right > edge)
+            .map(e => e.tagName + ' ' + (e.textContent || e.alt || e.placeholder || '').slice(0, 40)); })""")
+
+
+def test_nothing_is_cut_off_on_a_small_screen(start):
+    try:
+        for w, h in SIZES:
+            start.driver.set_window_size(w, h)
+            for k, panel in enumerate(start.driver.find_elements('css selector', '.jp-Notebook .llava-panel')):
+                start.driver.execute_script('arguments[0].scrollIntoView({block: "start"})', panel)
+                time.sleep(.5)
+                start.shot(f'panel{k}_{w}')
+            assert not cut_off(start), w
+    finally: start.driver.set_window_size(1400, 1100)
+
+
 def test_an_uploaded_picture_is_not_saved(start, tmp_path):
     noise = os.urandom(96*96*3)
     path = tmp_path/'Doe_Jane.png'
     Image.frombytes('RGB', (96, 96), noise).save(path)
     start.choose_file(start.button('Your own picture (0)'), path)
     drawn = start.shows('your picture, 96 × 96 pixels')
+    from selenium.webdriver.support.ui import Select
+    start.until(lambda: Select(start.field('Picture', kind='select')).first_selected_option.text == 'your own, uploaded')
     start.says('New talk')
     assert drawn and 'Doe_Jane' not in start.driver.page_source
     source = next(e.get_attribute('src') for e in start.driver.find_elements('css selector', '.widget-html img') if 'your picture' in (e.get_attribute('alt') or ''))
@@ -241,7 +277,7 @@ def test_panels(driver, lab, shots):
     page.run_all()
     page.says('There is no run in')
     # Browse
-    left = lambda: next((e.text for e in page.all('//*[contains(@class,"widget-html-content")]//span') if 'records fit' in e.text), None)
+    left = lambda: next((e.text for e in page.all('//*[contains(@class,"widget-html-content")]//span') if 'that fit' in e.text), None)
     n = page.until(left)
     Select(page.field('Type', kind='select')).select_by_visible_text('side')
     page.until(lambda: left() not in (n, None))
@@ -251,6 +287,7 @@ def test_panels(driver, lab, shots):
     page.shot('browse')
     # Compare
     assert 'Answer A' in page.text() and 'stage2' not in ' '.join(e.text for e in page.all('//*[contains(@class,"widget-html")]'))
+    assert 'Right answer' not in page.text(), 'whoever sees the key does not mark blindly'
     page.press(page.button('Save and go on'))
     page.says('Answer A has no mark yet')
     for label, mark in (('Answer A', '3'), ('Answer B', '9')): Select(page.field(label, kind='select')).select_by_visible_text(mark)
@@ -269,6 +306,25 @@ def test_panels(driver, lab, shots):
     page.until(lambda: ticked() and not any(ticked()))
     page.shot('watch')
     assert 'Traceback' not in page.text()
+
+
+@pytest.mark.parametrize('name', CHAPTERS)
+def test_a_chapter_of_widgets_runs_in_jupyterlab(name, driver, lab, shots):
+    page, (end, shown) = Page(driver, lab, f'{Path(name).name}.ipynb', shots), CHAPTERS[name]
+    page.run_all()
+    page.shows(shown)
+    page.until(lambda: page.all('//*[@id="jp-main-statusbar"]//*[contains(text(),"| Idle")]'))
+    assert 'Traceback' not in page.text() and 'Error displaying widget' not in page.text()
+    assert len(page.driver.find_elements('css selector', '.jp-Notebook .llava-panel')) == (2 if 'widgets' in name else 3)
+    try:
+        for w, h in SIZES:
+            driver.set_window_size(w, h)
+            for k, panel in enumerate(page.driver.find_elements('css selector', '.jp-Notebook .llava-panel')):
+                driver.execute_script('arguments[0].scrollIntoView({block: "start"})', panel)
+                time.sleep(.5)
+                page.shot(f'panel{k}_{w}')
+            assert not cut_off(page), w
+    finally: driver.set_window_size(1400, 1100)
 
 
 def test_the_sample_of_the_data(driver, shots, tmp_path):

@@ -189,19 +189,6 @@ def test_half_a_million_records_are_a_stream(tmp_path):
     print(got)
 
 
-def test_a_name_with_decomposed_letters_or_backslashes_finds_its_file(tmp_path):
-    from unicodedata import normalize
-    name = normalize('NFD', 'ü') + '.png'
-    (tmp_path/'pics').mkdir(); (tmp_path/'pics'/name).write_bytes(b'x')
-    record = dict(id='a', image='ü.png', conversations=[{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'It.'}])
-    (tmp_path/'t.json').write_text(json.dumps([record], ensure_ascii=False))
-    found, said = training_records(tmp_path/'t.json', tmp_path/'pics')
-    assert found[0]['image'] == str(tmp_path/'pics'/name) and Path(found[0]['image']).is_file() and said == 't.json: All 1 records have their images.'
-    look = ImageFolder(tmp_path)
-    assert look.why_not('pics\\ü.png') == '' and look.name('pics\\ü.png') == f'pics/{name}'
-    assert look.why_not('pics/u.png').startswith('there is no such file') and look.why_not('../x') == 'its name leads out of the folder'
-
-
 ORGAN = [{'from': 'human', 'value': '<image>\nWhich organ?'}, {'from': 'gpt', 'value': 'lung'}]
 ASKED = [{'role': 'user', 'content': 'Which organ?'}, {'role': 'assistant', 'content': 'lung'}]
 PARTS = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'Which organ?'}]}, {'role': 'assistant', 'content': [{'type': 'text', 'text': 'lung'}]}]
@@ -271,3 +258,16 @@ def test_one_name_in_two_folders_is_never_the_wrong_image(tmp_path):
 
 def test_a_file_of_another_form_shows_ours(tmp_path):
     with pytest.raises(RecordError, match=r'begins with the keys q, a: none .*A conversation is written as \{"id"'): trained(tmp_path, [dict(q='Which organ?', a='lung')])
+
+
+def test_a_name_with_decomposed_letters_or_backslashes_finds_its_file(tmp_path):
+    from unicodedata import normalize
+    name = normalize('NFD', 'ü') + '.png'
+    (tmp_path/'pics').mkdir(); (tmp_path/'pics'/name).write_bytes(b'x')
+    record = dict(id='a', image='ü.png', conversations=[{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'It.'}])
+    (tmp_path/'t.json').write_text(json.dumps([record], ensure_ascii=False))
+    found, said = training_records(tmp_path/'t.json', tmp_path/'pics')
+    assert found[0]['image'] == str(tmp_path/'pics'/name) and Path(found[0]['image']).is_file() and said == 't.json: All 1 records have their images.'
+    look = ImageFolder(tmp_path)
+    assert look.why_not('pics\\ü.png') == '' and look.name('pics\\ü.png') == f'pics/{name}'
+    assert look.why_not('pics/u.png').startswith('there is no such file') and look.why_not('../x') == 'its name leads out of the folder'

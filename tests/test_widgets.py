@@ -16,7 +16,8 @@ from llava_med.lab.runner import started
 from llava_med.ui.panels import Browse, Compare, Watch, mark_lines
 from llava_med.core.runs import read_jsonl, write_json, write_jsonl
 from llava_med.evaluate.score_rows import judge_rows, read_marks
-from llava_med.ui.widgets import Chat, Explore, Panel, explain, read_image, word_groups
+from llava_med.ui.controls import Panel
+from llava_med.ui.widgets import Chat, Explore, explain, read_image, word_groups
 
 NOISE = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
 

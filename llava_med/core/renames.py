@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RENAMED', 'STAGE_RENAMED', 'ARGUMENTS_RENAMED', 'new_name', 'renamed', 'recorded_values', 'old_names',
            'assigned_names', 'injected_names', 'parameter_kinds', 'as_kind', 'type_injected', 'check_injected',
-           'rename_injected', 'shell']
+           'rename_injected', 'shell', 'own_step']
 
 # %% ../../nbs/00_core/00_renames.ipynb #e7ca60b8
 import ast
@@ -14,9 +14,11 @@ import difflib
 import functools
 import inspect
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import yaml
 
@@ -210,3 +212,16 @@ def _after_cell(result): # IPython's word on the cell that has just run
         result.error_in_exec = e
 
 if shell(): shell().events.register('post_run_cell', _after_cell)
+
+# %% ../../nbs/00_core/00_renames.ipynb #046e94f6
+def own_step(
+    name:str, # what a notebook calls its step
+)->str:       # the same, or the name of the copy of that notebook which this process runs
+    "The step of a notebook run by hand: a duplicate in Jupyter has a folder of its own."
+    book = (shell().user_ns.get('__vsc_ipynb_file__') if shell() else '') or ''
+    book = Path(book or os.environ.get('JPY_SESSION_NAME') or '')
+    there = any((d/f'{name}.ipynb').is_file() for d in (book.parent, Path.cwd()))
+    if book.stem == name or name not in book.stem or not there: return name
+    own = re.sub(r'[^A-Za-z0-9_-]+', '-', book.stem).strip('-')
+    print(f'{book.name} is a copy of {name}.ipynb, so its results go to {own}/.')
+    return own

@@ -10,7 +10,7 @@ __all__ = ['FULL', 'JSON_DECODER', 'LFS_POINTER', 'SERIES_COLOURS', 'PACKAGES', 
            'progress', 'figure_style', 'figure_bytes', 'show_figure', 'now', 'git_state', 'versions', 'machine',
            'check_name', 'run_dir', 'read_run', 'update_run', 'RunLocked', 'RunLock', 'hold', 'peak_memory_mib',
            'ledger_row', 'StepInputError', 'made_by', 'find_input', 'clear_folder', 'StepFiles', 'StepCosts',
-           'StepResults', 'own_step', 'Step']
+           'StepResults', 'Step']
 
 # %% ../../nbs/00_core/02_runs.ipynb #746f58c4
 import contextlib, csv, errno, hashlib, io, json, os, platform, random, re, shutil, socket
@@ -23,7 +23,7 @@ import filelock
 import numpy as np
 import psutil
 from .devices import pick_device
-from .renames import check_injected, shell
+from .renames import check_injected, own_step, shell
 
 # %% ../../nbs/00_core/02_runs.ipynb #5537cf67
 def root()->Path: # the folder that holds settings.ini and nbs/
@@ -676,19 +676,6 @@ class StepResults:
             shutil.rmtree(self.dir/name, ignore_errors=True)   # the result is safe
         self.lock.release()
         return row
-
-# %% ../../nbs/00_core/02_runs.ipynb #9a391b75
-def own_step(
-    name:str, # what a notebook calls its step
-)->str:       # the same, or the name of the copy of that notebook which this process runs
-    "The step of a notebook run by hand: a duplicate in Jupyter has a folder of its own."
-    book = (shell().user_ns.get('__vsc_ipynb_file__') if shell() else '') or ''
-    book = Path(book or os.environ.get('JPY_SESSION_NAME') or '')
-    there = any((d/f'{name}.ipynb').is_file() for d in (book.parent, Path.cwd()))
-    if book.stem == name or name not in book.stem or not there: return name
-    own = re.sub(r'[^A-Za-z0-9_-]+', '-', book.stem).strip('-')
-    print(f'{book.name} is a copy of {name}.ipynb, so its results go to {own}/.')
-    return own
 
 # %% ../../nbs/00_core/02_runs.ipynb #be06050b
 class Step(StepFiles, StepCosts, StepResults):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .articles import count_panels, guess_modalities
+from ..core.captions import count_panels, guess_modalities
 from .pubmed import LICENCES
 from .images import ImageError, find_file, open_image
 from ..core.json_stream import json_values

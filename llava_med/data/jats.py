@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_XML', 'SKIPPED', 'ArticleError', 'local_name', 'parse_jats', 'element_text', 'sentence_spans', 'says_figure',
-           'figure_words', 'figure_parts', 'figure_numbers', 'only_names_figures', 'label_number', 'article_meta',
-           'match_image']
+           'figure_words', 'figure_parts', 'figure_numbers', 'only_names_figures', 'label_number', 'article_meta']
 
 # %% ../../nbs/03_data/02_jats.ipynb #0d4a76db
 import html, re
@@ -165,7 +164,7 @@ def _script(sign, shown, after): # '^' or '_' with what is raised or lowered
 # %% ../../nbs/03_data/02_jats.ipynb #1b45a0e6
 def _raised(shown, before, after): # raised text as it reads in a line
     "`before` and `after` are the characters around it."
-    if not any(c.isalnum() for c in shown): return shown            # CD4+, p*
+    if not re.search(r'[^\W_]', shown): return shown                 # CD4+, p*
     if before in '.,;:' and _CITED.fullmatch(shown): return f'[{shown}]'
     if before == ' ' and shown[0] in '-−–': return _script('^', shown, after)
     if not before.isalnum() and before not in ')]}|%': return shown  # 18F
@@ -438,7 +437,7 @@ def _is_end(before, after): # whether a full stop between these two texts ends a
 # %% ../../nbs/03_data/02_jats.ipynb #a0063068
 def _spans(text): # start and end of each sentence, one after the other
     start = 0
-    wide = not text.isascii() and any(c in text for c in '。！？')
+    wide = not text.isascii() and ('。' in text or '！' in text or '？' in text)
     for m in (_WIDE_STOP if wide else _STOP).finditer(text):
         at, end = m.span()
         if text[at] == '.':
@@ -464,7 +463,6 @@ _SEP = (r'(?:\s*(?:,\s*(?:(?:and|et|und)\b|&)?|(?:and|or|to|through|et|und|bis)(
         rf'|[{_DASH}&/])\s*'
         r'|\s+(?:y|e|à)\s+(?=[A-Z]?\d))')
 _WORD = r'(?:figures?|figs?\.?|figuras?|abbildung(?:en)?|abb\.|рис(?:\.|ун\w+)|[图圖図])'
-_NOT_LATIN = re.compile('[Рр]ис|[图圖図]')
 _HINT = re.compile(r'[Ff]ig|FIG|[Aa]bb|ABB|[Рр]ис|[图圖図]')
 _REFS = re.compile(rf'(?<![a-z])({_WORD})\s*\(?(?=[A-Z]?\d)({_ITEM}(?:{_SEP}{_ITEM})*)', re.I)
 _TOKEN = re.compile(rf'([A-Z]?\d+)|(to|through|bis|à|[{_DASH}])|((?<![a-z])[a-z](?![a-z]))',
@@ -484,13 +482,17 @@ _COUNTED = re.compile(
 )
 
 # %% ../../nbs/03_data/02_jats.ipynb #b146d43e
+def _says_other(text): # quicker than a pattern
+    latin = 'рис' not in text and 'Рис' not in text
+    return not latin or '图' in text or '圖' in text or '図' in text
+
 def says_figure(
     text:str, # running text
 )->bool:      # False where `figure_numbers` would find nothing
     "Whether a text can name a figure at all; much quicker than looking which."
     return ('ig' in text and ('Fig' in text or 'fig' in text) or 'FIG' in text
             or 'bb' in text and ('Abb' in text or 'abb' in text) or 'ABB' in text
-            or not text.isascii() and bool(_NOT_LATIN.search(text)))
+            or not text.isascii() and _says_other(text))
 
 def _finds(text, word): # where a word stands
     at = text.find(word)
@@ -503,7 +505,7 @@ def figure_words(
 )->list:      # where in the text 'fig' and its like stand; [] where `says_figure` is False
     "Places at which a text may name a figure."
     if not says_figure(text): return []
-    if 'bb' in text or 'BB' in text or not text.isascii() and _NOT_LATIN.search(text):
+    if 'bb' in text or 'BB' in text or not text.isascii() and _says_other(text):
         return list(map(re.Match.start, _HINT.finditer(text)))
     found = [at - 1 for at in _finds(text, 'ig') if text[at-1:at] in ('F', 'f')]
     return sorted(found + list(_finds(text, 'FIG')))
@@ -711,40 +713,3 @@ def _block_of(xref): # the block that a cross-reference stands in, or None
 
 def _in_cell(el): # whether a block is a table cell or stands in one
     return any(local_name(a) in ('td', 'th') for a in [el, *el.iterancestors()])
-
-# %% ../../nbs/03_data/02_jats.ipynb #e06dcf64
-_FORMATS = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.webp', '.bmp', '.dcm', '', '.gif')
-_OTHER = ('.xml', '.nxml', '.pdf', '.zip', '.json', '.gz', '.tgz', '.tar')
-
-def _stem(name): # file name without an image extension, and that extension
-    low = name.lower()
-    ext = next((e for e in _FORMATS if e and low.endswith(e)), '')
-    return low[:len(low) - len(ext)], ext
-
-# %% ../../nbs/03_data/02_jats.ipynb #2a2feaaa
-def _last(name): return name.rpartition('/')[2]
-
-class _Files:
-    "Names of files by stem."
-    def __init__(self, names):
-        self.stems = {}
-        for n in names:
-            if n.lower().endswith(_OTHER): continue
-            self.stems.setdefault(_stem(_last(n))[0], []).append(n)
-
-    def named(self, href): # all files that a graphic may mean
-        stem = _stem(_last(href.rstrip('/')))[0]
-        return self.stems.get(stem) or self.stems.get(stem.removeprefix('journal.'), [])
-
-def match_image(
-    href:str,   # what `graphic` points to
-    names:list, # files at hand
-)->str|None:    # the file, or None when it is absent
-    "Find a graphic's file by its stem, with any image extension or none."
-    href = href.rstrip('/')
-    base = _last(href)
-    def rank(n):
-        elsewhere = not f'/{_stem(n)[0]}'.endswith(f'/{_stem(href)[0]}')
-        return elsewhere, _last(n) != base, _FORMATS.index(_stem(n)[1]), n.count('/'), n
-    files = names if isinstance(names, _Files) else _Files(names)
-    return min(files.named(href), key=rank, default=None) if base else None

@@ -261,10 +261,13 @@ def _named_images(row, in_text): # the files of a record's images; those that it
     lists = [in_text] if in_text else []
     for k in _IMAGES:
         if row.get(k): lists.append(row[k] if isinstance(row[k], list) else [row[k]])
-    lists = [list(map(_image_name, some)) for some in lists]
-    if any(some != lists[0] for some in lists): raise ValueError('names its images twice, and not '
-                                                                 'the same ones')
-    return lists[0] if lists else []
+    named = []
+    for some in lists:
+        files = list(map(_image_name, some))
+        if named not in ([], files): raise ValueError('names its images twice, and not the same '
+                                                      'ones')
+        named = files
+    return named
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #7a510cbc
 _MEDIA = ('video', 'audio', 'speech', 'sound', 'point_cloud')   # or with an s
@@ -293,7 +296,7 @@ def usual_form(
     out = {k: v for k, v in row.items() if k not in (*_TURNS, *_IMAGES, 'system')}
     if 'image' in row and not images: out['image'] = row['image']
     if images: out['image'] = images[0] if len(images) == 1 else images
-    marked = any(IMAGE in t['value'] for t in turns)
+    marked = IMAGE in json.dumps(turns)
     if images and turns and not marked and 'messages' in row:
         turns[0]['value'] = f'{IMAGE}\n'*len(images) + turns[0]['value']
     return out | dict(id=name, conversations=turns) | (dict(system=system) if system else {})
@@ -413,7 +416,7 @@ def figure_of(
 # %% ../../nbs/03_data/11_llava_files.ipynb #5b55d30c
 def _name_of(row, number): # what a row calls itself, or its number
     names = [row.get(k) for k in ('id', 'question_id', 'pair_id')] if isinstance(row, dict) else []
-    names = [n for n in names if isinstance(n, (str, int)) and n != '']
+    names = [n for n in names if isinstance(n, (str, int)) and str(n).strip()]
     return names[0] if names else f'record {number}'
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #083f1926
@@ -630,7 +633,8 @@ def _placed(record, folder): # a record whose images are whole paths
 
 # %% ../../nbs/03_data/11_llava_files.ipynb #c9c0306f
 def _fault_words(faults): # what cannot be used, in one sentence
-    counts = Counter(f['why'] for f in faults)
+    counts = Counter()
+    for f in faults: counts[f['why']] += 1
     why = '; '.join(f'{k} × {reason}' for reason, k in counts.most_common(3))
     more = f'; and {len(counts) - 3} other faults' if len(counts) > 3 else ''
     return (f'{len(faults)} more are left out, because they cannot be used: {why}{more}; '

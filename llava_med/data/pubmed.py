@@ -20,8 +20,9 @@ from lxml import etree
 
 # %% ../../nbs/03_data/04_pubmed.ipynb #25b60ec5
 from ..core.testing import INVENTORY
-from .articles import article_records
-from .jats import ArticleError, match_image
+from .articles import article_records, match_image
+from .jats import ArticleError
+from ..core.json_stream import json_values
 from llava_med.core.runs import (
     file_hash, now, progress, read_json, replacing, write_json, write_jsonl, writing
 )
@@ -57,18 +58,15 @@ def read_image_urls(
     path:str|Path, # LLaVA-Med's image_urls.jsonl
 ):                 # yields {pair_id, pmcid, file}
     "The figures that LLaVA-Med names, by PMC id and file name."
-    with open(path, encoding='utf-8') as f:
-        for i, line in enumerate(f, 1):
-            if not line.strip(): continue
-            try:
-                row = json.loads(line)
-                pmcid = re.search(r'PMC\d+', row['image_file_path'] or row['pmc_tar_url'])[0]
-                file = row['image_file_path'].split('/')[-1]
-                found = dict(pair_id=row['pair_id'], pmcid=pmcid, file=file)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f'{path}, line {i}: needs pmc_tar_url, image_file_path with '
-                                 'a PMC id, and pair_id.') from None
-            yield found
+    for i, row in enumerate(json_values(path), 1):
+        try:
+            pmcid = re.search(r'PMC\d+', row['image_file_path'] or row['pmc_tar_url'])[0]
+            file = row['image_file_path'].split('/')[-1]
+            found = dict(pair_id=row['pair_id'], pmcid=pmcid, file=file)
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f'{path}, record {i}: needs pmc_tar_url, image_file_path with '
+                             'a PMC id, and pair_id.') from None
+        yield found
 
 # %% ../../nbs/03_data/04_pubmed.ipynb #6e77ea66
 PMC = 'https://pmc-oa-opendata.s3.amazonaws.com'

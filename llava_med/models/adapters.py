@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForImageTextToText, BitsAndBytesConfig, LlavaForConditionalGeneration)
-from .anatomy import connector, decoder, has_identity
+from .anatomy import connector, decoder, has_identity, part_path
 from .llava import few, load, new_folder, save, tensors_hash
 from ..core.runs import read_json, write_json, writing
 
@@ -37,7 +37,8 @@ def lora_targets(
         ends.add(end.replace('.', r'\.'))
     if not ends:
         raise ValueError(f'{type(lm).__name__} has no linear layers that an adapter could change.')
-    return rf"(?:.*\.)?language_model\..*\.({'|'.join(sorted(ends))})"
+    place = part_path(model, 'language_model').rpartition('.')[2]
+    return rf"(?:.*\.)?{place}\..*\.({'|'.join(sorted(ends))})"
 
 # %% ../../nbs/02_models/05_adapters.ipynb #4b0cd612
 def base_hash(

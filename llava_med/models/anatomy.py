@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'POSITIONS', 'TRAINABLE', 'CLIP_LOOK', 'IMAGENET_LOOK', 'HALF', 'FAMILY_LOOKS', 'IMAGE_SETTINGS',
-           'IMAGE_FILES', 'VISION_MODEL', 'base_of', 'tower', 'connector', 'decoder', 'head', 'put_part', 'layers_of',
-           'decoder_layers', 'image_token', 'image_tokens', 'image_side', 'position_ids', 'layer_kinds', 'state_layer',
-           'attention_window', 'apart_because', 'vision_features', 'tower_states', 'resized_tower', 'settled_tower',
-           'leading_vectors', 'part_of', 'check_patterns', 'has_identity', 'trainable_names', 'set_trainable',
-           'part_table', 'assumed_settings', 'image_settings', 'disk_name', 'for_older_readers']
+           'IMAGE_FILES', 'VISION_MODEL', 'base_of', 'part_path', 'tower', 'connector', 'decoder', 'head', 'put_part',
+           'layers_of', 'decoder_layers', 'image_token', 'image_tokens', 'image_side', 'position_ids', 'on_model',
+           'count_image_tokens', 'sample_positions', 'layer_kinds', 'state_layer', 'attention_window', 'apart_because',
+           'vision_features', 'tower_states', 'resized_tower', 'settled_tower', 'leading_vectors', 'part_places',
+           'part_of', 'check_patterns', 'has_identity', 'trainable_names', 'set_trainable', 'part_table',
+           'assumed_settings', 'image_settings', 'disk_name', 'for_older_readers']
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #c340e3ef
 import copy
+import inspect
 import math
 import re
 from collections.abc import Iterable
@@ -27,8 +29,11 @@ from ..core.runs import read_json, write_json
 # part → beginning of its weights' names
 PARTS = {'vision_tower': 'model.vision_tower.', 'projector': 'model.multi_modal_projector.',
          'language_model': ('model.language_model.', 'lm_head.')}
-_PLACE = {'vision_tower': 'vision_tower', 'projector': 'multi_modal_projector',
-          'language_model': 'language_model'}
+_PLACES = {   # part → where families keep it in the inner model
+    'vision_tower': ('vision_tower', 'visual', 'vision_model'),
+    'projector': ('multi_modal_projector', 'connector', 'embed_vision', 'visual.merger',
+                  'layerwise_projectors'),
+    'language_model': ('language_model', 'text_model')}
 
 def base_of(
     model, # any model, or one with adapters of peft around it
@@ -36,10 +41,17 @@ def base_of(
     "The model of transformers inside a model with adapters."
     return model.get_base_model() if hasattr(model, 'get_base_model') else model
 
-def _part(model, part):
-    found = getattr(getattr(base_of(model), 'model', None), _PLACE[part], None)
-    if found is None: raise ValueError(f'{type(model).__name__} has no {part}; give a LLaVA.')
-    return found
+def part_path(
+    model,    # of any family, with adapters or not
+    part:str, # key of `PARTS`
+)->str:       # such as model.vision_tower
+    "Where the model of transformers keeps a part; ValueError where it has none."
+    found = {n for n, _ in getattr(base_of(model), 'model', nn.Module()).named_modules()}
+    for place in _PLACES[part]:
+        if place in found: return f'model.{place}'
+    raise ValueError(f'{type(model).__name__} has no {part}; give a LLaVA.')
+
+def _part(model, part): return base_of(model).get_submodule(part_path(model, part))
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #a9d32866
 def tower(
@@ -74,8 +86,7 @@ def put_part(
     module:nn.Module, # takes the place of the old one
 )->None:
     "Replace a part of a model."
-    _part(model, part)
-    setattr(base_of(model).model, _PLACE[part], module)
+    base_of(model).set_submodule(part_path(model, part), module)
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #79ae5f83
 def layers_of(
@@ -129,6 +140,47 @@ def position_ids(
 )->torch.Tensor:       # (rows, length) integers
     "Positions that count the tokens and not the padding; padding is at 0."
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+# %% ../../nbs/02_models/01_anatomy.ipynb #f182f2b5
+def on_model(
+    model, # of any family
+    x:torch.Tensor, # an input
+)->torch.Tensor:
+    "An input on a model's device; numbers that are no integers in its number format."
+    return x.to(base_of(model).device, base_of(model).dtype if x.is_floating_point() else x.dtype)
+
+# %% ../../nbs/02_models/01_anatomy.ipynb #1f20dc4c
+def _vectors(out):
+    "How many vectors a model's image features have: a tensor, several, or one for each layer."
+    found = getattr(out, 'pooler_output', None)
+    if found is None: found = out.deepstack_features[0][1]
+    parts = found if isinstance(found, (list, tuple)) else [found]
+    return sum(p.numel()//p.shape[-1] for p in parts)
+
+@torch.no_grad()
+def count_image_tokens(
+    model,        # of any family, with adapters or not
+    picture:dict, # what its image processor makes of one picture
+)->int:           # how many tokens the picture takes
+    "The number of vectors that a model of any family puts into the text, counted."
+    base = base_of(model)
+    if getattr(base.config.get_text_config(), 'cross_attention_layers', None): return 1
+    taken = inspect.signature(base.model.get_image_features).parameters
+    given = {k: on_model(base, v) for k, v in picture.items() if k in taken}
+    return _vectors(base.model.get_image_features(**given, return_dict=True))
+
+# %% ../../nbs/02_models/01_anatomy.ipynb #746dff4c
+def sample_positions(
+    model,       # of any family, with adapters or not
+    inputs:dict, # what its processor gives for one text, (1, length) token ids among it
+)->list:         # for each token a number, or three where an image has rows and columns
+    "Positions of the tokens of one sample, as its family counts them."
+    inner, n = base_of(model).model, inputs['input_ids'].shape[1]
+    if not hasattr(inner, 'get_rope_index'): return list(range(n))
+    if 'image_grid_thw' not in inputs: return [[i]*3 for i in range(n)]
+    taken = inspect.signature(inner.get_rope_index).parameters
+    ids, _ = inner.get_rope_index(**{k: v for k, v in inputs.items() if k in taken})
+    return ids[:, 0].T.tolist()
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #4f45fead
 # kinds of layers that a mask governs
@@ -311,11 +363,21 @@ def leading_vectors(
     return n - side**2 - int(config.vision_feature_select_strategy == 'default')
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #46b89be4
+def part_places(
+    model, # of any family, with adapters or not
+)->list:   # (beginning of a weight's name, key of `PARTS`), the first that fits counts
+    "Where the weights of each part are; what stands between tower and text is the connector's."
+    sees, joins, says = (part_path(model, part) for part in PARTS)
+    return [(joins + '.', 'projector'), (sees + '.deepstack_merger_list.', 'projector'),
+            (sees + '.', 'vision_tower'), (says + '.', 'language_model'),
+            ('lm_head.', 'language_model'), ('model.', 'projector')]
+
 def part_of(
     name:str, # of a parameter
+    places:list=(), # from `part_places`; empty: those of a LLaVA
 )->str:       # key of `PARTS`
     "The part of the model to which a parameter belongs; raises KeyError for a stranger."
-    for part, prefix in PARTS.items():
+    for prefix, part in places or [(prefix, part) for part, prefix in PARTS.items()]:
         if name.startswith(prefix): return part
     raise KeyError(f"Parameter '{name}' belongs to none of {list(PARTS)}.")
 
@@ -327,8 +389,9 @@ def _register_parts():
                 language_model='The whole language model, its embeddings and its head.')
     for part in PARTS:
         def weights(model, part=part):
+            places = part_places(model)
             for n, p in base_of(model).named_parameters():
-                if part_of(n) == part: yield p
+                if part_of(n, places) == part: yield p
         weights.__doc__ = says[part]
         TRAINABLE[part] = weights
 _register_parts()
@@ -367,7 +430,7 @@ def has_identity(
     model, # a LLaVA, with adapters or not
 )->bool:
     "Whether the connector is a single linear layer, held as that and an identity."
-    linear = base_of(model).config.projector_hidden_act == 'linear'
+    linear = getattr(base_of(model).config, 'projector_hidden_act', None) == 'linear'
     return linear and isinstance(connector(model), LlavaMultiModalProjector)
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #a49a4962
@@ -411,13 +474,15 @@ def set_trainable(
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #dfe82d7a
 def part_table(
-    model:LlavaForConditionalGeneration, # with weights frozen or not
-)->list:                                 # dicts part, parameters, trainable
+    model, # of any family, with weights frozen or not
+)->list:   # dicts part, parameters, trainable
     "Parameters of each part, and how many of them learn."
     rows = {p: dict(part=p, parameters=0, trainable=0) for p in PARTS}
+    places = part_places(model)
     for n, p in model.named_parameters():
-        rows[part_of(n)]['parameters'] += p.numel()
-        rows[part_of(n)]['trainable'] += p.numel()*p.requires_grad
+        row = rows[part_of(n, places)]
+        row['parameters'] += p.numel()
+        row['trainable'] += p.numel()*p.requires_grad
     return list(rows.values())
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #7c9a8d44

@@ -30,6 +30,9 @@ class Block:
     mask:torch.Tensor=None
     # (end - split, end - start) booleans, the same for all segments at once; None for long ones
     seen:torch.Tensor=None
+    # (prefix, prefix) booleans, True where the prefix attends; None: causal
+    own:torch.Tensor=None
+    causal:bool=True   # whether each token reads all earlier ones of its piece and the prefix
 
     def to(
         self,
@@ -37,11 +40,12 @@ class Block:
         non_blocking:bool=False, # do not wait for it
     ):
         "The same block with its tensors on a device, moved once for all layers."
-        if self.places is None: return self
-        tensors = (self.places, self.keep, self.mask)
-        places, keep, mask = (t.to(device, non_blocking=non_blocking) for t in tensors)
-        seen = self.seen if torch.device(device).type == 'cpu' else None   # only used there
-        return replace(self, places=places, keep=keep, mask=mask, seen=seen)
+        moved = {}
+        if torch.device(device).type != 'cpu': moved['seen'] = None   # only used there
+        for name in ('places', 'keep', 'mask', 'own'):
+            t = getattr(self, name)
+            if t is not None: moved[name] = t.to(device, non_blocking=non_blocking)
+        return replace(self, **moved) if moved else self
 
 # %% ../../nbs/02_models/11_segmented_attention.ipynb #9963ca62
 MOST_KEPT = 2**19   # weights of a piece and head that are kept for the backward pass
@@ -112,11 +116,13 @@ def _segments(block, prefix, own, attend):
 def _block_attention(block, prefix, own, attend):
     "Results for the prefix of a block and for its segments."
     lone = block.places is not None and len(block.places) == 1
-    if lone and prefix[0].is_cuda:   # whose kernel skips what is hidden: one call for both pieces
+    # the kernel of a GPU skips what is hidden: one call for both pieces
+    if lone and prefix[0].is_cuda and block.causal:
         prefix = [torch.cat(t, 1) for t in zip(prefix, own)]
         block = Block(block.row, block.start, block.end, block.end)
     q, k, v = prefix
-    parts = [attend(q[None], k[None], v[None], is_causal=True)[0]]
+    seen = dict(is_causal=True) if block.own is None else dict(attn_mask=block.own.to(q.device))
+    parts = [attend(q[None], k[None], v[None], **seen)[0]]
     if block.places is not None: parts.append(_segments(block, prefix, own, attend))
     return parts
 
@@ -165,7 +171,8 @@ def _block_in_bf16(other, scale, block, prefix, own):
     "Results for the prefix and the segments of a block, by `other` where they are long."
     q, k, v = prefix
     long = q.shape[1]**2 > MOST_KEPT or block.places is not None and block.seen is None
-    if long: return other(block, *((p[0], *_repeated(*p)) for p in (prefix, own)))
+    if long or not block.causal:
+        return other(block, *((p[0], *_repeated(*p)) for p in (prefix, own)))
     causal = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
     parts = [_Weights.apply(q, k, v, causal, scale)]
     if block.places is None: return parts

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'encode', 'length_batches', 'encode_questions', 'pack_shared_prefixes', 'segment_mask', 'Collator', 'splice',
-           'embed', 'plain_attention', 'batch_loss', 'scored_logits', 'scored_hits', 'record_samples']
+           'embed', 'plain_attention', 'batch_loss', 'scored_logits', 'scored_hits', 'record_samples',
+           'backbone_samples']
 
 # %% ../../nbs/04_train/01_batches.ipynb #7b1acec1
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 import numpy as np
@@ -16,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from ..data.conversations import images_of, to_messages
 from ..models.anatomy import connector, decoder, head, vision_features
+from ..models.backbone_rows import as_sample, backbone_loss
+from ..models.backbones import answered
 from ..models.exchange import tokenizer_of
 from ..models.scored_tokens import last_layer_at
 from ..models.templates import encode_turns, exchanges, image_mark, sample_ids, slotted
@@ -71,12 +75,13 @@ def _prefix_row(ids, labels, **more):
     return dict(input_ids=list(ids), labels=list(labels), positions=list(range(n)),
                 segments=[0]*n, **more)
 
-def _append(row, ids, labels, n, segment):
+def _append(row, ids, labels, n, segment, more=None):
     "Add what follows the first `n` tokens of a sample to a row, as a segment of its own."
     row['input_ids'] += ids[n:]
     row['labels'] += labels[n:]
     row['positions'] += range(n, len(ids))
     row['segments'] += [segment]*(len(ids) - n)
+    for k, values in (more or {}).items(): row['more'][k] += values[n:]
 
 # %% ../../nbs/04_train/01_batches.ipynb #95e9ceed
 def encode_questions(
@@ -103,6 +108,11 @@ def _prefix(sample, image_id):
     scored = any(l != IGNORE for l in labels[:n + 1])   # a second sample would not score them again
     return 0 if scored else n
 
+def _more(sample, n):
+    "What a processor says of the first tokens of a sample, if it says more than their ids."
+    if 'more' not in sample: return {}
+    return {'more': {k: values[:n] for k, values in sample['more'].items()}}
+
 def _source(record):
     "Where a record comes from, if it says so."
     return {'source': record['source']} if record.get('source') else {}
@@ -121,10 +131,11 @@ def pack_shared_prefixes(
         row = open_rows.get(key)
         full = row and max_len and len(row['input_ids']) + len(ids) - n > max_len
         if row is None or full:
-            row = _prefix_row(ids[:n], labels[:n], image=s.get('image'), **_source(s))
+            known = _source(s) | _more(s, n)
+            row = _prefix_row(ids[:n], labels[:n], image=s.get('image'), **known)
             open_rows[key] = row
             rows.append(row)
-        _append(row, ids, labels, n, max(row['segments'], default=0) + 1)
+        _append(row, ids, labels, n, max(row['segments'], default=0) + 1, s.get('more'))
     return rows
 
 # %% ../../nbs/04_train/01_batches.ipynb #77a738e8
@@ -262,10 +273,11 @@ def _next_weights(batch, keep):
 
 # %% ../../nbs/04_train/01_batches.ipynb #a8a3c20c
 def batch_loss(
-    model,      # a LlavaForConditionalGeneration
+    model,      # a LlavaForConditionalGeneration, or a backbone for a batch with a way to read it
     batch:dict, # from a `Collator`
 )->tuple:       # (loss summed over scored tokens, number of scored tokens)
     "Cross-entropy of the scored tokens, summed; divide to get the mean."
+    if 'way' in batch: return backbone_loss(model, batch)
     labels, keep = _next_labels(batch)
     with last_layer_at(model, keep): hidden = _hidden(model, batch)[keep]
     target, n = labels[keep], int(keep.sum())
@@ -400,3 +412,35 @@ def record_samples(
         several += len(parts) > 1
     _say_changes(len(records), cut, several, long, max_len)
     return samples, list(names)
+
+# %% ../../nbs/04_train/01_batches.ipynb #32522760
+def _text(turn):
+    "The words of a turn."
+    parts = turn['content']
+    return ' '.join(filter(None, (p.get('text', '').strip() for p in parts)))
+
+def _asked(record, names):
+    "Question and answer of a record about one image; ValueError where it is anything else."
+    turns = to_messages(record)
+    if [t['role'] for t in turns] != ['user', 'assistant'] or len(names) != 1:
+        raise ValueError(f"'{record.get('id')}' is no single question about one image, which is "
+                         'what a backbone is tuned on; leave it out.')
+    return tuple(map(_text, turns))
+
+def backbone_samples(
+    model,          # from `load_backbone`
+    processor,      # its own
+    backbone,       # its record
+    records:list,   # conversation records of one question about one image
+    open_image:Callable, # image name → PIL image
+)->tuple:           # (samples, image names by number)
+    "Questions as a model's own processor writes them; ValueError names another kind of record."
+    samples, numbers = [], {}
+    for r in records:
+        names = images_of(r)
+        question, answer = _asked(r, names)
+        inputs, scored = answered(processor, [open_image(names[0])], question, answer)
+        number = numbers.setdefault(names[0], len(numbers))
+        sample = as_sample(model, backbone, inputs, scored, image=number)
+        samples.append(sample | _source(r))
+    return samples, list(numbers)

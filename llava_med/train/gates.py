@@ -4,26 +4,35 @@
 
 # %% auto #0
 __all__ = ['probe_samples', 'watched_weights', 'separate_loss', 'loss_and_gradients', 'Gate', 'apart', 'image_effect',
-           'path_gate', 'prefix_gate', 'taken', 'exact_collate', 'check_step']
+           'path_gate', 'prefix_gate', 'taken', 'exact_collate', 'check_step', 'thin_probe', 'backbone_probe',
+           'separate_losses', 'way_losses', 'prefix_moves', 'BackbonePath', 'backbone_path', 'path_rows',
+           'path_collate']
 
 # %% ../../nbs/04_train/07_gates.ipynb #d22c109d
 import contextlib
 import copy
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from peft import LoraConfig
+from PIL import Image
 from torch.nn import functional as F
 from ..core.renames import ARGUMENTS_RENAMED, old_names
 from ..models.adapters import attach, lora_targets
 from ..models.anatomy import (apart_because, base_of, connector, decoder_layers,
-                                      image_side, image_token, image_tokens,
+                                      image_side, image_token, image_tokens, on_model,
                                       vision_features)
+from ..models.backbone_rows import (ROW_WAYS, as_sample, cached_losses, picture_inputs,
+                                           plain_losses, row_batch, row_losses,
+                                           text_attention, text_attention_of)
+from ..models.backbones import Backbone, answered, backbone_of, measure_backbone
+from ..models.thin_backbones import ThinBackbone, thin_inputs
 from .batches import (IGNORE, Collator, batch_loss, embed, encode,
                                      pack_shared_prefixes)
-from .packing import ApartCollator, PackedCollator, pack_rows
+from .packing import (ApartCollator, BackboneCollator, PackedCollator,
+                                     pack_rows)
 
 # %% ../../nbs/04_train/07_gates.ipynb #21af6ed7
 _LENGTHS = ((9, 3), (13, 7))   # tokens of the probe's questions and answers
@@ -342,3 +351,332 @@ def check_step(
     if adapter:
         raise ValueError(f"'{where}' ({kind}) cannot be trained with an adapter: {adapter}; train "
                          'its weights (lora_rank 0), or choose another language model.')
+
+# %% ../../nbs/04_train/07_gates.ipynb #f72f8da2
+_LATER = ((11, 12, 13, 14, 15, 16, 17), (21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31),
+          (41, 42, 43, 44, 45))   # words of the questions of a thin probe, answers at their ends
+
+# %% ../../nbs/04_train/07_gates.ipynb #7fe08979
+def thin_probe(
+    thin:ThinBackbone, # whose processor is played
+)->tuple:              # (record, samples about picture 0, inputs of two pictures)
+    "Three questions about a picture of a thin model."
+    one, two = (thin_inputs(thin, thin.prefix(n) + [11], [0]*n) for n in (1, 2))
+    record = measure_backbone(thin.model, one, two)
+    samples, pictures = [], []
+    for words in _LATER:
+        inputs = thin_inputs(thin, thin.prefix() + list(words), [0], answer=3)
+        samples.append(as_sample(thin.model, record, inputs, 3, image=0))
+    for i in (0, 1):
+        pictures.append(picture_inputs(record, thin_inputs(thin, thin.prefix(), [i])))
+    return record, samples, pictures
+
+# %% ../../nbs/04_train/07_gates.ipynb #9efdbe00
+_QUESTIONS = (('Which side is it on?', 'left'), ('Is it small?', 'yes, it is small'),
+              ('What is shown in the image?', 'a small nodule in the right lung'))
+
+# %% ../../nbs/04_train/07_gates.ipynb #a5c2cdac
+def backbone_probe(
+    model,     # from `load_backbone`
+    processor, # its own
+    side:int=224, # of the pictures, pixels
+)->tuple:      # (record, samples about picture 0, inputs of two pictures)
+    "Three questions about a picture of noise, as a model's own processor writes them."
+    rng = np.random.default_rng(0)
+    noise = (rng.integers(256, size=(side, side, 3), dtype=np.uint8) for _ in range(2))
+    images = [Image.fromarray(x) for x in noise]
+    record = backbone_of(model, processor, images[0])
+    samples, pictures = [], []
+    for question, answer in _QUESTIONS:
+        inputs, scored = answered(processor, images[:1], question, answer)
+        samples.append(as_sample(model, record, inputs, scored, image=0))
+    for image in images:
+        inputs, _ = answered(processor, [image], *_QUESTIONS[0])
+        pictures.append(picture_inputs(record, inputs))
+    return record, samples, pictures
+
+# %% ../../nbs/04_train/07_gates.ipynb #69b8fab5
+def _n_scored(sample):
+    "How many tokens of a sample are scored."
+    return int((np.array(sample['labels'][1:]) != IGNORE).sum())
+
+# %% ../../nbs/04_train/07_gates.ipynb #49f17919
+@contextlib.contextmanager
+def _as_trained(model):
+    "For a while, evaluation mode but for the layers that are computed again."
+    was = {m: m.training for m in model.modules()}
+    model.eval()
+    for m in was:
+        if getattr(m, 'gradient_checkpointing', False): m.training = True
+    try: yield
+    finally:
+        for m, training in was.items(): m.training = training
+
+# %% ../../nbs/04_train/07_gates.ipynb #2ce4abd5
+def _learning(model, most=10**7):
+    "The weights whose gradients are compared: all of a small model."
+    every = [p for p in model.parameters() if p.requires_grad]
+    return every if sum(p.numel() for p in every) <= most else watched_weights(model)
+
+# %% ../../nbs/04_train/07_gates.ipynb #ff4b1ca6
+def separate_losses(
+    model,           # of any family, with adapters or not
+    record:Backbone, # of it
+    samples:list,    # plain samples
+    pictures:list,   # inputs of each picture
+    learn:list=(),   # weights whose gradients are wanted
+)->tuple:            # losses of the scored tokens, gradients of their mean
+    "What samples teach one by one, in the forward pass of `transformers`."
+    n = sum(map(_n_scored, samples))
+    losses, gradients = [], list(map(torch.zeros_like, learn))
+    for s in samples:
+        one = plain_losses(model, row_batch(record, [s], pictures))
+        losses.append(one.detach())
+        if not learn: continue
+        for total, g in zip(gradients, _gradients(one.sum()/n, learn)): total += g
+    return torch.cat(losses), gradients
+
+# %% ../../nbs/04_train/07_gates.ipynb #ddf4199f
+def way_losses(
+    model,           # of any family, with adapters or not
+    record:Backbone, # of it
+    rows:list,       # of the same samples
+    pictures:list,   # inputs of each picture
+    way:str,         # attention of the rows, or `prefix_cache`
+    learn:list=(),   # weights whose gradients are wanted
+    leak:tuple=None, # a pair that is allowed by mistake
+)->tuple:            # losses of the scored tokens, gradients of their mean
+    "What rows teach in one way."
+    batch = row_batch(record, rows, pictures)
+    with text_attention(model, way if way in ROW_WAYS else text_attention_of(model)):
+        if way == 'prefix_cache': losses = cached_losses(model, batch)
+        else: losses = row_losses(model, batch, leak)
+        return losses.detach(), _gradients(losses.mean(), learn) if learn else []
+
+# %% ../../nbs/04_train/07_gates.ipynb #8723f299
+def _largest(tensors):
+    "The largest number of some tensors; infinite where one is not finite."
+    found = 0.
+    for x in tensors: found = max(found, float(torch.nan_to_num(x.abs().max(), torch.inf)))
+    return found
+
+# %% ../../nbs/04_train/07_gates.ipynb #05a5b076
+def _errors(truth, found):
+    "Largest difference of losses and of gradients, relative where those are above 1."
+    out = []
+    for a, b in ((truth[:1], found[:1]), (truth[1], found[1])):
+        out.append(_largest(map(torch.sub, a, b))/max(1., _largest(a)))
+    return tuple(out)
+
+# %% ../../nbs/04_train/07_gates.ipynb #e5380500
+@torch.no_grad()
+def prefix_moves(
+    model,           # of any family, with adapters or not
+    record:Backbone, # of it
+    sample:dict,     # a plain sample
+    pictures:list,   # inputs of each picture
+)->float:            # in deviations; 0 where the prefix can be shared
+    "How far the states of image and prefix move when another question follows."
+    ids, states = sample['input_ids'], []
+    n = len(ids) - ids[::-1].index(record.image_id)
+    for s in (sample, dict(sample, input_ids=ids[:n] + ids[:n - 1:-1])):
+        inputs = row_batch(record, [s], pictures)['inputs']
+        given = {k: on_model(model, v) for k, v in inputs.items()}
+        layers = base_of(model)(**given, use_cache=False, output_hidden_states=True).hidden_states
+        states.append(torch.stack([h[0, :n] for h in layers]).float())
+    return float((states[0] - states[1]).abs().max()/states[0].std())
+
+# %% ../../nbs/04_train/07_gates.ipynb #5320d568
+@torch.no_grad()
+def _seen(model, record, sample, pictures):
+    "How far the losses of a sample move with another picture."
+    one, other = (plain_losses(model, row_batch(record, [sample], p))
+                  for p in (pictures, pictures[::-1]))
+    return float((one - other).abs().max())
+
+# %% ../../nbs/04_train/07_gates.ipynb #781f8fc6
+def _together(row):
+    "Samples that see each other."
+    if max(row['segments']) > 1: return dict(row, segments=np.minimum(row['segments'], 1).tolist())
+    return dict(row, blocks=[0]*len(row['blocks']))
+
+# %% ../../nbs/04_train/07_gates.ipynb #37479101
+def _counting_on(row, image_id, by=3):
+    "Positions that do not restart in later questions, or behind the image of the last sample."
+    at, shared = row['more']['position_ids'], max(row['segments']) > 1
+    last, moved = len(at) - row['input_ids'][::-1].index(image_id), []
+    for i, x in enumerate(at):
+        later = row['segments'][i] > 1 if shared else i >= last
+        moved.append(np.add(x, by*later).tolist())
+    return dict(row, more=dict(row['more'], position_ids=moved))
+
+# %% ../../nbs/04_train/07_gates.ipynb #2cf3d32f
+def _with_leak(row, q):
+    "A row whose second question begins with the last token of the first."
+    inner = {k: v[:q] + v[q - 1:q] + v[q:] for k, v in row['more'].items()}
+    segments = row['segments'][:q] + [row['segments'][q]] + row['segments'][q:]
+    return dict(row, more=inner, segments=segments, blocks=[0]*len(segments),
+                input_ids=row['input_ids'][:q] + row['input_ids'][q - 1:q] + row['input_ids'][q:],
+                labels=row['labels'][:q] + [IGNORE] + row['labels'][q:])
+
+# %% ../../nbs/04_train/07_gates.ipynb #60481c5a
+@torch.no_grad()
+def _caught(model, record, row, pictures, way, truth):
+    "Mistake → how far it moves the losses, in the way that is taken."
+    shared = max(row['segments']) > 1
+    start = row['segments'].index(2) if shared else row['blocks'].index(1)
+    answer = next(i for i in range(start, len(row['labels'])) if row['labels'][i + 1] != IGNORE)
+    leaks = dict(leak=(0, answer, start - 1)) if way in ROW_WAYS else {}
+    rows = dict(see_each_other=_together(row), positions=_counting_on(row, record.image_id),
+                one_leak=row if leaks else _with_leak(row, start))
+    moved = {}
+    for name, wrong in rows.items():
+        more = leaks if name == 'one_leak' else {}
+        found, _ = way_losses(model, record, [wrong], pictures, way, **more)
+        moved[name] = float((found - truth[0]).abs().max())
+    return moved
+
+# %% ../../nbs/04_train/07_gates.ipynb #de3b99b3
+_MEANS = dict(row_blocks='rows by blocks', row_masks='rows by masks',
+              row_masks_eager='rows by masks, in its own attention',
+              prefix_cache='a batch behind a cache of the prefix')
+
+# %% ../../nbs/04_train/07_gates.ipynb #63bf2c04
+@dataclass(frozen=True)
+class BackbonePath:
+    "How questions about one image are trained on a backbone, and why."
+    family:str       # model type
+    path:str         # shared, packed or plain
+    why:str          # one sentence
+    way:str=''       # attention of the rows, or `prefix_cache`; empty: separate samples
+    loss_error:float=None # relative, from the losses of separate samples
+    grad_error:float=None # the same of the gradients
+    caught:dict=field(default_factory=dict) # mistake → how far it moves the losses
+    joins_images:bool=False # whether several images go into one row
+
+    @property
+    def line(self): # for a log
+        "The path and its reason in one line."
+        how = f' ({_MEANS[self.way]})' if self.way else ''
+        return f'{self.family}: {self.path}{how}: {self.why}.'
+
+# %% ../../nbs/04_train/07_gates.ipynb #09352c5c
+def _first_exact(model, record, rows, pictures, ways, truth, learn, limit):
+    "The first of some ways that is exact, its errors, and what was wrong with the last one."
+    wrong = ''
+    for way in ways:
+        try: errors = _errors(truth, way_losses(model, record, rows, pictures, way, learn))
+        except Exception as e:
+            wrong = f'{_MEANS[way]}: {_why(e)}'
+            continue
+        if max(errors) <= limit: return way, errors, ''
+        wrong = f'{_MEANS[way]}: loss and gradients are off by {errors[0]:.0e} and {errors[1]:.0e}'
+    return '', (None, None), wrong
+
+# %% ../../nbs/04_train/07_gates.ipynb #f386c2a0
+def _limit(model, record, samples, pictures, truth, learn):
+    "What rounding may change, relative."
+    if base_of(model).dtype == torch.float32: return 1e-5
+    losses = plain_losses(model, row_batch(record, samples, pictures))   # padded
+    noise = max(_errors(truth, (losses.detach(), _gradients(losses.mean(), learn))))
+    return min(max(1e-2, 3*noise), 5e-2)
+
+# %% ../../nbs/04_train/07_gates.ipynb #8efe1ae1
+def _ways(model, pack_by_image):
+    "The ways that are tried, the fastest first."
+    masks = 'row_masks_eager' if text_attention_of(model) == 'eager' else 'row_masks'
+    return ('row_blocks', masks, 'prefix_cache') if pack_by_image else (masks,)
+
+# %% ../../nbs/04_train/07_gates.ipynb #0444b4ec
+def _unnoticed(caught, limit):
+    "The mistakes that moved the losses too little; one pair drowns in the noise of short numbers."
+    names = []
+    for name, moved in caught.items():
+        drowned = name == 'one_leak' and limit > 1e-3
+        if not moved > 10*limit and not drowned: names.append(name.replace('_', ' '))
+    return ' and '.join(names)
+
+# %% ../../nbs/04_train/07_gates.ipynb #eb73407a
+def _joins(model, record, samples, pictures, pack_by_image, way, learn, limit):
+    "Whether questions about two images are exact in one row."
+    if way not in ROW_WAYS: return False
+    both = samples + [dict(s, image=1) for s in samples]
+    truth = separate_losses(model, record, both, pictures, learn)
+    rows = pack_rows(pack_shared_prefixes(both, record.image_id) if pack_by_image else both, 10**9)
+    return bool(_first_exact(model, record, rows, pictures, (way,), truth, learn, limit)[0])
+
+# %% ../../nbs/04_train/07_gates.ipynb #46aa7e0f
+def _chosen(model, record, samples, pictures, pack_by_image):
+    "The path of rows that share their image, or of packed samples; its reason is open."
+    learn = _learning(model)
+    truth = separate_losses(model, record, samples, pictures, learn)
+    limit = _limit(model, record, samples, pictures, truth, learn)
+    ways = _ways(model, pack_by_image)
+    joined = pack_shared_prefixes(samples, record.image_id) if pack_by_image else samples
+    rows = pack_rows(joined, 10**9)
+    if pack_by_image and (len(joined) != 1 or max(joined[0]['segments']) < 2):
+        return BackbonePath(record.family, 'plain', 'the questions share no image and prefix')
+    way, errors, wrong = _first_exact(model, record, rows, pictures, ways, truth, learn, limit)
+    if not way: return BackbonePath(record.family, 'plain', wrong)
+    caught = _caught(model, record, rows[0], pictures, way, truth)
+    if weak := _unnoticed(caught, limit):
+        return BackbonePath(record.family, 'plain', 'the probe does not notice a mistake: '
+                            + weak, caught=caught)
+    joins = _joins(model, record, samples, pictures, pack_by_image, way, learn, limit)
+    path = 'shared' if pack_by_image else 'packed'
+    return BackbonePath(record.family, path, '', way, *errors, caught,
+                        joins)
+
+# %% ../../nbs/04_train/07_gates.ipynb #7b2a7090
+def _reason(found, moves):
+    "Why a path is taken, with what was measured."
+    reasons = [found.why] if found.why else []
+    if moves > 1e-4:
+        reasons.insert(0, f'the states of the image change with the question by {moves:.1g}')
+    if found.path != 'plain':
+        reasons.append(f'loss and gradients differ by {found.loss_error:.0e} and '
+                       f'{found.grad_error:.0e} from those of separate samples')
+        moved = ', '.join(map('{} {:.0e}'.format, found.caught, found.caught.values()))
+        reasons.append(f'mistakes move the losses ({moved.replace("_", " ")})')
+    return '; '.join(reasons)
+
+# %% ../../nbs/04_train/07_gates.ipynb #4d8e9ee7
+def backbone_path(
+    model,           # of any family, with adapters or not, as it will be trained
+    record:Backbone, # of it
+    samples:list,    # questions of different lengths about picture 0
+    pictures:list,   # inputs of two pictures of one size
+)->BackbonePath:
+    "The fastest path that is exact for a model, measured on the spot."
+    with _as_trained(model):
+        try:
+            seen = _seen(model, record, samples[0], pictures)
+            if not seen > 1e-3:
+                return BackbonePath(record.family, 'plain', 'another image changes the losses by '
+                                    f'{seen:.0e} only, so the probe shows nothing')
+            moves = prefix_moves(model, record, samples[0], pictures)
+            found = _chosen(model, record, samples, pictures, pack_by_image=moves <= 1e-4)
+        except Exception as e:
+            return BackbonePath(record.family, 'plain', f'the probe failed ({_why(e)})')
+    return replace(found, why=_reason(found, moves))
+
+# %% ../../nbs/04_train/07_gates.ipynb #e6dc8948
+def path_rows(
+    found:BackbonePath, # from `backbone_path`
+    record:Backbone,    # of the model
+    samples:list,       # from `as_sample`
+    max_len:int=None,   # longest row in tokens; None: as long as its samples make it
+)->list:                # rows as they are trained on
+    "The rows of a path."
+    if found.path == 'shared': return pack_shared_prefixes(samples, record.image_id, max_len)
+    if found.path == 'packed': return pack_rows(samples, max_len or 0)
+    return samples
+
+def path_collate(
+    found:BackbonePath, # from `backbone_path`
+    record:Backbone,    # of the model
+    pictures,           # inputs of each picture, by its number
+    pad_id:int=0,       # token that fills up
+)->BackboneCollator:
+    "What makes batches of the rows of a path."
+    return BackboneCollator(record, pictures, found.way, pad_id)

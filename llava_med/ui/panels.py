@@ -7,7 +7,7 @@ __all__ = ['KINDS_OF_FILE', 'read_kind', 'facets', 'Browse', 'logged_answers', '
            'printed_lines', 'held', 'run_state', 'batch_state', 'loss_curves', 'Watch']
 
 # %% ../../nbs/08_ui/02_panels.ipynb #faad4a32
-import base64, csv, json, re, socket, string, threading
+import base64, csv, itertools, json, re, socket, string, threading
 from contextlib import suppress
 from html import escape
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..data.images import ImageError, open_image
 from ..core.runs import (SERIES_COLOURS, clock, figure_bytes, figure_style, now, read_json,
     read_jsonl, run_dir, write_jsonl)
 from ..data.vqa import read_items
-from .widgets import Panel, control, image_html, one_sentence
+from .controls import Panel, control, image_html, one_sentence, wrapping_row
 
 # %% ../../nbs/08_ui/02_panels.ipynb #46450689
 KINDS_OF_FILE = {'figures': 'figures.jsonl', 'alignment': 'alignment.json',
@@ -66,6 +66,11 @@ def facets(
     image = next(iter(images_of(record) or record.get('images') or []), None)
     return dict(modality=kinds, type=list(dict.fromkeys(what)), image=image, lines=lines)
 
+# %% ../../nbs/08_ui/02_panels.ipynb #d0ef9ba6
+def _count(n, more):
+    "What stands behind a number field: of how many, and something more about them."
+    return f'<span role="status">of {n:,} {more}</span>'
+
 # %% ../../nbs/08_ui/02_panels.ipynb #141fd2c9
 class _BrowseForm(Panel):
     "The controls of the records, and what each of them calls."
@@ -82,8 +87,9 @@ class _BrowseForm(Panel):
         self.before = control(W.Button, 'Previous', 'One record back')
         self.after = control(W.Button, 'Next', 'One record on')
         self.count, self.view = W.HTML(), W.HTML()
-        super().__init__(W.HBox([self.kind, self.words]), W.HBox([self.modality, self.type]),
-                         W.HBox([self.at, self.before, self.after, self.count]), self.view)
+        super().__init__(wrapping_row(self.kind, self.words),
+                         wrapping_row(self.modality, self.type),
+                         wrapping_row(self.at, self.before, self.after, self.count), self.view)
     def _connect(self):
         self.kind.observe(lambda c: self.choose(), 'value')
         for o in (self.modality, self.type, self.words): o.observe(lambda c: self.filter(), 'value')
@@ -168,8 +174,7 @@ class Browse(_Filtered):
         except (ImageError, TypeError):
             return None, f'The picture {f["image"]} is not in {self.images.name}/.'
     def _draw(self):
-        self.count.value = (f'<span role="status">{len(self.chosen):,} of {len(self.records):,} '
-                            'records fit</span>')
+        self.count.value = _count(len(self.chosen), f'that fit, {len(self.records):,} in all')
         if not self.chosen: self.view.value = '<p>No record fits; take a filter away.</p>'
         else: self.view.value = _record_html(*self.chosen[self.at.value - 1], *self.picture())
     def static(self): # a matplotlib figure
@@ -229,10 +234,12 @@ class _CompareForm(Panel):
         self.go = control(W.Button, 'Save and go on', 'Write the marks into the file',
                           button_style='primary', disabled=True)
         self.key = control(W.Checkbox, 'Show the right answer', 'The answer key of the data set',
-                           value=True, indent=False)
-        self.view, self.form, self.count = W.HTML(), W.VBox(), W.HTML()
-        super().__init__(W.HBox([self.at, self.before, self.after, self.count]), self.key,
-                         W.HBox([self.view, self.form]), *([self.go] if self.marks_fn else []))
+                           value=not self.marks_fn, indent=False)
+        self.view, self.count = W.HTML(), W.HTML()
+        self.form = W.VBox(layout=W.Layout(flex='1 1 27em', min_width='0'))
+        super().__init__(wrapping_row(self.at, self.before, self.after, self.count), self.key,
+                         wrapping_row(self.view, self.form),
+                         *([self.go] if self.marks_fn else []))
     def _connect(self):
         for o in (self.at, self.key): o.observe(lambda c: self._draw(), 'value')
         self.before.on_click(lambda b: self.step(-1))
@@ -294,6 +301,7 @@ class _Drawn(_Blind):
             shown = (f'<p>The picture is not in {escape(self.images.name)}/.</p>'
                      f'<p>{escape(item["question"])}</p>')
         if not self.key.value: return shown
+        self.seen.add(item['id'])
         return f'{shown}<p>Right answer: <b>{escape(str(item["answer"]))}</b></p>'
     def _draw(self):
         item = self.items[self.at.value - 1]
@@ -309,7 +317,7 @@ class _Drawn(_Blind):
             children.append(mark)
         self.form.children = children
         done = f', {len({r["item"] for r in self.rows})} marked' if self.marks_fn else ''
-        self.count.value = f'<span role="status">of {len(self.items)}{done}</span>'
+        self.count.value = _count(len(self.items), f'that all answered{done}')
 
 # %% ../../nbs/08_ui/02_panels.ipynb #841aec07
 class _Marked(_Drawn):
@@ -325,11 +333,11 @@ class _Marked(_Drawn):
         return {m: given[m] for m in self.names}
     def save(self)->bool: # whether the marks are in the file
         "Write the marks of this question and go to the next."
-        with self.careful(self.go):
+        with self.careful():
             item = self.items[self.at.value - 1]
             rows = [r for r in self.rows if r['item'] != item['id']]
             rows += mark_lines(item, self._marks_now(), self.reference, seed=self.seed,
-                               rater=self.rater, marked=now())
+                               rater=self.rater, marked=now(), key_seen=item['id'] in self.seen)
             write_jsonl(self.marks_fn, rows)
             self.rows = rows
             last = self.at.value == self.at.max
@@ -367,6 +375,7 @@ class Compare(_Marked):
         self.answers, self.images, self.seed, self.rater = dict(answers), Path(images), seed, rater
         self.names, self.reference = list(self.answers), reference or next(iter(self.answers), '')
         self.marks_fn, self.rows, self.marks = Path(marks_fn) if marks_fn else None, [], []
+        self.seen = set()   # questions whose right answer was on the screen
         common = set.intersection(*map(set, self.answers.values())) if self.answers else set()
         both = [o for o in items if not self.answers or o['id'] in common]
         self.items = [both[i] for i in np.random.default_rng(seed).permutation(len(both))]
@@ -450,7 +459,7 @@ def _run_words(steps, parts, now_at, alive):
         if v not in ('failed', 'interrupted'): continue
         failed.append(f'{k} {v}: {parts[k].get("error") or "no reason is noted"}')
     done = list(steps.values()).count('done')
-    return ' '.join(failed) or f'The run has ended; {done} steps are done.'
+    return ' '.join(failed) or f'The run has ended; steps done: {done}.'
 
 # %% ../../nbs/08_ui/02_panels.ipynb #561aa39f
 def run_state(
@@ -510,16 +519,17 @@ def batch_state(
 def loss_curves(
     losses:dict, # step → rows with step and loss
 ):               # a matplotlib figure, made without pyplot, so that a thread may do it
-    "Losses of all steps, each a faint line and its running mean."
+    "Losses of all steps, each a faint line and its running mean, told apart by dashes, too."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 2.8), layout='constrained')
     ax, title = fig.subplots(), 'No losses yet'
-    for (name, rows), colour in zip(losses.items(), SERIES_COLOURS):
+    looks = zip(SERIES_COLOURS, itertools.cycle(('-', '--', '-.', ':')))
+    for (name, rows), (colour, dash) in zip(losses.items(), looks):
         x, y = np.array([(r['step'], r['loss']) for r in rows]).T
         n = max(1, min(20, len(y)//5))
         smooth, mark = np.convolve(y, np.ones(n)/n, 'valid'), 'o' if len(y) < 8 else ''
         ax.plot(x, y, alpha=.25, color=colour)
-        ax.plot(x[n - 1:], smooth, color=colour, lw=2, marker=mark,
+        ax.plot(x[n - 1:], smooth, color=colour, lw=2, marker=mark, ls=dash,
                 label=f'{name}: now {y[-n:].mean():.3f}')
     if losses:
         ax.legend(frameon=False)
@@ -538,7 +548,7 @@ class _WatchForm(Panel):
                           value=start, indent=False)
         self.go = control(W.Button, 'Look now', 'Read the folder once')
         self.head, self.view, self.lines = W.HTML(), W.HTML(), W.HTML()
-        super().__init__(W.HBox([self.go, self.on]), self.head, self.view, self.lines)
+        super().__init__(wrapping_row(self.go, self.on), self.head, self.view, self.lines)
     def _draw(self, state):
         rows, last = '', []
         for k, v in state['steps'].items():
@@ -551,7 +561,8 @@ class _WatchForm(Panel):
         kind, data = figure_bytes(loss_curves(state['losses']), limit=0)
         source = f'data:{kind};base64,{base64.b64encode(data).decode()}'
         said = escape('; '.join(last) or 'no losses yet')
-        self.view.value = (f'<figure style="margin:0"><img alt="{said}" src="{source}">'
+        fits = 'style="max-width:100%;height:auto"'
+        self.view.value = (f'<figure style="margin:0"><img alt="{said}" src="{source}" {fits}>'
                            f'<figcaption>{said}</figcaption></figure>')
 
 # %% ../../nbs/08_ui/02_panels.ipynb #00c17c97
@@ -560,7 +571,7 @@ class _Watching(_WatchForm):
     def look(self)->bool: # whether there will be more to see
         "Read the folder once and draw what is there."
         try:
-            folder = run_dir(self.run)
+            self.folder = folder = self.folder or run_dir(self.run)
             batch = (folder/'progress.json').exists()
             state = batch_state(folder) if batch else run_state(folder)
         except Exception as e:
@@ -596,7 +607,7 @@ class Watch(_Watching):
         every:float=3.,  # seconds between two looks
         start:bool=True, # begin to watch at once
     ):
-        self.run, self.every, self.state = run, every, None
+        self.run, self.every, self.state, self.folder = run, every, None, None
         self.thread, self.ended = None, threading.Event()
         super().__init__(start)
         self.go.on_click(lambda b: self.look())
