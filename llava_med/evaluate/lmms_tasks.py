@@ -21,15 +21,15 @@ FIELDS = ('id', 'question', 'answer', 'answer_type', 'options', 'source')
 
 def image_path(
     name:str,            # of an image, as an item has it
-    images_dir:str|Path, # folder of pictures
+    images_dir:str|Path, # folder of images
 )->Path|None:            # None where there is none
-    "Where a picture lies: under the item's name, or the last part of it."
+    "Where an image lies: under the item's name, or the last part of it."
     for p in (Path(images_dir)/name, Path(images_dir)/Path(name).name):
         if p.is_file(): return p
 
 # %% ../../nbs/06_evaluate/13_lmms_tasks.ipynb #f4e4fd6d
 def _doc_rows(items, images_dir, part):
-    "Questions with the paths of their pictures; refused where a picture is missing."
+    "Questions with the paths of their images; refused where an image is missing."
     names = dict.fromkeys(o['images'][0] for o in items if o['images'])
     at = {n: image_path(n, images_dir) for n in names}
     gone = [n for n, p in at.items() if p is None]
@@ -51,10 +51,10 @@ def _doc_rows(items, images_dir, part):
 # %% ../../nbs/06_evaluate/13_lmms_tasks.ipynb #25c80c9d
 def lmms_docs(
     items:list,          # VQA items
-    images_dir:str|Path, # folder that holds their pictures
-    part:bool=False,     # True leaves out questions whose picture is not there
+    images_dir:str|Path, # folder that holds their images
+    part:bool=False,     # True leaves out questions whose image is not there
 ):                       # datasets.Dataset: FIELDS, image_name, image
-    "Items as rows of a data set, each with its picture."
+    "Items as rows of a data set, each with its image."
     import datasets
     rows = _doc_rows(items, images_dir, part)
     text = datasets.Value('string')
@@ -65,8 +65,8 @@ def lmms_docs(
 # %% ../../nbs/06_evaluate/13_lmms_tasks.ipynb #a8960200
 def doc_visual(
     doc:dict, # a row
-)->list:      # its picture
-    "The picture of a row."
+)->list:      # its image
+    "The image of a row."
     return [doc['image'].convert('RGB')]
 
 def doc_text(
@@ -82,7 +82,7 @@ def doc_messages(
     doc:dict, # a row
     lmms_eval_specific_kwargs:dict|None=None, # pre_prompt and post_prompt
 )->list:      # chat messages
-    "Picture and question of a row as a chat message."
+    "Image and question of a row as a chat message."
     said = [dict(type='image', url=doc_visual(doc)[0]),
             dict(type='text', text=doc_text(doc, lmms_eval_specific_kwargs))]
     return [dict(role='user', content=said)]
@@ -116,11 +116,11 @@ def mean_score(
 # %% ../../nbs/06_evaluate/13_lmms_tasks.ipynb #ff1555be
 def write_lmms(
     items:str|Path,      # VQA-RAD, SLAKE or PathVQA as chapter 3.16 reads it
-    images_dir:str|Path, # folder that holds the pictures
+    images_dir:str|Path, # folder that holds the images
     out:str|Path,        # folder to write to; other tasks in it stay
     split:str='test',    # which split
     lang:str='en',       # which language, for SLAKE
-    part:bool=False,     # True leaves out questions whose picture is not there
+    part:bool=False,     # True leaves out questions whose image is not there
     say=print,           # gets messages
 )->Path:                 # the folder
     "Write a task of lmms-eval: one parquet file, and the YAML files that name it."
@@ -141,7 +141,7 @@ def write_lmms(
         f'--tasks llava_med_{name} --batch_size 1')
     return out
 
-def _embedded(docs): # the pictures' bytes instead of their paths
+def _embedded(docs): # the images' bytes instead of their paths
     from datasets.table import embed_table_storage
     arrow = docs.with_format('arrow')
     return arrow.map(embed_table_storage, batched=True, batch_size=100).with_format(None)

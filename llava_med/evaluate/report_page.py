@@ -51,7 +51,7 @@ def data_uri(
 # %% ../../nbs/06_evaluate/11_report_page.ipynb #cf478061
 def figure(
     fig,         # a matplotlib figure; it is closed afterwards
-    caption:str, # what it shows, then the numbers; its first sentence also stands for the picture
+    caption:str, # what it shows, then the numbers; its first sentence also stands for the image
 )->dict:         # a part of a page
     "A figure with its caption; who cannot see it reads the first sentence."
     import matplotlib.pyplot as plt
@@ -62,11 +62,11 @@ def figure(
 
 # %% ../../nbs/06_evaluate/11_report_page.ipynb #82043e8c
 def image_uri(
-    source,         # path of a picture, or a PIL image
+    source,         # path of an image, or a PIL image
     size:int=224,   # longest side in pixels
     quality:int=80, # of the JPEG
 )->str|None:        # None if it cannot be opened
-    "A small copy of a picture, as text that can stand in a page."
+    "A small copy of an image, as text that can stand in a page."
     try: picture = source.convert('RGB') if isinstance(source, Image.Image) else open_image(source)
     except (ImageError, OSError): return None
     picture.thumbnail((size, size))

@@ -166,7 +166,7 @@ def drawn_examples(
     answers:dict,  # item id → what the model said
     n:int=4,       # of each kind
     seed:int=0,    # of the shuffle
-)->dict:           # right, wrong: items, each about another picture
+)->dict:           # right, wrong: items, each about another image
     "Questions answered right and wrong, drawn by a seed."
     known = [o for o in items if o['id'] in answers]
     out = dict(right={}, wrong={})
@@ -184,9 +184,9 @@ def gallery(
     replies:dict,    # who → {item id → answer}
     images_dir:Path, # folder of the images
     caption:str,     # what these have in common
-    size:int=224,    # longest side of a picture in pixels
+    size:int=224,    # longest side of an image in pixels
 )->dict|None:        # a part of a page; None if there are no items
-    "Questions beside their pictures, with the key and what everybody said."
+    "Questions beside their images, with the key and what everybody said."
     cards = []
     for o in items:
         lines = [('question', o['question']), ('key', o['answer'])]
@@ -353,7 +353,7 @@ def _rules(rows, models, conditions=('image', 'none')):
 
 # %% ../../nbs/06_evaluate/12_reports.ipynb #26a15110
 def _slices(rows, model):
-    "One model by slice: with the picture, with a grey one, and the difference."
+    "One model by slice: with the image, with a grey one, and the difference."
     sliced = [r for r in rows if r['slice'] != 'all']
     d = side_by_side(sliced, 'slice', 'condition', columns=['image', 'blank', 'image-blank'],
                      model=model, metric='strict')
@@ -426,7 +426,7 @@ ORDER = ('base', 'stage1', 'stage2', 'tuned')
 _GUESSERS = ('prior_', 'always_', 'echo')   # how the names of those begin that never look
 
 def _gain_in_words(gain):
-    "What looking at the picture is worth."
+    "What looking at the image is worth."
     points = f'{value_with_interval(gain)} points'
     if not no_interval(gain) and gain['low'] > 0:
         return f' Looking at the picture is worth {points}.'
@@ -559,7 +559,7 @@ def _published_parts(dataset):
 
 # %% ../../nbs/06_evaluate/12_reports.ipynb #68a1d216
 def _example_parts(items, log, models, images_dir, n, seed):
-    "Drawn questions beside their pictures, with the answers of all models."
+    "Drawn questions beside their images, with the answers of all models."
     if not models: return []
     last = models[-1]
     replies = {m: {} for m in [*reversed(models), 'grey picture']}

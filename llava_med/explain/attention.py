@@ -119,9 +119,9 @@ def _resized(image_processor, width, height):
 # %% ../../nbs/07_explain/01_attention.ipynb #45b0e5b2
 def view_window(
     image_processor, # the processor's image part
-    size:tuple,      # (width, height) of the picture as displayed
-)->tuple:            # (window x0, y0, x1, y1 in fractions of the picture), (view width, height)
-    "The model's view of a picture: where it lies on the displayed one, and its size in pixels."
+    size:tuple,      # (width, height) of the image as displayed
+)->tuple:            # (window x0, y0, x1, y1 in fractions of the image), (view width, height)
+    "The model's view of an image: where it lies on the displayed one, and its size in pixels."
     get = lambda name: getattr(image_processor, name, None)
     if get('do_pad') and not hasattr(image_processor, 'pad_to_square'):
         raise ValueError(f'{type(image_processor).__name__} pads in a way that is not known here.')
@@ -141,15 +141,15 @@ TOKEN_KINDS = ('template', 'image', 'question', 'answer')  # kinds of token
 # %% ../../nbs/07_explain/01_attention.ipynb #f0b9dba8
 @dataclass
 class Sample:
-    "One question with its answer, as tokens, and how its tokens lie on the picture."
+    "One question with its answer, as tokens, and how its tokens lie on the image."
     ids: torch.Tensor    # token ids of prompt and answer, (tokens,)
     pixels: torch.Tensor # the model's view, (3, height, width)
     kinds: np.ndarray    # index into KINDS for each token
     image_at: np.ndarray # positions of the patches, row by row
     n_answer: int        # number of answer tokens; they are the last ones
     grid: tuple          # patches (down, across)
-    window: tuple        # the grid on the displayed picture (x0, y0, x1, y1), in fractions
-    size: tuple          # (width, height) of the picture
+    window: tuple        # the grid on the displayed image (x0, y0, x1, y1), in fractions
+    size: tuple          # (width, height) of the image
     answer: str          # the answer as text
     tokens: list = field(default_factory=list) # the answer's tokens as text
 
@@ -178,7 +178,7 @@ MOST_REGISTERS = 32   # vectors of a tower that belong to no patch
 
 # %% ../../nbs/07_explain/01_attention.ipynb #c2d8ddd7
 def _geometry(processor, pixels, image_at, size):
-    "Patch positions, grid and the grid's place on the picture; refuses what does not fit."
+    "Patch positions, grid and the grid's place on the image; refuses what does not fit."
     patch, view = processor.patch_size, (int(pixels.shape[2]), int(pixels.shape[1]))
     if not patch: raise ValueError('The processor does not say its patch_size: set it.')
     grid = view[1]//patch, view[0]//patch
@@ -211,12 +211,12 @@ def cut_answer(
 # %% ../../nbs/07_explain/01_attention.ipynb #4281a9b7
 def encode_sample(
     processor,    # the model's processor
-    image,        # one PIL picture
+    image,        # one PIL image
     question:str, # what is asked
     answer,       # the answer: text, or a list of token ids
     prompt:str=None, # the whole prompt, if the chat template is not to be used
 )->Sample:        # tokens and geometry
-    "Prompt and answer as tokens, with the picture's geometry."
+    "Prompt and answer as tokens, with the image's geometry."
     if image is None: raise ValueError(f'No picture was given with {question!r}: a map needs one.')
     if isinstance(image, (list, tuple)):
         raise ValueError(f'Maps are drawn for one picture a question; {len(image)} were given.')
@@ -274,7 +274,7 @@ def image_vectors(
     model,        # a LLaVA model
     samples:list, # of Sample
 )->torch.Tensor:  # (samples, image tokens, width of the language model)
-    "What the language model gets in place of the pictures."
+    "What the language model gets in place of the images."
     base, _ = language_model(model)
     vectors = torch.stack(list(base.get_image_features(stack_views(base, samples)).pooler_output))
     n, patches = vectors.shape[1], len(samples[0].image_at)
@@ -361,13 +361,13 @@ def token_shares(
 def answer_maps(
     model,            # a LLaVA in evaluation mode
     processor,        # its processor
-    image,            # one PIL picture
+    image,            # one PIL image
     question:str,     # what is asked
     answer:str=None,  # the answer to explain; generated when None
     token:int=None,   # which answer token; the average over all when None
     prompt:str=None,  # the whole prompt, if the chat template is not to be used
 )->tuple:             # maps (layers, heads, down, across), facts about them
-    "Attention of the rows that predict an answer over the picture's patches, and facts."
+    "Attention of the rows that predict an answer over the image's patches, and facts."
     if answer is None: answer = generate(model, processor, image, question, prompt)
     sample = encode_sample(processor, image, question, answer, prompt)
     got = trace(model, [sample], gradients=False)[0]
@@ -382,7 +382,7 @@ def answer_maps(
 @torch.no_grad()
 def generate(
     model, processor, # a LLaVA and its processor
-    image,            # one PIL picture
+    image,            # one PIL image
     question:str,     # what is asked
     prompt:str=None,  # the whole prompt, if the chat template is not to be used
     max_new_tokens:int=24, # longest answer
@@ -402,17 +402,17 @@ NEUTRAL = 'Describe the image.'  # the request whose attention counts as habit
 
 def neutral_sample(
     processor,     # the model's processor
-    image,         # one PIL picture
+    image,         # one PIL image
     question:str=NEUTRAL, # a request that asks for nothing in particular
 )->Sample:         # its one predicting row is the last row of the prompt
-    "A neutral request on the same picture."
+    "A neutral request on the same image."
     return encode_sample(processor, image, question, [0])
 
 # %% ../../nbs/07_explain/01_attention.ipynb #19a55563
 def all_maps(
     model,            # a LLaVA in evaluation mode
     samples:list,     # of Sample, one a question
-    neutral:list,     # of Sample, the neutral request on the same pictures in the same order
+    neutral:list,     # of Sample, the neutral request on the same images in the same order
     batch_size:int=16,# questions at once
 )->dict:              # method -> (questions, layers, down, across); shares, logprob, greedy
     "Maps of every method for many questions with the same grid, averaged over heads and tokens."
@@ -433,10 +433,10 @@ def all_maps(
 # %% ../../nbs/07_explain/01_attention.ipynb #d1f9210a
 def overlay(
     grid_map:np.ndarray, # (down, across)
-    window:tuple,        # where the grid lies, in fractions of the picture
-    size:tuple,          # (width, height) of the picture
+    window:tuple,        # where the grid lies, in fractions of the image
+    size:tuple,          # (width, height) of the image
 )->np.ndarray:           # (height, width), NaN where the model saw nothing
-    "A map as a layer of the displayed picture, each pixel with the value of its cell."
+    "A map as a layer of the displayed image, each pixel with the value of its cell."
     (h, w), (x0, y0, x1, y1) = grid_map.shape, window
     col = np.floor(((np.arange(size[0]) + .5)/size[0] - x0)/(x1 - x0)*w).astype(int)
     row = np.floor(((np.arange(size[1]) + .5)/size[1] - y0)/(y1 - y0)*h).astype(int)
@@ -447,15 +447,15 @@ def overlay(
 
 # %% ../../nbs/07_explain/01_attention.ipynb #82fc314a
 def plot_maps(
-    image,           # a PIL picture
-    maps:list,       # of (down, across) arrays; None leaves the bare picture
-    window:tuple,    # where the grid lies, in fractions of the picture
+    image,           # a PIL image
+    maps:list,       # of (down, across) arrays; None leaves the bare image
+    window:tuple,    # where the grid lies, in fractions of the image
     titles:list,     # one a map
     boxes:list=(),   # (x, y, width, height) in fractions, drawn in
     axes=None,       # matplotlib axes, one a map; a new row of them when None
-    opacity:float=.6,# of the map; 1 hides the picture beneath
+    opacity:float=.6,# of the map; 1 hides the image beneath
 ):                   # the figure
-    "The picture under each of its maps, with known boxes."
+    "The image under each of its maps, with known boxes."
     import matplotlib.pyplot as plt
     w, h = image.size
     if axes is None: axes = plt.subplots(1, len(maps), figsize=(1.9*len(maps), 2.3))[1]
@@ -473,18 +473,18 @@ def plot_maps(
 # %% ../../nbs/07_explain/01_attention.ipynb #20d91c38
 def cell_boxes(
     grid:tuple,   # cells (down, across)
-    window:tuple, # where the grid lies, in fractions of the picture
-)->np.ndarray:    # (down, across, 4): x0, y0, x1, y1 of each cell, in fractions of the picture
-    "Where each cell lies on the displayed picture."
+    window:tuple, # where the grid lies, in fractions of the image
+)->np.ndarray:    # (down, across, 4): x0, y0, x1, y1 of each cell, in fractions of the image
+    "Where each cell lies on the displayed image."
     (h, w), (x0, y0, x1, y1) = grid, window
     x, y = np.linspace(x0, x1, w + 1), np.linspace(y0, y1, h + 1)
     return np.stack([*np.meshgrid(x[:-1], y[:-1]), *np.meshgrid(x[1:], y[1:])], -1)
 
 # %% ../../nbs/07_explain/01_attention.ipynb #b815d4d1
 def target_cells(
-    boxes:list,   # (x, y, width, height) in fractions of the picture
+    boxes:list,   # (x, y, width, height) in fractions of the image
     grid:tuple,   # cells (down, across)
-    window:tuple=(0, 0, 1, 1), # where the grid lies, in fractions of the picture
+    window:tuple=(0, 0, 1, 1), # where the grid lies, in fractions of the image
 )->np.ndarray:    # (down, across) bool
     "Cells on target: centre in a box, or a box's centre in the cell."
     x0, y0, x1, y1 = np.moveaxis(cell_boxes(grid, window), -1, 0)
@@ -497,9 +497,9 @@ def target_cells(
 # %% ../../nbs/07_explain/01_attention.ipynb #f4753502
 def item_boxes(
     item:dict,  # a VQA item; `regions` hold a `box` (x, y, width, height), pixels or fractions
-    size:tuple, # (width, height) of its picture
+    size:tuple, # (width, height) of its image
 )->list:        # (x, y, width, height) in fractions
-    "The known boxes of a question, in fractions of the picture."
+    "The known boxes of a question, in fractions of the image."
     out, scale = [], np.array([*size, *size], float)
     for r in item.get('regions') or []:
         box = np.array(r['box'] if isinstance(r, dict) else r, float)
@@ -522,26 +522,26 @@ def hits(
 # %% ../../nbs/07_explain/01_attention.ipynb #176c6aaf
 def pointing_game(
     grid_map:np.ndarray, # (down, across), higher means more important
-    boxes:list,          # (x, y, width, height) in fractions of the picture
-    window:tuple=(0, 0, 1, 1), # where the grid lies, in fractions of the picture
+    boxes:list,          # (x, y, width, height) in fractions of the image
+    window:tuple=(0, 0, 1, 1), # where the grid lies, in fractions of the image
 )->float:                # 1 hit, 0 miss; between if cells tie for the maximum
     "Whether one map points into a box."
     return float(hits(grid_map, target_cells(boxes, grid_map.shape, window)))
 
 # %% ../../nbs/07_explain/01_attention.ipynb #996af4ad
 def random_rate(
-    boxes:list,   # (x, y, width, height) in fractions of the picture
+    boxes:list,   # (x, y, width, height) in fractions of the image
     grid:tuple,   # cells (down, across)
-    window:tuple=(0, 0, 1, 1), # where the grid lies, in fractions of the picture
+    window:tuple=(0, 0, 1, 1), # where the grid lies, in fractions of the image
 )->float:         # expected score of a cell drawn at random
     "The pointing-game rate of a random map, by the same convention."
     return float(target_cells(boxes, grid, window).mean())
 
 # %% ../../nbs/07_explain/01_attention.ipynb #96a896ed
 def box_cover(
-    boxes:list,   # (x, y, width, height) in fractions of the picture
+    boxes:list,   # (x, y, width, height) in fractions of the image
     grid:tuple,   # cells (down, across)
-    window:tuple=(0, 0, 1, 1), # where the grid lies, in fractions of the picture
+    window:tuple=(0, 0, 1, 1), # where the grid lies, in fractions of the image
     fine:int=16,  # points a side of a cell at which the overlap is measured
 )->np.ndarray:    # (down, across), from 0 to 1
     "Share of each cell that the boxes cover."
@@ -575,7 +575,7 @@ def _by_image(values, images, over):
 # %% ../../nbs/07_explain/01_attention.ipynb #b031dd56
 def over_images(
     values:np.ndarray, # (items,) or (items, columns)
-    images:list,       # the picture of each item
+    images:list,       # the image of each item
     over=None,         # denominators, (items,); ones give a mean
     n_draws:int=1000,  # bootstrap draws
     seed:int=0,        # of the draws
@@ -607,7 +607,7 @@ def layer_rates(
     maps:dict,     # method -> (items, layers, down, across)
     boxes:list,    # for each item its boxes, in fractions
     windows:list,  # for each item its window
-    images:list,   # for each item its picture's name
+    images:list,   # for each item its image's name
     seed:int=0,    # of the bootstrap
 )->list:           # rows: method, layer, metric, baseline, value, low, high, n_items, n_images
     "Pointing-game rate, its ratio to random, and energy in the box, for each method and layer."
@@ -632,7 +632,7 @@ def layer_rates(
 
 # %% ../../nbs/07_explain/01_attention.ipynb #6f6fb738
 def best_layer(
-    rows:list, # from `layer_rates`, of the validation pictures
+    rows:list, # from `layer_rates`, of the validation images
 )->tuple:      # method, layer
     "The method and layer with the highest pointing-game rate."
     ok = [o for o in rows if o['metric'] == 'pointing' and o['baseline'] == '' and o['layer'] != '']
@@ -641,10 +641,10 @@ def best_layer(
 
 # %% ../../nbs/07_explain/01_attention.ipynb #3eb8f18e
 def static_map(
-    maps:np.ndarray, # (items, down, across), of the validation pictures
+    maps:np.ndarray, # (items, down, across), of the validation images
     n:int,           # how many test items
 )->np.ndarray:       # (n, 1, down, across), the same map n times
-    "The control that ignores the picture: the mean map, each map scaled to sum 1."
+    "The control that ignores the image: the mean map, each map scaled to sum 1."
     mass = np.clip(maps, 0, None)
     mass = mass/np.maximum(mass.sum((-1, -2), keepdims=True), 1e-12)
     return np.broadcast_to(mass.mean(0), (n, 1, *maps.shape[1:]))

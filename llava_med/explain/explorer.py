@@ -492,7 +492,7 @@ def _said(found, right, name):
 
 # %% ../../nbs/07_explain/04_explorer.ipynb #89d9a753
 def _question(q, pictures, size):
-    "One question as the page wants it; its picture goes into `pictures`."
+    "One question as the page wants it; its image goes into `pictures`."
     key = q.get('name') or f'picture {len(pictures)}'
     if key not in pictures: pictures[key] = image_uri(q['image'], size, 85)
     windows, answers = set(), {}
@@ -551,7 +551,7 @@ def explorer_page(
     notes:dict=None,   # model → why nothing was measured
     title:str='What the model looks at', # of the page
     lead:Iterable=(),  # paragraphs above the controls
-    size:int=384,      # longest side of a picture in pixels
+    size:int=384,      # longest side of an image in pixels
 )->str:                # HTML
     "One page with questions, answers and maps, which needs nothing outside itself."
     if not questions: raise ValueError('No question was given: there is nothing to explore.')

@@ -27,8 +27,8 @@ from ..data.vqa import item_question, region_mask
 def gates(
     model, processor, # the model under test
     items:list,       # phantom questions
-    edit,             # item -> three pictures, new answer, boxes; None where it cannot (`edits`)
-    pictures:list=None, # the pictures as the model knows them (PIL); drawn when None
+    edit,             # item -> three images, new answer, boxes; None where it cannot (`edits`)
+    pictures:list=None, # the images as the model knows them (PIL); drawn when None
 )->list:              # one dict an item: item, sample, boxes, right, flipped, steady, passed
     "Which questions may judge a map: right, changed with the box, steady under an edit elsewhere."
     out = []
@@ -105,9 +105,9 @@ def centre_map(
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #ab1aaccc
 def elsewhere_mean(
     maps:np.ndarray, # (items, down, across)
-    images:list,     # the picture of each item
+    images:list,     # the image of each item
 )->np.ndarray:       # (items, down, across)
-    "For each item the mean map of all other pictures, each scaled to absolute values of sum 1."
+    "For each item the mean map of all other images, each scaled to absolute values of sum 1."
     scaled = maps/np.maximum(np.abs(maps).sum((1, 2), keepdims=True), 1e-12)
     names, at = np.unique(images, return_inverse=True)
     if len(names) < 2: raise ValueError('A static map needs questions about at least two pictures.')
@@ -177,15 +177,15 @@ def area(
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #16d94401
 def gain(
     values:np.ndarray, # one an item, such as the difference of two areas
-    drop:np.ndarray,   # what the whole picture adds, one an item
-    images:list,       # the picture of each item
+    drop:np.ndarray,   # what the whole image adds, one an item
+    images:list,       # the image of each item
     seed:int=0,        # of the bootstrap
 )->tuple:              # value, low, high
-    "Sum of values over sum of drops; 0 if the picture changes nothing, NaN if it only harms."
+    "Sum of values over sum of drops; 0 if the image changes nothing, NaN if it only harms."
     values, drop = np.asarray(values, float), np.asarray(drop, float)
     if np.abs(values).max() < 1e-6 and np.abs(drop).max() < 1e-4:
         return 0., float('nan'), float('nan')
-    # the answer is likelier without the picture: there is nothing to lose
+    # the answer is likelier without the image: there is nothing to lose
     if drop.sum() <= 0: return (float('nan'),)*3
     return tuple(map(float, over_images(values, images, drop, seed=seed)))
 
@@ -216,7 +216,7 @@ def iou(
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #e75de9ba
 def localisation(
     maps:np.ndarray, # (items, down, across)
-    boxes:list,      # of each item, in fractions of the picture
+    boxes:list,      # of each item, in fractions of the image
     windows:list,    # of each item
     masks:list=None, # or the target cells themselves, (down, across) bool each (`mask_cells`)
 )->dict:             # metric -> (items,)
@@ -233,9 +233,9 @@ def localisation(
 
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #c7dbbbf9
 def mask_cells(
-    mask:np.ndarray, # (height, width) bool, pixels of the displayed picture
+    mask:np.ndarray, # (height, width) bool, pixels of the displayed image
     grid:tuple,      # cells (down, across)
-    window:tuple,    # where the grid lies, in fractions of the picture
+    window:tuple,    # where the grid lies, in fractions of the image
     share:float=.5,  # of a cell that must be covered; the cell with the most is always on target
 )->np.ndarray:       # (down, across) bool
     "Cells that a segmentation mask covers."
@@ -251,8 +251,8 @@ def mask_cells(
 def item_cells(
     item:dict,     # a VQA item whose `regions` hold boxes, and masks where there are any
     grid:tuple,    # cells (down, across)
-    window:tuple,  # where the grid lies, in fractions of the picture
-    size:tuple,    # (width, height) of the picture
+    window:tuple,  # where the grid lies, in fractions of the image
+    size:tuple,    # (width, height) of the image
     folder=None,   # the folder of its masks, such as slake/imgs; boxes only when None
 )->np.ndarray:     # (down, across) bool
     "Cells on target of a real question: its masks where it has them, else its boxes."
@@ -329,9 +329,9 @@ def choose_layers(
 
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #4b90af19
 def next_partners(
-    images:list, # the picture of each item
-)->list:         # for each item the number of the next one about another picture
-    "Whose picture fills in for whose."
+    images:list, # the image of each item
+)->list:         # for each item the number of the next one about another image
+    "Whose image fills in for whose."
     n, out = len(images), []
     if len(set(images)) < 2:
         raise ValueError("Another patient's picture is needed, but all questions are about one: "
@@ -347,7 +347,7 @@ def knowing_nothing(
     maps:dict,     # method -> (items, down, across)
     boxes:list,    # of each item, in fractions
     windows:list,  # of each item
-    images:list,   # the picture of each item
+    images:list,   # the image of each item
     controls:tuple=CONTROLS, # which of CONTROLS
     n_random:int=2,# random orders
     seed:int=0,    # of the random orders
@@ -367,13 +367,13 @@ def all_areas(
     model, processor,  # the model under test
     samples:list,      # of Sample
     maps:dict,         # name -> (items, down, across)
-    images:list,       # the picture of each item
+    images:list,       # the image of each item
     unit:str='pixels', # or 'tokens'
     kind:str='mean',   # one of `maps.INFILLS`
     steps:tuple=CURVE_SHARES, # shares of the patches
     seed:int=0,        # of the order of ties
 )->tuple:              # dict name -> (items, 2): areas of (deletion, insertion); drop (items,)
-    "Areas under both curves above the infilled picture's score, of every map and question."
+    "Areas under both curves above the infilled image's score, of every map and question."
     out, drop = {k: np.zeros((len(samples), 2)) for k in maps}, np.zeros(len(samples))
     partners = next_partners(images) if kind == 'other' else None
     for i, s in enumerate(samples):
@@ -408,7 +408,7 @@ def _baselines(k, flat, static):
 def curve_rows(
     areas:dict,    # from `all_areas`
     drop:np.ndarray, # from `all_areas`
-    images:list,   # the picture of each item
+    images:list,   # the image of each item
     seed:int=0,    # of the bootstrap
 )->list:           # of (method, curve, baseline, (value, low, high))
     "Scaled areas of every map, and the gains of every method over the maps that know nothing."
@@ -424,10 +424,10 @@ def curve_rows(
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #361931ef
 @dataclass
 class _Rows:
-    "Rows about the methods of one model, each number with its interval over pictures."
+    "Rows about the methods of one model, each number with its interval over images."
     name: str    # of the model
     layers: dict # method -> layer
-    images: list # the picture of each item
+    images: list # the image of each item
     seed: int    # of the bootstrap
     rows: list = field(default_factory=list)
 
@@ -464,8 +464,8 @@ def _gold_rows(table, k, maps):
 def faithfulness(
     model, processor,    # the model under test
     samples:list,        # of Sample with one grid, such as those that pass the gates
-    boxes:list,          # of each item, in fractions of the picture
-    images:list,         # the picture of each item, by name
+    boxes:list,          # of each item, in fractions of the image
+    images:list,         # the image of each item, by name
     layers:dict,         # method -> layer that is judged, from `choose_layers`
     name:str='model',    # in the column `model`
     units:tuple=('pixels',),  # what is taken away: 'pixels', 'tokens'
@@ -566,8 +566,8 @@ def _copy(model):
 def blind(
     model,        # a LLaVA
     samples:list, # of Sample, whose image vectors give the mean
-):                # the same model, to which every picture is the same
-    "A model that sees nothing of the picture."
+):                # the same model, to which every image is the same
+    "A model that sees nothing of the image."
     new = _copy(model)
     new.model.multi_modal_projector = _Same(image_vectors(model, samples).mean((0, 1)))
     return new
@@ -603,11 +603,11 @@ def _turned(text):
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #99d184a8
 def mirrored(
     processor,     # the model's processor
-    sample:Sample, # a question on a picture whose view is centred
+    sample:Sample, # a question on an image whose view is centred
     question:str,  # its text
     answer:str,    # its answer
-)->Sample:         # about the mirrored picture, sides exchanged in question and answer
-    "The same question about the picture in the mirror."
+)->Sample:         # about the mirrored image, sides exchanged in question and answer
+    "The same question about the image in the mirror."
     x0, _, x1, _ = sample.window
     if abs(x0 + x1 - 1) > .02:
         raise ValueError('The view is not centred on the picture, so its mirror image is another '
@@ -635,7 +635,7 @@ def _mirror(table, own, turned):
 
 # %% ../../nbs/07_explain/03_faithfulness.ipynb #4d6b14ad
 def _question_swap(table, own, target):
-    "Whether another question about the same picture moves the map."
+    "Whether another question about the same image moves the map."
     images, pairs = table.images, []
     for i, j in np.ndindex(len(images), len(images)):
         if images[i] == images[j] and not (target[i] & target[j]).any(): pairs.append((i, j))
@@ -654,7 +654,7 @@ def sanity(
     samples:list,     # of Sample with one grid
     texts:list,       # (question, answer) of each
     boxes:list,       # of each item, in fractions
-    images:list,      # the picture of each item
+    images:list,      # the image of each item
     layers:dict,      # method -> layer
     name:str='model', # in the column `model`
     seed:int=0,       # of weights and bootstrap

@@ -249,7 +249,7 @@ def back_project(
     samples:list,    # of Sample
     maps:np.ndarray, # token maps, (samples, down, across)
 )->np.ndarray:       # pixel maps, (samples, down, across)
-    "Token maps carried down the vision tower by rollout: where in the picture they come from."
+    "Token maps carried down the vision tower by rollout: where in the image they come from."
     maps = np.clip(np.asarray(maps, np.float32), 0, None)
     with tower_parts(model, samples, gradients=False) as (_, parts, extra):
         flat = torch.as_tensor(maps.reshape(len(samples), -1), device=parts[0]['key'].device)
@@ -260,11 +260,11 @@ def back_project(
 INFILLS = ('mean', 'blur', 'other')  # what takes the place of a patch
 
 def infill(
-    sample:Sample,     # whose picture
+    sample:Sample,     # whose image
     kind:str='mean',   # one of INFILLS
     other:Sample=None, # another patient's, for 'other'
 )->torch.Tensor:       # the model's view with everything replaced, (3, height, width)
-    "A picture that tells nothing of the one that it replaces."
+    "An image that tells nothing of the one that it replaces."
     px = sample.pixels
     if kind == 'mean': return px.mean((1, 2), keepdim=True).expand_as(px).clone()
     if kind == 'blur':
@@ -284,7 +284,7 @@ def mix_patches(
     gone:np.ndarray,    # (variants, down, across) bool, the patches that are replaced
     patch:int,          # pixels a side
 )->torch.Tensor:        # (variants, 3, height, width)
-    "One picture with several choices of patches replaced."
+    "One image with several choices of patches replaced."
     mask = torch.as_tensor(np.asarray(gone, bool))
     mask = mask.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
     full = torch.zeros(len(gone), *own.shape[1:], dtype=torch.bool)
@@ -297,13 +297,13 @@ def mix_patches(
 def answer_scores(
     model,               # a LLaVA in evaluation mode
     sample:Sample,       # the question with its fixed answer
-    pixels:torch.Tensor=None,  # (variants, 3, height, width): other views of the picture
+    pixels:torch.Tensor=None,  # (variants, 3, height, width): other views of the image
     vectors:torch.Tensor=None, # or (variants, image tokens, width): other image vectors
     tokens=None,         # see `chosen_tokens`
     batch_size:int=32,   # variants at once
     first:bool=False,    # also say where all these tokens are the model's first choice
 )->np.ndarray:           # (variants,) natural logarithms; with `first` a pair of arrays
-    "Log-probability of the answer for many variants of one picture."
+    "Log-probability of the answer for many variants of one image."
     base, decoder = language_model(model)
     used = torch.tensor(chosen_tokens([sample], tokens)[0], device=base.device)
     ids, out, best = sample.ids.to(base.device), [], []
@@ -369,11 +369,11 @@ def method(
 # %% ../../nbs/07_explain/02_maps.ipynb #77ceeb28
 def other_question(
     processor,     # the model's processor
-    sample:Sample, # a question on a picture
-    question:str,  # another question on the same picture
+    sample:Sample, # a question on an image
+    question:str,  # another question on the same image
     answer='',     # its answer: text or token ids; one placeholder token when empty
-)->Sample:         # tokens of the other question, the same picture and geometry
-    "Another question about the picture of a sample."
+)->Sample:         # tokens of the other question, the same image and geometry
+    "Another question about the image of a sample."
     tok, prompt = processor.tokenizer, chat(processor, question)
     n = int((sample.ids == processor.image_token_id).sum())
     text = prompt.replace(processor.image_token, processor.image_token*n, 1)
@@ -397,7 +397,7 @@ def _rows(model, samples, tokens):
     return [to_grid(rows, s) for s, rows in _rows_of(model, samples, tokens)]
 
 def _habit(model, processor, samples):
-    "The same for a neutral request on the same pictures."
+    "The same for a neutral request on the same images."
     return _rows(model, [other_question(processor, o, NEUTRAL) for o in samples], None)
 
 # %% ../../nbs/07_explain/02_maps.ipynb #99db9a81
@@ -477,7 +477,7 @@ def _gradient(model, processor, samples, tokens=None):
 @method('integrated_gradients', 'white', 'tokens', '32 and backward',
         'Sundararajan, Taly and Yan 2017')
 def _integrated_gradients(model, processor, samples, tokens=None, steps=32):
-    "Gradients on the way from a picture of its mean colour; sums to what the picture adds."
+    "Gradients on the way from an image of its mean colour; sums to what the image adds."
     own, out = image_vectors(model, samples), []
     start = image_vectors(model, [replace(o, pixels=infill(o)) for o in samples])
     nodes, weights = np.polynomial.legendre.leggauss(steps)
@@ -555,7 +555,7 @@ def mix_vectors(
 @method('token_occlusion', 'grey', 'tokens', 'one a patch',
         'leave one token out, after Zeiler and Fergus 2014')
 def _token_occlusion(model, processor, samples, tokens=None, kind='mean', other=None, block=1):
-    "Log-probability that is lost when one image vector is that of an infilled picture."
+    "Log-probability that is lost when one image vector is that of an infilled image."
     out = []
     for i, s in enumerate(samples):
         filled = replace(s, pixels=infill(s, kind, other[i] if other else None))
@@ -569,7 +569,7 @@ def _token_occlusion(model, processor, samples, tokens=None, kind='mean', other=
 # %% ../../nbs/07_explain/02_maps.ipynb #8d0c40cc
 @method('occlusion', 'black', 'pixels', 'one a patch, with the tower', 'Zeiler and Fergus 2014')
 def _occlusion(model, processor, samples, tokens=None, kind='mean', other=None, block=1):
-    "Log-probability that is lost when one patch of the picture is filled; sees answers only."
+    "Log-probability that is lost when one patch of the image is filled; sees answers only."
     out = []
     for i, s in enumerate(samples):
         masks = _blocks(s.grid, block)
@@ -643,7 +643,7 @@ def plot_heads(
 def sinks(
     model, processor, # a LLaVA and its processor
     samples:list,     # of Sample
-    times:float=5.,   # how many times the even share of the picture's attention
+    times:float=5.,   # how many times the even share of the image's attention
 )->list:              # of (layers, down, across) bool, one a sample
     "Patches that take much of the attention whatever is asked."
     own, habit = _rows(model, samples, None), _habit(model, processor, samples)

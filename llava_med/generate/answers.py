@@ -29,9 +29,9 @@ from ..models.templates import (answer_ids, as_turns, chat, model_inputs, prompt
 
 # %% ../../nbs/05_generate/02_answers.ipynb #2e13cb99
 def as_image(
-    source,     # path of a picture, or a PIL image
+    source,     # path of an image, or a PIL image
 )->Image.Image: # RGB
-    "A picture as RGB, DICOM included, or an error that names it."
+    "An image as RGB, DICOM included, or an error that names it."
     return source.convert('RGB') if isinstance(source, Image.Image) else open_image(source)
 
 # %% ../../nbs/05_generate/02_answers.ipynb #6e071c92
@@ -133,8 +133,8 @@ CHANGES = dict(repetition_penalty=1., encoder_repetition_penalty=1., no_repeat_n
 # %% ../../nbs/05_generate/02_answers.ipynb #bc02e06d
 def slow_because(
     model,    # any model
-)->str|None:  # a reason in words; None where pictures are read once
-    "Why the questions of a picture cannot share it."
+)->str|None:  # a reason in words; None where images are read once
+    "Why the questions of an image cannot share it."
     model = base_of(model)
     if why := apart_because(model): return why
     kind, gen = model.config.text_config._attn_implementation, model.generation_config

@@ -17,10 +17,10 @@ from ..models.templates import as_turns
 
 # %% ../../nbs/05_generate/04_api.ipynb #f73b9c96
 def data_url(
-    source,        # path of a picture, or a PIL image
-    longest:int=0, # largest side in pixels; a larger picture is made smaller; 0 is no limit
+    source,        # path of an image, or a PIL image
+    longest:int=0, # largest side in pixels; a larger image is made smaller; 0 is no limit
 )->str:            # data:image/png;base64,…
-    "A picture as text."
+    "An image as text."
     picture, buf = as_image(source), io.BytesIO()
     if longest: picture.thumbnail((longest, longest))
     picture.save(buf, 'PNG')
@@ -34,9 +34,9 @@ def _part(part, urls):
 
 def as_messages(
     prompt:str|list, # question, or turns
-    urls:list,       # data URLs of its pictures, in order
+    urls:list,       # data URLs of its images, in order
 )->list:             # messages of the chat protocol
-    "A prompt with its pictures as messages."
+    "A prompt with its images as messages."
     urls, messages = list(urls), []
     for t in as_turns(prompt, len(urls)):
         said = t['content']
@@ -58,7 +58,7 @@ class _Server:
         concurrency:int=8,    # questions under way at once
         retries:int=4,        # further attempts when the server is busy or fails
         timeout:float=120.,   # seconds for one attempt
-        longest:int=0,        # largest side of a picture that is sent, pixels; 0 is no limit
+        longest:int=0,        # largest side of an image that is sent, pixels; 0 is no limit
         request:dict=None,    # further fields of each request; a value of None takes a field away
         version:str='',       # of the weights behind the name
         key_name:str='OPENAI_API_KEY', # environment variable that holds the key
@@ -75,7 +75,7 @@ class _Asked(_Server):
     "One question after the other."
     def reply(self,
         prompt:str|list, # question, or turns
-        urls:list,       # data URLs of its pictures
+        urls:list,       # data URLs of its images
         max_new_tokens:int=24, # longest answer
     )->str:
         "One answer; a reply that holds none is an error."
@@ -123,9 +123,9 @@ class Endpoint(_Asked):
 
     def render(self,
         prompt:str|list, # question, or turns
-        n_images:int,    # pictures before the question
+        n_images:int,    # images before the question
     )->str:
-        "The messages without their pictures."
+        "The messages without their images."
         turns = as_turns(prompt, n_images)
         return json.dumps([[t['role'], t['content']] for t in turns], ensure_ascii=False)
 

@@ -145,7 +145,7 @@ def _draw_row(model, suffixes, cache, drawn, pick, max_new_tokens):
     further_tokens(model, first_tokens(model, suffixes, cache, drawn, take), take, max_new_tokens)
 
 def _draw_fast(model, processor, refs, prompts, drawn, pick, max_new_tokens, batch_size):
-    "Draw all answers; each picture is read once."
+    "Draw all answers; each image is read once."
     length = lambda i, suffix: len(suffix)
     for rows, suffixes, cache in _walk(model, processor, refs, prompts, length, batch_size):
         start, live = cache.get_seq_length(), []
@@ -215,7 +215,7 @@ def sample(
     seed:int=0,            # equal seeds give equal answers, whatever `n` and `batch_size` are
     batch_size:int=64,     # answers drawn together
 )->list:                   # for each prompt n dicts: text, ids, logprobs (nats), ended, end (id)
-    "Draw answers; a picture is read once for all of them where the model allows it."
+    "Draw answers; an image is read once for all of them where the model allows it."
     _checked_how(n, temperature, top_p, max_new_tokens)
     if len(images) != len(prompts):
         raise ValueError(f'{len(prompts)} prompts came with {len(images)} images; give one entry, '

@@ -216,9 +216,9 @@ def released(
     step:str|None=None, # whose model; None: of the last step that trained one
 )->tuple:             # the step, the model's folder, its card
     "What of a run can be given away; UsageError where something is missing or has changed."
-    record, home = read_run(run), run_dir(run)
-    done = [s for s, r in record['steps'].items() if r.get('state') == 'done']
-    made = sorted(s for s in done if any((home/s/'model').glob('*config.json')))
+    record, home, made = read_run(run), run_dir(run), []
+    for s, r in sorted(record['steps'].items()):
+        if r.get('state') == 'done' and any((home/s/'model').glob('*config.json')): made.append(s)
     step = step or next(iter(made[::-1]), None)
     if step not in made:
         raise UsageError(f'The run {run} has no finished model of {step or "any step"}; it has '
@@ -369,7 +369,7 @@ def example_tables()->str: # Markdown, as seen from nbs/
 def example_images(
     named:dict, # figure in outputs/example, without ending → what it shows, in words
 )->str:         # Markdown, as seen from nbs/
-    "Those of the pictures that exist."
+    "Those of the images that exist."
     home, found = root()/'outputs/example', []
     for name, words in named.items():
         for p in sorted(home.glob(f'{name}.*')):

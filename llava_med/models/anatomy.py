@@ -160,8 +160,8 @@ def _vectors(out):
 @torch.no_grad()
 def count_image_tokens(
     model,        # of any family, with adapters or not
-    picture:dict, # what its image processor makes of one picture
-)->int:           # how many tokens the picture takes
+    picture:dict, # what its image processor makes of one image
+)->int:           # how many tokens the image takes
     "The number of vectors that a model of any family puts into the text, counted."
     base = base_of(model)
     if getattr(base.config.get_text_config(), 'cross_attention_layers', None): return 1
@@ -292,9 +292,9 @@ POSITIONS = re.compile(r'position_embeddings?(\.weight)?$')   # names of a tower
 
 def tower_states(
     tower,    # a vision tower
-    size:int, # side of the picture, pixels
+    size:int, # side of the image, pixels
 )->tuple:     # of (1, vectors, width), one for each layer and the input
-    "What all layers of a tower say about a black picture."
+    "What all layers of a tower say about a black image."
     with torch.no_grad():
         return tower(torch.zeros(1, 3, size, size, dtype=tower.dtype),
                      output_hidden_states=True).hidden_states
@@ -311,7 +311,7 @@ def _stretched(rows, before, after):
 # %% ../../nbs/02_models/01_anatomy.ipynb #1618395d
 def resized_tower(
     tower,     # a vision tower
-    size:int,  # side of the pictures that it shall see, pixels
+    size:int,  # side of the images that it shall see, pixels
     where:str, # its name, for messages
 ):             # a tower of the same kind, in evaluation mode
     "The tower with stretched position vectors (bicubic); ValueError where more would change."
@@ -332,9 +332,9 @@ def resized_tower(
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #f8ba46e6
 def settled_tower(
-    tower,        # a vision tower that sees pictures of several sizes
+    tower,        # a vision tower that sees images of several sizes
     states:tuple, # what it says at this size, from `tower_states`
-    size:int,     # side of its pictures, pixels
+    size:int,     # side of its images, pixels
     where:str,    # its name, for messages
 ):                # the same tower, or one with positions of that size
     "The tower with its positions stretched once, if that gives the same as at every call."
@@ -489,7 +489,7 @@ def part_table(
 CLIP_LOOK = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 IMAGENET_LOOK = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 HALF = ([.5]*3, [.5]*3)
-FAMILY_LOOKS = {   # beginning of a model type → whose pictures: mean and deviation, resampling
+FAMILY_LOOKS = {   # beginning of a model type → whose images: mean and deviation, resampling
     'clip': ("CLIP's", CLIP_LOOK, 3), 'siglip2': ("SigLIP 2's", HALF, 2),
     'siglip': ("SigLIP's", HALF, 3),
     'dinov3': ("DINOv3's", IMAGENET_LOOK, 2), 'dino': ("DINOv2's", IMAGENET_LOOK, 3),
@@ -504,7 +504,7 @@ IMAGE_FILES = ('preprocessor_config.json', 'processor_config.json')   # where a 
 def assumed_settings(
     kind:str, # model type of a tower, such as siglip_vision_model
 )->tuple:     # (whose they are, settings of the image processor)
-    "How a family of towers was shown its pictures; an unknown one gets CLIP's, as LLaVA does."
+    "How a family of towers was shown its images; an unknown one gets CLIP's, as LLaVA does."
     families = (v for k, v in FAMILY_LOOKS.items() if kind.startswith(k))
     whose, (mean, std), resample = next(families, FAMILY_LOOKS['clip'])
     return whose, dict(image_mean=list(mean), image_std=list(std), resample=resample,

@@ -24,9 +24,9 @@ SKIP = -100   # label of a token that is not scored
 def as_sample(
     model,           # of any family
     record:Backbone, # of it
-    inputs:dict,     # what its processor makes of a text and its pictures, one row
+    inputs:dict,     # what its processor makes of a text and its images, one row
     scored:int,      # how many tokens at the end are the answer
-    image=None,      # number of its picture, or several
+    image=None,      # number of its image, or several
 )->dict:             # input_ids, labels, image, more
     "A sample whose last tokens are scored, with all that its family needs for each token."
     ids = inputs['input_ids'][0].tolist()
@@ -37,9 +37,9 @@ def as_sample(
 
 def picture_inputs(
     record:Backbone, # of the model
-    inputs:dict,     # what its processor makes of a text with one picture
+    inputs:dict,     # what its processor makes of a text with one image
 )->dict:
-    "The inputs of the picture."
+    "The inputs of the image."
     return {k: inputs[k] for k in record.joins}
 
 # %% ../../nbs/02_models/15_backbone_rows.ipynb #04755d9b
@@ -72,12 +72,12 @@ def _token_inputs(record, rows, pad_id):
 
 # %% ../../nbs/02_models/15_backbone_rows.ipynb #a0d354fc
 def _numbers(row):
-    "Numbers of the pictures of a row, in the order of the text."
+    "Numbers of the images of a row, in the order of the text."
     image = row.get('image')
     return [] if image is None else list(image) if hasattr(image, '__len__') else [image]
 
 def _stacked(parts):
-    "Inputs of the rows of a batch, each filled up to the most pictures."
+    "Inputs of the rows of a batch, each filled up to the most images."
     n = max(p.shape[1] for p in parts)
     grown = []
     for p in parts:
@@ -85,7 +85,7 @@ def _stacked(parts):
     return torch.cat(grown)
 
 def _run_on(values, pictures):
-    "Indices of several pictures that run over the patches of all of them."
+    "Indices of several images that run over the patches of all of them."
     step, out = 0, []
     for x, p in zip(values, pictures):
         out.append(torch.where(x < 0, x, x + step))
@@ -94,10 +94,10 @@ def _run_on(values, pictures):
 
 def picture_batch(
     record:Backbone, # of the model
-    rows:list,       # with the numbers of their pictures
+    rows:list,       # with the numbers of their images
     pictures:list,   # what `picture_inputs` gave for each number
 )->dict:
-    "The inputs of all pictures of a batch."
+    "The inputs of all images of a batch."
     out, numbers = {}, list(map(_numbers, rows))
     every = [pictures[i] for i in sum(numbers, [])]
     for key, axis in record.joins.items() if every else ():
@@ -115,7 +115,7 @@ def picture_batch(
 # %% ../../nbs/02_models/15_backbone_rows.ipynb #ec150538
 def row_batch(
     record:Backbone, # of the model
-    rows:list,       # samples, rows of questions about one picture, or packed rows
+    rows:list,       # samples, rows of questions about one image, or packed rows
     pictures:list,   # what `picture_inputs` gave for each number
     pad_id:int=0,    # token that fills up
 )->dict:             # inputs, labels, joins; segments, blocks and weights where there are some
@@ -214,7 +214,7 @@ def _side_by_side(key, x, bounds):
 
 # %% ../../nbs/02_models/15_backbone_rows.ipynb #5756dad5
 def _read_prefix(model, joins, inputs, n):
-    "A cache of the first `n` tokens and their pictures."
+    "A cache of the first `n` tokens and their images."
     base = base_of(model)
     cache = DynamicCache(config=base.config.get_text_config())
     first = {}
@@ -226,7 +226,7 @@ def _read_prefix(model, joins, inputs, n):
 
 def cached_losses(
     model,      # of any family, with adapters or not
-    batch:dict, # from `row_batch`, of one row of questions about one picture
+    batch:dict, # from `row_batch`, of one row of questions about one image
 )->torch.Tensor: # (scored tokens)
     "Losses of the questions as a batch behind a cache of their prefix."
     n, bounds = _bounds(batch['segments'].cpu())
@@ -263,7 +263,7 @@ def plain_answers(
     model,           # of any family, with adapters or not
     record:Backbone, # of it
     samples:list,    # questions; each ends where its answer begins
-    pictures:list,   # inputs of each picture
+    pictures:list,   # inputs of each image
     max_new_tokens:int=8, # of an answer
     ends:tuple=(),   # tokens that end one; empty: those of the model
 )->list:             # token ids of each answer, with its end
@@ -307,7 +307,7 @@ def cached_answers(
     model,           # of any family, with adapters or not
     record:Backbone, # of it
     row:dict,        # questions that share a prefix; each segment ends where its answer begins
-    pictures:list,   # inputs of each picture
+    pictures:list,   # inputs of each image
     max_new_tokens:int=8, # of an answer
     ends:tuple=(),   # tokens that end one; empty: those of the model
 )->list:             # token ids of each answer, with its end

@@ -18,7 +18,7 @@ from .llava import _place, _reading, _whole, few
 
 # %% ../../nbs/02_models/14_backbones.ipynb #b48bc1bc
 def _joined_axis(key, a, b):
-    "The axis on which an input of one picture has doubled for two; ValueError where there is none."
+    "The axis on which an input of one image has doubled for two; ValueError where there is none."
     wide = [i for i, (n, m) in enumerate(zip(a.shape, b.shape)) if m == 2*n]
     same = [n for i, n in enumerate(a.shape) if i not in wide[:1]]
     rest = [n for i, n in enumerate(b.shape) if i not in wide[:1]]
@@ -27,20 +27,20 @@ def _joined_axis(key, a, b):
                      f'{tuple(b.shape)} for two, so pictures cannot be joined')
 
 def _runs_on(a, b, axis):
-    "Whether the second of two equal pictures has other numbers than the first."
+    "Whether the second of two equal images has other numbers than the first."
     return not torch.equal(b.narrow(axis, a.shape[axis], a.shape[axis]), a)
 
 # %% ../../nbs/02_models/14_backbones.ipynb #73722a9b
 @dataclass(frozen=True)
 class Backbone:
-    "What a model and its processor do, measured on a picture."
+    "What a model and its processor do, measured on an image."
     family:str        # model type
     parts:dict        # tower, connector and language model → path
     image_id:int      # token that holds the place of image vectors
-    image_tokens:int  # of the picture it was measured on
+    image_tokens:int  # of the image it was measured on
     token_keys:tuple  # inputs of the processor with one value a token
-    joins:dict        # inputs of pictures → axis on which several of one text are joined
-    indexed:tuple     # those whose numbers run over the patches of all pictures of a batch
+    joins:dict        # inputs of images → axis on which several of one text are joined
+    indexed:tuple     # those whose numbers run over the patches of all images of a batch
     types:str         # the input that names the types of tokens; empty: there is none
     coordinates:int   # numbers in the position of a token: one, or three
     layers:tuple      # kinds of layers of the language model, if its configuration says
@@ -52,7 +52,7 @@ _USUAL = ('input_ids', 'attention_mask')
 _STRIDE = 'pixel_values'   # whose first two axes count patches where numbers run over them
 
 def _check_stride(key, one, two, axis):
-    "ValueError where it is not known how far the numbers of a second picture run on."
+    "ValueError where it is not known how far the numbers of a second image run on."
     a, b = one[key], two[key]
     later = b.narrow(axis, a.shape[axis], a.shape[axis])
     step = one[_STRIDE].shape[0]*one[_STRIDE].shape[1]
@@ -60,7 +60,7 @@ def _check_stride(key, one, two, axis):
         raise ValueError(f"the numbers of the input '{key}' do not count patches of pictures")
 
 def _sorted_inputs(one, two):
-    "Inputs of tokens, inputs of pictures with their axes, and those that run over all pictures."
+    "Inputs of tokens, inputs of images with their axes, and those that run over all images."
     n, m = one['input_ids'].shape[1], two['input_ids'].shape[1]
     tokens, joins, indexed = [], {}, []
     for key, a in one.items():
@@ -77,7 +77,7 @@ def _sorted_inputs(one, two):
 
 # %% ../../nbs/02_models/14_backbones.ipynb #5c29bcee
 def _counted(model, one, joins):
-    "Placeholders of one picture; ValueError where the model gives another number of vectors."
+    "Placeholders of one image; ValueError where the model gives another number of vectors."
     written = int((one['input_ids'] == image_token(model)).sum())
     given = count_image_tokens(model, {k: one[k] for k in joins})
     if written != given:
@@ -87,8 +87,8 @@ def _counted(model, one, joins):
 
 def measure_backbone(
     model,    # of any family, with adapters or not
-    one:dict, # what its processor makes of a text with one picture
-    two:dict, # and of a longer text with that picture twice
+    one:dict, # what its processor makes of a text with one image
+    two:dict, # and of a longer text with that image twice
 )->Backbone:
     "The record of a model; ValueError where it cannot be told how its inputs go together."
     base = base_of(model)

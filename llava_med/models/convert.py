@@ -349,7 +349,7 @@ def _template(raw, connector, tok):
     return 'llava_v0' if connector == 'linear' and raw.get('mm_use_im_start_end') else 'llava_v1'
 
 def _pads(raw, pictures, src):
-    "Whether pictures are padded to a square."
+    "Whether images are padded to a square."
     ratio = {'own': raw.get('image_aspect_ratio') or 'square'}.get(pictures, pictures)
     if ratio not in ('pad', 'square', 'crop'):
         raise ValueError(f"'{src}' treats pictures as '{ratio}'; say pad or crop for `pictures`.")
@@ -556,7 +556,7 @@ def convert_vit(
 
 # %% ../../nbs/02_models/04_convert.ipynb #9c9a2b81
 def convert_command(
-    args, # what was typed: src, dst, tower, base, tokenizer, template, pictures, licence, refuse
+    args, # what was typed: src, dst, tower, base, tokenizer, template, images, licence, refuse
 )->int:   # exit code
     "The command `llava-med convert`."
     folder = local_folder(args.src)

@@ -246,7 +246,7 @@ _MISTRAL = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
     "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}")
-_PLAIN = (   # picture and caption, no question
+_PLAIN = (   # image and caption, no question
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}{{ m['content'] + '\n' }}"
     "{% elif '<image>' in m['content'] %}{{ '<image>' }}{% endif %}{% endfor %}")
@@ -267,7 +267,7 @@ def _plain_form(turns):
 
 # %% ../../nbs/02_models/00_exchange.ipynb #2dafbd5a
 def _writes_all(tokenizer, jinja):
-    "Whether a template writes picture, questions and answers once, from lists and from texts."
+    "Whether a template writes image, questions and answers once, from lists and from texts."
     turns = [_ASKED[0], _TOLD[0], _ASKED[1], _TOLD[1]]
     try:
         asked = chat_text(tokenizer, turns[:1], True, jinja)
@@ -285,7 +285,7 @@ def chat_template(
     tokenizer,         # whose special tokens are used
     template:str=None, # key of `TEMPLATES`, or Jinja; default: the tokenizer's own
     where:str='the tokenizer', # for the message
-)->str:                # Jinja that reads text and lists of pictures and text
+)->str:                # Jinja that reads text and lists of images and text
     "A chat template that places `<image>`; raises ValueError when there is none."
     names = ', '.join(TEMPLATES)
     own = TEMPLATES.get(template, template) or one_template(tokenizer.chat_template, where)

@@ -73,8 +73,8 @@ def make_processor(
     image_size:int=96, # side of the square that the tower sees, pixels
     patch_size:int=12, # side of a patch, pixels; must divide `image_size`
     extra:int=1,       # vectors of the tower that are no patches: 1 for CLIP, 0 for SigLIP
-    **images,          # settings of the picture, such as `image_mean`, `image_std`, `do_pad`
-)->LlavaProcessor:     # pictures and text in, tensors out
+    **images,          # settings of the image, such as `image_mean`, `image_std`, `do_pad`
+)->LlavaProcessor:     # images and text in, tensors out
     "A LLaVA processor that pads to a square; raises ValueError when patches do not fit."
     if image_size % patch_size:
         raise ValueError(f'image_size {image_size} is not a multiple of patch_size {patch_size}; '
@@ -259,7 +259,7 @@ def read_tower(
     where:str,            # folder or Hub id of a tower, or of a whole CLIP or SigLIP
     image_size:int=None,  # side of the square that it shall see, pixels; default: as trained
     dtype:str='float32',  # of the weights
-    say=print,            # gets a line on what is assumed about pictures
+    say=print,            # gets a line on what is assumed about images
 )->tuple:                 # (tower, image side, vectors that are no patches, image settings)
     "Read a vision tower and find out what it hands over."
     with _reading(where, 'a vision tower'):
@@ -439,7 +439,7 @@ def join(
     connector:str='mlp',     # key of `CONNECTORS`; random, to be trained first
     layers:int|list=-2,      # layers of the tower that the projector reads
     image_size:int=None,     # pixels; default: what the tower was trained with
-    pad:bool=True,           # pad pictures to a square; False crops them as CLIP does
+    pad:bool=True,           # pad images to a square; False crops them as CLIP does
     template:str=None,       # key of `TEMPLATES`, or Jinja; default: the tokenizer's own
     seed:int=0,              # of the projector
     dtype:str='float32',     # of all weights

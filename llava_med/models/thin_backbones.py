@@ -38,7 +38,7 @@ def _noise(seed, *shape):
 class ThinFamily:
     "What a thin model of a family is made from."
     config:dict       # as for `AutoConfig.for_model`, with `model_type`
-    picture:Callable  # number of a picture → inputs that its image processor makes
+    picture:Callable  # number of an image → inputs that its image processor makes
     types:str=''      # what the processor calls the types of tokens; empty: it has none
     before:tuple=(1, 5, 101)   # tokens before an image
     after:tuple=(102, 7)       # tokens behind it that all questions share
@@ -48,11 +48,11 @@ THIN = Registry('thin family')   # name → function that makes a `ThinFamily`
 
 # %% ../../nbs/02_models/13_thin_backbones.ipynb #ca587485
 def _square(side):
-    "A picture that is one square of pixels."
+    "An image that is one square of pixels."
     return lambda seed: dict(pixel_values=_noise(seed, 1, 3, side, side))
 
 def _tiled(seed):
-    "A picture of 100 x 112 pixels in four tiles and an overview."
+    "An image of 100 x 112 pixels in four tiles and an overview."
     return dict(pixel_values=_noise(seed, 1, 5, 3, 56, 56), image_sizes=torch.tensor([[100, 112]]))
 
 @THIN.register('llava')
@@ -271,7 +271,7 @@ def _made(config, family):
 # %% ../../nbs/02_models/13_thin_backbones.ipynb #5cd90a6b
 @dataclass
 class ThinBackbone:
-    "A thin model, and what its processor would make of pictures and texts."
+    "A thin model, and what its processor would make of images and texts."
     name:str            # of the family
     model:torch.nn.Module # in evaluation mode
     family:ThinFamily   # what it was made from
@@ -287,7 +287,7 @@ class ThinBackbone:
 
 # %% ../../nbs/02_models/13_thin_backbones.ipynb #14a99a84
 def _offset(parts):
-    "Inputs of several pictures whose indices run over the patches of all of them."
+    "Inputs of several images whose indices run over the patches of all of them."
     at, out = 0, []
     for p in parts:
         out.append(p['image_token_pooling'] + at)
@@ -295,7 +295,7 @@ def _offset(parts):
     return torch.cat(out)
 
 def _inputs_of(family, seeds):
-    "What the image processor makes of several pictures of one text."
+    "What the image processor makes of several images of one text."
     parts = [family.picture(s) for s in seeds]
     out = {}
     for key in parts[0]:
@@ -314,11 +314,11 @@ def _read_images(ids, n):
 # %% ../../nbs/02_models/13_thin_backbones.ipynb #65898b54
 def thin_inputs(
     thin:ThinBackbone, # whose processor is played
-    ids:list,          # token ids, with the placeholders of the pictures
+    ids:list,          # token ids, with the placeholders of the images
     pictures:list,     # their numbers, in the order of the text
     answer:int=0,      # how many tokens at the end are an answer
 )->dict:               # what the family's processor would give, one row
-    "Inputs of a model for a text with pictures."
+    "Inputs of a model for a text with images."
     tokens, types = torch.tensor([ids]), thin.family.types
     out = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     if types: out[types] = (tokens == _IMAGE).long()

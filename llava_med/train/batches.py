@@ -38,7 +38,7 @@ def _labelled(ids, scored):
 def encode(
     tokenizer,       # a fast one with a chat template, or a processor that has both
     messages:list,   # chat messages; content is text or a list of image and text parts
-    image_tokens:int=64, # patches of one picture
+    image_tokens:int=64, # patches of one image
     max_len:int=None,    # the end of a longer sequence is cut off; the image never is
 )->dict:             # input_ids and labels, lists of equal length
     "Token ids and labels of a conversation; ValueError where it is none or several samples."
@@ -86,11 +86,11 @@ def _append(row, ids, labels, n, segment, more=None):
 # %% ../../nbs/04_train/01_batches.ipynb #95e9ceed
 def encode_questions(
     tokenizer,           # with a chat template
-    pairs:list,          # (question, answer) of one picture
-    image_tokens:int=64, # patches of the picture
+    pairs:list,          # (question, answer) of one image
+    image_tokens:int=64, # patches of the image
     max_len:int=None,    # stop before the question that no longer fits
-)->dict:                 # lists input_ids, labels, positions, segments; 0 is the shared picture
-    "One row in which every question sees the picture and itself only."
+)->dict:                 # lists input_ids, labels, positions, segments; 0 is the shared image
+    "One row in which every question sees the image and itself only."
     image, row = image_mark(tokenizer), None
     for s, (q, a) in enumerate(pairs, 1):
         ids, labels = encode(tokenizer, _one_exchange(q, a), image_tokens).values()
@@ -119,11 +119,11 @@ def _source(record):
 
 # %% ../../nbs/04_train/01_batches.ipynb #ac4693b9
 def pack_shared_prefixes(
-    samples:list, # encoded samples with the number of their picture, or a list of numbers
+    samples:list, # encoded samples with the number of their image, or a list of numbers
     image_id:int, # the token that stands for a patch
     max_len:int=None, # a row that would become longer is closed, and another begun
 )->list:          # rows with segments and positions; samples of text alone stay alone
-    "Join the samples of the same pictures to one row in which they cannot see each other."
+    "Join the samples of the same images to one row in which they cannot see each other."
     rows, open_rows = [], {}   # of all images; of each prefix the row that still takes samples
     for i, s in enumerate(samples):
         ids, labels, n = s['input_ids'], s['labels'], _prefix(s, image_id)
@@ -172,14 +172,14 @@ def _image_numbers(samples):
 class Collator:
     "Joins encoded samples to a padded batch."
     pad_id:int     # token that fills up
-    features:torch.Tensor=None # (pictures, patches, width) of the frozen tower, or `ImageFiles`
+    features:torch.Tensor=None # (images, patches, width) of the frozen tower, or `ImageFiles`
     multiple:int=16 # lengths are rounded up to it
 
     def __call__(
         self,
         samples:list, # dicts input_ids, labels; optional image, positions, segments, weights
     )->dict:          # tensors input_ids, labels, attention_mask, positions, features, weights
-        "Pad on the right; raises ValueError when a picture is asked for and no features are there."
+        "Pad on the right; raises ValueError when an image is asked for and no features are there."
         n = max(len(s['input_ids']) for s in samples)
         n += -n % self.multiple
         pad = partial(_padded, samples, n)
@@ -390,7 +390,7 @@ def _only_long(*args):
 def record_samples(
     records:list,        # LLaVA-Med records: conversations; image (a name, or a list); source
     tokenizer,           # a fast one with a chat template, or a processor that has both
-    image_tokens:int=64, # patches of a picture
+    image_tokens:int=64, # patches of an image
     max_len:int=2048,    # the end of a longer conversation is cut off, and said so
     skip:bool=False,     # leave out a conversation that max_len leaves no answer of, and say so
     split:bool=True,     # where a template asks for it, each answer becomes a sample; False refuses

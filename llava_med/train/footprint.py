@@ -105,7 +105,7 @@ def stage_memory(
     step:str,        # the stem of its notebook
     values:dict,     # its parameters
     hardware:dict,   # of the preset: gpus, memory_gb
-    row:int,         # tokens of a mean row, picture included
+    row:int,         # tokens of a mean row, image included
     scored:int,      # those of them that are scored
 )->dict:             # GiB of each GPU: weights, gradients, moments, kept; tokens, most, fits …
     "What a stage needs on each GPU."

@@ -359,8 +359,8 @@ _LATER = ((11, 12, 13, 14, 15, 16, 17), (21, 22, 23, 24, 25, 26, 27, 28, 29, 30,
 # %% ../../nbs/04_train/07_gates.ipynb #7fe08979
 def thin_probe(
     thin:ThinBackbone, # whose processor is played
-)->tuple:              # (record, samples about picture 0, inputs of two pictures)
-    "Three questions about a picture of a thin model."
+)->tuple:              # (record, samples about image 0, inputs of two images)
+    "Three questions about an image of a thin model."
     one, two = (thin_inputs(thin, thin.prefix(n) + [11], [0]*n) for n in (1, 2))
     record = measure_backbone(thin.model, one, two)
     samples, pictures = [], []
@@ -379,9 +379,9 @@ _QUESTIONS = (('Which side is it on?', 'left'), ('Is it small?', 'yes, it is sma
 def backbone_probe(
     model,     # from `load_backbone`
     processor, # its own
-    side:int=224, # of the pictures, pixels
-)->tuple:      # (record, samples about picture 0, inputs of two pictures)
-    "Three questions about a picture of noise, as a model's own processor writes them."
+    side:int=224, # of the images, pixels
+)->tuple:      # (record, samples about image 0, inputs of two images)
+    "Three questions about an image of noise, as a model's own processor writes them."
     rng = np.random.default_rng(0)
     noise = (rng.integers(256, size=(side, side, 3), dtype=np.uint8) for _ in range(2))
     images = [Image.fromarray(x) for x in noise]
@@ -423,7 +423,7 @@ def separate_losses(
     model,           # of any family, with adapters or not
     record:Backbone, # of it
     samples:list,    # plain samples
-    pictures:list,   # inputs of each picture
+    pictures:list,   # inputs of each image
     learn:list=(),   # weights whose gradients are wanted
 )->tuple:            # losses of the scored tokens, gradients of their mean
     "What samples teach one by one, in the forward pass of `transformers`."
@@ -441,7 +441,7 @@ def way_losses(
     model,           # of any family, with adapters or not
     record:Backbone, # of it
     rows:list,       # of the same samples
-    pictures:list,   # inputs of each picture
+    pictures:list,   # inputs of each image
     way:str,         # attention of the rows, or `prefix_cache`
     learn:list=(),   # weights whose gradients are wanted
     leak:tuple=None, # a pair that is allowed by mistake
@@ -474,7 +474,7 @@ def prefix_moves(
     model,           # of any family, with adapters or not
     record:Backbone, # of it
     sample:dict,     # a plain sample
-    pictures:list,   # inputs of each picture
+    pictures:list,   # inputs of each image
 )->float:            # in deviations; 0 where the prefix can be shared
     "How far the states of image and prefix move when another question follows."
     ids, states = sample['input_ids'], []
@@ -489,7 +489,7 @@ def prefix_moves(
 # %% ../../nbs/04_train/07_gates.ipynb #5320d568
 @torch.no_grad()
 def _seen(model, record, sample, pictures):
-    "How far the losses of a sample move with another picture."
+    "How far the losses of a sample move with another image."
     one, other = (plain_losses(model, row_batch(record, [sample], p))
                   for p in (pictures, pictures[::-1]))
     return float((one - other).abs().max())
@@ -644,8 +644,8 @@ def _reason(found, moves):
 def backbone_path(
     model,           # of any family, with adapters or not, as it will be trained
     record:Backbone, # of it
-    samples:list,    # questions of different lengths about picture 0
-    pictures:list,   # inputs of two pictures of one size
+    samples:list,    # questions of different lengths about image 0
+    pictures:list,   # inputs of two images of one size
 )->BackbonePath:
     "The fastest path that is exact for a model, measured on the spot."
     with _as_trained(model):
@@ -675,7 +675,7 @@ def path_rows(
 def path_collate(
     found:BackbonePath, # from `backbone_path`
     record:Backbone,    # of the model
-    pictures,           # inputs of each picture, by its number
+    pictures,           # inputs of each image, by its number
     pad_id:int=0,       # token that fills up
 )->BackboneCollator:
     "What makes batches of the rows of a path."

@@ -37,7 +37,7 @@ def _joined(samples):
 def pack_rows(
     samples:list, # encoded samples, or rows of `pack_shared_prefixes`
     budget:int,   # tokens of a row; only a single longer sample exceeds it
-)->list:          # rows with blocks, segments and positions; `image` lists the pictures in order
+)->list:          # rows with blocks, segments and positions; `image` lists the images in order
     "Put samples one behind the other, each into the first row with room; ValueError if packed."
     rows, room = [], []
     for number, s in enumerate(samples):
@@ -161,7 +161,7 @@ class BackboneCollator:
     def __init__(
         self,
         record:Backbone, # of the model
-        pictures,        # inputs of each picture, by its number
+        pictures,        # inputs of each image, by its number
         way:str='',      # how rows are read: an attention, or prefix_cache; empty: samples
         pad_id:int=0,    # token that fills up
     ):

@@ -15,7 +15,7 @@ from ..models.anatomy import tower, vision_features
 
 # %% ../../nbs/04_train/12_patch_loss.ipynb #0da7473d
 def patch_targets(
-    marks:list,   # (x, y, label) with fractions of the picture
+    marks:list,   # (x, y, label) with fractions of the image
     labels:list,  # all labels of the world
     grid:int=8,   # patches a side
     cells:int=2,  # cells a side of each patch
@@ -29,7 +29,7 @@ def patch_targets(
 
 # %% ../../nbs/04_train/12_patch_loss.ipynb #b40d2f4f
 class LookingLoss:
-    "Language loss of picture rows and text rows plus the patch lesson; for training a base model."
+    "Language loss of image rows and text rows plus the patch lesson; for training a base model."
     def __init__(
         self,
         head:torch.nn.Linear, # tower width -> cells of a patch * (1 + number of labels)
@@ -47,7 +47,7 @@ class LookingLoss:
         model,      # a LlavaForConditionalGeneration
         batch:dict, # from a `WorldSet`
     )->tuple:       # (loss, 1): the parts are means already
-        "Loss of the picture rows, the text rows and the patches, each with its weight."
+        "Loss of the image rows, the text rows and the patches, each with its weight."
         feats = tower(model)(batch['pixels']).last_hidden_state[:, 1:]
         picture, n = batch_loss(model, {**batch, 'features': feats})
         text, m = batch_loss(model, batch['text'])
@@ -64,7 +64,7 @@ class _WorldRows:
         self,
         texts:list,       # chats without images: [(role, text), ...] each
         tokenizer,        # of the model
-        share:float=.25,  # rows of text for each row with a picture
+        share:float=.25,  # rows of text for each row with an image
     ):
         "Take these texts from now on."
         self.texts = []
@@ -88,7 +88,7 @@ class _WorldRows:
         self,
         numbers,      # of the scenes: an index or a tensor of them
     )->torch.Tensor:  # pixels as the tower reads them, (3, h, w) each
-        "Pictures, scaled with the tower's mean and standard deviation."
+        "Images, scaled with the tower's mean and standard deviation."
         return (self.pixels[numbers]/255 - self.mean)/self.std
 
 # %% ../../nbs/04_train/12_patch_loss.ipynb #a95e288f
@@ -134,9 +134,9 @@ def world_scores(
     model,       # a LLaVA
     processor,   # its processor
     scenes:list, # unseen dicts image, questions [{type, question, answer}]
-    blank:bool=False, # show a grey picture instead
+    blank:bool=False, # show a grey image instead
 )->dict:         # question type -> (share of exact answers, number of questions)
-    "Exact answers by question type on unseen pictures of a world."
+    "Exact answers by question type on unseen images of a world."
     was, tok, right = model.training, processor.tokenizer, {}
     model.eval()
     for s in scenes:

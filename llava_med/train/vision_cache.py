@@ -22,19 +22,19 @@ from ..core.runs import file_hash, progress, writing
 
 # %% ../../nbs/04_train/05_vision_cache.ipynb #1b6b2f4c
 def _file_fingerprint(path):
-    "A picture file's size and time of change; None where it is missing."
+    "An image file's size and time of change; None where it is missing."
     try: s = Path(path).stat()
     except OSError: return None
     return [s.st_size, s.st_mtime_ns]
 
 # %% ../../nbs/04_train/05_vision_cache.ipynb #436e6646
 class ImageFiles:
-    "Picture files that are opened when a batch asks for them; the tower reads them in every step."
+    "Image files that are opened when a batch asks for them; the tower reads them in every step."
     kind = 'pixels'   # what a batch calls them
     def __init__(
         self,
         processor,   # of the model
-        paths:list,  # picture files, any format that `llava_med.data.articles.open_image` reads
+        paths:list,  # image files, any format that `llava_med.data.articles.open_image` reads
         threads:int=2, # that open files
     ):
         self.image_processor, self.threads = processor.image_processor, threads
@@ -47,8 +47,8 @@ class ImageFiles:
 
     def __getitem__(
         self,
-        numbers,       # of the pictures, in a row
-    )->torch.Tensor:   # (pictures, 3, height, width)
+        numbers,       # of the images, in a row
+    )->torch.Tensor:   # (images, 3, height, width)
         "Pixels as the tower reads them; an unreadable file is named."
         paths = [self.paths[int(i)] for i in numbers]
         if len(paths) == 1: return self._one(paths[0])
@@ -64,8 +64,8 @@ class Features:
     kind = 'features'   # what a batch calls them
     def __init__(
         self,
-        file:Path,     # float16, one row a picture
-        rows,          # row of each picture
+        file:Path,     # float16, one row an image
+        rows,          # row of each image
         shape:tuple,   # patches, width
     ):
         self.file, self.row_shape = Path(file), tuple(shape)
@@ -85,16 +85,16 @@ class Features:
 
     def __getitem__(
         self,
-        numbers,       # of the pictures, in a row
-    )->torch.Tensor:   # (pictures, patches, width), half precision
-        "Patch vectors of some pictures."
+        numbers,       # of the images, in a row
+    )->torch.Tensor:   # (images, patches, width), half precision
+        "Patch vectors of some images."
         if self._map is None:
             self._map = np.memmap(self.file, np.float16, 'r').reshape(-1, *self.row_shape)
         return torch.from_numpy(self._map[self.rows[np.asarray(numbers)]])
 
 # %% ../../nbs/04_train/05_vision_cache.ipynb #1aac3dc9
 def _tower_key(model, processor, bf16):
-    "What patch vectors depend on, apart from the picture."
+    "What patch vectors depend on, apart from the image."
     c = model.config
     parts = [c.vision_feature_layer, c.vision_feature_select_strategy,
              str(processor.image_processor), weights_hash(tower(model)), bf16]
@@ -126,7 +126,7 @@ def _hashes(db, names):
     return found, changed
 
 def _size(processor):
-    "Height and width of pictures after processing."
+    "Height and width of images after processing."
     size = getattr(processor.image_processor, 'crop_size', None) or processor.image_processor.size
     return size['height'], size['width']
 
@@ -174,12 +174,12 @@ def _fill(db, file, model, processor, names, batch_size, threads, bf16):
 def cached_features(
     model,              # its frozen tower is used
     processor,          # its processor
-    paths:list,         # picture files
+    paths:list,         # image files
     cache:str|Path,     # folder that keeps patch vectors from run to run
-    batch_size:int=64,  # pictures at once
+    batch_size:int=64,  # images at once
     threads:int=2,      # that open files
     bf16:bool=False,    # multiply in bfloat16
-)->Features:            # one row a picture, in the order of `paths`
+)->Features:            # one row an image, in the order of `paths`
     "Features of image files before the projector; only new files are read, an unreadable is named."
     folder = Path(cache)/_tower_key(model, processor, bf16)
     file = folder/'features.f16'

@@ -45,7 +45,7 @@ def image_html(
     alt:str,      # what it shows, in words
     side:int=300, # pixels of the longer side on the screen
 )->str:           # HTML
-    "A picture with its alternative text, and the same text beneath."
+    "An image with its alternative text, and the same text beneath."
     scale, buf, image = side/max(image.size), io.BytesIO(), image.convert('RGB')
     w, h = (max(1, round(o*scale)) for o in image.size)
     (image.resize((w, h)) if scale < 1 else image).save(buf, 'JPEG', quality=88)

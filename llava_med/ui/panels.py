@@ -135,7 +135,7 @@ class _Filtered(_BrowseForm):
 
 # %% ../../nbs/08_ui/02_panels.ipynb #42ef76a8
 def _record_html(f, record, image, why):
-    "A record with its picture, or with the reason why there is none."
+    "A record with its image, or with the reason why there is none."
     lines = ''
     for k, t in f['lines']: lines += f'<p><b>{escape(k)}</b><br>{escape(t)}</p>'
     kinds = ', '.join(f['modality']).replace('_', ' ') or 'no modality'
@@ -145,7 +145,7 @@ def _record_html(f, record, image, why):
 
 # %% ../../nbs/08_ui/02_panels.ipynb #6f518fe5
 def _picture_and_text():
-    "A figure with a place for a picture and one for texts."
+    "A figure with a place for an image and one for texts."
     import matplotlib.pyplot as plt
     fig, (a, b) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(1, 1.7))
     for ax in (a, b): ax.axis('off')
@@ -168,7 +168,7 @@ class Browse(_Filtered):
         self.say(f'{self.folder} holds none of {", ".join(KINDS_OF_FILE.values())}: name the '
                  'folder 1_data_prep of a run.', problem=True)
     def picture(self):
-        "The record's picture, or None and why there is none."
+        "The record's image, or None and why there is none."
         f = self.chosen[self.at.value - 1][0]
         try: return open_image(self.images/f['image']), ''
         except (ImageError, TypeError):
@@ -178,7 +178,7 @@ class Browse(_Filtered):
         if not self.chosen: self.view.value = '<p>No record fits; take a filter away.</p>'
         else: self.view.value = _record_html(*self.chosen[self.at.value - 1], *self.picture())
     def static(self): # a matplotlib figure
-        "The record that is shown, as a picture."
+        "The record that is shown, as an image."
         with figure_style():
             fig, a, b = _picture_and_text()
             if self.chosen:
@@ -347,7 +347,7 @@ class _Marked(_Drawn):
             return True
         return False
     def static(self): # a matplotlib figure
-        "The picture and the answers; letters where the panel is blind."
+        "The image and the answers; letters where the panel is blind."
         item = self.items[self.at.value - 1]
         lines = [item['question'], f'(right: {item["answer"]})'*self.key.value, '']
         for k, models in self.letters().items():

@@ -45,7 +45,7 @@ class ShownImage:
 def burned_in(
     data:bytes, # a DICOM file
 )->str:         # a sentence
-    "What a DICOM header says about text in the picture."
+    "What a DICOM header says about text in the image."
     import pydicom
     try:
         header = pydicom.dcmread(io.BytesIO(data), force=True, stop_before_pixels=True)
@@ -62,7 +62,7 @@ def read_image(
     name:str='',   # of the file; its ending may tell DICOM
     own:bool=False, # uploaded by the reader
 )->ShownImage:        # raises ImageError
-    "A picture from anywhere, with what must be known about it."
+    "An image from anywhere, with what must be known about it."
     label = 'your picture' if own else name or 'a picture'
     if isinstance(source, Image.Image): return ShownImage(source.convert('RGB'), label, own=own)
     given = isinstance(source, bytes)
@@ -130,7 +130,7 @@ class Voice:
 
 # %% ../../nbs/08_ui/01_widgets.ipynb #10c9be87
 class Remote:
-    "A server as somebody who answers; pictures that it is asked about leave this machine."
+    "A server as somebody who answers; images that it is asked about leave this machine."
     external = True
     def __init__(self,
         endpoint,    # an `Endpoint` of chapter 5.4
@@ -189,9 +189,9 @@ class _ChatForm(_ChatControls):
 class _ChatPicture(_ChatForm):
     "What is talked about: shown, exchanged or forgotten."
     def pick(self,
-        name:str, # one of the pictures
+        name:str, # one of the images
     )->None:
-        "Show one of the pictures that were given."
+        "Show one of the images that were given."
         with self.careful(): self.show(read_image(self.pictures[name], name), name)
         self._name(self.named)
     def _picked(self, name):
@@ -203,9 +203,9 @@ class _ChatPicture(_ChatForm):
         self.picture.value, self.quiet = name, False
     def show(self,
         shown:ShownImage, # what to talk about from now on
-        name:str='',      # in the list of pictures; empty: the picture's own
+        name:str='',      # in the list of images; empty: the image's own
     )->None:
-        "Change the picture; the talk begins anew."
+        "Change the image; the talk begins anew."
         self.shown, self.turns, self.talk = shown, [], []
         self._name(name or shown.name)
         self._offer(self.asked.get(name, ()), self.ask)
@@ -220,7 +220,7 @@ class _ChatPicture(_ChatForm):
 _OWN = 'your own, uploaded'
 
 class _ChatOwn(_ChatPicture):
-    "A picture of the reader's own: received, and forgotten."
+    "An image of the reader's own: received, and forgotten."
     def _uploaded(self, change):
         if not change['new']: return
         file, data = change['new'][0], bytes(change['new'][0]['content'])
@@ -230,10 +230,10 @@ class _ChatOwn(_ChatPicture):
         data:bytes,   # a file
         name:str='',  # of the file; only its ending is looked at
     )->None:
-        "Show a picture of the reader's own; it is kept in memory only."
+        "Show an image of the reader's own; it is kept in memory only."
         with self.careful(): self.show(read_image(data, Path(name).suffix, own=True), _OWN)
     def clear(self)->None:
-        "Forget the picture and the talk."
+        "Forget the image and the talk."
         self.shown, self.turns, self.talk, self.view.value = None, [], [], ''
         self._name('none')
         self._offer((), self.ask)
@@ -243,7 +243,7 @@ class _ChatOwn(_ChatPicture):
 
 # %% ../../nbs/08_ui/01_widgets.ipynb #77bc5359
 class _ChatConsent(_ChatOwn):
-    "Whether the picture may leave this machine."
+    "Whether the image may leave this machine."
     def _external(self): return getattr(self.models[self.model.value], 'external', False)
     def _guard(self):
         self.consent.value = False
@@ -260,9 +260,9 @@ class _ChatConsent(_ChatOwn):
 
 # %% ../../nbs/08_ui/01_widgets.ipynb #c1a24c9e
 class _ChatTalk(_ChatConsent):
-    "Questions and answers about one picture."
+    "Questions and answers about one image."
     def restart(self)->None:
-        "Begin anew with the same picture."
+        "Begin anew with the same image."
         self.turns, self.talk = [], []
         self._draw()
         self.say('')
@@ -315,7 +315,7 @@ def _answer_of(line):
     return (line['answer'] or '(no words)') + ' … (stopped)'*line.get('stopped', False)
 
 def _talk_figure(shown, talk):
-    "A talk as a figure: its picture, if that was not uploaded, and what was said."
+    "A talk as a figure: its image, if that was not uploaded, and what was said."
     import matplotlib.pyplot as plt
     fig, (a, b) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(1, 1.7))
     missing = 'an uploaded picture\nis not drawn' if shown else 'no picture'
@@ -330,13 +330,13 @@ def _talk_figure(shown, talk):
 
 # %% ../../nbs/08_ui/01_widgets.ipynb #1936a278
 class Chat(_ChatAsk):
-    "Ask a model about a picture, and ask again."
+    "Ask a model about an image, and ask again."
     def __init__(self,
         models:dict,        # name → function of (image, turns) that yields text, such as `Voice`
         pictures:dict=None, # name → path or PIL image
         prompts:dict=None,  # name → text with {question}
-        preview:bool=None,  # draw uploaded pictures on the screen; None: where somebody watches
-        questions:dict=None, # name of a picture → questions to click
+        preview:bool=None,  # draw uploaded images on the screen; None: where somebody watches
+        questions:dict=None, # name of an image → questions to click
     ):
         self.models, self.pictures = dict(models), dict(pictures or {})
         self.prompts = {k: Prompting(k, v) for k, v in (prompts or {'plain': '{question}'}).items()}
@@ -354,7 +354,7 @@ class Chat(_ChatAsk):
                      f'<small>({escape(o["model"])})</small></p>')
         self.said.value = f'<div aria-live="polite">{rows}</div>'
     def static(self): # a matplotlib figure
-        "The talk as a picture; what was uploaded is not drawn."
+        "The talk as an image; what was uploaded is not drawn."
         with figure_style(): return _talk_figure(self.shown, self.talk)
 
 # %% ../../nbs/08_ui/01_widgets.ipynb #2298be05
@@ -402,11 +402,11 @@ def explainer(
 def blend(
     image,               # PIL image
     grid_map:np.ndarray, # (down, across)
-    window:tuple,        # where the grid lies, in fractions of the picture
+    window:tuple,        # where the grid lies, in fractions of the image
     boxes:list=(),       # (x, y, width, height) in fractions, drawn in
     opacity:float=.6,    # of the map
 ):                       # PIL image
-    "A picture with a map over it, from dark (least) to light yellow (most)."
+    "An image with a map over it, from dark (least) to light yellow (most)."
     from matplotlib import colormaps
     layer = overlay(grid_map, window, image.size)
     seen, low, high = np.isfinite(layer)[..., None], np.nanmin(layer), np.nanmax(layer)
@@ -472,7 +472,7 @@ class _ExploreForm(StoppablePanel):
 class _Explained(_ExploreForm):
     "An answer with its maps, and which of them is shown."
     def choose(self)->None:
-        "Show the chosen picture, without a map."
+        "Show the chosen image, without a map."
         name = self.picture.value
         self.image = self.found = None
         self.view.value = self.table.value = ''
@@ -520,7 +520,7 @@ def _cells_html(m):
 
 # %% ../../nbs/08_ui/01_widgets.ipynb #87be7e7b
 def _every_method(image, found, word, layer, boxes):
-    "A picture and one word's map of one layer by every method."
+    "An image and one word's map of one layer by every method."
     shown, titles = [None], ['picture']
     for k, m in found['maps'].items():
         own = m[word]
@@ -572,7 +572,7 @@ class Explore(_Mapped):
         self._connect()
         if self.pictures: self.choose()
     def static(self): # a matplotlib figure
-        "The picture and its map by every method, at the chosen word and layer."
+        "The image and its map by every method, at the chosen word and layer."
         if self.found is None: self.run()
         if self.found is None: raise ValueError(re.sub('<[^>]+>', '', self.note.value))
         boxes, layer = self.boxes.get(self.picture.value, ()), self.layer.value

@@ -56,7 +56,7 @@ WORLD_LABELS = [f'{c} {s}' for c in COLOURS for s in SHAPES]
 # %% ../../nbs/01_world/06_general_world.ipynb #f0c7f397
 def _regions(
     rng:np.random.Generator, # source of chance
-    size:int,                # side of the picture in pixels
+    size:int,                # side of the image in pixels
 )->np.ndarray:               # (size, size) floats, brightness to be added
     "What lies behind the shapes: large soft regions, a mirrored pair of them, a rim, or specks."
     y, x = (np.mgrid[:size, :size] + .5)/size
@@ -84,7 +84,7 @@ def _regions(
 def _ground(
     rng:np.random.Generator, # source of chance
     colour:str,              # one of `GROUNDS`
-    size:int,                # side of the picture in pixels
+    size:int,                # side of the image in pixels
 )->np.ndarray:               # (size, size, 3) floats from 0 to 255
     "A ground of smooth clouds, stripes or grain over a base colour, often with large regions."
     kind, field = rng.integers(4), np.zeros((size, size))
@@ -103,12 +103,12 @@ def _ground(
 def _place(
     rng:np.random.Generator, # source of chance
     n:int,        # how many centres
-    r:float,      # radius, in fractions of the picture
+    r:float,      # radius, in fractions of the image
     side:str,     # left, right or any
     level:str,    # upper, lower or any
     taken:list,   # (x, y, r) of what is there already; grows
 )->list:          # n centres (x, y), or fewer where there is no room
-    "Centres of one kind of shape inside its part of the picture."
+    "Centres of one kind of shape inside its part of the image."
     lo_x, hi_x = {'left': (0, .5), 'right': (.5, 1)}.get(side, (0, 1))
     lo_y, hi_y = {'upper': (0, .5), 'lower': (.5, 1)}.get(level, (0, 1))
     out = []
@@ -137,7 +137,7 @@ def _kinds(
     rng:np.random.Generator, # source of chance
     grey:bool,   # only black and white shapes
 )->list:         # dicts with colour, shape, n, size, r, side, level, soft, solid, at
-    "The kinds of shape in one picture, already placed."
+    "The kinds of shape in one image, already placed."
     taken, kinds = [], []
     shapes = rng.permutation(list(SHAPES))
     colours = rng.permutation(['white', 'black'] if grey else list(COLOURS))
@@ -183,7 +183,7 @@ WORLD_EMPTY = ('nothing but a plain {ground} ground', 'an empty {ground} ground'
                'only {ground}, no shape')
 
 def _captions(kinds, ground, rng):
-    "Two captions of one picture, worded by chance."
+    "Two captions of one image, worded by chance."
     def thing(k):
         n = {1: 'one', 2: 'two', 3: 'three', 4: 'four'}[k['n']]
         soft = 'blurred ' if k['soft'] else ''
@@ -229,7 +229,7 @@ def _fields(k):
                 name=_name(k), a=_article(_name(k, False)), be='are' if k['n'] > 1 else 'is')
 
 def _absent(kinds):
-    "Kinds that the picture does not show, and those of them that share one word with a shown one."
+    "Kinds that the image does not show, and those of them that share one word with a shown one."
     absent, near, shown = [], [], {(k['colour'], k['shape']) for k in kinds}
     for colour in COLOURS:
         for shape in SHAPES:
@@ -242,7 +242,7 @@ def _absent(kinds):
 
 # %% ../../nbs/01_world/06_general_world.ipynb #ab4d9fc9
 def _questions(kinds, ground, rng):
-    "Every question that this picture can answer, as (type, question, answer)."
+    "Every question that this image can answer, as (type, question, answer)."
     out, colours = [], [k['colour'] for k in kinds]
     def ask(t, answer, k=None, **more):
         wording = str(rng.choice(WORLD_QUESTIONS[t]))
@@ -277,10 +277,10 @@ def _questions(kinds, ground, rng):
 
 # %% ../../nbs/01_world/06_general_world.ipynb #209d737d
 def world_sample(
-    seed:int,     # picture number; the same seed gives the same picture
+    seed:int,     # image number; the same seed gives the same image
     size:int=96,  # side in pixels
 )->dict:          # image (uint8), captions, questions (dicts), marks [(x, y, label)]
-    "One picture of the general world with everything that can be said of it."
+    "One image of the general world with everything that can be said of it."
     rng = np.random.default_rng((7, seed))
     ground, grey = str(rng.choice(list(GROUNDS))), rng.random() < .4
     if grey: ground = 'grey'

@@ -585,7 +585,7 @@ def render(
     scene:Scene,  # the latent variables
     size:int=256, # pixels
 )->np.ndarray:    # uint8, (size, size, 3)
-    "Paint the picture of a scene."
+    "Paint the image of a scene."
     draw = {'chest_xray': xray_image, 'ct_scan': ct_image, 'mri': mri_image,
             'histology': histology_image, 'gross': gross_image}[scene.modality]
     img = (np.clip(draw(scene, size), 0, 1)*255).astype(np.uint8)
