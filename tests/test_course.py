@@ -1,5 +1,7 @@
 "The course: its notebooks run, its checks help, its grader believes only what it can compute again."
+import base64
 import csv
+import io
 import os
 import re
 import shutil
@@ -152,6 +154,112 @@ def test_check_never_raises():
 def test_points():
     rows = points_of({k: x.truth for k, x in EXERCISES.items()})
     assert total(rows) == (30, 30) and total(points_of({}, 3)) == (0, 5)
+
+
+# What a room sees of a lecture
+
+PAGE_PX = 900     # width of a page's text, to which a wider figure is reduced
+LEAST_PT = 11     # smallest text on that page, in points of 1/72 inch at 96 pixels an inch
+
+
+def drawn_texts(fig):
+    "Every text that a figure shows, with its box in pixels."
+    from matplotlib.text import Text
+    renderer, hidden = fig.canvas.get_renderer(), set()
+    for ax in fig.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+            for t in ticks:
+                if not ax.axison or not low - 1e-9 <= t.get_loc() <= high + 1e-9: hidden |= {t.label1, t.label2}
+            if not ax.axison: hidden |= {axis.label, axis.offsetText}
+    texts = [t for t in fig.findobj(Text) if t.get_text().strip() and t.get_visible() and t not in hidden]
+    return [(t, t.get_window_extent(renderer)) for t in texts]
+
+
+def text_faults(fig, dpi):
+    "What is too small on the page, cut off by the edge, or written over another text or legend."
+    fig.set_dpi(dpi)
+    fig.canvas.draw()
+    width, texts = fig.bbox.width, drawn_texts(fig)
+    found = [f'{width:.0f} pixels wide'] if width < PAGE_PX else []
+    for t, b in texts:
+        size = t.get_fontsize()*dpi/96*min(1, PAGE_PX/width)
+        if size < LEAST_PT: found.append(f'{size:.1f} points: {t.get_text()!r}')
+        if min(b.x0, b.y0, fig.bbox.x1 - b.x1, fig.bbox.y1 - b.y1) < -1: found.append(f'cut off: {t.get_text()!r}')
+    for i, (t, a) in enumerate(texts):
+        for u, b in texts[:i]:
+            if min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1:
+                found.append(f'{t.get_text()!r} over {u.get_text()!r}')
+    several = [ax for ax in fig.axes if sum(len(line.get_xdata()) > 1 for line in ax.lines) > 1]
+    if several and not fig.legends and not all(ax.get_legend() for ax in several): found.append('no legend')
+    return found
+
+
+def test_the_measure_of_figures_can_fail():
+    import matplotlib.pyplot as plt
+    from llava_med.core.runs import figure_style
+    def faults(draw, size=(8.2, 3), dpi=110):
+        with figure_style():
+            fig, ax = plt.subplots(figsize=size)
+            draw(ax)
+        found = ' '.join(text_faults(fig, dpi))
+        plt.close(fig)
+        return found
+    assert faults(lambda ax: ax.set_title('short')) == ''
+    assert 'pixels wide' in faults(lambda ax: None, (4, 3)) and 'points' in faults(lambda ax: None, dpi=60)
+    assert 'points' in faults(lambda ax: ax.set_title('small', fontsize=8))
+    assert 'cut off' in faults(lambda ax: ax.set_title('a long title '*12))
+    def twice(ax): ax.text(.5, .5, 'one'), ax.text(.5, .5, 'two')
+    assert "'two' over 'one'" in faults(twice)
+    def lines(ax): ax.plot([1, 2], label='a'), ax.plot([2, 1], label='b')
+    assert 'no legend' in faults(lines) and faults(lambda ax: (lines(ax), ax.legend())) == ''
+
+
+def figures_of(path, monkeypatch):
+    "The figures of a notebook, run in this process: each with its dots per inch and caption."
+    from llava_med.core import runs
+    shown = []
+    monkeypatch.setattr(runs, 'show_figure', lambda fig, caption, dpi=90: shown.append((fig, dpi, caption)))
+    monkeypatch.chdir(path.parent)
+    space = dict(__name__='__main__', display=lambda *a, **k: None)
+    for c in nbformat.read(path, 4).cells:
+        if c.cell_type == 'code': exec(c.source, space)
+    return shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('n', SESSIONS)
+def test_the_last_row_can_read_every_figure(n, monkeypatch):
+    import matplotlib.pyplot as plt
+    with plt.rc_context():
+        shown = figures_of(lecture(n), monkeypatch)
+        faults = {caption[:50]: text_faults(fig, dpi) for fig, dpi, caption in shown}
+    plt.close('all')
+    assert shown and not {k: v for k, v in faults.items() if v}
+
+
+@pytest.mark.parametrize('n', SESSIONS)
+def test_committed_figures_are_wide_and_described(n):
+    from PIL import Image
+    pictures = [(k, o) for c in nbformat.read(lecture(n), 4).cells for o in c.get('outputs', []) for k in o.get('data', {}) if k.startswith('image/')]
+    assert pictures
+    for kind, o in pictures:
+        assert Image.open(io.BytesIO(base64.b64decode(o['data'][kind]))).width >= PAGE_PX
+        assert len(o['metadata'][kind]['alt'].split()) >= 8, 'say what it shows'
+
+
+@pytest.mark.parametrize('n', SESSIONS)
+def test_lecture_makes_slides(n):
+    from nbconvert import SlidesExporter
+    cells = nbformat.read(lecture(n), 4).cells
+    kinds = [c.metadata.get('slideshow', {}).get('slide_type') for c in cells]
+    assert set(kinds) <= {'slide', 'subslide', 'fragment', 'skip'} and kinds.count('slide') >= 6
+    assert all(k == 'slide' for c, k in zip(cells, kinds) if c.source.startswith('#'))
+    html, _ = SlidesExporter().from_filename(str(lecture(n)))
+    assert html.count('<section') >= kinds.count('slide') + kinds.count('subslide')
+    for c in cells:   # a part between two clicks up to a new slide fits a screen
+        if c.cell_type == 'markdown': assert len(c.source.split()) <= 150
 
 
 # Other people's graders

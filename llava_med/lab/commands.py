@@ -124,7 +124,8 @@ def _downloads(plan):
     "A sentence for each model of the hub that a plan names and that is not here."
     from llava_med.data.catalogue import CATALOGUE
     from llava_med.lab.estimate import gigabytes
-    sizes, lines = {e.repo: e.size for e in CATALOGUE if e.repo}, []
+    sizes, lines = {}, []
+    for e in CATALOGUE: sizes[e.repo] = e.size
     for step, values in plan.items():
         local = values.get('generator', 'local') == 'local'
         for k in ('clip', *['generator_model']*local):
@@ -242,8 +243,9 @@ def own_line(
     own, fn = _brought(plan.get('1_data_prep', {})), folder/'1_data_prep/figures.jsonl'
     asks = [v for v in plan.values() if 'n_test_images' in v and 'vqa' in v]
     if not own or not fn.exists() or not asks or any(v['vqa'] for v in asks): return ''
-    drawn = [str(f.get('source', '')).startswith('phantoms/') for f in read_jsonl(fn)]
-    return (f'Of the {len(drawn)} figures to train on {drawn.count(False)} are yours. The '
+    figures, n_drawn = read_jsonl(fn), 0
+    for f in figures: n_drawn += str(f.get('source', '')).startswith('phantoms/')
+    return (f'Of the {len(figures)} figures to train on {len(figures) - n_drawn} are yours. The '
             f'questions above are about drawn images, so they say nothing of your {own}; questions '
             'of your own are asked with `--set 4_evaluation.vqa=my_questions/`.')
 
