@@ -213,7 +213,7 @@ def test_a_template_that_thinks_aloud_in_the_answer_is_refused_by_record(tmp_pat
     with pytest.raises(ValueError, match="Record 'r': The chat template"): record_samples([record('why?', 'because</think>left')], processor, 4)
 
 
-def test_a_system_turn_is_asked_or_refused(tmp_path):
+def test_a_system_turn_is_kept_or_left_out_with_a_word(tmp_path, capsys):
     system = lambda r: dict(r, conversations=[{'from': 'system', 'value': 'You are brief.'}, *r['conversations']])
     r = system(record('why?', 'left'))
     model, processor = load(base(tmp_path/'a', *KINDS['a system turn of its own'][:3]))
@@ -221,9 +221,11 @@ def test_a_system_turn_is_asked_or_refused(tmp_path):
     text = processor.tokenizer.decode(s['input_ids'])
     assert 'You are brief.' in text and 'You help' not in text
     strict = load(base(tmp_path/'b', *KINDS['strict roles'][:3]))[1]
-    with pytest.raises(ValueError, match="Record 'r': The chat template refuses this conversation: Roles must alternate"): record_samples([r], strict, 4)
+    (s,), _ = record_samples([r], strict, 4)   # which has no place for it
+    assert 'You are brief.' not in strict.tokenizer.decode(s['input_ids']) and 'The system turn of 1 of 1 conversations was left out' in capsys.readouterr().out
     drops = load(base(tmp_path/'c', "{% for m in messages if m['role'] != 'system' %}{{ '<|im_start|>' + m['role'] + '\n' }}" + TEXT + "<|im_end|>{% endfor %}" + CUE, '<|im_end|>', ['<|im_end|>']))[1]
-    with pytest.raises(ValueError, match='leaves the system turn out'): record_samples([r], drops, 4)
+    (s,), _ = record_samples([r], drops, 4)
+    assert 'You are brief.' not in drops.tokenizer.decode(s['input_ids']) and 'was left out' in capsys.readouterr().out
     turns = [dict(role='system', content='You are brief.'), dict(role='user', content='why?')]
     assert 'You are brief.' in chat(processor, turns)
     with pytest.raises(ValueError, match='leaves the system turn out'): chat(drops, turns)   # asking, as training

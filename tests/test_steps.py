@@ -421,7 +421,7 @@ def test_the_parts_that_a_stage_names_are_counted():
 def test_every_evaluation_of_a_run_is_shown(tmp_path):
     for s in ('4_evaluation', 'late'):
         (tmp_path/s).mkdir()
-        (tmp_path/s/'scores.csv').write_text('model,dataset,split,condition,slice,metric,value,low,high\nstage2,toy,test,image,all,strict,.5,,\n')
+        (tmp_path/s/'scores.csv').write_text('model,dataset,split,condition,slice,metric,value,low,high,n_items,n_images,n_clusters\nstage2,toy,test,image,all,strict,.5,,,4,4,4\n')
     (tmp_path/'run.json').write_text(json.dumps({'notebooks': {'4_evaluation': 'pipeline/4_evaluation', 'late': 'pipeline/4_evaluation'}}))
     text = scores_text(tmp_path, {'4_evaluation': 1, 'late': 'kept'})
     assert text.count('strict accuracy') == 2 and 'late\n' in text

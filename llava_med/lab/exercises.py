@@ -100,11 +100,16 @@ def _as_number(text):
     except ValueError: return None
 
 # %% ../../nbs/09_lab/14_exercises.ipynb #7479d721
+def _kept_digits(got, truth, k):
+    "Whether numbers are the right ones with k digits; a half may go either way."
+    off = np.abs(np.subtract(got, truth)).max()
+    return off <= .5*10**-k + 1e-9 and same_value(got, list(np.round(got, k)))
+
 def _rounded(got, truth):
     "Whether numbers are the right ones with fewer digits, rounded or cut."
     if same_value(got, truth) or not any(got): return False
     if same_value(got, list(map(math.floor, truth))): return True
-    return any(same_value(got, np.round(truth, k)) for k in range(6))
+    return any(_kept_digits(got, truth, k) for k in range(6))
 
 def number_hint(
     got:list,   # what an answer gave, input by input

@@ -186,7 +186,7 @@ def _unusable(item, file):
     "Why an item cannot be learned from; empty where it can."
     if item['split'] == 'test': return 'test split'
     if not item['answer']: return 'no answer'
-    if len(item['images']) != 1: return 'not one picture'
+    if len(item['images']) != 1: return 'not one image'
     if file is None: return 'no picture file'
     if file is False: return 'several picture files of that name'
     return '' if item['split'] in ('train', 'val') else 'another split'
