@@ -45,6 +45,14 @@ def test_every_known_family_has_a_thin_model():
 
 # The gate
 
+FEW = ('smolvlm', 'gemma3', 'lfm2_vl')   # rows, windows and blocks of an image, a cache
+
+
+def some(names):
+    "Three families in the quick tests, the others in the slow ones."
+    return [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in names]
+
+
 @pytest.mark.parametrize('name', THIN)
 def test_the_gate_of_a_family(thin, name):
     model, probe = thin(name)[0].model, thin(name)[1]
@@ -56,7 +64,7 @@ def test_the_gate_of_a_family(thin, name):
     assert ('change with the question' in found.why) == (name in PACKED)
 
 
-@pytest.mark.parametrize('name', THIN)
+@pytest.mark.parametrize('name', some(THIN))
 def test_the_gate_under_an_adapter(name):
     thin = thin_backbone(name)
     probe = thin_probe(thin)
@@ -68,7 +76,7 @@ def test_the_gate_under_an_adapter(name):
     assert (found.path, found.way) == PATHS[name], found.line
 
 
-@pytest.mark.parametrize('name', THIN)
+@pytest.mark.parametrize('name', some(THIN))
 def test_the_gate_under_gradient_checkpointing(name):
     thin = thin_backbone(name)
     thin.model.gradient_checkpointing_enable(dict(use_reentrant=False))
@@ -149,7 +157,7 @@ def test_a_row_takes_the_images_of_its_blocks(thin):
 
 # Answers, and the table of all families
 
-@pytest.mark.parametrize('name', [n for n in THIN if n not in PACKED])
+@pytest.mark.parametrize('name', some(n for n in THIN if n not in PACKED))
 def test_answers_behind_a_cache_are_those_of_generate(thin, name):
     model, (record, samples, pictures) = thin(name)[0].model, thin(name)[1]
     prefix = samples[0]['input_ids'][:-len(gates._LATER[0])]
@@ -192,7 +200,7 @@ def trained(name, way, adapter=False):
     return [r['loss'] for r in fit(model, rows, path_collate(found, record, pictures), job)], found
 
 
-@pytest.mark.parametrize('name', ['smolvlm', 'qwen3_vl', 'gemma3', 'lfm2_vl', 'paligemma', 'mllama'])
+@pytest.mark.parametrize('name', some(['smolvlm', 'qwen3_vl', 'gemma3', 'lfm2_vl', 'paligemma', 'mllama']))
 def test_a_path_trains_as_separate_samples_do(name):
     (plain, _), (own, found) = trained(name, 'plain'), trained(name, 'own')
     assert found.way == PATHS[name][1] and len(own) == 2 and plain[1] < plain[0] - .01
