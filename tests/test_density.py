@@ -95,6 +95,12 @@ def test_cells_that_are_no_library_are_narrow(room):
     assert not wrong, '\n'.join(wrong[:20])
 
 
+def test_the_first_line_of_a_module_is_narrow():
+    "It is the sentence below a chapter's title."
+    first = {p: p.read_text(encoding='utf-8').split('\n', 1)[0] for p in (REPO/'llava_med').rglob('*.py')}
+    assert len(first) > 100 and not [f'{p.name}: {s}' for p, s in first.items() if wide(s)]
+
+
 def test_the_rules_can_fail():
     assert wide('x'*101) and not wide('x'*100)
     assert nested(ast.parse('[[a for a in b] for b in c]')) == [1]
