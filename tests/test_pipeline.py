@@ -312,7 +312,7 @@ def test_files_of_conversations_go_through_both_stages(outputs, smoke, tmp_path)
     (tmp_path/'instruct.json').write_text(json.dumps([dict(id='1', image='gone.jpg', conversations=kept[0]['conversations'])]))
     done, _ = command(outputs, 'run', 'smoke', '--name', 'own', '--only', '3', '--set', *sets[2:])
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and 'instruct.json: no record can be used' in last and '1 of 1 records are left out' in last
+    assert done.returncode == 2 and 'instruct.json: no record can be used' in last and '1 of 1 records are left out' in last
 
 
 TWICE = '''
