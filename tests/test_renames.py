@@ -85,3 +85,12 @@ def test_shipped_files_hold_no_old_name(repo):
     for p in said: assert not {k.split('.')[-1] for k in map(str, keys(read_yaml(p.read_text())))} & {*RENAMED, 'rates', 'clip'}, p
     record = json.loads((repo/'outputs/example/run.json').read_text())
     assert not any(set(s.get('parameters', {})) & set(RENAMED) for s in record['steps'].values())
+
+
+def test_threads_read_code_at_once():
+    "As the tasks of a batch do; without a lock CPython 3.11 may end in a SystemError."
+    from concurrent.futures import ThreadPoolExecutor
+    from llava_med.core.renames import syntax_tree
+    source = '\n'.join(f'def f{i}(a: int, *b) -> list: return [x*{i} for x in (a, *b)]' for i in range(200))
+    with ThreadPoolExecutor(8) as pool: trees = list(pool.map(syntax_tree, [source]*40))
+    assert all(len(t.body) == 200 for t in trees)

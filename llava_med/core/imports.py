@@ -11,6 +11,8 @@ import hashlib
 import re
 from pathlib import Path
 
+from .renames import syntax_tree
+
 # %% ../../nbs/00_core/05_imports.ipynb #8f213528
 def imported_names(
     source:str,     # Python code
@@ -18,7 +20,7 @@ def imported_names(
 )->set:             # dotted names below llava_med: modules, and names that may be modules
     "What a source imports from the library, at any depth of its code."
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(syntax_tree(source)):
         if isinstance(node, ast.Import):
             for a in node.names:
                 package_name, _, rest = a.name.partition('.')

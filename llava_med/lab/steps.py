@@ -25,7 +25,7 @@ from pathlib import Path
 import nbformat
 
 from ..core.imports import modules_hash
-from ..core.renames import renamed
+from ..core.renames import renamed, syntax_tree
 from ..core.runs import BASE_REMEDY, from_root, root, run_dir, test_data
 
 # %% ../../nbs/09_lab/00_steps.ipynb #43552e1e
@@ -144,7 +144,7 @@ def read_parameters(
     "What a notebook's parameters cell offers, read without running it."
     source, found = tagged_cell(nb_path), {}
     notes = comments(source)
-    for node in ast.parse(source).body:
+    for node in syntax_tree(source).body:
         typed = isinstance(node, ast.AnnAssign)
         target = node.target if typed else getattr(node, 'targets', [None])[0]
         try:
