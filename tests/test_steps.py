@@ -288,16 +288,22 @@ def test_plain_papermill_refuses_what_a_notebook_does_not_have(lists, monkeypatc
     assert read_json(lists.outputs/'scratch/1_one/model/w.json') == [3]
 
 
-def test_plain_papermill_takes_an_old_name(lists, monkeypatch):
+def by_papermill(lists, monkeypatch, parameter, written):
+    "A call of plain papermill on a step with one more parameter; it writes what `written` says."
     import papermill
     monkeypatch.setenv('PYTHONPATH', str(REPO))
-    work = "step = Step('1_one', run, inputs_from, seed, 'cpu')\nwrite_json(step.path('n.json'), n_val)\nstep.finish()"
-    book = make_notebook(lists.notebook('1_one'), HEAD, MORE + 'n_val: int = 1  # samples', work, tags=())
+    work = f"step = Step('1_one', run, inputs_from, seed, 'cpu')\nwrite_json(step.path('n.json'), {written})\nstep.finish()"
+    book = make_notebook(lists.notebook('1_one'), HEAD, MORE + parameter, work, tags=())
     nb = nbformat.read(book, 4)
     nb.cells[1].metadata['tags'] = ['parameters']
     nbformat.write(nb, book)
-    run = lambda **values: started(lambda **own: papermill.execute_notebook(str(book), str(lists.root/'out.ipynb'), values, kernel_name='python3',
-                                                                          progress_bar=False, **own))
+    return lambda **values: started(lambda **own: papermill.execute_notebook(str(book), str(lists.root/'out.ipynb'), values,
+                                                                             kernel_name='python3', progress_bar=False, **own))
+
+
+def test_plain_papermill_takes_an_old_name(lists, monkeypatch):
+    import papermill
+    run = by_papermill(lists, monkeypatch, 'n_val: int = 1  # samples', 'n_val')
     run(n_held=3)
     assert read_json(lists.outputs/'scratch/1_one/n.json') == 3
     with pytest.raises(papermill.PapermillExecutionError, match='1_one: n_held is now called n_val, and both are given'): run(n_held=3, n_val=4)
@@ -305,14 +311,7 @@ def test_plain_papermill_takes_an_old_name(lists, monkeypatch):
 
 def test_plain_papermill_gives_values_their_kinds(lists, monkeypatch):
     import papermill
-    monkeypatch.setenv('PYTHONPATH', str(REPO))
-    work = "step = Step('1_one', run, inputs_from, seed, 'cpu')\nwrite_json(step.path('n.json'), [packed, lr, n, tag, files])\nstep.finish()"
-    book = make_notebook(lists.notebook('1_one'), HEAD, MORE + 'packed: bool = True  # rows', work, tags=())
-    nb = nbformat.read(book, 4)
-    nb.cells[1].metadata['tags'] = ['parameters']
-    nbformat.write(nb, book)
-    run = lambda **values: started(lambda **own: papermill.execute_notebook(str(book), str(lists.root/'out.ipynb'), values, kernel_name='python3',
-                                                                          progress_bar=False, **own))
+    run = by_papermill(lists, monkeypatch, 'packed: bool = True  # rows', '[packed, lr, n, tag, files]')
     run(packed='false', lr='2e-3', n='4', tag='7', files='[a, b]')
     assert read_json(lists.outputs/'scratch/1_one/n.json') == [False, 2e-3, 4, '7', ['a', 'b']]
     kept = (lists.outputs/'scratch/1_one/n.json').stat().st_mtime_ns
