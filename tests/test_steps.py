@@ -319,7 +319,7 @@ def test_plain_papermill_gives_values_their_kinds(lists, monkeypatch):
                          (dict(tag=7), 'tag must be of type str, and 7 is int .papermill takes a text as it is with -r')):
         with pytest.raises(papermill.PapermillExecutionError, match=says): run(**values)
         ran = nbformat.read(lists.root/'out.ipynb', 4).cells
-        assert [c.execution_count for c in ran if c.source == work] == [None], 'the parameters cell itself fails'
+        assert [c.execution_count for c in ran if c.source.startswith('step = Step(')] == [None], 'the parameters cell itself fails'
     assert (lists.outputs/'scratch/1_one/n.json').stat().st_mtime_ns == kept
 
 
